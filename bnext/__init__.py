@@ -1,0 +1,26 @@
+"""Batch normalisation for PyTorch: drop-in layers, a functional call, and a converter for whole models."""
+
+from bnext import functional
+from bnext._version import __version__
+from bnext.convert import convert, revert
+from bnext.modules import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+)
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "__version__",
+    "convert",
+    "functional",
+    "revert",
+]

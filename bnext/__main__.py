@@ -1,0 +1,29 @@
+"""``python -m bnext``: what was built, and what runs here."""
+
+import platform
+
+import torch
+
+from bnext import __version__, _C
+
+
+def main() -> None:
+    """Print one fact a line."""
+    facts = {
+        "bnext": __version__,
+        "torch": f"{torch.__version__} (built against {_C.torch_version})",
+        "Python": platform.python_version(),
+        "compiler": _C.compiler,
+        "CUDA kernels": "built" if _C.cuda else "not built",
+        "CPU instruction set": f"{_C.cpu_isa()} (of {', '.join(_C.cpu_isas())}; BNEXT_CPU_ISA chooses)",
+        "threads": str(torch.get_num_threads()),
+        "huge pages": (
+            "on for large outputs" if _C.huge_pages_enabled() else "off"
+        ) + " (BNEXT_HUGE_PAGES=0 turns them off)",
+    }
+    for name, fact in facts.items():
+        print(f"{name + ':':<22}{fact}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+#include "batch_norm.h"
+
+#include <ATen/MemoryOverlap.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/Exception.h>
+
+#include <cmath>
+#include <string>
+
+#include "common/problem.h"
+#include "cpu/batch_norm.h"
+#include "cpu/huge_pages.h"
+
+namespace bnext {
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+// Below this many elements a parallel region costs more than it saves.
+constexpr std::int64_t kSerialElements = 32768;
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return DType::kFloat32;
+    case at::kDouble: return DType::kFloat64;
+    case at::kHalf: return DType::kFloat16;
+    case at::kBFloat16: return DType::kBFloat16;
+    default: TORCH_INTERNAL_ASSERT(false, "unchecked dtype ", tensor.scalar_type());
+  }
+}
+
+bool is_given(const optional<Tensor>& tensor) { return tensor.has_value() && tensor->defined(); }
+
+std::string size_of(const Tensor& tensor) { return c10::str("torch.Size(", tensor.sizes(), ")"); }
+
+// As Python prints it, which the messages share with torch's own.
+std::string python_float(double value) {
+  if (std::isnan(value)) return "nan";
+  const bool whole = std::isfinite(value) && value == std::floor(value) && std::fabs(value) < 1e16;
+  return whole ? c10::str(static_cast<std::int64_t>(value), ".0") : c10::str(value);
+}
+
+void check_data(const char* name, const Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.dim() >= 2, "batch_norm: expected ", name,
+                    " to have at least 2 dimensions (N, C, ...), but got ", size_of(tensor));
+  const auto type = tensor.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16,
+                   "batch_norm: expected ", name, " to be float32, float64, float16 or bfloat16, but got ", type);
+}
+
+// A parameter or running statistic of `input`.
+void check_channels(const char* name, const Tensor& tensor, const Tensor& input) {
+  const std::int64_t C = input.size(1);
+  TORCH_CHECK(tensor.device() == input.device(), "batch_norm: expected ", name, " on the device of input, ",
+              input.device(), ", but got ", tensor.device());
+  TORCH_CHECK(tensor.layout() == at::kStrided, "batch_norm: expected ", name, " to be strided, but got ",
+              tensor.layout());
+  const auto type = tensor.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == input.scalar_type(), "batch_norm: expected ", name,
+                   " to be float32 or of input's dtype, ", input.scalar_type(), ", but got ", type);
+  TORCH_CHECK_VALUE(tensor.dim() == 1, "batch_norm: expected ", name, " to have 1 dimension, but got ",
+                    size_of(tensor));
+  TORCH_CHECK(tensor.size(0) == C, name, " should contain ", C, " elements not ", tensor.size(0),
+              " (one for each channel of input, ", size_of(input), ")");
+}
+
+void check_channels(const char* name, const optional<Tensor>& tensor, const Tensor& input) {
+  if (is_given(tensor)) check_channels(name, *tensor, input);
+}
+
+void check_running(const char* name, const optional<Tensor>& tensor, const Tensor& input) {
+  if (!is_given(tensor)) return;
+  check_channels(name, *tensor, input);
+  TORCH_CHECK(at::has_internal_overlap(*tensor) != at::MemOverlap::Yes, "batch_norm: expected ", name,
+              " to have memory of its own for each channel, since it is updated in place, but got strides ",
+              tensor->strides(), " (an expanded tensor?)");
+}
+
+void check_counter(const optional<Tensor>& counter, const Tensor& input) {
+  if (!is_given(counter)) return;
+  TORCH_CHECK(counter->device() == input.device(), "batch_norm: expected num_batches_tracked on the device of input, ",
+              input.device(), ", but got ", counter->device());
+  TORCH_CHECK_TYPE(counter->scalar_type() == at::kLong, "batch_norm: expected num_batches_tracked to be int64, but got ",
+                   counter->scalar_type());
+  TORCH_CHECK_VALUE(counter->numel() == 1, "batch_norm: expected num_batches_tracked to hold 1 element, but got ",
+                    size_of(*counter));
+}
+
+ChannelVector channels(const optional<Tensor>& dense) {
+  return is_given(dense) ? ChannelVector{dense->const_data_ptr(), dtype_of(*dense)} : ChannelVector{};
+}
+
+MutableChannelVector mutable_channels(const optional<Tensor>& dense) {
+  return is_given(dense) ? MutableChannelVector{dense->mutable_data_ptr(), dtype_of(*dense)} : MutableChannelVector{};
+}
+
+optional<Tensor> densely(const optional<Tensor>& tensor) {
+  return is_given(tensor) ? optional<Tensor>(tensor->contiguous()) : std::nullopt;
+}
+
+// The kernels write to dense memory; a strided statistic is updated by way of a copy.
+void write_back(const optional<Tensor>& tensor, const optional<Tensor>& dense) {
+  if (!is_given(tensor)) return;
+  if (!tensor->is_same(*dense)) {
+    tensor->copy_(*dense);
+  } else {
+    tensor->unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+Problem problem_of(const Tensor& tensor, at::MemoryFormat format) {
+  Problem problem;
+  problem.N = tensor.size(0);
+  problem.C = tensor.size(1);
+  problem.HW = 1;
+  for (std::int64_t d = 2; d < tensor.dim(); ++d) problem.HW *= tensor.size(d);
+  problem.dtype = dtype_of(tensor);
+  // With one spatial position the two layouts coincide, and rows are the better way to see it.
+  problem.layout =
+      format == at::MemoryFormat::Contiguous && problem.HW != 1 ? Layout::kChannelsFirst : Layout::kChannelsLast;
+  return problem;
+}
+
+// The output of a map over `like`: its shape, dtype and layout.
+Tensor allocate_output(const Tensor& like, at::MemoryFormat format) {
+  Tensor output = at::empty_like(like, like.options(), format);
+  cpu::advise_huge_pages(output.mutable_data_ptr(), output.nbytes());
+  return output;
+}
+
+Tensor allocate_stats(const Tensor& input) { return at::empty({2, input.size(1)}, input.options().dtype(at::kDouble)); }
+
+cpu::Parallel parallel_for(const Problem& problem) {
+  if (problem.numel() < kSerialElements) return cpu::Parallel::serial();
+  return cpu::Parallel([](std::int64_t tasks, cpu::Parallel::Body body, void* context) {
+    at::parallel_for(0, tasks, 1, [&](std::int64_t begin, std::int64_t end) { body(context, begin, end); });
+  });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> batch_norm_train(const Tensor& input, const optional<Tensor>& weight,
+                                            const optional<Tensor>& bias, const optional<Tensor>& running_mean,
+                                            const optional<Tensor>& running_var,
+                                            const optional<Tensor>& num_batches_tracked, optional<double> momentum,
+                                            double eps) {
+  check_data("input", input);
+  check_channels("weight", weight, input);
+  check_channels("bias", bias, input);
+  check_running("running_mean", running_mean, input);
+  check_running("running_var", running_var, input);
+  check_counter(num_batches_tracked, input);
+  TORCH_CHECK_VALUE(eps > 0.0, "batch_norm eps must be positive during training, but got ", python_float(eps));
+  const auto format = input.suggest_memory_format();
+  const Problem problem = problem_of(input, format);
+  TORCH_CHECK_VALUE(problem.count() != 1, "Expected more than 1 value per channel when training, got input size ",
+                    size_of(input));
+
+  // momentum=None is the cumulative average: the n-th batch counts 1/n.
+  double factor = momentum.value_or(0.0);
+  if (is_given(num_batches_tracked)) {
+    auto& count = *num_batches_tracked->mutable_data_ptr<std::int64_t>();
+    count += 1;
+    num_batches_tracked->unsafeGetTensorImpl()->bump_version();
+    if (!momentum.has_value()) factor = 1.0 / static_cast<double>(count);
+  }
+
+  Tensor output = allocate_output(input, format);
+  if (problem.numel() == 0) return {output, at::zeros({2, problem.C}, input.options().dtype(at::kDouble))};
+  Tensor save_stats = allocate_stats(input);
+  const Tensor dense_input = input.contiguous(format);
+  const auto dense_weight = densely(weight);
+  const auto dense_bias = densely(bias);
+  const auto dense_mean = densely(running_mean);
+  const auto dense_var = densely(running_var);
+  auto* stats = save_stats.mutable_data_ptr<double>();
+  cpu::forward(problem,
+               cpu::TrainingForward{.input = dense_input.const_data_ptr(),
+                                    .weight = channels(dense_weight),
+                                    .bias = channels(dense_bias),
+                                    .running_mean = mutable_channels(dense_mean),
+                                    .running_var = mutable_channels(dense_var),
+                                    .momentum = factor,
+                                    .eps = eps,
+                                    .output = output.mutable_data_ptr(),
+                                    .save_mean = stats,
+                                    .save_invstd = stats + problem.C},
+               parallel_for(problem));
+  write_back(running_mean, dense_mean);
+  write_back(running_var, dense_var);
+  return {output, save_stats};
+}
+
+std::tuple<Tensor, Tensor> batch_norm_eval(const Tensor& input, const optional<Tensor>& weight,
+                                           const optional<Tensor>& bias, const Tensor& running_mean,
+                                           const Tensor& running_var, double eps) {
+  check_data("input", input);
+  check_channels("weight", weight, input);
+  check_channels("bias", bias, input);
+  check_channels("running_mean", running_mean, input);
+  check_channels("running_var", running_var, input);
+  TORCH_CHECK_VALUE(eps >= 0.0, "batch_norm eps must be non-negative, but got ", python_float(eps));
+
+  const auto format = input.suggest_memory_format();
+  const Problem problem = problem_of(input, format);
+  Tensor output = allocate_output(input, format);
+  // Also where the output is empty: the statistics belong to the result, and the kernel is what computes them.
+  Tensor save_stats = allocate_stats(input);
+  const Tensor dense_input = input.contiguous(format);
+  const auto dense_weight = densely(weight);
+  const auto dense_bias = densely(bias);
+  const Tensor dense_mean = running_mean.contiguous();
+  const Tensor dense_var = running_var.contiguous();
+  auto* stats = save_stats.mutable_data_ptr<double>();
+  cpu::forward(problem,
+               cpu::EvalForward{.input = dense_input.const_data_ptr(),
+                                .weight = channels(dense_weight),
+                                .bias = channels(dense_bias),
+                                .running_mean = channels(dense_mean),
+                                .running_var = channels(dense_var),
+                                .eps = eps,
+                                .output = output.mutable_data_ptr(),
+                                .save_mean = stats,
+                                .save_invstd = stats + problem.C},
+               parallel_for(problem));
+  return {output, save_stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output, const optional<Tensor>& input,
+                                                       const optional<Tensor>& weight, const Tensor& save_stats,
+                                                       bool training, double eps, std::array<bool, 3> output_mask) {
+  (void)eps;  // belongs to the operator for its own derivative, which differentiates through 1/sqrt(var + eps)
+  const auto [wants_input, wants_weight, wants_bias] = output_mask;
+  check_data("grad_output", grad_output);
+  const bool reads_input = wants_weight || (wants_input && training);
+  TORCH_CHECK_VALUE(is_given(input) || !reads_input,
+                    "batch_norm: expected input, which grad_weight and the training grad_input need, but got None");
+  if (is_given(input)) {
+    check_data("input", *input);
+    TORCH_CHECK(input->device() == grad_output.device(), "batch_norm: expected input on the device of grad_output, ",
+                grad_output.device(), ", but got ", input->device());
+    TORCH_CHECK_TYPE(input->scalar_type() == grad_output.scalar_type(),
+                     "batch_norm: expected grad_output to be of input's dtype, ", input->scalar_type(), ", but got ",
+                     grad_output.scalar_type());
+    TORCH_CHECK_VALUE(input->sizes() == grad_output.sizes(), "batch_norm: expected grad_output to have input's shape, ",
+                      size_of(*input), ", but got ", size_of(grad_output));
+  }
+  check_channels("weight", weight, grad_output);
+  const std::int64_t C = grad_output.size(1);
+  TORCH_CHECK(save_stats.device() == grad_output.device(), "batch_norm: expected save_stats on the device of grad_output, ",
+              grad_output.device(), ", but got ", save_stats.device());
+  TORCH_CHECK_TYPE(save_stats.scalar_type() == at::kDouble, "batch_norm: expected save_stats to be float64, but got ",
+                   save_stats.scalar_type());
+  TORCH_CHECK_VALUE(save_stats.dim() == 2 && save_stats.size(0) == 2 && save_stats.size(1) == C,
+                    "batch_norm: expected save_stats to have shape torch.Size([2, ", C, "]), but got ",
+                    size_of(save_stats));
+
+  const Tensor& like = is_given(input) ? *input : grad_output;
+  const auto format = like.suggest_memory_format();
+  const Problem problem = problem_of(like, format);
+  const auto sums_dtype = problem.dtype == DType::kFloat64 ? at::kDouble : at::kFloat;
+  const auto sums_options = grad_output.options().dtype(sums_dtype);
+  const auto sums = [&](bool wanted) {
+    if (!wanted) return at::empty({0}, sums_options);
+    return problem.numel() == 0 ? at::zeros({C}, sums_options) : at::empty({C}, sums_options);
+  };
+  Tensor grad_input = wants_input ? allocate_output(like, format) : at::empty({0}, grad_output.options());
+  Tensor grad_weight = sums(wants_weight);
+  Tensor grad_bias = sums(wants_bias);
+  if (problem.numel() == 0) return {grad_input, grad_weight, grad_bias};
+
+  const Tensor dense_grad = grad_output.contiguous(format);
+  const Tensor dense_input = reads_input ? input->contiguous(format) : Tensor();
+  const auto dense_weight = densely(weight);
+  const Tensor dense_stats = save_stats.contiguous();
+  const auto* stats = dense_stats.const_data_ptr<double>();
+  cpu::backward(problem,
+                cpu::Backward{.grad_output = dense_grad.const_data_ptr(),
+                              .input = reads_input ? dense_input.const_data_ptr() : nullptr,
+                              .weight = channels(dense_weight),
+                              .save_mean = stats,
+                              .save_invstd = stats + C,
+                              .training = training,
+                              .grad_input = wants_input ? grad_input.mutable_data_ptr() : nullptr,
+                              .grad_weight = wants_weight ? mutable_channels(grad_weight) : MutableChannelVector{},
+                              .grad_bias = wants_bias ? mutable_channels(grad_bias) : MutableChannelVector{}},
+                parallel_for(problem));
+  return {grad_input, grad_weight, grad_bias};
+}
+
+}  // namespace bnext

@@ -1,0 +1,33 @@
+// Batch norm on tensors: arguments are checked, outputs allocated, and layout, dtype and device chosen here; the
+// kernels below get raw pointers. Autograd lies above (autograd.cpp).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+namespace bnext {
+
+// The operators' signatures; see bindings.cpp for the schemas and what each argument means.
+
+std::tuple<at::Tensor, at::Tensor> batch_norm_train(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                                                    const std::optional<at::Tensor>& bias,
+                                                    const std::optional<at::Tensor>& running_mean,
+                                                    const std::optional<at::Tensor>& running_var,
+                                                    const std::optional<at::Tensor>& num_batches_tracked,
+                                                    std::optional<double> momentum, double eps);
+
+std::tuple<at::Tensor, at::Tensor> batch_norm_eval(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                                                   const std::optional<at::Tensor>& bias,
+                                                   const at::Tensor& running_mean, const at::Tensor& running_var,
+                                                   double eps);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(const at::Tensor& grad_output,
+                                                                   const std::optional<at::Tensor>& input,
+                                                                   const std::optional<at::Tensor>& weight,
+                                                                   const at::Tensor& save_stats, bool training,
+                                                                   double eps, std::array<bool, 3> output_mask);
+
+}  // namespace bnext

@@ -1,0 +1,76 @@
+// The Python module _C: registers the operators with torch and reports what was built.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "autograd.h"
+#include "batch_norm.h"
+#include "cpu/huge_pages.h"
+#include "cpu/isa.h"
+
+// save_stats: (2, C) float64, the mean and 1/sqrt(var + eps) that the output was normalised with.
+// momentum=None: the cumulative average, the batch counting 1/num_batches_tracked.
+TORCH_LIBRARY(bnext, m) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  m.def(
+      "batch_norm_train(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps) "
+      "-> (Tensor output, Tensor save_stats)",
+      tags);
+  m.def(
+      "batch_norm_eval(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
+      "float eps) -> (Tensor output, Tensor save_stats)",
+      tags);
+  m.def(
+      "batch_norm_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor save_stats, bool training, "
+      "float eps, bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+      tags);
+}
+
+TORCH_LIBRARY_IMPL(bnext, CPU, m) {
+  m.impl("batch_norm_train", &bnext::batch_norm_train);
+  m.impl("batch_norm_eval", &bnext::batch_norm_eval);
+  m.impl("batch_norm_backward", &bnext::batch_norm_backward);
+}
+
+TORCH_LIBRARY_IMPL(bnext, Autograd, m) {
+  m.impl("batch_norm_train", &bnext::autograd::batch_norm_train);
+  m.impl("batch_norm_eval", &bnext::autograd::batch_norm_eval);
+  m.impl("batch_norm_backward", &bnext::autograd::batch_norm_backward);
+}
+
+namespace {
+
+std::vector<std::string> cpu_isas() {
+  std::vector<std::string> names;
+  for (const auto isa : bnext::cpu::available_isas()) names.emplace_back(bnext::cpu::isa_name(isa));
+  return names;
+}
+
+void set_cpu_isa(const std::string& name) {
+  std::string known;
+  for (const auto isa : bnext::cpu::available_isas()) {
+    if (name == bnext::cpu::isa_name(isa)) return bnext::cpu::use_isa(isa);
+    known += std::string(known.empty() ? "" : ", ") + bnext::cpu::isa_name(isa);
+  }
+  throw std::invalid_argument("set_cpu_isa: expected name to be one of " + known + ", but got " + name);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled part of bnext. Importing it registers the operators torch.ops.bnext.*.";
+  m.attr("torch_version") = TORCH_VERSION;  // that this was compiled against
+  m.attr("compiler") = __VERSION__;
+  m.attr("cuda") = false;
+  m.def("cpu_isas", &cpu_isas, "Instruction sets the kernels can use on this machine, slowest first.");
+  m.def("cpu_isa", [] { return bnext::cpu::isa_name(bnext::cpu::current_isa()); }, "The one in use.");
+  m.def("set_cpu_isa", &set_cpu_isa, pybind11::arg("name"), "Use another of cpu_isas(), for tests and comparisons.");
+  m.def("huge_pages_enabled", &bnext::cpu::huge_pages_enabled, "Whether large outputs ask for huge pages.");
+}

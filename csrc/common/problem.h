@@ -1,0 +1,30 @@
+// Plain descriptions of a batch-norm call, shared by the CPU and CUDA kernels: no torch type gets past here.
+#pragma once
+
+#include <cstdint>
+
+namespace bnext {
+
+enum class DType : std::uint8_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
+constexpr int kDTypes = 4;
+
+constexpr std::int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// kChannelsFirst: element (n, c, s) lies at (n*C + c)*HW + s   (contiguous (N, C, *spatial))
+// kChannelsLast:  element (n, c, s) lies at (n*HW + s)*C + c   (channels_last, channels_last_3d, and (N, C))
+enum class Layout : std::uint8_t { kChannelsFirst, kChannelsLast };
+
+struct Problem {
+  std::int64_t N;
+  std::int64_t C;
+  std::int64_t HW;  // product of the spatial sizes, 1 for (N, C)
+  Layout layout;
+  DType dtype;  // of input, output and their gradients
+
+  std::int64_t count() const { return N * HW; }  // values a channel holds
+  std::int64_t numel() const { return N * C * HW; }
+};
+
+}  // namespace bnext

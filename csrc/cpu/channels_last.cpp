@@ -1,0 +1,234 @@
+// Channels last, and (N, C): a matrix of M = N*HW rows and C columns, a channel a column.
+//
+// Whole rows are read in order, twice: once to add up the columns, once to map them. The second pass walks the
+// row chunks backwards, so that it starts with what the first has left in the caches.
+
+#include <atomic>
+#include <cstdint>
+#include <numeric>
+#include <vector>
+
+#include "../common/statistics.h"
+#include "isa.h"
+#include "traversal.h"
+
+namespace bnext::cpu {
+namespace {
+
+constexpr std::int64_t kMinChunkRows = 64;       // keeps the chunks' sums small beside the chunks
+constexpr std::int64_t kMinTasks = 16;           // columns are shared out too where there are fewer row chunks
+constexpr std::int64_t kMinSlabColumns = 256;    // narrower column slabs read memory badly
+constexpr std::int64_t kMinFoldedColumns = 64;   // what the leaves' unrolled loop takes
+constexpr std::int64_t kMaxFoldedColumns = 2048;
+constexpr std::int64_t kFinishColumns = 256;  // of one task between the passes
+
+// How many rows to take as one: a multiple of 16 columns has no rest that would be done element by element.
+// Column j of a folded row belongs to channel j % C.
+std::int64_t fold_of(std::int64_t C, std::int64_t M) {
+  std::int64_t fold = 16 / std::gcd(C, std::int64_t{16});
+  while (fold * C < kMinFoldedColumns) fold *= 2;
+  return fold * C <= kMaxFoldedColumns && fold <= M ? fold : 1;
+}
+
+class ChannelsLast {
+ public:
+  ChannelsLast(const Problem& problem, ChannelOp& op)
+      : problem_(problem), op_(op), leaves_(current_leaves()), M_(problem.count()), fold_(fold_of(problem.C, M_)) {
+    columns_ = problem.C * fold_;
+    rows_ = M_ / fold_;
+    const std::int64_t wanted = kChunkElements / columns_;
+    chunk_rows_ = wanted < divide_up(kMinChunkRows, fold_) ? divide_up(kMinChunkRows, fold_) : wanted;
+    chunks_ = divide_up(rows_, chunk_rows_);
+    slab_columns_ = columns_;
+    if (chunks_ < kMinTasks && fold_ == 1) {
+      const std::int64_t share = divide_up(columns_, divide_up(kMinTasks, chunks_));
+      slab_columns_ = divide_up(share < kMinSlabColumns ? kMinSlabColumns : share, 64) * 64;
+    }
+    slabs_ = divide_up(columns_, slab_columns_);
+  }
+
+  void run(const Parallel& parallel) {
+    const auto C = static_cast<std::size_t>(problem_.C);
+    std::vector<ChannelSums> sums(C);
+    if (op_.reduces) reduce_all(parallel, sums);
+    const auto columns = static_cast<std::size_t>(columns_);
+    std::vector<double> coefficients(columns * kMaxCoefficients);
+    std::atomic<bool> single_fits{true};
+    parallel(divide_up(problem_.C, kFinishColumns), [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t c = begin * kFinishColumns; c < end_column(end); ++c) {
+        double value[kMaxCoefficients] = {};
+        op_.finish(c, sums[static_cast<std::size_t>(c)], value);
+        if (!fits_float32(value, kMaxCoefficients)) single_fits.store(false, std::memory_order_relaxed);
+        for (int k = 0; k < kMaxCoefficients; ++k) {
+          double* row = coefficients.data() + k * columns_;
+          for (std::int64_t j = c; j < columns_; j += problem_.C) row[j] = value[k];
+        }
+      }
+    });
+    if (op_.out == nullptr) return;
+    if (single_fits && natural_compute(problem_.dtype) == Compute::kFloat32) {
+      const std::vector<float> single(coefficients.begin(), coefficients.end());
+      map_all(parallel, single.data(), Compute::kFloat32);
+    } else {
+      map_all(parallel, coefficients.data(), Compute::kFloat64);
+    }
+  }
+
+ private:
+  void reduce_all(const Parallel& parallel, std::vector<ChannelSums>& sums) {
+    const auto C = static_cast<std::size_t>(problem_.C);
+    std::vector<double> shift(C);
+    first_shift(shift.data());
+    reduce_with(parallel, natural_compute(problem_.dtype), shift.data(), sums);
+    bool all_accurate = true;
+    for (std::size_t c = 0; c < C; ++c) {
+      const bool accurate = op_.accurate(sums[c]);
+      all_accurate = all_accurate && accurate;
+      if (!accurate) shift[c] = op_.better_shift(sums[c]);
+    }
+    if (all_accurate) return;
+    // Rows are read whole, so every channel is reduced again; only the doubtful ones take the new sums, for a
+    // channel's bits must not depend on another's values.
+    std::vector<ChannelSums> again(C);
+    reduce_with(parallel, Compute::kFloat64, shift.data(), again);
+    for (std::size_t c = 0; c < C; ++c) {
+      if (!op_.accurate(sums[c])) sums[c] = again[c];
+    }
+  }
+
+  void first_shift(double* shift) const {
+    const std::int64_t C = problem_.C;
+    if (op_.shift != nullptr) {
+      const bool single = natural_compute(problem_.dtype) == Compute::kFloat32;
+      for (std::int64_t c = 0; c < C; ++c) {
+        shift[c] = single ? static_cast<double>(static_cast<float>(op_.shift[c])) : op_.shift[c];
+      }
+      return;
+    }
+    const SamplePositions positions(M_);
+    std::int64_t offsets[kMaxSamples];
+    for (int i = 0; i < positions.samples; ++i) offsets[i] = positions.at[i] * C;
+    leaves_.sample[static_cast<int>(problem_.dtype)]({op_.in[0], offsets, positions.samples, C, shift});
+  }
+
+  void reduce_with(const Parallel& parallel, Compute compute, const double* shift,
+                   std::vector<ChannelSums>& sums) const {
+    const auto columns = static_cast<std::size_t>(columns_);
+    const auto C = static_cast<std::size_t>(problem_.C);
+    std::vector<double> wide(compute == Compute::kFloat64 ? columns : 0);
+    std::vector<float> single(compute == Compute::kFloat32 ? columns : 0);
+    for (std::size_t j = 0; j < wide.size(); ++j) wide[j] = shift[j % C];
+    for (std::size_t j = 0; j < single.size(); ++j) single[j] = static_cast<float>(shift[j % C]);
+    const auto leaf = leaves_.reduce_columns[static_cast<int>(problem_.dtype)][static_cast<int>(compute)]
+                                            [static_cast<int>(op_.reduce_op)];
+    // One more chunk for the rows that do not fill a folded one.
+    const std::int64_t rest = M_ % fold_ != 0 ? 1 : 0;
+    std::vector<double> partial(2 * columns * static_cast<std::size_t>(chunks_ + rest));
+    const auto reduce = [&](std::int64_t chunk, std::int64_t column, std::int64_t rows, std::int64_t len) {
+      ReduceArgs args;
+      args.block = block_of(chunk, column, rows, len);
+      args.shift = compute == Compute::kFloat64 ? static_cast<const void*>(wide.data() + column) : single.data() + column;
+      args.first = partial.data() + 2 * chunk * columns_ + column;
+      args.second = args.first + columns_;
+      leaf(args);
+    };
+    parallel(chunks_ * slabs_, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t task = begin; task < end; ++task) {
+        const std::int64_t chunk = task / slabs_;
+        const std::int64_t column = task % slabs_ * slab_columns_;
+        reduce(chunk, column, rows_of(chunk), width_of(column));
+      }
+    });
+    if (rest != 0) {
+      // Past the last folded row; a chunk of its own in `partial`, wherever the full chunks end in the tensor.
+      ReduceArgs args;
+      const std::int64_t len = M_ % fold_ * problem_.C;
+      args.block = block_at(rows_ * columns_, 1, len);
+      args.shift = compute == Compute::kFloat64 ? static_cast<const void*>(wide.data()) : single.data();
+      args.first = partial.data() + 2 * chunks_ * columns_;
+      args.second = args.first + columns_;
+      leaf(args);
+    }
+    const std::int64_t all_chunks = chunks_ + rest;
+    parallel(divide_up(problem_.C, kFinishColumns), [&](std::int64_t begin, std::int64_t end) {
+      const std::int64_t last = end_column(end);
+      for (std::int64_t c = begin * kFinishColumns; c < last; ++c) sums[c] = {shift[c], 0.0, 0.0};
+      for (std::int64_t chunk = 0; chunk < all_chunks; ++chunk) {
+        const double* first = partial.data() + 2 * chunk * columns_;
+        for (std::int64_t f = 0; f < fold_; ++f) {
+          for (std::int64_t c = begin * kFinishColumns; c < last; ++c) {
+            sums[c].first += first[f * problem_.C + c];
+            sums[c].second += first[columns_ + f * problem_.C + c];
+          }
+        }
+      }
+    });
+  }
+
+  template <typename acc_t>
+  void map_all(const Parallel& parallel, const acc_t* coefficients, Compute compute) const {
+    const auto leaf =
+        leaves_.map_columns[static_cast<int>(problem_.dtype)][static_cast<int>(compute)][static_cast<int>(op_.map_op)];
+    const auto map = [&](std::int64_t first, std::int64_t column, std::int64_t rows, std::int64_t len) {
+      MapArgs args;
+      args.block = block_at(first + column, rows, len);
+      args.out = advance(op_.out, first + column, problem_.dtype);
+      for (int k = 0; k < kMaxCoefficients; ++k) args.coefficients[k] = coefficients + k * columns_ + column;
+      leaf(args);
+    };
+    if (M_ % fold_ != 0) map(rows_ * columns_, 0, 1, M_ % fold_ * problem_.C);
+    parallel(chunks_ * slabs_, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t task = end - 1; task >= begin; --task) {
+        const std::int64_t chunk = task / slabs_;
+        const std::int64_t column = task % slabs_ * slab_columns_;
+        map(chunk * chunk_rows_ * columns_, column, rows_of(chunk), width_of(column));
+      }
+    });
+  }
+
+  std::int64_t end_column(std::int64_t finish_task) const {
+    return finish_task * kFinishColumns < problem_.C ? finish_task * kFinishColumns : problem_.C;
+  }
+
+  std::int64_t rows_of(std::int64_t chunk) const {
+    const std::int64_t left = rows_ - chunk * chunk_rows_;
+    return left < chunk_rows_ ? left : chunk_rows_;
+  }
+
+  std::int64_t width_of(std::int64_t column) const {
+    return columns_ - column < slab_columns_ ? columns_ - column : slab_columns_;
+  }
+
+  Block block_at(std::int64_t first, std::int64_t rows, std::int64_t len) const {
+    Block block;
+    for (int i = 0; i < 2; ++i) block.in[i] = advance(op_.in[i], first, problem_.dtype);
+    block.rows = rows;
+    block.len = len;
+    block.stride = columns_;
+    return block;
+  }
+
+  Block block_of(std::int64_t chunk, std::int64_t column, std::int64_t rows, std::int64_t len) const {
+    return block_at(chunk * chunk_rows_ * columns_ + column, rows, len);
+  }
+
+  const Problem& problem_;
+  ChannelOp& op_;
+  const LeafTable& leaves_;
+  std::int64_t M_;
+  std::int64_t fold_;     // rows of the tensor in one row of the matrix as the leaves see it
+  std::int64_t columns_;  // C * fold_
+  std::int64_t rows_;     // M_ / fold_; M_ % fold_ rows are left over
+  std::int64_t chunk_rows_;
+  std::int64_t chunks_;
+  std::int64_t slab_columns_;
+  std::int64_t slabs_;
+};
+
+}  // namespace
+
+void run_channels_last(const Problem& problem, ChannelOp& op, const Parallel& parallel) {
+  ChannelsLast(problem, op).run(parallel);
+}
+
+}  // namespace bnext::cpu

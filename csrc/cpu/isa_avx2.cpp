@@ -1,0 +1,28 @@
+// The leaves compiled for x86-64-v3 (AVX2, FMA, F16C).
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+// After the system's headers, before our own: what the leaves inline must be compiled for the same instructions,
+// and nothing else may be.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("arch=x86-64-v3"))), apply_to = function)
+#else
+#pragma GCC target("arch=x86-64-v3")
+#endif
+
+#include "../common/half.h"
+#include "leaves.h"
+
+namespace bnext::cpu::isa_avx2 {
+constexpr int kVectorBytes = 32;
+#include "leaves.inl"
+}  // namespace bnext::cpu::isa_avx2
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif

@@ -1,0 +1,28 @@
+// The leaves compiled for x86-64-v4 (AVX-512 F, BW, CD, DQ, VL).
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+// After the system's headers, before our own: what the leaves inline must be compiled for the same instructions,
+// and nothing else may be.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("arch=x86-64-v4"))), apply_to = function)
+#else
+#pragma GCC target("arch=x86-64-v4", "prefer-vector-width=512")
+#endif
+
+#include "../common/half.h"
+#include "leaves.h"
+
+namespace bnext::cpu::isa_avx512 {
+constexpr int kVectorBytes = 64;
+#include "leaves.inl"
+}  // namespace bnext::cpu::isa_avx512
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif

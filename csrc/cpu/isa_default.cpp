@@ -1,0 +1,10 @@
+// The leaves compiled for the processor's baseline: SSE2 on x86-64, Neon on aarch64.
+#include <cstdint>
+
+#include "../common/half.h"
+#include "leaves.h"
+
+namespace bnext::cpu::isa_default {
+constexpr int kVectorBytes = 16;
+#include "leaves.inl"
+}  // namespace bnext::cpu::isa_default

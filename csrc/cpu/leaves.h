@@ -1,0 +1,88 @@
+// The vectorised inner loops ("leaves") of the CPU kernels, as a table of function pointers for each instruction
+// set. A leaf works on a block of `rows` rows of `len` elements, `stride` elements apart, in one of two ways:
+//
+// * segments: the whole block belongs to one channel (channels first; a row is an image's plane)
+// * columns:  column j of the block belongs to channel j (channels last; a row is a pixel)
+//
+// All leaves are single-threaded, allocate nothing and read and write just the block.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/elementwise.h"
+#include "../common/problem.h"
+
+namespace bnext::cpu {
+
+enum class ReduceOp { kMomentSums, kGradSums, kBiasGradSum };
+enum class MapOp { kNormalize, kGradInput, kScaleGrad };
+constexpr int kReduceOps = 3;
+constexpr int kMapOps = 3;
+
+// The type that elements are widened to before they are computed with.
+enum class Compute { kFloat32, kFloat64 };
+
+constexpr Compute natural_compute(DType dtype) {
+  return dtype == DType::kFloat64 ? Compute::kFloat64 : Compute::kFloat32;
+}
+
+struct Block {
+  const void* in[2];  // input, grad_output: first elements of the block, as far as the functor reads them
+  std::int64_t rows;
+  std::int64_t len;
+  std::int64_t stride;  // between rows, in elements
+};
+
+// Adds each channel's two sums over the block to first[j] and second[j] (j = 0 for segments).
+struct ReduceArgs {
+  Block block;
+  const void* shift;  // one value, or `len` of them, of the compute type
+  double* first;
+  double* second;
+};
+
+// out[...] = functor(in[...]), with the block's geometry.
+struct MapArgs {
+  Block block;
+  void* out;
+  const void* coefficients[kMaxCoefficients];  // each one value, or `len` of them, of the compute type
+};
+
+// shift[j] = mean of in[offsets[i] + j] over i, for j < len, rounded to the dtype's natural compute type. Averaged
+// in pairs, which neither overflows nor rounds equal values; `samples` is a power of two, at most kMaxSamples.
+struct SampleArgs {
+  const void* in;
+  const std::int64_t* offsets;
+  int samples;
+  std::int64_t len;
+  double* shift;
+};
+constexpr int kMaxSamples = 16;
+
+using ReduceLeaf = void (*)(const ReduceArgs&);
+using MapLeaf = void (*)(const MapArgs&);
+using SampleLeaf = void (*)(const SampleArgs&);
+
+// Indexed [dtype][compute][op]; float64 data has no float32 compute, and those entries are null.
+struct LeafTable {
+  ReduceLeaf reduce_segments[kDTypes][2][kReduceOps];
+  ReduceLeaf reduce_columns[kDTypes][2][kReduceOps];
+  MapLeaf map_segments[kDTypes][2][kMapOps];
+  MapLeaf map_columns[kDTypes][2][kMapOps];
+  SampleLeaf sample[kDTypes];
+};
+
+// One for each translation unit isa_*.cpp.
+namespace isa_default {
+LeafTable leaf_table();
+}
+#if defined(__x86_64__)
+namespace isa_avx2 {
+LeafTable leaf_table();
+}
+namespace isa_avx512 {
+LeafTable leaf_table();
+}
+#endif
+
+}  // namespace bnext::cpu

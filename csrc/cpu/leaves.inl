@@ -1,0 +1,322 @@
+// The leaves themselves. Each isa_*.cpp includes this file once, inside its own namespace and under its target
+// pragma; nothing of the standard library is instantiated here, so that no function compiled for a newer
+// processor can be merged with a copy that an older one calls.
+
+#include "vec.h"
+
+// Additions into one float32 lane before it is emptied into a double: bounds the rounding error of a lane by
+// 128 * 2^-24 of the sum of magnitudes, in the worst case.
+constexpr std::int64_t kFlush = 128;
+
+template <typename acc_t>
+using Vec = Vector<acc_t, kWidth<acc_t>>;
+
+template <typename Op>
+constexpr int kInputs = int{Op::kReadsInput} + int{Op::kReadsGrad};
+
+// The block's inputs from `offset` on; one that Op does not read may be null and stays so.
+template <typename scalar_t, typename Op>
+struct Inputs {
+  const scalar_t* x;
+  const scalar_t* dy;
+
+  BNEXT_INLINE Inputs(const Block& block, std::int64_t offset)
+      : x(static_cast<const scalar_t*>(block.in[0]) + (Op::kReadsInput ? offset : 0)),
+        dy(static_cast<const scalar_t*>(block.in[1]) + (Op::kReadsGrad ? offset : 0)) {}
+
+  // V: acc_t or Vec<acc_t>.
+  template <typename acc_t, typename V>
+  BNEXT_INLINE void load(V (&v)[2], std::int64_t i) const {
+    if constexpr (Op::kReadsInput) v[0] = load_as<V, acc_t>(x + i);
+    if constexpr (Op::kReadsGrad) v[1] = load_as<V, acc_t>(dy + i);
+  }
+};
+
+// Two sums in kUnroll registers each, so that additions do not wait for one another, and a scalar for rests.
+template <typename acc_t, typename scalar_t, typename Op>
+struct Lanes {
+  static constexpr int kUnroll = 4;
+  static constexpr std::int64_t kN = kWidth<acc_t>;
+
+  Vec<acc_t> first[kUnroll] = {};
+  Vec<acc_t> second[kUnroll] = {};
+  acc_t first_rest = 0;
+  acc_t second_rest = 0;
+
+  BNEXT_INLINE void add_vector(int u, const Inputs<scalar_t, Op>& inputs, std::int64_t i, const Vec<acc_t>& shift) {
+    Vec<acc_t> in[2];
+    inputs.template load<acc_t>(in, i);
+    Op::add(first[u], second[u], in, shift);
+  }
+
+  // Elements [i, n).
+  BNEXT_INLINE void add_run(const Inputs<scalar_t, Op>& inputs, std::int64_t i, std::int64_t n,
+                            const Vec<acc_t>& shift) {
+    for (; i + kUnroll * kN <= n; i += kUnroll * kN) {
+#pragma GCC unroll 4
+      for (int u = 0; u < kUnroll; ++u) add_vector(u, inputs, i + u * kN, shift);
+    }
+    // What is left fills fewer than kUnroll registers; each goes to a register of its own.
+    if (i + kN <= n) add_vector(0, inputs, i, shift), i += kN;
+    if (i + kN <= n) add_vector(1, inputs, i, shift), i += kN;
+    if (i + kN <= n) add_vector(2, inputs, i, shift), i += kN;
+    for (; i < n; ++i) {
+      acc_t in[2];
+      inputs.template load<acc_t>(in, i);
+      Op::add(first_rest, second_rest, in, shift[0]);
+    }
+  }
+
+  BNEXT_INLINE void flush(double& first_sum, double& second_sum) {
+    double a = first_rest;
+    double b = second_rest;
+    for (int u = 0; u < kUnroll; ++u) {
+      for (int l = 0; l < kN; ++l) {
+        a += static_cast<double>(first[u][l]);
+        b += static_cast<double>(second[u][l]);
+      }
+    }
+    first_sum += a;
+    second_sum += b;
+    *this = Lanes{};
+  }
+};
+
+template <typename scalar_t, typename acc_t, typename Op>
+void reduce_segments(const ReduceArgs& args) {
+  using Sums = Lanes<acc_t, scalar_t, Op>;
+  constexpr std::int64_t kStep = Sums::kUnroll * Sums::kN;
+  constexpr std::int64_t kRun = kFlush * kStep;
+  const Vec<acc_t> shift = broadcast(*static_cast<const acc_t*>(args.shift));
+  const std::int64_t len = args.block.len;
+  // Each row adds at most this often to a lane (the scalar rest included).
+  const std::int64_t adds_a_row = len / kStep + Sums::kN;
+  Sums sums;
+  double first = 0.0;
+  double second = 0.0;
+  std::int64_t adds = 0;
+  for (std::int64_t r = 0; r < args.block.rows; ++r) {
+    const Inputs<scalar_t, Op> inputs(args.block, r * args.block.stride);
+    std::int64_t i = 0;
+    for (; len - i > kRun; i += kRun) {
+      sums.add_run(inputs, i, i + kRun, shift);
+      sums.flush(first, second);
+    }
+    sums.add_run(inputs, i, len, shift);
+    adds += adds_a_row;
+    if (adds >= kFlush) {
+      sums.flush(first, second);
+      adds = 0;
+    }
+  }
+  sums.flush(first, second);
+  *args.first += first;
+  *args.second += second;
+}
+
+template <typename scalar_t, typename acc_t, typename Op>
+void map_segments(const MapArgs& args) {
+  constexpr std::int64_t kN = kWidth<acc_t>;
+  acc_t c[kMaxCoefficients] = {};
+  Vec<acc_t> cv[kMaxCoefficients] = {};
+  for (int k = 0; k < Op::kCoefficients; ++k) {
+    c[k] = *static_cast<const acc_t*>(args.coefficients[k]);
+    cv[k] = broadcast(c[k]);
+  }
+  const std::int64_t len = args.block.len;
+  for (std::int64_t r = 0; r < args.block.rows; ++r) {
+    const std::int64_t row = r * args.block.stride;
+    const Inputs<scalar_t, Op> inputs(args.block, row);
+    auto* out = static_cast<scalar_t*>(args.out) + row;
+    std::int64_t i = 0;
+#pragma GCC unroll 4
+    for (; i + kN <= len; i += kN) {
+      Vec<acc_t> in[2];
+      inputs.template load<acc_t>(in, i);
+      store_as<Vec<acc_t>, acc_t>(out + i, Op::apply(in, cv));
+    }
+    for (; i < len; ++i) {
+      acc_t in[2];
+      inputs.template load<acc_t>(in, i);
+      store_as<acc_t, acc_t>(out + i, Op::apply(in, c));
+    }
+  }
+}
+
+// Columns are reduced in slabs whose sums stay in the first-level cache; inside a slab a few rows at a time, so
+// that a register's sums are loaded and stored once for all of them. Neither size changes the order in which a
+// channel's values are added, so a channel's bits depend on `rows` alone.
+constexpr std::int64_t kSlabColumns = 1024;
+constexpr std::int64_t kSlabBytes = 16384;
+
+template <typename scalar_t, typename acc_t, typename Op>
+void reduce_columns(const ReduceArgs& args) {
+  constexpr std::int64_t kN = kWidth<acc_t>;
+  constexpr int kUnroll = 4;
+  alignas(64) acc_t first[kSlabColumns];
+  alignas(64) acc_t second[kSlabColumns];
+  const std::int64_t stride = args.block.stride;
+  for (std::int64_t c0 = 0; c0 < args.block.len; c0 += kSlabColumns) {
+    const std::int64_t columns = args.block.len - c0 < kSlabColumns ? args.block.len - c0 : kSlabColumns;
+    const Inputs<scalar_t, Op> inputs(args.block, c0);
+    const auto* shift = static_cast<const acc_t*>(args.shift) + c0;
+    const std::int64_t wanted = kSlabBytes / (columns * static_cast<std::int64_t>(sizeof(scalar_t)) * kInputs<Op>);
+    const std::int64_t tile_rows = wanted < 4 ? 4 : wanted;
+    for (std::int64_t r0 = 0; r0 < args.block.rows; r0 += kFlush) {
+      const std::int64_t r1 = args.block.rows - r0 < kFlush ? args.block.rows : r0 + kFlush;
+      for (std::int64_t c = 0; c < columns; ++c) first[c] = second[c] = 0;
+      for (std::int64_t t0 = r0; t0 < r1; t0 += tile_rows) {
+        const std::int64_t t1 = r1 - t0 < tile_rows ? r1 : t0 + tile_rows;
+        std::int64_t c = 0;
+        for (; c + kUnroll * kN <= columns; c += kUnroll * kN) {
+          Vec<acc_t> a[kUnroll];
+          Vec<acc_t> b[kUnroll];
+          Vec<acc_t> k[kUnroll];
+#pragma GCC unroll 4
+          for (int u = 0; u < kUnroll; ++u) {
+            a[u] = load_raw<Vec<acc_t>>(first + c + u * kN);
+            b[u] = load_raw<Vec<acc_t>>(second + c + u * kN);
+            k[u] = load_raw<Vec<acc_t>>(shift + c + u * kN);
+          }
+          for (std::int64_t r = t0; r < t1; ++r) {
+#pragma GCC unroll 4
+            for (int u = 0; u < kUnroll; ++u) {
+              Vec<acc_t> in[2];
+              inputs.template load<acc_t>(in, r * stride + c + u * kN);
+              Op::add(a[u], b[u], in, k[u]);
+            }
+          }
+#pragma GCC unroll 4
+          for (int u = 0; u < kUnroll; ++u) {
+            store_raw(first + c + u * kN, a[u]);
+            store_raw(second + c + u * kN, b[u]);
+          }
+        }
+        for (; c + kN <= columns; c += kN) {
+          auto a = load_raw<Vec<acc_t>>(first + c);
+          auto b = load_raw<Vec<acc_t>>(second + c);
+          const auto k = load_raw<Vec<acc_t>>(shift + c);
+          for (std::int64_t r = t0; r < t1; ++r) {
+            Vec<acc_t> in[2];
+            inputs.template load<acc_t>(in, r * stride + c);
+            Op::add(a, b, in, k);
+          }
+          store_raw(first + c, a);
+          store_raw(second + c, b);
+        }
+        for (; c < columns; ++c) {
+          for (std::int64_t r = t0; r < t1; ++r) {
+            acc_t in[2];
+            inputs.template load<acc_t>(in, r * stride + c);
+            Op::add(first[c], second[c], in, shift[c]);
+          }
+        }
+      }
+      for (std::int64_t c = 0; c < columns; ++c) {
+        args.first[c0 + c] += static_cast<double>(first[c]);
+        args.second[c0 + c] += static_cast<double>(second[c]);
+      }
+    }
+  }
+}
+
+template <typename scalar_t, typename acc_t, typename Op, int kRows>
+BNEXT_INLINE void map_rows(const MapArgs& args, std::int64_t r) {
+  constexpr std::int64_t kN = kWidth<acc_t>;
+  const std::int64_t row = r * args.block.stride;
+  const std::int64_t stride = args.block.stride;
+  const Inputs<scalar_t, Op> inputs(args.block, row);
+  auto* out = static_cast<scalar_t*>(args.out) + row;
+  const acc_t* c[kMaxCoefficients];
+  for (int k = 0; k < Op::kCoefficients; ++k) c[k] = static_cast<const acc_t*>(args.coefficients[k]);
+  std::int64_t i = 0;
+  for (; i + kN <= args.block.len; i += kN) {
+    Vec<acc_t> cv[kMaxCoefficients] = {};
+    for (int k = 0; k < Op::kCoefficients; ++k) cv[k] = load_raw<Vec<acc_t>>(c[k] + i);
+#pragma GCC unroll 4
+    for (int j = 0; j < kRows; ++j) {
+      Vec<acc_t> in[2];
+      inputs.template load<acc_t>(in, j * stride + i);
+      store_as<Vec<acc_t>, acc_t>(out + j * stride + i, Op::apply(in, cv));
+    }
+  }
+  for (; i < args.block.len; ++i) {
+    acc_t cs[kMaxCoefficients] = {};
+    for (int k = 0; k < Op::kCoefficients; ++k) cs[k] = c[k][i];
+    for (int j = 0; j < kRows; ++j) {
+      acc_t in[2];
+      inputs.template load<acc_t>(in, j * stride + i);
+      store_as<acc_t, acc_t>(out + j * stride + i, Op::apply(in, cs));
+    }
+  }
+}
+
+// Several rows at once share one load of the coefficients.
+template <typename scalar_t, typename acc_t, typename Op>
+void map_columns(const MapArgs& args) {
+  constexpr int kRows = 4;
+  std::int64_t r = 0;
+  for (; r + kRows <= args.block.rows; r += kRows) map_rows<scalar_t, acc_t, Op, kRows>(args, r);
+  for (; r < args.block.rows; ++r) map_rows<scalar_t, acc_t, Op, 1>(args, r);
+}
+
+// V: acc_t or Vec<acc_t>.
+template <typename V, typename acc_t, typename scalar_t>
+BNEXT_INLINE V pairwise_mean(const scalar_t* x, const std::int64_t* offsets, int samples) {
+  const acc_t half = static_cast<acc_t>(0.5);
+  V level[kMaxSamples] = {};
+  for (int i = 0; i < samples; ++i) level[i] = load_as<V, acc_t>(x + offsets[i]);
+  for (int n = samples; n > 1; n /= 2) {
+    // Halved before they are added: the sum of two huge values would overflow.
+    for (int i = 0; i < n / 2; ++i) level[i] = level[2 * i] * half + level[2 * i + 1] * half;
+  }
+  return level[0];
+}
+
+template <typename scalar_t, typename acc_t>
+void sample(const SampleArgs& args) {
+  constexpr std::int64_t kN = kWidth<acc_t>;
+  const auto* x = static_cast<const scalar_t*>(args.in);
+  std::int64_t j = 0;
+  for (; j + kN <= args.len; j += kN) {
+    const auto mean = pairwise_mean<Vec<acc_t>, acc_t>(x + j, args.offsets, args.samples);
+    for (int l = 0; l < kN; ++l) args.shift[j + l] = static_cast<double>(mean[l]);
+  }
+  for (; j < args.len; ++j) {
+    args.shift[j] = static_cast<double>(pairwise_mean<acc_t, acc_t>(x + j, args.offsets, args.samples));
+  }
+}
+
+template <typename scalar_t, typename acc_t>
+void fill_table(LeafTable& table, DType dtype, Compute compute) {
+  const int d = static_cast<int>(dtype);
+  const int a = static_cast<int>(compute);
+  table.reduce_segments[d][a][static_cast<int>(ReduceOp::kMomentSums)] = &reduce_segments<scalar_t, acc_t, MomentSums>;
+  table.reduce_segments[d][a][static_cast<int>(ReduceOp::kGradSums)] = &reduce_segments<scalar_t, acc_t, GradSums>;
+  table.reduce_segments[d][a][static_cast<int>(ReduceOp::kBiasGradSum)] = &reduce_segments<scalar_t, acc_t, BiasGradSum>;
+  table.reduce_columns[d][a][static_cast<int>(ReduceOp::kMomentSums)] = &reduce_columns<scalar_t, acc_t, MomentSums>;
+  table.reduce_columns[d][a][static_cast<int>(ReduceOp::kGradSums)] = &reduce_columns<scalar_t, acc_t, GradSums>;
+  table.reduce_columns[d][a][static_cast<int>(ReduceOp::kBiasGradSum)] = &reduce_columns<scalar_t, acc_t, BiasGradSum>;
+  table.map_segments[d][a][static_cast<int>(MapOp::kNormalize)] = &map_segments<scalar_t, acc_t, Normalize>;
+  table.map_segments[d][a][static_cast<int>(MapOp::kGradInput)] = &map_segments<scalar_t, acc_t, GradInput>;
+  table.map_segments[d][a][static_cast<int>(MapOp::kScaleGrad)] = &map_segments<scalar_t, acc_t, ScaleGrad>;
+  table.map_columns[d][a][static_cast<int>(MapOp::kNormalize)] = &map_columns<scalar_t, acc_t, Normalize>;
+  table.map_columns[d][a][static_cast<int>(MapOp::kGradInput)] = &map_columns<scalar_t, acc_t, GradInput>;
+  table.map_columns[d][a][static_cast<int>(MapOp::kScaleGrad)] = &map_columns<scalar_t, acc_t, ScaleGrad>;
+}
+
+LeafTable leaf_table() {
+  LeafTable table = {};
+  fill_table<float, float>(table, DType::kFloat32, Compute::kFloat32);
+  fill_table<float, double>(table, DType::kFloat32, Compute::kFloat64);
+  fill_table<Half, float>(table, DType::kFloat16, Compute::kFloat32);
+  fill_table<Half, double>(table, DType::kFloat16, Compute::kFloat64);
+  fill_table<BFloat16, float>(table, DType::kBFloat16, Compute::kFloat32);
+  fill_table<BFloat16, double>(table, DType::kBFloat16, Compute::kFloat64);
+  fill_table<double, double>(table, DType::kFloat64, Compute::kFloat64);
+  table.sample[static_cast<int>(DType::kFloat32)] = &sample<float, float>;
+  table.sample[static_cast<int>(DType::kFloat16)] = &sample<Half, float>;
+  table.sample[static_cast<int>(DType::kBFloat16)] = &sample<BFloat16, float>;
+  table.sample[static_cast<int>(DType::kFloat64)] = &sample<double, double>;
+  return table;
+}

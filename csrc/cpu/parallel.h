@@ -1,0 +1,34 @@
+// A parallel loop that the caller supplies, so that the kernels run on the caller's threads without knowing whose.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+namespace bnext::cpu {
+
+class Parallel {
+ public:
+  using Body = void (*)(void* context, std::int64_t begin, std::int64_t end);
+  using Loop = void (*)(std::int64_t tasks, Body body, void* context);
+
+  // `loop` calls `body` on disjoint ranges that cover [0, tasks), possibly at once, and returns when all are done.
+  explicit Parallel(Loop loop) : loop_(loop) {}
+
+  static Parallel serial() {
+    return Parallel([](std::int64_t tasks, Body body, void* context) { body(context, 0, tasks); });
+  }
+
+  template <typename F>
+  void operator()(std::int64_t tasks, F&& f) const {
+    using Function = std::remove_reference_t<F>;
+    loop_(
+        tasks,
+        [](void* context, std::int64_t begin, std::int64_t end) { (*static_cast<Function*>(context))(begin, end); },
+        const_cast<void*>(static_cast<const void*>(&f)));
+  }
+
+ private:
+  Loop loop_;
+};
+
+}  // namespace bnext::cpu

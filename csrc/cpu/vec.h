@@ -1,0 +1,157 @@
+// A register's worth of compute type, and how elements get into and out of it.
+//
+// Included by leaves.inl once for each instruction set, inside that set's namespace and under its target pragma:
+// hence no include guard and no #include. kVectorBytes is the width of a register. The compiler's own vector
+// types are used at exactly that width (wider ones are split badly), with ordinary operators.
+
+template <typename T, int kN>
+struct VectorOf {
+  typedef T Type __attribute__((vector_size(sizeof(T) * kN)));
+};
+template <typename T, int kN>
+using Vector = typename VectorOf<T, kN>::Type;
+
+template <typename acc_t>
+constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(acc_t));
+
+template <typename V, typename T>
+BNEXT_INLINE V load_raw(const T* from) {
+  V v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <typename V, typename T>
+BNEXT_INLINE void store_raw(T* to, const V& v) {
+  __builtin_memcpy(to, &v, sizeof v);
+}
+
+// kN half-precision values to and from float32.
+template <int kN>
+BNEXT_INLINE Vector<float, kN> widen(const BFloat16* from) {
+  const auto bits = load_raw<Vector<std::uint16_t, kN>>(from);
+  return bfloat16_to_float<Vector<float, kN>>(__builtin_convertvector(bits, Vector<std::uint32_t, kN>));
+}
+
+template <int kN>
+BNEXT_INLINE void narrow(BFloat16* to, const Vector<float, kN>& v) {
+  const auto bits = float_to_bfloat16<Vector<std::uint32_t, kN>>(v);
+  store_raw(to, __builtin_convertvector(bits, Vector<std::uint16_t, kN>));
+}
+
+template <int kN>
+BNEXT_INLINE Vector<float, kN> widen(const Half* from) {
+  const auto bits = load_raw<Vector<std::uint16_t, kN>>(from);
+#if defined(__AVX512F__)
+  if constexpr (kN == 16) {
+    return __builtin_bit_cast(Vector<float, kN>, _mm512_cvtph_ps(__builtin_bit_cast(__m256i, bits)));
+  }
+#endif
+#if defined(__F16C__)
+  if constexpr (kN == 8) {
+    return __builtin_bit_cast(Vector<float, kN>, _mm256_cvtph_ps(__builtin_bit_cast(__m128i, bits)));
+  }
+#endif
+  return float16_to_float<Vector<float, kN>>(__builtin_convertvector(bits, Vector<std::uint32_t, kN>));
+}
+
+template <int kN>
+BNEXT_INLINE void narrow(Half* to, const Vector<float, kN>& v) {
+#if defined(__AVX512F__)
+  if constexpr (kN == 16) {
+    const __m256i bits = _mm512_cvtps_ph(__builtin_bit_cast(__m512, v), _MM_FROUND_TO_NEAREST_INT);
+    __builtin_memcpy(to, &bits, sizeof bits);
+    return;
+  }
+#endif
+#if defined(__F16C__)
+  if constexpr (kN == 8) {
+    const __m128i bits = _mm256_cvtps_ph(__builtin_bit_cast(__m256, v), _MM_FROUND_TO_NEAREST_INT);
+    __builtin_memcpy(to, &bits, sizeof bits);
+    return;
+  }
+#endif
+  const auto bits = float_to_float16<Vector<std::uint32_t, kN>>(v);
+  store_raw(to, __builtin_convertvector(bits, Vector<std::uint16_t, kN>));
+}
+
+template <int kN>
+BNEXT_INLINE Vector<float, kN> widen(const float* from) {
+  return load_raw<Vector<float, kN>>(from);
+}
+
+template <int kN>
+BNEXT_INLINE void narrow(float* to, const Vector<float, kN>& v) {
+  store_raw(to, v);
+}
+
+// One register of compute type from kWidth<acc_t> elements, and back.
+template <typename acc_t, typename scalar_t>
+BNEXT_INLINE Vector<acc_t, kWidth<acc_t>> load_vector(const scalar_t* from) {
+  constexpr int kN = kWidth<acc_t>;
+  if constexpr (sizeof(scalar_t) == sizeof(double)) {
+    return load_raw<Vector<double, kN>>(from);
+  } else {
+    return __builtin_convertvector(widen<kN>(from), Vector<acc_t, kN>);
+  }
+}
+
+template <typename acc_t, typename scalar_t>
+BNEXT_INLINE void store_vector(scalar_t* to, const Vector<acc_t, kWidth<acc_t>>& v) {
+  constexpr int kN = kWidth<acc_t>;
+  if constexpr (sizeof(scalar_t) == sizeof(double)) {
+    store_raw(to, v);
+  } else {
+    narrow<kN>(to, __builtin_convertvector(v, Vector<float, kN>));
+  }
+}
+
+template <typename acc_t>
+BNEXT_INLINE Vector<acc_t, kWidth<acc_t>> broadcast(acc_t value) {
+  return Vector<acc_t, kWidth<acc_t>>{} + value;
+}
+
+// The same for one element, where a row's end leaves less than a register.
+template <typename acc_t, typename scalar_t>
+BNEXT_INLINE acc_t load_scalar(const scalar_t* from) {
+  if constexpr (sizeof(scalar_t) == 2) {
+    return static_cast<acc_t>(to_float(*from));
+  } else {
+    return static_cast<acc_t>(*from);
+  }
+}
+template <typename acc_t>
+BNEXT_INLINE void store_scalar(float* to, acc_t value) {
+  *to = static_cast<float>(value);
+}
+template <typename acc_t>
+BNEXT_INLINE void store_scalar(double* to, acc_t value) {
+  *to = static_cast<double>(value);
+}
+template <typename acc_t>
+BNEXT_INLINE void store_scalar(Half* to, acc_t value) {
+  *to = to_half(static_cast<float>(value));
+}
+template <typename acc_t>
+BNEXT_INLINE void store_scalar(BFloat16* to, acc_t value) {
+  *to = to_bfloat16(static_cast<float>(value));
+}
+
+// V is acc_t, for one element, or a register of them.
+template <typename V, typename acc_t, typename scalar_t>
+BNEXT_INLINE V load_as(const scalar_t* from) {
+  if constexpr (sizeof(V) == sizeof(acc_t)) {
+    return load_scalar<acc_t>(from);
+  } else {
+    return load_vector<acc_t>(from);
+  }
+}
+
+template <typename V, typename acc_t, typename scalar_t>
+BNEXT_INLINE void store_as(scalar_t* to, const V& value) {
+  if constexpr (sizeof(V) == sizeof(acc_t)) {
+    store_scalar<acc_t>(to, value);
+  } else {
+    store_vector<acc_t>(to, value);
+  }
+}
