@@ -1,0 +1,138 @@
+# Two commands do everything on a machine with python3 >= 3.10 and a C++ compiler:
+#
+#   make bench    make test
+#
+# Variables, given on the command line (make test VENV=... TORCH=...):
+#   PYTHON        the interpreter that .venv is made from            python3
+#   VENV          the environment to use; an existing one is kept    .venv
+#   TORCH         what pip is asked for, when VENV is made           torch==2.13.0
+#   CXX           the C++ compiler                                   c++, g++ or clang++
+#   MAX_JOBS      compilations at a time                             number of cores
+#   PYTEST_ARGS   passed to pytest by make test
+#   BENCH_ARGS    passed to python -m benchmarks by make bench
+#   SYSTEM_SITE   1: use the packages PYTHON has, download nothing
+#
+# On Linux, PyPI's torch brings several GB of CUDA packages. For the CPU build alone:
+#   make test PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+
+PYTHON      ?= python3
+VENV        ?= $(if $(SYSTEM_SITE),.venv-system,.venv)
+TORCH       ?= torch==2.13.0
+MAX_JOBS    ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+PYTEST_ARGS ?=
+BENCH_ARGS  ?=
+SYSTEM_SITE ?=
+
+ifeq ($(origin CXX),default)
+CXX := $(shell for c in c++ g++ clang++; do command -v $$c >/dev/null 2>&1 && echo $$c && break; done)
+endif
+
+export CXX MAX_JOBS
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+BIN     := $(VENV)/bin
+PY      := $(BIN)/python
+CREATED := $(VENV)/.bnext-created
+DEPS    := $(VENV)/.bnext-dependencies
+# One stamp an environment: going back to another one builds again.
+BUILT   := build/.built-for$(subst /,-,$(abspath $(VENV)))
+
+# Folders are listed as well: their time changes when a file is deleted.
+SOURCES   := $(shell find csrc \( -type d -o -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' \) 2>/dev/null)
+CXX_FILES := $(sort $(filter %.h %.inl %.cpp %.cuh %.cu,$(SOURCES)))
+
+# $(error) prints one line and stops; the shell runs once.
+stop_if = $(if $(strip $(1)),$(error $(strip $(1))))
+# The interpreter that will be used, and whether an environment has still to be made from it.
+base    = $(if $(wildcard $(PY)),$(PY) have-venv,$(PYTHON) $(if $(SYSTEM_SITE),need-venv,need-venv-pip))
+
+.DEFAULT_GOAL := help
+.PHONY: help build test bench lint format clean tools FORCE
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@echo "Variables and their defaults: the first lines of the Makefile."
+
+build: tools $(BUILT) ## build the extension in place (compiles only what changed)
+	@echo "bnext._C is built for $(PY)"
+
+test: tools $(BUILT) ## set up, build, run the tests
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+bench: tools $(BUILT) ## set up, build, run the benchmark
+	@$(PY) -m benchmarks $(BENCH_ARGS)
+
+lint: $(DEPS) ## ruff, mypy and clang-format, changing nothing
+	@failed=; \
+	$(PY) -m ruff check . || failed="$$failed ruff-check"; \
+	$(PY) -m ruff format --check . || failed="$$failed ruff-format"; \
+	$(PY) -m mypy bnext || failed="$$failed mypy"; \
+	if [ -n "$(CXX_FILES)" ]; then \
+	  $(BIN)/clang-format --dry-run -Werror $(CXX_FILES) && echo "clang-format: $(words $(CXX_FILES)) files as they should be" \
+	    || failed="$$failed clang-format"; \
+	fi; \
+	[ -z "$$failed" ] || { echo "lint failed:$$failed (make format mends the layout)" >&2; exit 1; }
+
+format: $(DEPS) ## lay out Python and C++ anew, mend what ruff can
+	@$(PY) -m ruff check --fix-only .
+	@$(PY) -m ruff format .
+	@if [ -n "$(CXX_FILES)" ]; then $(BIN)/clang-format -i $(CXX_FILES); fi
+
+clean: ## remove what was built, the caches, .venv
+	rm -rf build dist bnext.egg-info bnext/_C*.so .venv .venv-system
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@for d in bnext tests benchmarks .ci; do \
+	  if [ -d $$d ]; then find $$d -type d -name __pycache__ -prune -exec rm -rf {} +; fi; \
+	done
+
+# Before anything is downloaded, so that what is missing is said at once.
+tools:
+	@$(call stop_if,$(shell sh .ci/preflight $(base) $(or $(CXX),no-compiler)))
+
+# With SYSTEM_SITE there is no pip, as nothing is installed. PYTHON may be a virtual environment itself, whose packages
+# --system-site-packages would pass by: a .pth line names them.
+SHARE := import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))
+
+$(PY):
+	@$(call stop_if,$(shell sh .ci/preflight $(base)))
+	@echo "environment: $(VENV), from $(PYTHON)"
+	@rm -f $(CREATED) $(DEPS)
+	@$(PYTHON) -m venv $(if $(SYSTEM_SITE),--system-site-packages --without-pip) $(VENV)
+	@$(if $(SYSTEM_SITE),$(PYTHON) -c '$(SHARE)' >"$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/system-site.pth")
+	@touch $(CREATED)
+
+ifeq ($(SYSTEM_SITE),)
+# torch comes first and is then held by a constraint: no other requirement can replace it.
+# In an environment that was not made here, the torch that is there stays.
+$(DEPS): pyproject.toml Makefile .ci/requirements.py | $(PY)
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null
+	@if [ -e $(CREATED) ] || ! $(PY) -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null; then \
+	  echo "install: $(TORCH)"; \
+	  if [ -t 1 ]; then quiet=; else quiet=-qq; fi; \
+	  $(PY) -m pip install $$quiet '$(TORCH)'; \
+	fi
+	@$(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' >$(VENV)/constraints.txt
+	@$(PY) .ci/requirements.py dev >$(VENV)/requirements.txt
+	@echo "install: requirements of pyproject.toml, extra dev"
+	@$(PY) -m pip install -qq -c $(VENV)/constraints.txt -r $(VENV)/requirements.txt
+	@touch $@
+else
+$(DEPS): pyproject.toml Makefile .ci/requirements.py | $(PY)
+	@$(PY) .ci/requirements.py --check dev
+	@touch $@
+endif
+
+# setup.py itself and not pip: pip builds in a temporary folder, so every build would start from nothing.
+# A .pth file then does what an editable install does; egg_info gives the metadata.
+$(BUILT): $(DEPS) setup.py $(SOURCES) $(if $(wildcard bnext/_C*.so),,FORCE)
+	@echo "build: bnext._C, $(CXX), $(MAX_JOBS) at a time"
+	@mkdir -p build && rm -f build/.built-for*
+	@{ PATH="$(abspath $(BIN)):$$PATH" $(PY) setup.py -q egg_info build_ext --inplace 2>&1; echo $$? >build/.status; } \
+	  | tee build/build.log | awk -f .ci/build-log.awk
+	@[ "$$(cat build/.status)" = 0 ] || { echo "build failed; everything it printed: build/build.log" >&2; exit 1; }
+	@$(PY) -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "bnext-source.pth").write_text("$(CURDIR)\n")'
+	@touch $@
+
+FORCE:
