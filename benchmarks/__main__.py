@@ -1,0 +1,209 @@
+"""``python -m benchmarks``: measure (without a command), or report on what was measured.
+
+Exit status: 0; 1 where a result is wrong or a README is out of date; 2 on bad input; 130 on Ctrl-C.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from benchmarks.rows import InputError, load_rows, save_rows
+from benchmarks.suites import ITEM_BYTES, LAYOUTS, SUITES, TENSOR_PASSES, case_work, select_cases
+
+PROGRAM = "python -m benchmarks"
+LATEST = Path(__file__).parent / "results" / "latest"
+BUDGET_S = 110.0
+QUICK_ROUNDS = 5
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{PROGRAM}: error: {message}\n")
+
+
+def names(choices: Collection[str], text: str) -> list[str]:
+    """A comma-separated list of known names."""
+    chosen = text.split(",")
+    for name in chosen:
+        if name not in choices:
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(choices)}")
+    return chosen
+
+
+def positive(number: Callable[[str], float], text: str) -> float:
+    try:
+        value = number(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < float("inf"):
+        kind = "whole number" if number is int else "number"
+        raise argparse.ArgumentTypeError(f"expected a positive {kind}, got {text!r}")
+    return value
+
+
+def make_parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog=PROGRAM,
+        description="Compare bnext with torch and with a copy of the same bytes.",
+        epilog="Without a command: measure, with measure's options.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    measure = commands.add_parser("measure", help="check, time and report (the default)")
+    measure.set_defaults(run=run_measure)
+    for option, choices, default in (
+        ("--suite", SUITES, "all"),
+        ("--dtype", ITEM_BYTES, "float32,bfloat16"),
+        ("--layout", LAYOUTS, "all"),
+        ("--op", TENSOR_PASSES, "all"),
+    ):
+        measure.add_argument(
+            option,
+            action="extend",
+            type=partial(names, choices),
+            metavar="NAME[,NAME]",
+            help=f"{', '.join(choices)} (repeatable; default: {default})",
+        )
+    measure.add_argument("--threads", type=partial(positive, int), help="default: torch's own number")
+    length = measure.add_mutually_exclusive_group()
+    length.add_argument("--rounds", type=partial(positive, int), help="a fixed number of rounds")
+    length.add_argument(
+        "--budget",
+        type=partial(positive, float),
+        metavar="SECONDS",
+        default=BUDGET_S,
+        help="rounds as many as fit (5 to 25; default: %(default)g seconds)",
+    )
+    measure.add_argument(
+        "--quick", action="store_true", help=f"only small shapes, {QUICK_ROUNDS} rounds: a look, not a result"
+    )
+    measure.add_argument(
+        "--output", type=Path, default=LATEST, metavar="DIR", help="default: benchmarks/results/latest"
+    )
+
+    report = commands.add_parser("report", help="show the tables and the plot of a JSON file again")
+    report.set_defaults(run=run_report)
+    report.add_argument("file", type=Path, metavar="FILE.json")
+    report.add_argument("--readme", type=Path, metavar="README.md", help="only rewrite the measured table of this file")
+    report.add_argument("--check", action="store_true", help="with --readme: only tell whether it is current")
+    return parser
+
+
+def run_measure(arguments: argparse.Namespace) -> int:
+    cases = select_cases(
+        suites=arguments.suite or SUITES,
+        dtypes=arguments.dtype or ("float32", "bfloat16"),
+        layouts=arguments.layout or LAYOUTS,
+        operations=arguments.op or TENSOR_PASSES,
+        quick=arguments.quick,
+    )
+    if not cases:
+        raise InputError("nothing to measure: no chosen suite has the chosen layout, operation and size")
+    make_writable(arguments.output)
+
+    # Here, so that report, --help and bad input need no torch, no bnext and no second.
+    try:
+        from benchmarks.measure import Outcome, measure
+    except ImportError as error:
+        raise InputError(f"cannot measure: {error} (build bnext first: make build)") from None
+    from benchmarks.progress import ProgressBar
+
+    outcome = Outcome()
+    interrupted = False
+    rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else None)
+    try:
+        with ProgressBar(sum(map(case_work, cases))) as progress:
+            measure(cases, outcome, progress.advance, arguments.budget, rounds, arguments.threads)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        # Also where a provider fails with an error of its own: what was measured before it stays.
+        if outcome.rows:
+            save_rows(arguments.output / "results.json", outcome.rows)
+    return finish(arguments.output, outcome.mismatches, bool(outcome.rows), interrupted)
+
+
+def make_writable(folder: Path) -> None:
+    """Find out before the minutes of measuring, not after, that the results have no place."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write to the folder {folder}")
+
+
+def finish(output: Path, mismatches: Sequence[str], measured: bool, interrupted: bool) -> int:
+    """Report on what was saved, say what went wrong, and choose the exit status."""
+    file = output / "results.json"
+    if interrupted:
+        kept = f"what was measured so far is in {file}" if measured else "nothing was measured"
+        print(f"{PROGRAM}: interrupted; {kept}", file=sys.stderr)
+        return 130
+    if measured:
+        show(file)
+    for mismatch in mismatches:
+        print(f"{PROGRAM}: error: {mismatch}", file=sys.stderr)
+    return 1 if mismatches else 0
+
+
+def show(file: Path) -> None:
+    """Draw the plot of a file beside it and print its tables."""
+    from benchmarks.plot import save_plot
+    from benchmarks.table import print_tables
+
+    rows = load_rows(file)
+    picture = file.with_suffix(".png")
+    try:
+        save_plot(picture, rows)
+    except OSError as error:
+        raise InputError(f"cannot write {picture}: {error.strerror}") from None
+    print_tables(rows)
+    print(f"{file}\n{picture}")
+
+
+def run_report(arguments: argparse.Namespace) -> int:
+    if arguments.check and not arguments.readme:
+        raise InputError("--check needs --readme")
+    if not arguments.readme:
+        show(arguments.file)
+        return 0
+    from benchmarks.readme import update_readme
+
+    current = update_readme(arguments.readme, load_rows(arguments.file), check=arguments.check)
+    if arguments.check and not current:
+        remedy = f"run {PROGRAM} report {arguments.file} --readme {arguments.readme}"
+        print(f"{PROGRAM}: {arguments.readme} is out of date; {remedy}", file=sys.stderr)
+        return 1
+    print(f"{arguments.readme} {'was current' if current else 'rewritten'}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments.insert(0, "measure")
+    parsed = make_parser().parse_args(arguments)
+    try:
+        status: int = parsed.run(parsed)
+    except InputError as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe, such as head, has seen enough; what is buffered for it has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""The run: every case is checked, then its operations are timed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+
+import torch
+from torch.utils.benchmark.utils.common import set_torch_threads
+
+from benchmarks.check import MismatchError, check_case
+from benchmarks.operations import Tensors, make_tensors, operation_calls
+from benchmarks.provenance import provenance
+from benchmarks.rows import Provenance, Row
+from benchmarks.suites import Case, case_work, check_work, estimated_work, model_bytes
+from benchmarks.timing import Budget, time_in_turn
+
+Progress = Callable[[str, int], None]  # (what is being done, work that has been finished by it)
+
+
+@dataclass
+class Outcome:
+    """Filled as the run goes, so that an interrupted run keeps what it measured."""
+
+    rows: list[Row] = field(default_factory=list)
+    mismatches: list[str] = field(default_factory=list)
+
+
+def measure(
+    cases: Sequence[Case],
+    outcome: Outcome,
+    progress: Progress,
+    seconds: float,
+    rounds: int | None = None,
+    threads: int | None = None,
+) -> None:
+    """Check and time the cases within about ``seconds``, or with a fixed number of rounds.
+
+    A case that disagrees with torch gets no number, but an entry in ``outcome.mismatches``. ``threads=None``
+    takes torch's own number.
+    """
+    with set_torch_threads(threads or torch.get_num_threads()):
+        source = provenance(torch.get_num_threads())
+        budget = Budget(seconds, sum(map(case_work, cases)), rounds)
+        for case in cases:
+            progress(f"{case} check", 0)
+            tensors = make_tensors(case)
+            try:
+                check_case(case, tensors)
+            except MismatchError as error:
+                outcome.mismatches.append(str(error))
+                budget.skip(case_work(case))
+                progress(f"{case} check", case_work(case))
+                continue
+            budget.skip(check_work(case))
+            progress(f"{case} check", check_work(case))
+            for operation in case.operations:
+                progress(f"{case} {operation}", 0)
+                outcome.rows += time_operation(operation, case, tensors, budget, source)
+                progress(f"{case} {operation}", estimated_work(operation, case))
+
+
+def time_operation(operation: str, case: Case, tensors: Tensors, budget: Budget, source: Provenance) -> list[Row]:
+    """One row a provider."""
+    choose_rounds = partial(budget.rounds, estimated_work(operation, case))
+    timings = time_in_turn(operation_calls(operation, tensors), choose_rounds)
+    moved = model_bytes(operation, case.shape, case.dtype)
+    return [
+        Row(
+            suite=case.suite,
+            op=operation,
+            provider=provider,
+            shape=case.shape,
+            dtype=case.dtype,
+            layout=case.layout,
+            **asdict(timing),
+            bytes=moved,
+            gb_per_s=moved / timing.median_s / 1e9,
+            **asdict(source),
+        )
+        for provider, timing in timings.items()
+    ]

@@ -1,0 +1,149 @@
+"""What the rows say: bnext against torch and against the copy, a case at a time and as geometric means."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import geometric_mean
+from typing import NamedTuple
+
+from benchmarks.rows import InputError, Row
+from benchmarks.suites import TENSOR_PASSES, Shape, tensor_bytes
+
+MB = 1_000_000
+
+# Above 32 MB the C library maps every output afresh; below 1 MB a core's own cache holds the tensor.
+SIZE_CLASSES = (("> 32 MB", 32 * MB), ("1-32 MB", MB), ("< 1 MB", 0))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The providers' rows of one operation on one tensor."""
+
+    torch: Row
+    bnext: Row
+    copy: Row
+
+    @property
+    def op(self) -> str:
+        return self.bnext.op
+
+    @property
+    def shape(self) -> Shape:
+        return self.bnext.shape
+
+    @property
+    def group(self) -> "Group":
+        # An (N,C) tensor is contiguous, but neither its traversal nor its speed is that of an image.
+        return Group(self.bnext.dtype, "(N,C)" if len(self.shape) == 2 else self.bnext.layout)
+
+    @property
+    def size_class(self) -> str:
+        size = tensor_bytes(self.shape, self.bnext.dtype)
+        return next(name for name, above in SIZE_CLASSES if size > above)
+
+    @property
+    def speedup(self) -> float:
+        """torch's time / bnext's time."""
+        return self.torch.median_s / self.bnext.median_s
+
+    @property
+    def over_copy(self) -> float:
+        """bnext's time / the copy's time."""
+        return self.bnext.median_s / self.copy.median_s
+
+
+class Group(NamedTuple):
+    """The rows of one table, the panels of one line of the plot."""
+
+    dtype: str
+    layout: str
+
+    def __str__(self) -> str:
+        return f"{self.dtype}, {self.layout}"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The geometric means of the comparisons of a group, an operation and a size class."""
+
+    speedup: float
+    over_copy: float
+    worst_speedup: float
+    shapes: int
+
+
+class MeanKey(NamedTuple):
+    group: Group
+    size_class: str
+    op: str
+
+
+def compare(rows: Iterable[Row]) -> list[Comparison]:
+    """Put the providers of each measurement side by side, in the order of the rows.
+
+    Raises InputError where a provider is missing or measured twice: means over such a file would be wrong.
+    """
+    measured: dict[tuple[object, ...], dict[str, Row]] = {}
+    for row in rows:
+        key = (row.suite, row.op, row.shape, row.dtype, row.layout)
+        providers = measured.setdefault(key, {})
+        if row.provider in providers:
+            raise InputError(f"{_label(row)} is there twice: one report shows one run")
+        providers[row.provider] = row
+    comparisons = []
+    for providers in measured.values():
+        missing = {"torch", "bnext", "copy"} - providers.keys()
+        if missing:
+            example = next(iter(providers.values()))
+            raise InputError(f"{_label(example)}: no measurement of {', '.join(sorted(missing))} beside it")
+        comparisons.append(Comparison(providers["torch"], providers["bnext"], providers["copy"]))
+    return comparisons
+
+
+def _label(row: Row) -> str:
+    return f"{row.provider} {row.op} {row.shape} {row.dtype} {row.layout}"
+
+
+def groups(comparisons: Iterable[Comparison]) -> list[Group]:
+    """The groups that occur, in the order of the rows, images before (N,C)."""
+    occurring = dict.fromkeys(comparison.group for comparison in comparisons)
+    return sorted(occurring, key=lambda group: group.layout == "(N,C)")
+
+
+def operations(comparisons: Iterable[Comparison]) -> list[str]:
+    """The operations that occur, in the order of TENSOR_PASSES."""
+    occurring = {comparison.op for comparison in comparisons}
+    return [operation for operation in TENSOR_PASSES if operation in occurring]
+
+
+def geometric_means(comparisons: Sequence[Comparison]) -> dict[MeanKey, Mean]:
+    """The means of every group, size class and operation that occurs, in reading order."""
+    members: dict[MeanKey, list[Comparison]] = {}
+    for group in groups(comparisons):
+        for size_class, _ in SIZE_CLASSES:
+            for op in operations(comparisons):
+                chosen = [c for c in comparisons if (c.group, c.size_class, c.op) == (group, size_class, op)]
+                if chosen:
+                    members[MeanKey(group, size_class, op)] = chosen
+    return {
+        key: Mean(
+            speedup=geometric_mean(c.speedup for c in chosen),
+            over_copy=geometric_mean(c.over_copy for c in chosen),
+            worst_speedup=min(c.speedup for c in chosen),
+            shapes=len(chosen),
+        )
+        for key, chosen in members.items()
+    }
+
+
+def how_measured(rows: Sequence[Row]) -> str:
+    """One line: the machine, the versions, the commit, and how it was measured."""
+    row = rows[0]
+    fewest, most = min(r.rounds for r in rows), max(r.rounds for r in rows)
+    rounds = str(fewest) if fewest == most else f"{fewest} to {most}"
+    environment = ", ".join(f"{name}={value}" for name, value in sorted(row.environment.items()))
+    return (
+        f"{row.device_name} ({row.isa}), {row.threads} thread{'s' if row.threads > 1 else ''}, "
+        f"torch {row.torch_version}, bnext {row.bnext_version}, Python {row.python_version}, "
+        f"commit {row.commit}, {row.date[:10]}; median of {rounds} rounds, the providers in turn in one "
+        f"process, fresh outputs; {environment or 'memory allocator as it comes, THP_MEM_ALLOC_ENABLE unset'}"
+    )

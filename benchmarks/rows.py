@@ -1,0 +1,99 @@
+"""The results: one flat row a measurement, kept as JSON with a row a line."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.suites import Shape
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used; the message is one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What was measured, and the seconds a call took over the rounds."""
+
+    suite: str
+    op: str
+    provider: str
+    shape: Shape
+    dtype: str
+    layout: str
+    median_s: float
+    p20_s: float
+    p80_s: float
+    rounds: int
+    bytes: int  # of the single-pass model: suites.model_bytes
+    gb_per_s: float  # bytes / median_s / 1e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where, with what and when it was measured."""
+
+    device: str
+    device_name: str
+    isa: str
+    threads: int
+    torch_version: str
+    bnext_version: str
+    python_version: str
+    commit: str
+    date: str
+    environment: dict[str, str]  # the variables that change the memory allocator, where they are set
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Provenance, Measurement):
+    """One measurement, complete in itself: rows of many files can be put together."""
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file that is either the old one or the whole new one, also when interrupted."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        # mkstemp makes the file private; a result is as readable as any other new file.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def save_rows(path: Path, rows: Iterable[Row]) -> None:
+    lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
+    write_atomically(path, f"[\n{lines}\n]\n".encode())
+
+
+def load_rows(path: Path) -> list[Row]:
+    """The rows of a file; raises InputError where it is not one of ours."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, list) or not content:
+        raise InputError(f"{path} holds no benchmark rows: expected a JSON array of objects")
+    return [_row(path, number, fields) for number, fields in enumerate(content)]
+
+
+def _row(path: Path, number: int, fields: Any) -> Row:
+    try:
+        row = Row(**{**fields, "shape": tuple(fields["shape"])})
+        valid = row.median_s > 0 and len(row.shape) >= 2
+    except (TypeError, KeyError) as error:
+        raise InputError(f"{path}: row {number} is not a benchmark row: {error}") from None
+    if not valid:
+        raise InputError(f"{path}: row {number} is not a benchmark row: shape {row.shape}, {row.median_s} s")
+    return row

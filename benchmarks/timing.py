@@ -1,0 +1,99 @@
+"""How calls are timed: in turn, in one process, in rounds, within a budget."""
+
+import itertools
+import random
+import time
+import timeit
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+Call = Callable[[], object]
+
+MIN_ROUND_S = 2e-3  # the clock and the loop must not show in a measurement of microseconds
+MIN_ROUNDS = 5
+GOOD_ROUNDS = 9  # from here the median no longer moves by one outlier on each side
+GOOD_ROUNDS_S = 0.5  # that many are always affordable when they take no longer than this
+MAX_ROUNDS = 25
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call, over the rounds."""
+
+    median_s: float
+    p20_s: float
+    p80_s: float
+    rounds: int
+
+
+def summarise(seconds: list[float]) -> Timing:
+    """Median, 20th and 80th percentile, interpolated linearly."""
+    p20, median, p80 = (float(value) for value in np.quantile(seconds, (0.2, 0.5, 0.8)))
+    return Timing(median, p20, p80, len(seconds))
+
+
+class Budget:
+    """Hands the time that is left to the measurements that are left, in proportion to their work.
+
+    What one measurement does not use goes to those after it. ``rounds`` fixes the number instead.
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        work: float,
+        rounds: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
+        self._end = clock() + seconds
+        self._work_left = work
+        self._rounds = rounds
+
+    def rounds(self, work: float, round_s: float) -> int:
+        """The number of rounds for the next measurement, of which one round takes ``round_s`` seconds."""
+        share = max(self._end - self._clock(), 0.0) * work / max(self._work_left, work)
+        self._work_left -= work
+        if self._rounds is not None:
+            return self._rounds
+        fewest = GOOD_ROUNDS if GOOD_ROUNDS * round_s <= GOOD_ROUNDS_S else MIN_ROUNDS
+        return min(max(int(share / round_s), fewest), MAX_ROUNDS)
+
+    def skip(self, work: float) -> None:
+        """Count work that is done, or will not be done, without rounds."""
+        self._work_left -= work
+
+
+def calibrate(timer: timeit.Timer) -> tuple[int, float]:
+    """The number of calls that fill a round, and the seconds they take; warms up on the way."""
+    first = timer.timeit(1)
+    if first > 25 * MIN_ROUND_S:  # whatever it is that only a first call does, it no longer matters
+        return 1, first
+    number = 1
+    while (seconds := timer.timeit(number)) < MIN_ROUND_S:
+        number = max(2 * number, int(1.2 * number * MIN_ROUND_S / max(seconds, 1e-9)))
+    return number, seconds
+
+
+def time_in_turn(calls: Mapping[str, Call], choose_rounds: Callable[[float], int]) -> dict[str, Timing]:
+    """Time each call once a round; ``choose_rounds`` is told how long a round takes.
+
+    The order within a round is a seeded random one: a call finds in the cache what the one before it left,
+    so no call should always follow the same one. The result of a call is freed inside the timed loop, as it
+    is in a user's. (torch.utils.benchmark.Timer makes two more calls for warm-up each time it is asked: in
+    rounds of one call, as the big shapes have them, that would triple the time.)
+    """
+    timers = {name: timeit.Timer(call) for name, call in calls.items()}
+    sizes = {name: calibrate(timer) for name, timer in timers.items()}
+    rounds = choose_rounds(sum(seconds for _, seconds in sizes.values()))
+    order = list(timers)
+    shuffle = random.Random(0).shuffle
+    seconds: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in itertools.repeat(None, rounds):
+        shuffle(order)
+        for name in order:
+            number = sizes[name][0]
+            seconds[name].append(timers[name].timeit(number) / number)
+    return {name: summarise(values) for name, values in seconds.items()}

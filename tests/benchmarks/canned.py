@@ -1,0 +1,50 @@
+"""Rows of an imagined run, with times that are easy to compute with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.rows import Row
+
+
+def row(provider: str, median_s: float, **changes: Any) -> Row:
+    fields: dict[str, Any] = {
+        "suite": "resnet50",
+        "op": "forward",
+        "shape": (32, 64, 112, 112),
+        "dtype": "float32",
+        "layout": "contiguous",
+        "p20_s": 0.9 * median_s,
+        "p80_s": 1.1 * median_s,
+        "rounds": 9,
+        "bytes": 1_000_000,
+        "gb_per_s": 1e-3 / median_s,
+        "device": "cpu",
+        "device_name": "Imagined CPU",
+        "isa": "avx2",
+        "threads": 2,
+        "torch_version": "2.13.0",
+        "bnext_version": "0.1.0",
+        "python_version": "3.11.7",
+        "commit": "0123456789ab",
+        "date": "2025-01-02T03:04:05+00:00",
+        "environment": {},
+    }
+    return Row(**{**fields, **changes}, provider=provider, median_s=median_s)
+
+
+def rows_of(torch_s: float, bnext_s: float, copy_s: float, **changes: Any) -> list[Row]:
+    """One measurement: a row a provider."""
+    seconds = {"torch": torch_s, "bnext": bnext_s, "copy": copy_s}
+    return [row(provider, median_s, **changes) for provider, median_s in seconds.items()]
+
+
+def imagined_run() -> list[Row]:
+    """Two shapes over 32 MB (speed-ups 8 and 2), one below, and one (N,C) tensor in both operations."""
+    return [
+        *rows_of(8.0, 1.0, 0.5),
+        *rows_of(2.0, 1.0, 0.5, shape=(32, 256, 56, 56)),
+        *rows_of(3.0, 2.0, 1.0, shape=(32, 512, 7, 7)),
+        *rows_of(1.0, 2.0, 1.0, suite="2d", shape=(4, 8)),
+        *rows_of(5.0, 4.0, 1.0, suite="2d", shape=(4, 8), op="forward_backward"),
+    ]
