@@ -29,8 +29,6 @@ if sys.platform == "linux":
     LINK_FLAGS.append("-fopenmp")
 
 setup(
-    ext_modules=[
-        CppExtension("bnext._C", SOURCES, extra_compile_args={"cxx": CXX_FLAGS}, extra_link_args=LINK_FLAGS)
-    ],
+    ext_modules=[CppExtension("bnext._C", SOURCES, extra_compile_args={"cxx": CXX_FLAGS}, extra_link_args=LINK_FLAGS)],
     cmdclass={"build_ext": BuildExtension},
 )

@@ -17,9 +17,8 @@ def main() -> None:
         "CUDA kernels": "built" if _C.cuda else "not built",
         "CPU instruction set": f"{_C.cpu_isa()} (of {', '.join(_C.cpu_isas())}; BNEXT_CPU_ISA chooses)",
         "threads": str(torch.get_num_threads()),
-        "huge pages": (
-            "on for large outputs" if _C.huge_pages_enabled() else "off"
-        ) + " (BNEXT_HUGE_PAGES=0 turns them off)",
+        "huge pages": ("on for large outputs" if _C.huge_pages_enabled() else "off")
+        + " (BNEXT_HUGE_PAGES=0 turns them off)",
     }
     for name, fact in facts.items():
         print(f"{name + ':':<22}{fact}")

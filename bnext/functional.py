@@ -55,9 +55,8 @@ def batch_norm(
     Covariate Shift", 2015, https://arxiv.org/abs/1502.03167.
     """
     if training:
-        output, _ = ops.batch_norm_train(
-            input, weight, bias, running_mean, running_var, None, momentum, eps
-        )
+        output: Tensor
+        output, _ = ops.batch_norm_train(input, weight, bias, running_mean, running_var, None, momentum, eps)
         return output
     return eval_batch_norm(input, running_mean, running_var, weight, bias, eps)
 
@@ -74,5 +73,6 @@ def eval_batch_norm(
     if running_mean is None or running_var is None:
         missing = "running_mean" if running_mean is None else "running_var"
         raise RuntimeError(f"{missing} must be defined in evaluation mode, but got None")
+    output: Tensor
     output, _ = ops.batch_norm_eval(input, weight, bias, running_mean, running_var, eps)
     return output

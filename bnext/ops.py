@@ -36,8 +36,7 @@ def _empty_output(like: Tensor) -> Tensor:
     return torch.empty_like(like, memory_format=suggest_memory_format(like))
 
 
-@torch.library.register_fake("bnext::batch_norm_train")
-def _(
+def _fake_train(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -59,8 +58,7 @@ def _(
     return _empty_output(input), input.new_empty((2, input.shape[1]), dtype=torch.float64)
 
 
-@torch.library.register_fake("bnext::batch_norm_eval")
-def _(
+def _fake_eval(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -68,14 +66,11 @@ def _(
     running_var: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    _check_devices(
-        "input", input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
-    )
+    _check_devices("input", input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     return _empty_output(input), input.new_empty((2, input.shape[1]), dtype=torch.float64)
 
 
-@torch.library.register_fake("bnext::batch_norm_backward")
-def _(
+def _fake_backward(
     grad_output: Tensor,
     input: Tensor | None,
     weight: Tensor | None,
@@ -116,11 +111,11 @@ def _fold_optional(tensor: Tensor | None, batch_dim: int | None, size: int, chan
 
 def _unfold(tensor: Tensor, size: int, channel_dim: int) -> Tensor:
     # Not -1 for the channels: their number is ambiguous in an empty tensor.
-    return tensor.unflatten(channel_dim, (size, tensor.shape[channel_dim] // size))
+    unfolded: Tensor = tensor.unflatten(channel_dim, (size, tensor.shape[channel_dim] // size))
+    return unfolded
 
 
-@torch.library.register_vmap("bnext::batch_norm_eval")
-def _(
+def _vmap_eval(
     info: Any,
     in_dims: _InDims,
     input: Tensor,
@@ -142,8 +137,7 @@ def _(
     return (_unfold(output, size, 1), _unfold(save_stats, size, 1)), (1, 1)
 
 
-@torch.library.register_vmap("bnext::batch_norm_train")
-def _(
+def _vmap_train(
     info: Any,
     in_dims: _InDims,
     input: Tensor,
@@ -171,9 +165,7 @@ def _(
         # One counter a sample: each counts this batch, and with momentum=None each gives a factor of its own.
         num_batches_tracked.add_(1)
         if momentum is None:
-            return _train_each(
-                info, in_dims, input, weight, bias, running_mean, running_var, num_batches_tracked, eps
-            )
+            return _train_each(info, in_dims, input, weight, bias, running_mean, running_var, num_batches_tracked, eps)
         num_batches_tracked = None
     running = [
         None if tensor is None else _fold(tensor, dim, size, 0).clone()
@@ -212,18 +204,14 @@ def _train_each(
     tensors = (input, weight, bias, running_mean, running_var)
     outputs, stats = [], []
     for i in range(info.batch_size):
-        sample = [
-            t if t is None or dim is None else t.select(dim, i)
-            for t, dim in zip(tensors, in_dims, strict=False)
-        ]
+        sample = [t if t is None or dim is None else t.select(dim, i) for t, dim in zip(tensors, in_dims, strict=False)]
         output, save_stats = batch_norm_train(*sample, None, 1.0 / float(num_batches_tracked.flatten()[i]), eps)
         outputs.append(output)
         stats.append(save_stats)
     return (torch.stack(outputs), torch.stack(stats)), (0, 0)
 
 
-@torch.library.register_vmap("bnext::batch_norm_backward")
-def _(
+def _vmap_backward(
     info: Any,
     in_dims: _InDims,
     grad_output: Tensor,
@@ -255,3 +243,11 @@ def _(
         0 if output_mask[2] else None,
     )
     return outputs, dims
+
+
+torch.library.register_fake("bnext::batch_norm_train", _fake_train)
+torch.library.register_fake("bnext::batch_norm_eval", _fake_eval)
+torch.library.register_fake("bnext::batch_norm_backward", _fake_backward)
+torch.library.register_vmap("bnext::batch_norm_eval", _vmap_eval)
+torch.library.register_vmap("bnext::batch_norm_train", _vmap_train)
+torch.library.register_vmap("bnext::batch_norm_backward", _vmap_backward)

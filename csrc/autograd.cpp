@@ -5,8 +5,8 @@
 
 #include "autograd.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -244,8 +244,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output
     const Tensor dy_tangent = tangent_of(grad_output);
     std::tuple<Tensor, Tensor, Tensor> linear;
     if (dy_tangent.defined()) {
-      linear = backward_op().call(dy_tangent, or_none(at.input), or_none(at.weight), save_stats, training, eps,
-                                  output_mask);
+      linear =
+          backward_op().call(dy_tangent, or_none(at.input), or_none(at.weight), save_stats, training, eps, output_mask);
     }
     if (output_mask[0]) set_tangent(grad_input, plus(std::get<0>(linear), second.input));
     if (output_mask[1]) set_tangent(grad_weight, plus(std::get<1>(linear), second.weight));

@@ -84,8 +84,8 @@ void check_counter(const optional<Tensor>& counter, const Tensor& input) {
   if (!is_given(counter)) return;
   TORCH_CHECK(counter->device() == input.device(), "batch_norm: expected num_batches_tracked on the device of input, ",
               input.device(), ", but got ", counter->device());
-  TORCH_CHECK_TYPE(counter->scalar_type() == at::kLong, "batch_norm: expected num_batches_tracked to be int64, but got ",
-                   counter->scalar_type());
+  TORCH_CHECK_TYPE(counter->scalar_type() == at::kLong,
+                   "batch_norm: expected num_batches_tracked to be int64, but got ", counter->scalar_type());
   TORCH_CHECK_VALUE(counter->numel() == 1, "batch_norm: expected num_batches_tracked to hold 1 element, but got ",
                     size_of(*counter));
 }
@@ -125,21 +125,23 @@ Problem problem_of(const Tensor& tensor, at::MemoryFormat format) {
   return problem;
 }
 
-// The output of a map over `like`: its shape, dtype and layout.
-Tensor allocate_output(const Tensor& like, at::MemoryFormat format) {
-  Tensor output = at::empty_like(like, like.options(), format);
-  cpu::advise_huge_pages(output.mutable_data_ptr(), output.nbytes());
-  return output;
-}
-
-Tensor allocate_stats(const Tensor& input) { return at::empty({2, input.size(1)}, input.options().dtype(at::kDouble)); }
-
 cpu::Parallel parallel_for(const Problem& problem) {
   if (problem.numel() < kSerialElements) return cpu::Parallel::serial();
   return cpu::Parallel([](std::int64_t tasks, cpu::Parallel::Body body, void* context) {
     at::parallel_for(0, tasks, 1, [&](std::int64_t begin, std::int64_t end) { body(context, begin, end); });
   });
 }
+
+// The output of a map over `like`: its shape, dtype and layout.
+Tensor allocate_output(const Tensor& like, at::MemoryFormat format, const Problem& problem) {
+  Tensor output = at::empty_like(like, like.options(), format);
+  const cpu::Parallel parallel = parallel_for(problem);
+  const bool in_order = problem.layout == Layout::kChannelsLast;
+  cpu::use_huge_pages(output.mutable_data_ptr(), output.nbytes(), in_order ? nullptr : &parallel);
+  return output;
+}
+
+Tensor allocate_stats(const Tensor& input) { return at::empty({2, input.size(1)}, input.options().dtype(at::kDouble)); }
 
 }  // namespace
 
@@ -154,6 +156,9 @@ std::tuple<Tensor, Tensor> batch_norm_train(const Tensor& input, const optional<
   check_running("running_mean", running_mean, input);
   check_running("running_var", running_var, input);
   check_counter(num_batches_tracked, input);
+  TORCH_CHECK_VALUE(
+      momentum.has_value() || is_given(num_batches_tracked) || !(is_given(running_mean) || is_given(running_var)),
+      "batch_norm: expected num_batches_tracked with momentum=None, the cumulative average, but got None");
   TORCH_CHECK_VALUE(eps > 0.0, "batch_norm eps must be positive during training, but got ", python_float(eps));
   const auto format = input.suggest_memory_format();
   const Problem problem = problem_of(input, format);
@@ -169,7 +174,7 @@ std::tuple<Tensor, Tensor> batch_norm_train(const Tensor& input, const optional<
     if (!momentum.has_value()) factor = 1.0 / static_cast<double>(count);
   }
 
-  Tensor output = allocate_output(input, format);
+  Tensor output = allocate_output(input, format, problem);
   if (problem.numel() == 0) return {output, at::zeros({2, problem.C}, input.options().dtype(at::kDouble))};
   Tensor save_stats = allocate_stats(input);
   const Tensor dense_input = input.contiguous(format);
@@ -207,7 +212,7 @@ std::tuple<Tensor, Tensor> batch_norm_eval(const Tensor& input, const optional<T
 
   const auto format = input.suggest_memory_format();
   const Problem problem = problem_of(input, format);
-  Tensor output = allocate_output(input, format);
+  Tensor output = allocate_output(input, format, problem);
   // Also where the output is empty: the statistics belong to the result, and the kernel is what computes them.
   Tensor save_stats = allocate_stats(input);
   const Tensor dense_input = input.contiguous(format);
@@ -251,8 +256,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output
   }
   check_channels("weight", weight, grad_output);
   const std::int64_t C = grad_output.size(1);
-  TORCH_CHECK(save_stats.device() == grad_output.device(), "batch_norm: expected save_stats on the device of grad_output, ",
-              grad_output.device(), ", but got ", save_stats.device());
+  TORCH_CHECK(save_stats.device() == grad_output.device(),
+              "batch_norm: expected save_stats on the device of grad_output, ", grad_output.device(), ", but got ",
+              save_stats.device());
   TORCH_CHECK_TYPE(save_stats.scalar_type() == at::kDouble, "batch_norm: expected save_stats to be float64, but got ",
                    save_stats.scalar_type());
   TORCH_CHECK_VALUE(save_stats.dim() == 2 && save_stats.size(0) == 2 && save_stats.size(1) == C,
@@ -268,7 +274,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output
     if (!wanted) return at::empty({0}, sums_options);
     return problem.numel() == 0 ? at::zeros({C}, sums_options) : at::empty({C}, sums_options);
   };
-  Tensor grad_input = wants_input ? allocate_output(like, format) : at::empty({0}, grad_output.options());
+  Tensor grad_input = wants_input ? allocate_output(like, format, problem) : at::empty({0}, grad_output.options());
   Tensor grad_weight = sums(wants_weight);
   Tensor grad_bias = sums(wants_bias);
   if (problem.numel() == 0) return {grad_input, grad_weight, grad_bias};

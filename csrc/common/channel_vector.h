@@ -38,12 +38,8 @@ inline void store(const MutableChannelVector& vector, std::int64_t c, double val
   switch (vector.dtype) {
     case DType::kFloat32: static_cast<float*>(vector.data)[c] = single; return;
     case DType::kFloat64: static_cast<double*>(vector.data)[c] = value; return;
-    case DType::kFloat16:
-      static_cast<Half*>(vector.data)[c] = to_half(single);
-      return;
-    case DType::kBFloat16:
-      static_cast<BFloat16*>(vector.data)[c] = to_bfloat16(single);
-      return;
+    case DType::kFloat16: static_cast<Half*>(vector.data)[c] = to_half(single); return;
+    case DType::kBFloat16: static_cast<BFloat16*>(vector.data)[c] = to_bfloat16(single); return;
   }
   __builtin_unreachable();
 }

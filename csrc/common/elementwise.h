@@ -2,8 +2,9 @@
 //
 // A reduce functor adds an element's two terms to a channel's two sums. A map functor turns an element into its
 // output with the channel's coefficients. V is a scalar or a SIMD vector; in[0] is the input x, in[1] the incoming
-// gradient dy, each read only by the functors that say so. Elements are shifted by a value near the channel's mean before anything else, because that
-// subtraction is exact or nearly so, while the sums of what is left are free of cancellation.
+// gradient dy, each read only by the functors that say so. Elements are shifted by a value near the channel's mean
+// before anything else, because that subtraction is exact or nearly so, while the sums of what is left are free of
+// cancellation.
 #pragma once
 
 #include "inline.h"

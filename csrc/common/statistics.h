@@ -44,9 +44,9 @@ inline double updated_running_stat(double running, double batch, double momentum
 
 inline double unbiased_var(double var, double count) { return var * (count / (count - 1.0)); }
 
-// The mean as float32 (float64 for float64 data) and what that leaves over. The elements are shifted by the first part, which float32 subtracts
-// exactly from values near it; the second goes into the additive coefficient. Data with a large offset keeps its
-// accuracy that way.
+// The mean as float32 (float64 for float64 data) and what that leaves over. The elements are shifted by the first part,
+// which float32 subtracts exactly from values near it; the second goes into the additive coefficient. Data with a large
+// offset keeps its accuracy that way.
 struct SplitMean {
   double high;
   double low;
@@ -76,8 +76,8 @@ inline ParameterGrads grads_from_sums(double shift, double mean, double sum_dy, 
 }
 
 // Coefficients of GradInput: dx = weight*invstd*(dy - sum_dy/count - xhat*(sum of dy*xhat)/count).
-inline void grad_input_coefficients(DType dtype, double mean, double invstd, double weight,
-                                    const ParameterGrads& grads, double count, double (&c)[kMaxCoefficients]) {
+inline void grad_input_coefficients(DType dtype, double mean, double invstd, double weight, const ParameterGrads& grads,
+                                    double count, double (&c)[kMaxCoefficients]) {
   const SplitMean split(dtype, mean);
   const double scale = weight * invstd;
   const double slope = -scale * (invstd * grads.sum_dy_xmu) * invstd / count;

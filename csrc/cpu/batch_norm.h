@@ -17,8 +17,8 @@ namespace bnext::cpu {
 // save_mean and save_invstd: length C, what a backward call needs besides the input.
 struct TrainingForward {
   const void* input;
-  ChannelVector weight;  // absent: 1
-  ChannelVector bias;    // absent: 0
+  ChannelVector weight;               // absent: 1
+  ChannelVector bias;                 // absent: 0
   MutableChannelVector running_mean;  // absent: not updated; likewise running_var
   MutableChannelVector running_var;
   double momentum;  // the weight of this batch
@@ -47,7 +47,7 @@ struct Backward {
   const double* save_mean;
   const double* save_invstd;
   bool training;
-  void* grad_input;                  // each null if not asked for
+  void* grad_input;  // each null if not asked for
   MutableChannelVector grad_weight;
   MutableChannelVector grad_bias;
 };

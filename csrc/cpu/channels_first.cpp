@@ -48,7 +48,7 @@ class ChannelsFirst {
 
  private:
   struct Coefficients {
-    double value[kMaxCoefficients];
+    double value[kMaxCoefficients] = {};  // those the functor does not use stay zero
   };
 
   void run_fused(const Parallel& parallel, std::int64_t group) {
@@ -98,7 +98,8 @@ class ChannelsFirst {
     for (std::int64_t c = 0; c < C; ++c) op_.finish(c, sums[c], coefficients[c].value);
     if (op_.out == nullptr) return;
     parallel(C * chunks_, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t task = begin; task < end; ++task) map(task / chunks_, task % chunks_, coefficients[task / chunks_]);
+      for (std::int64_t task = begin; task < end; ++task)
+        map(task / chunks_, task % chunks_, coefficients[task / chunks_]);
     });
   }
 
@@ -117,7 +118,8 @@ class ChannelsFirst {
   }
 
   double rounded(double shift) const {
-    return natural_compute(problem_.dtype) == Compute::kFloat32 ? static_cast<double>(static_cast<float>(shift)) : shift;
+    return natural_compute(problem_.dtype) == Compute::kFloat32 ? static_cast<double>(static_cast<float>(shift))
+                                                                : shift;
   }
 
   ChannelSums reduce_channel(std::int64_t c) const {
@@ -152,8 +154,8 @@ class ChannelsFirst {
     const Block block = block_of(c, chunk, first);
     const auto single = static_cast<float>(sums.shift);
     const void* shift = compute == Compute::kFloat32 ? static_cast<const void*>(&single) : &sums.shift;
-    leaves_.reduce_segments[static_cast<int>(problem_.dtype)][static_cast<int>(compute)][static_cast<int>(
-        op_.reduce_op)]({block, shift, &sums.first, &sums.second});
+    leaves_.reduce_segments[static_cast<int>(problem_.dtype)][static_cast<int>(compute)]
+                           [static_cast<int>(op_.reduce_op)]({block, shift, &sums.first, &sums.second});
   }
 
   void map(std::int64_t c, std::int64_t chunk, const Coefficients& coefficients) const {

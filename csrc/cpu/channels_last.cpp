@@ -15,10 +15,10 @@
 namespace bnext::cpu {
 namespace {
 
-constexpr std::int64_t kMinChunkRows = 64;       // keeps the chunks' sums small beside the chunks
-constexpr std::int64_t kMinTasks = 16;           // columns are shared out too where there are fewer row chunks
-constexpr std::int64_t kMinSlabColumns = 256;    // narrower column slabs read memory badly
-constexpr std::int64_t kMinFoldedColumns = 64;   // what the leaves' unrolled loop takes
+constexpr std::int64_t kMinChunkRows = 64;      // keeps the chunks' sums small beside the chunks
+constexpr std::int64_t kMinTasks = 16;          // columns are shared out too where there are fewer row chunks
+constexpr std::int64_t kMinSlabColumns = 256;   // narrower column slabs read memory badly
+constexpr std::int64_t kMinFoldedColumns = 64;  // what the leaves' unrolled loop takes
 constexpr std::int64_t kMaxFoldedColumns = 2048;
 constexpr std::int64_t kFinishColumns = 256;  // of one task between the passes
 
@@ -36,6 +36,7 @@ class ChannelsLast {
       : problem_(problem), op_(op), leaves_(current_leaves()), M_(problem.count()), fold_(fold_of(problem.C, M_)) {
     columns_ = problem.C * fold_;
     rows_ = M_ / fold_;
+    rest_ = M_ % fold_ * problem.C;
     const std::int64_t wanted = kChunkElements / columns_;
     chunk_rows_ = wanted < divide_up(kMinChunkRows, fold_) ? divide_up(kMinChunkRows, fold_) : wanted;
     chunks_ = divide_up(rows_, chunk_rows_);
@@ -48,23 +49,22 @@ class ChannelsLast {
   }
 
   void run(const Parallel& parallel) {
-    const auto C = static_cast<std::size_t>(problem_.C);
-    std::vector<ChannelSums> sums(C);
-    if (op_.reduces) reduce_all(parallel, sums);
-    const auto columns = static_cast<std::size_t>(columns_);
-    std::vector<double> coefficients(columns * kMaxCoefficients);
+    std::vector<double> coefficients(static_cast<std::size_t>(columns_ * kMaxCoefficients));
     std::atomic<bool> single_fits{true};
-    parallel(divide_up(problem_.C, kFinishColumns), [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t c = begin * kFinishColumns; c < end_column(end); ++c) {
-        double value[kMaxCoefficients] = {};
-        op_.finish(c, sums[static_cast<std::size_t>(c)], value);
-        if (!fits_float32(value, kMaxCoefficients)) single_fits.store(false, std::memory_order_relaxed);
-        for (int k = 0; k < kMaxCoefficients; ++k) {
-          double* row = coefficients.data() + k * columns_;
-          for (std::int64_t j = c; j < columns_; j += problem_.C) row[j] = value[k];
-        }
+    const auto finish = [&](std::int64_t c, const ChannelSums& sums) {
+      double value[kMaxCoefficients] = {};
+      op_.finish(c, sums, value);
+      if (!fits_float32(value, kMaxCoefficients)) single_fits.store(false, std::memory_order_relaxed);
+      for (int k = 0; k < kMaxCoefficients; ++k) {
+        double* row = coefficients.data() + k * columns_;
+        for (std::int64_t j = c; j < columns_; j += problem_.C) row[j] = value[k];
       }
-    });
+    };
+    if (op_.reduces) {
+      reduce_all(parallel, finish);
+    } else {
+      for_each_channel(parallel, [&](std::int64_t c) { finish(c, ChannelSums{}); });
+    }
     if (op_.out == nullptr) return;
     if (single_fits && natural_compute(problem_.dtype) == Compute::kFloat32) {
       const std::vector<float> single(coefficients.begin(), coefficients.end());
@@ -75,25 +75,35 @@ class ChannelsLast {
   }
 
  private:
-  void reduce_all(const Parallel& parallel, std::vector<ChannelSums>& sums) {
-    const auto C = static_cast<std::size_t>(problem_.C);
-    std::vector<double> shift(C);
+  template <typename F>
+  void for_each_channel(const Parallel& parallel, F&& f) const {
+    parallel(divide_up(problem_.C, kFinishColumns), [&](std::int64_t begin, std::int64_t end) {
+      const std::int64_t last = end * kFinishColumns < problem_.C ? end * kFinishColumns : problem_.C;
+      for (std::int64_t c = begin * kFinishColumns; c < last; ++c) f(c);
+    });
+  }
+
+  template <typename Finish>
+  void reduce_all(const Parallel& parallel, Finish&& finish) {
+    std::vector<double> shift(static_cast<std::size_t>(problem_.C));
     first_shift(shift.data());
-    reduce_with(parallel, natural_compute(problem_.dtype), shift.data(), sums);
-    bool all_accurate = true;
-    for (std::size_t c = 0; c < C; ++c) {
-      const bool accurate = op_.accurate(sums[c]);
-      all_accurate = all_accurate && accurate;
-      if (!accurate) shift[c] = op_.better_shift(sums[c]);
-    }
-    if (all_accurate) return;
+    const Partial partial = reduce_chunks(parallel, natural_compute(problem_.dtype), shift.data());
+    std::vector<std::uint8_t> doubtful(static_cast<std::size_t>(problem_.C));
+    std::atomic<bool> any_doubtful{false};
+    for_each_channel(parallel, [&](std::int64_t c) {
+      const ChannelSums sums = merged(partial, c, shift[c]);
+      if (op_.accurate(sums)) return finish(c, sums);
+      doubtful[c] = 1;
+      shift[c] = op_.better_shift(sums);
+      any_doubtful.store(true, std::memory_order_relaxed);
+    });
+    if (!any_doubtful) return;
     // Rows are read whole, so every channel is reduced again; only the doubtful ones take the new sums, for a
     // channel's bits must not depend on another's values.
-    std::vector<ChannelSums> again(C);
-    reduce_with(parallel, Compute::kFloat64, shift.data(), again);
-    for (std::size_t c = 0; c < C; ++c) {
-      if (!op_.accurate(sums[c])) sums[c] = again[c];
-    }
+    const Partial again = reduce_chunks(parallel, Compute::kFloat64, shift.data());
+    for_each_channel(parallel, [&](std::int64_t c) {
+      if (doubtful[c]) finish(c, merged(again, c, shift[c]));
+    });
   }
 
   void first_shift(double* shift) const {
@@ -111,83 +121,67 @@ class ChannelsLast {
     leaves_.sample[static_cast<int>(problem_.dtype)]({op_.in[0], offsets, positions.samples, C, shift});
   }
 
-  void reduce_with(const Parallel& parallel, Compute compute, const double* shift,
-                   std::vector<ChannelSums>& sums) const {
-    const auto columns = static_cast<std::size_t>(columns_);
-    const auto C = static_cast<std::size_t>(problem_.C);
-    std::vector<double> wide(compute == Compute::kFloat64 ? columns : 0);
-    std::vector<float> single(compute == Compute::kFloat32 ? columns : 0);
-    for (std::size_t j = 0; j < wide.size(); ++j) wide[j] = shift[j % C];
-    for (std::size_t j = 0; j < single.size(); ++j) single[j] = static_cast<float>(shift[j % C]);
+  // Each chunk's two sums of every column of the folded matrix: [chunk][first or second][column].
+  using Partial = std::vector<double>;
+
+  Partial reduce_chunks(const Parallel& parallel, Compute compute, const double* shift) const {
+    // The shift of each folded column, in the compute type.
+    std::vector<double> wide(static_cast<std::size_t>(columns_));
+    for (std::int64_t j = 0; j < columns_; ++j) wide[j] = shift[j % problem_.C];
+    const std::vector<float> single(wide.begin(), wide.end());
     const auto leaf = leaves_.reduce_columns[static_cast<int>(problem_.dtype)][static_cast<int>(compute)]
                                             [static_cast<int>(op_.reduce_op)];
-    // One more chunk for the rows that do not fill a folded one.
-    const std::int64_t rest = M_ % fold_ != 0 ? 1 : 0;
-    std::vector<double> partial(2 * columns * static_cast<std::size_t>(chunks_ + rest));
+    Partial partial(static_cast<std::size_t>(2 * columns_ * (chunks_ + (rest_ != 0 ? 1 : 0))));
     const auto reduce = [&](std::int64_t chunk, std::int64_t column, std::int64_t rows, std::int64_t len) {
       ReduceArgs args;
       args.block = block_of(chunk, column, rows, len);
-      args.shift = compute == Compute::kFloat64 ? static_cast<const void*>(wide.data() + column) : single.data() + column;
+      args.shift =
+          compute == Compute::kFloat64 ? static_cast<const void*>(wide.data() + column) : single.data() + column;
       args.first = partial.data() + 2 * chunk * columns_ + column;
       args.second = args.first + columns_;
       leaf(args);
     };
     parallel(chunks_ * slabs_, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t task = begin; task < end; ++task) {
-        const std::int64_t chunk = task / slabs_;
         const std::int64_t column = task % slabs_ * slab_columns_;
-        reduce(chunk, column, rows_of(chunk), width_of(column));
+        reduce(task / slabs_, column, rows_of(task / slabs_), width_of(column));
       }
     });
-    if (rest != 0) {
-      // Past the last folded row; a chunk of its own in `partial`, wherever the full chunks end in the tensor.
-      ReduceArgs args;
-      const std::int64_t len = M_ % fold_ * problem_.C;
-      args.block = block_at(rows_ * columns_, 1, len);
-      args.shift = compute == Compute::kFloat64 ? static_cast<const void*>(wide.data()) : single.data();
-      args.first = partial.data() + 2 * chunks_ * columns_;
-      args.second = args.first + columns_;
-      leaf(args);
+    if (rest_ != 0) reduce(chunks_, 0, 1, rest_);
+    return partial;
+  }
+
+  // Channel c's sums over all chunks and all of its folded columns, in a fixed order.
+  ChannelSums merged(const Partial& partial, std::int64_t c, double shift) const {
+    ChannelSums sums;
+    sums.shift = shift;
+    for (const double* chunk = partial.data(); chunk != partial.data() + partial.size(); chunk += 2 * columns_) {
+      for (std::int64_t j = c; j < columns_; j += problem_.C) {
+        sums.first += chunk[j];
+        sums.second += chunk[columns_ + j];
+      }
     }
-    const std::int64_t all_chunks = chunks_ + rest;
-    parallel(divide_up(problem_.C, kFinishColumns), [&](std::int64_t begin, std::int64_t end) {
-      const std::int64_t last = end_column(end);
-      for (std::int64_t c = begin * kFinishColumns; c < last; ++c) sums[c] = {shift[c], 0.0, 0.0};
-      for (std::int64_t chunk = 0; chunk < all_chunks; ++chunk) {
-        const double* first = partial.data() + 2 * chunk * columns_;
-        for (std::int64_t f = 0; f < fold_; ++f) {
-          for (std::int64_t c = begin * kFinishColumns; c < last; ++c) {
-            sums[c].first += first[f * problem_.C + c];
-            sums[c].second += first[columns_ + f * problem_.C + c];
-          }
-        }
-      }
-    });
+    return sums;
   }
 
   template <typename acc_t>
   void map_all(const Parallel& parallel, const acc_t* coefficients, Compute compute) const {
     const auto leaf =
         leaves_.map_columns[static_cast<int>(problem_.dtype)][static_cast<int>(compute)][static_cast<int>(op_.map_op)];
-    const auto map = [&](std::int64_t first, std::int64_t column, std::int64_t rows, std::int64_t len) {
+    const auto map = [&](std::int64_t chunk, std::int64_t column, std::int64_t rows, std::int64_t len) {
       MapArgs args;
-      args.block = block_at(first + column, rows, len);
-      args.out = advance(op_.out, first + column, problem_.dtype);
+      args.block = block_of(chunk, column, rows, len);
+      args.out = advance(op_.out, first_of(chunk) + column, problem_.dtype);
       for (int k = 0; k < kMaxCoefficients; ++k) args.coefficients[k] = coefficients + k * columns_ + column;
       leaf(args);
     };
-    if (M_ % fold_ != 0) map(rows_ * columns_, 0, 1, M_ % fold_ * problem_.C);
+    if (rest_ != 0) map(chunks_, 0, 1, rest_);
     parallel(chunks_ * slabs_, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t task = end - 1; task >= begin; --task) {
-        const std::int64_t chunk = task / slabs_;
         const std::int64_t column = task % slabs_ * slab_columns_;
-        map(chunk * chunk_rows_ * columns_, column, rows_of(chunk), width_of(column));
+        map(task / slabs_, column, rows_of(task / slabs_), width_of(column));
       }
     });
-  }
-
-  std::int64_t end_column(std::int64_t finish_task) const {
-    return finish_task * kFinishColumns < problem_.C ? finish_task * kFinishColumns : problem_.C;
   }
 
   std::int64_t rows_of(std::int64_t chunk) const {
@@ -199,17 +193,18 @@ class ChannelsLast {
     return columns_ - column < slab_columns_ ? columns_ - column : slab_columns_;
   }
 
-  Block block_at(std::int64_t first, std::int64_t rows, std::int64_t len) const {
+  // The first element of a chunk. The rest, less than a folded row, counts as one chunk more.
+  std::int64_t first_of(std::int64_t chunk) const {
+    return chunk == chunks_ ? rows_ * columns_ : chunk * chunk_rows_ * columns_;
+  }
+
+  Block block_of(std::int64_t chunk, std::int64_t column, std::int64_t rows, std::int64_t len) const {
     Block block;
-    for (int i = 0; i < 2; ++i) block.in[i] = advance(op_.in[i], first, problem_.dtype);
+    for (int i = 0; i < 2; ++i) block.in[i] = advance(op_.in[i], first_of(chunk) + column, problem_.dtype);
     block.rows = rows;
     block.len = len;
     block.stride = columns_;
     return block;
-  }
-
-  Block block_of(std::int64_t chunk, std::int64_t column, std::int64_t rows, std::int64_t len) const {
-    return block_at(chunk * chunk_rows_ * columns_ + column, rows, len);
   }
 
   const Problem& problem_;
@@ -218,7 +213,8 @@ class ChannelsLast {
   std::int64_t M_;
   std::int64_t fold_;     // rows of the tensor in one row of the matrix as the leaves see it
   std::int64_t columns_;  // C * fold_
-  std::int64_t rows_;     // M_ / fold_; M_ % fold_ rows are left over
+  std::int64_t rows_;     // M_ / fold_
+  std::int64_t rest_;     // elements in the M_ % fold_ rows of the tensor that are left over
   std::int64_t chunk_rows_;
   std::int64_t chunks_;
   std::int64_t slab_columns_;

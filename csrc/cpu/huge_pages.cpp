@@ -35,12 +35,19 @@ bool huge_pages_enabled() {
   return enabled;
 }
 
-void advise_huge_pages([[maybe_unused]] void* data, std::size_t bytes) {
+void use_huge_pages([[maybe_unused]] void* data, std::size_t bytes, [[maybe_unused]] const Parallel* touch) {
   if (bytes < kMinBytes || !huge_pages_enabled()) return;
 #if defined(__linux__)
-  const auto begin = (reinterpret_cast<std::uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
-  const auto end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / kHugePage * kHugePage;
-  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  const auto address = reinterpret_cast<std::uintptr_t>(data);
+  const std::uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
+  const std::uintptr_t end = (address + bytes) / kHugePage * kHugePage;
+  const bool advised = madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0;
+  if (!advised || touch == nullptr) return;
+  (*touch)(static_cast<std::int64_t>((end - begin) / kHugePage), [begin](std::int64_t first, std::int64_t last) {
+    for (std::int64_t page = first; page < last; ++page) {
+      *reinterpret_cast<volatile char*>(begin + static_cast<std::uintptr_t>(page) * kHugePage) = 0;
+    }
+  });
 #endif
 }
 

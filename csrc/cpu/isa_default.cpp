@@ -1,4 +1,8 @@
 // The leaves compiled for the processor's baseline: SSE2 on x86-64, Neon on aarch64.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 
 #include "../common/half.h"

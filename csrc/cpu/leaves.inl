@@ -293,7 +293,8 @@ void fill_table(LeafTable& table, DType dtype, Compute compute) {
   const int a = static_cast<int>(compute);
   table.reduce_segments[d][a][static_cast<int>(ReduceOp::kMomentSums)] = &reduce_segments<scalar_t, acc_t, MomentSums>;
   table.reduce_segments[d][a][static_cast<int>(ReduceOp::kGradSums)] = &reduce_segments<scalar_t, acc_t, GradSums>;
-  table.reduce_segments[d][a][static_cast<int>(ReduceOp::kBiasGradSum)] = &reduce_segments<scalar_t, acc_t, BiasGradSum>;
+  table.reduce_segments[d][a][static_cast<int>(ReduceOp::kBiasGradSum)] =
+      &reduce_segments<scalar_t, acc_t, BiasGradSum>;
   table.reduce_columns[d][a][static_cast<int>(ReduceOp::kMomentSums)] = &reduce_columns<scalar_t, acc_t, MomentSums>;
   table.reduce_columns[d][a][static_cast<int>(ReduceOp::kGradSums)] = &reduce_columns<scalar_t, acc_t, GradSums>;
   table.reduce_columns[d][a][static_cast<int>(ReduceOp::kBiasGradSum)] = &reduce_columns<scalar_t, acc_t, BiasGradSum>;

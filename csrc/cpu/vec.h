@@ -26,53 +26,76 @@ BNEXT_INLINE void store_raw(T* to, const V& v) {
   __builtin_memcpy(to, &v, sizeof v);
 }
 
+// The 512-bit forms below are taken with a mask of all lanes: GCC 12 warns of an uninitialised value inside those
+// without one.
+constexpr unsigned short kAllLanes = 0xffff;
+
+// 16-bit patterns to and from the lower halves of 32-bit lanes. (Of __builtin_convertvector GCC 12 makes several
+// shuffles for 512 bits, where there is one instruction.)
+template <int kN>
+BNEXT_INLINE Vector<std::uint32_t, kN> load_bits(const void* from) {
+  Vector<std::uint16_t, kN> bits;
+  __builtin_memcpy(&bits, from, sizeof bits);
+#if defined(__x86_64__)
+  if constexpr (kVectorBytes == 64 && kN == 16) {
+    return __builtin_bit_cast(Vector<std::uint32_t, kN>,
+                              _mm512_maskz_cvtepu16_epi32(kAllLanes, __builtin_bit_cast(__m256i, bits)));
+  }
+#endif
+  return __builtin_convertvector(bits, Vector<std::uint32_t, kN>);
+}
+
+template <int kN>
+BNEXT_INLINE void store_bits(void* to, const Vector<std::uint32_t, kN>& v) {
+#if defined(__x86_64__)
+  if constexpr (kVectorBytes == 64 && kN == 16) {
+    const __m256i bits = _mm512_maskz_cvtepi32_epi16(kAllLanes, __builtin_bit_cast(__m512i, v));
+    __builtin_memcpy(to, &bits, sizeof bits);
+    return;
+  }
+#endif
+  const auto bits = __builtin_convertvector(v, Vector<std::uint16_t, kN>);
+  __builtin_memcpy(to, &bits, sizeof bits);
+}
+
 // kN half-precision values to and from float32.
 template <int kN>
 BNEXT_INLINE Vector<float, kN> widen(const BFloat16* from) {
-  const auto bits = load_raw<Vector<std::uint16_t, kN>>(from);
-  return bfloat16_to_float<Vector<float, kN>>(__builtin_convertvector(bits, Vector<std::uint32_t, kN>));
+  return bfloat16_to_float<Vector<float, kN>>(load_bits<kN>(from));
 }
 
 template <int kN>
 BNEXT_INLINE void narrow(BFloat16* to, const Vector<float, kN>& v) {
-  const auto bits = float_to_bfloat16<Vector<std::uint32_t, kN>>(v);
-  store_raw(to, __builtin_convertvector(bits, Vector<std::uint16_t, kN>));
+  store_bits<kN>(to, float_to_bfloat16<Vector<std::uint32_t, kN>>(v));
 }
 
+// By the processor's own instructions where this instruction set has them. (A target pragma does not define
+// __F16C__ in time for the preprocessor, so the register's width stands for the instruction set.)
 template <int kN>
 BNEXT_INLINE Vector<float, kN> widen(const Half* from) {
   const auto bits = load_raw<Vector<std::uint16_t, kN>>(from);
-#if defined(__AVX512F__)
-  if constexpr (kN == 16) {
-    return __builtin_bit_cast(Vector<float, kN>, _mm512_cvtph_ps(__builtin_bit_cast(__m256i, bits)));
+#if defined(__x86_64__)
+  if constexpr (kVectorBytes == 64 && kN == 16) {
+    return __builtin_bit_cast(Vector<float, kN>, _mm512_maskz_cvtph_ps(kAllLanes, __builtin_bit_cast(__m256i, bits)));
   }
-#endif
-#if defined(__F16C__)
-  if constexpr (kN == 8) {
+  if constexpr (kVectorBytes >= 32 && kN == 8) {
     return __builtin_bit_cast(Vector<float, kN>, _mm256_cvtph_ps(__builtin_bit_cast(__m128i, bits)));
   }
 #endif
-  return float16_to_float<Vector<float, kN>>(__builtin_convertvector(bits, Vector<std::uint32_t, kN>));
+  return float16_to_float<Vector<float, kN>>(load_bits<kN>(from));
 }
 
 template <int kN>
 BNEXT_INLINE void narrow(Half* to, const Vector<float, kN>& v) {
-#if defined(__AVX512F__)
-  if constexpr (kN == 16) {
-    const __m256i bits = _mm512_cvtps_ph(__builtin_bit_cast(__m512, v), _MM_FROUND_TO_NEAREST_INT);
-    __builtin_memcpy(to, &bits, sizeof bits);
-    return;
+#if defined(__x86_64__)
+  if constexpr (kVectorBytes == 64 && kN == 16) {
+    return store_raw(to, _mm512_maskz_cvtps_ph(kAllLanes, __builtin_bit_cast(__m512, v), _MM_FROUND_TO_NEAREST_INT));
+  }
+  if constexpr (kVectorBytes >= 32 && kN == 8) {
+    return store_raw(to, _mm256_cvtps_ph(__builtin_bit_cast(__m256, v), _MM_FROUND_TO_NEAREST_INT));
   }
 #endif
-#if defined(__F16C__)
-  if constexpr (kN == 8) {
-    const __m128i bits = _mm256_cvtps_ph(__builtin_bit_cast(__m256, v), _MM_FROUND_TO_NEAREST_INT);
-    __builtin_memcpy(to, &bits, sizeof bits);
-    return;
-  }
-#endif
-  const auto bits = float_to_float16<Vector<std::uint32_t, kN>>(v);
-  store_raw(to, __builtin_convertvector(bits, Vector<std::uint16_t, kN>));
+  store_bits<kN>(to, float_to_float16<Vector<std::uint32_t, kN>>(v));
 }
 
 template <int kN>
