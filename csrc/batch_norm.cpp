@@ -141,7 +141,11 @@ Tensor allocate_output(const Tensor& like, at::MemoryFormat format, const Proble
   return output;
 }
 
-Tensor allocate_stats(const Tensor& input) { return at::empty({2, input.size(1)}, input.options().dtype(at::kDouble)); }
+// Nothing will ever be multiplied with the statistics of an empty input, but they must not be garbage.
+Tensor allocate_stats(const Tensor& input, const Problem& problem) {
+  const auto options = input.options().dtype(at::kDouble);
+  return problem.numel() == 0 ? at::zeros({2, problem.C}, options) : at::empty({2, problem.C}, options);
+}
 
 }  // namespace
 
@@ -175,8 +179,8 @@ std::tuple<Tensor, Tensor> batch_norm_train(const Tensor& input, const optional<
   }
 
   Tensor output = allocate_output(input, format, problem);
-  if (problem.numel() == 0) return {output, at::zeros({2, problem.C}, input.options().dtype(at::kDouble))};
-  Tensor save_stats = allocate_stats(input);
+  Tensor save_stats = allocate_stats(input, problem);
+  if (problem.numel() == 0) return {output, save_stats};
   const Tensor dense_input = input.contiguous(format);
   const auto dense_weight = densely(weight);
   const auto dense_bias = densely(bias);
@@ -213,8 +217,8 @@ std::tuple<Tensor, Tensor> batch_norm_eval(const Tensor& input, const optional<T
   const auto format = input.suggest_memory_format();
   const Problem problem = problem_of(input, format);
   Tensor output = allocate_output(input, format, problem);
-  // Also where the output is empty: the statistics belong to the result, and the kernel is what computes them.
-  Tensor save_stats = allocate_stats(input);
+  Tensor save_stats = allocate_stats(input, problem);
+  if (problem.numel() == 0) return {output, save_stats};
   const Tensor dense_input = input.contiguous(format);
   const auto dense_weight = densely(weight);
   const auto dense_bias = densely(bias);

@@ -1,0 +1,213 @@
+"""The inputs of the suite: shapes, memory layouts, dtypes, and the tensors made of them."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+# torch.nn.BatchNorm* takes `bias=` since 2.13; bnext's subclasses take what torch's take.
+TORCH_HAS_BIAS_OPTION = "bias" in inspect.signature(torch.nn.BatchNorm1d).parameters
+
+# Channel counts 1, 3, 5, 17, 130 are no multiple of any vector width; 64 is one of all. Spatial sizes: 1, odd,
+# 7x7 (49 values: no row after the first is aligned), 14x14 (the first multiple of 4).
+SHAPES: tuple[tuple[int, ...], ...] = (
+    (2, 1),
+    (2, 3),
+    (7, 5),
+    (33, 17),
+    (19, 64),
+    (16, 130),
+    (2, 3, 1),
+    (1, 3, 2),
+    (3, 17, 5),
+    (4, 5, 49),
+    (2, 3, 1, 1),
+    (5, 130, 1, 1),
+    (1, 1, 9, 11),
+    (3, 5, 5, 3),
+    (4, 64, 7, 7),
+    (2, 17, 14, 14),
+    (5, 130, 3, 3),
+    (2, 3, 2, 3, 5),
+    (1, 17, 3, 2, 7),
+    (2, 64, 2, 2, 2),
+)
+
+# One shape a rank, for what is tried with every stride pattern.
+STRIDED_SHAPES: tuple[tuple[int, ...], ...] = ((33, 17), (6, 17, 5), (6, 5, 7, 3), (4, 5, 2, 3, 7))
+
+DENSE_LAYOUTS = {
+    2: ("contiguous",),
+    3: ("contiguous",),
+    4: ("contiguous", "channels_last"),
+    5: ("contiguous", "channels_last_3d"),
+}
+STRIDED_LAYOUTS = {
+    2: ("offset", "sliced", "sliced_batch", "channel_slice", "transposed", "expanded_channels"),
+    3: ("offset", "sliced", "sliced_batch", "channel_slice", "transposed", "expanded", "expanded_channels"),
+    4: (
+        "offset",
+        "channels_last_offset",
+        "sliced",
+        "sliced_batch",
+        "channel_slice",
+        "transposed",
+        "expanded",
+        "expanded_channels",
+    ),
+    5: ("offset", "sliced", "sliced_batch", "channel_slice", "transposed", "expanded", "expanded_channels"),
+}
+
+
+class Case(NamedTuple):
+    shape: tuple[int, ...]
+    layout: str
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.shape))}-{self.layout}"
+
+
+DENSE_CASES = [Case(shape, layout) for shape in SHAPES for layout in DENSE_LAYOUTS[len(shape)]]
+STRIDED_CASES = [Case(shape, layout) for shape in STRIDED_SHAPES for layout in STRIDED_LAYOUTS[len(shape)]]
+CASES = DENSE_CASES + STRIDED_CASES
+
+# Every rank and dense layout once, for tests whose subject is not the shape.
+FEW_CASES = [
+    Case((7, 5), "contiguous"),
+    Case((4, 3, 6), "contiguous"),
+    Case((3, 5, 5, 3), "contiguous"),
+    Case((3, 5, 5, 3), "channels_last"),
+    Case((2, 3, 2, 3, 5), "channels_last_3d"),
+    Case((6, 5, 7, 3), "sliced"),
+]
+
+# Large enough to cross any internal chunk: a channel of more than 300,000 values; 5,000 rows of 70 channels; few
+# channels with many values each, so that threads share a channel; and more channels than a tile is wide.
+LARGE_CASES = [
+    Case((3, 1, 331, 331), "contiguous"),
+    Case((3, 1, 331, 331), "channels_last"),
+    Case((50, 70, 10, 10), "channels_last"),
+    Case((5000, 70), "contiguous"),
+    Case((64, 2, 61, 67), "contiguous"),
+    Case((64, 2, 61, 67), "channels_last"),
+    Case((24, 1031, 3, 5), "contiguous"),
+    Case((24, 1031, 3, 5), "channels_last"),
+]
+
+# For each instruction set: past 512 additions in either layout, with a tail shorter than any vector.
+MEDIUM_CASES = [
+    Case((9, 3, 41, 43), "contiguous"),
+    Case((12, 70, 10, 10), "channels_last"),
+    Case((1030, 37), "contiguous"),
+]
+
+
+def name(value: object) -> str:
+    """A short id for a parameter: `float32` for torch.float32, `4x64x7x7-channels_last` for a case."""
+    return str(value).removeprefix("torch.")
+
+
+def to_layout(values: Tensor, layout: str) -> Tensor:
+    """The values with other strides.
+
+    By operations that autograd and vmap know in every mode, so that gradcheck can look through them. The expanded layouts repeat their first image or channel, hence change the values.
+    """
+    if layout == "contiguous":
+        return values.contiguous()
+    if layout == "channels_last":
+        return values.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    if layout == "channels_last_3d":
+        return values.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
+    if layout == "offset":  # one element off: no vector load is aligned
+        return torch.cat([values.new_zeros(1), values.reshape(-1)])[1:].view(values.shape)
+    if layout == "channels_last_offset":
+        n, c, h, w = values.shape
+        flat = torch.cat([values.new_zeros(1), values.permute(0, 2, 3, 1).reshape(-1)])[1:]
+        return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+    if layout == "sliced":
+        return torch.stack([values, values + 1], -1).flatten(-2)[..., ::2]
+    if layout == "sliced_batch":
+        return torch.stack([values, values + 1], 1).flatten(0, 1)[::2]
+    if layout == "channel_slice":
+        return torch.cat([values[:, :1] + 1, values, values[:, :1] - 1], 1)[:, 1:-1]
+    if layout == "transposed":
+        return values.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "expanded":
+        return values[:1].contiguous().expand(values.shape)
+    if layout == "expanded_channels":
+        return values[:, :1].contiguous().expand(values.shape)
+    raise ValueError(f"layout: unknown {layout!r}")
+
+
+def make_input(
+    shape: tuple[int, ...],
+    layout: str = "contiguous",
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Tensor:
+    """Normal values; each channel has its own mean in [-3, 3] and standard deviation in [0.5, 2]."""
+    per_channel = (1, shape[1], *[1] * (len(shape) - 2))
+    mean = torch.rand(per_channel, dtype=torch.float64) * 6 - 3
+    std = torch.rand(per_channel, dtype=torch.float64) * 1.5 + 0.5
+    values = torch.randn(shape, dtype=torch.float64) * std + mean
+    return to_layout(values.to(device=device, dtype=dtype), layout)
+
+
+def make_grad(
+    shape: tuple[int, ...],
+    layout: str = "contiguous",
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Tensor:
+    """A grad_output: normal values, and a mean other than zero, so that no sum vanishes."""
+    values = torch.randn(shape, dtype=torch.float64) + 0.25
+    return to_layout(values.to(device=device, dtype=dtype), layout)
+
+
+class Parameters(NamedTuple):
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def clone(self) -> Parameters:
+        return Parameters(*(tensor.detach().clone() for tensor in self))
+
+
+def make_parameters(
+    channels: int, dtype: torch.dtype | tuple[torch.dtype, ...] = torch.float32, device: str = "cpu"
+) -> Parameters:
+    """Weights of both signs and, from three channels on, one that is zero; `dtype` is one for all or one for each."""
+    dtypes = dtype if isinstance(dtype, tuple) else (dtype,) * 4
+    weight = (torch.rand(channels, dtype=torch.float64) + 0.5) * (1 - 2 * (torch.arange(channels) % 2))
+    if channels >= 3:
+        weight[2] = 0
+    bias = torch.randn(channels, dtype=torch.float64)
+    running_mean = torch.randn(channels, dtype=torch.float64)
+    running_var = torch.rand(channels, dtype=torch.float64) * 2 + 0.25
+    values = (weight, bias, running_mean, running_var)
+    return Parameters(*(v.to(device=device, dtype=d) for v, d in zip(values, dtypes, strict=True)))
+
+
+def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the kernels compute in and return parameter gradients as: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether shapes, dtypes and bit patterns agree: NaN equals NaN, -0 differs from +0."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[a.element_size()]
+    return torch.equal(a.detach().contiguous().view(integers), b.detach().contiguous().view(integers))
+
+
+def numel(shape: tuple[int, ...]) -> int:
+    return math.prod(shape)

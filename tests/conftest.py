@@ -1,0 +1,70 @@
+"""Fixtures that the whole suite shares. A new device is added in DEVICES, and nowhere else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import bnext
+
+DEVICES = ("cpu",)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes several seconds (deselect with -m 'not slow')")
+    # torch itself still scripts its forward-mode rules when the first of them is needed.
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit:DeprecationWarning")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    """Each test has its own random numbers, whatever ran before it."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.split("/")[-1].encode()))
+
+
+@pytest.fixture(params=bnext._C.cpu_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test with each set of CPU kernels that this machine can execute."""
+    before = bnext._C.cpu_isa()
+    bnext._C.set_cpu_isa(request.param)
+    yield request.param
+    bnext._C.set_cpu_isa(before)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Leaves no compiled code of one test to the next."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs this interpreter on the arguments, so that it finds the bnext under test, and returns what it printed."""
+    root = str(Path(bnext.__file__).resolve().parents[1])
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        return subprocess.run(
+            [sys.executable, *arguments],
+            env={**os.environ, "PYTHONPATH": path, **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    return run

@@ -1,0 +1,154 @@
+"""The rules of the house: arrows point one way, kernels know no torch, and the stub tells the truth."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import bnext
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC, PACKAGE = ROOT / "csrc", ROOT / "bnext"
+SOURCES = {".h", ".inl", ".cpp", ".cuh", ".cu"}
+
+# What the files of a folder may include by quoted name.
+ALLOWED = {"common": {"common"}, "cpu": {"common", "cpu"}, "cuda": {"common", "cuda"}}
+FOLDERS = [folder for folder in ALLOWED if (CSRC / folder).is_dir()]
+
+INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^">]+)[">]', re.MULTILINE)
+FOREIGN = re.compile(r"^(torch|ATen|c10|caffe2|pybind11|Python\.h)")
+
+
+def includes(path: Path) -> list[tuple[str, str]]:
+    """(bracket, name) of every include."""
+    return INCLUDE.findall(path.read_text())
+
+
+def sources(folder: str) -> list[Path]:
+    found = sorted(p for p in (CSRC / folder).rglob("*") if p.suffix in SOURCES)
+    assert found, f"csrc/{folder} holds no sources"
+    return found
+
+
+def test_the_folders_of_the_house_exist() -> None:
+    assert {"common", "cpu"} <= set(FOLDERS)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_kernels_include_no_torch_header(folder: str) -> None:
+    for path in sources(folder):
+        foreign = [included for _, included in includes(path) if FOREIGN.match(included)]
+        assert foreign == [], path.relative_to(ROOT)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_includes_point_towards_common(folder: str) -> None:
+    for path in sources(folder):
+        for bracket, included in includes(path):
+            if bracket == "<":
+                continue
+            candidates = [path.parent / included, CSRC / included]
+            target = next((c.resolve() for c in candidates if c.exists()), None)
+            assert target is not None, f"{path.relative_to(ROOT)} includes {included}, which is not there"
+            parts = target.relative_to(CSRC).parts
+            assert len(parts) > 1 and parts[0] in ALLOWED[folder], f"{path.relative_to(ROOT)} includes {included}"
+
+
+def test_only_the_tensor_level_knows_both_torch_and_the_kernels() -> None:
+    top = sorted(p for p in CSRC.iterdir() if p.suffix in SOURCES)
+    mixed = [
+        p.name
+        for p in top
+        if any(FOREIGN.match(i) for _, i in includes(p))
+        and any(i.startswith(("cpu/", "cuda/")) for _, i in includes(p))
+    ]
+    # bindings.cpp reports what was built; every call passes through batch_norm.cpp.
+    assert set(mixed) <= {"batch_norm.cpp", "bindings.cpp"}
+    assert "batch_norm.cpp" in mixed
+
+
+MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of the package that a file imports at any level; names taken from the package itself count as
+    `__init__`, unless they are modules."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "bnext"]
+            found |= {n.split(".")[1] if "." in n else "__init__" for n in names}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level == 0 and module.split(".")[0] != "bnext":
+                continue
+            inner = module if node.level else module.partition(".")[2]
+            if inner:
+                found.add(inner.split(".")[0])
+            else:
+                found |= {a.name if a.name in MODULES or a.name == "_C" else "__init__" for a in node.names}
+    return found
+
+
+def test_python_imports_have_no_circle() -> None:
+    graph = {name: imported_modules(path) & set(MODULES) for name, path in MODULES.items()}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail, name))
+        if name not in done:
+            for other in graph[name]:
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_python_imports_point_from_convert_to_functional() -> None:
+    order = ["functional", "modules", "convert"]
+    assert set(order) <= set(MODULES)
+    for position, name in enumerate(order):
+        assert imported_modules(MODULES[name]).isdisjoint({*order[position + 1 :], "__init__", "__main__"}), name
+    assert "functional" in imported_modules(MODULES["modules"])
+    assert "modules" in imported_modules(MODULES["convert"])
+
+
+def test_package_import_patches_nothing() -> None:
+    # An assignment to an attribute of torch would be a monkey-patch.
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Assign):
+                targets = [ast.unparse(t) for t in node.targets]
+                assert not any(t.startswith("torch.") for t in targets), f"{path.name}: {targets}"
+
+
+def stub_names() -> dict[str, bool]:
+    """Public names of _C.pyi, and whether each is a function."""
+    names: dict[str, bool] = {}
+    for node in ast.parse((PACKAGE / "_C.pyi").read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            names[node.name] = True
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names[node.target.id] = False
+    return names
+
+
+def test_stub_agrees_with_the_binary() -> None:
+    binary = {name: callable(getattr(bnext._C, name)) for name in dir(bnext._C) if not name.startswith("_")}
+    assert stub_names() == binary
+
+
+def test_stub_signatures_agree_with_the_binary() -> None:
+    # pybind11 writes the signature into the first line of the docstring: "name(a: int) -> str".
+    for node in ast.parse((PACKAGE / "_C.pyi").read_text()).body:
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        first = getattr(bnext._C, node.name).__doc__.splitlines()[0]
+        signature = ast.parse(f"def {first}: ...").body[0]
+        assert isinstance(signature, ast.FunctionDef)
+        assert [a.arg for a in signature.args.args] == [a.arg for a in node.args.args], node.name
+        assert ast.unparse(signature.returns) == ast.unparse(node.returns), node.name

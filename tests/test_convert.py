@@ -1,0 +1,224 @@
+"""`bnext.convert` and `bnext.revert`: everything but the class of a known layer stays what it was."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from cases import make_grad, make_input
+from tolerances import assert_within
+from torch import Tensor, nn
+
+import bnext
+
+PAIRS = [
+    (getattr(nn, f"{prefix}BatchNorm{dim}d"), getattr(bnext, f"{prefix}BatchNorm{dim}d"))
+    for prefix in ("", "Lazy")
+    for dim in (1, 2, 3)
+]
+
+
+class BatchNormReLU(nn.BatchNorm2d):
+    """A user's subclass: replacing it would lose the activation."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.bn = nn.BatchNorm2d(3)
+        self.again = self.bn  # one layer under two names
+        self.table = nn.ModuleDict({"one": nn.BatchNorm2d(3), "drop": nn.Dropout(0.0)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table["one"](self.again(self.bn(self.conv(x)).relu()))
+
+
+def network() -> nn.Module:
+    return nn.Sequential(
+        Block(), nn.ModuleList([nn.BatchNorm2d(3)])[0], nn.Flatten(), nn.Linear(48, 5), nn.BatchNorm1d(5)
+    )
+
+
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+@pytest.mark.parametrize(("theirs", "ours"), PAIRS, ids=lambda c: f"{c.__module__.split('.')[0]}.{c.__name__}")
+def test_a_single_layer_is_swapped_in_place(theirs: type[nn.Module], ours: type[nn.Module]) -> None:
+    module = theirs() if "Lazy" in theirs.__name__ else theirs(4)
+    state = dict(module.__dict__)
+    assert bnext.convert(module) is module
+    assert type(module) is ours
+    assert module.__dict__ == state
+    assert bnext.revert(module) is module
+    assert type(module) is theirs
+    assert module.__dict__ == state
+
+
+def test_every_layer_of_a_model_is_swapped() -> None:
+    model = network()
+    names = [name for name, _ in model.named_modules()]
+    others = [type(m) for m in model.modules() if m not in batch_norms(model)]
+    assert bnext.convert(model) is model
+    assert [type(m) for m in batch_norms(model)] == [bnext.BatchNorm2d] * 3 + [bnext.BatchNorm1d]
+    assert [name for name, _ in model.named_modules()] == names
+    assert [type(m) for m in model.modules() if m not in batch_norms(model)] == others
+    bnext.revert(model)
+    assert [type(m) for m in batch_norms(model)] == [nn.BatchNorm2d] * 3 + [nn.BatchNorm1d]
+
+
+def test_parameters_buffers_hooks_and_flags_are_kept() -> None:
+    model = network()
+    layer = model[0].bn
+    layer.eval().requires_grad_(False)
+    layer.weight.note = "kept"
+    layer.custom = 17
+    calls: list[str] = []
+    layer.register_forward_pre_hook(lambda *_: calls.append("pre"))
+    layer.register_forward_hook(lambda *_: calls.append("forward"))
+    layer.register_state_dict_pre_hook(lambda *_: calls.append("state_dict"))
+    before = {id(t) for t in (*model.parameters(), *model.buffers())}
+    flags = [(m.training, [p.requires_grad for p in m.parameters()]) for m in model.modules()]
+
+    bnext.convert(model)
+    assert {id(t) for t in (*model.parameters(), *model.buffers())} == before
+    assert [(m.training, [p.requires_grad for p in m.parameters()]) for m in model.modules()] == flags
+    assert model[0].again is model[0].bn is layer
+    assert (layer.weight.note, layer.custom) == ("kept", 17)
+    model(torch.randn(2, 3, 4, 4))
+    assert calls == ["pre", "forward"] * 2
+    model.state_dict()
+    assert calls[4:] == ["state_dict"] * 2
+
+
+def test_state_dicts_are_interchangeable() -> None:
+    model = network()
+    converted = bnext.convert(copy.deepcopy(model))
+    x = torch.randn(2, 3, 4, 4)
+    converted(x)
+    assert list(model.state_dict()) == list(converted.state_dict())
+    assert model.state_dict()._metadata == converted.state_dict()._metadata
+    model.load_state_dict(converted.state_dict(), strict=True)
+    for (key, a), b in zip(model.state_dict().items(), converted.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+    model(x)
+    converted.load_state_dict(model.state_dict(), strict=True)
+    assert all(
+        m.num_batches_tracked == n.num_batches_tracked
+        for m, n in zip(batch_norms(model), batch_norms(converted), strict=True)
+    )
+
+
+def test_the_converted_model_computes_the_same() -> None:
+    model = network().double()
+    converted = bnext.convert(copy.deepcopy(model))
+    x = make_input((4, 3, 4, 4), dtype=torch.float64)
+    for training in (True, False):
+        y, z = model.train(training)(x), converted.train(training)(x)
+        # Five normalisations in a row; each may amplify rounding by the ratio of a value to its standard deviation.
+        assert_within(z, y.detach(), 1e-12 * (1 + y.detach().abs().max()), "output")
+
+
+def test_an_optimizer_made_before_keeps_working() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    bnext.convert(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.randn(2, 3, 4, 4)).square().sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, model[0].bn.parameters(), strict=False))
+
+
+def test_unknown_classes_are_left_alone_and_listed_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(network(), nn.Sequential(BatchNormReLU(5), nn.SyncBatchNorm(5)), BatchNormReLU(5))
+    with caplog.at_level(logging.DEBUG):
+        bnext.convert(model)
+    assert [type(m) for m in (model[1][0], model[1][1], model[2])] == [BatchNormReLU, nn.SyncBatchNorm, BatchNormReLU]
+    assert type(model[0][0].bn) is bnext.BatchNorm2d
+    (record,) = caplog.records
+    assert (record.name, record.levelno) == ("bnext", logging.WARNING)
+    for part in ("1.0", "1.1", "2", "BatchNormReLU", "SyncBatchNorm"):
+        assert part in record.getMessage()
+    assert "0.0.bn" not in record.getMessage()
+
+
+def test_nothing_is_said_when_nothing_is_left(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        bnext.revert(bnext.convert(network()))
+    assert caplog.records == []
+
+
+def test_converting_twice_changes_nothing_more(caplog: pytest.LogCaptureFixture) -> None:
+    model = bnext.convert(network())
+    types = [type(m) for m in model.modules()]
+    with caplog.at_level(logging.DEBUG):
+        bnext.convert(model)
+    assert [type(m) for m in model.modules()] == types
+    assert caplog.records == []
+
+
+def test_subclasses_of_our_layers_are_left_alone() -> None:
+    class Mine(bnext.BatchNorm2d):
+        pass
+
+    model = nn.Sequential(Mine(3), bnext.BatchNorm2d(3))
+    bnext.revert(model)
+    assert [type(m) for m in model] == [Mine, nn.BatchNorm2d]
+
+
+def test_a_parametrized_layer_is_left_alone() -> None:
+    # torch gives it a class of its own, whose properties compute the weight.
+    class Positive(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight.exp()
+
+    layer = nn.BatchNorm2d(3)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Positive())
+    model = nn.Sequential(layer, nn.BatchNorm2d(3))
+    x = make_input((4, 3, 2, 2))
+    expected = copy.deepcopy(model)(x)
+    bnext.convert(model)
+    assert nn.utils.parametrize.is_parametrized(model[0], "weight")
+    assert_within(model(x), expected.detach().double(), 1e-5 * expected.detach().abs().max().item(), "output")
+
+
+def test_a_converted_layer_may_be_parametrized() -> None:
+    class Positive(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight.exp()
+
+    layer = bnext.convert(nn.BatchNorm2d(3))
+    plain = bnext.BatchNorm2d(3)
+    plain.weight.data.fill_(torch.e)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Positive())
+    x = make_input((4, 3, 2, 2))
+    layer(x).backward(make_grad((4, 3, 2, 2)))
+    assert_within(layer(x), plain(x).detach().double(), 1e-5, "output")
+    assert layer.parametrizations.weight.original.grad.abs().sum() > 0
+
+
+def test_lazy_layers_become_ours_after_conversion() -> None:
+    model = bnext.convert(nn.Sequential(nn.LazyConv2d(4, 1), nn.LazyBatchNorm2d()))
+    model(torch.randn(2, 3, 4, 4))
+    assert type(model[1]) is bnext.BatchNorm2d
+    assert model[1].num_features == 4
+
+
+def test_a_model_without_batch_norm_passes_through() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.GroupNorm(1, 2), nn.InstanceNorm1d(2))
+    types = [type(m) for m in model.modules()]
+    assert bnext.convert(model) is model
+    assert [type(m) for m in model.modules()] == types
+
+
+@pytest.mark.parametrize("function", [bnext.convert, bnext.revert], ids=["convert", "revert"])
+@pytest.mark.parametrize("wrong", [None, [nn.BatchNorm2d(3)], nn.BatchNorm2d], ids=["None", "list", "class"])
+def test_what_is_no_module_raises(function: object, wrong: object) -> None:
+    with pytest.raises(TypeError, match="module"):
+        function(wrong)

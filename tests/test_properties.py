@@ -1,0 +1,71 @@
+"""One property over random problems: whatever the shape, strides, dtypes and options, bnext equals the reference."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from cases import DTYPES, Case, Parameters, make_grad, make_input, make_parameters
+from checks import check_backward, check_forward
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Shapes of every rank up to a few thousand elements, with at least two values a channel."""
+    channels = draw(st.integers(1, 40) | st.sampled_from([63, 64, 65, 127, 128, 129, 257]))
+    batch = draw(st.integers(1, 9))
+    spatial = draw(st.lists(st.integers(1, 9), max_size=3).filter(lambda s: math.prod(s) <= 100))
+    shape = (batch + (batch * math.prod(spatial) == 1), channels, *spatial)
+    return Case(shape, "contiguous")
+
+
+@st.composite
+def strided(draw: st.DrawFn, values: Tensor) -> Tensor:
+    """The values in memory of any order of the dimensions, with gaps between them and an offset before them."""
+    order = draw(st.permutations(range(values.ndim)))
+    steps = draw(st.lists(st.integers(1, 3), min_size=values.ndim, max_size=values.ndim))
+    offset = draw(st.integers(0, 5))
+    stride, strides = 1, [0] * values.ndim
+    for dim in reversed(order):
+        stride *= steps[dim]
+        strides[dim] = stride
+        stride *= values.shape[dim]
+    storage = torch.full((offset + stride + 1,), torch.nan, dtype=values.dtype)  # a value from a gap would show
+    return storage.as_strided(values.shape, strides, offset).copy_(values)
+
+
+@st.composite
+def repeated(draw: st.DrawFn, values: Tensor) -> Tensor:
+    """The values, or those of an expanded dimension. Channels of one image still hold two values or more."""
+    dim = draw(st.sampled_from([None, None, None, *range(values.ndim)]))
+    return values if dim is None else values.narrow(dim, 0, 1).expand(values.shape)
+
+
+@settings(
+    max_examples=300,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(data=st.data(), case=cases(), dtype=st.sampled_from(DTYPES), training=st.booleans(), seed=st.integers(0, 2**16))
+def test_any_problem_equals_the_reference(
+    data: st.DataObject, case: Case, dtype: torch.dtype, training: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    x = make_input(*case, dtype)
+    g = make_grad(case.shape, "contiguous", dtype)
+    if data.draw(st.booleans(), label="strided"):
+        x, g = data.draw(strided(x)), data.draw(strided(g))
+    else:
+        x, g = data.draw(repeated(x)), data.draw(repeated(g))
+    dtypes = tuple(data.draw(st.sampled_from([dtype, torch.float32]), label=n) for n in Parameters._fields)
+    params = make_parameters(case.shape[1], dtypes)
+    affine = data.draw(st.booleans(), label="affine")
+    momentum = data.draw(st.sampled_from([0.0, 0.1, 0.75, 1.0]), label="momentum")
+    eps = data.draw(st.sampled_from([1e-5, 1e-3]), label="eps")
+    check_forward(x, params, training=training, affine=affine, momentum=momentum, eps=eps)
+    check_backward(x, g, params, training=training, eps=eps)

@@ -1,0 +1,169 @@
+"""How far a right answer may lie from the float64 reference. Every bound is derived here, none is tuned.
+
+u is the unit roundoff of the arithmetic: 2^-24 where elements are handled in float32 (float32, float16 and
+bfloat16 inputs), 2^-53 for float64.
+
+Sums. A chain of additions adds a rounding error uniform in +-u|p_j| at each partial sum p_j, so of variance
+u^2 p_j^2/3. With terms of mean t and standard deviation s the partial sums are j*t + sqrt(j)*s, and a chain of
+length L has the variance u^2/3*(t^2 L^3/3 + s^2 L^2/2). m/L independent chains make
+
+    std <= u*sqrt(m)*(|t|*L/3 + s*sqrt(L/6)) = u*(|sum|*L/(3 sqrt(m)) + norm2*sqrt(L/6)).
+
+The bound is LAMBDA = 4 such standard deviations. float32 chains are flushed to double every CHAIN = 512 additions
+or earlier; for float64 the chain may be the whole channel.
+
+Statistics, in units of the standard deviation sigma of the channel. For sum((x - shift)^2) the first term rules:
+relative error LAMBDA*u*sqrt(L)/3 of the variance, half of that of sigma, smaller by sqrt(m/L) where chains are
+averaged. A shift that lies d*sigma from the mean costs a factor 1 + d^2; d <= 0.7 for a shift taken from a
+sample. Together u*sqrt(L)/sqrt(m/L), and 2u for rounding the result: `statistics`. The mean's own error is
+smaller (its terms change sign), and is given the same bound. It is held as a double, so that it is rounded to
+2^-53 of itself, which matters where the spread is far smaller: `mean_rounding`.
+
+Where bnext itself computes in float64 the reference errs as much as bnext does: such bounds are doubled.
+"""
+
+from __future__ import annotations
+
+import math
+
+import reference
+import torch
+from reference import Forward, along_channels, reduced_dims, widen
+from torch import Tensor
+
+LAMBDA = 4.0
+CHAIN = 512
+
+
+def unit(dtype: torch.dtype) -> float:
+    return 2.0**-53 * 2 if dtype == torch.float64 else 2.0**-24
+
+
+def chain(count: int, dtype: torch.dtype) -> int:
+    return max(1, count if dtype == torch.float64 else min(count, CHAIN))
+
+
+def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The spacing of `dtype` at each (float64) value; that of the subnormals near zero."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(values.abs().clamp(min=info.tiny)).exponent
+    return torch.ldexp(torch.full_like(values, info.eps), exponent - 1)
+
+
+def half_ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return ulp(values, dtype) / 2
+
+
+def statistics(count: int, dtype: torch.dtype) -> float:
+    length = chain(count, dtype)
+    return unit(dtype) * (2 + math.sqrt(length) / math.sqrt(max(1.0, count / length)))
+
+
+def mean_rounding(fwd: Forward) -> Tensor:
+    """What storing the mean (and the reference's) as a double moves xhat by; shape (C,)."""
+    return 2.0**-52 * fwd.mean.abs() * fwd.invstd
+
+
+def summed(terms: Tensor, dtype: torch.dtype) -> Tensor:
+    """Error of a sum of `terms` over all dimensions but the channel's; the terms themselves carry two roundings."""
+    dims = reduced_dims(terms.ndim)
+    count = terms.numel() // terms.shape[1]
+    length = chain(count, dtype)
+    total, norm = terms.sum(dims).abs(), terms.square().sum(dims).sqrt()
+    walk = total * (length / (3 * math.sqrt(max(1, count)))) + norm * (math.sqrt(length / 6) + 2)
+    return unit(dtype) * (LAMBDA * walk + total)
+
+
+def output(fwd: Forward, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype, *, training: bool) -> Tensor:
+    """|y - reference|: statistics shift and stretch xhat; then x - mean, the scale, the product and the sum are
+    rounded once each, the bias twice; then y is rounded to its dtype."""
+    ndim, u = fwd.xhat.ndim, unit(dtype)
+    w = 1.0 if weight is None else along_channels(widen(weight).abs(), ndim)
+    b = 0.0 if bias is None else along_channels(widen(bias).abs(), ndim)
+    x = fwd.xhat.abs()
+    error = w * x * 4 * u + b * 2 * u
+    if training:
+        error = error + w * (1 + x) * statistics(fwd.count, dtype)
+        error = error + w * along_channels(mean_rounding(fwd), ndim)
+    return error + half_ulp(fwd.output.abs() + error, dtype)
+
+
+def grad_input(
+    grad_output: Tensor, fwd: Forward, weight: Tensor | None, dtype: torch.dtype, *, training: bool
+) -> Tensor:
+    """|grad_input - reference|: each of the three terms of g - mean(g) - xhat*mean(g*xhat) is rounded up to four
+    times; the means carry the errors of their sums; xhat, in the term and in the sum, those of the statistics."""
+    g, ndim, u, m = widen(grad_output), grad_output.ndim, unit(dtype), max(1, fwd.count)
+    x = fwd.xhat.abs()
+    scale = along_channels(fwd.invstd * (1 if weight is None else widen(weight).abs()), ndim)
+    error = g.abs() * 4 * u
+    if training:
+        products = g * fwd.xhat
+        mean_g = along_channels(g.sum(reduced_dims(ndim)).abs() / m, ndim)
+        mean_gx = along_channels(products.sum(reduced_dims(ndim)).abs() / m, ndim)
+        stat = statistics(fwd.count, dtype)
+        error = error + (mean_g + x * mean_gx) * 4 * u
+        error = (
+            error + along_channels(summed(g, dtype) / m, ndim) + x * along_channels(summed(products, dtype) / m, ndim)
+        )
+        error = error + stat * ((1 + x) * mean_gx + x * mean_g + g.abs() + mean_g + x * mean_gx)
+        error = error + along_channels(mean_rounding(fwd), ndim) * (mean_gx + x * mean_g)
+    error = error * scale
+    exact = reference.backward(grad_output, fwd, weight, training=training).input
+    return error + half_ulp(exact.abs() + error, dtype)
+
+
+def grad_bias(grad_output: Tensor, dtype: torch.dtype, result_dtype: torch.dtype) -> Tensor:
+    g = widen(grad_output)
+    error = summed(g, dtype)
+    return error + half_ulp(g.sum(reduced_dims(g.ndim)).abs() + error, result_dtype)
+
+
+def grad_weight(
+    grad_output: Tensor, fwd: Forward, dtype: torch.dtype, result_dtype: torch.dtype, *, training: bool
+) -> Tensor:
+    """sum(g*xhat): an error of the mean moves it by that of sum(g), an error of sigma stretches it."""
+    g = widen(grad_output)
+    products = g * fwd.xhat
+    total, total_g = (t.sum(reduced_dims(g.ndim)).abs() for t in (products, g))
+    error = summed(products, dtype) + 4 * unit(dtype) * (total + total_g)
+    if training:
+        error = error + statistics(fwd.count, dtype) * (total + total_g) + mean_rounding(fwd) * total_g
+    return error + half_ulp(total + error, result_dtype)
+
+
+def running_stats(
+    expected: tuple[Tensor, Tensor],
+    fwd: Forward,
+    momentum: float,
+    dtype: torch.dtype,
+    mean_dtype: torch.dtype,
+    var_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The batch's share carries the error of the statistics; the update three roundings; storing it one more."""
+    u, stat = unit(dtype), statistics(fwd.count, dtype)
+    mean, var = expected
+    sigma = fwd.var.sqrt()
+    mean_error = momentum * (stat * sigma + 2 * u * fwd.mean.abs()) + 3 * u * mean.abs()
+    var_error = momentum * 2 * fwd.var * 2 * stat + 3 * u * var.abs()
+    return (
+        mean_error + half_ulp(mean.abs() + mean_error, mean_dtype),
+        var_error + half_ulp(var.abs() + var_error, var_dtype),
+    )
+
+
+def assert_within(actual: Tensor, expected: Tensor, tolerance: Tensor | float, what: str) -> None:
+    """Fail, with the worst element, unless |actual - expected| <= tolerance everywhere. A NaN is never within."""
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    got = widen(actual)
+    limit = torch.as_tensor(tolerance, dtype=torch.float64).expand(expected.shape)
+    error = (got - expected).abs()
+    wrong = ~((error <= limit) | (got == expected))
+    if not wrong.any():
+        return
+    ratio = torch.where(wrong, torch.nan_to_num(error / limit, nan=math.inf), 0.0)
+    worst = tuple(int(i) for i in torch.unravel_index(ratio.argmax(), ratio.shape)) if ratio.ndim else ()
+    raise AssertionError(
+        f"{what}: {int(wrong.sum())} of {wrong.numel()} elements off; worst at {worst}: got {got[worst].item()!r}, "
+        f"expected {expected[worst].item()!r}, error {error[worst].item():.3e}, allowed {limit[worst].item():.3e}"
+    )
