@@ -109,10 +109,14 @@ def _fold_optional(tensor: Tensor | None, batch_dim: int | None, size: int, chan
     return None if tensor is None else _fold(tensor, batch_dim, size, channel_dim)
 
 
-def _unfold(tensor: Tensor, size: int, channel_dim: int) -> Tensor:
-    # Not -1 for the channels: their number is ambiguous in an empty tensor.
-    unfolded: Tensor = tensor.unflatten(channel_dim, (size, tensor.shape[channel_dim] // size))
+def _unfold(tensor: Tensor, size: int, channels: int, channel_dim: int) -> Tensor:
+    unfolded: Tensor = tensor.unflatten(channel_dim, (size, channels))
     return unfolded
+
+
+def _channels(tensor: Tensor, batch_dim: int | None) -> int:
+    """C of (N, C, ...) with a batch dimension somewhere, or none."""
+    return tensor.shape[1 if batch_dim is None or batch_dim > 1 else 2]
 
 
 def _vmap_eval(
@@ -125,7 +129,7 @@ def _vmap_eval(
     running_var: Tensor,
     eps: float,
 ) -> _Batched:
-    size = info.batch_size
+    size, channels = info.batch_size, _channels(input, in_dims[0])
     output, save_stats = batch_norm_eval(
         _fold(input, in_dims[0], size, 1),
         _fold_optional(weight, in_dims[1], size, 0),
@@ -134,7 +138,7 @@ def _vmap_eval(
         _fold(running_var, in_dims[4], size, 0),
         eps,
     )
-    return (_unfold(output, size, 1), _unfold(save_stats, size, 1)), (1, 1)
+    return (_unfold(output, size, channels, 1), _unfold(save_stats, size, channels, 1)), (1, 1)
 
 
 def _vmap_train(
@@ -149,7 +153,7 @@ def _vmap_train(
     momentum: float | None,
     eps: float,
 ) -> _Batched:
-    size = info.batch_size
+    size, channels = info.batch_size, _channels(input, in_dims[0])
     for name, tensor, dim in (
         ("running_mean", running_mean, in_dims[3]),
         ("running_var", running_var, in_dims[4]),
@@ -185,8 +189,8 @@ def _vmap_train(
         (running_var, in_dims[4], running[1]),
     ):
         if tensor is not None and dim is not None and updated is not None:
-            tensor.movedim(dim, 0).copy_(_unfold(updated, size, 0))
-    return (_unfold(output, size, 1), _unfold(save_stats, size, 1)), (1, 1)
+            tensor.movedim(dim, 0).copy_(_unfold(updated, size, channels, 0))
+    return (_unfold(output, size, channels, 1), _unfold(save_stats, size, channels, 1)), (1, 1)
 
 
 def _train_each(
@@ -222,7 +226,7 @@ def _vmap_backward(
     eps: float,
     output_mask: list[bool],
 ) -> _Batched:
-    size = info.batch_size
+    size, channels = info.batch_size, _channels(grad_output, in_dims[0])
     grad_input, grad_weight, grad_bias = batch_norm_backward(
         _fold(grad_output, in_dims[0], size, 1),
         _fold_optional(input, in_dims[1], size, 1),
@@ -233,9 +237,9 @@ def _vmap_backward(
         output_mask,
     )
     outputs = (
-        _unfold(grad_input, size, 1) if output_mask[0] else grad_input,
-        _unfold(grad_weight, size, 0) if output_mask[1] else grad_weight,
-        _unfold(grad_bias, size, 0) if output_mask[2] else grad_bias,
+        _unfold(grad_input, size, channels, 1) if output_mask[0] else grad_input,
+        _unfold(grad_weight, size, channels, 0) if output_mask[1] else grad_weight,
+        _unfold(grad_bias, size, channels, 0) if output_mask[2] else grad_bias,
     )
     dims = (
         1 if output_mask[0] else None,

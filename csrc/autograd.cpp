@@ -86,6 +86,7 @@ class BatchNormDoubleBackward : public Node {
   SavedVariable save_stats;
   bool training = true;
   double eps = 0.0;
+  std::array<bool, 3> output_mask{};
 
   std::string name() const override { return "BNextBatchNormDoubleBackward"; }
 
@@ -101,9 +102,11 @@ class BatchNormDoubleBackward : public Node {
     const std::lock_guard<std::mutex> lock(mutex_);
     const Tensor dy = grad_output.unpack();
     const Point at{dy, input.unpack(), weight.unpack(), save_stats.unpack(), training, eps};
-    const Tensor& u = cotangents[0];
-    const Tensor& v = cotangents[1];
-    const Tensor& z = cotangents[2];
+    // An output that was not asked for is a placeholder, whose cotangent means nothing.
+    const auto cotangent = [&](std::size_t i) { return output_mask[i] ? cotangents[i] : Tensor(); };
+    const Tensor u = cotangent(0);
+    const Tensor v = cotangent(1);
+    const Tensor z = cotangent(2);
     variable_list result(3);
     if (task_should_compute_output(0)) result[0] = output_tangent(at, u, v, z);
     if (task_should_compute_output(1) || task_should_compute_output(2)) {
@@ -232,6 +235,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output
     node->save_stats = SavedVariable(save_stats, /*is_output=*/false);
     node->training = training;
     node->eps = eps;
+    node->output_mask = output_mask;
     set_history(grad_input, node);
     set_history(grad_weight, node);
     set_history(grad_bias, node);
@@ -240,7 +244,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output
     const Tensor dy = primal_of(grad_output);
     const Point at{dy, primal_of(x), primal_of(w), save_stats, training, eps};
     // Linear in grad_output; along input and weight, the symmetric second derivative.
-    const SecondOrder second = second_order(at, dy, tangent_of(x), tangent_of(w));
+    SecondOrder second;
+    if (output_mask[0] || output_mask[1]) second = second_order(at, dy, tangent_of(x), tangent_of(w));
     const Tensor dy_tangent = tangent_of(grad_output);
     std::tuple<Tensor, Tensor, Tensor> linear;
     if (dy_tangent.defined()) {

@@ -64,15 +64,18 @@ struct Standardized {
 Tensor plus(const Tensor& a, const Tensor& b) { return !a.defined() ? b : !b.defined() ? a : a + b; }
 
 Tensor output_tangent(const Point& at, const Tensor& u, const Tensor& v, const Tensor& z) {
-  const Standardized s(at);
   Tensor result;
-  if (u.defined()) result = s.scale * s.project(u.to(compute_type(at.like)));
-  if (v.defined()) result = plus(result, per_channel(v, at.like) * s.xhat);
+  if (u.defined() || v.defined()) {
+    const Standardized s(at);
+    if (u.defined()) result = s.scale * s.project(u.to(compute_type(at.like)));
+    if (v.defined()) result = plus(result, per_channel(v, at.like) * s.xhat);
+  }
   if (z.defined()) result = plus(result, per_channel(z, at.like).expand_as(at.like));
   return result.defined() ? result.to(at.like.scalar_type()) : result;
 }
 
 SecondOrder second_order(const Point& at, const Tensor& grad_output, const Tensor& u, const Tensor& v) {
+  if (!u.defined() && !v.defined()) return {};
   const Standardized s(at);
   const auto type = compute_type(at.like);
   const Tensor dy = grad_output.to(type);

@@ -88,11 +88,11 @@ inline void grad_input_coefficients(DType dtype, double mean, double invstd, dou
 }
 
 // Whether every coefficient survives the conversion to float32: neither overflow nor underflow. Data of
-// magnitude 1e30 has an invstd of 1e-30, whose square float32 does not hold.
+// magnitude 1e30 has an invstd of 1e-30, whose square float32 does not hold. An inf or NaN is the same in both.
 inline bool fits_float32(const double* coefficients, int n) {
   for (int i = 0; i < n; ++i) {
     const double magnitude = std::fabs(coefficients[i]);
-    if (magnitude != 0.0 && !(magnitude > 1e-36 && magnitude < 1e37)) return false;
+    if (magnitude != 0.0 && std::isfinite(magnitude) && !(magnitude > 1e-36 && magnitude < 1e37)) return false;
   }
   return true;
 }

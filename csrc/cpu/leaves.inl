@@ -4,9 +4,11 @@
 
 #include "vec.h"
 
-// Additions into one float32 lane before it is emptied into a double: bounds the rounding error of a lane by
-// 128 * 2^-24 of the sum of magnitudes, in the worst case.
-constexpr std::int64_t kFlush = 128;
+// Sums have three levels, so that no chain of float32 additions is long: a lane takes kInner of them and is then
+// added to an outer lane, which takes kOuter of those and is then added to a double. Equal values round the same way
+// at every step, so the error of a single chain of 128 would reach 128 * 2^-25; here it is (16 + 8) * 2^-25.
+constexpr std::int64_t kInner = 16;
+constexpr std::int64_t kOuter = 8;
 
 template <typename acc_t>
 using Vec = Vector<acc_t, kWidth<acc_t>>;
@@ -32,16 +34,21 @@ struct Inputs {
   }
 };
 
-// Two sums in kUnroll registers each, so that additions do not wait for one another, and a scalar for rests.
+// The two sums of a channel: kUnroll registers each, so that additions do not wait for one another.
 template <typename acc_t, typename scalar_t, typename Op>
 struct Lanes {
   static constexpr int kUnroll = 4;
   static constexpr std::int64_t kN = kWidth<acc_t>;
+  static constexpr std::int64_t kStep = kUnroll * kN;
 
   Vec<acc_t> first[kUnroll] = {};
   Vec<acc_t> second[kUnroll] = {};
-  acc_t first_rest = 0;
-  acc_t second_rest = 0;
+  Vec<acc_t> first_outer[kUnroll] = {};
+  Vec<acc_t> second_outer[kUnroll] = {};
+  double first_total = 0.0;
+  double second_total = 0.0;
+  std::int64_t inner = 0;
+  std::int64_t outer = 0;
 
   BNEXT_INLINE void add_vector(int u, const Inputs<scalar_t, Op>& inputs, std::int64_t i, const Vec<acc_t>& shift) {
     Vec<acc_t> in[2];
@@ -49,10 +56,11 @@ struct Lanes {
     Op::add(first[u], second[u], in, shift);
   }
 
-  // Elements [i, n).
+  // Elements [i, n), at most kInner * kStep of them.
   BNEXT_INLINE void add_run(const Inputs<scalar_t, Op>& inputs, std::int64_t i, std::int64_t n,
                             const Vec<acc_t>& shift) {
-    for (; i + kUnroll * kN <= n; i += kUnroll * kN) {
+    inner += (n - i) / kStep + 1;
+    for (; i + kStep <= n; i += kStep) {
 #pragma GCC unroll 4
       for (int u = 0; u < kUnroll; ++u) add_vector(u, inputs, i + u * kN, shift);
     }
@@ -62,56 +70,55 @@ struct Lanes {
     if (i + kN <= n) add_vector(2, inputs, i, shift), i += kN;
     for (; i < n; ++i) {
       acc_t in[2];
+      acc_t a = 0;
+      acc_t b = 0;
       inputs.template load<acc_t>(in, i);
-      Op::add(first_rest, second_rest, in, shift[0]);
+      Op::add(a, b, in, shift[0]);
+      first_total += static_cast<double>(a);
+      second_total += static_cast<double>(b);
     }
+    if (inner >= kInner) settle();
   }
 
-  BNEXT_INLINE void flush(double& first_sum, double& second_sum) {
-    double a = first_rest;
-    double b = second_rest;
+  BNEXT_INLINE void settle() {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) {
+      first_outer[u] += first[u];
+      second_outer[u] += second[u];
+      first[u] = second[u] = Vec<acc_t>{};
+    }
+    inner = 0;
+    if (++outer == kOuter) flush();
+  }
+
+  // Kept out of the loops: it would take their registers.
+  __attribute__((noinline)) void flush() {
     for (int u = 0; u < kUnroll; ++u) {
       for (int l = 0; l < kN; ++l) {
-        a += static_cast<double>(first[u][l]);
-        b += static_cast<double>(second[u][l]);
+        first_total += static_cast<double>(first_outer[u][l]);
+        second_total += static_cast<double>(second_outer[u][l]);
       }
+      first_outer[u] = second_outer[u] = Vec<acc_t>{};
     }
-    first_sum += a;
-    second_sum += b;
-    *this = Lanes{};
+    outer = 0;
   }
 };
 
 template <typename scalar_t, typename acc_t, typename Op>
 void reduce_segments(const ReduceArgs& args) {
   using Sums = Lanes<acc_t, scalar_t, Op>;
-  constexpr std::int64_t kStep = Sums::kUnroll * Sums::kN;
-  constexpr std::int64_t kRun = kFlush * kStep;
+  constexpr std::int64_t kRun = kInner * Sums::kStep;
   const Vec<acc_t> shift = broadcast(*static_cast<const acc_t*>(args.shift));
   const std::int64_t len = args.block.len;
-  // Each row adds at most this often to a lane (the scalar rest included).
-  const std::int64_t adds_a_row = len / kStep + Sums::kN;
   Sums sums;
-  double first = 0.0;
-  double second = 0.0;
-  std::int64_t adds = 0;
   for (std::int64_t r = 0; r < args.block.rows; ++r) {
     const Inputs<scalar_t, Op> inputs(args.block, r * args.block.stride);
-    std::int64_t i = 0;
-    for (; len - i > kRun; i += kRun) {
-      sums.add_run(inputs, i, i + kRun, shift);
-      sums.flush(first, second);
-    }
-    sums.add_run(inputs, i, len, shift);
-    adds += adds_a_row;
-    if (adds >= kFlush) {
-      sums.flush(first, second);
-      adds = 0;
-    }
+    for (std::int64_t i = 0; i < len; i += kRun) sums.add_run(inputs, i, len - i < kRun ? len : i + kRun, shift);
   }
-  sums.flush(first, second);
-  *args.first += first;
-  *args.second += second;
+  sums.settle();
+  sums.flush();
+  *args.first += sums.first_total;
+  *args.second += sums.second_total;
 }
 
 template <typename scalar_t, typename acc_t, typename Op>
@@ -143,9 +150,8 @@ void map_segments(const MapArgs& args) {
   }
 }
 
-// Columns are reduced in slabs whose sums stay in the first-level cache; inside a slab a few rows at a time, so
-// that a register's sums are loaded and stored once for all of them. Neither size changes the order in which a
-// channel's values are added, so a channel's bits depend on `rows` alone.
+// Columns are reduced in slabs whose sums stay in the first-level cache; inside a slab a tile of a few rows at a
+// time, whose sums are made in registers and then added to the slab's.
 constexpr std::int64_t kSlabColumns = 1024;
 constexpr std::int64_t kSlabBytes = 16384;
 
@@ -161,23 +167,20 @@ void reduce_columns(const ReduceArgs& args) {
     const Inputs<scalar_t, Op> inputs(args.block, c0);
     const auto* shift = static_cast<const acc_t*>(args.shift) + c0;
     const std::int64_t wanted = kSlabBytes / (columns * static_cast<std::int64_t>(sizeof(scalar_t)) * kInputs<Op>);
-    const std::int64_t tile_rows = wanted < 4 ? 4 : wanted;
-    for (std::int64_t r0 = 0; r0 < args.block.rows; r0 += kFlush) {
-      const std::int64_t r1 = args.block.rows - r0 < kFlush ? args.block.rows : r0 + kFlush;
+    const std::int64_t tile_rows = wanted < 4 ? 4 : wanted > kInner ? kInner : wanted;
+    const std::int64_t flush_rows = tile_rows * kOuter;
+    for (std::int64_t r0 = 0; r0 < args.block.rows; r0 += flush_rows) {
+      const std::int64_t r1 = args.block.rows - r0 < flush_rows ? args.block.rows : r0 + flush_rows;
       for (std::int64_t c = 0; c < columns; ++c) first[c] = second[c] = 0;
       for (std::int64_t t0 = r0; t0 < r1; t0 += tile_rows) {
         const std::int64_t t1 = r1 - t0 < tile_rows ? r1 : t0 + tile_rows;
         std::int64_t c = 0;
         for (; c + kUnroll * kN <= columns; c += kUnroll * kN) {
-          Vec<acc_t> a[kUnroll];
-          Vec<acc_t> b[kUnroll];
+          Vec<acc_t> a[kUnroll] = {};
+          Vec<acc_t> b[kUnroll] = {};
           Vec<acc_t> k[kUnroll];
 #pragma GCC unroll 4
-          for (int u = 0; u < kUnroll; ++u) {
-            a[u] = load_raw<Vec<acc_t>>(first + c + u * kN);
-            b[u] = load_raw<Vec<acc_t>>(second + c + u * kN);
-            k[u] = load_raw<Vec<acc_t>>(shift + c + u * kN);
-          }
+          for (int u = 0; u < kUnroll; ++u) k[u] = load_raw<Vec<acc_t>>(shift + c + u * kN);
           for (std::int64_t r = t0; r < t1; ++r) {
 #pragma GCC unroll 4
             for (int u = 0; u < kUnroll; ++u) {
@@ -188,28 +191,32 @@ void reduce_columns(const ReduceArgs& args) {
           }
 #pragma GCC unroll 4
           for (int u = 0; u < kUnroll; ++u) {
-            store_raw(first + c + u * kN, a[u]);
-            store_raw(second + c + u * kN, b[u]);
+            store_raw(first + c + u * kN, load_raw<Vec<acc_t>>(first + c + u * kN) + a[u]);
+            store_raw(second + c + u * kN, load_raw<Vec<acc_t>>(second + c + u * kN) + b[u]);
           }
         }
         for (; c + kN <= columns; c += kN) {
-          auto a = load_raw<Vec<acc_t>>(first + c);
-          auto b = load_raw<Vec<acc_t>>(second + c);
+          Vec<acc_t> a = {};
+          Vec<acc_t> b = {};
           const auto k = load_raw<Vec<acc_t>>(shift + c);
           for (std::int64_t r = t0; r < t1; ++r) {
             Vec<acc_t> in[2];
             inputs.template load<acc_t>(in, r * stride + c);
             Op::add(a, b, in, k);
           }
-          store_raw(first + c, a);
-          store_raw(second + c, b);
+          store_raw(first + c, load_raw<Vec<acc_t>>(first + c) + a);
+          store_raw(second + c, load_raw<Vec<acc_t>>(second + c) + b);
         }
         for (; c < columns; ++c) {
+          acc_t a = 0;
+          acc_t b = 0;
           for (std::int64_t r = t0; r < t1; ++r) {
             acc_t in[2];
             inputs.template load<acc_t>(in, r * stride + c);
-            Op::add(first[c], second[c], in, shift[c]);
+            Op::add(a, b, in, shift[c]);
           }
+          first[c] += a;
+          second[c] += b;
         }
       }
       for (std::int64_t c = 0; c < columns; ++c) {
