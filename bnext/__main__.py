@@ -4,7 +4,7 @@ import platform
 
 import torch
 
-from bnext import __version__, _C
+from bnext import _C, __version__
 
 
 def main() -> None:

@@ -117,7 +117,8 @@ def name(value: object) -> str:
 def to_layout(values: Tensor, layout: str) -> Tensor:
     """The values with other strides.
 
-    By operations that autograd and vmap know in every mode, so that gradcheck can look through them. The expanded layouts repeat their first image or channel, hence change the values.
+    By operations that autograd and vmap know in every mode, so that gradcheck can look through them. The expanded
+    layouts repeat their first image or channel, hence change the values.
     """
     if layout == "contiguous":
         return values.contiguous()

@@ -133,7 +133,8 @@ def composite(
         mean = input.mean(reduced_dims(ndim))
         var = (input - along_channels(mean, ndim)).square().mean(reduced_dims(ndim))
     else:
-        assert running_mean is not None and running_var is not None
+        assert running_mean is not None
+        assert running_var is not None
         mean, var = running_mean, running_var
     output = (input - along_channels(mean, ndim)) * along_channels((var + eps).rsqrt(), ndim)
     if weight is not None:

@@ -54,7 +54,8 @@ def test_includes_point_towards_common(folder: str) -> None:
             target = next((c.resolve() for c in candidates if c.exists()), None)
             assert target is not None, f"{path.relative_to(ROOT)} includes {included}, which is not there"
             parts = target.relative_to(CSRC).parts
-            assert len(parts) > 1 and parts[0] in ALLOWED[folder], f"{path.relative_to(ROOT)} includes {included}"
+            assert parts[:-1], f"{path.relative_to(ROOT)} includes {included}, of the tensor level"
+            assert parts[0] in ALLOWED[folder], f"{path.relative_to(ROOT)} includes {included}"
 
 
 def test_only_the_tensor_level_knows_both_torch_and_the_kernels() -> None:

@@ -261,18 +261,14 @@ def test_in_place_change_of_a_saved_tensor_raises(changed: str, training: bool, 
 
 
 def test_later_updates_of_the_running_stats_do_not_reach_backward(device: str) -> None:
-    # A training step between an eval-mode forward and its backward: either the right gradient or an error.
+    # A training step between an eval-mode forward and its backward: the statistics belong to the graph.
     x = make_input((6, 5, 7, 3), device=device).requires_grad_()
     p = make_parameters(5, device=device)
     fwd = reference.forward(x, p.weight, p.bias, running_mean=p.running_mean, running_var=p.running_var)
     y = batch_norm(x, p.running_mean, p.running_var, p.weight, p.bias)
     batch_norm(make_input((6, 5, 7, 3), device=device), p.running_mean, p.running_var, training=True)
     g = make_grad((6, 5, 7, 3), device=device)
-    try:
-        (grad,) = torch.autograd.grad(y, x, g)
-    except RuntimeError as error:
-        assert "modified by an inplace operation" in str(error)
-        return
+    (grad,) = torch.autograd.grad(y, x, g)
     expected = reference.backward(g, fwd, p.weight, training=False).input
     assert_within(grad, expected, tolerances.grad_input(g, fwd, p.weight, x.dtype, training=False), "grad_input")
 
@@ -368,10 +364,7 @@ def test_activation_checkpointing(device: str) -> None:
 
     def gradient(checkpointed: bool) -> tuple[Tensor, Tensor, Tensor]:
         module, leaf = bnext.BatchNorm2d(5, device=device), x.detach().requires_grad_()
-        if checkpointed:
-            y = torch.utils.checkpoint.checkpoint(module, leaf, use_reentrant=False)
-        else:
-            y = module(leaf)
+        y = torch.utils.checkpoint.checkpoint(module, leaf, use_reentrant=False) if checkpointed else module(leaf)
         y.backward(g)
         return leaf.grad, module.weight.grad, module.bias.grad
 

@@ -171,7 +171,8 @@ def test_empty_batch_has_zero_parameter_gradients(
     weight, bias = p.weight.requires_grad_(), p.bias.requires_grad_()
     y = batch_norm(x, p.running_mean, p.running_var, weight, bias, training)
     y.sum().backward()
-    assert x.grad is not None and x.grad.shape == shape
+    assert x.grad is not None
+    assert x.grad.shape == shape
     assert torch.equal(weight.grad, torch.zeros_like(weight))
     assert torch.equal(bias.grad, torch.zeros_like(bias))
 
@@ -191,6 +192,7 @@ def test_frozen_parameters_get_no_gradient(training: bool, device: str) -> None:
     x = make_input((6, 5, 7, 3), device=device).requires_grad_()
     p = make_parameters(5, device=device)
     batch_norm(x, p.running_mean, p.running_var, p.weight, p.bias, training).square().sum().backward()
-    assert x.grad is not None and x.grad.abs().sum() > 0
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
     assert p.weight.grad is None
     assert p.bias.grad is None

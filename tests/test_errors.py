@@ -217,7 +217,8 @@ def test_eps_as_in_torch(eps: float, training: bool) -> None:
     except ValueError as error:
         expected = str(error)
     else:
-        assert eps == 0.0 and not training
+        assert eps == 0.0
+        assert not training
         batch_norm(**args, training=training, eps=eps)  # as permitted as in torch
         return
     message = assert_raises_and_leaves_alone(lambda a: batch_norm(**a, training=training, eps=eps), args)

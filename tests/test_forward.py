@@ -254,7 +254,9 @@ def test_grad_mode_does_not_change_the_result(training: bool, device: str) -> No
         without = run(x.clone().requires_grad_(), p.weight)
     with torch.inference_mode():
         inference = run(x, p.weight)
-    assert tracked.requires_grad and not plain.requires_grad and not without.requires_grad
+    assert tracked.requires_grad
+    assert not plain.requires_grad
+    assert not without.requires_grad
     assert inference.is_inference()
     for y in (plain, without, inference):
         assert same_bits(y, tracked)

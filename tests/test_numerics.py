@@ -204,8 +204,10 @@ def test_nan_and_inf_poison_only_their_own_channel(case: Case, poison: float, dt
         assert b[:, 1].isnan().all()  # the mean, or the variance, of that channel is NaN
     mean, var = (torch.zeros(case.shape[1], device=device, dtype=parameter_dtype(dtype)) for _ in range(2))
     batch_norm(bad, mean, var, training=True)
-    assert mean[healthy].isfinite().all() and var[healthy].isfinite().all()
-    assert not mean[1].isfinite() and not var[1].isfinite()
+    assert mean[healthy].isfinite().all()
+    assert var[healthy].isfinite().all()
+    assert not mean[1].isfinite()
+    assert not var[1].isfinite()
 
 
 @pytest.mark.parametrize("case", FEW_CASES, ids=name)
