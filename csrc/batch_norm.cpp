@@ -132,11 +132,12 @@ cpu::Parallel parallel_for(const Problem& problem) {
   });
 }
 
-// The output of a map over `like`: its shape, dtype and layout.
-Tensor allocate_output(const Tensor& like, at::MemoryFormat format, const Problem& problem) {
+// The output of a map over `like`: its shape, dtype and layout. A map that follows a reduction jumps from image to
+// image in channels-first memory.
+Tensor allocate_output(const Tensor& like, at::MemoryFormat format, const Problem& problem, bool reduces) {
   Tensor output = at::empty_like(like, like.options(), format);
   const cpu::Parallel parallel = parallel_for(problem);
-  const bool in_order = problem.layout == Layout::kChannelsLast;
+  const bool in_order = problem.layout == Layout::kChannelsLast || !reduces;
   cpu::use_huge_pages(output.mutable_data_ptr(), output.nbytes(), in_order ? nullptr : &parallel);
   return output;
 }
@@ -178,7 +179,7 @@ std::tuple<Tensor, Tensor> batch_norm_train(const Tensor& input, const optional<
     if (!momentum.has_value()) factor = 1.0 / static_cast<double>(count);
   }
 
-  Tensor output = allocate_output(input, format, problem);
+  Tensor output = allocate_output(input, format, problem, /*reduces=*/true);
   Tensor save_stats = allocate_stats(input, problem);
   if (problem.numel() == 0) return {output, save_stats};
   const Tensor dense_input = input.contiguous(format);
@@ -216,7 +217,7 @@ std::tuple<Tensor, Tensor> batch_norm_eval(const Tensor& input, const optional<T
 
   const auto format = input.suggest_memory_format();
   const Problem problem = problem_of(input, format);
-  Tensor output = allocate_output(input, format, problem);
+  Tensor output = allocate_output(input, format, problem, /*reduces=*/false);
   Tensor save_stats = allocate_stats(input, problem);
   if (problem.numel() == 0) return {output, save_stats};
   const Tensor dense_input = input.contiguous(format);
@@ -278,7 +279,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output
     if (!wanted) return at::empty({0}, sums_options);
     return problem.numel() == 0 ? at::zeros({C}, sums_options) : at::empty({C}, sums_options);
   };
-  Tensor grad_input = wants_input ? allocate_output(like, format, problem) : at::empty({0}, grad_output.options());
+  Tensor grad_input = wants_input ? allocate_output(like, format, problem, training || wants_weight || wants_bias)
+                                  : at::empty({0}, grad_output.options());
   Tensor grad_weight = sums(wants_weight);
   Tensor grad_bias = sums(wants_bias);
   if (problem.numel() == 0) return {grad_input, grad_weight, grad_bias};

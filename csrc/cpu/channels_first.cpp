@@ -2,7 +2,8 @@
 //
 // A group of channels that the second-level cache holds is reduced and then mapped while it is still there, so
 // that main memory sees one read and one write. Where there are too few channels to keep the threads busy, the
-// same work is cut into chunks of channels, with a barrier between reducing and mapping.
+// same work is cut into chunks of channels, with a barrier between reducing and mapping. Where there is nothing to
+// reduce, planes are mapped in the order in which they lie.
 
 #include <memory>
 #include <vector>
@@ -39,7 +40,9 @@ class ChannelsFirst {
     const std::int64_t channel_bytes = problem_.count() * element_size(problem_.dtype) * op_.inputs();
     const std::int64_t fitting = kGroupBytes / channel_bytes;
     const std::int64_t group = fitting < 1 ? 1 : fitting;
-    if (divide_up(C, group) >= kMinGroups || chunks_ == 1) {
+    if (!op_.reduces && problem_.N * C >= kMinGroups) {
+      run_in_order(parallel);
+    } else if (divide_up(C, group) >= kMinGroups || chunks_ == 1) {
       run_fused(parallel, group);
     } else {
       run_split(parallel);
@@ -47,9 +50,34 @@ class ChannelsFirst {
   }
 
  private:
+  // A channel's coefficients, in the type that its elements will be computed in.
   struct Coefficients {
     double value[kMaxCoefficients] = {};  // those the functor does not use stay zero
+    float single[kMaxCoefficients];
+    Compute compute;
   };
+
+  void finish(std::int64_t c, const ChannelSums& sums, Coefficients& coefficients) const {
+    op_.finish(c, sums, coefficients.value);
+    const bool single_fits = fits_float32(coefficients.value, kMaxCoefficients);
+    coefficients.compute = single_fits ? natural_compute(problem_.dtype) : Compute::kFloat64;
+    for (int k = 0; k < kMaxCoefficients; ++k) coefficients.single[k] = static_cast<float>(coefficients.value[k]);
+  }
+
+  void run_in_order(const Parallel& parallel) const {
+    const std::int64_t C = problem_.C;
+    std::vector<Coefficients> coefficients(static_cast<std::size_t>(C));
+    for (std::int64_t c = 0; c < C; ++c) finish(c, ChannelSums{}, coefficients[c]);
+    if (op_.out == nullptr) return;
+    const std::int64_t planes = problem_.N * C;
+    const std::int64_t share = divide_up(kChunkElements, problem_.HW);  // planes of a task
+    parallel(divide_up(planes, share), [&](std::int64_t begin, std::int64_t end) {
+      const std::int64_t last = end * share < planes ? end * share : planes;
+      for (std::int64_t plane = begin * share; plane < last; ++plane) {
+        map(block_at(plane * problem_.HW, 1, problem_.HW), plane * problem_.HW, coefficients[plane % C]);
+      }
+    });
+  }
 
   void run_fused(const Parallel& parallel, std::int64_t group) {
     const std::int64_t C = problem_.C;
@@ -64,11 +92,11 @@ class ChannelsFirst {
           if (op_.reduces) {
             sums = reduce_channel(c0 + j);
           }
-          op_.finish(c0 + j, sums, coefficients[j].value);
+          finish(c0 + j, sums, coefficients[j]);
         }
         if (op_.out == nullptr) continue;
         for (std::int64_t j = 0; j < n; ++j) {
-          for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) map(c0 + j, chunk, coefficients[j]);
+          for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) map_chunk(c0 + j, chunk, coefficients[j]);
         }
       }
     });
@@ -95,11 +123,12 @@ class ChannelsFirst {
       }
     }
     std::vector<Coefficients> coefficients(static_cast<std::size_t>(C));
-    for (std::int64_t c = 0; c < C; ++c) op_.finish(c, sums[c], coefficients[c].value);
+    for (std::int64_t c = 0; c < C; ++c) finish(c, sums[c], coefficients[c]);
     if (op_.out == nullptr) return;
     parallel(C * chunks_, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t task = begin; task < end; ++task)
-        map(task / chunks_, task % chunks_, coefficients[task / chunks_]);
+      for (std::int64_t task = begin; task < end; ++task) {
+        map_chunk(task / chunks_, task % chunks_, coefficients[task / chunks_]);
+      }
     });
   }
 
@@ -136,17 +165,22 @@ class ChannelsFirst {
     return sums;
   }
 
-  // The chunk's geometry; `first` is its first element's offset in the tensor.
+  // `rows` pieces of planes, one image apart; `first` is the first element's offset in the tensor.
+  Block block_at(std::int64_t first, std::int64_t rows, std::int64_t len) const {
+    Block block;
+    for (int i = 0; i < 2; ++i) block.in[i] = advance(op_.in[i], first, problem_.dtype);
+    block.rows = rows;
+    block.len = len;
+    block.stride = problem_.C * problem_.HW;
+    return block;
+  }
+
   Block block_of(std::int64_t c, std::int64_t chunk, std::int64_t& first) const {
     const std::int64_t n = chunk / pieces_per_row_ * rows_per_chunk_;
     const std::int64_t s = chunk % pieces_per_row_ * piece_;
-    Block block;
-    block.rows = problem_.N - n < rows_per_chunk_ ? problem_.N - n : rows_per_chunk_;
-    block.len = problem_.HW - s < piece_ ? problem_.HW - s : piece_;
-    block.stride = problem_.C * problem_.HW;
     first = (n * problem_.C + c) * problem_.HW + s;
-    for (int i = 0; i < 2; ++i) block.in[i] = advance(op_.in[i], first, problem_.dtype);
-    return block;
+    return block_at(first, problem_.N - n < rows_per_chunk_ ? problem_.N - n : rows_per_chunk_,
+                    problem_.HW - s < piece_ ? problem_.HW - s : piece_);
   }
 
   void reduce(std::int64_t c, std::int64_t chunk, Compute compute, ChannelSums& sums) const {
@@ -158,21 +192,23 @@ class ChannelsFirst {
                            [static_cast<int>(op_.reduce_op)]({block, shift, &sums.first, &sums.second});
   }
 
-  void map(std::int64_t c, std::int64_t chunk, const Coefficients& coefficients) const {
+  void map_chunk(std::int64_t c, std::int64_t chunk, const Coefficients& coefficients) const {
     std::int64_t first;
+    const Block block = block_of(c, chunk, first);
+    map(block, first, coefficients);
+  }
+
+  void map(const Block& block, std::int64_t first, const Coefficients& coefficients) const {
     MapArgs args;
-    args.block = block_of(c, chunk, first);
+    args.block = block;
     args.out = advance(op_.out, first, problem_.dtype);
-    const bool single_fits = fits_float32(coefficients.value, kMaxCoefficients);
-    const Compute compute = single_fits ? natural_compute(problem_.dtype) : Compute::kFloat64;
-    float single[kMaxCoefficients];
     for (int k = 0; k < kMaxCoefficients; ++k) {
-      single[k] = static_cast<float>(coefficients.value[k]);
-      args.coefficients[k] =
-          compute == Compute::kFloat32 ? static_cast<const void*>(&single[k]) : &coefficients.value[k];
+      args.coefficients[k] = coefficients.compute == Compute::kFloat32
+                                 ? static_cast<const void*>(&coefficients.single[k])
+                                 : &coefficients.value[k];
     }
-    leaves_.map_segments[static_cast<int>(problem_.dtype)][static_cast<int>(compute)][static_cast<int>(op_.map_op)](
-        args);
+    leaves_.map_segments[static_cast<int>(problem_.dtype)][static_cast<int>(coefficients.compute)]
+                        [static_cast<int>(op_.map_op)](args);
   }
 
   const Problem& problem_;
