@@ -20,8 +20,8 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-// Below this many elements a parallel region costs more than it saves.
-constexpr std::int64_t kSerialElements = 32768;
+// Up to this many elements the barriers of parallel regions cost more than they save.
+constexpr std::int64_t kSerialElements = 65536;
 
 DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -126,7 +126,7 @@ Problem problem_of(const Tensor& tensor, at::MemoryFormat format) {
 }
 
 cpu::Parallel parallel_for(const Problem& problem) {
-  if (problem.numel() < kSerialElements) return cpu::Parallel::serial();
+  if (problem.numel() <= kSerialElements) return cpu::Parallel::serial();
   return cpu::Parallel([](std::int64_t tasks, cpu::Parallel::Body body, void* context) {
     at::parallel_for(0, tasks, 1, [&](std::int64_t begin, std::int64_t end) { body(context, begin, end); });
   });

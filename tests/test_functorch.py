@@ -109,6 +109,25 @@ def test_vmap_over_the_running_stats_in_eval() -> None:
         assert_equal(vmap(batch_norm, in_dims)(*args), vmap(reference.composite, in_dims)(*args))
 
 
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_vmap_over_stacked_models_trains_each(momentum: float | None) -> None:
+    # Model ensembles: parameters, running statistics and counters all carry the batch dimension.
+    models = [bnext.BatchNorm2d(4, momentum=momentum, dtype=torch.float64) for _ in range(5)]
+    xs = batch(5)
+    for i, (model, x) in enumerate(zip(models, xs, strict=True)):
+        for _ in range(i):  # so that counters differ
+            model(x + i)
+    params, buffers = stack_module_state(models)
+    call = lambda p, b, x: functional_call(models[0], (p, b), (x,))  # noqa: E731
+    with torch.no_grad():
+        outputs = vmap(call)(params, buffers, xs)
+        expected = [model(x) for model, x in zip(models, xs, strict=True)]
+    assert_equal(outputs, torch.stack(expected))
+    for name in ("running_mean", "running_var"):
+        assert_equal(buffers[name], torch.stack([getattr(model, name) for model in models]))
+    assert buffers["num_batches_tracked"].tolist() == [1, 2, 3, 4, 5]
+
+
 def test_vmap_refuses_to_update_shared_running_stats(stats: Parameters) -> None:
     # Which of the batches should they hold? torch refuses as well.
     kept = stats.clone()

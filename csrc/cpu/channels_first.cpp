@@ -16,7 +16,7 @@ namespace bnext::cpu {
 namespace {
 
 constexpr std::int64_t kGroupBytes = 262144;
-constexpr std::int64_t kMinGroups = 16;  // fewer cannot be shared out evenly
+constexpr std::int64_t kMinGroups = 16;  // fewer tasks cannot be shared out evenly
 
 class ChannelsFirst {
  public:
@@ -38,12 +38,13 @@ class ChannelsFirst {
   void run(const Parallel& parallel) {
     const std::int64_t C = problem_.C;
     const std::int64_t channel_bytes = problem_.count() * element_size(problem_.dtype) * op_.inputs();
-    const std::int64_t fitting = kGroupBytes / channel_bytes;
-    const std::int64_t group = fitting < 1 ? 1 : fitting;
     if (!op_.reduces && problem_.N * C >= kMinGroups) {
       run_in_order(parallel);
-    } else if (divide_up(C, group) >= kMinGroups || chunks_ == 1) {
-      run_fused(parallel, group);
+    } else if (C >= kMinGroups || chunks_ == 1) {
+      const std::int64_t fitting = kGroupBytes / channel_bytes;
+      const std::int64_t most = C / kMinGroups;
+      const std::int64_t group = fitting < most ? fitting : most;
+      run_fused(parallel, group < 1 ? 1 : group);
     } else {
       run_split(parallel);
     }
@@ -88,11 +89,7 @@ class ChannelsFirst {
         const std::int64_t c0 = task * group;
         const std::int64_t n = C - c0 < group ? C - c0 : group;
         for (std::int64_t j = 0; j < n; ++j) {
-          ChannelSums sums;
-          if (op_.reduces) {
-            sums = reduce_channel(c0 + j);
-          }
-          finish(c0 + j, sums, coefficients[j]);
+          finish(c0 + j, op_.reduces ? reduce_channel(c0 + j) : ChannelSums{}, coefficients[j]);
         }
         if (op_.out == nullptr) continue;
         for (std::int64_t j = 0; j < n; ++j) {
