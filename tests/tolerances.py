@@ -12,6 +12,10 @@ length L has the variance u^2/3*(t^2 L^3/3 + s^2 L^2/2). m/L independent chains 
 The bound is LAMBDA = 4 such standard deviations. float32 chains are flushed to double every CHAIN = 512 additions
 or earlier; for float64 the chain may be the whole channel.
 
+The walk takes the rounding errors for independent. Values that repeat (half precision knows few of them; a padded
+image only one) round alike at each step, and their errors add up: a single chain of CHAIN such terms would exceed
+these bounds, which is as it should be. It takes shorter chains to stay within them.
+
 Statistics, in units of the standard deviation sigma of the channel. For sum((x - shift)^2) the first term rules:
 relative error LAMBDA*u*sqrt(L)/3 of the variance, half of that of sigma, smaller by sqrt(m/L) where chains are
 averaged. A shift that lies d*sigma from the mean costs a factor 1 + d^2; d <= 0.7 for a shift taken from a
