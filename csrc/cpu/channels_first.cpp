@@ -130,7 +130,7 @@ class ChannelsFirst {
   }
 
   double first_shift(std::int64_t c) const {
-    if (op_.shift != nullptr) return static_cast<double>(rounded(op_.shift[c]));
+    if (op_.shift != nullptr) return SplitMean(problem_.dtype, op_.shift[c]).high;
     std::int64_t offsets[kMaxSamples];
     for (int i = 0; i < sample_positions_.samples; ++i) {
       const std::int64_t n = sample_positions_.at[i] / problem_.HW;
@@ -141,11 +141,6 @@ class ChannelsFirst {
     leaves_.sample[static_cast<int>(problem_.dtype)](
         {advance(op_.in[0], c * problem_.HW, problem_.dtype), offsets, sample_positions_.samples, 1, &shift});
     return shift;
-  }
-
-  double rounded(double shift) const {
-    return natural_compute(problem_.dtype) == Compute::kFloat32 ? static_cast<double>(static_cast<float>(shift))
-                                                                : shift;
   }
 
   ChannelSums reduce_channel(std::int64_t c) const {

@@ -109,10 +109,7 @@ class ChannelsLast {
   void first_shift(double* shift) const {
     const std::int64_t C = problem_.C;
     if (op_.shift != nullptr) {
-      const bool single = natural_compute(problem_.dtype) == Compute::kFloat32;
-      for (std::int64_t c = 0; c < C; ++c) {
-        shift[c] = single ? static_cast<double>(static_cast<float>(op_.shift[c])) : op_.shift[c];
-      }
+      for (std::int64_t c = 0; c < C; ++c) shift[c] = SplitMean(problem_.dtype, op_.shift[c]).high;
       return;
     }
     const SamplePositions positions(M_);
