@@ -159,12 +159,7 @@ class ChannelsFirst {
 
   // `rows` pieces of planes, one image apart; `first` is the first element's offset in the tensor.
   Block block_at(std::int64_t first, std::int64_t rows, std::int64_t len) const {
-    Block block;
-    for (int i = 0; i < 2; ++i) block.in[i] = advance(op_.in[i], first, problem_.dtype);
-    block.rows = rows;
-    block.len = len;
-    block.stride = problem_.C * problem_.HW;
-    return block;
+    return op_.block(problem_.dtype, first, rows, len, problem_.C * problem_.HW);
   }
 
   Block block_of(std::int64_t c, std::int64_t chunk, std::int64_t& first) const {

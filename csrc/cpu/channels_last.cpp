@@ -196,12 +196,7 @@ class ChannelsLast {
   }
 
   Block block_of(std::int64_t chunk, std::int64_t column, std::int64_t rows, std::int64_t len) const {
-    Block block;
-    for (int i = 0; i < 2; ++i) block.in[i] = advance(op_.in[i], first_of(chunk) + column, problem_.dtype);
-    block.rows = rows;
-    block.len = len;
-    block.stride = columns_;
-    return block;
+    return op_.block(problem_.dtype, first_of(chunk) + column, rows, len, columns_);
   }
 
   const Problem& problem_;

@@ -16,6 +16,14 @@ struct ChannelSums {
   double second = 0.0;
 };
 
+// `base` advanced by `elements` of the dtype; null stays null.
+inline const void* advance(const void* base, std::int64_t elements, DType dtype) {
+  return base == nullptr ? nullptr : static_cast<const char*>(base) + elements * element_size(dtype);
+}
+inline void* advance(void* base, std::int64_t elements, DType dtype) {
+  return static_cast<char*>(base) + elements * element_size(dtype);
+}
+
 // A forward or backward call, as a traversal sees it.
 class ChannelOp {
  public:
@@ -29,6 +37,11 @@ class ChannelOp {
   const double* shift = nullptr;  // length C, for the reduction; null: a sample of the channel's own values
 
   int inputs() const { return (in[0] != nullptr ? 1 : 0) + (in[1] != nullptr ? 1 : 0); }
+
+  // The inputs' block whose first element has the offset `first` in the tensor.
+  Block block(DType dtype, std::int64_t first, std::int64_t rows, std::int64_t len, std::int64_t stride) const {
+    return {{advance(in[0], first, dtype), advance(in[1], first, dtype)}, rows, len, stride};
+  }
 
   // False if float32 was not enough for these sums; the channel is then reduced again in float64, shifted by
   // better_shift().
@@ -50,14 +63,6 @@ void run_channels_last(const Problem& problem, ChannelOp& op, const Parallel& pa
 constexpr std::int64_t kChunkElements = 65536;  // of one reduction task
 
 constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-// `base` advanced by `elements` of the dtype; null stays null.
-inline const void* advance(const void* base, std::int64_t elements, DType dtype) {
-  return base == nullptr ? nullptr : static_cast<const char*>(base) + elements * element_size(dtype);
-}
-inline void* advance(void* base, std::int64_t elements, DType dtype) {
-  return static_cast<char*>(base) + elements * element_size(dtype);
-}
 
 // Where to look for a first idea of a channel's mean: positions spread over all of its count = N*HW values, so
 // that a first image unlike the rest does not mislead. The stagger keeps them off any one pixel.
