@@ -1,27 +1,22 @@
 #include "batch_norm.h"
 
 #include <ATen/MemoryOverlap.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
 #include <cmath>
 #include <string>
 
+#include "backend.h"
+#include "common/arguments.h"
 #include "common/problem.h"
-#include "cpu/batch_norm.h"
-#include "cpu/huge_pages.h"
 
 namespace bnext {
 namespace {
 
 using at::Tensor;
 using std::optional;
-
-// Up to this many elements the barriers of parallel regions cost more than they save.
-constexpr std::int64_t kSerialElements = 65536;
 
 DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -102,13 +97,18 @@ optional<Tensor> densely(const optional<Tensor>& tensor) {
   return is_given(tensor) ? optional<Tensor>(tensor->contiguous()) : std::nullopt;
 }
 
+// The kernels write past autograd's eyes.
+void bump_version(const optional<Tensor>& tensor) {
+  if (is_given(tensor)) tensor->unsafeGetTensorImpl()->bump_version();
+}
+
 // The kernels write to dense memory; a strided statistic is updated by way of a copy.
 void write_back(const optional<Tensor>& tensor, const optional<Tensor>& dense) {
   if (!is_given(tensor)) return;
-  if (!tensor->is_same(*dense)) {
-    tensor->copy_(*dense);
+  if (tensor->is_same(*dense)) {
+    bump_version(tensor);
   } else {
-    tensor->unsafeGetTensorImpl()->bump_version();
+    tensor->copy_(*dense);
   }
 }
 
@@ -125,21 +125,11 @@ Problem problem_of(const Tensor& tensor, at::MemoryFormat format) {
   return problem;
 }
 
-cpu::Parallel parallel_for(const Problem& problem) {
-  if (problem.numel() <= kSerialElements) return cpu::Parallel::serial();
-  return cpu::Parallel([](std::int64_t tasks, cpu::Parallel::Body body, void* context) {
-    at::parallel_for(0, tasks, 1, [&](std::int64_t begin, std::int64_t end) { body(context, begin, end); });
-  });
-}
-
-// The output of a map over `like`: its shape, dtype and layout. A map that follows a reduction jumps from image to
-// image in channels-first memory.
-Tensor allocate_output(const Tensor& like, at::MemoryFormat format, const Problem& problem, bool reduces) {
-  Tensor output = at::empty_like(like, like.options(), format);
-  const cpu::Parallel parallel = parallel_for(problem);
-  const bool in_order = problem.layout == Layout::kChannelsLast || !reduces;
-  cpu::use_huge_pages(output.mutable_data_ptr(), output.nbytes(), in_order ? nullptr : &parallel);
-  return output;
+// The values as the kernels take them: dense in the format and aligned, by one copy at most.
+Tensor kernel_input(const Tensor& tensor, at::MemoryFormat format, const Backend& backend) {
+  Tensor dense = tensor.contiguous(format);
+  const auto address = reinterpret_cast<std::uintptr_t>(dense.const_data_ptr());
+  return address % backend.alignment() == 0 ? dense : dense.clone(format);
 }
 
 // Nothing will ever be multiplied with the statistics of an empty input, but they must not be garbage.
@@ -170,36 +160,37 @@ std::tuple<Tensor, Tensor> batch_norm_train(const Tensor& input, const optional<
   TORCH_CHECK_VALUE(problem.count() != 1, "Expected more than 1 value per channel when training, got input size ",
                     size_of(input));
 
-  // momentum=None is the cumulative average: the n-th batch counts 1/n.
-  double factor = momentum.value_or(0.0);
-  if (is_given(num_batches_tracked)) {
-    auto& count = *num_batches_tracked->mutable_data_ptr<std::int64_t>();
-    count += 1;
-    num_batches_tracked->unsafeGetTensorImpl()->bump_version();
-    if (!momentum.has_value()) factor = 1.0 / static_cast<double>(count);
-  }
-
-  Tensor output = allocate_output(input, format, problem, /*reduces=*/true);
+  const Backend& backend = backend_of(input);
+  Tensor output = backend.allocate_output(input, format, problem, /*reduces=*/true);
   Tensor save_stats = allocate_stats(input, problem);
-  if (problem.numel() == 0) return {output, save_stats};
-  const Tensor dense_input = input.contiguous(format);
+  std::int64_t* counter = nullptr;
+  if (is_given(num_batches_tracked)) counter = num_batches_tracked->mutable_data_ptr<std::int64_t>();
+  if (problem.numel() == 0) {
+    if (counter != nullptr) backend.count_batch(counter, input.device());
+    bump_version(num_batches_tracked);
+    return {output, save_stats};
+  }
+  const Tensor dense_input = kernel_input(input, format, backend);
   const auto dense_weight = densely(weight);
   const auto dense_bias = densely(bias);
   const auto dense_mean = densely(running_mean);
   const auto dense_var = densely(running_var);
   auto* stats = save_stats.mutable_data_ptr<double>();
-  cpu::forward(problem,
-               cpu::TrainingForward{.input = dense_input.const_data_ptr(),
-                                    .weight = channels(dense_weight),
-                                    .bias = channels(dense_bias),
-                                    .running_mean = mutable_channels(dense_mean),
-                                    .running_var = mutable_channels(dense_var),
-                                    .momentum = factor,
-                                    .eps = eps,
-                                    .output = output.mutable_data_ptr(),
-                                    .save_mean = stats,
-                                    .save_invstd = stats + problem.C},
-               parallel_for(problem));
+  backend.run(problem,
+              TrainingForward{.input = dense_input.const_data_ptr(),
+                              .weight = channels(dense_weight),
+                              .bias = channels(dense_bias),
+                              .running_mean = mutable_channels(dense_mean),
+                              .running_var = mutable_channels(dense_var),
+                              .num_batches_tracked = counter,
+                              .cumulative = !momentum.has_value(),
+                              .momentum = momentum.value_or(0.0),
+                              .eps = eps,
+                              .output = output.mutable_data_ptr(),
+                              .save_mean = stats,
+                              .save_invstd = stats + problem.C},
+              input.device());
+  bump_version(num_batches_tracked);
   write_back(running_mean, dense_mean);
   write_back(running_var, dense_var);
   return {output, save_stats};
@@ -217,26 +208,27 @@ std::tuple<Tensor, Tensor> batch_norm_eval(const Tensor& input, const optional<T
 
   const auto format = input.suggest_memory_format();
   const Problem problem = problem_of(input, format);
-  Tensor output = allocate_output(input, format, problem, /*reduces=*/false);
+  const Backend& backend = backend_of(input);
+  Tensor output = backend.allocate_output(input, format, problem, /*reduces=*/false);
   Tensor save_stats = allocate_stats(input, problem);
   if (problem.numel() == 0) return {output, save_stats};
-  const Tensor dense_input = input.contiguous(format);
+  const Tensor dense_input = kernel_input(input, format, backend);
   const auto dense_weight = densely(weight);
   const auto dense_bias = densely(bias);
   const Tensor dense_mean = running_mean.contiguous();
   const Tensor dense_var = running_var.contiguous();
   auto* stats = save_stats.mutable_data_ptr<double>();
-  cpu::forward(problem,
-               cpu::EvalForward{.input = dense_input.const_data_ptr(),
-                                .weight = channels(dense_weight),
-                                .bias = channels(dense_bias),
-                                .running_mean = channels(dense_mean),
-                                .running_var = channels(dense_var),
-                                .eps = eps,
-                                .output = output.mutable_data_ptr(),
-                                .save_mean = stats,
-                                .save_invstd = stats + problem.C},
-               parallel_for(problem));
+  backend.run(problem,
+              EvalForward{.input = dense_input.const_data_ptr(),
+                          .weight = channels(dense_weight),
+                          .bias = channels(dense_bias),
+                          .running_mean = channels(dense_mean),
+                          .running_var = channels(dense_var),
+                          .eps = eps,
+                          .output = output.mutable_data_ptr(),
+                          .save_mean = stats,
+                          .save_invstd = stats + problem.C},
+              input.device());
   return {output, save_stats};
 }
 
@@ -279,28 +271,30 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output
     if (!wanted) return at::empty({0}, sums_options);
     return problem.numel() == 0 ? at::zeros({C}, sums_options) : at::empty({C}, sums_options);
   };
-  Tensor grad_input = wants_input ? allocate_output(like, format, problem, training || wants_weight || wants_bias)
-                                  : at::empty({0}, grad_output.options());
+  const Backend& backend = backend_of(grad_output);
+  const bool reduces = training || wants_weight || wants_bias;
+  Tensor grad_input =
+      wants_input ? backend.allocate_output(like, format, problem, reduces) : at::empty({0}, grad_output.options());
   Tensor grad_weight = sums(wants_weight);
   Tensor grad_bias = sums(wants_bias);
   if (problem.numel() == 0) return {grad_input, grad_weight, grad_bias};
 
-  const Tensor dense_grad = grad_output.contiguous(format);
-  const Tensor dense_input = reads_input ? input->contiguous(format) : Tensor();
+  const Tensor dense_grad = kernel_input(grad_output, format, backend);
+  const Tensor dense_input = reads_input ? kernel_input(*input, format, backend) : Tensor();
   const auto dense_weight = densely(weight);
   const Tensor dense_stats = save_stats.contiguous();
   const auto* stats = dense_stats.const_data_ptr<double>();
-  cpu::backward(problem,
-                cpu::Backward{.grad_output = dense_grad.const_data_ptr(),
-                              .input = reads_input ? dense_input.const_data_ptr() : nullptr,
-                              .weight = channels(dense_weight),
-                              .save_mean = stats,
-                              .save_invstd = stats + C,
-                              .training = training,
-                              .grad_input = wants_input ? grad_input.mutable_data_ptr() : nullptr,
-                              .grad_weight = wants_weight ? mutable_channels(grad_weight) : MutableChannelVector{},
-                              .grad_bias = wants_bias ? mutable_channels(grad_bias) : MutableChannelVector{}},
-                parallel_for(problem));
+  backend.run(problem,
+              Backward{.grad_output = dense_grad.const_data_ptr(),
+                       .input = reads_input ? dense_input.const_data_ptr() : nullptr,
+                       .weight = channels(dense_weight),
+                       .save_mean = stats,
+                       .save_invstd = stats + C,
+                       .training = training,
+                       .grad_input = wants_input ? grad_input.mutable_data_ptr() : nullptr,
+                       .grad_weight = wants_weight ? mutable_channels(grad_weight) : MutableChannelVector{},
+                       .grad_bias = wants_bias ? mutable_channels(grad_bias) : MutableChannelVector{}},
+              grad_output.device());
   return {grad_input, grad_weight, grad_bias};
 }
 

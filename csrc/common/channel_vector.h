@@ -19,7 +19,7 @@ struct MutableChannelVector {
   DType dtype = DType::kFloat32;
 };
 
-inline double load(const ChannelVector& vector, std::int64_t c) {
+BNEXT_INLINE double load(const ChannelVector& vector, std::int64_t c) {
   switch (vector.dtype) {
     case DType::kFloat32: return static_cast<const float*>(vector.data)[c];
     case DType::kFloat64: return static_cast<const double*>(vector.data)[c];
@@ -29,11 +29,11 @@ inline double load(const ChannelVector& vector, std::int64_t c) {
   __builtin_unreachable();
 }
 
-inline double load_or(const ChannelVector& vector, std::int64_t c, double absent) {
+BNEXT_INLINE double load_or(const ChannelVector& vector, std::int64_t c, double absent) {
   return vector.data == nullptr ? absent : load(vector, c);
 }
 
-inline void store(const MutableChannelVector& vector, std::int64_t c, double value) {
+BNEXT_INLINE void store(const MutableChannelVector& vector, std::int64_t c, double value) {
   const auto single = static_cast<float>(value);
   switch (vector.dtype) {
     case DType::kFloat32: static_cast<float*>(vector.data)[c] = single; return;

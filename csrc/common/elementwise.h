@@ -44,6 +44,14 @@ struct BiasGradSum {
   }
 };
 
+// nothing, where a map needs no sums
+struct NoSums {
+  static constexpr bool kReadsInput = false;
+  static constexpr bool kReadsGrad = false;
+  template <typename V>
+  BNEXT_INLINE static void add(V&, V&, const V (&)[2], const V&) {}
+};
+
 constexpr int kMaxCoefficients = 4;
 
 // y = (x - c0)*c1 + c2

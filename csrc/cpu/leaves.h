@@ -11,6 +11,7 @@
 
 #include "../common/elementwise.h"
 #include "../common/problem.h"
+#include "../common/samples.h"
 
 namespace bnext::cpu {
 
@@ -57,7 +58,6 @@ struct SampleArgs {
   std::int64_t len;
   double* shift;
 };
-constexpr int kMaxSamples = 16;
 
 using ReduceLeaf = void (*)(const ReduceArgs&);
 using MapLeaf = void (*)(const MapArgs&);

@@ -274,8 +274,7 @@ BNEXT_INLINE V pairwise_mean(const scalar_t* x, const std::int64_t* offsets, int
   V level[kMaxSamples] = {};
   for (int i = 0; i < samples; ++i) level[i] = load_as<V, acc_t>(x + offsets[i]);
   for (int n = samples; n > 1; n /= 2) {
-    // Halved before they are added: the sum of two huge values would overflow.
-    for (int i = 0; i < n / 2; ++i) level[i] = level[2 * i] * half + level[2 * i + 1] * half;
+    for (int i = 0; i < n / 2; ++i) level[i] = average(level[2 * i], level[2 * i + 1], half);
   }
   return level[0];
 }

@@ -3,18 +3,13 @@
 
 #include <cstdint>
 
+#include "../common/channel_ops.h"
 #include "../common/problem.h"
+#include "../common/samples.h"
 #include "leaves.h"
 #include "parallel.h"
 
 namespace bnext::cpu {
-
-// A channel's two sums, and the value its elements were shifted by.
-struct ChannelSums {
-  double shift = 0.0;
-  double first = 0.0;
-  double second = 0.0;
-};
 
 // `base` advanced by `elements` of the dtype; null stays null.
 inline const void* advance(const void* base, std::int64_t elements, DType dtype) {
@@ -63,17 +58,5 @@ void run_channels_last(const Problem& problem, ChannelOp& op, const Parallel& pa
 constexpr std::int64_t kChunkElements = 65536;  // of one reduction task
 
 constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-// Where to look for a first idea of a channel's mean: positions spread over all of its count = N*HW values, so
-// that a first image unlike the rest does not mislead. The stagger keeps them off any one pixel.
-struct SamplePositions {
-  std::int64_t at[kMaxSamples];
-  int samples;
-  explicit SamplePositions(std::int64_t count) : samples(1) {
-    while (samples < kMaxSamples && samples * 2 <= count) samples *= 2;
-    const std::int64_t step = count / samples;
-    for (int i = 0; i < samples; ++i) at[i] = i * step + (i * std::int64_t{7919}) % step;
-  }
-};
 
 }  // namespace bnext::cpu
