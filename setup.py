@@ -1,15 +1,23 @@
-"""Build of the extension bnext._C. Everything else about the package is in pyproject.toml."""
+"""Build of the extension bnext._C. Everything else about the package is in pyproject.toml.
 
+BNEXT_CUDA=1 demands the CUDA kernels, 0 leaves them out; by default they are built where torch has CUDA and there is
+an nvcc. Whether a GPU is there does not matter.
+"""
+
+import os
 import sys
 
+import torch
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 SOURCES = [
     "csrc/bindings.cpp",
     "csrc/autograd.cpp",
     "csrc/derivatives.cpp",
     "csrc/batch_norm.cpp",
+    "csrc/backend.cpp",
+    "csrc/backend_cpu.cpp",
     "csrc/cpu/batch_norm.cpp",
     "csrc/cpu/channels_first.cpp",
     "csrc/cpu/channels_last.cpp",
@@ -18,6 +26,13 @@ SOURCES = [
     "csrc/cpu/isa_default.cpp",
     "csrc/cpu/isa_avx2.cpp",
     "csrc/cpu/isa_avx512.cpp",
+]
+CUDA_SOURCES = [
+    "csrc/backend_cuda.cpp",
+    "csrc/cuda/backward.cu",
+    "csrc/cuda/forward.cu",
+    "csrc/cuda/limits.cu",
+    "csrc/cuda/plan.cpp",
 ]
 
 # Neither flag changes a result: the kernels read no errno and unmask no floating-point trap.
@@ -28,7 +43,39 @@ if sys.platform == "linux":
     CXX_FLAGS.append("-fopenmp")
     LINK_FLAGS.append("-fopenmp")
 
-setup(
-    ext_modules=[CppExtension("bnext._C", SOURCES, extra_compile_args={"cxx": CXX_FLAGS}, extra_link_args=LINK_FLAGS)],
-    cmdclass={"build_ext": BuildExtension},
-)
+NVCC_FLAGS = ["-O3", "-Xcompiler=-fvisibility=hidden", "-Xptxas=-warn-spills"]
+DEFAULT_ARCHITECTURES = "8.0;9.0;10.0"
+
+
+def builds_cuda() -> bool:
+    """What BNEXT_CUDA says, or else what is there; a demand that cannot be met is an error with its remedy."""
+    wish = os.environ.get("BNEXT_CUDA", "")
+    if wish not in ("", "0", "1"):
+        sys.exit(f"BNEXT_CUDA: expected 0, 1 or nothing, got {wish!r}")
+    lacking = []
+    if torch.version.cuda is None:
+        lacking.append(f"a torch with CUDA (torch {torch.__version__} has none; see https://pytorch.org)")
+    if CUDA_HOME is None:
+        lacking.append("nvcc (install the CUDA toolkit, or set CUDA_HOME)")
+    if wish == "1" and lacking:
+        sys.exit(f"BNEXT_CUDA=1 needs {' and '.join(lacking)}")
+    return wish != "0" and not lacking
+
+
+if builds_cuda():
+    # Without a GPU in sight torch's own choice of architectures fails.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
+    extension = CUDAExtension(
+        "bnext._C",
+        SOURCES + CUDA_SOURCES,
+        define_macros=[("BNEXT_CUDA", None)],
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        extra_link_args=LINK_FLAGS,
+    )
+else:
+    extension = CppExtension(
+        "bnext._C", SOURCES, extra_compile_args={"cxx": CXX_FLAGS}, extra_link_args=LINK_FLAGS
+    )
+
+setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})

@@ -5,11 +5,13 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "autograd.h"
+#include "backend.h"
 #include "batch_norm.h"
 #include "cpu/huge_pages.h"
 #include "cpu/isa.h"
@@ -33,11 +35,21 @@ TORCH_LIBRARY(bnext, m) {
       tags);
 }
 
-TORCH_LIBRARY_IMPL(bnext, CPU, m) {
+namespace {
+
+void register_kernels(torch::Library& m) {
   m.impl("batch_norm_train", &bnext::batch_norm_train);
   m.impl("batch_norm_eval", &bnext::batch_norm_eval);
   m.impl("batch_norm_backward", &bnext::batch_norm_backward);
 }
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(bnext, CPU, m) { register_kernels(m); }
+
+#if defined(BNEXT_CUDA)
+TORCH_LIBRARY_IMPL(bnext, CUDA, m) { register_kernels(m); }
+#endif
 
 TORCH_LIBRARY_IMPL(bnext, Autograd, m) {
   m.impl("batch_norm_train", &bnext::autograd::batch_norm_train);
@@ -68,7 +80,21 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of bnext. Importing it registers the operators torch.ops.bnext.*.";
   m.attr("torch_version") = TORCH_VERSION;  // that this was compiled against
   m.attr("compiler") = __VERSION__;
+#if defined(BNEXT_CUDA)
+  m.attr("cuda") = true;
+  m.def(
+      "cap_cuda_device",
+      [](std::optional<int> sms, std::optional<int> shared_per_block, std::optional<int> max_cluster) {
+        const bnext::CudaCap none;
+        bnext::cap_cuda_device({sms.value_or(none.sms), shared_per_block.value_or(none.shared_per_block),
+                                max_cluster.value_or(none.max_cluster)});
+      },
+      pybind11::arg("sms") = pybind11::none(), pybind11::arg("shared_per_block") = pybind11::none(),
+      pybind11::arg("max_cluster") = pybind11::none(),
+      "Plan for a smaller device, for tests; no arguments: the real one.");
+#else
   m.attr("cuda") = false;
+#endif
   m.def("cpu_isas", &cpu_isas, "Instruction sets the kernels can use on this machine, slowest first.");
   m.def("cpu_isa", [] { return bnext::cpu::isa_name(bnext::cpu::current_isa()); }, "The one in use.");
   m.def("set_cpu_isa", &set_cpu_isa, pybind11::arg("name"), "Use another of cpu_isas(), for tests and comparisons.");

@@ -1,0 +1,74 @@
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <algorithm>
+
+#include "backend.h"
+#include "cuda/batch_norm.h"
+
+namespace bnext {
+namespace {
+
+CudaCap cap;
+
+cuda::DeviceLimits limits_of_current_device() {
+  cuda::DeviceLimits limits;
+  C10_CUDA_CHECK(cuda::current_limits(&limits));
+  limits.sms = std::min(limits.sms, cap.sms);
+  limits.shared_per_block = std::min(limits.shared_per_block, cap.shared_per_block);
+  limits.max_cluster = std::min(limits.max_cluster, cap.max_cluster);
+  return limits;
+}
+
+// Freed when it goes out of scope: the caching allocator hands it out again only to what follows on the stream.
+at::Tensor allocate_workspace(const cuda::Plan& plan, at::Device where) {
+  return at::empty({plan.workspace_bytes}, at::TensorOptions().dtype(at::kByte).device(where));
+}
+
+class CudaBackend final : public Backend {
+ public:
+  std::uintptr_t alignment() const override { return cuda::kVectorBytes; }
+
+  at::Tensor allocate_output(const at::Tensor& like, at::MemoryFormat format, const Problem&, bool) const override {
+    return at::empty_like(like, like.options(), format);
+  }
+
+  void count_batch(std::int64_t* num_batches_tracked, at::Device where) const override {
+    const c10::cuda::CUDAGuard guard(where);
+    C10_CUDA_CHECK(cuda::count_batch(num_batches_tracked, c10::cuda::getCurrentCUDAStream()));
+  }
+
+  void run(const Problem& problem, const TrainingForward& args, at::Device where) const override {
+    enqueue(problem, args, where, [](auto&&... all) { return cuda::forward(all...); });
+  }
+  void run(const Problem& problem, const EvalForward& args, at::Device where) const override {
+    enqueue(problem, args, where, [](auto&&... all) { return cuda::forward(all...); });
+  }
+  void run(const Problem& problem, const Backward& args, at::Device where) const override {
+    enqueue(problem, args, where, [](auto&&... all) { return cuda::backward(all...); });
+  }
+
+ private:
+  template <typename Args, typename Launch>
+  static void enqueue(const Problem& problem, const Args& args, at::Device where, Launch&& launch) {
+    const c10::cuda::CUDAGuard guard(where);
+    const cuda::Plan plan = cuda::plan_for(problem, args, limits_of_current_device());
+    const at::Tensor workspace = allocate_workspace(plan, where);
+    const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+    C10_CUDA_CHECK(launch(problem, args, plan, workspace.mutable_data_ptr(), stream));
+  }
+};
+
+}  // namespace
+
+void cap_cuda_device(const CudaCap& wanted) { cap = wanted; }
+
+const Backend& cuda_backend() {
+  static const CudaBackend backend;
+  return backend;
+}
+
+}  // namespace bnext

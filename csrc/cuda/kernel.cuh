@@ -1,0 +1,307 @@
+// The one kernel: reduce a tile's channels, exchange the sums with the team, finish the channels, map the elements.
+//
+// Grid: plan.teams * plan.team_blocks blocks of plan.threads threads; team = blockIdx.x / team_blocks takes the tiles
+// team, team + teams, ... Each input is read once, as far as shared memory holds it (plan.kept vectors a thread); the
+// rest is read again for the map, the last read first, while L2 has it. Bytes moved (S = bytes of the tensor): training
+// forward 2 S, backward 3 S, evaluation forward 2 S; with nothing kept 3 S, 5 S, 2 S.
+// Results are the same bits at every run: what is added to what, and in which order, depends on the plan alone.
+// The caller has ruled out empty problems, and aligned all data to 16 bytes.
+#pragma once
+
+#include "../common/channel_ops.h"
+#include "../common/samples.h"
+#include "reduce.cuh"
+#include "slab.cuh"
+#include "team.cuh"
+
+// Dynamic shared memory, and parameters left in constant memory: an emulation has both of its own.
+#if defined(__CUDACC__)
+#define BNEXT_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
+namespace bnext::cuda {
+
+struct KernelArgs {
+  Plan plan;
+  Tensors tensors;
+  const double* shift;  // length C, for the reduction; null: a sample of the channel's own values
+  unsigned char* workspace;
+  std::int64_t* count_batch;  // incremented by one thread; null: not here
+};
+
+// Pointers into a block's shared memory.
+struct Shared {
+  unsigned char* slab;
+  double* merge;
+  double* own;
+  double* total;
+  double* shift;
+  double* coefficients;
+  int* doubtful;
+
+  __device__ __forceinline__ Shared(const SharedLayout& layout, unsigned char* base)
+      : slab(base + layout.slab),
+        merge(reinterpret_cast<double*>(base + layout.merge)),
+        own(reinterpret_cast<double*>(base + layout.own)),
+        total(reinterpret_cast<double*>(base + layout.total)),
+        shift(reinterpret_cast<double*>(base + layout.shift)),
+        coefficients(reinterpret_cast<double*>(base + layout.coefficients)),
+        doubtful(reinterpret_cast<int*>(base + layout.doubtful)) {}
+};
+
+template <typename scalar_t, typename Op, typename Reduce, typename Map, Tile kTile>
+class BlockTask {
+  using Acc = widened_t<scalar_t>;
+  using DataSlab = Slab<scalar_t, Reduce::kReadsInput || Map::kReadsInput, Reduce::kReadsGrad || Map::kReadsGrad>;
+  static constexpr bool kReduces = !std::is_same_v<Reduce, NoSums>;
+  static constexpr int kN = kLanes<scalar_t>;
+
+ public:
+  __device__ __forceinline__ BlockTask(const KernelArgs& args, const Op& op, const Shared& shared, TeamMember& member,
+                                       std::int64_t tile)
+      : args_(args),
+        plan_(args.plan),
+        op_(op),
+        shared_(shared),
+        member_(member),
+        span_(args.plan, tile),
+        slab_(args.plan, args.tensors, shared.slab) {}
+
+  __device__ __forceinline__ void run() {
+    Walk<scalar_t, kTile> walk(plan_, span_, member_.rank);
+    const std::int64_t items = walk.items();
+    const int kept = items < plan_.kept ? static_cast<int>(items) : plan_.kept;
+    Verdict verdict;
+    if constexpr (kReduces) {
+      const Walk<scalar_t, kTile> start = walk;
+      request_kept(walk, kept);
+      choose_shift();
+      verdict = finish(team_sums<Acc, /*kWaits=*/true>(start, items, kept), /*again=*/false);
+      if (verdict.doubtful) {
+        const bool wide = verdict.wide;
+        verdict = finish(team_sums<double, /*kWaits=*/false>(start, items, kept), /*again=*/true);
+        verdict.wide |= wide;
+      }
+    } else {
+      verdict = finish(nullptr, /*again=*/false);
+    }
+    if (args_.tensors.out == nullptr) return;
+    if (std::is_same_v<Acc, double> || verdict.wide) {
+      map<double>(items, kept);
+    } else {
+      map<float>(items, kept);
+    }
+  }
+
+ private:
+  // Of a tile, the same in all threads of the team.
+  struct Verdict {
+    bool doubtful;  // float32 was not enough for a channel's sums
+    bool wide;      // nor for a channel's coefficients
+  };
+
+  __device__ __forceinline__ void request_kept(Walk<scalar_t, kTile> walk, int kept) {
+    int k = 0;
+#pragma unroll 1
+    for (int stage = 0; stage < kLoadStages; ++stage) {
+      for (const int end = stage_end(stage, kept); k < end; ++k, walk.advance()) slab_.request(k, walk.segment());
+      __pipeline_commit();
+    }
+  }
+
+  __device__ __forceinline__ static int stage_end(int stage, int kept) { return (stage + 1) * kept / kLoadStages; }
+
+  // Sixteen threads a channel read one value each.
+  __device__ __forceinline__ void choose_shift() {
+    const int group = static_cast<int>(threadIdx.x) / kMaxSamples;
+    const int sample = static_cast<int>(threadIdx.x) % kMaxSamples;
+    const int groups = plan_.threads / kMaxSamples;
+    for (int begin = 0; begin < span_.channels; begin += groups) {
+      const int channel = begin + group;
+      if (args_.shift != nullptr) {
+        if (sample == 0 && channel < span_.channels) {
+          shared_.shift[channel] = SplitMean(op_.dtype, args_.shift[span_.first_channel + channel]).high;
+        }
+        continue;
+      }
+      Acc value = 0;
+      if (sample < plan_.samples && channel < span_.channels) {
+        const auto* input = static_cast<const scalar_t*>(args_.tensors.in[0]);
+        value = widen(input[plan_.sample_offsets[sample] + (span_.first_channel + channel) * plan_.sample_stride]);
+      }
+      for (int lanes = 1; lanes < plan_.samples; lanes *= 2) {
+        const Acc other = __shfl_xor_sync(0xffffffffu, value, lanes);
+        value = average(value, other, static_cast<Acc>(0.5));
+      }
+      if (sample == 0 && channel < span_.channels) shared_.shift[channel] = static_cast<double>(value);
+    }
+    __syncthreads();
+  }
+
+  // The tile's sums over the whole team: double [2][tile_channels].
+  template <typename acc_t, bool kWaits>
+  __device__ __forceinline__ const double* team_sums(Walk<scalar_t, kTile> walk, std::int64_t items, int kept) {
+    Accumulator<scalar_t, acc_t, Reduce, kTile> sums(plan_, shared_.shift);
+    int k = 0;
+#pragma unroll 1
+    for (int stage = 0; stage < kLoadStages; ++stage) {
+      if (kWaits) wait_for_stage(stage);
+      for (const int end = stage_end(stage, kept); k < end; ++k, walk.advance()) {
+        Vec<scalar_t> vec[2];
+        slab_.read(k, vec);
+        sums.add(walk.segment(), vec);
+      }
+    }
+    if (items > kept) {
+      slab_.stream(
+          walk, items - kept, plan_.kept, [](auto& w) { w.advance(); },
+          [&](const Segment& segment, const auto& vec) { sums.add(segment, vec); });
+    }
+    sums.flush();
+    const int values = 2 * plan_.tile_channels;
+    double* own = shared_.own + (member_.round & 1) * values;
+    if constexpr (kTile == Tile::kChannel) {
+      merge_channel(plan_, sums.first, sums.second, shared_.merge, own);
+    } else {
+      merge_columns(plan_, sums.first, sums.second, shared_.merge, own);
+    }
+    return exchange(plan_, member_, own, shared_.total, shared_.merge, values);
+  }
+
+  // From sums to results and coefficients, a channel a thread. Of `again` only the channels that were doubtful: the
+  // others keep what they have, for a channel's bits must not depend on another's values.
+  __device__ __forceinline__ Verdict finish(const double* sums, bool again) {
+    bool doubtful = false;
+    bool wide = false;
+    for (int i = static_cast<int>(threadIdx.x); i < span_.channels; i += plan_.threads) {
+      ChannelSums channel;
+      if constexpr (kReduces) {
+        channel = {shared_.shift[i], sums[i], sums[plan_.tile_channels + i]};
+        if (again && shared_.doubtful[i] == 0) continue;
+        const bool accurate = again || op_.accurate(channel);
+        shared_.doubtful[i] = accurate ? 0 : 1;
+        if (!accurate) {
+          shared_.shift[i] = op_.better_shift(channel);
+          doubtful = true;
+          continue;
+        }
+      }
+      double value[kMaxCoefficients] = {};
+      op_.finish(span_.first_channel + i, channel, member_.rank == 0, value);
+      wide |= !fits_float32(value, kMaxCoefficients);
+#pragma unroll
+      for (int j = 0; j < Map::kCoefficients; ++j) shared_.coefficients[j * plan_.tile_channels + i] = value[j];
+    }
+    // Also what makes the coefficients, and the better shifts, visible to the block.
+    Verdict verdict;
+    verdict.doubtful = kReduces && __syncthreads_or(doubtful ? 1 : 0) != 0;
+    verdict.wide = __syncthreads_or(wide ? 1 : 0) != 0;
+    return verdict;
+  }
+
+  // Elements from the last to the first: those that were not kept were read last, and L2 may still have them.
+  template <typename acc_t>
+  __device__ __forceinline__ void map(std::int64_t items, int kept) {
+    const Coefficients<acc_t> coefficients(plan_, shared_.coefficients);
+    Walk<scalar_t, kTile> walk(plan_, span_, member_.rank);
+    walk.jump(items - 1);
+    if (items > kept) {
+      slab_.stream(
+          walk, items - kept, plan_.kept, [](auto& w) { w.retreat(); },
+          [&](const Segment& segment, const auto& vec) { map_vec(segment, vec, coefficients); });
+    }
+    for (int k = kept - 1; k >= 0; --k, walk.retreat()) {
+      Vec<scalar_t> vec[2];
+      slab_.read(k, vec);
+      map_vec(walk.segment(), vec, coefficients);
+    }
+  }
+
+  // float32 coefficients of this thread's lanes wait in registers; float64 ones, where registers would run out, in
+  // shared memory.
+  template <typename acc_t>
+  class Coefficients {
+    static constexpr int kP = kSums<scalar_t, kTile>;
+    static constexpr bool kHeld = std::is_same_v<acc_t, float>;
+
+   public:
+    __device__ __forceinline__ Coefficients(const Plan& plan, const double* shared) : plan_(plan), shared_(shared) {
+      if constexpr (kHeld) {
+#pragma unroll
+        for (int p = 0; p < kP; ++p) {
+#pragma unroll
+          for (int j = 0; j < Map::kCoefficients; ++j) held_[p][j] = static_cast<float>(shared[index(p, j)]);
+        }
+      }
+    }
+
+    __device__ __forceinline__ acc_t operator()(int lane, int j) const {
+      const int p = kP == 1 ? 0 : lane;
+      if constexpr (kHeld) {
+        return held_[p][j];
+      } else {
+        return shared_[index(p, j)];
+      }
+    }
+
+   private:
+    __device__ __forceinline__ int index(int p, int j) const {
+      const int channel = kTile == Tile::kChannel ? 0 : lane_channel(plan_, first_column<scalar_t, kTile>(plan_) + p);
+      return j * plan_.tile_channels + channel;
+    }
+
+    const Plan& plan_;
+    const double* shared_;
+    float held_[kHeld ? kP : 1][Map::kCoefficients];
+  };
+
+  template <typename acc_t>
+  __device__ __forceinline__ void map_vec(const Segment& segment, const Vec<scalar_t> (&vec)[2],
+                                          const Coefficients<acc_t>& coefficients) {
+    Vec<scalar_t> result;
+#pragma unroll
+    for (int e = 0; e < kN; ++e) {
+      acc_t in[2] = {};
+      if (Map::kReadsInput) in[0] = static_cast<acc_t>(widen(vec[0].lane[e]));
+      if (Map::kReadsGrad) in[1] = static_cast<acc_t>(widen(vec[1].lane[e]));
+      acc_t c[kMaxCoefficients] = {};
+#pragma unroll
+      for (int j = 0; j < Map::kCoefficients; ++j) c[j] = coefficients(e, j);
+      result.lane[e] = narrow<scalar_t>(Map::apply(in, c));
+    }
+    store_vec(static_cast<scalar_t*>(args_.tensors.out), segment, result);
+  }
+
+  const KernelArgs& args_;
+  const Plan& plan_;
+  const Op& op_;
+  const Shared& shared_;
+  TeamMember& member_;
+  TileSpan span_;
+  DataSlab slab_;
+};
+
+template <typename scalar_t, typename Op, typename Reduce, typename Map, Tile kTile>
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerSM)
+    batch_norm_kernel(const __grid_constant__ KernelArgs args, const __grid_constant__ Op op) {
+  BNEXT_DYNAMIC_SHARED(bytes);
+  const Plan& plan = args.plan;
+  const Shared shared(plan.shared, bytes);
+  TeamMember member;
+  member.team = static_cast<int>(blockIdx.x) / plan.team_blocks;
+  member.rank = static_cast<int>(blockIdx.x) % plan.team_blocks;
+  member.round = 0;
+  member.counter = reinterpret_cast<unsigned*>(args.workspace) + member.team;
+  member.published = reinterpret_cast<double*>(args.workspace + plan.counter_bytes) +
+                     std::int64_t{member.team} * 2 * plan.team_blocks * 2 * plan.tile_channels;
+  for (std::int64_t tile = member.team; tile < plan.tiles; tile += plan.teams) {
+    BlockTask<scalar_t, Op, Reduce, Map, kTile>(args, op, shared, member, tile).run();
+    // The next tile's sums and coefficients take the place of this one's.
+    __syncthreads();
+  }
+  // A block's shared memory must outlive the others' look at it.
+  if (plan.team == Team::kCluster) cluster_barrier();
+  if (args.count_batch != nullptr && blockIdx.x == 0 && threadIdx.x == 0) ++*args.count_batch;
+}
+
+}  // namespace bnext::cuda

@@ -1,0 +1,60 @@
+// From a plan to a launch: attributes, dtype and tile dispatch.
+#pragma once
+
+#include "batch_norm.h"
+#include "kernel.cuh"
+
+namespace bnext::cuda {
+
+template <typename Kernel, typename Op>
+cudaError_t launch(Kernel* kernel, const KernelArgs& args, const Op& op, cudaStream_t stream) {
+  const Plan& plan = args.plan;
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared.bytes);
+  if (error != cudaSuccess) return error;
+
+  cudaLaunchAttribute attribute = {};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(plan.teams) * static_cast<unsigned>(plan.team_blocks));
+  config.blockDim = dim3(static_cast<unsigned>(plan.threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(plan.shared.bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  if (plan.team == Team::kCluster) {
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(plan.team_blocks);
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+    config.numAttrs = 1;
+  } else if (plan.team == Team::kGrid) {
+    error = cudaMemsetAsync(args.workspace, 0, static_cast<std::size_t>(plan.counter_bytes), stream);
+    if (error != cudaSuccess) return error;
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    config.numAttrs = 1;
+  }
+  error = cudaLaunchKernelEx(&config, kernel, args, op);
+  return error != cudaSuccess ? error : cudaGetLastError();
+}
+
+template <typename scalar_t, typename Reduce, typename Map, typename Op>
+cudaError_t launch_tile(const KernelArgs& args, const Op& op, cudaStream_t stream) {
+  return args.plan.tile == Tile::kChannel
+             ? launch(&batch_norm_kernel<scalar_t, Op, Reduce, Map, Tile::kChannel>, args, op, stream)
+             : launch(&batch_norm_kernel<scalar_t, Op, Reduce, Map, Tile::kColumns>, args, op, stream);
+}
+
+template <typename Reduce, typename Map, typename Op>
+cudaError_t launch_dtype(const KernelArgs& args, const Op& op, cudaStream_t stream) {
+  switch (op.dtype) {
+    case DType::kFloat32: return launch_tile<float, Reduce, Map>(args, op, stream);
+    case DType::kFloat64: return launch_tile<double, Reduce, Map>(args, op, stream);
+    case DType::kFloat16: return launch_tile<Half, Reduce, Map>(args, op, stream);
+    case DType::kBFloat16: return launch_tile<BFloat16, Reduce, Map>(args, op, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace bnext::cuda

@@ -1,0 +1,227 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "../common/elementwise.h"
+
+namespace bnext::cuda {
+namespace {
+
+constexpr std::int64_t kMinRowBytes = 32;      // a sector: less of a row wastes bandwidth
+constexpr std::int64_t kMaxRowBytes = 128;     // a line: more of a row gains nothing
+constexpr std::int64_t kMinItems = 4;          // vectors a thread should have before a tile is shared by more blocks
+constexpr std::int64_t kMapItems = 8;          // the same where the blocks of a tile need not wait for each other
+constexpr std::int64_t kMaxGrid = 2147483647;  // gridDim.x
+constexpr std::int64_t kMaxFoldedRowBytes = kMaxThreads * kVectorBytes;
+
+constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
+
+std::int64_t power_of_two_from(std::int64_t n) {
+  std::int64_t power = 1;
+  while (power < n) power *= 2;
+  return power;
+}
+
+// The smallest number of things of `bytes` bytes that fill whole vectors.
+std::int64_t vector_group(std::int64_t bytes) { return kVectorBytes / std::gcd(std::int64_t{kVectorBytes}, bytes); }
+
+// ---- tiles
+
+void choose_channels_last(Plan& plan, const Problem& problem, const DeviceLimits& limits) {
+  const std::int64_t size = element_size(problem.dtype);
+  const std::int64_t M = problem.count();
+  const std::int64_t fold = vector_group(problem.C * size);
+  plan.tile = Tile::kColumns;
+  plan.columns_per_channel = 1;
+  if (fold > 1 && fold <= M && fold * problem.C * size <= kMaxFoldedRowBytes) {
+    // A channel's values lie in `fold` columns, which one tile has to hold: it is as wide as the row.
+    plan.rows = divide_up(M, fold);
+    plan.row_width = plan.tile_width = fold * problem.C;
+    plan.tiles = 1;
+    plan.tile_channels = static_cast<int>(problem.C);
+    return;
+  }
+  plan.rows = M;
+  plan.row_width = problem.C;
+  std::int64_t bytes = kMaxRowBytes;
+  while (bytes > kMinRowBytes && divide_up(problem.C * size, bytes) < limits.sms) bytes /= 2;
+  plan.tile_width = std::min(bytes / size, problem.C);
+  plan.tiles = divide_up(problem.C, plan.tile_width);
+  plan.tile_channels = static_cast<int>(plan.tile_width);
+}
+
+void choose_channels_first(Plan& plan, const Problem& problem) {
+  const std::int64_t size = element_size(problem.dtype);
+  const std::int64_t plane = problem.HW * size;
+  plan.rows = problem.N;
+  plan.row_width = problem.C * problem.HW;
+  plan.columns_per_channel = problem.HW;
+  // Planes that are short, or whose ends cut vectors in two, are taken several at a time, as long as every row begins
+  // with a whole vector.
+  std::int64_t channels = vector_group(plane);
+  while (channels * plane < kMaxRowBytes) channels *= 2;
+  const bool aligned_rows = plan.row_width * size % kVectorBytes == 0;
+  if (channels > 1 && aligned_rows && channels * plane <= kMaxThreads * kVectorBytes) {
+    plan.tile = Tile::kColumns;
+    channels = std::min(channels, problem.C);
+  } else {
+    plan.tile = Tile::kChannel;
+    channels = 1;
+  }
+  plan.tile_width = channels * problem.HW;
+  plan.tile_channels = static_cast<int>(channels);
+  plan.tiles = divide_up(problem.C, channels);
+}
+
+// ---- threads
+
+void choose_threads(Plan& plan, const Problem& problem) {
+  const std::int64_t V = kVectorBytes / element_size(problem.dtype);
+  std::int64_t vectors = divide_up(plan.tile_width, V);
+  // A row that begins within a vector may touch one more.
+  if (plan.tile == Tile::kChannel && (plan.row_width % V != 0 || plan.tile_width % V != 0)) {
+    vectors = divide_up(plan.tile_width + V - 1, V);
+  }
+  plan.parts = divide_up(vectors, kMaxThreads);
+  const std::int64_t x = divide_up(vectors, plan.parts);
+  const std::int64_t y = std::min<std::int64_t>(kMaxThreads / x, plan.rows * plan.parts);
+  plan.threads_x = static_cast<int>(x);
+  plan.threads_y = static_cast<int>(y);
+  plan.threads = static_cast<int>(round_up(x * y, 32));
+}
+
+// ---- shared memory
+
+// The buffer in which a block's threads merge their sums: half of the threads' sums at a time, then the columns'.
+std::int64_t merge_bytes(const Plan& plan, const Problem& problem, bool reduces) {
+  if (!reduces) return 0;
+  const std::int64_t V = kVectorBytes / element_size(problem.dtype);
+  const std::int64_t pairs =
+      plan.tile == Tile::kColumns ? plan.threads_x * V * std::max(1, plan.threads_y / 2) : plan.threads / 32;
+  // The grid's partial sums pass through it too, one value a thread.
+  return std::max<std::int64_t>(pairs * 2, plan.threads) * static_cast<std::int64_t>(sizeof(double));
+}
+
+// One slot of every thread, for a vector of each input.
+std::int64_t slot_bytes(const Plan& plan) { return std::int64_t{plan.inputs} * plan.threads * kVectorBytes; }
+
+void lay_out_shared(Plan& plan, const Problem& problem, bool reduces) {
+  std::int64_t offset = 0;
+  const auto take = [&](std::int64_t bytes) {
+    const std::int64_t begin = offset;
+    offset += round_up(bytes, kVectorBytes);
+    return static_cast<int>(begin);
+  };
+  const std::int64_t doubles = plan.tile_channels * static_cast<std::int64_t>(sizeof(double));
+  SharedLayout& shared = plan.shared;
+  shared.merge = take(merge_bytes(plan, problem, reduces));
+  shared.own = take(reduces ? 4 * doubles : 0);
+  shared.total = take(reduces ? 2 * doubles : 0);
+  shared.shift = take(reduces ? doubles : 0);
+  shared.coefficients = take(kMaxCoefficients * doubles);
+  shared.doubtful = take(reduces ? plan.tile_channels * static_cast<std::int64_t>(sizeof(int)) : 0);
+  shared.slab = take(std::int64_t{plan.kept + plan.ring} * slot_bytes(plan));
+  shared.bytes = static_cast<int>(offset);
+}
+
+// ---- teams
+
+// Steps that a thread takes with `blocks` blocks in the team.
+std::int64_t items(const Plan& plan, std::int64_t blocks) {
+  return divide_up(plan.rows * plan.parts, plan.threads_y * blocks);
+}
+
+// Slots that a thread can have if `blocks` blocks share an SM. The plan is laid out without any.
+std::int64_t capacity(const Plan& plan, const DeviceLimits& limits, int blocks) {
+  const std::int64_t share = std::min(limits.shared_per_block, limits.shared_per_sm / blocks - limits.reserved_shared);
+  return std::max<std::int64_t>(0, (share - plan.shared.bytes) / slot_bytes(plan));
+}
+
+void choose_map_blocks(Plan& plan) {
+  plan.team = Team::kBlock;
+  plan.kept = 0;
+  plan.ring = kRingSlots;
+  plan.team_blocks = static_cast<int>(std::min(divide_up(items(plan, 1), kMapItems), kMaxGrid));
+  plan.teams = static_cast<int>(std::min(plan.tiles, std::max<std::int64_t>(1, kMaxGrid / plan.team_blocks)));
+}
+
+void choose_team(Plan& plan, const DeviceLimits& limits) {
+  // Half of an SM's memory for each of its two blocks, if that is enough to work with at all.
+  const std::int64_t half = capacity(plan, limits, kBlocksPerSM);
+  const std::int64_t whole = capacity(plan, limits, 1);
+  const int per_sm = half >= kRingSlots ? kBlocksPerSM : 1;
+  const std::int64_t resident = std::int64_t{limits.sms} * per_sm;
+
+  const std::int64_t most = std::max<std::int64_t>(1, items(plan, 1) / kMinItems);
+  const std::int64_t to_fill = std::min(divide_up(resident, plan.tiles), most);
+  const auto blocks_with = [&](std::int64_t slots) {
+    const std::int64_t to_fit = slots == 0 ? resident + 1 : divide_up(items(plan, 1), slots);
+    return std::max(to_fit, to_fill);
+  };
+  const auto clusters = [&](std::int64_t blocks) { return power_of_two_from(blocks) <= limits.max_cluster; };
+  std::int64_t slots = per_sm == kBlocksPerSM ? half : whole;
+  // One block an SM with all of its memory may bring the team into a cluster, whose barrier is the cheaper one.
+  if (!clusters(blocks_with(slots)) && clusters(blocks_with(whole))) slots = whole;
+
+  std::int64_t blocks = blocks_with(slots);
+  plan.team = blocks == 1 ? Team::kBlock : clusters(blocks) ? Team::kCluster : Team::kGrid;
+  if (plan.team == Team::kCluster) blocks = power_of_two_from(blocks);
+  if (plan.team == Team::kGrid) blocks = std::min(blocks, resident);
+  plan.team_blocks = static_cast<int>(blocks);
+  const std::int64_t at_a_time = (plan.team == Team::kGrid ? resident : kMaxGrid) / blocks;
+  plan.teams = static_cast<int>(std::min(plan.tiles, at_a_time));
+  const bool all = items(plan, blocks) <= slots;
+  plan.ring = all ? 0 : kRingSlots;
+  plan.kept = static_cast<int>(all ? items(plan, blocks) : std::max<std::int64_t>(0, slots - kRingSlots));
+}
+
+// ---- the rest
+
+// A counter for each team, then its blocks' sums: double [2: parity][block][2][channels].
+void choose_workspace(Plan& plan) {
+  plan.counter_bytes = plan.workspace_bytes = 0;
+  if (plan.team != Team::kGrid) return;
+  plan.counter_bytes = round_up(plan.teams * static_cast<std::int64_t>(sizeof(unsigned)), kVectorBytes);
+  const std::int64_t sums = std::int64_t{plan.teams} * 2 * plan.team_blocks * 2 * plan.tile_channels;
+  plan.workspace_bytes = plan.counter_bytes + sums * static_cast<std::int64_t>(sizeof(double));
+}
+
+void choose_samples(Plan& plan, const Problem& problem) {
+  const SamplePositions positions(problem.count());
+  plan.samples = positions.samples;
+  const bool first = problem.layout == Layout::kChannelsFirst;
+  plan.sample_stride = first ? problem.HW : 1;
+  for (int i = 0; i < kMaxSamples; ++i) {
+    const std::int64_t at = i < positions.samples ? positions.at[i] : 0;
+    plan.sample_offsets[i] = first ? at / problem.HW * problem.C * problem.HW + at % problem.HW : at * problem.C;
+  }
+}
+
+}  // namespace
+
+Plan make_plan(const Problem& problem, int inputs, bool reduces, const DeviceLimits& limits) {
+  Plan plan = {};
+  plan.inputs = inputs;
+  plan.C = problem.C;
+  plan.numel = problem.numel();
+  if (problem.layout == Layout::kChannelsFirst) {
+    choose_channels_first(plan, problem);
+  } else {
+    choose_channels_last(plan, problem, limits);
+  }
+  choose_threads(plan, problem);
+  lay_out_shared(plan, problem, reduces);
+  if (reduces) {
+    choose_team(plan, limits);
+  } else {
+    choose_map_blocks(plan);
+  }
+  lay_out_shared(plan, problem, reduces);
+  choose_workspace(plan);
+  choose_samples(plan, problem);
+  return plan;
+}
+
+}  // namespace bnext::cuda

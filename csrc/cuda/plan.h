@@ -1,0 +1,92 @@
+// Launch geometry, as pure host functions: how a call's elements are dealt out to tiles, teams, blocks and threads.
+//
+// Both layouts are seen as a matrix of dense rows.
+//   channels last    row = a pixel, column j belongs to channel j % C; where C elements are no multiple of 16 bytes,
+//                    several pixels are folded into one row that is
+//   channels first   row = an image, column j belongs to channel j / HW
+// A tile is a group of columns that holds all values of its channels, and is worked on by a team of blocks:
+//   Tile::kChannel   one channel, a row of it any number of elements at any alignment (large planes)
+//   Tile::kColumns   several channels; a thread keeps to its columns in every row, so that it knows their channels
+//                    (channels last, small planes)
+// Within a tile rows are cut into vectors of 16 bytes. Thread t of a block stands at vector t % threads_x and row
+// t / threads_x; a step moves the whole team on. What a thread reads it keeps in shared memory, `kept` vectors of each
+// input: slots of its own, that no other thread looks at. What does not fit is read again, last first, from L2.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/problem.h"
+#include "../common/samples.h"
+
+namespace bnext::cuda {
+
+constexpr int kVectorBytes = 16;
+// Two blocks an SM need at most 128 registers a thread and half of the shared memory each.
+constexpr int kMaxThreads = 256;
+constexpr int kBlocksPerSM = 2;
+constexpr int kMaxCluster = 8;  // blocks; every device with clusters has as many
+// What is kept is waited for in this many stages; what is not passes through this many slots a thread.
+constexpr int kLoadStages = 4;
+constexpr int kRingSlots = 4;
+
+// What the geometry depends on besides the problem.
+struct DeviceLimits {
+  int sms;
+  int shared_per_block;  // bytes, opted in to
+  int shared_per_sm;
+  int reserved_shared;  // of each block, by the system
+  int max_cluster;      // blocks that can share a cluster; 1: no clusters
+};
+
+enum class Team : std::uint8_t { kBlock, kCluster, kGrid };  // how a team's blocks exchange their sums
+enum class Tile : std::uint8_t { kChannel, kColumns };
+
+// Offsets into a block's dynamic shared memory, bytes.
+struct SharedLayout {
+  int slab;          // [kept + ring][input][thread] vectors
+  int merge;         // doubles; the block's threads add up in it
+  int own;           // double [2: parity][2][channels]: this block's sums, read by the others of its cluster
+  int total;         // double [2][channels]: the team's
+  int shift;         // double [channels]
+  int coefficients;  // double [kMaxCoefficients][channels]
+  int doubtful;      // int [channels]
+  int bytes;
+};
+
+// Passed to the kernels by value.
+struct Plan {
+  Tile tile;
+  Team team;
+  // the matrix
+  std::int64_t rows;
+  std::int64_t row_width;            // columns, and the distance between rows
+  std::int64_t numel;                // the last row of a folded matrix ends here
+  std::int64_t columns_per_channel;  // channel of column j: j / columns_per_channel % C
+  std::int64_t C;
+  // tiles
+  std::int64_t tiles;
+  std::int64_t tile_width;  // columns
+  int tile_channels;        // of the last tile perhaps fewer
+  // a team's blocks and threads
+  int teams;        // they take tiles in turn
+  int team_blocks;  // gridDim.x = teams*team_blocks
+  int threads_x;
+  int threads_y;
+  int threads;         // blockDim.x: threads_x*threads_y and idle ones up to a whole warp
+  std::int64_t parts;  // steps a row takes: more than 1 if it has more than threads_x vectors
+  int inputs;          // tensors that are read
+  int kept;            // vectors of each input that a thread keeps in shared memory
+  int ring;            // slots for the rest to pass through; 0 if there is none
+  SharedLayout shared;
+  std::int64_t workspace_bytes;  // global memory; its first counter_bytes zero
+  std::int64_t counter_bytes;
+  // where to take the samples of the first channel; those of channel c are c*sample_stride further on
+  std::int64_t sample_offsets[kMaxSamples];
+  int samples;
+  std::int64_t sample_stride;
+};
+
+// inputs: 1 or 2 tensors to read; reduces: whether there are sums to be known before the map.
+Plan make_plan(const Problem& problem, int inputs, bool reduces, const DeviceLimits& limits);
+
+}  // namespace bnext::cuda

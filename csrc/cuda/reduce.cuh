@@ -1,0 +1,162 @@
+// A channel's two sums: in a thread's registers, then over the threads of a block.
+//
+// A register takes kChain float32 additions and is then added to a double (float64 data: doubles throughout). The
+// threads' doubles are merged in an order that the plan alone decides.
+#pragma once
+
+#include <type_traits>
+
+#include "walk.cuh"
+
+namespace bnext::cuda {
+
+constexpr int kChain = 16;
+
+// The sums that a thread is responsible for: of one channel, or of each of its columns.
+template <typename scalar_t, Tile kTile>
+constexpr int kSums = kTile == Tile::kChannel ? 1 : kLanes<scalar_t>;
+
+// The in-tile channel of this thread's lane e. Beyond the tile's last column that of any other: nothing is added there.
+__device__ __forceinline__ int lane_channel(const Plan& plan, int column) {
+  return column / static_cast<int>(plan.columns_per_channel) % plan.tile_channels;
+}
+
+template <typename scalar_t, Tile kTile>
+__device__ __forceinline__ int first_column(const Plan& plan) {
+  return static_cast<int>(threadIdx.x) % plan.threads_x * kLanes<scalar_t>;
+}
+
+template <typename scalar_t, typename acc_t, typename Reduce, Tile kTile>
+class Accumulator {
+  static constexpr int kN = kLanes<scalar_t>;
+  static constexpr int kP = kSums<scalar_t, kTile>;
+  static constexpr bool kChains = std::is_same_v<acc_t, float>;
+
+ public:
+  // shift: double [tile_channels], in shared memory
+  __device__ __forceinline__ Accumulator(const Plan& plan, const double* shift) {
+#pragma unroll
+    for (int p = 0; p < kP; ++p) {
+      const int channel = kTile == Tile::kChannel ? 0 : lane_channel(plan, first_column<scalar_t, kTile>(plan) + p);
+      shift_[p] = static_cast<acc_t>(shift[channel]);
+      first[p] = second[p] = 0.0;
+    }
+  }
+
+  __device__ __forceinline__ void add(const Segment& segment, const Vec<scalar_t> (&vec)[2]) {
+    const bool all = segment.low == 0 && segment.high == kN;
+#pragma unroll
+    for (int e = 0; e < kN; ++e) {
+      if (!all && (e < segment.low || e >= segment.high)) continue;
+      acc_t in[2] = {};
+      if (Reduce::kReadsInput) in[0] = static_cast<acc_t>(widen(vec[0].lane[e]));
+      if (Reduce::kReadsGrad) in[1] = static_cast<acc_t>(widen(vec[1].lane[e]));
+      const int p = kP == 1 ? 0 : e;
+      if constexpr (kChains) {
+        Reduce::add(chain_first_[e], chain_second_[e], in, shift_[p]);
+      } else {
+        Reduce::add(first[p], second[p], in, shift_[p]);
+      }
+    }
+    if (kChains && ++length_ == kChain) flush();
+  }
+
+  // Before the sums are looked at.
+  __device__ __forceinline__ void flush() {
+    if constexpr (kChains) {
+#pragma unroll
+      for (int e = 0; e < kN; ++e) {
+        const int p = kP == 1 ? 0 : e;
+        first[p] += static_cast<double>(chain_first_[e]);
+        second[p] += static_cast<double>(chain_second_[e]);
+        chain_first_[e] = chain_second_[e] = 0.0f;
+      }
+      length_ = 0;
+    }
+  }
+
+  double first[kP];
+  double second[kP];
+
+ private:
+  acc_t shift_[kP];
+  float chain_first_[kChains ? kN : 1] = {};
+  float chain_second_[kChains ? kN : 1] = {};
+  int length_ = 0;
+};
+
+__device__ __forceinline__ double warp_sum(double value) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
+  return value;
+}
+
+// One channel: own[0], own[1] become the sums of all threads' first and second.
+__device__ __forceinline__ void merge_channel(const Plan& plan, const double (&first)[1], const double (&second)[1],
+                                              double* merge, double* own) {
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const double a = warp_sum(first[0]);
+  const double b = warp_sum(second[0]);
+  if (threadIdx.x % 32 == 0) {
+    merge[2 * warp] = a;
+    merge[2 * warp + 1] = b;
+  }
+  __syncthreads();
+  if (threadIdx.x < 2) {
+    double sum = 0.0;
+    for (int w = 0; w < plan.threads / 32; ++w) sum += merge[2 * w + static_cast<int>(threadIdx.x)];
+    own[threadIdx.x] = sum;
+  }
+}
+
+// Columns: first the threads that share them, the upper half of the rows giving to the lower, again and again; then
+// the columns of each channel. own: double [2][tile_channels].
+template <int kP>
+__device__ __forceinline__ void merge_columns(const Plan& plan, double (&first)[kP], double (&second)[kP],
+                                              double* merge, double* own) {
+  const int t = static_cast<int>(threadIdx.x);
+  const int y = t / plan.threads_x;
+  const int slots = plan.threads_x * (plan.threads_y / 2 > 1 ? plan.threads_y / 2 : 1);
+  for (int rows = plan.threads_y; rows > 1;) {
+    const int half = (rows + 1) / 2;
+    if (y >= half && y < rows) {
+#pragma unroll
+      for (int p = 0; p < kP; ++p) {
+        merge[2 * p * slots + t - half * plan.threads_x] = first[p];
+        merge[(2 * p + 1) * slots + t - half * plan.threads_x] = second[p];
+      }
+    }
+    __syncthreads();
+    if (y < rows - half) {
+#pragma unroll
+      for (int p = 0; p < kP; ++p) {
+        first[p] += merge[2 * p * slots + t];
+        second[p] += merge[(2 * p + 1) * slots + t];
+      }
+    }
+    __syncthreads();
+    rows = half;
+  }
+  const int columns = plan.threads_x * kP;
+  if (y == 0) {
+#pragma unroll
+    for (int p = 0; p < kP; ++p) {
+      merge[t * kP + p] = first[p];
+      merge[columns + t * kP + p] = second[p];
+    }
+  }
+  __syncthreads();
+  // A channel's columns: runs of columns_per_channel, one for each time the channels repeat in a folded row.
+  const int run = static_cast<int>(plan.columns_per_channel);
+  const int width = static_cast<int>(plan.tile_width);
+  for (int i = t; i < 2 * plan.tile_channels; i += plan.threads) {
+    const int channel = i % plan.tile_channels;
+    const double* sums = merge + i / plan.tile_channels * columns;
+    double sum = 0.0;
+    for (int begin = channel * run; begin < width; begin += plan.tile_channels * run) {
+      for (int j = begin; j < begin + run; ++j) sum += sums[j];
+    }
+    own[i] = sum;
+  }
+}
+
+}  // namespace bnext::cuda

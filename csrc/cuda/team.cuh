@@ -1,0 +1,110 @@
+// How the blocks of a team tell each other their sums.
+//
+// Every block adds up all of the team's sums itself, in the order of the blocks, so that all of them get the same bits
+// and go on without a second barrier. What a block publishes lies in one of two places in turn (`round` is even or
+// odd): it is overwritten only after another barrier, which no block passes before it has read.
+#pragma once
+
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "plan.h"
+
+namespace bnext::cuda {
+
+#if defined(__CUDACC__)
+// What this thread knows to have been written is visible to whoever acquires the counter.
+__device__ __forceinline__ void bnext_add_release(unsigned* counter, unsigned value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+__device__ __forceinline__ unsigned bnext_load_acquire(const unsigned* counter) {
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
+#endif
+
+// A barrier among the blocks of one team of a cooperative launch, which has them all running at once. The counter
+// starts at zero and is never reset; `round` counts the barriers passed so far.
+__device__ __forceinline__ void grid_team_barrier(unsigned* counter, unsigned team_blocks, unsigned round) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    bnext_add_release(counter, 1);
+    while (bnext_load_acquire(counter) < (round + 1) * team_blocks) __nanosleep(32);
+  }
+  __syncthreads();
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  cooperative_groups::this_cluster().sync();
+#endif
+}
+
+// The `values` doubles at `own`, of the cluster's block `rank`.
+__device__ __forceinline__ const double* of_cluster_block(double* own, int rank) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  return cooperative_groups::this_cluster().map_shared_rank(own, rank);
+#else
+  (void)rank;
+  return own;
+#endif
+}
+
+struct TeamMember {
+  int team;
+  int rank;
+  unsigned round;     // exchanges so far
+  unsigned* counter;  // of this team; Team::kGrid only, likewise
+  double* published;  // [2: parity][block][values] of this team
+};
+
+// own: this block's `values` sums, in shared memory, written by any of its threads, at an address that depends on the
+// round's parity. Returns the team's sums, readable by all threads of the block.
+__device__ __forceinline__ const double* exchange(const Plan& plan, TeamMember& member, double* own, double* total,
+                                                  double* merge, int values) {
+  const int t = static_cast<int>(threadIdx.x);
+  const int threads = plan.threads;
+  if (plan.team == Team::kBlock) {
+    __syncthreads();
+    return own;
+  }
+  if (plan.team == Team::kCluster) {
+    cluster_barrier();
+    for (int i = t; i < values; i += threads) {
+      double sum = 0.0;
+      for (int rank = 0; rank < plan.team_blocks; ++rank) sum += of_cluster_block(own, rank)[i];
+      total[i] = sum;
+    }
+    ++member.round;
+    __syncthreads();
+    return total;
+  }
+  double* published = member.published + std::int64_t{member.round & 1} * plan.team_blocks * values;
+  __syncthreads();
+  for (int i = t; i < values; i += threads) published[std::int64_t{member.rank} * values + i] = own[i];
+  grid_team_barrier(member.counter, static_cast<unsigned>(plan.team_blocks), member.round);
+  ++member.round;
+  // Several threads share a value where there are enough of them. Read from L2: L1 may hold an older round.
+  const int shares = values < threads ? threads / values : 1;
+  for (int i = t; i < shares * values; i += threads) {
+    double sum = 0.0;
+    for (int block = i / values; block < plan.team_blocks; block += shares) {
+      sum += __ldcg(published + std::int64_t{block} * values + i % values);
+    }
+    (shares == 1 ? total : merge)[i] = sum;
+  }
+  __syncthreads();
+  if (shares == 1) return total;
+  for (int i = t; i < values; i += threads) {
+    double sum = 0.0;
+    for (int share = 0; share < shares; ++share) sum += merge[share * values + i];
+    total[i] = sum;
+  }
+  __syncthreads();
+  return total;
+}
+
+}  // namespace bnext::cuda

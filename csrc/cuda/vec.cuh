@@ -1,0 +1,121 @@
+// Sixteen bytes of elements: loaded and stored as one word where memory allows, widened to compute with.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../common/half.h"
+#include "plan.h"
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+namespace bnext::cuda {
+
+template <typename scalar_t>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(scalar_t));
+
+template <typename scalar_t>
+struct Widened {
+  using type = float;
+};
+template <>
+struct Widened<double> {
+  using type = double;
+};
+// What elements are computed with, unless float32 proves too narrow.
+template <typename scalar_t>
+using widened_t = typename Widened<scalar_t>::type;
+
+__device__ __forceinline__ float widen(float value) { return value; }
+__device__ __forceinline__ double widen(double value) { return value; }
+__device__ __forceinline__ float widen(BFloat16 value) { return to_float(value); }
+
+template <typename scalar_t>
+__device__ __forceinline__ scalar_t narrow(double value) {
+  return static_cast<scalar_t>(value);
+}
+
+// One instruction each on the device, with the roundings of common/half.h.
+#if defined(__CUDACC__)
+__device__ __forceinline__ float widen(Half value) { return __half2float(__ushort_as_half(value.bits)); }
+template <>
+__device__ __forceinline__ Half narrow<Half>(double value) {
+  return {__half_as_ushort(__float2half_rn(static_cast<float>(value)))};
+}
+template <>
+__device__ __forceinline__ BFloat16 narrow<BFloat16>(double value) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(static_cast<float>(value)))};
+}
+#else
+__device__ __forceinline__ float widen(Half value) { return to_float(value); }
+template <>
+__device__ __forceinline__ Half narrow<Half>(double value) {
+  return to_half(static_cast<float>(value));
+}
+template <>
+__device__ __forceinline__ BFloat16 narrow<BFloat16>(double value) {
+  return to_bfloat16(static_cast<float>(value));
+}
+#endif
+
+template <typename scalar_t>
+struct alignas(kVectorBytes) Vec {
+  scalar_t lane[kLanes<scalar_t>];
+};
+
+// Which lanes of the vector at element `offset` belong to the tile: [low, high).
+struct Segment {
+  std::int64_t offset;
+  int low;
+  int high;
+};
+
+// The vector can be moved as a whole.
+template <typename scalar_t>
+__device__ __forceinline__ bool is_whole(const Segment& segment) {
+  return segment.low == 0 && segment.high == kLanes<scalar_t> && segment.offset % kLanes<scalar_t> == 0;
+}
+
+template <typename scalar_t>
+__device__ __forceinline__ Vec<scalar_t> as_vec(const uint4& word) {
+  Vec<scalar_t> vec;
+  __builtin_memcpy(&vec, &word, kVectorBytes);
+  return vec;
+}
+
+template <typename scalar_t>
+__device__ __forceinline__ uint4 as_word(const Vec<scalar_t>& vec) {
+  uint4 word;
+  __builtin_memcpy(&word, &vec, kVectorBytes);
+  return word;
+}
+
+// Lanes outside the segment are zero, and not read.
+template <typename scalar_t>
+__device__ __forceinline__ Vec<scalar_t> load_lanes(const scalar_t* data, const Segment& segment) {
+  Vec<scalar_t> vec = as_vec<scalar_t>(uint4{0, 0, 0, 0});
+#pragma unroll
+  for (int e = 0; e < kLanes<scalar_t>; ++e) {
+    if (e >= segment.low && e < segment.high) vec.lane[e] = data[segment.offset + e];
+  }
+  return vec;
+}
+
+// Outputs are written once and not read again here: they should not push what will be read out of L2.
+template <typename scalar_t>
+__device__ __forceinline__ void store_vec(scalar_t* data, const Segment& segment, const Vec<scalar_t>& vec) {
+  if (is_whole<scalar_t>(segment)) {
+    __stcs(reinterpret_cast<uint4*>(data + segment.offset), as_word(vec));
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < kLanes<scalar_t>; ++e) {
+    if (e >= segment.low && e < segment.high) data[segment.offset + e] = vec.lane[e];
+  }
+}
+
+}  // namespace bnext::cuda
