@@ -12,11 +12,20 @@ from pathlib import Path
 from typing import NoReturn
 
 from benchmarks.rows import InputError, load_rows, save_rows
-from benchmarks.suites import ITEM_BYTES, LAYOUTS, SUITES, TENSOR_PASSES, case_work, select_cases
+from benchmarks.suites import (
+    DEFAULT_DTYPES,
+    DEVICE_SUITES,
+    ITEM_BYTES,
+    LAYOUTS,
+    TENSOR_PASSES,
+    Case,
+    case_work,
+    select_cases,
+)
 
 PROGRAM = "python -m benchmarks"
 LATEST = Path(__file__).parent / "results" / "latest"
-BUDGET_S = 110.0
+BUDGETS_S = {"cpu": 110.0, "cuda": 150.0}  # compiling for a GPU comes out of it
 QUICK_ROUNDS = 5
 
 
@@ -57,9 +66,15 @@ def make_parser() -> OneLineParser:
 
     measure = commands.add_parser("measure", help="check, time and report (the default)")
     measure.set_defaults(run=run_measure)
+    measure.add_argument("--device", choices=tuple(DEVICE_SUITES), default="cpu", help="default: %(default)s")
+    suites = {name: None for device in DEVICE_SUITES.values() for name in device}
     for option, choices, default in (
-        ("--suite", SUITES, "all"),
-        ("--dtype", ITEM_BYTES, "float32,bfloat16"),
+        ("--suite", suites, "all of the device"),
+        (
+            "--dtype",
+            ITEM_BYTES,
+            "; ".join(f"{device}: {','.join(dtypes)}" for device, dtypes in DEFAULT_DTYPES.items()),
+        ),
         ("--layout", LAYOUTS, "all"),
         ("--op", TENSOR_PASSES, "all"),
     ):
@@ -77,8 +92,12 @@ def make_parser() -> OneLineParser:
         "--budget",
         type=partial(positive, float),
         metavar="SECONDS",
-        default=BUDGET_S,
-        help="rounds as many as fit (5 to 25; default: %(default)g seconds)",
+        help="rounds as many as fit (5 to 25; default: "
+        + ", ".join(f"{device} {seconds:g}" for device, seconds in BUDGETS_S.items())
+        + " seconds)",
+    )
+    measure.add_argument(
+        "--no-compile", action="store_true", help="cuda: leave torch.compile out, which takes a minute"
     )
     measure.add_argument(
         "--quick", action="store_true", help=f"only small shapes, {QUICK_ROUNDS} rounds: a look, not a result"
@@ -96,12 +115,20 @@ def make_parser() -> OneLineParser:
 
 
 def run_measure(arguments: argparse.Namespace) -> int:
+    device = arguments.device
+    suites = arguments.suite or DEVICE_SUITES[device]
+    foreign = [name for name in suites if name not in DEVICE_SUITES[device]]
+    if foreign:
+        raise InputError(f"suite {foreign[0]!r} is not one of {device}'s: {', '.join(DEVICE_SUITES[device])}")
+    if arguments.no_compile and device != "cuda":
+        raise InputError("--no-compile needs --device cuda: torch.compile is not measured elsewhere")
     cases = select_cases(
-        suites=arguments.suite or SUITES,
-        dtypes=arguments.dtype or ("float32", "bfloat16"),
+        suites=suites,
+        dtypes=arguments.dtype or DEFAULT_DTYPES[device],
         layouts=arguments.layout or LAYOUTS,
         operations=arguments.op or TENSOR_PASSES,
         quick=arguments.quick,
+        device=device,
     )
     if not cases:
         raise InputError("nothing to measure: no chosen suite has the chosen layout, operation and size")
@@ -109,7 +136,9 @@ def run_measure(arguments: argparse.Namespace) -> int:
 
     # Here, so that report, --help and bad input need no torch, no bnext and no second.
     try:
-        from benchmarks.measure import Outcome, measure
+        from benchmarks.measure import Outcome
+
+        measure, work = measuring(device, cases, not arguments.no_compile)
     except ImportError as error:
         raise InputError(f"cannot measure: {error} (build bnext first: make build)") from None
     from benchmarks.progress import ProgressBar
@@ -118,15 +147,32 @@ def run_measure(arguments: argparse.Namespace) -> int:
     interrupted = False
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else None)
     try:
-        with ProgressBar(sum(map(case_work, cases))) as progress:
-            measure(cases, outcome, progress.advance, arguments.budget, rounds, arguments.threads)
+        with ProgressBar(work) as progress:
+            measure(cases, outcome, progress.advance, arguments.budget or BUDGETS_S[device], rounds, arguments.threads)
     except KeyboardInterrupt:
         interrupted = True
     finally:
         # Also where a provider fails with an error of its own: what was measured before it stays.
         if outcome.rows:
             save_rows(arguments.output / "results.json", outcome.rows)
+        for note in outcome.notes:
+            print(f"{PROGRAM}: note: {note}", file=sys.stderr)
     return finish(arguments.output, outcome.mismatches, bool(outcome.rows), interrupted)
+
+
+def measuring(device: str, cases: Sequence[Case], with_compile: bool) -> tuple[Callable[..., None], int]:
+    """What measures the cases on a device, and how much work that is."""
+    if device == "cpu":
+        from benchmarks.measure import measure
+
+        return measure, sum(map(case_work, cases))
+    from benchmarks.cuda.device import require
+
+    require()
+    from benchmarks.cuda import measure as cuda
+
+    work = sum(cuda.case_work(case, with_compile) for case in cases)
+    return partial(cuda.measure, with_compile=with_compile), work
 
 
 def make_writable(folder: Path) -> None:

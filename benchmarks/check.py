@@ -1,5 +1,6 @@
 """Correctness before timing: every provider has to agree with torch on a case before it gets a number."""
 
+from collections.abc import Mapping
 from math import sqrt
 
 import torch
@@ -8,6 +9,8 @@ from torch.utils.benchmark.utils.common import set_torch_threads
 
 from benchmarks.operations import PROVIDERS, REFERENCE, BatchNorm, Tensors, backward, evaluate, forward
 from benchmarks.suites import Case
+
+SMALL_NUMEL = 100_000  # compared in one piece: more pieces would only be more calls
 
 
 class MismatchError(Exception):
@@ -54,11 +57,18 @@ def check_case(case: Case, tensors: Tensors) -> None:
     for provider, function in PROVIDERS.items():
         if provider == REFERENCE:
             continue
-        for name, actual in results(function, tensors).items():
-            atol = bounds["sum_atol" if name in ("grad_weight", "grad_bias") else "atol"]
-            difference = describe_difference(actual, expected[name], bounds["rtol"], atol)
-            if difference:
-                raise MismatchError(f"{case}: {name} of {provider} is not torch's: {difference}")
+        compare_results(f"{case}: {{}} of {provider} is not torch's", results(function, tensors), expected, bounds)
+
+
+def compare_results(
+    message: str, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], bounds: Mapping[str, float]
+) -> None:
+    """Raise MismatchError, the message with the tensor's name in its braces, at the first tensor that differs."""
+    for name, tensor in actual.items():
+        atol = bounds["sum_atol" if name in ("grad_weight", "grad_bias") else "atol"]
+        difference = describe_difference(tensor, expected[name], bounds["rtol"], atol)
+        if difference:
+            raise MismatchError(f"{message.format(name)}: {difference}")
 
 
 def is_close(actual: Tensor, expected: Tensor, rtol: float, atol: float) -> bool:
@@ -66,8 +76,9 @@ def is_close(actual: Tensor, expected: Tensor, rtol: float, atol: float) -> bool
 
     Pieces that fit the cache are too small to be worth a second thread. NaN is close to nothing.
     """
+    pieces = 32 if actual.numel() > SMALL_NUMEL else 1
     with set_torch_threads(1):
-        for a, e in zip(actual.chunk(32), expected.chunk(32), strict=True):
+        for a, e in zip(actual.chunk(pieces), expected.chunk(pieces), strict=True):
             excess = (a - e).abs_().sub_(e.abs().mul_(rtol))
             if not excess.amax() <= atol:
                 return False

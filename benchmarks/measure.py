@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from timeit import Timer
+from typing import Any
 
 import torch
 from torch.utils.benchmark.utils.common import set_torch_threads
@@ -12,7 +14,7 @@ from benchmarks.operations import Tensors, make_tensors, operation_calls
 from benchmarks.provenance import provenance
 from benchmarks.rows import Provenance, Row
 from benchmarks.suites import Case, case_work, check_work, estimated_work, model_bytes
-from benchmarks.timing import Budget, time_in_turn
+from benchmarks.timing import Budget, Timing, time_in_turn
 
 Progress = Callable[[str, int], None]  # (what is being done, work that has been finished by it)
 
@@ -35,6 +37,7 @@ class Outcome:
 
     rows: list[Row] = field(default_factory=list)
     mismatches: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what could not be measured and is not bnext's fault
 
 
 def measure(
@@ -75,20 +78,24 @@ def measure(
 def time_operation(operation: str, case: Case, tensors: Tensors, budget: Budget, source: Provenance) -> list[Row]:
     """One row a provider."""
     choose_rounds = partial(budget.rounds, estimated_work(operation, case))
-    timings = time_in_turn(operation_calls(operation, tensors), choose_rounds)
+    timers = {name: Timer(call) for name, call in operation_calls(operation, tensors).items()}
+    timings = time_in_turn(timers, choose_rounds)
+    return [make_row(case, operation, provider, timing, source) for provider, timing in timings.items()]
+
+
+def make_row(case: Case, operation: str, provider: str, timing: Timing, source: Provenance, **details: Any) -> Row:
+    """``details``: fields of Measurement that have a default."""
     moved = model_bytes(operation, case.shape, case.dtype)
-    return [
-        Row(
-            suite=case.suite,
-            op=operation,
-            provider=provider,
-            shape=case.shape,
-            dtype=case.dtype,
-            layout=case.layout,
-            **asdict(timing),
-            bytes=moved,
-            gb_per_s=moved / timing.median_s / 1e9,
-            **asdict(source),
-        )
-        for provider, timing in timings.items()
-    ]
+    return Row(
+        suite=case.suite,
+        op=operation,
+        provider=provider,
+        shape=case.shape,
+        dtype=case.dtype,
+        layout=case.layout,
+        **asdict(timing),
+        bytes=moved,
+        gb_per_s=moved / timing.median_s / 1e9,
+        **details,
+        **asdict(source),
+    )

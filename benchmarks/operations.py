@@ -43,22 +43,22 @@ class Tensors:
         return Tensors(**{field.name: getattr(self, field.name).detach() for field in fields(self)})
 
 
-def make_tensors(case: Case) -> Tensors:
+def make_tensors(case: Case, device: str = "cpu") -> Tensors:
     """Random arguments, written once here, so that no call pays for the first touch of an input.
 
     Parameters and statistics of 16-bit inputs are float32, as a user of autocast has them.
     """
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator(device).manual_seed(SEED)
     dtype: torch.dtype = getattr(torch, case.dtype)
     param_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     channels = case.shape[1]
 
     def data() -> Tensor:
-        values = torch.empty(case.shape, dtype=dtype).normal_(generator=generator)
+        values = torch.empty(case.shape, dtype=dtype, device=device).normal_(generator=generator)
         return values.contiguous(memory_format=MEMORY_FORMATS[case.layout])
 
     def param(low: float, high: float) -> Tensor:
-        return torch.empty(channels, dtype=param_dtype).uniform_(low, high, generator=generator)
+        return torch.empty(channels, dtype=param_dtype, device=device).uniform_(low, high, generator=generator)
 
     return Tensors(
         input=data().requires_grad_(),

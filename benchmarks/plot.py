@@ -8,7 +8,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.report import Comparison, compare, groups, how_measured, operations
+from benchmarks.report import Comparison, compare, device_times, groups, how_measured, operations
 from benchmarks.rows import Row, write_atomically
 from benchmarks.suites import shape_label
 
@@ -22,6 +22,7 @@ FASTER, SLOWER = "#2b6ca3", "#c8553d"  # told apart without red and green
 
 def draw(rows: Sequence[Row]) -> Figure:
     """One line of panels a dtype and layout, one column an operation, a common logarithmic scale."""
+    rows = device_times(rows)
     comparisons = compare(rows)
     lines, columns = groups(comparisons), operations(comparisons)
     bars = [len({c.shape for c in comparisons if c.group == group}) for group in lines]

@@ -1,16 +1,20 @@
 """What the rows say: bnext against torch and against the copy, a case at a time and as geometric means."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import geometric_mean
 from typing import NamedTuple
 
-from benchmarks.rows import InputError, Row
+from benchmarks.rows import CLOCK, GRAPH, InputError, Row
 from benchmarks.suites import TENSOR_PASSES, Shape, tensor_bytes
 
 MB = 1_000_000
 
-# Above 32 MB the C library maps every output afresh; below 1 MB a core's own cache holds the tensor.
+# Providers that are not measured everywhere.
+NO_CUDNN = "torch-no-cudnn"
+TORCH_COMPILE = "torch-compile"
+
+# On a CPU the C library maps every output above 32 MB afresh; below 1 MB a core's own cache holds the tensor.
 SIZE_CLASSES = (("> 32 MB", 32 * MB), ("1-32 MB", MB), ("< 1 MB", 0))
 
 
@@ -21,6 +25,7 @@ class Comparison:
     torch: Row
     bnext: Row
     copy: Row
+    others: Mapping[str, Row] = field(default_factory=dict)  # those not measured everywhere
 
     @property
     def op(self) -> str:
@@ -33,7 +38,8 @@ class Comparison:
     @property
     def group(self) -> "Group":
         # An (N,C) tensor is contiguous, but neither its traversal nor its speed is that of an image.
-        return Group(self.bnext.dtype, "(N,C)" if len(self.shape) == 2 else self.bnext.layout)
+        layout = "(N,C)" if len(self.shape) == 2 else self.bnext.layout
+        return Group(self.bnext.dtype, layout, self.bnext.mode)
 
     @property
     def size_class(self) -> str:
@@ -50,15 +56,26 @@ class Comparison:
         """bnext's time / the copy's time."""
         return self.bnext.median_s / self.copy.median_s
 
+    def over(self, provider: str) -> float | None:
+        """Another provider's time / bnext's time, where it was measured."""
+        other = self.others.get(provider)
+        return other.median_s / self.bnext.median_s if other else None
+
 
 class Group(NamedTuple):
     """The rows of one table, the panels of one line of the plot."""
 
     dtype: str
     layout: str
+    mode: str = CLOCK
+
+    @property
+    def how(self) -> str:
+        """The layout, and the mode where there is more than one."""
+        return self.layout if self.mode == CLOCK else f"{self.layout}, {self.mode}"
 
     def __str__(self) -> str:
-        return f"{self.dtype}, {self.layout}"
+        return f"{self.dtype}, {self.how}"
 
 
 @dataclass(frozen=True)
@@ -84,7 +101,7 @@ def compare(rows: Iterable[Row]) -> list[Comparison]:
     """
     measured: dict[tuple[object, ...], dict[str, Row]] = {}
     for row in rows:
-        key = (row.suite, row.op, row.shape, row.dtype, row.layout)
+        key = (row.suite, row.op, row.shape, row.dtype, row.layout, row.mode)
         providers = measured.setdefault(key, {})
         if row.provider in providers:
             raise InputError(f"{_label(row)} is there twice: one report shows one run")
@@ -95,12 +112,18 @@ def compare(rows: Iterable[Row]) -> list[Comparison]:
         if missing:
             example = next(iter(providers.values()))
             raise InputError(f"{_label(example)}: no measurement of {', '.join(sorted(missing))} beside it")
-        comparisons.append(Comparison(providers["torch"], providers["bnext"], providers["copy"]))
+        torch, bnext, copy = (providers.pop(name) for name in ("torch", "bnext", "copy"))
+        comparisons.append(Comparison(torch, bnext, copy, providers))
     return comparisons
 
 
 def _label(row: Row) -> str:
     return f"{row.provider} {row.op} {row.shape} {row.dtype} {row.layout}"
+
+
+def device_times(rows: Sequence[Row]) -> list[Row]:
+    """The rows to show where there is room for one mode: a graph's, in which Python has no part, if there are any."""
+    return [row for row in rows if row.mode == GRAPH] or list(rows)
 
 
 def groups(comparisons: Iterable[Comparison]) -> list[Group]:
@@ -141,9 +164,19 @@ def how_measured(rows: Sequence[Row]) -> str:
     fewest, most = min(r.rounds for r in rows), max(r.rounds for r in rows)
     rounds = str(fewest) if fewest == most else f"{fewest} to {most}"
     environment = ", ".join(f"{name}={value}" for name, value in sorted(row.environment.items()))
+    if row.device == "cuda":
+        machine = f"{row.isa}, driver {row.driver_version or 'unknown'}"
+        runs_on = f"CUDA {row.cuda_version}, cuDNN {row.cudnn_version or 'none'}"
+        how = "outputs kept for a turn of the buffers, L2 cold"
+        allocator = "allocator as it comes"
+    else:
+        machine = row.isa
+        runs_on = f"{row.threads} thread{'s' if row.threads > 1 else ''}"
+        how = "fresh outputs"
+        allocator = "memory allocator as it comes, THP_MEM_ALLOC_ENABLE unset"
     return (
-        f"{row.device_name} ({row.isa}), {row.threads} thread{'s' if row.threads > 1 else ''}, "
+        f"{row.device_name} ({machine}), {runs_on}, "
         f"torch {row.torch_version}, bnext {row.bnext_version}, Python {row.python_version}, "
         f"commit {row.commit}, {row.date[:10]}; median of {rounds} rounds, the providers in turn in one "
-        f"process, fresh outputs; {environment or 'memory allocator as it comes, THP_MEM_ALLOC_ENABLE unset'}"
+        f"process, {how}; {environment or allocator}"
     )

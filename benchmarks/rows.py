@@ -15,6 +15,12 @@ class InputError(Exception):
     """Something the user gave cannot be used; the message is one line."""
 
 
+# Modes: how the calls were started and timed.
+CLOCK = "clock"  # from Python, by the host's clock
+EAGER = "eager"  # from Python, by events on the device: the host's overhead is in it where the device waits
+GRAPH = "graph"  # replays of a CUDA graph, by events on the device: its own time
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
     """What was measured, and the seconds a call took over the rounds."""
@@ -31,6 +37,10 @@ class Measurement:
     rounds: int
     bytes: int  # of the single-pass model: suites.model_bytes
     gb_per_s: float  # bytes / median_s / 1e9
+    # What came after the first results has a default, so that older files can be read.
+    mode: str = CLOCK
+    buffer_sets: int = 1  # how many sets of tensors the calls went round, so that caches are cold
+    note: str = ""  # what was done otherwise than mode says, and why
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +57,11 @@ class Provenance:
     commit: str
     date: str
     environment: dict[str, str]  # the variables that change the memory allocator, where they are set
+    driver_version: str = ""
+    cuda_version: str = ""
+    cudnn_version: str = ""
+    memory_bytes: int = 0  # of the device, where it is not the host
+    l2_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """What is measured: the suites, their shapes and operations, and the bytes an operation has to move."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -26,12 +26,20 @@ CHECK_PASSES = 2
 QUICK_MAX_ELEMENTS = 2_000_000
 
 
+# In the order they are measured and shown in.
+DEFAULT_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float32")}
+
+
 @dataclass(frozen=True)
 class Suite:
-    """A list of input shapes, and the operations measured on each of them."""
+    """A list of input shapes, and the operations measured on each of them.
+
+    ``compiled`` are those that torch.compile is measured on too: it takes seconds a shape and layout.
+    """
 
     shapes: tuple[Shape, ...]
     operations: tuple[str, ...] = ("forward", "backward", "eval")
+    compiled: tuple[Shape, ...] = ()
 
 
 # (C, H) of every distinct BatchNorm input of ResNet-50 on 224x224 images, in the order of the network.
@@ -50,8 +58,13 @@ _RESNET50_CHANNELS_SIZE = (
     (2048, 7),
 )
 
+
+def _resnet50(batch: int, channels_size: Iterable[tuple[int, int]] = _RESNET50_CHANNELS_SIZE) -> tuple[Shape, ...]:
+    return tuple((batch, channels, size, size) for channels, size in channels_size)
+
+
 SUITES = {
-    "resnet50": Suite(tuple((32, channels, size, size) for channels, size in _RESNET50_CHANNELS_SIZE)),
+    "resnet50": Suite(_resnet50(32)),
     "large": Suite(((8, 64, 224, 224), (128, 64, 32, 32))),
     # A small (N,C) call is mostly overhead, paid once for both directions together: hence forward_backward.
     "2d": Suite(
@@ -59,6 +72,22 @@ SUITES = {
         ("forward", "backward", "eval", "forward_backward"),
     ),
 }
+
+CUDA_SUITES = {
+    # A training step's batch: most of these tensors are far larger than a GPU's L2 cache.
+    "resnet50-256": Suite(
+        _resnet50(256),
+        compiled=_resnet50(256, ((64, 112), (64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7))),
+    ),
+    # Here launches, and how many blocks share a channel, decide.
+    "resnet50-32": Suite(_resnet50(32)),
+    "2d": Suite(
+        ((32768, 1024), (4096, 1024), (1024, 1024), (4096, 256), (64, 512), (4, 8)),
+        ("forward", "backward", "eval", "forward_backward"),
+    ),
+}
+
+DEVICE_SUITES = {"cpu": SUITES, "cuda": CUDA_SUITES}
 
 
 @dataclass(frozen=True)
@@ -117,13 +146,14 @@ def select_cases(
     layouts: Collection[str],
     operations: Collection[str] = tuple(TENSOR_PASSES),
     quick: bool = False,
+    device: str = "cpu",
 ) -> list[Case]:
-    """The cases of the chosen suites, in their order, with what they do not have in common left out.
+    """The cases of the chosen suites of a device, in their order, with what they do not have in common left out.
 
     An (N,C) tensor has one layout, contiguous. ``quick`` leaves out what is above ``QUICK_MAX_ELEMENTS``.
     """
     cases = []
-    for name, suite in SUITES.items():
+    for name, suite in DEVICE_SUITES[device].items():
         if name not in suites:
             continue
         chosen = tuple(operation for operation in suite.operations if operation in operations)

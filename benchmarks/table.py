@@ -6,7 +6,18 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.report import Comparison, Group, compare, geometric_means, groups, how_measured, operations
+from benchmarks.bars import COPY, TORCH, Verdict, has_bars, summary, verdicts
+from benchmarks.report import (
+    NO_CUDNN,
+    TORCH_COMPILE,
+    Comparison,
+    Group,
+    compare,
+    geometric_means,
+    groups,
+    how_measured,
+    operations,
+)
 from benchmarks.rows import Row
 from benchmarks.suites import shape_label, tensor_bytes
 
@@ -15,13 +26,22 @@ MIN_WIDTH = 140
 
 
 def print_tables(rows: Sequence[Row]) -> None:
-    """Every shape, a table a group; then the geometric means; then how it was measured."""
+    """Every shape, a table a group; then the geometric means; then how it was measured, and what a GPU's bars say."""
     comparisons = compare(rows)
     console = Console(width=max(Console().width, MIN_WIDTH))
+    make_table = measurement_table if has_bars(comparisons) else shape_table
     for group in groups(comparisons):
-        console.print(shape_table(group, [c for c in comparisons if c.group == group]))
+        console.print(make_table(group, [c for c in comparisons if c.group == group]))
     console.print(means_table(comparisons))
     print("x torch: torch's time / bnext's. x copy: bnext's time / that of a copy of the same bytes.")
+    if has_bars(comparisons):
+        print("no cuDNN, compile: the time of torch without cuDNN, of torch.compile, / bnext's.")
+        print("bars: bnext's time is at most so many times the copy's, that of torch with or without cuDNN.")
+        print(f"{summary(verdicts(comparisons))}.")
+    for row in rows:
+        if row.note:
+            what = f"{row.suite} {shape_label(row.shape)} {row.dtype} {row.layout} {row.op} {row.mode}"
+            print(f"{what}: {row.provider} {row.note}")
     print(how_measured(rows))
 
 
@@ -41,6 +61,42 @@ def shape_table(group: Group, comparisons: Sequence[Comparison]) -> Table:
             cells += _cells(by_op[op]) if op in by_op else ["", "", ""]
         table.add_row(*cells)
     return table
+
+
+def measurement_table(group: Group, comparisons: Sequence[Comparison]) -> Table:
+    """A line a measurement: with rates, other providers and bars, operations beside each other would be too wide."""
+    table = Table(title=str(group), title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1))
+    for header in ("suite", "shape", "operation"):
+        table.add_column(header, no_wrap=True)
+    for header in ("MB", "us", "GB/s", "x torch", "no cuDNN", "compile", "x copy"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for bar in (COPY, TORCH):
+        table.add_column(f"{bar} bar", justify="right", no_wrap=True)
+    previous = None
+    for comparison in comparisons:
+        row = comparison.bnext
+        tensor = (row.suite, row.shape)
+        if previous not in (None, tensor):
+            table.add_section()
+        others = (comparison.over(NO_CUDNN), comparison.over(TORCH_COMPILE))
+        endings = {verdict.bar: _ending(verdict) for verdict in verdicts([comparison])}
+        table.add_row(
+            *(("", "") if previous == tensor else (row.suite, shape_label(row.shape))),
+            row.op,
+            f"{tensor_bytes(row.shape, row.dtype) / 1e6:.2f}",
+            f"{row.median_s * 1e6:.4g}",
+            f"{row.gb_per_s:.0f}",
+            coloured(comparison.speedup),
+            *("" if over is None else coloured(over) for over in others),
+            ratio(comparison.over_copy),
+            *(endings.get(bar, "") for bar in (COPY, TORCH)),
+        )
+        previous = tensor
+    return table
+
+
+def _ending(verdict: Verdict) -> str:
+    return f"{verdict.limit:g} {'pass' if verdict.passed else '[red]MISS[/red]'}"
 
 
 def _cells(comparison: Comparison) -> list[str]:
@@ -69,7 +125,8 @@ def means_table(comparisons: Sequence[Comparison]) -> Table:
             table.add_section()
         previous = key.group
         table.add_row(
-            *key.group,
+            key.group.dtype,
+            key.group.how,
             key.size_class,
             key.op,
             str(mean.shapes),

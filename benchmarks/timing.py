@@ -3,13 +3,21 @@
 import itertools
 import random
 import time
-import timeit
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 Call = Callable[[], object]
+
+
+class Stopwatch(Protocol):
+    """Times one call by some clock; a timeit.Timer is one."""
+
+    def timeit(self, number: int) -> float:
+        """The seconds that ``number`` calls take."""
+
 
 MIN_ROUND_S = 2e-3  # the clock and the loop must not show in a measurement of microseconds
 MIN_ROUNDS = 5
@@ -66,7 +74,7 @@ class Budget:
         self._work_left -= work
 
 
-def calibrate(timer: timeit.Timer) -> tuple[int, float]:
+def calibrate(timer: Stopwatch) -> tuple[int, float]:
     """The number of calls that fill a round, and the seconds they take; warms up on the way."""
     first = timer.timeit(1)
     if first > 25 * MIN_ROUND_S:  # whatever it is that only a first call does, it no longer matters
@@ -77,7 +85,7 @@ def calibrate(timer: timeit.Timer) -> tuple[int, float]:
     return number, seconds
 
 
-def time_in_turn(calls: Mapping[str, Call], choose_rounds: Callable[[float], int]) -> dict[str, Timing]:
+def time_in_turn(timers: Mapping[str, Stopwatch], choose_rounds: Callable[[float], int]) -> dict[str, Timing]:
     """Time each call once a round; ``choose_rounds`` is told how long a round takes.
 
     The order within a round is a seeded random one: a call finds in the cache what the one before it left,
@@ -85,7 +93,6 @@ def time_in_turn(calls: Mapping[str, Call], choose_rounds: Callable[[float], int
     is in a user's. (torch.utils.benchmark.Timer makes two more calls for warm-up each time it is asked: in
     rounds of one call, as the big shapes have them, that would triple the time.)
     """
-    timers = {name: timeit.Timer(call) for name, call in calls.items()}
     sizes = {name: calibrate(timer) for name, timer in timers.items()}
     rounds = choose_rounds(sum(seconds for _, seconds in sizes.values()))
     order = list(timers)

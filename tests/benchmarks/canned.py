@@ -48,3 +48,37 @@ def imagined_run() -> list[Row]:
         *rows_of(1.0, 2.0, 1.0, suite="2d", shape=(4, 8)),
         *rows_of(5.0, 4.0, 1.0, suite="2d", shape=(4, 8), op="forward_backward"),
     ]
+
+
+def on_gpu(torch_s: float, bnext_s: float, copy_s: float, others: dict[str, float], **changes: Any) -> list[Row]:
+    """One measurement on a GPU: a row a provider."""
+    gpu = {
+        "suite": "resnet50-256",
+        "shape": (256, 256, 56, 56),
+        "dtype": "bfloat16",
+        "device": "cuda",
+        "device_name": "Imagined GPU",
+        "isa": "sm_90",
+        "mode": "graph",
+        "buffer_sets": 2,
+        "driver_version": "580.65",
+        "cuda_version": "13.0",
+        "cudnn_version": "91300",
+    }
+    changes = {**gpu, **changes}
+    rows = rows_of(torch_s, bnext_s, copy_s, **changes)
+    return [*rows, *(row(provider, median_s, **changes) for provider, median_s in others.items())]
+
+
+def imagined_gpu_run() -> list[Row]:
+    """One large tensor in graphs, in all operations, and a small one in both modes."""
+    compiled = {"torch-no-cudnn": 5e-4, "torch-compile": 3e-4}
+    native = {"torch-no-cudnn": 3e-5}
+    small: dict[str, Any] = {"suite": "resnet50-32", "shape": (32, 512, 7, 7)}
+    return [
+        *on_gpu(4e-4, 2e-4, 1.9e-4, compiled),
+        *on_gpu(8e-4, 5e-4, 2.9e-4, compiled, op="backward"),
+        *on_gpu(4e-4, 2e-4, 1.9e-4, {"torch-no-cudnn": 4e-4}, op="eval"),
+        *on_gpu(2e-5, 1e-5, 0.5e-5, native, **small),
+        *on_gpu(2e-5, 4e-5, 1e-5, native, **small, mode="eager"),
+    ]

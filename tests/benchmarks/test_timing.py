@@ -79,7 +79,8 @@ def test_every_call_is_timed_in_every_round() -> None:
         seen.append(round_s)
         return 4
 
-    timings = time_in_turn({"a": lambda: None, "b": lambda: sum(range(100))}, choose_rounds)
+    timers = {"a": timeit.Timer(lambda: None), "b": timeit.Timer(lambda: sum(range(100)))}
+    timings = time_in_turn(timers, choose_rounds)
     assert {name: timing.rounds for name, timing in timings.items()} == {"a": 4, "b": 4}
     assert all(0 < timing.p20_s <= timing.median_s <= timing.p80_s for timing in timings.values())
     assert len(seen) == 1

@@ -1,0 +1,70 @@
+"""Whether there is a GPU to measure on, and which one it is."""
+
+import os
+import subprocess
+import warnings
+from dataclasses import replace
+
+import torch
+
+from benchmarks.provenance import provenance
+from benchmarks.rows import InputError, Provenance
+from bnext import _C
+
+# They change the allocator, the launches or the compiler, and with them what is measured.
+ENVIRONMENT = (
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "CUDA_LAUNCH_BLOCKING",
+    "CUDA_MODULE_LOADING",
+    "TORCHINDUCTOR_MAX_AUTOTUNE",
+)
+
+
+def missing() -> str | None:
+    """What --device cuda lacks here, in one line; None where nothing is."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    with warnings.catch_warnings():  # of a driver that is too old: the answer below says as much, in one line
+        warnings.simplefilter("ignore")
+        available = torch.cuda.is_available()
+    if not available:
+        return f"no GPU is visible to torch {torch.__version__} (look at nvidia-smi and CUDA_VISIBLE_DEVICES)"
+    if not _C.cuda:
+        return "bnext was built without its CUDA kernels (python -m bnext says what was built)"
+    return None
+
+
+def require() -> None:
+    """Raise InputError where something is missing."""
+    lacking = missing()
+    if lacking:
+        raise InputError(f"cannot measure on cuda: {lacking}")
+
+
+def driver_version() -> str:
+    """The driver's version as nvidia-smi tells it; empty where it does not."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    lines = result.stdout.split()  # the same for every GPU
+    return lines[0] if lines else ""
+
+
+def cuda_provenance(threads: int) -> Provenance:
+    """Of the current GPU."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return replace(
+        provenance(threads),
+        device="cuda",
+        device_name=properties.name,
+        isa=f"sm_{properties.major}{properties.minor}",
+        environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        driver_version=driver_version(),
+        cuda_version=torch.version.cuda or "",
+        cudnn_version=str(torch.backends.cudnn.version() or ""),
+        memory_bytes=properties.total_memory,
+        l2_bytes=properties.L2_cache_size,
+    )

@@ -1,0 +1,110 @@
+"""All that is asked of torch.cuda while measuring: streams, events, graphs and memory."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from benchmarks.cuda.device import cuda_provenance
+from benchmarks.rows import Provenance
+from benchmarks.timing import Call
+
+Result = TypeVar("Result")
+
+# Overwriting it takes a GPU of 4 TB/s 120 us, and Python about as long to enqueue the calls behind it.
+SCRATCH_BYTES = 512 * 1024**2
+WARM_FILLS = 4000  # about half a second: a GPU that was idle raises its clocks within that
+
+
+class Event(Protocol):
+    """A point in the device's work, as torch.cuda.Event is one."""
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end_event: Any) -> float:
+        """Milliseconds from this event to the other, of the same class."""
+
+
+class Runtime(Protocol):
+    """A device that works through what is enqueued, in order."""
+
+    device: str
+    l2_bytes: int
+
+    def provenance(self, threads: int) -> Provenance: ...
+
+    def stream(self) -> AbstractContextManager[None]:
+        """Where everything that follows is enqueued."""
+
+    def free_bytes(self) -> int: ...
+
+    def event(self) -> Event: ...
+
+    def synchronize(self) -> None:
+        """Wait until the device is idle; raises what went wrong on it."""
+
+    def occupy(self) -> None:
+        """Give the device something to do that leaves nothing of use in its caches."""
+
+    def warm_up(self) -> None: ...
+
+    def capture(self, run: Callable[[], Result]) -> tuple[Call, Result]:
+        """A call that replays what ``run`` enqueues, and what ``run`` returned: where the replays write."""
+
+
+class CudaRuntime:
+    """The current GPU."""
+
+    def __init__(self) -> None:
+        self.device = "cuda"
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        self.l2_bytes: int = properties.L2_cache_size
+        # One stream for all: autograd runs a backward on the stream of its forward, and a capture that meets work
+        # of another stream, or of the legacy default one, fails.
+        self._stream = torch.cuda.Stream()
+        self._scratch = torch.empty(min(SCRATCH_BYTES, self.free_bytes() // 8), dtype=torch.uint8, device="cuda")
+
+    def provenance(self, threads: int) -> Provenance:
+        return cuda_provenance(threads)
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def free_bytes(self) -> int:
+        """What the driver has, and what torch's allocator keeps for the next tensors."""
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+    def event(self) -> Event:
+        return torch.cuda.Event(enable_timing=True)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def occupy(self) -> None:
+        self._scratch.zero_()
+
+    def warm_up(self) -> None:
+        for _ in range(WARM_FILLS):
+            self._scratch.zero_()
+        torch.cuda.synchronize()
+
+    def capture(self, run: Callable[[], Result]) -> tuple[Call, Result]:
+        graph = torch.cuda.CUDAGraph()
+        first: Exception | None = None
+        try:
+            with torch.cuda.graph(graph, stream=self._stream):
+                try:
+                    result = run()
+                except Exception as error:
+                    first = error
+                    raise
+        except Exception as error:  # ending a capture that has failed raises an error that hides why
+            raise first or error from None
+        return graph.replay, result

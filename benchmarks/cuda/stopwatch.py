@@ -1,0 +1,90 @@
+"""Timing by the device's clock: events around calls from Python, or around replays of a CUDA graph."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.cuda.rotation import Rotation
+from benchmarks.cuda.runtime import Runtime
+
+WARM_CALLS = 3  # torch compiles, tunes and chooses algorithms in the first calls; a capture must find that done
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """As in timeit. A capture also fails where a collection happens to destroy another graph."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+@dataclass(frozen=True)
+class EventStopwatch:
+    """Seconds between two events on the device, around repeats of ``run``, each of which makes ``calls`` calls.
+
+    ``head_start``: the device is kept busy while the first repeats are enqueued, so that it never waits for Python
+    between the events. Otherwise it is idle at the first event, and what Python takes is part of the time.
+    """
+
+    runtime: Runtime
+    run: Callable[[int], object]  # told how many repeats
+    calls: int = 1
+    head_start: bool = False
+
+    def timeit(self, number: int) -> float:
+        """The seconds of ``number`` calls: those of whole repeats, scaled."""
+        repeats = -(-number // self.calls)
+        begin, end = self.runtime.event(), self.runtime.event()
+        with no_collection():
+            self.runtime.synchronize()
+            if self.head_start:
+                self.runtime.occupy()
+            begin.record()
+            self.run(repeats)
+            end.record()
+            end.synchronize()
+        return begin.elapsed_time(end) / 1e3 * number / (repeats * self.calls)
+
+
+def eager_stopwatch(rotation: Rotation, runtime: Runtime) -> EventStopwatch:
+    """Calls as a user makes them: where they are short, this measures Python and torch."""
+    return EventStopwatch(runtime, rotation.run)
+
+
+def graph_stopwatch(rotation: Rotation, calls: int, runtime: Runtime) -> EventStopwatch:
+    """Replays of a graph of so many calls; raises whatever prevents a capture."""
+    rotation.run(max(WARM_CALLS, len(rotation)))
+    runtime.synchronize()
+    with no_collection():
+        replay, results = runtime.capture(lambda: rotation.run(calls))
+    require_replay_writes(replay, results[0], runtime)
+
+    def replays(number: int) -> None:
+        for _ in range(number):
+            replay()
+
+    return EventStopwatch(runtime, replays, calls, head_start=True)
+
+
+class EmptyGraphError(Exception):
+    """A capture that left the work out, as where it went to another stream, would give a splendid time."""
+
+
+def require_replay_writes(replay: Callable[[], object], result: object, runtime: Runtime) -> None:
+    """Raise EmptyGraphError unless a replay gives the result that is erased here the finite values it should."""
+    tensor = result[0] if isinstance(result, tuple) else result
+    if not isinstance(tensor, Tensor):
+        raise EmptyGraphError(f"expected a tensor from the captured call, got {type(tensor).__name__}")
+    tensor.detach().fill_(torch.nan)
+    replay()
+    runtime.synchronize()
+    if not bool(tensor.isfinite().all()):
+        raise EmptyGraphError("a replay does not write the result")
