@@ -1,0 +1,237 @@
+// The tensor level on the emulated device: csrc/batch_norm.cpp as it stands, its backend replaced by one that gives
+// the CUDA launchers CPU tensors. Operators bnext_simt::*, of the same signatures as bnext::*, and some to control the
+// device and to look at plans.
+
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <string>
+
+#include "../../csrc/backend.h"
+#include "../../csrc/batch_norm.h"
+#include "../../csrc/cuda/batch_norm.h"
+#include "emulator.h"
+
+namespace bnext {
+namespace {
+
+cuda::Plan last_plan;
+
+// Plans are made as if the device had no more than this, so that small tensors take the ways of large ones.
+int shared_cap;
+int cluster_cap;
+
+std::size_t channel_bytes(std::int64_t C, DType dtype) { return static_cast<std::size_t>(C * element_size(dtype)); }
+
+// What a launch may touch, and how. A parameter that is absent is nothing to touch.
+class Buffers {
+ public:
+  ~Buffers() { simt::unregister_all(); }
+
+  void add(const void* data, std::size_t bytes, const char* name, simt::Access access) {
+    if (data == nullptr || bytes == 0) return;
+    simt::register_buffer(data, bytes, name, access);
+    if (access == simt::Access::kUninitialised) outputs_.push_back({data, name});
+  }
+  void add(const ChannelVector& vector, std::int64_t C, const char* name) {
+    add(vector.data, channel_bytes(C, vector.dtype), name, simt::Access::kRead);
+  }
+  void add(const MutableChannelVector& vector, std::int64_t C, const char* name, simt::Access access) {
+    add(vector.data, channel_bytes(C, vector.dtype), name, access);
+  }
+
+  // Raises what the checker found, and names outputs that were not written in full.
+  void finish(cudaError_t error) const {
+    std::string findings;
+    for (const auto& finding : simt::take_errors()) findings += "\n" + finding;
+    TORCH_CHECK(findings.empty(), "emulated kernel:", findings);
+    TORCH_CHECK(error == cudaSuccess, "emulated launch: ", cudaGetErrorString(error));
+    if (!checking) return;
+    for (const auto& [data, name] : outputs_) {
+      const std::size_t left = simt::unwritten_bytes(data);
+      TORCH_CHECK(left == 0, "emulated kernel: ", left, " bytes of ", name, " were not written");
+    }
+  }
+
+  static inline bool checking = true;
+
+ private:
+  std::vector<std::pair<const void*, const char*>> outputs_;
+};
+
+void add_stats(Buffers& buffers, std::int64_t C, double* mean, double* invstd) {
+  buffers.add(mean, channel_bytes(C, DType::kFloat64), "save_mean", simt::Access::kUninitialised);
+  buffers.add(invstd, channel_bytes(C, DType::kFloat64), "save_invstd", simt::Access::kUninitialised);
+}
+
+void add_arguments(Buffers& buffers, const Problem& problem, const TrainingForward& args) {
+  const std::size_t bytes = channel_bytes(problem.numel(), problem.dtype);
+  buffers.add(args.input, bytes, "input", simt::Access::kRead);
+  buffers.add(args.weight, problem.C, "weight");
+  buffers.add(args.bias, problem.C, "bias");
+  buffers.add(args.running_mean, problem.C, "running_mean", simt::Access::kReadWrite);
+  buffers.add(args.running_var, problem.C, "running_var", simt::Access::kReadWrite);
+  buffers.add(args.num_batches_tracked, sizeof(std::int64_t), "num_batches_tracked", simt::Access::kReadWrite);
+  buffers.add(args.output, bytes, "output", simt::Access::kUninitialised);
+  add_stats(buffers, problem.C, args.save_mean, args.save_invstd);
+}
+
+void add_arguments(Buffers& buffers, const Problem& problem, const EvalForward& args) {
+  const std::size_t bytes = channel_bytes(problem.numel(), problem.dtype);
+  buffers.add(args.input, bytes, "input", simt::Access::kRead);
+  buffers.add(args.weight, problem.C, "weight");
+  buffers.add(args.bias, problem.C, "bias");
+  buffers.add(args.running_mean, problem.C, "running_mean");
+  buffers.add(args.running_var, problem.C, "running_var");
+  buffers.add(args.output, bytes, "output", simt::Access::kUninitialised);
+  add_stats(buffers, problem.C, args.save_mean, args.save_invstd);
+}
+
+void add_arguments(Buffers& buffers, const Problem& problem, const Backward& args) {
+  const std::size_t bytes = channel_bytes(problem.numel(), problem.dtype);
+  const std::size_t stats = channel_bytes(problem.C, DType::kFloat64);
+  buffers.add(args.grad_output, bytes, "grad_output", simt::Access::kRead);
+  buffers.add(args.input, bytes, "input", simt::Access::kRead);
+  buffers.add(args.weight, problem.C, "weight");
+  buffers.add(args.save_mean, stats, "save_mean", simt::Access::kRead);
+  buffers.add(args.save_invstd, stats, "save_invstd", simt::Access::kRead);
+  buffers.add(args.grad_input, bytes, "grad_input", simt::Access::kUninitialised);
+  buffers.add(args.grad_weight, problem.C, "grad_weight", simt::Access::kUninitialised);
+  buffers.add(args.grad_bias, problem.C, "grad_bias", simt::Access::kUninitialised);
+}
+
+class SimtBackend final : public Backend {
+ public:
+  std::uintptr_t alignment() const override { return cuda::kVectorBytes; }
+
+  at::Tensor allocate_output(const at::Tensor& like, at::MemoryFormat format, const Problem&, bool) const override {
+    return at::empty_like(like, like.options(), format);
+  }
+
+  void count_batch(std::int64_t* num_batches_tracked, at::Device) const override {
+    Buffers buffers;
+    buffers.add(num_batches_tracked, sizeof(std::int64_t), "num_batches_tracked", simt::Access::kReadWrite);
+    buffers.finish(cuda::count_batch(num_batches_tracked, nullptr));
+  }
+
+  void run(const Problem& problem, const TrainingForward& args, at::Device) const override {
+    enqueue(problem, args, [](auto&&... all) { return cuda::forward(all...); });
+  }
+  void run(const Problem& problem, const EvalForward& args, at::Device) const override {
+    enqueue(problem, args, [](auto&&... all) { return cuda::forward(all...); });
+  }
+  void run(const Problem& problem, const Backward& args, at::Device) const override {
+    enqueue(problem, args, [](auto&&... all) { return cuda::backward(all...); });
+  }
+
+ private:
+  template <typename Args, typename Launch>
+  static void enqueue(const Problem& problem, const Args& args, Launch&& launch) {
+    cuda::DeviceLimits limits;
+    TORCH_CHECK(cuda::current_limits(&limits) == cudaSuccess);
+    limits.shared_per_block = std::min(limits.shared_per_block, shared_cap);
+    limits.max_cluster = std::min(limits.max_cluster, cluster_cap);
+    last_plan = cuda::plan_for(problem, args, limits);
+    // Doubles, for their alignment.
+    std::vector<double> workspace(static_cast<std::size_t>(last_plan.workspace_bytes + 7) / 8, -1.0);
+    Buffers buffers;
+    add_arguments(buffers, problem, args);
+    if (!workspace.empty()) {
+      simt::register_buffer(workspace.data(), static_cast<std::size_t>(last_plan.workspace_bytes), "workspace",
+                            simt::Access::kUninitialised);
+    }
+    const cudaError_t error = launch(problem, args, last_plan, workspace.data(), cudaStream_t{});
+    buffers.finish(error);
+  }
+};
+
+using Facts = c10::Dict<std::string, std::int64_t>;
+
+Facts facts_of(const cuda::Plan& plan) {
+  Facts facts;
+  facts.insert("tile", static_cast<std::int64_t>(plan.tile));
+  facts.insert("team", static_cast<std::int64_t>(plan.team));
+  facts.insert("rows", plan.rows);
+  facts.insert("row_width", plan.row_width);
+  facts.insert("columns_per_channel", plan.columns_per_channel);
+  facts.insert("tiles", plan.tiles);
+  facts.insert("tile_width", plan.tile_width);
+  facts.insert("tile_channels", plan.tile_channels);
+  facts.insert("teams", plan.teams);
+  facts.insert("team_blocks", plan.team_blocks);
+  facts.insert("threads_x", plan.threads_x);
+  facts.insert("threads_y", plan.threads_y);
+  facts.insert("threads", plan.threads);
+  facts.insert("parts", plan.parts);
+  facts.insert("kept", plan.kept);
+  facts.insert("ring", plan.ring);
+  facts.insert("shared_bytes", plan.shared.bytes);
+  facts.insert("workspace_bytes", plan.workspace_bytes);
+  return facts;
+}
+
+Facts plan(std::int64_t N, std::int64_t C, std::int64_t HW, bool channels_last, at::ScalarType dtype,
+           std::int64_t inputs, bool reduces, std::int64_t sms, std::int64_t shared_per_block,
+           std::int64_t max_cluster) {
+  const DType dtypes[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16};
+  const at::ScalarType types[] = {at::kFloat, at::kDouble, at::kHalf, at::kBFloat16};
+  Problem problem{N, C, HW, channels_last ? Layout::kChannelsLast : Layout::kChannelsFirst, DType::kFloat32};
+  for (int i = 0; i < kDTypes; ++i) {
+    if (types[i] == dtype) problem.dtype = dtypes[i];
+  }
+  const cuda::DeviceLimits limits{static_cast<int>(sms), static_cast<int>(shared_per_block),
+                                  static_cast<int>(shared_per_block + 1024), 1024, static_cast<int>(max_cluster)};
+  return facts_of(cuda::make_plan(problem, static_cast<int>(inputs), reduces, limits));
+}
+
+void configure(std::int64_t sms, std::int64_t shared_per_block, std::int64_t max_cluster, std::int64_t seed,
+               bool check) {
+  simt::DeviceLimits limits;
+  limits.sms = static_cast<int>(sms);
+  simt::set_device(limits);
+  shared_cap = static_cast<int>(shared_per_block);
+  cluster_cap = static_cast<int>(max_cluster);
+  simt::set_options({static_cast<std::uint64_t>(seed), check});
+  Buffers::checking = check;
+}
+
+Facts counters() {
+  const simt::Counters counted = simt::take_counters();
+  Facts facts;
+  facts.insert("launches", static_cast<std::int64_t>(counted.launches));
+  facts.insert("global_load_bytes", static_cast<std::int64_t>(counted.global_load_bytes));
+  facts.insert("global_store_bytes", static_cast<std::int64_t>(counted.global_store_bytes));
+  return facts;
+}
+
+}  // namespace
+
+const Backend& backend_of(const at::Tensor&) {
+  static const SimtBackend backend;
+  return backend;
+}
+
+}  // namespace bnext
+
+TORCH_LIBRARY(bnext_simt, m) {
+  m.def(
+      "batch_norm_train(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> (Tensor, Tensor)",
+      &bnext::batch_norm_train);
+  m.def(
+      "batch_norm_eval(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
+      "float eps) -> (Tensor, Tensor)",
+      &bnext::batch_norm_eval);
+  m.def(
+      "batch_norm_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor save_stats, bool training, "
+      "float eps, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+      &bnext::batch_norm_backward);
+  m.def("configure(int sms, int shared_per_block, int max_cluster, int seed, bool check) -> ()", &bnext::configure);
+  m.def(
+      "plan(int N, int C, int HW, bool channels_last, ScalarType dtype, int inputs, bool reduces, int sms, "
+      "int shared_per_block, int max_cluster) -> Dict(str, int)",
+      &bnext::plan);
+  m.def("last_plan() -> Dict(str, int)", [] { return bnext::facts_of(bnext::last_plan); });
+  m.def("counters() -> Dict(str, int)", &bnext::counters);
+}

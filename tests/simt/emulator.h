@@ -1,0 +1,74 @@
+// Control of the emulated device: what the tests call, beside the CUDA host API, which keeps its own names.
+//
+// Kernels run on the calling thread, within the call that launches them; launches from several threads take turns.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace simt {
+
+// An H100's, but for the number of SMs: small grids should fill the device.
+struct DeviceLimits {
+  int sms = 4;
+  int shared_per_block = 227 * 1024;
+  int shared_per_sm = 228 * 1024;
+  int reserved_shared = 1024;  // of each resident block, by the system
+  int max_cluster = 16;        // more than 8 only where the kernel allows non-portable sizes
+  int threads_per_sm = 2048;
+  int blocks_per_sm = 32;
+  int l2_bytes = 50 * 1024 * 1024;
+  int cc_major = 9;
+  int cc_minor = 0;
+};
+void set_device(const DeviceLimits& limits);
+
+struct Options {
+  std::uint64_t seed = 0;  // of the order in which blocks and threads run
+  bool check = true;
+};
+void set_options(const Options& options);
+
+enum class Access { kRead, kReadWrite, kUninitialised };
+
+// Memory that kernels may use. kUninitialised is kReadWrite whose bytes must be written before they are read.
+// Registering the same range anew replaces it; one that overlaps another is refused by std::invalid_argument.
+void register_buffer(const void* data, std::size_t bytes, const char* name, Access access);
+void unregister_buffer(const void* data);
+void unregister_all();
+
+// Bytes that no kernel or copy has written since a buffer was registered as kUninitialised.
+std::size_t unwritten_bytes(const void* data);
+
+struct Traffic {
+  std::uint64_t load_bytes = 0;
+  std::uint64_t store_bytes = 0;
+};
+// By kernels, since the buffer was registered. Counted only while checking.
+Traffic buffer_traffic(const void* data);
+
+// Since the last call. A launch that adds one returns cudaErrorLaunchFailure.
+std::vector<std::string> take_errors();
+
+// Since the last call. Bytes are counted only while checking, atomics' not at all.
+struct Counters {
+  std::uint64_t launches = 0;
+  std::uint64_t blocks = 0;
+  std::uint64_t threads = 0;
+  std::uint64_t block_barriers = 0;    // once a block
+  std::uint64_t cluster_barriers = 0;  // once a cluster
+  std::uint64_t grid_barriers = 0;
+  std::uint64_t warp_operations = 0;  // once a group of lanes: __syncwarp, shuffles, votes
+  std::uint64_t atomics = 0;
+  std::uint64_t fences = 0;
+  std::uint64_t async_copies = 0;
+  std::uint64_t global_load_bytes = 0;
+  std::uint64_t global_store_bytes = 0;
+  std::uint64_t shared_load_bytes = 0;
+  std::uint64_t shared_store_bytes = 0;
+};
+Counters take_counters();
+
+}  // namespace simt

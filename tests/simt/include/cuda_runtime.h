@@ -1,0 +1,6 @@
+// Stands in for the toolkit's header of this name where g++ compiles kernels for the emulator.
+#pragma once
+
+#include "simt_device.h"
+#include "simt_host.h"
+#include "simt_types.h"

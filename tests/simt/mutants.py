@@ -1,0 +1,129 @@
+"""Proof that the checked emulation bites: take each synchronisation out of the kernels, and expect the tests to fail.
+
+    python tests/simt/mutants.py              all mutants, some 15 seconds each; exit status 1 if one survives
+    python tests/simt/mutants.py --list       their names
+    python tests/simt/mutants.py NAME...      these
+
+A mutant is a copy of csrc/ with one barrier, wait, release or acquire taken away or weakened. Every synchronisation
+lies in a header that the forward and the backward kernels share: only the forward ones are compiled anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from simt.build import BUILD, ROOT, build
+
+KERNELS = ROOT / "csrc" / "cuda"
+# What the mutants have to survive: one dtype on every way through the kernels.
+TESTS = ("tests/test_cuda_kernels.py", "-k", "(every_way and bfloat16) or cannot_hold or order")
+
+# (what a line holds, what takes its place): the rules of mutation. None deletes the statement.
+RULES: tuple[tuple[str, str], ...] = (
+    (r"^\s*__syncthreads\(\);", ""),
+    (r"__syncthreads_or\((.*?)\) != 0", r"(\1) != 0"),
+    (r"^\s*cluster_barrier\(\);", ""),
+    (r"if \(plan\.team == Team::kCluster\) cluster_barrier\(\);", ""),
+    (r"^\s*grid_team_barrier\(.*\);", ""),
+    (r"bnext_add_release\(counter, 1\)", "atomicAdd(counter, 1u)"),
+    (r"bnext_load_acquire\(counter\)", "*static_cast<const volatile unsigned*>(counter)"),
+    (r"if \(kWaits\) wait_for_stage\(stage\);", ""),
+    (r"__pipeline_wait_prior\(kRingSlots - 1\);", ""),
+    (r"__pipeline_wait_prior\(kRingSlots - 1\);", "__pipeline_wait_prior(kRingSlots);"),
+    (r"^\s*__pipeline_wait_prior\(0\);", ""),
+    (
+        r"case (\d): __pipeline_wait_prior\(kLoadStages - (\d)\);",
+        r"case \1: __pipeline_wait_prior(kLoadStages - \2 + 1);",
+    ),
+    (r"default: __pipeline_wait_prior\(0\);", "default: __pipeline_wait_prior(1);"),
+    (r"^\s*__pipeline_commit\(\);", ""),
+    (r"& 1\) \* values", "& 0) * values"),
+    (r"\{member\.round & 1\}", "{member.round & 0}"),
+)
+
+
+class Mutant(NamedTuple):
+    """One line of one header, written otherwise."""
+
+    file: str
+    line: int
+    rule: int
+    before: str
+    after: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.file}:{self.line}:{self.rule}"
+
+    def __str__(self) -> str:
+        return f"{self.name}  {self.before.strip()}  ->  {self.after.strip() or 'nothing'}"
+
+
+def all_mutants() -> Iterator[Mutant]:
+    for path in sorted(KERNELS.glob("*.cuh")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            for index, (pattern, replacement) in enumerate(RULES):
+                changed = re.sub(pattern, replacement, line)
+                if changed != line:
+                    yield Mutant(path.name, number, index, line, changed)
+
+
+def compiled(mutant: Mutant, folder: Path) -> Path:
+    """The emulated device with the mutant's forward kernels."""
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    path = folder / "csrc" / "cuda" / mutant.file
+    lines = path.read_text().splitlines(keepends=True)
+    lines[mutant.line - 1] = mutant.after + "\n"
+    path.write_text("".join(lines))
+    return build(folder / "build", kernels={"csrc/cuda/forward.cu": folder}, objects=BUILD)
+
+
+def survives(library: Path) -> bool:
+    """Whether the tests pass with it. They need a process of their own: torch keeps what it has loaded."""
+    environment = {**os.environ, "BNEXT_SIMT_LIBRARY": str(library), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stdout}{done.stderr}")
+    return done.returncode == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+    parser.add_argument("--list", action="store_true", help="print the mutants and stop")
+    arguments = parser.parse_args()
+    mutants = [mutant for mutant in all_mutants() if not arguments.names or mutant.name in arguments.names]
+    if unknown := set(arguments.names) - {mutant.name for mutant in mutants}:
+        parser.error(f"no such mutant: {', '.join(sorted(unknown))}")
+    if arguments.list:
+        print("\n".join(map(str, mutants)))
+        return 0
+    build()
+    survivors = []
+    for number, mutant in enumerate(mutants, 1):
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory() as name:
+            alive = survives(compiled(mutant, Path(name)))
+        if alive:
+            survivors.append(mutant)
+        verdict = "SURVIVED" if alive else "caught"
+        print(f"[{number}/{len(mutants)}] {verdict:<8} {time.monotonic() - started:3.0f} s  {mutant}", flush=True)
+    print(f"{len(mutants) - len(survivors)} of {len(mutants)} mutants caught")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

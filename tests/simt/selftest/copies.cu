@@ -1,0 +1,228 @@
+// Asynchronous copies: each thread's groups, and what may touch their two ends meanwhile.
+#include <cuda_pipeline_primitives.h>
+
+#include "case.h"
+
+namespace selftest {
+namespace {
+
+using simt::Access;
+
+enum class Defect {
+  kNone,
+  kNoWait,
+  kNoCommit,
+  kReadEarly,
+  kWriteDestination,
+  kWriteSource,
+  kReadOthers,
+  kMisalign,
+  kSize,
+  kSourceBeyondEnd,
+  kDestinationBeyondEnd,
+  kToGlobal,
+};
+
+template <Defect kDefect>
+__global__ void copy_through_shared(float4* input, float4* output) {
+  BNEXT_DYNAMIC_SHARED(raw);
+  auto* const slots = reinterpret_cast<float4*>(raw);
+  const unsigned t = threadIdx.x;
+  float4* destination = slots + t;
+  const float4* source = input + t;
+  if (kDefect == Defect::kMisalign) source = reinterpret_cast<const float4*>(&source->y);
+  if (kDefect == Defect::kSourceBeyondEnd) source += 1;
+  if (kDefect == Defect::kDestinationBeyondEnd) destination += 1;
+  if (kDefect == Defect::kToGlobal) destination = output + t;
+  __pipeline_memcpy_async(destination, source, kDefect == Defect::kSize ? 12 : 16);
+  if (kDefect != Defect::kNoCommit) __pipeline_commit();
+  if (kDefect == Defect::kReadEarly) output[t].x = slots[t].x;
+  if (kDefect == Defect::kWriteDestination) slots[t].x = 1.0f;
+  if (kDefect == Defect::kWriteSource) input[t].x = 1.0f;
+  if (kDefect != Defect::kNoWait) __pipeline_wait_prior(0);
+  if (kDefect != Defect::kReadOthers) __syncthreads();
+  if (kDefect != Defect::kNoWait && kDefect != Defect::kNoCommit) output[t] = slots[t ^ 1];
+}
+
+template <Defect kDefect>
+void copies() {
+  Buffer<float4> input("input", 32, Access::kReadWrite, make_float4(1, 2, 3, 4));
+  Buffer<float4> output("output", 32, Access::kUninitialised);
+  launch({.shared = 32 * sizeof(float4)}, copy_through_shared<kDefect>, input.data(), output.data());
+  if (kDefect == Defect::kNone) require(output[5].w == 4.0f, "copied");
+}
+
+// Slots of its own, filled `kStages` ahead and filled again once read.
+template <int kStages, int kPrior>
+__global__ void pipeline(const float* input, float* output, int steps) {
+  BNEXT_DYNAMIC_SHARED(raw);
+  auto* const slots = reinterpret_cast<float*>(raw) + threadIdx.x;
+  const auto fill = [&](int step) {
+    if (step < steps) {
+      __pipeline_memcpy_async(slots + (step % kStages) * blockDim.x, input + step * blockDim.x + threadIdx.x, 4);
+    }
+    __pipeline_commit();
+  };
+  for (int step = 0; step < kStages; ++step) fill(step);
+  float sum = 0.0f;
+  for (int step = 0; step < steps; ++step) {
+    __pipeline_wait_prior(kPrior);
+    sum += slots[(step % kStages) * blockDim.x];
+    fill(step + kStages);
+  }
+  __pipeline_wait_prior(0);
+  output[threadIdx.x] = sum;
+}
+
+template <int kStages, int kPrior>
+void pipelined() {
+  Buffer<float> input("input", 64 * 10, Access::kRead, 2.0f);
+  Buffer<float> output("output", 64, Access::kUninitialised);
+  launch({.block = 64, .shared = kStages * 64 * sizeof(float)}, pipeline<kStages, kPrior>, input.data(), output.data(),
+         10);
+  if (kPrior < kStages) require(output[63] == 20.0f, "summed");
+  if (is_checked()) require(simt::take_counters().async_copies == 640, "copies counted");
+}
+
+// Another thread reads the slot, and only a barrier says that it has.
+template <bool kCorrect>
+__global__ void refill_shared_slot(const float* input, float* output) {
+  BNEXT_DYNAMIC_SHARED(raw);
+  auto* const slots = reinterpret_cast<float*>(raw);
+  const unsigned t = threadIdx.x;
+  float sum = 0.0f;
+  for (int step = 0; step < 3; ++step) {
+    __pipeline_memcpy_async(slots + t, input + t, 4);
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
+    __syncthreads();
+    sum += slots[(t + 32) % 64];
+    if (kCorrect) __syncthreads();
+  }
+  output[t] = sum;
+}
+
+template <bool kCorrect>
+void refilled() {
+  Buffer<float> input("input", 64, Access::kRead, 2.0f);
+  Buffer<float> output("output", 64, Access::kUninitialised);
+  launch({.block = 64, .shared = 256}, refill_shared_slot<kCorrect>, input.data(), output.data());
+}
+
+// The source changes between issue and wait, ordered by barriers with both.
+__global__ void change_source_in_flight(float* data) {
+  BNEXT_DYNAMIC_SHARED(raw);
+  auto* const slots = reinterpret_cast<float*>(raw);
+  if (threadIdx.x == 0) {
+    __pipeline_memcpy_async(slots, data, 4);
+    __pipeline_commit();
+  }
+  __syncthreads();
+  if (threadIdx.x == 32) data[0] = 1.0f;
+  __syncthreads();
+  __pipeline_wait_prior(0);
+}
+
+void source_changed() {
+  Buffer<float> data("data", 1, Access::kReadWrite);
+  launch({.block = 64, .shared = 4}, change_source_in_flight, data.data());
+}
+
+__global__ void read_anothers_in_flight(const float* input, float* output) {
+  BNEXT_DYNAMIC_SHARED(raw);
+  auto* const slots = reinterpret_cast<float*>(raw);
+  __pipeline_memcpy_async(slots + threadIdx.x, input + threadIdx.x, 4);
+  __pipeline_commit();
+  __syncthreads();
+  output[threadIdx.x] = slots[threadIdx.x ^ 1];
+  __pipeline_wait_prior(0);
+}
+
+void anothers_in_flight() {
+  Buffer<float> input("input", 32, Access::kRead, 2.0f);
+  Buffer<float> output("output", 32, Access::kUninitialised);
+  launch({.shared = 128}, read_anothers_in_flight, input.data(), output.data());
+}
+
+enum class Unordered { kDestinationRead, kSourceWrittenBefore, kSourceWrittenAfter };
+
+// Lane 1 touches an end of lane 0's copy. The shuffles say which comes first, but order no memory.
+template <Unordered kUnordered>
+__global__ void touch_unordered(float* data, float* output) {
+  BNEXT_DYNAMIC_SHARED(raw);
+  auto* const slot = reinterpret_cast<float*>(raw);
+  const unsigned lane = threadIdx.x;
+  const auto wait_for_lanes = [] { __shfl_sync(0xffffffffu, 0, 0); };
+  if (lane == 0) *slot = 0.0f;
+  __syncwarp();
+  if (lane == 1 && kUnordered == Unordered::kDestinationRead) output[1] = *slot;
+  if (lane == 1 && kUnordered == Unordered::kSourceWrittenBefore) *data = 1.0f;
+  wait_for_lanes();
+  if (lane == 0) {
+    __pipeline_memcpy_async(slot, data, 4);
+    __pipeline_commit();
+  }
+  __syncwarp();
+  if (lane == 0) __pipeline_wait_prior(0);
+  wait_for_lanes();
+  if (lane == 1 && kUnordered == Unordered::kSourceWrittenAfter) *data = 1.0f;
+}
+
+template <Unordered kUnordered>
+void unordered() {
+  Buffer<float> data("data", 1, Access::kReadWrite);
+  Buffer<float> output("output", 2, Access::kUninitialised);
+  launch({.shared = 4}, touch_unordered<kUnordered>, data.data(), output.data());
+}
+
+// The last elements are filled with zeros and not read.
+__global__ void fill_with_zeros(const float* input, float* output, unsigned elements) {
+  BNEXT_DYNAMIC_SHARED(raw);
+  auto* const slots = reinterpret_cast<float*>(raw);
+  const unsigned begin = threadIdx.x * 4;
+  const unsigned present = begin >= elements ? 0 : min(elements - begin, 4u);
+  __pipeline_memcpy_async(slots + begin, input + (present == 0 ? 0 : begin), 16, 16 - present * sizeof(float));
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+  float sum = 0.0f;
+  for (unsigned i = 0; i < 4; ++i) sum += slots[begin + i];
+  output[threadIdx.x] = sum;
+}
+
+void zero_filled() {
+  Buffer<float4> input("input", 3, Access::kRead, make_float4(1, 1, 1, 1));
+  Buffer<float> output("output", 32, Access::kUninitialised);
+  launch({.shared = 32 * 16}, fill_with_zeros, &input.data()->x, output.data(), 10u);
+  require(output[1] == 4.0f && output[2] == 2.0f && output[3] == 0.0f, "summed");
+}
+
+}  // namespace
+
+std::vector<Case> copy_cases() {
+  return {
+      {"async_copy", nullptr, copies<Defect::kNone>},
+      {"async_never_waited", "never waited for", copies<Defect::kNoWait>},
+      {"async_never_committed", "never committed", copies<Defect::kNoCommit>},
+      {"async_read_early", "while an asynchronous copy to it is in flight", copies<Defect::kReadEarly>},
+      {"async_write_destination", "write of shared+", copies<Defect::kWriteDestination>},
+      {"async_write_source", "while an asynchronous copy from it is in flight", copies<Defect::kWriteSource>},
+      {"async_read_others", "data race on shared", copies<Defect::kReadOthers>},
+      {"async_misaligned", "misaligned access to global buffer 'input'", copies<Defect::kMisalign>},
+      {"async_unsupported_size", "unsupported size 12", copies<Defect::kSize>},
+      {"async_source_beyond_end", "access outside any registered buffer", copies<Defect::kSourceBeyondEnd>},
+      {"async_destination_beyond_end", "access outside any registered buffer", copies<Defect::kDestinationBeyondEnd>},
+      {"async_to_global", "other than the block's own shared memory", copies<Defect::kToGlobal>},
+      {"async_pipeline", nullptr, pipelined<3, 2>},
+      {"async_pipeline_prior_too_large", "while an asynchronous copy to it is in flight", pipelined<3, 3>},
+      {"async_refill", nullptr, refilled<true>},
+      {"async_refill_unread", "data race on shared", refilled<false>},
+      {"async_source_changed", "while an asynchronous copy from it is in flight", source_changed},
+      {"async_read_anothers", "while an asynchronous copy to it is in flight", anothers_in_flight},
+      {"async_destination_read", "data race on shared+0", unordered<Unordered::kDestinationRead>},
+      {"async_source_written_before", "data race on global buffer 'data'", unordered<Unordered::kSourceWrittenBefore>},
+      {"async_source_written_after", "data race on global buffer 'data'", unordered<Unordered::kSourceWrittenAfter>},
+      {"async_zero_fill", nullptr, zero_filled},
+  };
+}
+
+}  // namespace selftest
