@@ -5,6 +5,7 @@ an nvcc. Whether a GPU is there does not matter.
 """
 
 import os
+import re
 import sys
 
 import torch
@@ -63,19 +64,23 @@ def builds_cuda() -> bool:
 
 
 if builds_cuda():
-    # Without a GPU in sight torch's own choice of architectures fails.
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        # Without a GPU in sight torch's own choice of architectures fails.
+        found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+        visible = ";".join(sorted({f"{major}.{minor}" for major, minor in found}))
+        os.environ["TORCH_CUDA_ARCH_LIST"] = visible or DEFAULT_ARCHITECTURES
     extension = CUDAExtension(
         "bnext._C",
         SOURCES + CUDA_SOURCES,
-        define_macros=[("BNEXT_CUDA", None)],
+        define_macros=[
+            ("BNEXT_CUDA", None),
+            # Without quotes, spaces or semicolons, which shells and build files take for their own.
+            ("BNEXT_CUDA_ARCHITECTURES", re.sub("[ ;]+", ",", os.environ["TORCH_CUDA_ARCH_LIST"])),
+        ],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
         extra_link_args=LINK_FLAGS,
     )
 else:
-    extension = CppExtension(
-        "bnext._C", SOURCES, extra_compile_args={"cxx": CXX_FLAGS}, extra_link_args=LINK_FLAGS
-    )
+    extension = CppExtension("bnext._C", SOURCES, extra_compile_args={"cxx": CXX_FLAGS}, extra_link_args=LINK_FLAGS)
 
 setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})

@@ -65,6 +65,27 @@ std::vector<std::string> cpu_isas() {
   return names;
 }
 
+#if defined(BNEXT_CUDA)
+#define BNEXT_STRING(...) #__VA_ARGS__
+#define BNEXT_EXPANDED_STRING(...) BNEXT_STRING(__VA_ARGS__)
+constexpr bool kCuda = true;
+constexpr const char* kCudaArchitectures = BNEXT_EXPANDED_STRING(BNEXT_CUDA_ARCHITECTURES);
+#else
+constexpr bool kCuda = false;
+constexpr const char* kCudaArchitectures = "";
+#endif
+
+void cap_cuda_device(std::optional<int> sms, std::optional<int> shared_per_block, std::optional<int> max_cluster) {
+#if defined(BNEXT_CUDA)
+  const bnext::CudaCap none;
+  bnext::cap_cuda_device({sms.value_or(none.sms), shared_per_block.value_or(none.shared_per_block),
+                          max_cluster.value_or(none.max_cluster)});
+#else
+  (void)sms, (void)shared_per_block, (void)max_cluster;
+  throw std::runtime_error("cap_cuda_device: bnext was built without CUDA");
+#endif
+}
+
 void set_cpu_isa(const std::string& name) {
   std::string known;
   for (const auto isa : bnext::cpu::available_isas()) {
@@ -80,21 +101,11 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of bnext. Importing it registers the operators torch.ops.bnext.*.";
   m.attr("torch_version") = TORCH_VERSION;  // that this was compiled against
   m.attr("compiler") = __VERSION__;
-#if defined(BNEXT_CUDA)
-  m.attr("cuda") = true;
-  m.def(
-      "cap_cuda_device",
-      [](std::optional<int> sms, std::optional<int> shared_per_block, std::optional<int> max_cluster) {
-        const bnext::CudaCap none;
-        bnext::cap_cuda_device({sms.value_or(none.sms), shared_per_block.value_or(none.shared_per_block),
-                                max_cluster.value_or(none.max_cluster)});
-      },
-      pybind11::arg("sms") = pybind11::none(), pybind11::arg("shared_per_block") = pybind11::none(),
-      pybind11::arg("max_cluster") = pybind11::none(),
-      "Plan for a smaller device, for tests; no arguments: the real one.");
-#else
-  m.attr("cuda") = false;
-#endif
+  m.attr("cuda") = kCuda;
+  m.attr("cuda_architectures") = kCudaArchitectures;  // 8.0,9.0
+  m.def("cap_cuda_device", &cap_cuda_device, pybind11::arg("sms") = pybind11::none(),
+        pybind11::arg("shared_per_block") = pybind11::none(), pybind11::arg("max_cluster") = pybind11::none(),
+        "Plan as for a device with no more than this, for tests; without arguments, for the real one.");
   m.def("cpu_isas", &cpu_isas, "Instruction sets the kernels can use on this machine, slowest first.");
   m.def("cpu_isa", [] { return bnext::cpu::isa_name(bnext::cpu::current_isa()); }, "The one in use.");
   m.def("set_cpu_isa", &set_cpu_isa, pybind11::arg("name"), "Use another of cpu_isas(), for tests and comparisons.");

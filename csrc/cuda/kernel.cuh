@@ -141,7 +141,7 @@ class BlockTask {
   // The tile's sums over the whole team: double [2][tile_channels].
   template <typename acc_t, bool kWaits>
   __device__ __forceinline__ const double* team_sums(Walk<scalar_t, kTile> walk, std::int64_t items, int kept) {
-    Accumulator<scalar_t, acc_t, Reduce, kTile> sums(plan_, shared_.shift);
+    Accumulator<scalar_t, acc_t, Reduce, kTile> sums(plan_, span_, shared_.shift);
     int k = 0;
 #pragma unroll 1
     for (int stage = 0; stage < kLoadStages; ++stage) {
@@ -202,7 +202,7 @@ class BlockTask {
   // Elements from the last to the first: those that were not kept were read last, and L2 may still have them.
   template <typename acc_t>
   __device__ __forceinline__ void map(std::int64_t items, int kept) {
-    const Coefficients<acc_t> coefficients(plan_, shared_.coefficients);
+    const Coefficients<acc_t> coefficients(plan_, span_, shared_.coefficients);
     Walk<scalar_t, kTile> walk(plan_, span_, member_.rank);
     walk.jump(items - 1);
     if (items > kept) {
@@ -225,7 +225,8 @@ class BlockTask {
     static constexpr bool kHeld = std::is_same_v<acc_t, float>;
 
    public:
-    __device__ __forceinline__ Coefficients(const Plan& plan, const double* shared) : plan_(plan), shared_(shared) {
+    __device__ __forceinline__ Coefficients(const Plan& plan, const TileSpan& span, const double* shared)
+        : plan_(plan), span_(span), shared_(shared) {
       if constexpr (kHeld) {
 #pragma unroll
         for (int p = 0; p < kP; ++p) {
@@ -246,11 +247,11 @@ class BlockTask {
 
    private:
     __device__ __forceinline__ int index(int p, int j) const {
-      const int channel = kTile == Tile::kChannel ? 0 : lane_channel(plan_, first_column<scalar_t, kTile>(plan_) + p);
-      return j * plan_.tile_channels + channel;
+      return j * plan_.tile_channels + lane_channel<scalar_t, kTile>(plan_, span_, p);
     }
 
     const Plan& plan_;
+    const TileSpan& span_;
     const double* shared_;
     float held_[kHeld ? kP : 1][Map::kCoefficients];
   };

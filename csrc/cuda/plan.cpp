@@ -156,17 +156,26 @@ void choose_team(Plan& plan, const DeviceLimits& limits) {
 
   const std::int64_t most = std::max<std::int64_t>(1, items(plan, 1) / kMinItems);
   const std::int64_t to_fill = std::min(divide_up(resident, plan.tiles), most);
+  // To fill the device is worth a cluster's barrier, but not the grid's, which costs more than it brings.
   const auto blocks_with = [&](std::int64_t slots) {
     const std::int64_t to_fit = slots == 0 ? resident + 1 : divide_up(items(plan, 1), slots);
-    return std::max(to_fit, to_fill);
+    return std::max(to_fit,
+                    to_fit > limits.max_cluster ? to_fill : std::min<std::int64_t>(to_fill, limits.max_cluster));
   };
-  const auto clusters = [&](std::int64_t blocks) { return power_of_two_from(blocks) <= limits.max_cluster; };
+  // A cluster's blocks run at once, so they have to fit.
+  const auto clusters = [&](std::int64_t blocks, std::int64_t at_once) {
+    return power_of_two_from(blocks) <= std::min<std::int64_t>(limits.max_cluster, at_once);
+  };
   std::int64_t slots = per_sm == kBlocksPerSM ? half : whole;
-  // One block an SM with all of its memory may bring the team into a cluster, whose barrier is the cheaper one.
-  if (!clusters(blocks_with(slots)) && clusters(blocks_with(whole))) slots = whole;
-
   std::int64_t blocks = blocks_with(slots);
-  plan.team = blocks == 1 ? Team::kBlock : clusters(blocks) ? Team::kCluster : Team::kGrid;
+  bool cluster = clusters(blocks, resident);
+  // One block an SM with all of its memory may bring the team into a cluster, whose barrier is the cheaper one.
+  if (!cluster && clusters(blocks_with(whole), limits.sms)) {
+    slots = whole;
+    blocks = blocks_with(whole);
+    cluster = true;
+  }
+  plan.team = blocks == 1 ? Team::kBlock : cluster ? Team::kCluster : Team::kGrid;
   if (plan.team == Team::kCluster) blocks = power_of_two_from(blocks);
   if (plan.team == Team::kGrid) blocks = std::min(blocks, resident);
   plan.team_blocks = static_cast<int>(blocks);

@@ -16,14 +16,13 @@ constexpr int kChain = 16;
 template <typename scalar_t, Tile kTile>
 constexpr int kSums = kTile == Tile::kChannel ? 1 : kLanes<scalar_t>;
 
-// The in-tile channel of this thread's lane e. Beyond the tile's last column that of any other: nothing is added there.
-__device__ __forceinline__ int lane_channel(const Plan& plan, int column) {
-  return column / static_cast<int>(plan.columns_per_channel) % plan.tile_channels;
-}
-
+// The in-tile channel of this thread's lane. Beyond the last column that of any other: no element lies there.
 template <typename scalar_t, Tile kTile>
-__device__ __forceinline__ int first_column(const Plan& plan) {
-  return static_cast<int>(threadIdx.x) % plan.threads_x * kLanes<scalar_t>;
+__device__ __forceinline__ int lane_channel(const Plan& plan, const TileSpan& span, int lane) {
+  if (kTile == Tile::kChannel) return 0;
+  const int column = static_cast<int>(threadIdx.x) % plan.threads_x * kLanes<scalar_t> + lane;
+  const int channel = column / static_cast<int>(plan.columns_per_channel) % plan.tile_channels;
+  return channel < span.channels ? channel : 0;
 }
 
 template <typename scalar_t, typename acc_t, typename Reduce, Tile kTile>
@@ -34,11 +33,10 @@ class Accumulator {
 
  public:
   // shift: double [tile_channels], in shared memory
-  __device__ __forceinline__ Accumulator(const Plan& plan, const double* shift) {
+  __device__ __forceinline__ Accumulator(const Plan& plan, const TileSpan& span, const double* shift) {
 #pragma unroll
     for (int p = 0; p < kP; ++p) {
-      const int channel = kTile == Tile::kChannel ? 0 : lane_channel(plan, first_column<scalar_t, kTile>(plan) + p);
-      shift_[p] = static_cast<acc_t>(shift[channel]);
+      shift_[p] = static_cast<acc_t>(shift[lane_channel<scalar_t, kTile>(plan, span, p)]);
       first[p] = second[p] = 0.0;
     }
   }
