@@ -2,6 +2,8 @@
 #
 #   make bench    make test
 #
+# With a GPU, a torch with CUDA and nvcc, but no network: make gpu PYTHON=...
+#
 # Variables, given on the command line (make test VENV=... TORCH=...):
 #   PYTHON        the interpreter that .venv is made from            python3
 #   VENV          the environment to use; an existing one is kept    .venv
@@ -11,6 +13,7 @@
 #   PYTEST_ARGS   passed to pytest by make test
 #   BENCH_ARGS    passed to python -m benchmarks by make bench
 #   SYSTEM_SITE   1: use the packages PYTHON has, download nothing
+#   GPU_RESULTS   where make gpu puts logs and measurements          benchmarks/results/gpu
 #
 # On Linux, PyPI's torch brings several GB of CUDA packages. For the CPU build alone:
 #   make test PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
@@ -22,6 +25,7 @@ MAX_JOBS    ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || ech
 PYTEST_ARGS ?=
 BENCH_ARGS  ?=
 SYSTEM_SITE ?=
+GPU_RESULTS ?= benchmarks/results/gpu
 
 ifeq ($(origin CXX),default)
 CXX := $(shell for c in c++ g++ clang++; do command -v $$c >/dev/null 2>&1 && echo $$c && break; done)
@@ -48,21 +52,35 @@ stop_if = $(if $(strip $(1)),$(error $(strip $(1))))
 base    = $(if $(wildcard $(PY)),$(PY) have-venv,$(PYTHON) $(if $(SYSTEM_SITE),need-venv,need-venv-pip))
 
 .DEFAULT_GOAL := help
-.PHONY: help build test bench lint format clean tools FORCE
+.PHONY: help build test bench mutants cuda-check gpu lint format clean tools FORCE
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo "Variables and their defaults: the first lines of the Makefile."
 
 build: tools $(BUILT) ## build the extension in place (compiles only what changed)
 	@echo "bnext._C is built for $(PY)"
 
 test: tools $(BUILT) ## set up, build, run the tests
+	@echo "build: the CUDA kernels for their emulation"
+	@$(PY) tests/simt/build.py >/dev/null
 	@$(PY) -m pytest $(PYTEST_ARGS)
+
+mutants: tools $(BUILT) ## take each synchronisation out of the CUDA kernels; the emulated tests must fail
+	@$(PY) tests/simt/mutants.py
+
+cuda-check: tools $(DEPS) ## compile the CUDA sources for three architectures, read registers and machine code
+	@$(PY) .ci/cuda_check.py
 
 bench: tools $(BUILT) ## set up, build, run the benchmark
 	@$(PY) -m benchmarks $(BENCH_ARGS)
+
+# The packages are PYTHON's; the kernels are built for the GPU that is there alone.
+gpu: ## on a machine with a GPU, without a network: build, test, sanitise, measure
+	@BNEXT_CUDA=1 TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)}" \
+	  $(MAKE) build SYSTEM_SITE=1
+	@.ci/gpu $(GPU_RESULTS) .venv-system/bin/python
 
 lint: $(DEPS) ## ruff, mypy and clang-format, changing nothing
 	@failed=; \

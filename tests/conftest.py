@@ -1,4 +1,8 @@
-"""Fixtures that the whole suite shares. A new device is added in DEVICES, and nowhere else."""
+"""Fixtures that the whole suite shares. A new device is added in DEVICES, and nowhere else.
+
+`device` is where a test's tensors are: the CPU, a GPU where there is one, and, for tests marked `kernels`, the CPU with
+the CUDA kernels in emulation below bnext's operators.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +15,37 @@ from pathlib import Path
 
 import pytest
 import torch
+from simt.device import emulated
 
 import bnext
 
-DEVICES = ("cpu",)
+DEVICES = ("cpu", "cuda") if bnext._C.cuda and torch.cuda.is_available() else ("cpu",)
+SIMT = pytest.param("simt", marks=pytest.mark.simt)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "kernels: its `device` is also the emulated one")
+    config.addinivalue_line("markers", "too_large_for_simt: although its file is marked `kernels`")
+    config.addinivalue_line("markers", "simt: runs CUDA kernels in emulation (deselect with -m 'not simt')")
     config.addinivalue_line("markers", "slow: takes several seconds (deselect with -m 'not slow')")
     # torch itself still scripts its forward-mode rules when the first of them is needed.
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit:DeprecationWarning")
 
 
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        markers = {marker.name for marker in metafunc.definition.iter_markers()}
+        simt = [SIMT] if "kernels" in markers and "too_large_for_simt" not in markers else []
+        metafunc.parametrize("device", [*DEVICES, *simt], indirect=True)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param != "simt":
+        yield request.param
+        return
+    with emulated():
+        yield "cpu"
 
 
 @pytest.fixture(autouse=True)

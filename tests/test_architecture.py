@@ -34,7 +34,7 @@ def sources(folder: str) -> list[Path]:
 
 
 def test_the_folders_of_the_house_exist() -> None:
-    assert FOLDERS == list(ALLOWED)
+    assert list(ALLOWED) == FOLDERS
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

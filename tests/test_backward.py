@@ -25,6 +25,8 @@ from checks import check_backward, significant_strides
 
 from bnext.functional import batch_norm
 
+pytestmark = pytest.mark.kernels
+
 MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 backward = torch.ops.bnext.batch_norm_backward
 
@@ -38,6 +40,7 @@ def test_every_shape_and_layout(case: Case, dtype: torch.dtype, training: bool, 
     check_backward(x, g, make_parameters(case.shape[1], parameter_dtype(dtype), device), training=training)
 
 
+@pytest.mark.too_large_for_simt
 @MODES
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("case", LARGE_CASES, ids=name)
@@ -48,6 +51,7 @@ def test_across_chunks(case: Case, dtype: torch.dtype, training: bool, device: s
     check_backward(x, g, make_parameters(case.shape[1], parameter_dtype(dtype), device), training=training)
 
 
+@pytest.mark.too_large_for_simt
 @MODES
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_gradient_larger_than_the_cache(layout: str, training: bool, device: str) -> None:

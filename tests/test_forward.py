@@ -27,6 +27,8 @@ from tolerances import assert_within
 
 from bnext.functional import batch_norm
 
+pytestmark = pytest.mark.kernels
+
 MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 
 
@@ -38,6 +40,7 @@ def test_every_shape_and_layout(case: Case, dtype: torch.dtype, training: bool, 
     check_forward(x, make_parameters(case.shape[1], parameter_dtype(dtype), device), training=training)
 
 
+@pytest.mark.too_large_for_simt
 @MODES
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("case", LARGE_CASES, ids=name)
@@ -46,6 +49,7 @@ def test_across_chunks(case: Case, dtype: torch.dtype, training: bool, device: s
     check_forward(x, make_parameters(case.shape[1], parameter_dtype(dtype), device), training=training)
 
 
+@pytest.mark.too_large_for_simt
 @MODES
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_output_larger_than_the_cache(layout: str, training: bool, device: str) -> None:

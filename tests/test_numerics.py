@@ -25,6 +25,8 @@ from torch import Tensor
 
 from bnext.functional import batch_norm
 
+pytestmark = pytest.mark.kernels
+
 OUTPUT_BAR = 2e-6
 GRAD_BAR = 1e-5
 

@@ -1,0 +1,224 @@
+"""Compile every CUDA source for three generations of GPU, and read what came out; no GPU is needed.
+
+    python .ci/cuda_check.py            prints a table; exit status 1 if a rule is broken
+
+Rules: the compiler warns of nothing; no kernel spills registers or has a stack frame; the machine code of each kernel
+that handles elements moves them by 128-bit loads and stores and never touches local memory. The tensor-level file is
+compiled too, against whatever torch is there. Without nvcc it says so and checks nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURES = ("80", "90", "100")
+SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+TENSOR_LEVEL = ROOT / "csrc" / "backend_cuda.cpp"
+# torch compiles its extensions with these: conversions of half types have to be written out.
+TORCH_MACROS = (
+    "-D__CUDA_NO_HALF_OPERATORS__",
+    "-D__CUDA_NO_HALF_CONVERSIONS__",
+    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
+    "-D__CUDA_NO_HALF2_OPERATORS__",
+)
+# The register file: two blocks of 256 threads on an SM.
+MAX_REGISTERS = 128
+
+
+class Kernel(NamedTuple):
+    """What ptxas and the disassembler say of one kernel for one architecture."""
+
+    name: str
+    architecture: str
+    registers: int
+    stack: int
+    spills: int
+    wide_loads: int
+    wide_stores: int
+    local: int
+
+    @property
+    def faults(self) -> list[str]:
+        found = []
+        if self.stack or self.spills:
+            found.append(f"{self.stack} bytes of stack, {self.spills} of spills")
+        if self.local > 0:
+            found.append(f"{self.local} accesses to local memory")
+        if self.registers > MAX_REGISTERS:
+            found.append(f"{self.registers} registers")
+        if "batch_norm_kernel" in self.name and 0 in (self.wide_loads, self.wide_stores):
+            found.append(f"{self.wide_loads} loads and {self.wide_stores} stores of 128 bits")
+        return found
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    candidates = [f"{home}/bin/nvcc"] if home else []
+    return next(filter(None, map(shutil.which, [*candidates, "nvcc", "/usr/local/cuda/bin/nvcc"])), None)
+
+
+def find_disassembler() -> str | None:
+    packaged = Path(sysconfig.get_path("purelib")) / "nvidia"
+    inside = sorted(str(path) for path in packaged.glob("*/bin/nvdisasm"))
+    return next(filter(None, map(shutil.which, [*inside, "nvdisasm", "/usr/local/cuda/bin/nvdisasm"])), None)
+
+
+def demangled(names: list[str]) -> list[str]:
+    tool = shutil.which("c++filt") or shutil.which("cu++filt")
+    if tool is None or not names:
+        return names
+    output = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    return output.splitlines()
+
+
+def short(name: str) -> str:
+    """batch_norm_kernel<float, BackwardOp, GradSums, GradInput, kChannel>, without namespaces and arguments."""
+    name = re.sub(r"\(bnext::cuda::Tile\)0", "kChannel", name)
+    name = re.sub(r"\(bnext::cuda::Tile\)1", "kColumns", name)
+    name = re.sub(r"^void |bnext::|cuda::|\(anonymous namespace\)::", "", name)
+    return re.sub(r"\(.*", "", name)
+
+
+def machine_code(disassembler: str | None, cubin: Path) -> dict[str, str]:
+    """SASS by mangled kernel name."""
+    if disassembler is None:
+        return {}
+    text = subprocess.run([disassembler, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    parts = re.split(r"^\.text\.(\S+):\s*$", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def count(pattern: str, sass: str | None) -> int:
+    """Instructions that match; -1 where there is no disassembly to look at."""
+    return -1 if sass is None else len(re.findall(pattern, sass))
+
+
+def compile_one(nvcc: str, disassembler: str | None, source: Path, architecture: str, folder: Path) -> list[Kernel]:
+    cubin = folder / f"{source.stem}-{architecture}.cubin"
+    flags = [
+        "-std=c++20",
+        "-O3",
+        f"-arch=sm_{architecture}",
+        "-cubin",
+        "-Xptxas=-v,-warn-spills",
+        "-Werror=all-warnings",
+    ]
+    command = [nvcc, *flags, *TORCH_MACROS, "-o", str(cubin), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    log = done.stdout + done.stderr
+    if done.returncode:
+        faults = [line for line in log.splitlines() if "ptxas info" not in line and "bytes stack frame" not in line]
+        raise RuntimeError(f"{' '.join(command)}\n" + "\n".join(faults))
+    code = machine_code(disassembler, cubin)
+    entries = re.findall(
+        r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers",
+        log,
+        flags=re.DOTALL,
+    )
+    kernels = []
+    for (mangled, stack, stores, loads, registers), name in zip(
+        entries, demangled([entry[0] for entry in entries]), strict=True
+    ):
+        sass = code.get(mangled)
+        kernels.append(
+            Kernel(
+                name=short(name),
+                architecture=architecture,
+                registers=int(registers),
+                stack=int(stack),
+                spills=int(stores) + int(loads),
+                wide_loads=count(r"\bLDG(?:STS)?\.E[.\w]*\.128\b", sass),
+                wide_stores=count(r"\bSTG\.E[.\w]*\.128\b", sass),
+                local=count(r"\b(?:LDL|STL)\b", sass),
+            )
+        )
+    return kernels
+
+
+def compile_tensor_level(nvcc: str, folder: Path) -> str:
+    """csrc/backend_cuda.cpp against this environment's torch, without its libraries."""
+    from torch.utils.cpp_extension import include_paths
+
+    # A torch without CUDA lacks one generated header, which holds build options alone.
+    stub = folder / "c10" / "cuda" / "impl"
+    stub.mkdir(parents=True, exist_ok=True)
+    (stub / "cuda_cmake_macros.h").write_text("")
+    includes = [*(f"-isystem={path}" for path in include_paths()), f"-isystem={folder}"]
+    # nvcc only adds the toolkit's headers; the file is host code.
+    flags = ["-x", "c++", "-std=c++20", "-DBNEXT_CUDA", "-Xcompiler=-Wall,-Werror", "-c", "-o", str(folder / "level.o")]
+    command = [nvcc, *flags, *includes, str(TENSOR_LEVEL)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return f"{TENSOR_LEVEL.relative_to(ROOT)}: compiles"
+
+
+def table(kernels: list[Kernel], shown_architectures: tuple[str, ...]) -> Iterator[str]:
+    """A kernel a line: registers, and 128-bit loads and stores in the code, for each architecture."""
+    by_name: dict[str, dict[str, Kernel]] = {}
+    for kernel in kernels:
+        by_name.setdefault(kernel.name, {})[kernel.architecture] = kernel
+    width = max(map(len, by_name))
+    heads = "".join(f"  {'sm_' + a:>6} {'ld128':>5} {'st128':>5}" for a in shown_architectures)
+    yield f"{'kernel, registers a thread':<{width}}{heads}"
+    for name, row in sorted(by_name.items()):
+        cells = (
+            f"  {k.registers:>6} {'?' if k.wide_loads < 0 else k.wide_loads:>5} "
+            f"{'?' if k.wide_stores < 0 else k.wide_stores:>5}"
+            for k in (row[a] for a in shown_architectures)
+        )
+        yield f"{name:<{width}}{''.join(cells)}"
+
+
+def main() -> int:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("cuda-check: no nvcc here, so the CUDA sources were not compiled (install the toolkit, or set CUDA_HOME)")
+        return 0
+    disassembler = find_disassembler()
+    if disassembler is None:
+        print("cuda-check: no nvdisasm here, so the machine code is not looked at (pip install nvidia-cuda-nvdisasm)")
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(jobs) as pool:
+        folder = Path(name)
+        waiting = [
+            (source, architecture, pool.submit(compile_one, nvcc, disassembler, source, architecture, folder))
+            for source in sorted(SOURCES, key=lambda s: -s.stat().st_size)
+            for architecture in ARCHITECTURES
+        ]
+        tensor_level = pool.submit(compile_tensor_level, nvcc, folder)
+        kernels: list[Kernel] = []
+        try:
+            for source, architecture, result in waiting:
+                kernels += result.result()
+                print(f"{source.relative_to(ROOT)} sm_{architecture}: {time.monotonic() - started:.0f} s", flush=True)
+            print(tensor_level.result())
+        except RuntimeError as error:
+            pool.shutdown(cancel_futures=True)
+            print(f"cuda-check failed: {error}", file=sys.stderr)
+            return 1
+    print("\n".join(table(kernels, ARCHITECTURES)))
+    print("Static shared memory: none. Dynamic: what csrc/cuda/plan.cpp lays out, half an SM's at most for two blocks.")
+    broken = [f"{k.name} sm_{k.architecture}: {fault}" for k in kernels for fault in k.faults]
+    for line in broken:
+        print(f"cuda-check failed: {line}", file=sys.stderr)
+    print(f"cuda-check: {len(kernels)} kernels for {', '.join('sm_' + a for a in ARCHITECTURES)}")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

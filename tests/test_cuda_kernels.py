@@ -1,0 +1,221 @@
+"""The CUDA kernels on every way through them: the teams that share a channel, one read and two, both kinds of tile.
+
+Plans for a small device send small tensors the ways that large ones take. In emulation every access is checked
+(tests/simt); where there is a GPU the same plans run on it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import reference
+import tolerances
+import torch
+from cases import DTYPES, Case, make_grad, make_input, make_parameters, name, parameter_dtype, same_bits
+from checks import check_backward, check_forward
+from conftest import DEVICES, SIMT
+from simt.device import TEAMS, TILES, Limits, emulated, last_plan, load
+from tolerances import assert_within
+
+import bnext
+from bnext.functional import batch_norm
+
+KB = 1024
+SEEDS = (0, 1)  # of the order in which the emulator runs blocks and threads
+
+
+class Path(NamedTuple):
+    """A way through the kernels, and a device whose plans take it."""
+
+    team: str
+    two_reads: bool
+    limits: Limits
+    shapes: tuple[tuple[int, ...], ...]
+
+    def __str__(self) -> str:
+        return f"{self.team}-two-reads" if self.two_reads else self.team
+
+
+# Contiguous: planes of whole vectors and of others, and planes of which a tile takes several. The last two in
+# channels_last: a number of channels that fills vectors, and one for which pixels are folded.
+# test_the_ways_lead_everywhere says whether they do.
+PATHS = (
+    Path("block", False, Limits(sms=1), ((2, 4, 24, 24), (3, 5, 19, 27), (5, 24, 7, 7), (6, 48, 5, 5), (7, 9, 5, 5))),
+    Path(
+        "cluster",
+        False,
+        Limits(sms=16),
+        ((16, 2, 32, 32), (9, 3, 41, 43), (64, 8, 7, 7), (40, 16, 11, 11), (40, 9, 11, 11)),
+    ),
+    Path(
+        "grid",
+        False,
+        Limits(sms=16, max_cluster=1, shared_per_block=60 * KB),
+        ((40, 2, 32, 32), (20, 3, 41, 43), (160, 8, 7, 7), (40, 16, 11, 11), (40, 9, 11, 11)),
+    ),
+    Path(
+        "grid",
+        True,
+        Limits(sms=1, max_cluster=1, shared_per_block=52 * KB),
+        ((48, 2, 32, 32), (24, 3, 41, 43), (200, 8, 7, 7), (60, 16, 11, 11), (90, 9, 11, 11)),
+    ),
+)
+LAYOUTS = ("contiguous", "contiguous", "contiguous", "channels_last", "channels_last")
+WAYS = [
+    pytest.param(path, Case(shape, layout), id=f"{path}-{'x'.join(map(str, shape))}-{layout}")
+    for path in PATHS
+    for shape, layout in zip(path.shapes, LAYOUTS, strict=True)
+]
+
+
+@contextlib.contextmanager
+def planned_for(limits: Limits, kernel_device: str, seed: int = 0) -> Iterator[str]:
+    """Where tensors have to be for the kernels to run, with plans for a device of these limits."""
+    if kernel_device == "simt":
+        with emulated(limits, seed):
+            yield "cpu"
+        return
+    bnext._C.cap_cuda_device(*limits)
+    try:
+        yield kernel_device
+    finally:
+        bnext._C.cap_cuda_device()
+
+
+@pytest.fixture(params=[SIMT, *(device for device in DEVICES if device != "cpu")])
+def kernel_device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def team_of_the_last_launch() -> tuple[str, bool]:
+    plan = last_plan()
+    return TEAMS[plan["team"]], plan["ring"] > 0
+
+
+@pytest.mark.parametrize("seed", SEEDS, ids="seed{}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize(("path", "case"), WAYS)
+def test_every_way(path: Path, case: Case, dtype: torch.dtype, seed: int, kernel_device: str) -> None:
+    with planned_for(path.limits, kernel_device, seed) as device:
+        x, g = make_input(*case, dtype, device), make_grad(*case, dtype, device)
+        params = make_parameters(case.shape[1], parameter_dtype(dtype), device)
+        for training in (True, False):
+            check_forward(x, params, training=training)
+            check_backward(x, g, params, training=training)
+
+
+def test_the_ways_lead_everywhere() -> None:
+    load()
+    seen = set()
+    for way in WAYS:
+        path, (shape, layout) = way.values
+        for dtype in DTYPES:
+            for inputs in (1, 2):
+                batch, channels, height, width = shape
+                last = layout != "contiguous"
+                plan = torch.ops.bnext_simt.plan(
+                    batch, channels, height * width, last, dtype, inputs, True, *path.limits
+                )
+                kind = "folded" if last and plan["row_width"] > channels else layout
+                way_taken = (TEAMS[plan["team"]], plan["ring"] > 0)
+                seen.add((*way_taken, TILES[plan["tile"]], kind, dtype, inputs))
+    tiles = (("channel", "contiguous"), ("columns", "contiguous"), ("columns", "channels_last"), ("columns", "folded"))
+    wanted = {
+        (path.team, path.two_reads, *tile, dtype, inputs)
+        for path in PATHS
+        for tile in tiles
+        for dtype in DTYPES
+        for inputs in (1, 2)
+    }
+    assert wanted - seen == set()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+@pytest.mark.parametrize(("path", "case"), WAYS)
+def test_a_channel_float32_cannot_hold(path: Path, case: Case, dtype: torch.dtype, kernel_device: str) -> None:
+    # Its squares overflow: the team adds it up again in float64, and its neighbours keep the sums they have.
+    with planned_for(path.limits, kernel_device) as device:
+        values, g = make_input(*case, torch.float32, device), make_grad(*case, torch.float32, device)
+        values[:, 0] += 1e3
+        params = make_parameters(case.shape[1], device=device)
+        large = values.clone(memory_format=torch.preserve_format)
+        large[:, 1] *= 1e19  # a variance that running_var still holds
+        check_forward(large.to(dtype), params, training=True)
+        # Backward it is the products with the gradient that overflow.
+        values[:, 1] *= 1e30
+        g[:, 1] *= 1e9
+        check_backward(values.to(dtype), g.to(dtype), params, training=True)
+
+
+@pytest.mark.parametrize(("path", "case"), WAYS)
+def test_bias_gradient_without_the_input(path: Path, case: Case, kernel_device: str) -> None:
+    with planned_for(path.limits, kernel_device) as device:
+        g = make_grad(*case, torch.float32, device)
+        stats = torch.stack([torch.zeros(case.shape[1]), torch.full((case.shape[1],), 2.0)]).double().to(device)
+        backward = torch.ops.bnext.batch_norm_backward
+        grad_input, grad_weight, grad_bias = backward(g, None, None, stats, False, 1e-5, [True, False, True])
+        assert same_bits(grad_input, g * 2)
+        assert grad_weight.numel() == 0
+        expected = reference.widen(g).sum(reference.reduced_dims(g.ndim))
+        assert_within(grad_bias, expected, tolerances.grad_bias(g, g.dtype, grad_bias.dtype), "grad_bias")
+        # And in training, where nothing is mapped.
+        _, _, alone = backward(g, None, None, stats, True, 1e-5, [False, False, True])
+        assert same_bits(alone, grad_bias)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=str)
+@pytest.mark.parametrize("momentum", [0.25, None], ids="momentum={}".format)
+def test_counter_in_the_same_launch(path: Path, momentum: float | None, kernel_device: str) -> None:
+    train = torch.ops.bnext.batch_norm_train
+    with planned_for(path.limits, kernel_device) as device:
+        x = make_input(path.shapes[0], device=device)
+        channels = x.shape[1]
+        mean, var = torch.zeros(channels, device=device), torch.ones(channels, device=device)
+        counter = torch.tensor(3, device=device)
+        train(x, None, None, mean, var, counter, momentum, 1e-5)
+        assert counter.item() == 4
+        fwd = reference.forward(x)
+        # With momentum=None the fourth batch weighs a quarter too.
+        before = torch.zeros(channels), torch.ones(channels)
+        expected = reference.updated_running_stats(*before, fwd, 0.25)
+        limits = tolerances.running_stats(expected, fwd, 0.25, x.dtype, mean.dtype, var.dtype)
+        assert_within(mean, expected[0], limits[0], "running_mean")
+        assert_within(var, expected[1], limits[1], "running_var")
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize(("path", "case"), WAYS)
+def test_the_order_of_execution_changes_no_bit(path: Path, case: Case) -> None:
+    x, g = make_input(*case, torch.bfloat16), make_grad(*case, torch.bfloat16)
+    params = make_parameters(case.shape[1])
+    results = []
+    for seed in (0, 1, 2):
+        with emulated(path.limits, seed, check=False):
+            y, stats = torch.ops.bnext.batch_norm_train(x, params.weight, params.bias, None, None, None, 0.1, 1e-5)
+            grads = torch.ops.bnext.batch_norm_backward(g, x, params.weight, stats, True, 1e-5, [True] * 3)
+        results.append((y, stats, *grads))
+    for other in results[1:]:
+        assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize(("path", "case"), WAYS)
+def test_how_often_memory_is_read(path: Path, case: Case) -> None:
+    # Forward: the input once, or once more for what is not kept. Beside it a few samples and values a channel.
+    x = make_input(*case, torch.float32)
+    counters = torch.ops.bnext_simt.counters
+    with emulated(path.limits):
+        counters()
+        batch_norm(x, None, None, training=True)
+        plan, counted = last_plan(), counters()
+    bytes_of_x = x.numel() * x.element_size()
+    per_block = 2 * plan["team_blocks"] * 8 * 2 * plan["tile_channels"] + 20 * 16 * plan["tile_channels"]
+    beside = plan["tiles"] * plan["team_blocks"] * per_block
+    reads = 2 if path.two_reads and plan["kept"] == 0 else 1
+    assert reads * bytes_of_x <= counted["global_load_bytes"]
+    if plan["ring"] == 0:
+        assert counted["global_load_bytes"] <= bytes_of_x + beside
+    assert bytes_of_x <= counted["global_store_bytes"] <= bytes_of_x + beside

@@ -1,0 +1,136 @@
+"""The launch geometry of the CUDA kernels, a pure host function: what holds of any plan, and some worked examples."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from cases import DTYPES, name
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simt.device import TEAMS, TILES, load
+
+pytestmark = pytest.mark.simt
+
+KB = 1024
+MAX_THREADS = 256
+MAX_GRID = 2**31 - 1
+
+
+class Device(NamedTuple):
+    sms: int
+    shared_per_block: int
+    max_cluster: int
+
+
+H200 = Device(132, 227 * KB, 8)
+A100 = Device(108, 163 * KB, 1)
+L4 = Device(58, 99 * KB, 1)
+TINY = Device(1, 99 * KB, 1)
+GPUS = (H200, A100, L4, TINY)
+
+# (N, C, HW) of ResNet-50 at N = 256, and the shapes at the edges of the index types.
+RESNET = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7))
+HUGE = ((2**33, 1, 1), (1, 2**33, 1), (1, 1, 2**33), (70_000, 64, 1), (900_000, 3, 49), (2**20, 2**11, 2**9))
+
+
+def make_plan(
+    shape: tuple[int, int, int], last: bool, dtype: torch.dtype, inputs: int, reduces: bool, gpu: Device
+) -> dict[str, int]:
+    load()
+    return dict(torch.ops.bnext_simt.plan(*shape, last, dtype, inputs, reduces, *gpu))
+
+
+def assert_sound(plan: dict[str, int], shape: tuple[int, int, int], dtype: torch.dtype, gpu: Device) -> None:
+    """Everything is covered, and the device can run it."""
+    batch, channels, spatial = shape
+    # Every channel has a tile, every column of a row a thread, every row a step.
+    assert plan["tiles"] * plan["tile_channels"] >= channels
+    assert (plan["tiles"] - 1) * plan["tile_channels"] < channels
+    assert plan["rows"] * plan["row_width"] >= batch * channels * spatial
+    assert plan["parts"] * plan["threads_x"] * (16 // dtype.itemsize) >= plan["tile_width"]
+    assert 1 <= plan["threads_x"] * plan["threads_y"] <= plan["threads"] <= MAX_THREADS
+    assert plan["threads"] % 32 == 0
+    assert 1 <= plan["teams"] * plan["team_blocks"] <= MAX_GRID
+    if TILES[plan["tile"]] == "columns":
+        assert plan["parts"] == 1
+    steps = -(-plan["rows"] * plan["parts"] // (plan["threads_y"] * plan["team_blocks"]))
+    if plan["ring"] == 0:
+        assert steps <= plan["kept"]
+    assert plan["shared_bytes"] <= gpu.shared_per_block
+    team = TEAMS[plan["team"]]
+    if team == "cluster":
+        assert plan["team_blocks"] in (2, 4, 8, 16)
+        assert plan["team_blocks"] <= gpu.max_cluster
+    if team == "grid":
+        # All of its blocks run at once.
+        blocks = plan["teams"] * plan["team_blocks"]
+        half = (gpu.shared_per_block + KB) // 2 - KB
+        assert blocks <= gpu.sms * (2 if plan["shared_bytes"] <= half else 1)
+        assert plan["workspace_bytes"] >= 4 * plan["teams"] + blocks * 32 * plan["tile_channels"]
+    else:
+        assert plan["workspace_bytes"] == 0
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids="{0.sms}SMs".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_plans_are_sound(last: bool, dtype: torch.dtype, gpu: Device) -> None:
+    shapes = [(256, C, side * side) for C, side in RESNET] + list(HUGE)
+    for shape in shapes:
+        for inputs, reduces in ((1, True), (2, True), (1, False)):
+            plan = make_plan(shape, last, dtype, inputs, reduces, gpu)
+            assert_sound(plan, shape, dtype, gpu)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.tuples(st.integers(1, 5000), st.integers(1, 3000), st.integers(1, 20_000)),
+    st.booleans(),
+    st.sampled_from(DTYPES),
+    st.sampled_from([(1, True), (2, True), (1, False)]),
+    st.sampled_from(GPUS),
+)
+def test_any_plan_is_sound(
+    shape: tuple[int, int, int], last: bool, dtype: torch.dtype, reads: tuple[int, bool], gpu: Device
+) -> None:
+    assert_sound(make_plan(shape, last, dtype, *reads, gpu), shape, dtype, gpu)
+
+
+@pytest.mark.parametrize("inputs", [1, 2], ids=["forward", "backward"])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(("channels", "side"), RESNET, ids=str)
+def test_what_an_h200_reads_once(channels: int, side: int, last: bool, inputs: int) -> None:
+    # bfloat16 at N = 256: whatever fits into three quarters of all shared memory, a tile at a time.
+    plan = make_plan((256, channels, side * side), last, torch.bfloat16, inputs, True, H200)
+    tile_bytes = plan["rows"] * plan["tile_width"] * 2 * inputs
+    assert plan["ring"] == 0 or tile_bytes > 0.75 * H200.sms * H200.shared_per_block, plan
+
+
+@pytest.mark.parametrize(
+    ("shape", "last", "dtype", "team", "tile"),
+    [
+        # 7x7 planes: 8 of them are 49 vectors.
+        ((256, 2048, 49), False, torch.bfloat16, "cluster", "columns"),
+        ((256, 1024, 196), False, torch.bfloat16, "cluster", "columns"),
+        ((256, 512, 784), False, torch.bfloat16, "cluster", "channel"),
+        ((256, 64, 3136), False, torch.bfloat16, "cluster", "channel"),
+        ((256, 64, 12544), False, torch.bfloat16, "grid", "channel"),
+        ((256, 2048, 49), True, torch.bfloat16, "cluster", "columns"),
+        ((256, 64, 3136), True, torch.bfloat16, "grid", "columns"),
+        ((64, 512, 1), True, torch.float32, "block", "columns"),
+        # 17 channels are no multiple of a vector: eight pixels are one row.
+        ((64, 17, 784), True, torch.bfloat16, "grid", "columns"),
+    ],
+    ids=str,
+)
+def test_worked_examples(shape: tuple[int, int, int], last: bool, dtype: torch.dtype, team: str, tile: str) -> None:
+    plan = make_plan(shape, last, dtype, 1, True, H200)
+    assert (TEAMS[plan["team"]], TILES[plan["tile"]]) == (team, tile), plan
+
+
+def test_small_tensors_take_one_launch_without_workspace() -> None:
+    for shape in ((64, 512, 1), (8, 64, 196), (32, 128, 49)):
+        for last in (False, True):
+            assert make_plan(shape, last, torch.float32, 1, True, H200)["workspace_bytes"] == 0

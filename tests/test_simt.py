@@ -1,0 +1,39 @@
+"""The emulator itself: what it must find, what it must not, and whether the kernels' tests would notice a fault."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+from simt.build import BUILD, build
+from simt.mutants import all_mutants, compiled, survives
+
+pytestmark = pytest.mark.simt
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_emulator_finds_what_is_wrong_and_nothing_else(seed: int) -> None:
+    build()
+    # Small kernels, each clean or with one fault planted; it says "NAME ok" or "NAME FAILED: why" of each.
+    command = [str(BUILD / "selftest"), "--seed", str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    verdicts = done.stdout.splitlines()
+    assert [line for line in verdicts if not line.endswith(" ok")] == []
+    assert done.returncode == 0, done.stderr
+    assert len(verdicts) >= 100
+
+
+# `make mutants` tries them all. Here one of each kind that only a checker can notice: a release that orders nothing,
+# copies that are not waited for, a barrier between threads that rarely meet.
+SAMPLE = ("bnext_add_release(counter, 1)", "if (kWaits) wait_for_stage(stage)")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("statement", SAMPLE)
+def test_a_missing_synchronisation_is_noticed(statement: str) -> None:
+    (mutant,) = [mutant for mutant in all_mutants() if statement in mutant.before]
+    build()
+    with tempfile.TemporaryDirectory() as folder:
+        assert not survives(compiled(mutant, Path(folder))), mutant
