@@ -45,7 +45,7 @@ if sys.platform == "linux":
     LINK_FLAGS.append("-fopenmp")
 
 NVCC_FLAGS = ["-O3", "-Xcompiler=-fvisibility=hidden", "-Xptxas=-warn-spills"]
-DEFAULT_ARCHITECTURES = "8.0;9.0;10.0"
+DEFAULT_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 
 
 def builds_cuda() -> bool:

@@ -3,7 +3,8 @@
     python .ci/cuda_check.py            prints a table; exit status 1 if a rule is broken
 
 Rules: the compiler warns of nothing; no kernel spills registers or has a stack frame; the machine code of each kernel
-that handles elements moves them by 128-bit loads and stores and never touches local memory. The tensor-level file is
+that handles elements moves them by 128-bit loads and stores, takes no vector in shared memory apart, and never touches
+local memory. The tensor-level file is
 compiled too, against whatever torch is there. Without nvcc it says so and checks nothing.
 """
 
@@ -48,6 +49,7 @@ class Kernel(NamedTuple):
     wide_loads: int
     wide_stores: int
     local: int
+    narrow_shared: int
 
     @property
     def faults(self) -> list[str]:
@@ -60,6 +62,8 @@ class Kernel(NamedTuple):
             found.append(f"{self.registers} registers")
         if "batch_norm_kernel" in self.name and 0 in (self.wide_loads, self.wide_stores):
             found.append(f"{self.wide_loads} loads and {self.wide_stores} stores of 128 bits")
+        if self.narrow_shared > 0:
+            found.append(f"{self.narrow_shared} loads of less than 32 bits from shared memory")
         return found
 
 
@@ -143,6 +147,7 @@ def compile_one(nvcc: str, disassembler: str | None, source: Path, architecture:
                 wide_loads=count(r"\bLDG(?:STS)?\.E[.\w]*\.128\b", sass),
                 wide_stores=count(r"\bSTG\.E[.\w]*\.128\b", sass),
                 local=count(r"\b(?:LDL|STL)\b", sass),
+                narrow_shared=count(r"\bLDS\.[US](?:8|16)\b", sass),
             )
         )
     return kernels

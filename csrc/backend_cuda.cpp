@@ -1,10 +1,13 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
+#include <map>
+#include <mutex>
 
 #include "backend.h"
 #include "cuda/batch_norm.h"
@@ -14,9 +17,22 @@ namespace {
 
 CudaCap cap;
 
-cuda::DeviceLimits limits_of_current_device() {
+// Asked for once a device.
+cuda::DeviceLimits real_limits() {
+  static std::mutex mutex;
+  static std::map<c10::DeviceIndex, cuda::DeviceLimits> known;
+  const auto device = c10::cuda::current_device();
+  const std::lock_guard lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
   cuda::DeviceLimits limits;
   C10_CUDA_CHECK(cuda::current_limits(&limits));
+  known.emplace(device, limits);
+  return limits;
+}
+
+cuda::DeviceLimits limits_of_current_device() {
+  cuda::DeviceLimits limits = real_limits();
   limits.sms = std::min(limits.sms, cap.sms);
   limits.shared_per_block = std::min(limits.shared_per_block, cap.shared_per_block);
   limits.max_cluster = std::min(limits.max_cluster, cap.max_cluster);
@@ -56,9 +72,10 @@ class CudaBackend final : public Backend {
   static void enqueue(const Problem& problem, const Args& args, at::Device where, Launch&& launch) {
     const c10::cuda::CUDAGuard guard(where);
     const cuda::Plan plan = cuda::plan_for(problem, args, limits_of_current_device());
-    const at::Tensor workspace = allocate_workspace(plan, where);
+    const at::Tensor workspace = plan.workspace_bytes > 0 ? allocate_workspace(plan, where) : at::Tensor();
+    void* const scratch = workspace.defined() ? workspace.mutable_data_ptr() : nullptr;
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-    C10_CUDA_CHECK(launch(problem, args, plan, workspace.mutable_data_ptr(), stream));
+    C10_CUDA_CHECK(launch(problem, args, plan, scratch, stream));
   }
 };
 

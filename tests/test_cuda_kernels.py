@@ -78,7 +78,7 @@ def planned_for(limits: Limits, kernel_device: str, seed: int = 0) -> Iterator[s
         with emulated(limits, seed):
             yield "cpu"
         return
-    bnext._C.cap_cuda_device(*limits)
+    bnext._C.cap_cuda_device(limits.sms, limits.shared_per_block, limits.max_cluster)
     try:
         yield kernel_device
     finally:
@@ -117,7 +117,7 @@ def test_the_ways_lead_everywhere() -> None:
                 batch, channels, height, width = shape
                 last = layout != "contiguous"
                 plan = torch.ops.bnext_simt.plan(
-                    batch, channels, height * width, last, dtype, inputs, True, *path.limits
+                    batch, channels, height * width, last, dtype, inputs, True, *path.limits[:3]
                 )
                 kind = "folded" if last and plan["row_width"] > channels else layout
                 way_taken = (TEAMS[plan["team"]], plan["ring"] > 0)
@@ -219,3 +219,17 @@ def test_how_often_memory_is_read(path: Path, case: Case) -> None:
     if plan["ring"] == 0:
         assert counted["global_load_bytes"] <= bytes_of_x + beside
     assert bytes_of_x <= counted["global_store_bytes"] <= bytes_of_x + beside
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
+@pytest.mark.parametrize("case", [Case((5, 24, 7, 7), "contiguous"), Case((7, 96, 2, 3), "channels_last")], ids=name)
+def test_blocks_that_take_several_tiles(case: Case, dtype: torch.dtype) -> None:
+    x, g = make_input(*case, dtype), make_grad(*case, dtype)
+    params = make_parameters(case.shape[1], parameter_dtype(dtype))
+    for seed in SEEDS:
+        with emulated(Limits(sms=1, max_grid=1), seed):
+            for training in (True, False):
+                check_forward(x, params, training=training)
+                assert last_plan()["tiles"] > last_plan()["teams"] == 1
+                check_backward(x, g, params, training=training)

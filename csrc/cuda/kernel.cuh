@@ -14,7 +14,7 @@
 #include "slab.cuh"
 #include "team.cuh"
 
-// Dynamic shared memory, and parameters left in constant memory: an emulation has both of its own.
+// An emulation has its own.
 #if defined(__CUDACC__)
 #define BNEXT_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
@@ -74,8 +74,10 @@ class BlockTask {
     Verdict verdict;
     if constexpr (kReduces) {
       const Walk<scalar_t, kTile> start = walk;
+      // The samples are asked for first: behind all the rest they would arrive last.
+      const Acc sample = load_sample(0);
       request_kept(walk, kept);
-      choose_shift();
+      choose_shift(sample);
       verdict = finish(team_sums<Acc, /*kWaits=*/true>(start, items, kept), /*again=*/false);
       if (verdict.doubtful) {
         const bool wide = verdict.wide;
@@ -111,29 +113,32 @@ class BlockTask {
 
   __device__ __forceinline__ static int stage_end(int stage, int kept) { return (stage + 1) * kept / kLoadStages; }
 
-  // Sixteen threads a channel read one value each.
-  __device__ __forceinline__ void choose_shift() {
-    const int group = static_cast<int>(threadIdx.x) / kMaxSamples;
+  // Sixteen threads a channel read one value each: of the first channels at once, of more in turn.
+  __device__ __forceinline__ Acc load_sample(int first) const {
     const int sample = static_cast<int>(threadIdx.x) % kMaxSamples;
-    const int groups = plan_.threads / kMaxSamples;
-    for (int begin = 0; begin < span_.channels; begin += groups) {
-      const int channel = begin + group;
+    const int channel = first + static_cast<int>(threadIdx.x) / kMaxSamples;
+    if (args_.shift != nullptr || sample >= plan_.samples || channel >= span_.channels) return 0;
+    const auto* input = static_cast<const scalar_t*>(args_.tensors.in[0]);
+    return widen(input[plan_.sample_offsets[sample] + (span_.first_channel + channel) * plan_.sample_stride]);
+  }
+
+  __device__ __forceinline__ void choose_shift(Acc value) {
+    const bool stores = threadIdx.x % kMaxSamples == 0;
+    const int step = plan_.threads / kMaxSamples;
+    for (int first = 0; first < span_.channels; first += step) {
+      const int channel = first + static_cast<int>(threadIdx.x) / kMaxSamples;
+      if (first > 0) value = load_sample(first);
+      double shift;
       if (args_.shift != nullptr) {
-        if (sample == 0 && channel < span_.channels) {
-          shared_.shift[channel] = SplitMean(op_.dtype, args_.shift[span_.first_channel + channel]).high;
+        const int any = channel < span_.channels ? channel : 0;
+        shift = SplitMean(op_.dtype, args_.shift[span_.first_channel + any]).high;
+      } else {
+        for (int lanes = 1; lanes < plan_.samples; lanes *= 2) {
+          value = average(value, __shfl_xor_sync(0xffffffffu, value, lanes), static_cast<Acc>(0.5));
         }
-        continue;
+        shift = static_cast<double>(value);
       }
-      Acc value = 0;
-      if (sample < plan_.samples && channel < span_.channels) {
-        const auto* input = static_cast<const scalar_t*>(args_.tensors.in[0]);
-        value = widen(input[plan_.sample_offsets[sample] + (span_.first_channel + channel) * plan_.sample_stride]);
-      }
-      for (int lanes = 1; lanes < plan_.samples; lanes *= 2) {
-        const Acc other = __shfl_xor_sync(0xffffffffu, value, lanes);
-        value = average(value, other, static_cast<Acc>(0.5));
-      }
-      if (sample == 0 && channel < span_.channels) shared_.shift[channel] = static_cast<double>(value);
+      if (stores && channel < span_.channels) shared_.shift[channel] = shift;
     }
     __syncthreads();
   }
@@ -268,7 +273,7 @@ class BlockTask {
       acc_t c[kMaxCoefficients] = {};
 #pragma unroll
       for (int j = 0; j < Map::kCoefficients; ++j) c[j] = coefficients(e, j);
-      result.lane[e] = narrow<scalar_t>(Map::apply(in, c));
+      narrow(Map::apply(in, c), result.lane[e]);
     }
     store_vec(static_cast<scalar_t*>(args_.tensors.out), segment, result);
   }
@@ -297,8 +302,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSM)
                      std::int64_t{member.team} * 2 * plan.team_blocks * 2 * plan.tile_channels;
   for (std::int64_t tile = member.team; tile < plan.tiles; tile += plan.teams) {
     BlockTask<scalar_t, Op, Reduce, Map, kTile>(args, op, shared, member, tile).run();
-    // The next tile's sums and coefficients take the place of this one's.
-    __syncthreads();
+    // The next tile's coefficients take the place of this one's: sums have barriers enough before that.
+    if constexpr (std::is_same_v<Reduce, NoSums>) __syncthreads();
   }
   // A block's shared memory must outlive the others' look at it.
   if (plan.team == Team::kCluster) cluster_barrier();

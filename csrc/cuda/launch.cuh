@@ -1,16 +1,36 @@
 // From a plan to a launch: attributes, dtype and tile dispatch.
 #pragma once
 
+#include <atomic>
+
 #include "batch_norm.h"
 #include "kernel.cuh"
 
 namespace bnext::cuda {
 
-template <typename Kernel, typename Op>
-cudaError_t launch(Kernel* kernel, const KernelArgs& args, const Op& op, cudaStream_t stream) {
+// A kernel's limit of dynamic shared memory is set once a device, to all there is: set to what a launch needs, it could
+// be lowered by another thread before this one has launched.
+template <auto kKernel>
+cudaError_t allow_all_shared_memory() {
+  static std::atomic<std::uint64_t> done{0};
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::uint64_t bit = device < 64 ? std::uint64_t{1} << device : 0;
+  if ((done.load(std::memory_order_acquire) & bit) != 0) return cudaSuccess;
+  int bytes = 0;
+  error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  error =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_release);
+  return error;
+}
+
+template <auto kKernel, typename Op>
+cudaError_t launch(const KernelArgs& args, const Op& op, cudaStream_t stream) {
   const Plan& plan = args.plan;
-  const auto* function = reinterpret_cast<const void*>(kernel);
-  cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared.bytes);
+  cudaError_t error = allow_all_shared_memory<kKernel>();
   if (error != cudaSuccess) return error;
 
   cudaLaunchAttribute attribute = {};
@@ -21,8 +41,6 @@ cudaError_t launch(Kernel* kernel, const KernelArgs& args, const Op& op, cudaStr
   config.stream = stream;
   config.attrs = &attribute;
   if (plan.team == Team::kCluster) {
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error != cudaSuccess) return error;
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = static_cast<unsigned>(plan.team_blocks);
     attribute.val.clusterDim.y = 1;
@@ -35,15 +53,15 @@ cudaError_t launch(Kernel* kernel, const KernelArgs& args, const Op& op, cudaStr
     attribute.val.cooperative = 1;
     config.numAttrs = 1;
   }
-  error = cudaLaunchKernelEx(&config, kernel, args, op);
+  error = cudaLaunchKernelEx(&config, kKernel, args, op);
   return error != cudaSuccess ? error : cudaGetLastError();
 }
 
 template <typename scalar_t, typename Reduce, typename Map, typename Op>
 cudaError_t launch_tile(const KernelArgs& args, const Op& op, cudaStream_t stream) {
   return args.plan.tile == Tile::kChannel
-             ? launch(&batch_norm_kernel<scalar_t, Op, Reduce, Map, Tile::kChannel>, args, op, stream)
-             : launch(&batch_norm_kernel<scalar_t, Op, Reduce, Map, Tile::kColumns>, args, op, stream);
+             ? launch<&batch_norm_kernel<scalar_t, Op, Reduce, Map, Tile::kChannel>>(args, op, stream)
+             : launch<&batch_norm_kernel<scalar_t, Op, Reduce, Map, Tile::kColumns>>(args, op, stream);
 }
 
 template <typename Reduce, typename Map, typename Op>

@@ -8,12 +8,12 @@
 namespace bnext::cuda {
 namespace {
 
-constexpr std::int64_t kMinRowBytes = 32;      // a sector: less of a row wastes bandwidth
-constexpr std::int64_t kMaxRowBytes = 128;     // a line: more of a row gains nothing
-constexpr std::int64_t kMinItems = 4;          // vectors a thread should have before a tile is shared by more blocks
-constexpr std::int64_t kMapItems = 8;          // the same where the blocks of a tile need not wait for each other
-constexpr std::int64_t kMaxGrid = 2147483647;  // gridDim.x
-constexpr std::int64_t kMaxFoldedRowBytes = kMaxThreads * kVectorBytes;
+constexpr std::int64_t kSectorBytes = 32;            // less of a row is wasted bandwidth
+constexpr std::int64_t kLineBytes = 128;             // more of a row gains nothing
+constexpr std::int64_t kSmallTensorBytes = 8 << 20;  // L2 brings the sectors of a line together
+constexpr std::int64_t kMinItems = 4;  // vectors a thread should have before a tile is shared by more blocks
+constexpr std::int64_t kMapItems = 8;  // the same where the blocks of a tile need not wait for each other
+constexpr std::int64_t kMaxFoldedRowBytes = 2048;  // a tile of all channels: their sums have to fit beside the slots
 
 constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
@@ -28,6 +28,20 @@ std::int64_t power_of_two_from(std::int64_t n) {
 std::int64_t vector_group(std::int64_t bytes) { return kVectorBytes / std::gcd(std::int64_t{kVectorBytes}, bytes); }
 
 // ---- tiles
+
+// How much of a row to take. A team across the device wants whole lines, as long as it can keep what it reads; of a
+// small tensor, narrower tiles make more teams.
+std::int64_t row_bytes(const Problem& problem, int inputs, const DeviceLimits& limits) {
+  const std::int64_t row = problem.C * element_size(problem.dtype);
+  std::int64_t bytes = kLineBytes;
+  if (problem.count() * row * inputs <= kSmallTensorBytes) {
+    while (bytes > kSectorBytes && divide_up(row, bytes) < limits.sms) bytes /= 2;
+    return bytes;
+  }
+  // The sums and the coefficients take a fifth of shared memory at most.
+  const std::int64_t kept = std::int64_t{limits.sms} * limits.shared_per_block * 4 / 5;
+  return problem.count() * bytes * inputs <= kept ? bytes : bytes / 2;
+}
 
 void choose_channels_last(Plan& plan, const Problem& problem, const DeviceLimits& limits) {
   const std::int64_t size = element_size(problem.dtype);
@@ -45,9 +59,7 @@ void choose_channels_last(Plan& plan, const Problem& problem, const DeviceLimits
   }
   plan.rows = M;
   plan.row_width = problem.C;
-  std::int64_t bytes = kMaxRowBytes;
-  while (bytes > kMinRowBytes && divide_up(problem.C * size, bytes) < limits.sms) bytes /= 2;
-  plan.tile_width = std::min(bytes / size, problem.C);
+  plan.tile_width = std::min(row_bytes(problem, plan.inputs, limits) / size, problem.C);
   plan.tiles = divide_up(problem.C, plan.tile_width);
   plan.tile_channels = static_cast<int>(plan.tile_width);
 }
@@ -61,7 +73,7 @@ void choose_channels_first(Plan& plan, const Problem& problem) {
   // Planes that are short, or whose ends cut vectors in two, are taken several at a time, as long as every row begins
   // with a whole vector.
   std::int64_t channels = vector_group(plane);
-  while (channels * plane < kMaxRowBytes) channels *= 2;
+  while (channels * plane < kLineBytes) channels *= 2;
   const bool aligned_rows = plan.row_width * size % kVectorBytes == 0;
   if (channels > 1 && aligned_rows && channels * plane <= kMaxThreads * kVectorBytes) {
     plan.tile = Tile::kColumns;
@@ -84,12 +96,18 @@ void choose_threads(Plan& plan, const Problem& problem) {
   if (plan.tile == Tile::kChannel && (plan.row_width % V != 0 || plan.tile_width % V != 0)) {
     vectors = divide_up(plan.tile_width + V - 1, V);
   }
-  plan.parts = divide_up(vectors, kMaxThreads);
+  // A few steps more if they make all of them equally long.
+  const std::int64_t fewest = divide_up(vectors, kMaxThreads);
+  plan.parts = fewest;
+  while (vectors % plan.parts != 0 && plan.parts < 2 * fewest) ++plan.parts;
+  if (vectors % plan.parts != 0) plan.parts = fewest;
   const std::int64_t x = divide_up(vectors, plan.parts);
   const std::int64_t y = std::min<std::int64_t>(kMaxThreads / x, plan.rows * plan.parts);
   plan.threads_x = static_cast<int>(x);
   plan.threads_y = static_cast<int>(y);
   plan.threads = static_cast<int>(round_up(x * y, 32));
+  plan.whole = plan.row_width % V == 0 && plan.row_width % plan.tile_width == 0 &&
+               plan.numel == plan.rows * plan.row_width && plan.tile_width == x * plan.parts * V;
 }
 
 // ---- shared memory
@@ -139,12 +157,27 @@ std::int64_t capacity(const Plan& plan, const DeviceLimits& limits, int blocks) 
   return std::max<std::int64_t>(0, (share - plan.shared.bytes) / slot_bytes(plan));
 }
 
-void choose_map_blocks(Plan& plan) {
+void choose_map_blocks(Plan& plan, const DeviceLimits& limits) {
   plan.team = Team::kBlock;
   plan.kept = 0;
   plan.ring = kRingSlots;
-  plan.team_blocks = static_cast<int>(std::min(divide_up(items(plan, 1), kMapItems), kMaxGrid));
-  plan.teams = static_cast<int>(std::min(plan.tiles, std::max<std::int64_t>(1, kMaxGrid / plan.team_blocks)));
+  plan.team_blocks = static_cast<int>(std::min<std::int64_t>(divide_up(items(plan, 1), kMapItems), limits.max_grid));
+  plan.teams = static_cast<int>(std::min(plan.tiles, std::max<std::int64_t>(1, limits.max_grid / plan.team_blocks)));
+}
+
+// Of the numbers of teams that leave each at least `fewest` of the blocks, the one that takes the fewest steps.
+std::int64_t balanced_teams(const Plan& plan, std::int64_t fewest, std::int64_t resident) {
+  std::int64_t best = 1;
+  std::int64_t best_steps = plan.tiles * items(plan, resident);
+  for (std::int64_t teams = 2; teams <= std::min(plan.tiles, resident / fewest); ++teams) {
+    const std::int64_t steps = divide_up(plan.tiles, teams) * items(plan, resident / teams);
+    // Of equals the more teams: while one waits for its sums, another moves memory.
+    if (steps <= best_steps) {
+      best = teams;
+      best_steps = steps;
+    }
+  }
+  return best;
 }
 
 void choose_team(Plan& plan, const DeviceLimits& limits) {
@@ -176,11 +209,16 @@ void choose_team(Plan& plan, const DeviceLimits& limits) {
     cluster = true;
   }
   plan.team = blocks == 1 ? Team::kBlock : cluster ? Team::kCluster : Team::kGrid;
-  if (plan.team == Team::kCluster) blocks = power_of_two_from(blocks);
-  if (plan.team == Team::kGrid) blocks = std::min(blocks, resident);
+  std::int64_t teams = limits.max_grid / blocks;
+  if (plan.team == Team::kCluster) {
+    blocks = power_of_two_from(blocks);
+    teams = limits.max_grid / blocks;
+  } else if (plan.team == Team::kGrid) {
+    teams = balanced_teams(plan, std::min(blocks, resident), resident);
+    blocks = resident / teams;
+  }
   plan.team_blocks = static_cast<int>(blocks);
-  const std::int64_t at_a_time = (plan.team == Team::kGrid ? resident : kMaxGrid) / blocks;
-  plan.teams = static_cast<int>(std::min(plan.tiles, at_a_time));
+  plan.teams = static_cast<int>(std::min(plan.tiles, teams));
   const bool all = items(plan, blocks) <= slots;
   plan.ring = all ? 0 : kRingSlots;
   plan.kept = static_cast<int>(all ? items(plan, blocks) : std::max<std::int64_t>(0, slots - kRingSlots));
@@ -225,7 +263,7 @@ Plan make_plan(const Problem& problem, int inputs, bool reduces, const DeviceLim
   if (reduces) {
     choose_team(plan, limits);
   } else {
-    choose_map_blocks(plan);
+    choose_map_blocks(plan, limits);
   }
   lay_out_shared(plan, problem, reduces);
   choose_workspace(plan);

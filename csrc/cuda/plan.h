@@ -36,6 +36,7 @@ struct DeviceLimits {
   int shared_per_sm;
   int reserved_shared;  // of each block, by the system
   int max_cluster;      // blocks that can share a cluster; 1: no clusters
+  int max_grid;         // gridDim.x
 };
 
 enum class Team : std::uint8_t { kBlock, kCluster, kGrid };  // how a team's blocks exchange their sums
@@ -74,6 +75,7 @@ struct Plan {
   int threads_y;
   int threads;         // blockDim.x: threads_x*threads_y and idle ones up to a whole warp
   std::int64_t parts;  // steps a row takes: more than 1 if it has more than threads_x vectors
+  bool whole;          // every vector of every thread lies in the tile and on a 16-byte boundary
   int inputs;          // tensors that are read
   int kept;            // vectors of each input that a thread keeps in shared memory
   int ring;            // slots for the rest to pass through; 0 if there is none

@@ -42,18 +42,13 @@ class Accumulator {
   }
 
   __device__ __forceinline__ void add(const Segment& segment, const Vec<scalar_t> (&vec)[2]) {
-    const bool all = segment.low == 0 && segment.high == kN;
+    if (segment.whole) {
 #pragma unroll
-    for (int e = 0; e < kN; ++e) {
-      if (!all && (e < segment.low || e >= segment.high)) continue;
-      acc_t in[2] = {};
-      if (Reduce::kReadsInput) in[0] = static_cast<acc_t>(widen(vec[0].lane[e]));
-      if (Reduce::kReadsGrad) in[1] = static_cast<acc_t>(widen(vec[1].lane[e]));
-      const int p = kP == 1 ? 0 : e;
-      if constexpr (kChains) {
-        Reduce::add(chain_first_[e], chain_second_[e], in, shift_[p]);
-      } else {
-        Reduce::add(first[p], second[p], in, shift_[p]);
+      for (int e = 0; e < kN; ++e) add_lane(e, vec);
+    } else {
+#pragma unroll
+      for (int e = 0; e < kN; ++e) {
+        if (e >= segment.low && e < segment.high) add_lane(e, vec);
       }
     }
     if (kChains && ++length_ == kChain) flush();
@@ -77,6 +72,18 @@ class Accumulator {
   double second[kP];
 
  private:
+  __device__ __forceinline__ void add_lane(int e, const Vec<scalar_t> (&vec)[2]) {
+    acc_t in[2] = {};
+    if (Reduce::kReadsInput) in[0] = static_cast<acc_t>(widen(vec[0].lane[e]));
+    if (Reduce::kReadsGrad) in[1] = static_cast<acc_t>(widen(vec[1].lane[e]));
+    const int p = kP == 1 ? 0 : e;
+    if constexpr (kChains) {
+      Reduce::add(chain_first_[e], chain_second_[e], in, shift_[p]);
+    } else {
+      Reduce::add(first[p], second[p], in, shift_[p]);
+    }
+  }
+
   acc_t shift_[kP];
   float chain_first_[kChains ? kN : 1] = {};
   float chain_second_[kChains ? kN : 1] = {};
@@ -143,17 +150,22 @@ __device__ __forceinline__ void merge_columns(const Plan& plan, double (&first)[
     }
   }
   __syncthreads();
-  // A channel's columns: runs of columns_per_channel, one for each time the channels repeat in a folded row.
+  // A channel's columns: runs of columns_per_channel, one for each time the channels repeat in a folded row. As many
+  // threads as it has columns, up to a warp, add them up.
   const int run = static_cast<int>(plan.columns_per_channel);
-  const int width = static_cast<int>(plan.tile_width);
-  for (int i = t; i < 2 * plan.tile_channels; i += plan.threads) {
-    const int channel = i % plan.tile_channels;
-    const double* sums = merge + i / plan.tile_channels * columns;
+  const int each = static_cast<int>(plan.tile_width) / plan.tile_channels;
+  int lanes = 1;
+  while (2 * lanes <= each && lanes < 32) lanes *= 2;
+  const int at_once = plan.threads / lanes;
+  for (int begin = 0; begin < 2 * plan.tile_channels; begin += at_once) {
+    const int i = begin + t / lanes;
     double sum = 0.0;
-    for (int begin = channel * run; begin < width; begin += plan.tile_channels * run) {
-      for (int j = begin; j < begin + run; ++j) sum += sums[j];
+    if (i < 2 * plan.tile_channels) {
+      const double* sums = merge + i / plan.tile_channels * columns + i % plan.tile_channels * run;
+      for (int j = t % lanes; j < each; j += lanes) sum += sums[j / run * plan.tile_channels * run + j % run];
     }
-    own[i] = sum;
+    for (int distance = lanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    if (t % lanes == 0 && i < 2 * plan.tile_channels) own[i] = sum;
   }
 }
 

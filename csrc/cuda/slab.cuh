@@ -16,6 +16,14 @@ struct Tensors {
   void* out;          // null: there is nothing to map
 };
 
+// Of this thread's groups of copies, all but the last kGroups have landed.
+template <int kGroups>
+__device__ __forceinline__ void wait_prior() {
+  __pipeline_wait_prior(kGroups);
+  // No barrier follows, since no other thread looks: the compiler must not read a slot before the wait all the same.
+  asm volatile("" ::: "memory");
+}
+
 template <typename scalar_t, bool kInput, bool kGrad>
 class Slab {
  public:
@@ -24,13 +32,13 @@ class Slab {
   __device__ __forceinline__ Slab(const Plan& plan, const Tensors& tensors, unsigned char* slots)
       : tensors_(tensors), slots_(slots + threadIdx.x * kVectorBytes), stride_(plan.threads * kVectorBytes) {}
 
-  // Begins to fill slot k; it may be read after commit() and a wait.
+  // Begins to fill slot k; it may be read when the copy has been committed and waited for.
   __device__ __forceinline__ void request(int k, const Segment& segment) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (!reads(i)) continue;
       const auto* data = static_cast<const scalar_t*>(tensors_.in[i]);
-      if (is_whole<scalar_t>(segment)) {
+      if (segment.whole) {
         __pipeline_memcpy_async(slot(k, i), data + segment.offset, kVectorBytes);
       } else {
         *slot(k, i) = as_word(load_lanes(data, segment));
@@ -41,7 +49,10 @@ class Slab {
   __device__ __forceinline__ void read(int k, Vec<scalar_t> (&vec)[2]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (reads(i)) vec[i] = as_vec<scalar_t>(*slot(k, i));
+      if (!reads(i)) continue;
+      // Component by component: a whole-struct copy is taken apart into loads of single bytes.
+      const uint4* word = slot(k, i);
+      vec[i] = as_vec<scalar_t>(make_uint4(word->x, word->y, word->z, word->w));
     }
   }
 
@@ -61,7 +72,7 @@ class Slab {
     int slot = first;
 #pragma unroll 1
     for (std::int64_t k = 0; k < count; ++k) {
-      __pipeline_wait_prior(kRingSlots - 1);
+      wait_prior<kRingSlots - 1>();
       Vec<scalar_t> vec[2];
       read(slot, vec);
       visit(walk.segment(), vec);
@@ -73,7 +84,6 @@ class Slab {
       step(walk);
       slot = slot + 1 == first + kRingSlots ? first : slot + 1;
     }
-    __pipeline_wait_prior(0);
   }
 
  private:
@@ -89,15 +99,16 @@ class Slab {
   int stride_;
 };
 
-// Waits until at most kLoadStages - 1 - stage of the groups of copies last committed are on their way.
+// Waits until what has been read is there, but for the groups of copies committed last, as many as the stages after
+// this one.
 __device__ __forceinline__ void wait_for_stage(int stage) {
+  static_assert(kLoadStages == 4);
   switch (stage) {
-    case 0: __pipeline_wait_prior(kLoadStages - 1); return;
-    case 1: __pipeline_wait_prior(kLoadStages - 2); return;
-    case 2: __pipeline_wait_prior(kLoadStages - 3); return;
-    default: __pipeline_wait_prior(0); return;
+    case 0: wait_prior<3>(); return;
+    case 1: wait_prior<2>(); return;
+    case 2: wait_prior<1>(); return;
+    default: wait_prior<0>(); return;
   }
 }
-static_assert(kLoadStages == 4);
 
 }  // namespace bnext::cuda

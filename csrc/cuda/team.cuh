@@ -40,15 +40,18 @@ __device__ __forceinline__ void grid_team_barrier(unsigned* counter, unsigned te
 __device__ __forceinline__ void cluster_barrier() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   cooperative_groups::this_cluster().sync();
+#else
+  __trap();
 #endif
 }
 
-// The `values` doubles at `own`, of the cluster's block `rank`.
+// What lies at `own` in the cluster's block `rank`.
 __device__ __forceinline__ const double* of_cluster_block(double* own, int rank) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   return cooperative_groups::this_cluster().map_shared_rank(own, rank);
 #else
   (void)rank;
+  __trap();
   return own;
 #endif
 }
@@ -74,8 +77,15 @@ __device__ __forceinline__ const double* exchange(const Plan& plan, TeamMember& 
   if (plan.team == Team::kCluster) {
     cluster_barrier();
     for (int i = t; i < values; i += threads) {
+      // All are asked for before the first is needed: each takes its time.
+      double part[kMaxCluster];
+#pragma unroll
+      for (int rank = 0; rank < kMaxCluster; ++rank) {
+        part[rank] = rank < plan.team_blocks ? of_cluster_block(own, rank)[i] : 0.0;
+      }
       double sum = 0.0;
-      for (int rank = 0; rank < plan.team_blocks; ++rank) sum += of_cluster_block(own, rank)[i];
+#pragma unroll
+      for (int rank = 0; rank < kMaxCluster; ++rank) sum += part[rank];
       total[i] = sum;
     }
     ++member.round;
@@ -88,7 +98,8 @@ __device__ __forceinline__ const double* exchange(const Plan& plan, TeamMember& 
   grid_team_barrier(member.counter, static_cast<unsigned>(plan.team_blocks), member.round);
   ++member.round;
   // Several threads share a value where there are enough of them. Read from L2: L1 may hold an older round.
-  const int shares = values < threads ? threads / values : 1;
+  const int most = values < threads ? threads / values : 1;
+  const int shares = most < plan.team_blocks ? most : plan.team_blocks;
   for (int i = t; i < shares * values; i += threads) {
     double sum = 0.0;
     for (int block = i / values; block < plan.team_blocks; block += shares) {

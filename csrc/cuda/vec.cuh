@@ -34,51 +34,41 @@ __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ double widen(double value) { return value; }
 __device__ __forceinline__ float widen(BFloat16 value) { return to_float(value); }
 
-template <typename scalar_t>
-__device__ __forceinline__ scalar_t narrow(double value) {
-  return static_cast<scalar_t>(value);
-}
-
 // One instruction each on the device, with the roundings of common/half.h.
 #if defined(__CUDACC__)
 __device__ __forceinline__ float widen(Half value) { return __half2float(__ushort_as_half(value.bits)); }
-template <>
-__device__ __forceinline__ Half narrow<Half>(double value) {
-  return {__half_as_ushort(__float2half_rn(static_cast<float>(value)))};
+__device__ __forceinline__ void narrow(float value, Half& result) {
+  result.bits = __half_as_ushort(__float2half_rn(value));
 }
-template <>
-__device__ __forceinline__ BFloat16 narrow<BFloat16>(double value) {
-  return {__bfloat16_as_ushort(__float2bfloat16_rn(static_cast<float>(value)))};
+__device__ __forceinline__ void narrow(float value, BFloat16& result) {
+  result.bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
 }
 #else
 __device__ __forceinline__ float widen(Half value) { return to_float(value); }
-template <>
-__device__ __forceinline__ Half narrow<Half>(double value) {
-  return to_half(static_cast<float>(value));
-}
-template <>
-__device__ __forceinline__ BFloat16 narrow<BFloat16>(double value) {
-  return to_bfloat16(static_cast<float>(value));
-}
+__device__ __forceinline__ void narrow(float value, Half& result) { result = to_half(value); }
+__device__ __forceinline__ void narrow(float value, BFloat16& result) { result = to_bfloat16(value); }
 #endif
+__device__ __forceinline__ void narrow(float value, float& result) { result = value; }
+__device__ __forceinline__ void narrow(double value, double& result) { result = value; }
+// float64 stands in where float32 is too narrow; what does not fit is rounded twice.
+template <typename scalar_t>
+__device__ __forceinline__ void narrow(double value, scalar_t& result) {
+  narrow(static_cast<float>(value), result);
+}
 
 template <typename scalar_t>
 struct alignas(kVectorBytes) Vec {
   scalar_t lane[kLanes<scalar_t>];
 };
 
-// Which lanes of the vector at element `offset` belong to the tile: [low, high).
+// Which lanes of the vector at element `offset` belong to the tile: [low, high). `whole`: all of them, and the vector
+// can be moved as one word.
 struct Segment {
   std::int64_t offset;
   int low;
   int high;
+  bool whole;
 };
-
-// The vector can be moved as a whole.
-template <typename scalar_t>
-__device__ __forceinline__ bool is_whole(const Segment& segment) {
-  return segment.low == 0 && segment.high == kLanes<scalar_t> && segment.offset % kLanes<scalar_t> == 0;
-}
 
 template <typename scalar_t>
 __device__ __forceinline__ Vec<scalar_t> as_vec(const uint4& word) {
@@ -108,7 +98,7 @@ __device__ __forceinline__ Vec<scalar_t> load_lanes(const scalar_t* data, const 
 // Outputs are written once and not read again here: they should not push what will be read out of L2.
 template <typename scalar_t>
 __device__ __forceinline__ void store_vec(scalar_t* data, const Segment& segment, const Vec<scalar_t>& vec) {
-  if (is_whole<scalar_t>(segment)) {
+  if (segment.whole) {
     __stcs(reinterpret_cast<uint4*>(data + segment.offset), as_word(vec));
     return;
   }

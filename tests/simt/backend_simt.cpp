@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <string>
 
 #include "../../csrc/backend.h"
@@ -21,6 +22,7 @@ cuda::Plan last_plan;
 // Plans are made as if the device had no more than this, so that small tensors take the ways of large ones.
 int shared_cap;
 int cluster_cap;
+int grid_cap;
 
 std::size_t channel_bytes(std::int64_t C, DType dtype) { return static_cast<std::size_t>(C * element_size(dtype)); }
 
@@ -132,6 +134,7 @@ class SimtBackend final : public Backend {
     TORCH_CHECK(cuda::current_limits(&limits) == cudaSuccess);
     limits.shared_per_block = std::min(limits.shared_per_block, shared_cap);
     limits.max_cluster = std::min(limits.max_cluster, cluster_cap);
+    limits.max_grid = std::min(limits.max_grid, grid_cap);
     last_plan = cuda::plan_for(problem, args, limits);
     // Doubles, for their alignment.
     std::vector<double> workspace(static_cast<std::size_t>(last_plan.workspace_bytes + 7) / 8, -1.0);
@@ -164,6 +167,7 @@ Facts facts_of(const cuda::Plan& plan) {
   facts.insert("threads_y", plan.threads_y);
   facts.insert("threads", plan.threads);
   facts.insert("parts", plan.parts);
+  facts.insert("whole", plan.whole);
   facts.insert("kept", plan.kept);
   facts.insert("ring", plan.ring);
   facts.insert("shared_bytes", plan.shared.bytes);
@@ -180,18 +184,23 @@ Facts plan(std::int64_t N, std::int64_t C, std::int64_t HW, bool channels_last, 
   for (int i = 0; i < kDTypes; ++i) {
     if (types[i] == dtype) problem.dtype = dtypes[i];
   }
-  const cuda::DeviceLimits limits{static_cast<int>(sms), static_cast<int>(shared_per_block),
-                                  static_cast<int>(shared_per_block + 1024), 1024, static_cast<int>(max_cluster)};
+  const cuda::DeviceLimits limits{static_cast<int>(sms),
+                                  static_cast<int>(shared_per_block),
+                                  static_cast<int>(shared_per_block + 1024),
+                                  1024,
+                                  static_cast<int>(max_cluster),
+                                  std::numeric_limits<int>::max()};
   return facts_of(cuda::make_plan(problem, static_cast<int>(inputs), reduces, limits));
 }
 
-void configure(std::int64_t sms, std::int64_t shared_per_block, std::int64_t max_cluster, std::int64_t seed,
-               bool check) {
+void configure(std::int64_t sms, std::int64_t shared_per_block, std::int64_t max_cluster, std::int64_t max_grid,
+               std::int64_t seed, bool check) {
   simt::DeviceLimits limits;
   limits.sms = static_cast<int>(sms);
   simt::set_device(limits);
   shared_cap = static_cast<int>(shared_per_block);
   cluster_cap = static_cast<int>(max_cluster);
+  grid_cap = static_cast<int>(max_grid);
   simt::set_options({static_cast<std::uint64_t>(seed), check});
   Buffers::checking = check;
 }
@@ -227,7 +236,8 @@ TORCH_LIBRARY(bnext_simt, m) {
       "batch_norm_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor save_stats, bool training, "
       "float eps, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
       &bnext::batch_norm_backward);
-  m.def("configure(int sms, int shared_per_block, int max_cluster, int seed, bool check) -> ()", &bnext::configure);
+  m.def("configure(int sms, int shared_per_block, int max_cluster, int max_grid, int seed, bool check) -> ()",
+        &bnext::configure);
   m.def(
       "plan(int N, int C, int HW, bool channels_last, ScalarType dtype, int inputs, bool reduces, int sms, "
       "int shared_per_block, int max_cluster) -> Dict(str, int)",

@@ -28,6 +28,7 @@ class Limits(NamedTuple):
     sms: int = 4
     shared_per_block: int = 227 * 1024
     max_cluster: int = 8
+    max_grid: int = 2**31 - 1
 
 
 @functools.cache

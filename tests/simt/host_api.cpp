@@ -1,6 +1,7 @@
 // The CUDA runtime's host API: what a launcher asks of the device, and what a launch may ask for.
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <unordered_map>
 #include <utility>
 
@@ -195,6 +196,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = limits.threads_per_sm; break;
     case cudaDevAttrComputeCapabilityMajor: *value = limits.cc_major; break;
     case cudaDevAttrComputeCapabilityMinor: *value = limits.cc_minor; break;
+    case cudaDevAttrMaxGridDimX: *value = std::numeric_limits<int>::max(); break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = limits.shared_per_sm; break;
     case cudaDevAttrCooperativeLaunch: *value = 1; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = limits.shared_per_block; break;
