@@ -38,8 +38,9 @@ def batch_norm(
 
     Each of the length-C tensors is of the input's dtype or float32, in any mix. Statistics are computed in at
     least float32 with sums in float64, and the mean carries more bits than the input, so data with a large offset
-    keeps its accuracy. The result has the input's dtype and memory format, the same bits for any number of
-    threads, and derivatives of every order in reverse and forward mode.
+    keeps its accuracy. Every finite input is in range, on the CPU and on CUDA: sums that overflow float32 are taken
+    again in float64. The result has the input's dtype and memory format, the same bits for any number of threads,
+    and derivatives of every order in reverse and forward mode.
 
     Returns:
         A tensor of the input's shape.

@@ -11,8 +11,9 @@ namespace {
 constexpr std::int64_t kSectorBytes = 32;            // less of a row is wasted bandwidth
 constexpr std::int64_t kLineBytes = 128;             // more of a row gains nothing
 constexpr std::int64_t kSmallTensorBytes = 8 << 20;  // L2 brings the sectors of a line together
-constexpr std::int64_t kMinItems = 4;  // vectors a thread should have before a tile is shared by more blocks
-constexpr std::int64_t kMapItems = 8;  // the same where the blocks of a tile need not wait for each other
+constexpr std::int64_t kMinItems = 4;        // vectors a thread should have before a tile is shared by more blocks
+constexpr std::int64_t kMapItems = 8;        // the same where the blocks of a tile need not wait for each other
+constexpr std::int64_t kMaxExtraParts = 32;  // tried, to cut rows evenly
 constexpr std::int64_t kMaxFoldedRowBytes = 2048;  // a tile of all channels: their sums have to fit beside the slots
 
 constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -96,10 +97,11 @@ void choose_threads(Plan& plan, const Problem& problem) {
   if (plan.tile == Tile::kChannel && (plan.row_width % V != 0 || plan.tile_width % V != 0)) {
     vectors = divide_up(plan.tile_width + V - 1, V);
   }
-  // A few steps more if they make all of them equally long.
+  // A few steps more if they make all of them equally long, so that no thread stands beyond the end of a row.
   const std::int64_t fewest = divide_up(vectors, kMaxThreads);
+  const std::int64_t most = std::min(2 * fewest, fewest + kMaxExtraParts);
   plan.parts = fewest;
-  while (vectors % plan.parts != 0 && plan.parts < 2 * fewest) ++plan.parts;
+  while (vectors % plan.parts != 0 && plan.parts < most) ++plan.parts;
   if (vectors % plan.parts != 0) plan.parts = fewest;
   const std::int64_t x = divide_up(vectors, plan.parts);
   const std::int64_t y = std::min<std::int64_t>(kMaxThreads / x, plan.rows * plan.parts);

@@ -28,11 +28,11 @@ from simt.build import BUILD, ROOT, build
 
 KERNELS = ROOT / "csrc" / "cuda"
 # What the mutants have to survive: one dtype on every way through the kernels.
-TESTS = ("tests/test_cuda_kernels.py", "-k", "(every_way and bfloat16) or cannot_hold or order")
+TESTS = ("tests/test_cuda_kernels.py", "-k", "(every_way and bfloat16) or cannot_hold or several")
 
 # (what a line holds, what takes its place): the rules of mutation. None deletes the statement.
 RULES: tuple[tuple[str, str], ...] = (
-    (r"^\s*__syncthreads\(\);", ""),
+    (r"^\s*(if constexpr .*)?__syncthreads\(\);", ""),
     (r"__syncthreads_or\((.*?)\) != 0", r"(\1) != 0"),
     (r"^\s*cluster_barrier\(\);", ""),
     (r"if \(plan\.team == Team::kCluster\) cluster_barrier\(\);", ""),
@@ -40,14 +40,10 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"bnext_add_release\(counter, 1\)", "atomicAdd(counter, 1u)"),
     (r"bnext_load_acquire\(counter\)", "*static_cast<const volatile unsigned*>(counter)"),
     (r"if \(kWaits\) wait_for_stage\(stage\);", ""),
-    (r"__pipeline_wait_prior\(kRingSlots - 1\);", ""),
-    (r"__pipeline_wait_prior\(kRingSlots - 1\);", "__pipeline_wait_prior(kRingSlots);"),
-    (r"^\s*__pipeline_wait_prior\(0\);", ""),
-    (
-        r"case (\d): __pipeline_wait_prior\(kLoadStages - (\d)\);",
-        r"case \1: __pipeline_wait_prior(kLoadStages - \2 + 1);",
-    ),
-    (r"default: __pipeline_wait_prior\(0\);", "default: __pipeline_wait_prior(1);"),
+    (r"^\s*wait_prior<kRingSlots - 1>\(\);", ""),
+    (r"wait_prior<kRingSlots - 1>\(\);", "wait_prior<kRingSlots>();"),
+    (r"(case|default)(.*)wait_prior<(\d)>\(\);", r"\1\2wait_prior<\3 + 1>();"),
+    (r"^\s*__pipeline_wait_prior\(kGroups\);", ""),
     (r"^\s*__pipeline_commit\(\);", ""),
     (r"& 1\) \* values", "& 0) * values"),
     (r"\{member\.round & 1\}", "{member.round & 0}"),
