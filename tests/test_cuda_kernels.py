@@ -133,9 +133,8 @@ def test_the_ways_lead_everywhere() -> None:
     assert wanted - seen == set()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
 @pytest.mark.parametrize(("path", "case"), WAYS)
-def test_a_channel_float32_cannot_hold(path: Path, case: Case, dtype: torch.dtype, kernel_device: str) -> None:
+def test_a_channel_float32_cannot_hold(path: Path, case: Case, kernel_device: str) -> None:
     # Its squares overflow: the team adds it up again in float64, and its neighbours keep the sums they have.
     with planned_for(path.limits, kernel_device) as device:
         values, g = make_input(*case, torch.float32, device), make_grad(*case, torch.float32, device)
@@ -143,11 +142,11 @@ def test_a_channel_float32_cannot_hold(path: Path, case: Case, dtype: torch.dtyp
         params = make_parameters(case.shape[1], device=device)
         large = values.clone(memory_format=torch.preserve_format)
         large[:, 1] *= 1e19  # a variance that running_var still holds
-        check_forward(large.to(dtype), params, training=True)
+        check_forward(large, params, training=True)
         # Backward it is the products with the gradient that overflow.
         values[:, 1] *= 1e30
         g[:, 1] *= 1e9
-        check_backward(values.to(dtype), g.to(dtype), params, training=True)
+        check_backward(values, g, params, training=True)
 
 
 @pytest.mark.parametrize(("path", "case"), WAYS)

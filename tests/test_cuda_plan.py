@@ -89,7 +89,7 @@ def test_plans_are_sound(last: bool, dtype: torch.dtype, gpu: Device) -> None:
 def test_any_number_of_channels_has_a_plan(dtype: torch.dtype, gpu: Device) -> None:
     # Each has a way of its own to fill vectors, and its sums and coefficients take shared memory.
     for channels in range(1, 1100):
-        for shape, last in (((64, channels, 49), True), ((64, channels, 49), False), ((64, channels, 3), False)):
+        for shape, last in (((64, channels, 49), True), ((64, channels, 3), False)):
             for inputs in (1, 2):
                 assert_sound(make_plan(shape, last, dtype, inputs, True, gpu), shape, dtype, gpu)
 

@@ -25,15 +25,10 @@ def test_the_emulator_finds_what_is_wrong_and_nothing_else(seed: int) -> None:
     assert len(verdicts) >= 100
 
 
-# `make mutants` tries them all. Here one of each kind that only a checker can notice: a release that orders nothing,
-# copies that are not waited for, a barrier between threads that rarely meet.
-SAMPLE = ("bnext_add_release(counter, 1)", "if (kWaits) wait_for_stage(stage)")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("statement", SAMPLE)
-def test_a_missing_synchronisation_is_noticed(statement: str) -> None:
-    (mutant,) = [mutant for mutant in all_mutants() if statement in mutant.before]
+def test_a_missing_synchronisation_is_noticed() -> None:
+    # `make mutants` tries them all. This one only a checker can notice: the counter's release orders nothing.
+    (mutant,) = [mutant for mutant in all_mutants() if "bnext_add_release(counter, 1)" in mutant.before]
     build()
     with tempfile.TemporaryDirectory() as folder:
         assert not survives(compiled(mutant, Path(folder))), mutant
