@@ -1,6 +1,6 @@
 """Proof that the checked emulation bites: take each synchronisation out of the kernels, and expect the tests to fail.
 
-    python tests/simt/mutants.py              all mutants, some 15 seconds each; exit status 1 if one survives
+    python tests/simt/mutants.py              all mutants, 16 to 75 seconds each; exit status 1 if one survives
     python tests/simt/mutants.py --list       their names
     python tests/simt/mutants.py NAME...      these
 
