@@ -4,8 +4,8 @@
 
 Rules: the compiler warns of nothing; no kernel spills registers or has a stack frame; the machine code of each kernel
 that handles elements moves them by 128-bit loads and stores, takes no vector in shared memory apart, and never touches
-local memory. The tensor-level file is
-compiled too, against whatever torch is there. Without nvcc it says so and checks nothing.
+local memory. The tensor-level file is compiled too, against whatever torch is there. Without nvcc it says so and
+checks nothing.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def count(pattern: str, sass: str | None) -> int:
 def compile_one(nvcc: str, disassembler: str | None, source: Path, architecture: str, folder: Path) -> list[Kernel]:
     cubin = folder / f"{source.stem}-{architecture}.cubin"
     flags = [
-        "-std=c++20",
+        "-std=c++17",  # the oldest standard that a supported torch may ask for
         "-O3",
         f"-arch=sm_{architecture}",
         "-cubin",

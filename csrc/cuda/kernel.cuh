@@ -68,20 +68,19 @@ class BlockTask {
         slab_(args.plan, args.tensors, shared.slab) {}
 
   __device__ __forceinline__ void run() {
-    Walk<scalar_t, kTile> walk(plan_, span_, member_.rank);
+    const Walk<scalar_t, kTile> walk(plan_, span_, member_.rank);
     const std::int64_t items = walk.items();
     const int kept = items < plan_.kept ? static_cast<int>(items) : plan_.kept;
     Verdict verdict;
     if constexpr (kReduces) {
-      const Walk<scalar_t, kTile> start = walk;
       // The samples are asked for first: behind all the rest they would arrive last.
       const Acc sample = load_sample(0);
       request_kept(walk, kept);
       choose_shift(sample);
-      verdict = finish(team_sums<Acc, /*kWaits=*/true>(start, items, kept), /*again=*/false);
+      verdict = finish(team_sums<Acc, /*kWaits=*/true>(walk, items, kept), /*again=*/false);
       if (verdict.doubtful) {
         const bool wide = verdict.wide;
-        verdict = finish(team_sums<double, /*kWaits=*/false>(start, items, kept), /*again=*/true);
+        verdict = finish(team_sums<double, /*kWaits=*/false>(walk, items, kept), /*again=*/true);
         verdict.wide |= wide;
       }
     } else {
@@ -268,8 +267,7 @@ class BlockTask {
 #pragma unroll
     for (int e = 0; e < kN; ++e) {
       acc_t in[2] = {};
-      if (Map::kReadsInput) in[0] = static_cast<acc_t>(widen(vec[0].lane[e]));
-      if (Map::kReadsGrad) in[1] = static_cast<acc_t>(widen(vec[1].lane[e]));
+      widen_lane<Map>(vec, e, in);
       acc_t c[kMaxCoefficients] = {};
 #pragma unroll
       for (int j = 0; j < Map::kCoefficients; ++j) c[j] = coefficients(e, j);

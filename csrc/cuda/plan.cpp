@@ -211,11 +211,9 @@ void choose_team(Plan& plan, const DeviceLimits& limits) {
     cluster = true;
   }
   plan.team = blocks == 1 ? Team::kBlock : cluster ? Team::kCluster : Team::kGrid;
+  if (plan.team == Team::kCluster) blocks = power_of_two_from(blocks);
   std::int64_t teams = limits.max_grid / blocks;
-  if (plan.team == Team::kCluster) {
-    blocks = power_of_two_from(blocks);
-    teams = limits.max_grid / blocks;
-  } else if (plan.team == Team::kGrid) {
+  if (plan.team == Team::kGrid) {
     teams = balanced_teams(plan, std::min(blocks, resident), resident);
     blocks = resident / teams;
   }

@@ -74,8 +74,7 @@ class Accumulator {
  private:
   __device__ __forceinline__ void add_lane(int e, const Vec<scalar_t> (&vec)[2]) {
     acc_t in[2] = {};
-    if (Reduce::kReadsInput) in[0] = static_cast<acc_t>(widen(vec[0].lane[e]));
-    if (Reduce::kReadsGrad) in[1] = static_cast<acc_t>(widen(vec[1].lane[e]));
+    widen_lane<Reduce>(vec, e, in);
     const int p = kP == 1 ? 0 : e;
     if constexpr (kChains) {
       Reduce::add(chain_first_[e], chain_second_[e], in, shift_[p]);

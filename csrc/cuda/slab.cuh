@@ -1,4 +1,4 @@
-// Where a thread's vectors come from: its slots in shared memory, filled by asynchronous copies, or global memory.
+// Where a thread's vectors come from: its slots in shared memory, filled by asynchronous copies.
 //
 // A slot belongs to one thread, which fills it and reads it: waiting for its own copies is all the synchronisation
 // there is.

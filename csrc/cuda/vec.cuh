@@ -61,6 +61,13 @@ struct alignas(kVectorBytes) Vec {
   scalar_t lane[kLanes<scalar_t>];
 };
 
+// What the functor reads of lane e: in[0] of the input, in[1] of the incoming gradient.
+template <typename Functor, typename scalar_t, typename acc_t>
+__device__ __forceinline__ void widen_lane(const Vec<scalar_t> (&vec)[2], int e, acc_t (&in)[2]) {
+  if (Functor::kReadsInput) in[0] = static_cast<acc_t>(widen(vec[0].lane[e]));
+  if (Functor::kReadsGrad) in[1] = static_cast<acc_t>(widen(vec[1].lane[e]));
+}
+
 // Which lanes of the vector at element `offset` belong to the tile: [low, high). `whole`: all of them, and the vector
 // can be moved as one word.
 struct Segment {
