@@ -1,10 +1,15 @@
-"""Batch normalisation as a function: ``torch.nn.functional.batch_norm``, fused."""
+"""Batch normalisation as functions: ``torch.nn.functional.batch_norm``, and the same with what often follows it."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from bnext import ops
+from bnext import activations, ops
+from bnext.activations import Act
+
+# What follows the normalisation: the residual, and the activation's name and slope; or nothing.
+Epilogue = tuple[Tensor | None, str, float] | tuple[()]
+PLAIN: Epilogue = ()
 
 
 def batch_norm(
@@ -56,10 +61,82 @@ def batch_norm(
     Covariate Shift", 2015, https://arxiv.org/abs/1502.03167.
     """
     if training:
-        output: Tensor
-        output, _ = ops.batch_norm_train(input, weight, bias, running_mean, running_var, None, momentum, eps)
-        return output
+        return train_batch_norm(input, running_mean, running_var, None, weight, bias, momentum, eps)
     return eval_batch_norm(input, running_mean, running_var, weight, bias, eps)
+
+
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    act: Act = "relu",
+) -> Tensor:
+    r"""Normalise each channel, add a residual and apply an activation, in one pass forward and one backward.
+
+    .. math::
+        y = \mathrm{act}\left(\gamma\,\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + r\right)
+
+    Nothing is rounded to the input's dtype before the result. Backward computes the pre-activation again from the
+    input, or has what follows beside the input, so the graph holds, besides per-channel vectors and the input:
+
+    ========================  ===================  ======================================================
+    activation                without residual     with residual
+    ========================  ===================  ======================================================
+    identity                  nothing              nothing
+    relu, leaky_relu          nothing              a bit an element (CUDA: a byte for every 16 bytes)
+    silu, gelu, hardswish     nothing              the residual
+    ========================  ===================  ======================================================
+
+    In evaluation with frozen weight, relu and leaky_relu hold the bits and no input.
+
+    Args:
+        input, running_mean, running_var, weight, bias, training, momentum, eps: as in :func:`batch_norm`.
+        residual: of the input's shape, dtype and device, any strides; None: 0.
+        act: ``"identity"``, ``"relu"``, ``"leaky_relu"`` (slope 0.01) or ``("leaky_relu", slope)``, ``"silu"``,
+            ``"gelu"`` (the exact one, by erf), ``"hardswish"``; None: the identity. At the kink of relu and leaky_relu
+            the derivative is the negative side's.
+
+    Returns:
+        A tensor of the input's shape.
+
+    Raises:
+        ValueError: act is none of the above, or the residual has another shape.
+        TypeError: the residual has another dtype, or is no tensor.
+        RuntimeError: the residual is on another device. And what :func:`batch_norm` raises.
+        Nothing is read or written before the arguments are found good.
+    """
+    epilogue = (residual, *activations.parse(act))
+    if training:
+        return train_batch_norm(input, running_mean, running_var, None, weight, bias, momentum, eps, epilogue)
+    return eval_batch_norm(input, running_mean, running_var, weight, bias, eps, epilogue)
+
+
+def train_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    epilogue: Epilogue = PLAIN,
+) -> Tensor:
+    """:func:`batch_norm` or :func:`batch_norm_act` in training, which also counts the batch.
+
+    ``momentum=None`` is the cumulative average of the batches counted, its factor computed on the device.
+    """
+    output: Tensor
+    output, _, _ = ops.batch_norm_train(
+        input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, *epilogue
+    )
+    return output
 
 
 def eval_batch_norm(
@@ -69,11 +146,12 @@ def eval_batch_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    epilogue: Epilogue = PLAIN,
 ) -> Tensor:
-    """:func:`batch_norm` in evaluation."""
+    """:func:`batch_norm` or :func:`batch_norm_act` in evaluation."""
     if running_mean is None or running_var is None:
         missing = "running_mean" if running_mean is None else "running_var"
         raise RuntimeError(f"{missing} must be defined in evaluation mode, but got None")
     output: Tensor
-    output, _ = ops.batch_norm_eval(input, weight, bias, running_mean, running_var, eps)
+    output, _, _ = ops.batch_norm_eval(input, weight, bias, running_mean, running_var, eps, *epilogue)
     return output

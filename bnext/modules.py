@@ -6,22 +6,23 @@ checkpoint of one loads into the other, and ``isinstance(layer, torch.nn.BatchNo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from bnext import functional, ops
+from bnext import activations, functional
+from bnext.activations import Act
+from bnext.functional import PLAIN, Epilogue
+
+_UNSET = object()
 
 
-def _forward(self: torch.nn.modules.batchnorm._BatchNorm, input: Tensor) -> Tensor:
-    """Normalise ``input``; see :func:`bnext.functional.batch_norm`.
-
-    In training the running statistics and ``num_batches_tracked`` are updated in the same operator, once every
-    argument has been checked. ``momentum=None`` is the cumulative average, its factor computed on the device.
-    """
+def _normalize(self: torch.nn.modules.batchnorm._BatchNorm, input: Tensor, epilogue: Epilogue = PLAIN) -> Tensor:
     self._check_input_dim(input)
     running_mean, running_var = self.running_mean, self.running_var
     if not self.training and (running_mean is not None or running_var is not None):
-        return functional.eval_batch_norm(input, running_mean, running_var, self.weight, self.bias, self.eps)
+        return functional.eval_batch_norm(input, running_mean, running_var, self.weight, self.bias, self.eps, epilogue)
     counter = None
     momentum = self.momentum
     if not (self.training and self.track_running_stats):
@@ -30,11 +31,18 @@ def _forward(self: torch.nn.modules.batchnorm._BatchNorm, input: Tensor) -> Tens
         counter = self.num_batches_tracked
         if counter is None and momentum is None:
             momentum = 0.0  # nothing to average over: torch keeps the running statistics as they are
-    output: Tensor
-    output, _ = ops.batch_norm_train(
-        input, self.weight, self.bias, running_mean, running_var, counter, momentum, self.eps
+    return functional.train_batch_norm(
+        input, running_mean, running_var, counter, self.weight, self.bias, momentum, self.eps, epilogue
     )
-    return output
+
+
+def _forward(self: torch.nn.modules.batchnorm._BatchNorm, input: Tensor) -> Tensor:
+    """Normalise ``input``; see :func:`bnext.functional.batch_norm`.
+
+    In training the running statistics and ``num_batches_tracked`` are updated in the same operator, once every
+    argument has been checked. ``momentum=None`` is the cumulative average, its factor computed on the device.
+    """
+    return _normalize(self, input)
 
 
 class BatchNorm1d(torch.nn.BatchNorm1d):
@@ -77,3 +85,81 @@ class LazyBatchNorm3d(torch.nn.LazyBatchNorm3d):
 
     cls_to_become = BatchNorm3d
     forward = _forward
+
+
+class _BatchNormAct(torch.nn.modules.batchnorm._BatchNorm):
+    """act(batch_norm(input) + residual): what the three ranks share."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        act: Act = "relu",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        apply_act: bool = True,
+        act_layer: Any = _UNSET,
+        act_kwargs: dict[str, Any] | None = None,
+        inplace: bool = True,
+        drop_layer: None = None,
+    ) -> None:
+        if drop_layer is not None:
+            raise ValueError(f"expected drop_layer to be None, since no dropout is fused, but got {drop_layer!r}")
+        if act_layer is not _UNSET:
+            act = activations.of_layer(act_layer, act_kwargs)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.act = act if apply_act else None
+
+    @property
+    def act(self) -> Act:
+        """The activation, as the constructor takes it; may be set."""
+        act: Act = self.__dict__["_act"]
+        return act
+
+    @act.setter
+    def act(self, act: Act) -> None:
+        self.__dict__["_activation"] = activations.parse(act)
+        self.__dict__["_act"] = act
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, act={self._activation}"
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """act(batch_norm(input) + residual); see :func:`bnext.functional.batch_norm_act`."""
+        return _normalize(self, input, (residual, *self._activation))
+
+
+_ACT_DOC = """act(batch_norm(input) + residual) in one operator; see :func:`bnext.functional.batch_norm_act`.
+
+    A :class:`{base}`, with its parameters, buffers and state_dict keys, that takes the place of
+    ``nn.Sequential({base}(C), nn.ReLU())``. ``forward(input, residual=None)``, both of shape {shape}.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as in :class:`{base}`.
+        act: ``"identity"``, ``"relu"``, ``"leaky_relu"`` or ``("leaky_relu", slope)``, ``"silu"``, ``"gelu"``,
+            ``"hardswish"``, or None for the identity; the attribute ``act`` may be set later.
+        apply_act, act_layer, act_kwargs, inplace, drop_layer: how timm configures what it is given as ``norm_layer``.
+            ``apply_act=False`` is the identity; ``act_layer``, a class, a name or None, takes precedence over ``act``;
+            ``inplace`` changes nothing; ``drop_layer`` has to be None.
+
+    Raises:
+        ValueError: an unknown activation, or a ``drop_layer``.
+
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` takes it for a plain batch norm and drops the activation.
+    """
+
+
+class BatchNormAct1d(_BatchNormAct, BatchNorm1d):
+    __doc__ = _ACT_DOC.format(base="torch.nn.BatchNorm1d", shape="(N, C) or (N, C, L)")
+
+
+class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
+    __doc__ = _ACT_DOC.format(base="torch.nn.BatchNorm2d", shape="(N, C, H, W)")
+
+
+class BatchNormAct3d(_BatchNormAct, BatchNorm3d):
+    __doc__ = _ACT_DOC.format(base="torch.nn.BatchNorm3d", shape="(N, C, D, H, W)")

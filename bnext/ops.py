@@ -7,6 +7,7 @@ kernels (shapes and strides without data, for torch.compile and torch.export) an
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -36,6 +37,27 @@ def _empty_output(like: Tensor) -> Tensor:
     return torch.empty_like(like, memory_format=suggest_memory_format(like))
 
 
+def _empty_mask(input: Tensor, act: str, with_mask: bool) -> Tensor:
+    """As csrc/common/mask.h reserves it, without a branch on a size."""
+    if not with_mask:
+        return input.new_empty((0,), dtype=torch.uint8)
+    if act not in ("relu", "leaky_relu"):
+        raise ValueError("batch_norm: expected with_mask=False, since only relu and leaky_relu have a mask")
+    n, c, *spatial = input.shape
+    positions = math.prod(spatial)
+    planes = suggest_memory_format(input) == torch.contiguous_format and positions != 1
+    elements = positions if planes else c
+    lanes = 8 if input.device.type == "cpu" else 16 // input.element_size()
+    touched = (elements + lanes - 1) // lanes
+    row = (touched + touched - elements // lanes + 3) // 4 * 4
+    return input.new_empty((n, c, row) if planes else (n * positions, row), dtype=torch.uint8)
+
+
+def _fake_forward(input: Tensor, act: str, with_mask: bool) -> tuple[Tensor, Tensor, Tensor]:
+    save_stats = input.new_empty((2, input.shape[1]), dtype=torch.float64)
+    return _empty_output(input), save_stats, _empty_mask(input, act, with_mask)
+
+
 def _fake_train(
     input: Tensor,
     weight: Tensor | None,
@@ -45,7 +67,11 @@ def _fake_train(
     num_batches_tracked: Tensor | None,
     momentum: float | None,
     eps: float,
-) -> tuple[Tensor, Tensor]:
+    residual: Tensor | None = None,
+    act: str = "identity",
+    slope: float = 0.0,
+    with_mask: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_devices(
         "input",
         input,
@@ -54,8 +80,9 @@ def _fake_train(
         running_mean=running_mean,
         running_var=running_var,
         num_batches_tracked=num_batches_tracked,
+        residual=residual,
     )
-    return _empty_output(input), input.new_empty((2, input.shape[1]), dtype=torch.float64)
+    return _fake_forward(input, act, with_mask)
 
 
 def _fake_eval(
@@ -65,9 +92,21 @@ def _fake_eval(
     running_mean: Tensor,
     running_var: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    _check_devices("input", input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-    return _empty_output(input), input.new_empty((2, input.shape[1]), dtype=torch.float64)
+    residual: Tensor | None = None,
+    act: str = "identity",
+    slope: float = 0.0,
+    with_mask: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices(
+        "input",
+        input,
+        weight=weight,
+        bias=bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        residual=residual,
+    )
+    return _fake_forward(input, act, with_mask)
 
 
 def _fake_backward(
@@ -78,15 +117,40 @@ def _fake_backward(
     training: bool,
     eps: float,
     output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_devices("grad_output", grad_output, input=input, weight=weight, save_stats=save_stats)
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    act: str = "identity",
+    slope: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_devices(
+        "grad_output",
+        grad_output,
+        input=input,
+        weight=weight,
+        save_stats=save_stats,
+        bias=bias,
+        residual=residual,
+        mask=mask,
+    )
     like = grad_output if input is None else input
     sums = torch.float64 if like.dtype == torch.float64 else torch.float32
     channels = like.shape[1]
+    # A mask is tied to the forward call's memory format.
+    memory_format = suggest_memory_format(like)
+    if mask is not None:
+        planes = mask.dim() == 3 or like.dim() < 4
+        last = torch.channels_last if like.dim() == 4 else torch.channels_last_3d
+        memory_format = torch.contiguous_format if planes else last
+
+    def data(wanted: bool) -> Tensor:
+        return torch.empty_like(like, memory_format=memory_format) if wanted else like.new_empty((0,))
+
     return (
-        _empty_output(like) if output_mask[0] else like.new_empty((0,)),
+        data(output_mask[0]),
         like.new_empty((channels if output_mask[1] else 0,), dtype=sums),
         like.new_empty((channels if output_mask[2] else 0,), dtype=sums),
+        data(output_mask[3]),
     )
 
 
@@ -109,6 +173,15 @@ def _fold_optional(tensor: Tensor | None, batch_dim: int | None, size: int, chan
     return None if tensor is None else _fold(tensor, batch_dim, size, channel_dim)
 
 
+def _dim(in_dims: _InDims, position: int) -> int | None:
+    """Arguments left at their defaults have no entry."""
+    return in_dims[position] if position < len(in_dims) else None
+
+
+def _fold_residual(residual: Tensor | None, in_dims: _InDims, position: int, size: int) -> Tensor | None:
+    return _fold_optional(residual, _dim(in_dims, position), size, 1)
+
+
 def _unfold(tensor: Tensor, size: int, channels: int, channel_dim: int) -> Tensor:
     unfolded: Tensor = tensor.unflatten(channel_dim, (size, channels))
     return unfolded
@@ -117,6 +190,16 @@ def _unfold(tensor: Tensor, size: int, channels: int, channel_dim: int) -> Tenso
 def _channels(tensor: Tensor, batch_dim: int | None) -> int:
     """C of (N, C, ...) with a batch dimension somewhere, or none."""
     return tensor.shape[1 if batch_dim is None or batch_dim > 1 else 2]
+
+
+def _each(op: Any, info: Any, in_dims: _InDims, args: tuple[Any, ...]) -> _Batched:
+    """Sample by sample, where samples do not fold into channels."""
+    dims = (*in_dims, *[None] * (len(args) - len(in_dims)))
+    results = []
+    for i in range(info.batch_size):
+        results.append(op(*(a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True))))
+    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)
 
 
 def _vmap_eval(
@@ -128,17 +211,27 @@ def _vmap_eval(
     running_mean: Tensor,
     running_var: Tensor,
     eps: float,
+    residual: Tensor | None = None,
+    act: str = "identity",
+    slope: float = 0.0,
+    with_mask: bool = False,
 ) -> _Batched:
+    if with_mask:
+        args = (input, weight, bias, running_mean, running_var, eps, residual, act, slope, with_mask)
+        return _each(batch_norm_eval, info, in_dims, args)
     size, channels = info.batch_size, _channels(input, in_dims[0])
-    output, save_stats = batch_norm_eval(
+    output, save_stats, mask = batch_norm_eval(
         _fold(input, in_dims[0], size, 1),
         _fold_optional(weight, in_dims[1], size, 0),
         _fold_optional(bias, in_dims[2], size, 0),
         _fold(running_mean, in_dims[3], size, 0),
         _fold(running_var, in_dims[4], size, 0),
         eps,
+        _fold_residual(residual, in_dims, 6, size),
+        act,
+        slope,
     )
-    return (_unfold(output, size, channels, 1), _unfold(save_stats, size, channels, 1)), (1, 1)
+    return (_unfold(output, size, channels, 1), _unfold(save_stats, size, channels, 1), mask), (1, 1, None)
 
 
 def _vmap_train(
@@ -152,6 +245,10 @@ def _vmap_train(
     num_batches_tracked: Tensor | None,
     momentum: float | None,
     eps: float,
+    residual: Tensor | None = None,
+    act: str = "identity",
+    slope: float = 0.0,
+    with_mask: bool = False,
 ) -> _Batched:
     size, channels = info.batch_size, _channels(input, in_dims[0])
     for name, tensor, dim in (
@@ -164,18 +261,25 @@ def _vmap_train(
                 "once for each sample, but it is not (see torch.func.stack_module_state, or use "
                 "track_running_stats=False)"
             )
-    counter_dim = in_dims[5]
-    if num_batches_tracked is not None and counter_dim is not None:
-        # One counter a sample: each counts this batch, and with momentum=None each gives a factor of its own.
-        num_batches_tracked.add_(1)
-        if momentum is None:
-            return _train_each(info, in_dims, input, weight, bias, running_mean, running_var, num_batches_tracked, eps)
+    counter, counter_dim = num_batches_tracked, in_dims[5]
+    # One counter a sample gives, with momentum=None, each a factor of its own.
+    if with_mask or (counter is not None and counter_dim is not None and momentum is None):
+        shared = counter is not None and counter_dim is None
+        if counter is not None and shared:
+            # It counts once: the samples see copies.
+            in_dims = (*in_dims[:5], 0, *in_dims[6:])
+            num_batches_tracked = torch.stack([counter] * size)
+            counter.add_(1)
+        args = (input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
+        return _each(batch_norm_train, info, in_dims, (*args, residual, act, slope, with_mask))
+    if counter is not None and counter_dim is not None:
+        counter.add_(1)
         num_batches_tracked = None
     running = [
         None if tensor is None else _fold(tensor, dim, size, 0).clone()
         for tensor, dim in ((running_mean, in_dims[3]), (running_var, in_dims[4]))
     ]
-    output, save_stats = batch_norm_train(
+    output, save_stats, mask = batch_norm_train(
         _fold(input, in_dims[0], size, 1),
         _fold_optional(weight, in_dims[1], size, 0),
         _fold_optional(bias, in_dims[2], size, 0),
@@ -183,6 +287,9 @@ def _vmap_train(
         num_batches_tracked,
         momentum,
         eps,
+        _fold_residual(residual, in_dims, 8, size),
+        act,
+        slope,
     )
     for tensor, dim, updated in (
         (running_mean, in_dims[3], running[0]),
@@ -190,29 +297,7 @@ def _vmap_train(
     ):
         if tensor is not None and dim is not None and updated is not None:
             tensor.movedim(dim, 0).copy_(_unfold(updated, size, channels, 0))
-    return (_unfold(output, size, channels, 1), _unfold(save_stats, size, channels, 1)), (1, 1)
-
-
-def _train_each(
-    info: Any,
-    in_dims: _InDims,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor,
-    eps: float,
-) -> _Batched:
-    """Sample by sample, for momentum=None, where num_batches_tracked gives each a factor of its own."""
-    tensors = (input, weight, bias, running_mean, running_var)
-    outputs, stats = [], []
-    for i in range(info.batch_size):
-        sample = [t if t is None or dim is None else t.select(dim, i) for t, dim in zip(tensors, in_dims, strict=False)]
-        output, save_stats = batch_norm_train(*sample, None, 1.0 / float(num_batches_tracked.flatten()[i]), eps)
-        outputs.append(output)
-        stats.append(save_stats)
-    return (torch.stack(outputs), torch.stack(stats)), (0, 0)
+    return (_unfold(output, size, channels, 1), _unfold(save_stats, size, channels, 1), mask), (1, 1, None)
 
 
 def _vmap_backward(
@@ -225,9 +310,17 @@ def _vmap_backward(
     training: bool,
     eps: float,
     output_mask: list[bool],
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    act: str = "identity",
+    slope: float = 0.0,
 ) -> _Batched:
+    if mask is not None:
+        args = (grad_output, input, weight, save_stats, training, eps, output_mask, bias, residual, mask, act, slope)
+        return _each(batch_norm_backward, info, in_dims, args)
     size, channels = info.batch_size, _channels(grad_output, in_dims[0])
-    grad_input, grad_weight, grad_bias = batch_norm_backward(
+    results = batch_norm_backward(
         _fold(grad_output, in_dims[0], size, 1),
         _fold_optional(input, in_dims[1], size, 1),
         _fold_optional(weight, in_dims[2], size, 0),
@@ -235,18 +328,18 @@ def _vmap_backward(
         training,
         eps,
         output_mask,
+        _fold_optional(bias, _dim(in_dims, 7), size, 0),
+        _fold_residual(residual, in_dims, 8, size),
+        None,
+        act,
+        slope,
     )
-    outputs = (
-        _unfold(grad_input, size, channels, 1) if output_mask[0] else grad_input,
-        _unfold(grad_weight, size, channels, 0) if output_mask[1] else grad_weight,
-        _unfold(grad_bias, size, channels, 0) if output_mask[2] else grad_bias,
+    channel_dims = (1, 0, 0, 1)
+    outputs = tuple(
+        _unfold(result, size, channels, dim) if wanted else result
+        for result, dim, wanted in zip(results, channel_dims, output_mask, strict=True)
     )
-    dims = (
-        1 if output_mask[0] else None,
-        0 if output_mask[1] else None,
-        0 if output_mask[2] else None,
-    )
-    return outputs, dims
+    return outputs, tuple(dim if wanted else None for dim, wanted in zip(channel_dims, output_mask, strict=True))
 
 
 torch.library.register_fake("bnext::batch_norm_train", _fake_train)

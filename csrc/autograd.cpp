@@ -7,6 +7,7 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/ones_like.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -77,42 +78,92 @@ const auto& backward_op() {
   return op;
 }
 
-// The gradient of batch_norm_backward: (grad_output, input, weight) from cotangents of its three outputs.
-class BatchNormDoubleBackward : public Node {
- public:
-  SavedVariable grad_output;
+using OutputMask = std::array<bool, 4>;
+
+// (grad_input, grad_weight, grad_bias) without an activation, of those that the mask asks for.
+std::tuple<Tensor, Tensor, Tensor> plain_backward(const Point& at, const Tensor& dz, OutputMask wanted) {
+  wanted[3] = false;
+  auto [dx, dweight, dbias, none] = backward_op().call(
+      dz.to(at.like.scalar_type()), or_none(at.input), or_none(at.weight), at.save_stats, at.training, at.eps, wanted,
+      /*bias=*/{}, /*residual=*/{}, /*mask=*/{}, activation_name(Act::kIdentity), /*slope=*/0.0);
+  return {std::move(dx), std::move(dweight), std::move(dbias)};
+}
+
+// Of an activation whose pre-activation is gone, but for its sign: the second derivative is zero.
+Slopes mask_slopes(const Activation& activation, const Point& at, const Tensor& mask) {
+  const auto results = backward_op().call(at::ones_like(at.like), /*input=*/{}, /*weight=*/{}, at.save_stats,
+                                          at.training, at.eps, {false, false, false, true}, /*bias=*/{},
+                                          /*residual=*/{}, mask, activation_name(activation.act), activation.slope);
+  return {std::get<3>(results), {}};
+}
+
+Slopes slopes_of(const Activation& activation, const Point& at, const Tensor& bias, const Tensor& residual,
+                 const Tensor& mask) {
+  return mask.defined() ? mask_slopes(activation, at, mask) : activation_slopes(activation, at, bias, residual);
+}
+
+// What both nodes hold of a call, beside what it is differentiated in.
+struct SavedCall {
   SavedVariable input;
   SavedVariable weight;
+  SavedVariable bias;
+  SavedVariable residual;
+  SavedVariable mask;
   SavedVariable save_stats;
   bool training = true;
   double eps = 0.0;
-  std::array<bool, 3> output_mask{};
+  Activation activation;
+
+  void reset() {
+    for (SavedVariable* each : {&input, &weight, &bias, &residual, &mask, &save_stats}) each->reset_data();
+  }
+};
+
+SavedVariable saved(const Tensor& tensor) { return SavedVariable(tensor, /*is_output=*/false); }
+
+// The gradient of batch_norm_backward: (grad_output, input, weight, bias, residual) from cotangents of its outputs.
+class BatchNormDoubleBackward : public Node {
+ public:
+  SavedVariable grad_output;
+  SavedCall call;
+  OutputMask output_mask{};
 
   std::string name() const override { return "BNextBatchNormDoubleBackward"; }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
     grad_output.reset_data();
-    input.reset_data();
-    weight.reset_data();
-    save_stats.reset_data();
+    call.reset();
   }
 
   variable_list apply(variable_list&& cotangents) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     const Tensor dy = grad_output.unpack();
-    const Point at{dy, input.unpack(), weight.unpack(), save_stats.unpack(), training, eps};
+    const Point at{dy, call.input.unpack(), call.weight.unpack(), call.save_stats.unpack(), call.training, call.eps};
+    const Slopes slopes =
+        slopes_of(call.activation, at, call.bias.unpack(), call.residual.unpack(), call.mask.unpack());
     // An output that was not asked for is a placeholder, whose cotangent means nothing.
     const auto cotangent = [&](std::size_t i) { return output_mask[i] ? cotangents[i] : Tensor(); };
     const Tensor u = cotangent(0);
     const Tensor v = cotangent(1);
-    const Tensor z = cotangent(2);
-    variable_list result(3);
-    if (task_should_compute_output(0)) result[0] = output_tangent(at, u, v, z);
-    if (task_should_compute_output(1) || task_should_compute_output(2)) {
-      const SecondOrder second = second_order(at, dy, u, v);
-      if (task_should_compute_output(1)) result[1] = second.input;
-      if (task_should_compute_output(2)) result[2] = second.weight;
+    // The cotangent of dz = dy*act'(z).
+    const Tensor t = plus(output_tangent(at, u, v, cotangent(2)), cotangent(3));
+    const auto needs = [&](std::size_t i) { return task_should_compute_output(i); };
+    variable_list result(5);
+    if (needs(0)) result[0] = scaled(t, slopes.first);
+    if (needs(1) || needs(2)) {
+      const SecondOrder second = second_order(at, scaled(dy, slopes.first), u, v);
+      if (needs(1)) result[1] = second.input;
+      if (needs(2)) result[2] = second.weight;
+    }
+    if (t.defined() && slopes.second.defined() && (needs(1) || needs(2) || needs(3) || needs(4))) {
+      // dz depends on z as well, and by it on all that z is made of.
+      const Tensor dz = scaled(scaled(t, dy), slopes.second);
+      const auto [dx, dweight, dbias] = plain_backward(at, dz, {needs(1), needs(2), needs(3), false});
+      if (needs(1)) result[1] = plus(result[1], dx);
+      if (needs(2)) result[2] = plus(result[2], dweight);
+      if (needs(3)) result[3] = dbias;
+      if (needs(4)) result[4] = dz;
     }
     return result;
   }
@@ -121,69 +172,86 @@ class BatchNormDoubleBackward : public Node {
 // The gradient of both forward operators.
 class BatchNormBackward : public Node {
  public:
-  SavedVariable input;
-  SavedVariable weight;
-  SavedVariable save_stats;
-  bool training = true;
-  double eps = 0.0;
+  SavedCall call;
 
   std::string name() const override { return "BNextBatchNormBackward"; }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    input.reset_data();
-    weight.reset_data();
-    save_stats.reset_data();
+    call.reset();
   }
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    variable_list result(3);
+    variable_list result(4);
     if (!grads[0].defined()) return result;
-    const std::array<bool, 3> mask{task_should_compute_output(0), task_should_compute_output(1),
-                                   task_should_compute_output(2)};
-    auto [grad_input, grad_weight, grad_bias] = backward_op().call(
-        grads[0], or_none(input.unpack()), or_none(weight.unpack()), save_stats.unpack(), training, eps, mask);
-    if (mask[0]) result[0] = std::move(grad_input);
-    if (mask[1]) result[1] = std::move(grad_weight);
-    if (mask[2]) result[2] = std::move(grad_bias);
+    const bool activated = call.activation.act != Act::kIdentity;
+    const auto needs = [&](std::size_t i) { return task_should_compute_output(i); };
+    const OutputMask wanted{needs(0), needs(1), needs(2), needs(3) && activated};
+    if (needs(3) && !activated) result[3] = grads[0];
+    if (wanted == OutputMask{}) return result;
+    auto [grad_input, grad_weight, grad_bias, grad_residual] = backward_op().call(
+        grads[0], or_none(call.input.unpack()), or_none(call.weight.unpack()), call.save_stats.unpack(), call.training,
+        call.eps, wanted, or_none(call.bias.unpack()), or_none(call.residual.unpack()), or_none(call.mask.unpack()),
+        activation_name(call.activation.act), call.activation.slope);
+    if (wanted[0]) result[0] = std::move(grad_input);
+    if (wanted[1]) result[1] = std::move(grad_weight);
+    if (wanted[2]) result[2] = std::move(grad_bias);
+    if (wanted[3]) result[3] = std::move(grad_residual);
     return result;
   }
 };
 
-// What both forward operators do around their kernel, `run`.
+// What both forward operators do around their kernel, which `run` calls, with a mask or without.
 template <typename Run>
-std::tuple<Tensor, Tensor> forward(const Tensor& input, const optional<Tensor>& weight, const optional<Tensor>& bias,
-                                   bool training, double eps, Run run) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<Tensor>& weight,
+                                           const optional<Tensor>& bias, bool training, double eps,
+                                           const optional<Tensor>& residual, const Activation& activation,
+                                           bool with_mask, Run run) {
   const Tensor w = or_undefined(weight);
   const Tensor b = or_undefined(bias);
+  const Tensor r = or_undefined(residual);
   // Before the kernel runs, as collecting edges can fail and the running statistics must then be untouched.
   decltype(make_node<BatchNormBackward>()) node;
-  if (compute_requires_grad(input, w, b)) {
+  bool grad_input = false;
+  bool keeps_input = false;
+  if (compute_requires_grad(input, w, b, r)) {
     node = make_node<BatchNormBackward>();
-    node->set_next_edges(collect_next_edges(input, w, b));
+    node->set_next_edges(collect_next_edges(input, w, b, r));
+    grad_input = node->should_compute_output(0);
+    // Evaluation with frozen parameters needs no activation for its gradient, and keeps none.
+    keeps_input = node->should_compute_output(1) || (grad_input && training);
+    // A rectifier's backward needs the pre-activation's sign. It is made from the input again where that is kept and is
+    // all it takes; else a bit an element is less than a residual, or an input that nothing else asks for.
+    with_mask |= activation.rectifies() && (r.defined() || !keeps_input);
   }
-  auto [output, save_stats] = [&] {
+  auto [output, save_stats, mask] = [&] {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return run();
+    return run(with_mask);
   }();
   if (node) {
-    // Evaluation with frozen parameters needs no activation for its gradient, and keeps none.
-    const bool grad_input = node->should_compute_output(0);
-    const bool grad_weight = node->should_compute_output(1);
-    if (grad_weight || (grad_input && training)) node->input = SavedVariable(input, /*is_output=*/false);
-    if (grad_input) node->weight = SavedVariable(w, /*is_output=*/false);
-    node->save_stats = SavedVariable(save_stats, /*is_output=*/false);
-    node->training = training;
-    node->eps = eps;
+    SavedCall& call = node->call;
+    const bool reads_preactivation = activation.act != Act::kIdentity && !with_mask;
+    if (keeps_input || reads_preactivation) call.input = saved(input);
+    if (grad_input || reads_preactivation) call.weight = saved(w);
+    if (reads_preactivation) {
+      call.bias = saved(b);
+      call.residual = saved(r);
+    }
+    if (with_mask) call.mask = saved(mask);
+    call.save_stats = saved(save_stats);
+    call.training = training;
+    call.eps = eps;
+    call.activation = activation;
     set_history(output, node);
   }
-  if (isFwGradDefined(input) || isFwGradDefined(w) || isFwGradDefined(b)) {
+  if (isFwGradDefined(input) || isFwGradDefined(w) || isFwGradDefined(b) || isFwGradDefined(r)) {
     const Tensor primal = primal_of(input);
     const Point at{primal, primal, primal_of(w), save_stats, training, eps};
-    set_tangent(output, output_tangent(at, tangent_of(input), tangent_of(w), tangent_of(b)));
+    const Tensor z = plus(output_tangent(at, tangent_of(input), tangent_of(w), tangent_of(b)), tangent_of(r));
+    set_tangent(output, scaled(z, activation_slopes(activation, at, primal_of(b), primal_of(r)).first));
   }
-  return {std::move(output), std::move(save_stats)};
+  return {std::move(output), std::move(save_stats), std::move(mask)};
 }
 
 void check_constant(const char* name, const optional<Tensor>& tensor) {
@@ -193,70 +261,94 @@ void check_constant(const char* name, const optional<Tensor>& tensor) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> batch_norm_train(const Tensor& input, const optional<Tensor>& weight,
-                                            const optional<Tensor>& bias, const optional<Tensor>& running_mean,
-                                            const optional<Tensor>& running_var,
-                                            const optional<Tensor>& num_batches_tracked, optional<double> momentum,
-                                            double eps) {
+std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input, const optional<Tensor>& weight,
+                                                    const optional<Tensor>& bias, const optional<Tensor>& running_mean,
+                                                    const optional<Tensor>& running_var,
+                                                    const optional<Tensor>& num_batches_tracked,
+                                                    optional<double> momentum, double eps,
+                                                    const optional<Tensor>& residual, std::string_view act,
+                                                    double slope, bool with_mask) {
   check_constant("running_mean", running_mean);
   check_constant("running_var", running_var);
-  return forward(input, weight, bias, /*training=*/true, eps, [&] {
-    return train_op().call(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps);
-  });
+  return forward(input, weight, bias, /*training=*/true, eps, residual, parse_activation(act, slope), with_mask,
+                 [&](bool masked) {
+                   return train_op().call(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum,
+                                          eps, residual, act, slope, masked);
+                 });
 }
 
-std::tuple<Tensor, Tensor> batch_norm_eval(const Tensor& input, const optional<Tensor>& weight,
-                                           const optional<Tensor>& bias, const Tensor& running_mean,
-                                           const Tensor& running_var, double eps) {
+std::tuple<Tensor, Tensor, Tensor> batch_norm_eval(const Tensor& input, const optional<Tensor>& weight,
+                                                   const optional<Tensor>& bias, const Tensor& running_mean,
+                                                   const Tensor& running_var, double eps,
+                                                   const optional<Tensor>& residual, std::string_view act, double slope,
+                                                   bool with_mask) {
   check_constant("running_mean", running_mean);
   check_constant("running_var", running_var);
-  return forward(input, weight, bias, /*training=*/false, eps,
-                 [&] { return eval_op().call(input, weight, bias, running_mean, running_var, eps); });
+  return forward(input, weight, bias, /*training=*/false, eps, residual, parse_activation(act, slope), with_mask,
+                 [&](bool masked) {
+                   return eval_op().call(input, weight, bias, running_mean, running_var, eps, residual, act, slope,
+                                         masked);
+                 });
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output, const optional<Tensor>& input,
-                                                       const optional<Tensor>& weight, const Tensor& save_stats,
-                                                       bool training, double eps, std::array<bool, 3> output_mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
+    const Tensor& grad_output, const optional<Tensor>& input, const optional<Tensor>& weight, const Tensor& save_stats,
+    bool training, double eps, OutputMask output_mask, const optional<Tensor>& bias, const optional<Tensor>& residual,
+    const optional<Tensor>& mask, std::string_view act, double slope) {
   const Tensor x = or_undefined(input);
   const Tensor w = or_undefined(weight);
+  const Tensor b = or_undefined(bias);
+  const Tensor r = or_undefined(residual);
+  const Tensor m = or_undefined(mask);
+  const Activation activation = parse_activation(act, slope);
   decltype(make_node<BatchNormDoubleBackward>()) node;
-  if (compute_requires_grad(grad_output, x, w)) {
+  if (compute_requires_grad(grad_output, x, w, b, r)) {
     node = make_node<BatchNormDoubleBackward>();
-    node->set_next_edges(collect_next_edges(grad_output, x, w));
+    node->set_next_edges(collect_next_edges(grad_output, x, w, b, r));
   }
-  auto [grad_input, grad_weight, grad_bias] = [&] {
+  auto [grad_input, grad_weight, grad_bias, grad_residual] = [&] {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return backward_op().call(grad_output, input, weight, save_stats, training, eps, output_mask);
+    return backward_op().call(grad_output, input, weight, save_stats, training, eps, output_mask, bias, residual, mask,
+                              act, slope);
   }();
   if (node) {
-    node->grad_output = SavedVariable(grad_output, /*is_output=*/false);
-    node->input = SavedVariable(x, /*is_output=*/false);
-    node->weight = SavedVariable(w, /*is_output=*/false);
-    node->save_stats = SavedVariable(save_stats, /*is_output=*/false);
-    node->training = training;
-    node->eps = eps;
+    node->grad_output = saved(grad_output);
+    node->call.input = saved(x);
+    node->call.weight = saved(w);
+    node->call.bias = saved(b);
+    node->call.residual = saved(r);
+    node->call.mask = saved(m);
+    node->call.save_stats = saved(save_stats);
+    node->call.training = training;
+    node->call.eps = eps;
+    node->call.activation = activation;
     node->output_mask = output_mask;
-    set_history(grad_input, node);
-    set_history(grad_weight, node);
-    set_history(grad_bias, node);
+    for (const Tensor& each : {grad_input, grad_weight, grad_bias, grad_residual}) set_history(each, node);
   }
-  if (isFwGradDefined(grad_output) || isFwGradDefined(x) || isFwGradDefined(w)) {
+  if (isFwGradDefined(grad_output) || isFwGradDefined(x) || isFwGradDefined(w) || isFwGradDefined(b) ||
+      isFwGradDefined(r)) {
     const Tensor dy = primal_of(grad_output);
     const Point at{dy, primal_of(x), primal_of(w), save_stats, training, eps};
-    // Linear in grad_output; along input and weight, the symmetric second derivative.
-    SecondOrder second;
-    if (output_mask[0] || output_mask[1]) second = second_order(at, dy, tangent_of(x), tangent_of(w));
-    const Tensor dy_tangent = tangent_of(grad_output);
-    std::tuple<Tensor, Tensor, Tensor> linear;
-    if (dy_tangent.defined()) {
-      linear =
-          backward_op().call(dy_tangent, or_none(at.input), or_none(at.weight), save_stats, training, eps, output_mask);
+    const Slopes slopes = slopes_of(activation, at, primal_of(b), primal_of(r), m);
+    // dz = dy*act'(z) changes with dy, and with z. Linear in dz; along input and weight the symmetric second
+    // derivative.
+    Tensor dz_tangent = scaled(tangent_of(grad_output), slopes.first);
+    if (slopes.second.defined()) {
+      const Tensor z = plus(output_tangent(at, tangent_of(x), tangent_of(w), tangent_of(b)), tangent_of(r));
+      dz_tangent = plus(dz_tangent, scaled(scaled(z, dy), slopes.second));
     }
+    SecondOrder second;
+    if (output_mask[0] || output_mask[1]) {
+      second = second_order(at, scaled(dy, slopes.first), tangent_of(x), tangent_of(w));
+    }
+    std::tuple<Tensor, Tensor, Tensor> linear;
+    if (dz_tangent.defined()) linear = plain_backward(at, dz_tangent, output_mask);
     if (output_mask[0]) set_tangent(grad_input, plus(std::get<0>(linear), second.input));
     if (output_mask[1]) set_tangent(grad_weight, plus(std::get<1>(linear), second.weight));
     if (output_mask[2]) set_tangent(grad_bias, std::get<2>(linear));
+    if (output_mask[3]) set_tangent(grad_residual, dz_tangent);
   }
-  return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
+  return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias), std::move(grad_residual)};
 }
 
 }  // namespace bnext::autograd

@@ -18,6 +18,9 @@ class Backend {
   // Data pointers that the kernels get are multiples of this many bytes.
   virtual std::uintptr_t alignment() const = 0;
 
+  // Elements that share a byte of a rectifier's mask (common/mask.h).
+  virtual std::int64_t mask_lanes(const Problem& problem) const = 0;
+
   // An empty output with the shape and dtype of `like`, for a map that follows a reduction, or does not.
   virtual at::Tensor allocate_output(const at::Tensor& like, at::MemoryFormat format, const Problem& problem,
                                      bool reduces) const = 0;

@@ -22,6 +22,8 @@ class CpuBackend final : public Backend {
  public:
   std::uintptr_t alignment() const override { return 1; }
 
+  std::int64_t mask_lanes(const Problem&) const override { return 8; }
+
   // A map that follows a reduction jumps from image to image in channels-first memory.
   at::Tensor allocate_output(const at::Tensor& like, at::MemoryFormat format, const Problem& problem,
                              bool reduces) const override {

@@ -48,6 +48,11 @@ class CudaBackend final : public Backend {
  public:
   std::uintptr_t alignment() const override { return cuda::kVectorBytes; }
 
+  // A vector has a byte of its own.
+  std::int64_t mask_lanes(const Problem& problem) const override {
+    return cuda::kVectorBytes / element_size(problem.dtype);
+  }
+
   at::Tensor allocate_output(const at::Tensor& like, at::MemoryFormat format, const Problem&, bool) const override {
     return at::empty_like(like, like.options(), format);
   }

@@ -7,9 +7,11 @@
 
 #include <cmath>
 #include <string>
+#include <vector>
 
 #include "backend.h"
 #include "common/arguments.h"
+#include "common/mask.h"
 #include "common/problem.h"
 
 namespace bnext {
@@ -85,6 +87,19 @@ void check_counter(const optional<Tensor>& counter, const Tensor& input) {
                     size_of(*counter));
 }
 
+// A tensor that lies element for element beside input, or beside grad_output where that is all there is.
+void check_alongside(const char* name, const optional<Tensor>& tensor, const char* like_name, const Tensor& like) {
+  if (!is_given(tensor)) return;
+  TORCH_CHECK(tensor->device() == like.device(), "batch_norm: expected ", name, " on the device of ", like_name, ", ",
+              like.device(), ", but got ", tensor->device());
+  TORCH_CHECK(tensor->layout() == at::kStrided, "batch_norm: expected ", name, " to be strided, but got ",
+              tensor->layout());
+  TORCH_CHECK_TYPE(tensor->scalar_type() == like.scalar_type(), "batch_norm: expected ", name, " to be of ", like_name,
+                   "'s dtype, ", like.scalar_type(), ", but got ", tensor->scalar_type());
+  TORCH_CHECK_VALUE(tensor->sizes() == like.sizes(), "batch_norm: expected ", name, " to have ", like_name,
+                    "'s shape, ", size_of(like), ", but got ", size_of(*tensor));
+}
+
 ChannelVector channels(const optional<Tensor>& dense) {
   return is_given(dense) ? ChannelVector{dense->const_data_ptr(), dtype_of(*dense)} : ChannelVector{};
 }
@@ -125,6 +140,39 @@ Problem problem_of(const Tensor& tensor, at::MemoryFormat format) {
   return problem;
 }
 
+// (N, C, bytes) for channels first, (N*spatial, bytes) for channels last: the rank tells which.
+std::vector<std::int64_t> mask_sizes(const Problem& problem, const Backend& backend) {
+  const std::int64_t bytes = mask_row_bytes(mask_row_elements(problem), backend.mask_lanes(problem));
+  if (problem.layout == Layout::kChannelsFirst) return {problem.N, problem.C, bytes};
+  return {problem.count(), bytes};
+}
+
+Tensor allocate_mask(const Tensor& input, const Problem& problem, const Backend& backend, bool wanted) {
+  const auto options = input.options().dtype(at::kByte);
+  return wanted ? at::empty(mask_sizes(problem, backend), options) : at::empty({0}, options);
+}
+
+// The memory format that a backward call works in: the forward call's, to which a mask is tied.
+at::MemoryFormat backward_format(const Tensor& like, const optional<Tensor>& mask) {
+  if (!is_given(mask)) return like.suggest_memory_format();
+  const bool channels_first = mask->dim() == 3 || like.dim() < 4;
+  if (channels_first) return at::MemoryFormat::Contiguous;
+  return like.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d;
+}
+
+void check_mask(const optional<Tensor>& mask, const Activation& activation, const Tensor& like, const Problem& problem,
+                const Backend& backend) {
+  if (!is_given(mask)) return;
+  TORCH_CHECK_VALUE(activation.rectifies(), "batch_norm: expected no mask, which only relu and leaky_relu have");
+  TORCH_CHECK(mask->device() == like.device(), "batch_norm: expected mask on the device of grad_output, ",
+              like.device(), ", but got ", mask->device());
+  TORCH_CHECK_TYPE(mask->scalar_type() == at::kByte, "batch_norm: expected mask to be uint8, but got ",
+                   mask->scalar_type());
+  const auto sizes = mask_sizes(problem, backend);
+  TORCH_CHECK_VALUE(mask->sizes() == at::IntArrayRef(sizes), "batch_norm: expected mask to have shape torch.Size(",
+                    at::IntArrayRef(sizes), "), but got ", size_of(*mask));
+}
+
 // The values as the kernels take them: dense in the format and aligned, by one copy at most.
 Tensor kernel_input(const Tensor& tensor, at::MemoryFormat format, const Backend& backend) {
   Tensor dense = tensor.contiguous(format);
@@ -138,13 +186,53 @@ Tensor allocate_stats(const Tensor& input, const Problem& problem) {
   return problem.numel() == 0 ? at::zeros({2, problem.C}, options) : at::empty({2, problem.C}, options);
 }
 
+ForwardEpilogue epilogue_of(const Activation& activation, const Tensor& dense_residual, const Tensor& mask,
+                            bool with_mask) {
+  return {activation, dense_residual.defined() ? dense_residual.const_data_ptr() : nullptr,
+          with_mask ? mask.mutable_data_ptr<std::uint8_t>() : nullptr};
+}
+
+// What a forward call that has an epilogue is checked for.
+void check_epilogue(const Tensor& input, const optional<Tensor>& residual, const Activation& activation,
+                    bool with_mask) {
+  check_alongside("residual", residual, "input", input);
+  TORCH_CHECK_VALUE(!with_mask || activation.rectifies(),
+                    "batch_norm: expected with_mask=False, since only relu and leaky_relu have a mask");
+}
+
+struct NamedActivation {
+  std::string_view name;
+  Act act;
+};
+constexpr NamedActivation kActivations[] = {
+    {"identity", Act::kIdentity}, {"relu", Act::kRelu}, {"leaky_relu", Act::kLeakyRelu},
+    {"silu", Act::kSilu},         {"gelu", Act::kGelu}, {"hardswish", Act::kHardswish}};
+
 }  // namespace
 
-std::tuple<Tensor, Tensor> batch_norm_train(const Tensor& input, const optional<Tensor>& weight,
-                                            const optional<Tensor>& bias, const optional<Tensor>& running_mean,
-                                            const optional<Tensor>& running_var,
-                                            const optional<Tensor>& num_batches_tracked, optional<double> momentum,
-                                            double eps) {
+Activation parse_activation(std::string_view act, double slope) {
+  std::string known;
+  for (const auto& each : kActivations) {
+    if (act == each.name) return {each.act, slope};
+    known += (known.empty() ? "" : ", ") + std::string(each.name);
+  }
+  TORCH_CHECK_VALUE(false, "batch_norm: expected act to be one of ", known, ", but got ", std::string(act));
+}
+
+std::string_view activation_name(Act act) {
+  for (const auto& each : kActivations) {
+    if (act == each.act) return each.name;
+  }
+  TORCH_INTERNAL_ASSERT(false, "an activation without a name");
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input, const optional<Tensor>& weight,
+                                                    const optional<Tensor>& bias, const optional<Tensor>& running_mean,
+                                                    const optional<Tensor>& running_var,
+                                                    const optional<Tensor>& num_batches_tracked,
+                                                    optional<double> momentum, double eps,
+                                                    const optional<Tensor>& residual, std::string_view act,
+                                                    double slope, bool with_mask) {
   check_data("input", input);
   check_channels("weight", weight, input);
   check_channels("bias", bias, input);
@@ -154,6 +242,8 @@ std::tuple<Tensor, Tensor> batch_norm_train(const Tensor& input, const optional<
   TORCH_CHECK_VALUE(
       momentum.has_value() || is_given(num_batches_tracked) || !(is_given(running_mean) || is_given(running_var)),
       "batch_norm: expected num_batches_tracked with momentum=None, the cumulative average, but got None");
+  const Activation activation = parse_activation(act, slope);
+  check_epilogue(input, residual, activation, with_mask);
   TORCH_CHECK_VALUE(eps > 0.0, "batch_norm eps must be positive during training, but got ", python_float(eps));
   const auto format = input.suggest_memory_format();
   const Problem problem = problem_of(input, format);
@@ -163,14 +253,16 @@ std::tuple<Tensor, Tensor> batch_norm_train(const Tensor& input, const optional<
   const Backend& backend = backend_of(input);
   Tensor output = backend.allocate_output(input, format, problem, /*reduces=*/true);
   Tensor save_stats = allocate_stats(input, problem);
+  Tensor mask = allocate_mask(input, problem, backend, with_mask);
   std::int64_t* counter = nullptr;
   if (is_given(num_batches_tracked)) counter = num_batches_tracked->mutable_data_ptr<std::int64_t>();
   if (problem.numel() == 0) {
     if (counter != nullptr) backend.count_batch(counter, input.device());
     bump_version(num_batches_tracked);
-    return {output, save_stats};
+    return {output, save_stats, mask};
   }
   const Tensor dense_input = kernel_input(input, format, backend);
+  const Tensor dense_residual = is_given(residual) ? kernel_input(*residual, format, backend) : Tensor();
   const auto dense_weight = densely(weight);
   const auto dense_bias = densely(bias);
   const auto dense_mean = densely(running_mean);
@@ -188,22 +280,27 @@ std::tuple<Tensor, Tensor> batch_norm_train(const Tensor& input, const optional<
                               .eps = eps,
                               .output = output.mutable_data_ptr(),
                               .save_mean = stats,
-                              .save_invstd = stats + problem.C},
+                              .save_invstd = stats + problem.C,
+                              .epilogue = epilogue_of(activation, dense_residual, mask, with_mask)},
               input.device());
   bump_version(num_batches_tracked);
   write_back(running_mean, dense_mean);
   write_back(running_var, dense_var);
-  return {output, save_stats};
+  return {output, save_stats, mask};
 }
 
-std::tuple<Tensor, Tensor> batch_norm_eval(const Tensor& input, const optional<Tensor>& weight,
-                                           const optional<Tensor>& bias, const Tensor& running_mean,
-                                           const Tensor& running_var, double eps) {
+std::tuple<Tensor, Tensor, Tensor> batch_norm_eval(const Tensor& input, const optional<Tensor>& weight,
+                                                   const optional<Tensor>& bias, const Tensor& running_mean,
+                                                   const Tensor& running_var, double eps,
+                                                   const optional<Tensor>& residual, std::string_view act, double slope,
+                                                   bool with_mask) {
   check_data("input", input);
   check_channels("weight", weight, input);
   check_channels("bias", bias, input);
   check_channels("running_mean", running_mean, input);
   check_channels("running_var", running_var, input);
+  const Activation activation = parse_activation(act, slope);
+  check_epilogue(input, residual, activation, with_mask);
   TORCH_CHECK_VALUE(eps >= 0.0, "batch_norm eps must be non-negative, but got ", python_float(eps));
 
   const auto format = input.suggest_memory_format();
@@ -211,8 +308,10 @@ std::tuple<Tensor, Tensor> batch_norm_eval(const Tensor& input, const optional<T
   const Backend& backend = backend_of(input);
   Tensor output = backend.allocate_output(input, format, problem, /*reduces=*/false);
   Tensor save_stats = allocate_stats(input, problem);
-  if (problem.numel() == 0) return {output, save_stats};
+  Tensor mask = allocate_mask(input, problem, backend, with_mask);
+  if (problem.numel() == 0) return {output, save_stats, mask};
   const Tensor dense_input = kernel_input(input, format, backend);
+  const Tensor dense_residual = is_given(residual) ? kernel_input(*residual, format, backend) : Tensor();
   const auto dense_weight = densely(weight);
   const auto dense_bias = densely(bias);
   const Tensor dense_mean = running_mean.contiguous();
@@ -227,31 +326,37 @@ std::tuple<Tensor, Tensor> batch_norm_eval(const Tensor& input, const optional<T
                           .eps = eps,
                           .output = output.mutable_data_ptr(),
                           .save_mean = stats,
-                          .save_invstd = stats + problem.C},
+                          .save_invstd = stats + problem.C,
+                          .epilogue = epilogue_of(activation, dense_residual, mask, with_mask)},
               input.device());
-  return {output, save_stats};
+  return {output, save_stats, mask};
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output, const optional<Tensor>& input,
-                                                       const optional<Tensor>& weight, const Tensor& save_stats,
-                                                       bool training, double eps, std::array<bool, 3> output_mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
+    const Tensor& grad_output, const optional<Tensor>& input, const optional<Tensor>& weight, const Tensor& save_stats,
+    bool training, double eps, std::array<bool, 4> output_mask, const optional<Tensor>& bias,
+    const optional<Tensor>& residual, const optional<Tensor>& mask, std::string_view act, double slope) {
   (void)eps;  // belongs to the operator for its own derivative, which differentiates through 1/sqrt(var + eps)
-  const auto [wants_input, wants_weight, wants_bias] = output_mask;
+  const auto [wants_input, wants_weight, wants_bias, wants_residual] = output_mask;
+  const Activation activation = parse_activation(act, slope);
+  const bool activated = activation.act != Act::kIdentity;
+  TORCH_CHECK_VALUE(activated || !wants_residual,
+                    "batch_norm: expected output_mask[3]=False with act=identity, whose grad_residual is grad_output");
   check_data("grad_output", grad_output);
-  const bool reads_input = wants_weight || (wants_input && training);
+  const bool reads_preactivation = activated && !is_given(mask);
+  const bool reads_input = wants_weight || (wants_input && training) || reads_preactivation;
   TORCH_CHECK_VALUE(is_given(input) || !reads_input,
-                    "batch_norm: expected input, which grad_weight and the training grad_input need, but got None");
+                    "batch_norm: expected input, which grad_weight, the training grad_input and an activation without "
+                    "a mask need, but got None");
   if (is_given(input)) {
     check_data("input", *input);
     TORCH_CHECK(input->device() == grad_output.device(), "batch_norm: expected input on the device of grad_output, ",
                 grad_output.device(), ", but got ", input->device());
-    TORCH_CHECK_TYPE(input->scalar_type() == grad_output.scalar_type(),
-                     "batch_norm: expected grad_output to be of input's dtype, ", input->scalar_type(), ", but got ",
-                     grad_output.scalar_type());
-    TORCH_CHECK_VALUE(input->sizes() == grad_output.sizes(), "batch_norm: expected grad_output to have input's shape, ",
-                      size_of(*input), ", but got ", size_of(grad_output));
+    check_alongside("grad_output", grad_output, "input", *input);
   }
   check_channels("weight", weight, grad_output);
+  check_channels("bias", bias, grad_output);
+  check_alongside("residual", residual, "grad_output", grad_output);
   const std::int64_t C = grad_output.size(1);
   TORCH_CHECK(save_stats.device() == grad_output.device(),
               "batch_norm: expected save_stats on the device of grad_output, ", grad_output.device(), ", but got ",
@@ -263,39 +368,55 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad_output
                     size_of(save_stats));
 
   const Tensor& like = is_given(input) ? *input : grad_output;
-  const auto format = like.suggest_memory_format();
+  const Backend& backend = backend_of(grad_output);
+  const auto format = backward_format(like, mask);
   const Problem problem = problem_of(like, format);
+  check_mask(mask, activation, like, problem, backend);
   const auto sums_dtype = problem.dtype == DType::kFloat64 ? at::kDouble : at::kFloat;
   const auto sums_options = grad_output.options().dtype(sums_dtype);
   const auto sums = [&](bool wanted) {
     if (!wanted) return at::empty({0}, sums_options);
     return problem.numel() == 0 ? at::zeros({C}, sums_options) : at::empty({C}, sums_options);
   };
-  const Backend& backend = backend_of(grad_output);
-  const bool reduces = training || wants_weight || wants_bias;
-  Tensor grad_input =
-      wants_input ? backend.allocate_output(like, format, problem, reduces) : at::empty({0}, grad_output.options());
+  const bool reduces = (wants_input && training) || wants_weight || wants_bias;
+  const auto data = [&](bool wanted) {
+    return wanted ? backend.allocate_output(like, format, problem, reduces) : at::empty({0}, grad_output.options());
+  };
+  Tensor grad_input = data(wants_input);
   Tensor grad_weight = sums(wants_weight);
   Tensor grad_bias = sums(wants_bias);
-  if (problem.numel() == 0) return {grad_input, grad_weight, grad_bias};
+  Tensor grad_residual = data(wants_residual);
+  if (problem.numel() == 0) return {grad_input, grad_weight, grad_bias, grad_residual};
 
+  const auto dense = [&](bool needed, const optional<Tensor>& tensor) {
+    return needed && is_given(tensor) ? kernel_input(*tensor, format, backend) : Tensor();
+  };
+  const auto pointer = [](const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; };
   const Tensor dense_grad = kernel_input(grad_output, format, backend);
-  const Tensor dense_input = reads_input ? kernel_input(*input, format, backend) : Tensor();
+  const Tensor dense_input = dense(reads_input, input);
+  const Tensor dense_residual = dense(reads_preactivation, residual);
   const auto dense_weight = densely(weight);
+  const auto dense_bias = densely(bias);
+  const auto dense_mask = densely(mask);
   const Tensor dense_stats = save_stats.contiguous();
   const auto* stats = dense_stats.const_data_ptr<double>();
   backend.run(problem,
               Backward{.grad_output = dense_grad.const_data_ptr(),
-                       .input = reads_input ? dense_input.const_data_ptr() : nullptr,
+                       .input = pointer(dense_input),
                        .weight = channels(dense_weight),
                        .save_mean = stats,
                        .save_invstd = stats + C,
                        .training = training,
                        .grad_input = wants_input ? grad_input.mutable_data_ptr() : nullptr,
                        .grad_weight = wants_weight ? mutable_channels(grad_weight) : MutableChannelVector{},
-                       .grad_bias = wants_bias ? mutable_channels(grad_bias) : MutableChannelVector{}},
+                       .grad_bias = wants_bias ? mutable_channels(grad_bias) : MutableChannelVector{},
+                       .activation = activation,
+                       .bias = channels(dense_bias),
+                       .residual = pointer(dense_residual),
+                       .mask = is_given(mask) ? dense_mask->const_data_ptr<std::uint8_t>() : nullptr,
+                       .grad_residual = wants_residual ? grad_residual.mutable_data_ptr() : nullptr},
               grad_output.device());
-  return {grad_input, grad_weight, grad_bias};
+  return {grad_input, grad_weight, grad_bias, grad_residual};
 }
 
 }  // namespace bnext

@@ -6,28 +6,34 @@
 
 #include <array>
 #include <optional>
+#include <string_view>
 #include <tuple>
+
+#include "common/activation.h"
 
 namespace bnext {
 
 // The operators' signatures; see bindings.cpp for the schemas and what each argument means.
 
-std::tuple<at::Tensor, at::Tensor> batch_norm_train(const at::Tensor& input, const std::optional<at::Tensor>& weight,
-                                                    const std::optional<at::Tensor>& bias,
-                                                    const std::optional<at::Tensor>& running_mean,
-                                                    const std::optional<at::Tensor>& running_var,
-                                                    const std::optional<at::Tensor>& num_batches_tracked,
-                                                    std::optional<double> momentum, double eps);
+// What an operator's `act` and `slope` mean; a ValueError lists the known names.
+Activation parse_activation(std::string_view act, double slope);
+std::string_view activation_name(Act act);
 
-std::tuple<at::Tensor, at::Tensor> batch_norm_eval(const at::Tensor& input, const std::optional<at::Tensor>& weight,
-                                                   const std::optional<at::Tensor>& bias,
-                                                   const at::Tensor& running_mean, const at::Tensor& running_var,
-                                                   double eps);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_train(
+    const at::Tensor& input, const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& running_mean, const std::optional<at::Tensor>& running_var,
+    const std::optional<at::Tensor>& num_batches_tracked, std::optional<double> momentum, double eps,
+    const std::optional<at::Tensor>& residual, std::string_view act, double slope, bool with_mask);
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(const at::Tensor& grad_output,
-                                                                   const std::optional<at::Tensor>& input,
-                                                                   const std::optional<at::Tensor>& weight,
-                                                                   const at::Tensor& save_stats, bool training,
-                                                                   double eps, std::array<bool, 3> output_mask);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_eval(
+    const at::Tensor& input, const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
+    const at::Tensor& running_mean, const at::Tensor& running_var, double eps,
+    const std::optional<at::Tensor>& residual, std::string_view act, double slope, bool with_mask);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
+    const at::Tensor& grad_output, const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
+    const at::Tensor& save_stats, bool training, double eps, std::array<bool, 4> output_mask,
+    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual,
+    const std::optional<at::Tensor>& mask, std::string_view act, double slope);
 
 }  // namespace bnext

@@ -16,22 +16,30 @@
 #include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 
+// output = act(batch_norm(input) + residual); slope is leaky_relu's.
 // save_stats: (2, C) float64, the mean and 1/sqrt(var + eps) that the output was normalised with.
-// momentum=None: the cumulative average, the batch counting 1/num_batches_tracked.
+// mask: uint8, with_mask only: what a rectifier's backward needs of the pre-activation; (N, C, bytes) for
+// channels-first memory, else (N*spatial, bytes); common/mask.h. Autograd asks for it by itself. momentum=None: the
+// cumulative average, the batch counting 1/num_batches_tracked. output_mask: of grad_input, grad_weight, grad_bias,
+// grad_residual; the last only with an activation.
 TORCH_LIBRARY(bnext, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(
       "batch_norm_train(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps) "
-      "-> (Tensor output, Tensor save_stats)",
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "
+      "Tensor? residual=None, str act='identity', float slope=0., bool with_mask=False) "
+      "-> (Tensor output, Tensor save_stats, Tensor mask)",
       tags);
   m.def(
       "batch_norm_eval(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
-      "float eps) -> (Tensor output, Tensor save_stats)",
+      "float eps, Tensor? residual=None, str act='identity', float slope=0., bool with_mask=False) "
+      "-> (Tensor output, Tensor save_stats, Tensor mask)",
       tags);
   m.def(
       "batch_norm_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor save_stats, bool training, "
-      "float eps, bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+      "float eps, bool[4] output_mask, Tensor? bias=None, Tensor? residual=None, Tensor? mask=None, "
+      "str act='identity', float slope=0.) "
+      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
       tags);
 }
 

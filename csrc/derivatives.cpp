@@ -59,9 +59,19 @@ struct Standardized {
   }
 };
 
+Tensor preactivation(const Point& at, const Tensor& bias, const Tensor& residual) {
+  Tensor z = Standardized(at).xhat;
+  if (at.weight.defined()) z = z * per_channel(at.weight, at.like);
+  if (bias.defined()) z = z + per_channel(bias, at.like);
+  if (residual.defined()) z = z + residual.to(compute_type(at.like));
+  return z;
+}
+
 }  // namespace
 
 Tensor plus(const Tensor& a, const Tensor& b) { return !a.defined() ? b : !b.defined() ? a : a + b; }
+
+Tensor scaled(const Tensor& t, const Tensor& factor) { return t.defined() && factor.defined() ? t * factor : t; }
 
 Tensor output_tangent(const Point& at, const Tensor& u, const Tensor& v, const Tensor& z) {
   Tensor result;
@@ -94,6 +104,34 @@ SecondOrder second_order(const Point& at, const Tensor& grad_output, const Tenso
   }
   if (result.input.defined()) result.input = result.input.to(at.like.scalar_type());
   return result;
+}
+
+Slopes activation_slopes(const Activation& activation, const Point& at, const Tensor& bias, const Tensor& residual) {
+  if (activation.act == Act::kIdentity) return {};
+  const Tensor z = preactivation(at, bias, residual);
+  const auto where = [&](const Tensor& condition, double inside, double outside) {
+    return at::where(condition, at::full_like(z, inside), at::full_like(z, outside));
+  };
+  switch (activation.act) {
+    case Act::kIdentity: break;
+    case Act::kRelu: return {where(z <= 0, 0.0, 1.0), {}};
+    case Act::kLeakyRelu: return {where(z <= 0, activation.slope, 1.0), {}};
+    case Act::kSilu: {
+      const Tensor s = at::sigmoid(z);
+      const Tensor opposite = at::sigmoid(-z);
+      return {s * (1 + z * opposite), s * opposite * (2 + z * (opposite - s))};
+    }
+    case Act::kGelu: {
+      const Tensor density = at::exp(z * z * -0.5) * 0.39894228040143268;
+      return {at::erfc(z * -0.70710678118654752) * 0.5 + z * density, density * (2 - z * z)};
+    }
+    case Act::kHardswish: {
+      const Tensor inside = (z >= -3).logical_and(z <= 3);
+      const Tensor beyond = where(z > 3, 1.0, 0.0);
+      return {at::where(inside, z * (1.0 / 3.0) + 0.5, beyond), where(inside, 1.0 / 3.0, 0.0)};
+    }
+  }
+  return {};
 }
 
 }  // namespace bnext

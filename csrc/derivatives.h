@@ -9,10 +9,15 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "common/activation.h"
+
 namespace bnext {
 
 // a + b, where an undefined tensor stands for zero.
 at::Tensor plus(const at::Tensor& a, const at::Tensor& b);
+
+// t*factor, where an undefined t stands for zero and an undefined factor for one.
+at::Tensor scaled(const at::Tensor& t, const at::Tensor& factor);
 
 // What the derivatives are taken at. An undefined weight means 1.
 struct Point {
@@ -37,5 +42,14 @@ struct SecondOrder {
   at::Tensor weight;
 };
 SecondOrder second_order(const Point& at, const at::Tensor& grad_output, const at::Tensor& u, const at::Tensor& v);
+
+// act'(z) and act''(z) at the pre-activation z = weight*xhat + bias + residual, in the compute type. A first derivative
+// that is 1 everywhere, and a second that is 0, are undefined.
+struct Slopes {
+  at::Tensor first;
+  at::Tensor second;
+};
+Slopes activation_slopes(const Activation& activation, const Point& at, const at::Tensor& bias,
+                         const at::Tensor& residual);
 
 }  // namespace bnext

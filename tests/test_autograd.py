@@ -105,11 +105,11 @@ def test_derivatives_of_the_backward_op(mask: tuple[bool, ...], training: bool) 
 
     def run(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         if training:
-            _, stats = torch.ops.bnext.batch_norm_train(x.detach(), None, None, None, None, None, 0.1, 1e-5)
+            _, stats, _ = torch.ops.bnext.batch_norm_train(x.detach(), None, None, None, None, None, 0.1, 1e-5)
         else:
-            _, stats = torch.ops.bnext.batch_norm_eval(x.detach(), None, None, p.running_mean, p.running_var, 1e-5)
-        grads = torch.ops.bnext.batch_norm_backward(g, x, weight, stats, training, 1e-5, list(mask))
-        return tuple(t for t, asked in zip(grads, mask, strict=True) if asked)
+            _, stats, _ = torch.ops.bnext.batch_norm_eval(x.detach(), None, None, p.running_mean, p.running_var, 1e-5)
+        grads = torch.ops.bnext.batch_norm_backward(g, x, weight, stats, training, 1e-5, [*mask, False])
+        return tuple(t for t, asked in zip(grads, [*mask, False], strict=True) if asked)
 
     # grad_bias is sum(g): it depends on neither x nor weight.
     assert gradcheck(run, (g, x, weight), check_forward_ad=True, check_undefined_grad=False)
@@ -351,9 +351,9 @@ def test_save_stats_carry_no_gradient(training: bool) -> None:
     x, weight, bias = leaves((4, 3))
     p = make_parameters(3, torch.float64)
     if training:
-        y, stats = torch.ops.bnext.batch_norm_train(x, weight, bias, None, None, None, 0.1, 1e-5)
+        y, stats, _ = torch.ops.bnext.batch_norm_train(x, weight, bias, None, None, None, 0.1, 1e-5)
     else:
-        y, stats = torch.ops.bnext.batch_norm_eval(x, weight, bias, p.running_mean, p.running_var, 1e-5)
+        y, stats, _ = torch.ops.bnext.batch_norm_eval(x, weight, bias, p.running_mean, p.running_var, 1e-5)
     assert y.requires_grad
     assert not stats.requires_grad
 

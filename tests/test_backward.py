@@ -124,11 +124,11 @@ def test_output_mask_computes_what_is_asked_and_nothing_else(
     x, g = make_input(*case, dtype, device), make_grad(case.shape, "contiguous", dtype, device)
     weight = make_parameters(case.shape[1], dtype, device).weight
     stats = forward_for_backward(x, weight, training)
-    everything = backward(g, x, weight, stats, training, 1e-5, [True, True, True])
-    assert [t.dtype for t in everything] == [dtype, parameter_dtype(dtype), parameter_dtype(dtype)]
+    everything = backward(g, x, weight, stats, training, 1e-5, [True, True, True, False])
+    assert [t.dtype for t in everything] == [dtype, parameter_dtype(dtype), parameter_dtype(dtype), dtype]
     for mask in itertools.product((True, False), repeat=3):
-        results = backward(g, x, weight, stats, training, 1e-5, list(mask))
-        for asked, got, want in zip(mask, results, everything, strict=True):
+        results = backward(g, x, weight, stats, training, 1e-5, [*mask, False])
+        for asked, got, want in zip([*mask, False], results, everything, strict=True):
             if asked:
                 assert same_bits(got, want), mask
             else:
@@ -145,8 +145,8 @@ def test_input_may_be_left_out_where_no_result_depends_on_it(case: Case, trainin
     stats = forward_for_backward(x, weight, training)
     masks = [(False, False, True)] if training else [(False, False, True), (True, False, False), (True, False, True)]
     for mask in masks:
-        with_input = backward(g, x, weight, stats, training, 1e-5, list(mask))
-        without = backward(g, None, weight, stats, training, 1e-5, list(mask))
+        with_input = backward(g, x, weight, stats, training, 1e-5, [*mask, False])
+        without = backward(g, None, weight, stats, training, 1e-5, [*mask, False])
         for a, b in zip(with_input, without, strict=True):
             assert same_bits(a, b), mask
 
@@ -157,8 +157,8 @@ def test_weight_may_be_left_out(training: bool, device: str) -> None:
     stats = forward_for_backward(x, None, training)
     ones = torch.ones(5, device=device)
     for a, b in zip(
-        backward(g, x, None, stats, training, 1e-5, [True, True, True]),
-        backward(g, x, ones, stats, training, 1e-5, [True, True, True]),
+        backward(g, x, None, stats, training, 1e-5, [True, True, True, False]),
+        backward(g, x, ones, stats, training, 1e-5, [True, True, True, False]),
         strict=True,
     ):
         assert same_bits(a, b)

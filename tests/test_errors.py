@@ -240,7 +240,7 @@ def test_one_value_a_channel_as_in_torch(shape: tuple[int, ...]) -> None:
 
 def backward_arguments() -> dict[str, object]:
     x = make_input(SHAPE)
-    _, stats = torch.ops.bnext.batch_norm_train(x, None, None, None, None, None, 0.1, 1e-5)
+    _, stats, _ = torch.ops.bnext.batch_norm_train(x, None, None, None, None, None, 0.1, 1e-5)
     return {"grad_output": make_grad(SHAPE), "input": x, "weight": torch.ones(CHANNELS), "save_stats": stats}
 
 
@@ -277,14 +277,16 @@ def test_wrong_argument_of_backward(row: Wrong, training: bool) -> None:
     args = {**backward_arguments(), row.argument: row.value()}
 
     def call(args: dict[str, object]) -> object:
-        return torch.ops.bnext.batch_norm_backward(**args, training=training, eps=1e-5, output_mask=[True] * 3)
+        return torch.ops.bnext.batch_norm_backward(
+            **args, training=training, eps=1e-5, output_mask=[True, True, True, False]
+        )
 
     assert_raises_and_leaves_alone(call, args, rf"\b{row.argument}\b", *row.message)
 
 
 def test_backward_in_training_needs_the_input_for_its_gradient() -> None:
     args = {**backward_arguments(), "input": None}
-    for mask in ([True, False, False], [False, True, False], [True, False, True]):
+    for mask in ([True, False, False, False], [False, True, False, False], [True, False, True, False]):
         with pytest.raises(RAISES, match=r"\binput\b"):
             torch.ops.bnext.batch_norm_backward(**args, training=True, eps=1e-5, output_mask=mask)
 

@@ -176,7 +176,7 @@ def test_empty_batch_leaves_the_stats_and_counts(shape: tuple[int, ...], dtype: 
     params = make_parameters(3, parameter_dtype(dtype), device)
     kept = params.clone()
     counter = torch.tensor(6, device=device)
-    trained, _ = torch.ops.bnext.batch_norm_train(
+    trained, _, _ = torch.ops.bnext.batch_norm_train(
         x, params.weight, params.bias, params.running_mean, params.running_var, counter, 0.1, 1e-5
     )
     evaluated = batch_norm(x, params.running_mean, params.running_var, params.weight, params.bias)
@@ -210,10 +210,10 @@ def test_save_stats_are_mean_and_invstd_in_float64(dtype: torch.dtype, training:
     p = make_parameters(5, parameter_dtype(dtype), device)
     if training:
         fwd = reference.forward(x)
-        _, stats = torch.ops.bnext.batch_norm_train(x, p.weight, p.bias, None, None, None, 0.1, 1e-5)
+        _, stats, _ = torch.ops.bnext.batch_norm_train(x, p.weight, p.bias, None, None, None, 0.1, 1e-5)
     else:
         fwd = reference.forward(x, running_mean=p.running_mean, running_var=p.running_var)
-        _, stats = torch.ops.bnext.batch_norm_eval(x, p.weight, p.bias, p.running_mean, p.running_var, 1e-5)
+        _, stats, _ = torch.ops.bnext.batch_norm_eval(x, p.weight, p.bias, p.running_mean, p.running_var, 1e-5)
     assert stats.dtype == torch.float64
     expected = torch.stack([fwd.mean, fwd.invstd])
     # In eval mode the mean is copied; 1/sqrt takes three roundings in double, the reference's as many.

@@ -4,9 +4,19 @@
 
 #include <cstdint>
 
+#include "activation.h"
 #include "channel_vector.h"
 
 namespace bnext {
+
+// What a forward call does to an element after normalising it: act(y + residual).
+struct ForwardEpilogue {
+  Activation activation;
+  const void* residual = nullptr;  // laid out as the input
+  std::uint8_t* mask = nullptr;    // null, or where to note for a rectifier's backward pass what it let through
+
+  bool present() const { return activation.act != Act::kIdentity || residual != nullptr; }
+};
 
 // save_mean and save_invstd: length C, what a backward call needs besides the input.
 struct TrainingForward {
@@ -22,6 +32,7 @@ struct TrainingForward {
   void* output;
   double* save_mean;
   double* save_invstd;
+  ForwardEpilogue epilogue;
 };
 
 struct EvalForward {
@@ -34,11 +45,12 @@ struct EvalForward {
   void* output;
   double* save_mean;    // = running_mean
   double* save_invstd;  // = 1/sqrt(running_var + eps)
+  ForwardEpilogue epilogue;
 };
 
 struct Backward {
   const void* grad_output;
-  const void* input;  // null: neither grad_weight nor, in training, grad_input is asked for
+  const void* input;  // null: nothing that is asked for depends on it
   ChannelVector weight;
   const double* save_mean;
   const double* save_invstd;
@@ -46,10 +58,24 @@ struct Backward {
   void* grad_input;  // each null if not asked for
   MutableChannelVector grad_weight;
   MutableChannelVector grad_bias;
+  // of a forward call with an activation
+  Activation activation;
+  ChannelVector bias;
+  const void* residual = nullptr;
+  const std::uint8_t* mask = nullptr;  // instead of what the pre-activation is made of
+  void* grad_residual = nullptr;
 
-  // What of the input's values the call depends on; where nothing, input may be null.
-  bool reads_input() const { return grad_weight.data != nullptr || (training && grad_input != nullptr); }
-  bool reduces() const { return reads_input() || grad_bias.data != nullptr; }
+  bool activated() const { return activation.act != Act::kIdentity; }
+  bool reads_preactivation() const { return activated() && mask == nullptr; }
+  // Whether grad_input takes the detour by the statistics.
+  bool differentiates_statistics() const { return training && grad_input != nullptr; }
+  bool reads_input() const {
+    return grad_weight.data != nullptr || differentiates_statistics() || reads_preactivation();
+  }
+  bool reduces() const {
+    return grad_weight.data != nullptr || differentiates_statistics() || grad_bias.data != nullptr;
+  }
+  bool maps() const { return grad_input != nullptr || grad_residual != nullptr; }
 };
 
 }  // namespace bnext

@@ -33,6 +33,9 @@ struct TrainingForwardOp {
     return std::isfinite(mean) ? mean : sums.shift;
   }
 
+  // The shift is a sample.
+  BNEXT_INLINE void reduce_coefficients(std::int64_t, double (&)[kMaxReduceCoefficients]) const {}
+
   BNEXT_INLINE void finish(std::int64_t c, const ChannelSums& sums, bool stores,
                            double (&coefficients)[kMaxCoefficients]) const {
     const Moments moments = moments_from_sums(sums.shift, sums.first, sums.second, count);
@@ -62,6 +65,7 @@ struct EvalForwardOp {
 
   BNEXT_INLINE bool accurate(const ChannelSums&) const { return true; }
   BNEXT_INLINE double better_shift(const ChannelSums& sums) const { return sums.shift; }
+  BNEXT_INLINE void reduce_coefficients(std::int64_t, double (&)[kMaxReduceCoefficients]) const {}
 
   BNEXT_INLINE void finish(std::int64_t c, const ChannelSums&, bool stores,
                            double (&coefficients)[kMaxCoefficients]) const {
@@ -85,6 +89,17 @@ struct BackwardOp {
   }
   BNEXT_INLINE double better_shift(const ChannelSums& sums) const { return sums.shift; }
 
+  // The shift; with an activation also what the pre-activation is computed with.
+  BNEXT_INLINE void reduce_coefficients(std::int64_t c, double (&coefficients)[kMaxReduceCoefficients]) const {
+    if (args.activated()) {
+      double normalize[kMaxCoefficients];
+      normalization(c, normalize);
+      for (int k = 0; k < kMaxReduceCoefficients; ++k) coefficients[k] = normalize[k];
+    } else {
+      coefficients[0] = SplitMean(dtype, args.save_mean[c]).high;
+    }
+  }
+
   BNEXT_INLINE void finish(std::int64_t c, const ChannelSums& sums, bool stores,
                            double (&coefficients)[kMaxCoefficients]) const {
     const double mean = args.save_mean[c];
@@ -93,11 +108,20 @@ struct BackwardOp {
     const ParameterGrads grads = grads_from_sums(sums.shift, mean, sums.first, sums.second);
     if (stores && args.grad_weight.data != nullptr) store(args.grad_weight, c, grads.sum_dy_xmu * invstd);
     if (stores && args.grad_bias.data != nullptr) store(args.grad_bias, c, grads.sum_dy);
-    if (args.training) {
+    if (args.activated()) normalization(c, coefficients);
+    if (args.differentiates_statistics()) {
+      coefficients[4] = coefficients[2];
       grad_input_coefficients(dtype, mean, invstd, weight, grads, count, coefficients);
-    } else {
+    } else if (!args.activated()) {
       coefficients[0] = weight * invstd;
     }
+  }
+
+ private:
+  // Those of the forward pass.
+  BNEXT_INLINE void normalization(std::int64_t c, double (&coefficients)[kMaxCoefficients]) const {
+    normalize_coefficients(dtype, args.save_mean[c], args.save_invstd[c], load_or(args.weight, c, 1.0),
+                           load_or(args.bias, c, 0.0), coefficients);
   }
 };
 

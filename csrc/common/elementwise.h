@@ -1,36 +1,57 @@
 // What batch norm does to an element, as functors that the traversals are instantiated with.
 //
 // A reduce functor adds an element's two terms to a channel's two sums. A map functor turns an element into its
-// output with the channel's coefficients. V is a scalar or a SIMD vector; in[0] is the input x, in[1] the incoming
-// gradient dy, each read only by the functors that say so. Elements are shifted by a value near the channel's mean
-// before anything else, because that subtraction is exact or nearly so, while the sums of what is left are free of
-// cancellation.
+// results. Both get the channel's coefficients c. V is a scalar or a SIMD vector; in[] is
+//   in[0]  the input x
+//   in[1]  the incoming gradient dy
+//   in[2]  the residual; or, where a mask stands for the pre-activation, a number of its sign
+// each read only by the functors that say so, and by an activated one only if the call has it. Elements are shifted by
+// a value near the channel's mean before anything else, because that subtraction is exact or nearly so, while the sums
+// of what is left are free of cancellation.
 #pragma once
 
+#include "activation.h"
 #include "inline.h"
 
 namespace bnext {
 
-// sum of (x - shift), sum of (x - shift)^2
+constexpr int kMaxInputs = 3;
+constexpr int kMaxReduceCoefficients = 3;
+constexpr int kMaxCoefficients = 5;
+
+// What follows the normalisation: act(batch_norm(x) + residual). The plain functors do not look at it.
+struct Epilogue {
+  Activation activation;
+  bool has_residual = false;
+  bool has_mask = false;  // to be read, in backward
+};
+
+// sum of (x - c0), sum of (x - c0)^2
 struct MomentSums {
   static constexpr bool kReadsInput = true;
   static constexpr bool kReadsGrad = false;
+  static constexpr bool kActivated = false;
+  static constexpr int kCoefficients = 1;
   template <typename V>
-  BNEXT_INLINE static void add(V& first, V& second, const V (&in)[2], const V& shift) {
-    const V centred = in[0] - shift;
+  BNEXT_INLINE static void add(V& first, V& second, const V (&in)[kMaxInputs], const V (&c)[kMaxReduceCoefficients],
+                               const Epilogue&) {
+    const V centred = in[0] - c[0];
     first += centred;
     second += centred * centred;
   }
 };
 
-// sum of dy, sum of dy*(x - shift)
+// sum of dy, sum of dy*(x - c0)
 struct GradSums {
   static constexpr bool kReadsInput = true;
   static constexpr bool kReadsGrad = true;
+  static constexpr bool kActivated = false;
+  static constexpr int kCoefficients = 1;
   template <typename V>
-  BNEXT_INLINE static void add(V& first, V& second, const V (&in)[2], const V& shift) {
+  BNEXT_INLINE static void add(V& first, V& second, const V (&in)[kMaxInputs], const V (&c)[kMaxReduceCoefficients],
+                               const Epilogue&) {
     first += in[1];
-    second += in[1] * (in[0] - shift);
+    second += in[1] * (in[0] - c[0]);
   }
 };
 
@@ -38,8 +59,11 @@ struct GradSums {
 struct BiasGradSum {
   static constexpr bool kReadsInput = false;
   static constexpr bool kReadsGrad = true;
+  static constexpr bool kActivated = false;
+  static constexpr int kCoefficients = 0;
   template <typename V>
-  BNEXT_INLINE static void add(V& first, V&, const V (&in)[2], const V&) {
+  BNEXT_INLINE static void add(V& first, V&, const V (&in)[kMaxInputs], const V (&)[kMaxReduceCoefficients],
+                               const Epilogue&) {
     first += in[1];
   }
 };
@@ -48,20 +72,29 @@ struct BiasGradSum {
 struct NoSums {
   static constexpr bool kReadsInput = false;
   static constexpr bool kReadsGrad = false;
+  static constexpr bool kActivated = false;
+  static constexpr int kCoefficients = 0;
   template <typename V>
-  BNEXT_INLINE static void add(V&, V&, const V (&)[2], const V&) {}
+  BNEXT_INLINE static void add(V&, V&, const V (&)[kMaxInputs], const V (&)[kMaxReduceCoefficients], const Epilogue&) {}
 };
 
-constexpr int kMaxCoefficients = 4;
+// A map's results: `first` is the output or grad_input. An activated map has a `second`: the pre-activation, whose sign
+// makes the mask, in forward; grad_residual in backward.
+template <typename V>
+struct Mapped {
+  V first;
+  V second;
+};
 
 // y = (x - c0)*c1 + c2
 struct Normalize {
   static constexpr bool kReadsInput = true;
   static constexpr bool kReadsGrad = false;
+  static constexpr bool kActivated = false;
   static constexpr int kCoefficients = 3;
   template <typename V>
-  BNEXT_INLINE static V apply(const V (&in)[2], const V (&c)[kMaxCoefficients]) {
-    return (in[0] - c[0]) * c[1] + c[2];
+  BNEXT_INLINE static Mapped<V> apply(const V (&in)[kMaxInputs], const V (&c)[kMaxCoefficients], const Epilogue&) {
+    return {(in[0] - c[0]) * c[1] + c[2], V{}};
   }
 };
 
@@ -69,10 +102,11 @@ struct Normalize {
 struct GradInput {
   static constexpr bool kReadsInput = true;
   static constexpr bool kReadsGrad = true;
+  static constexpr bool kActivated = false;
   static constexpr int kCoefficients = 4;
   template <typename V>
-  BNEXT_INLINE static V apply(const V (&in)[2], const V (&c)[kMaxCoefficients]) {
-    return in[1] * c[1] + ((in[0] - c[0]) * c[2] + c[3]);
+  BNEXT_INLINE static Mapped<V> apply(const V (&in)[kMaxInputs], const V (&c)[kMaxCoefficients], const Epilogue&) {
+    return {in[1] * c[1] + ((in[0] - c[0]) * c[2] + c[3]), V{}};
   }
 };
 
@@ -80,10 +114,83 @@ struct GradInput {
 struct ScaleGrad {
   static constexpr bool kReadsInput = false;
   static constexpr bool kReadsGrad = true;
+  static constexpr bool kActivated = false;
   static constexpr int kCoefficients = 1;
   template <typename V>
-  BNEXT_INLINE static V apply(const V (&in)[2], const V (&c)[kMaxCoefficients]) {
-    return in[1] * c[0];
+  BNEXT_INLINE static Mapped<V> apply(const V (&in)[kMaxInputs], const V (&c)[kMaxCoefficients], const Epilogue&) {
+    return {in[1] * c[0], V{}};
+  }
+};
+
+// The same with an activation, and perhaps a residual. In backward dz = dy*act'(z) takes the place of dy, where the
+// pre-activation z is computed again, or a mask knows its sign.
+
+// z = (x - shift)*scale + offset + residual: in forward and in backward the same operations, hence the same bits.
+template <typename V>
+BNEXT_INLINE V preactivation(const V (&in)[kMaxInputs], const V& shift, const V& scale, const V& offset,
+                             const Epilogue& epilogue) {
+  if (epilogue.has_mask) return in[2];
+  const V normalized = (in[0] - shift) * scale + offset;
+  return epilogue.has_residual ? normalized + in[2] : normalized;
+}
+
+// sum of dz, sum of dz*(x - c0)
+struct ActivatedGradSums {
+  static constexpr bool kReadsInput = true;
+  static constexpr bool kReadsGrad = true;
+  static constexpr bool kActivated = true;
+  static constexpr int kCoefficients = 3;
+  template <typename V>
+  BNEXT_INLINE static void add(V& first, V& second, const V (&in)[kMaxInputs], const V (&c)[kMaxReduceCoefficients],
+                               const Epilogue& epilogue) {
+    const V z = preactivation(in, c[0], c[1], c[2], epilogue);
+    const V dz = activation_grad(epilogue.activation, z, in[1]);
+    first += dz;
+    second += dz * (in[0] - c[0]);
+  }
+};
+
+// y = act((x - c0)*c1 + c2 + residual)
+struct ActivatedNormalize {
+  static constexpr bool kReadsInput = true;
+  static constexpr bool kReadsGrad = false;
+  static constexpr bool kActivated = true;
+  static constexpr int kCoefficients = 3;
+  template <typename V>
+  BNEXT_INLINE static Mapped<V> apply(const V (&in)[kMaxInputs], const V (&c)[kMaxCoefficients],
+                                      const Epilogue& epilogue) {
+    const V z = preactivation(in, c[0], c[1], c[2], epilogue);
+    return {activate(epilogue.activation, z), z};
+  }
+};
+
+// dx = dz*c1 + ((x - c0)*c2 + c3), training; the offset is c4
+struct ActivatedGradInput {
+  static constexpr bool kReadsInput = true;
+  static constexpr bool kReadsGrad = true;
+  static constexpr bool kActivated = true;
+  static constexpr int kCoefficients = 5;
+  template <typename V>
+  BNEXT_INLINE static Mapped<V> apply(const V (&in)[kMaxInputs], const V (&c)[kMaxCoefficients],
+                                      const Epilogue& epilogue) {
+    const V z = preactivation(in, c[0], c[1], c[4], epilogue);
+    const V dz = activation_grad(epilogue.activation, z, in[1]);
+    return {dz * c[1] + ((in[0] - c[0]) * c[2] + c[3]), dz};
+  }
+};
+
+// dx = dz*c1, evaluation, or where grad_residual alone is asked for
+struct ActivatedScaleGrad {
+  static constexpr bool kReadsInput = true;
+  static constexpr bool kReadsGrad = true;
+  static constexpr bool kActivated = true;
+  static constexpr int kCoefficients = 3;
+  template <typename V>
+  BNEXT_INLINE static Mapped<V> apply(const V (&in)[kMaxInputs], const V (&c)[kMaxCoefficients],
+                                      const Epilogue& epilogue) {
+    const V z = preactivation(in, c[0], c[1], c[2], epilogue);
+    const V dz = activation_grad(epilogue.activation, z, in[1]);
+    return {dz * c[1], dz};
   }
 };
 

@@ -14,6 +14,9 @@ class Adapter final : public ChannelOp {
 
   bool accurate(const ChannelSums& sums) const override { return op_.accurate(sums); }
   double better_shift(const ChannelSums& sums) const override { return op_.better_shift(sums); }
+  void reduce_coefficients(std::int64_t c, double (&coefficients)[kMaxReduceCoefficients]) const override {
+    op_.reduce_coefficients(c, coefficients);
+  }
   void finish(std::int64_t c, const ChannelSums& sums, double (&coefficients)[kMaxCoefficients]) override {
     op_.finish(c, sums, /*stores=*/true, coefficients);
   }
@@ -30,26 +33,35 @@ void run(const Problem& problem, ChannelOp& op, const Parallel& parallel) {
   }
 }
 
+// What training and evaluation share.
+template <typename Args>
+void set_forward(ChannelOp& op, const Args& args) {
+  op.in[0] = args.input;
+  op.in[2] = args.epilogue.residual;
+  op.out[0] = args.output;
+  op.mask = args.epilogue.mask;
+  op.epilogue.activation = args.epilogue.activation;
+  op.epilogue.has_residual = args.epilogue.residual != nullptr;
+  op.map_op = args.epilogue.present() ? MapOp::kActivatedNormalize : MapOp::kNormalize;
+}
+
 double count_of(const Problem& problem) { return static_cast<double>(problem.count()); }
 
 }  // namespace
 
 void forward(const Problem& problem, const TrainingForward& args, const Parallel& parallel) {
   Adapter op(TrainingForwardOp{args, problem.dtype, count_of(problem)});
-  op.in[0] = args.input;
-  op.out = args.output;
+  set_forward(op, args);
   op.reduces = true;
+  op.samples = true;
   op.reduce_op = ReduceOp::kMomentSums;
-  op.map_op = MapOp::kNormalize;
   run(problem, op, parallel);
   if (args.num_batches_tracked != nullptr) ++*args.num_batches_tracked;
 }
 
 void forward(const Problem& problem, const EvalForward& args, const Parallel& parallel) {
   Adapter op(EvalForwardOp{args, problem.dtype});
-  op.in[0] = args.input;
-  op.out = args.output;
-  op.map_op = MapOp::kNormalize;
+  set_forward(op, args);
   run(problem, op, parallel);
 }
 
@@ -57,11 +69,19 @@ void backward(const Problem& problem, const Backward& args, const Parallel& para
   Adapter op(BackwardOp{args, problem.dtype, count_of(problem)});
   op.in[0] = args.reads_input() ? args.input : nullptr;
   op.in[1] = args.grad_output;
-  op.out = args.grad_input;
+  op.in[2] = args.reads_preactivation() ? args.residual : nullptr;
+  op.out[0] = args.grad_input;
+  op.out[1] = args.grad_residual;
+  op.mask = const_cast<std::uint8_t*>(args.mask);  // only read in backward
+  op.epilogue = {args.activation, op.in[2] != nullptr, args.mask != nullptr};
   op.reduces = args.reduces();
-  op.reduce_op = args.reads_input() ? ReduceOp::kGradSums : ReduceOp::kBiasGradSum;
-  op.map_op = args.training ? MapOp::kGradInput : MapOp::kScaleGrad;
-  op.shift = args.save_mean;
+  if (args.activated()) {
+    op.reduce_op = ReduceOp::kActivatedGradSums;
+    op.map_op = args.differentiates_statistics() ? MapOp::kActivatedGradInput : MapOp::kActivatedScaleGrad;
+  } else {
+    op.reduce_op = args.reads_input() ? ReduceOp::kGradSums : ReduceOp::kBiasGradSum;
+    op.map_op = args.differentiates_statistics() ? MapOp::kGradInput : MapOp::kScaleGrad;
+  }
   run(problem, op, parallel);
 }
 

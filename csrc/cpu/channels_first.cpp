@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "../common/mask.h"
 #include "../common/statistics.h"
 #include "isa.h"
 #include "traversal.h"
@@ -21,7 +22,11 @@ constexpr std::int64_t kMinGroups = 16;  // fewer tasks cannot be shared out eve
 class ChannelsFirst {
  public:
   ChannelsFirst(const Problem& problem, ChannelOp& op)
-      : problem_(problem), op_(op), leaves_(current_leaves()), sample_positions_(problem.count()) {
+      : problem_(problem),
+        op_(op),
+        leaves_(current_leaves()),
+        sample_positions_(problem.count()),
+        mask_row_(mask_row_bytes(problem.HW, 8)) {
     const std::int64_t HW = problem.HW;
     if (HW <= kChunkElements) {
       rows_per_chunk_ = kChunkElements / HW;
@@ -51,31 +56,25 @@ class ChannelsFirst {
   }
 
  private:
-  // A channel's coefficients, in the type that its elements will be computed in.
-  struct Coefficients {
-    double value[kMaxCoefficients] = {};  // those the functor does not use stay zero
-    float single[kMaxCoefficients];
-    Compute compute;
-  };
+  using ReduceCoefficients = Coefficients<kMaxReduceCoefficients>;
+  using MapCoefficients = Coefficients<kMaxCoefficients>;
 
-  void finish(std::int64_t c, const ChannelSums& sums, Coefficients& coefficients) const {
+  void finish(std::int64_t c, const ChannelSums& sums, MapCoefficients& coefficients) const {
     op_.finish(c, sums, coefficients.value);
-    const bool single_fits = fits_float32(coefficients.value, kMaxCoefficients);
-    coefficients.compute = single_fits ? natural_compute(problem_.dtype) : Compute::kFloat64;
-    for (int k = 0; k < kMaxCoefficients; ++k) coefficients.single[k] = static_cast<float>(coefficients.value[k]);
+    coefficients.settle(problem_.dtype);
   }
 
   void run_in_order(const Parallel& parallel) const {
     const std::int64_t C = problem_.C;
-    std::vector<Coefficients> coefficients(static_cast<std::size_t>(C));
+    std::vector<MapCoefficients> coefficients(static_cast<std::size_t>(C));
     for (std::int64_t c = 0; c < C; ++c) finish(c, ChannelSums{}, coefficients[c]);
-    if (op_.out == nullptr) return;
+    if (!op_.maps()) return;
     const std::int64_t planes = problem_.N * C;
     const std::int64_t share = divide_up(kChunkElements, problem_.HW);  // planes of a task
     parallel(divide_up(planes, share), [&](std::int64_t begin, std::int64_t end) {
       const std::int64_t last = end * share < planes ? end * share : planes;
       for (std::int64_t plane = begin * share; plane < last; ++plane) {
-        map(block_at(plane * problem_.HW, 1, problem_.HW), plane * problem_.HW, coefficients[plane % C]);
+        map(block_at(plane, 0, 1, problem_.HW), plane * problem_.HW, coefficients[plane % C]);
       }
     });
   }
@@ -84,14 +83,14 @@ class ChannelsFirst {
     const std::int64_t C = problem_.C;
     const std::int64_t tasks = divide_up(C, group);
     parallel(tasks, [&](std::int64_t begin, std::int64_t end) {
-      const std::unique_ptr<Coefficients[]> coefficients(new Coefficients[static_cast<std::size_t>(group)]);
+      const std::unique_ptr<MapCoefficients[]> coefficients(new MapCoefficients[static_cast<std::size_t>(group)]);
       for (std::int64_t task = begin; task < end; ++task) {
         const std::int64_t c0 = task * group;
         const std::int64_t n = C - c0 < group ? C - c0 : group;
         for (std::int64_t j = 0; j < n; ++j) {
           finish(c0 + j, op_.reduces ? reduce_channel(c0 + j) : ChannelSums{}, coefficients[j]);
         }
-        if (op_.out == nullptr) continue;
+        if (!op_.maps()) continue;
         for (std::int64_t j = 0; j < n; ++j) {
           for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) map_chunk(c0 + j, chunk, coefficients[j]);
         }
@@ -104,24 +103,25 @@ class ChannelsFirst {
     std::vector<ChannelSums> sums(static_cast<std::size_t>(C));
     if (op_.reduces) {
       std::vector<ChannelSums> partial(static_cast<std::size_t>(C * chunks_));
-      for (std::int64_t c = 0; c < C; ++c) sums[c].shift = first_shift(c);
+      std::vector<ReduceCoefficients> start(static_cast<std::size_t>(C));
+      for (std::int64_t c = 0; c < C; ++c) start[c] = reduce_coefficients(c);
       parallel(C * chunks_, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t task = begin; task < end; ++task) {
-          partial[task].shift = sums[task / chunks_].shift;
-          reduce(task / chunks_, task % chunks_, natural_compute(problem_.dtype), partial[task]);
+          reduce(task / chunks_, task % chunks_, start[task / chunks_], partial[task]);
         }
       });
       for (std::int64_t c = 0; c < C; ++c) {
+        sums[c].shift = start[c].value[0];
         for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) {
           sums[c].first += partial[c * chunks_ + chunk].first;
           sums[c].second += partial[c * chunks_ + chunk].second;
         }
-        if (!op_.accurate(sums[c])) sums[c] = reduce_again(c, sums[c]);
+        if (!op_.accurate(sums[c])) sums[c] = reduce_again(c, sums[c], start[c]);
       }
     }
-    std::vector<Coefficients> coefficients(static_cast<std::size_t>(C));
+    std::vector<MapCoefficients> coefficients(static_cast<std::size_t>(C));
     for (std::int64_t c = 0; c < C; ++c) finish(c, sums[c], coefficients[c]);
-    if (op_.out == nullptr) return;
+    if (!op_.maps()) return;
     parallel(C * chunks_, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t task = begin; task < end; ++task) {
         map_chunk(task / chunks_, task % chunks_, coefficients[task / chunks_]);
@@ -129,8 +129,18 @@ class ChannelsFirst {
     });
   }
 
-  double first_shift(std::int64_t c) const {
-    if (op_.shift != nullptr) return SplitMean(problem_.dtype, op_.shift[c]).high;
+  ReduceCoefficients reduce_coefficients(std::int64_t c) const {
+    ReduceCoefficients coefficients;
+    if (op_.samples) {
+      coefficients.value[0] = sampled_shift(c);
+    } else {
+      op_.reduce_coefficients(c, coefficients.value);
+    }
+    coefficients.settle(problem_.dtype);
+    return coefficients;
+  }
+
+  double sampled_shift(std::int64_t c) const {
     std::int64_t offsets[kMaxSamples];
     for (int i = 0; i < sample_positions_.samples; ++i) {
       const std::int64_t n = sample_positions_.at[i] / problem_.HW;
@@ -144,56 +154,60 @@ class ChannelsFirst {
   }
 
   ChannelSums reduce_channel(std::int64_t c) const {
+    const ReduceCoefficients coefficients = reduce_coefficients(c);
     ChannelSums sums;
-    sums.shift = first_shift(c);
-    for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) reduce(c, chunk, natural_compute(problem_.dtype), sums);
-    return op_.accurate(sums) ? sums : reduce_again(c, sums);
+    sums.shift = coefficients.value[0];
+    for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) reduce(c, chunk, coefficients, sums);
+    return op_.accurate(sums) ? sums : reduce_again(c, sums, coefficients);
   }
 
-  ChannelSums reduce_again(std::int64_t c, const ChannelSums& doubtful) const {
+  ChannelSums reduce_again(std::int64_t c, const ChannelSums& doubtful, ReduceCoefficients coefficients) const {
     ChannelSums sums;
-    sums.shift = op_.better_shift(doubtful);
-    for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) reduce(c, chunk, Compute::kFloat64, sums);
+    sums.shift = coefficients.value[0] = op_.better_shift(doubtful);
+    coefficients.compute = Compute::kFloat64;
+    for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) reduce(c, chunk, coefficients, sums);
     return sums;
   }
 
-  // `rows` pieces of planes, one image apart; `first` is the first element's offset in the tensor.
-  Block block_at(std::int64_t first, std::int64_t rows, std::int64_t len) const {
-    return op_.block(problem_.dtype, first, rows, len, problem_.C * problem_.HW);
+  // `rows` pieces of planes, one image apart, the first from element s of `plane` on.
+  Block block_at(std::int64_t plane, std::int64_t s, std::int64_t rows, std::int64_t len) const {
+    return op_.block(problem_.dtype, plane * problem_.HW + s, rows, len, problem_.C * problem_.HW,
+                     plane * mask_row_ + s / 8, problem_.C * mask_row_);
   }
 
   Block block_of(std::int64_t c, std::int64_t chunk, std::int64_t& first) const {
     const std::int64_t n = chunk / pieces_per_row_ * rows_per_chunk_;
     const std::int64_t s = chunk % pieces_per_row_ * piece_;
-    first = (n * problem_.C + c) * problem_.HW + s;
-    return block_at(first, problem_.N - n < rows_per_chunk_ ? problem_.N - n : rows_per_chunk_,
+    const std::int64_t plane = n * problem_.C + c;
+    first = plane * problem_.HW + s;
+    return block_at(plane, s, problem_.N - n < rows_per_chunk_ ? problem_.N - n : rows_per_chunk_,
                     problem_.HW - s < piece_ ? problem_.HW - s : piece_);
   }
 
-  void reduce(std::int64_t c, std::int64_t chunk, Compute compute, ChannelSums& sums) const {
+  void reduce(std::int64_t c, std::int64_t chunk, const ReduceCoefficients& coefficients, ChannelSums& sums) const {
     std::int64_t first;
-    const Block block = block_of(c, chunk, first);
-    const auto single = static_cast<float>(sums.shift);
-    const void* shift = compute == Compute::kFloat32 ? static_cast<const void*>(&single) : &sums.shift;
-    leaves_.reduce_segments[static_cast<int>(problem_.dtype)][static_cast<int>(compute)]
-                           [static_cast<int>(op_.reduce_op)]({block, shift, &sums.first, &sums.second});
+    ReduceArgs args;
+    args.block = block_of(c, chunk, first);
+    coefficients.pass(args.coefficients);
+    args.epilogue = op_.epilogue;
+    args.first = &sums.first;
+    args.second = &sums.second;
+    leaves_.reduce_segments[static_cast<int>(problem_.dtype)][static_cast<int>(coefficients.compute)]
+                           [static_cast<int>(op_.reduce_op)](args);
   }
 
-  void map_chunk(std::int64_t c, std::int64_t chunk, const Coefficients& coefficients) const {
+  void map_chunk(std::int64_t c, std::int64_t chunk, const MapCoefficients& coefficients) const {
     std::int64_t first;
     const Block block = block_of(c, chunk, first);
     map(block, first, coefficients);
   }
 
-  void map(const Block& block, std::int64_t first, const Coefficients& coefficients) const {
+  void map(const Block& block, std::int64_t first, const MapCoefficients& coefficients) const {
     MapArgs args;
     args.block = block;
-    args.out = advance(op_.out, first, problem_.dtype);
-    for (int k = 0; k < kMaxCoefficients; ++k) {
-      args.coefficients[k] = coefficients.compute == Compute::kFloat32
-                                 ? static_cast<const void*>(&coefficients.single[k])
-                                 : &coefficients.value[k];
-    }
+    op_.place(args, problem_.dtype, first);
+    coefficients.pass(args.coefficients);
+    args.epilogue = op_.epilogue;
     leaves_.map_segments[static_cast<int>(problem_.dtype)][static_cast<int>(coefficients.compute)]
                         [static_cast<int>(op_.map_op)](args);
   }
@@ -202,6 +216,7 @@ class ChannelsFirst {
   ChannelOp& op_;
   const LeafTable& leaves_;
   SamplePositions sample_positions_;
+  std::int64_t mask_row_;  // bytes of a plane's mask
   std::int64_t rows_per_chunk_;
   std::int64_t pieces_per_row_;
   std::int64_t piece_;

@@ -46,6 +46,7 @@ class ChannelsLast {
       slab_columns_ = divide_up(share < kMinSlabColumns ? kMinSlabColumns : share, 64) * 64;
     }
     slabs_ = divide_up(columns_, slab_columns_);
+    mask_row_ = divide_up(columns_, 8);
   }
 
   void run(const Parallel& parallel) {
@@ -65,7 +66,7 @@ class ChannelsLast {
     } else {
       for_each_channel(parallel, [&](std::int64_t c) { finish(c, ChannelSums{}); });
     }
-    if (op_.out == nullptr) return;
+    if (!op_.maps()) return;
     if (single_fits && natural_compute(problem_.dtype) == Compute::kFloat32) {
       const std::vector<float> single(coefficients.begin(), coefficients.end());
       map_all(parallel, single.data(), Compute::kFloat32);
@@ -85,46 +86,72 @@ class ChannelsLast {
 
   template <typename Finish>
   void reduce_all(const Parallel& parallel, Finish&& finish) {
-    std::vector<double> shift(static_cast<std::size_t>(problem_.C));
-    first_shift(shift.data());
-    const Partial partial = reduce_chunks(parallel, natural_compute(problem_.dtype), shift.data());
+    ReduceCoefficients start(problem_.C);
+    set_coefficients(start);
+    const double* shift = start.row(0);
+    const Partial partial = reduce_chunks(parallel, start, compute_of(start));
     std::vector<std::uint8_t> doubtful(static_cast<std::size_t>(problem_.C));
     std::atomic<bool> any_doubtful{false};
     for_each_channel(parallel, [&](std::int64_t c) {
       const ChannelSums sums = merged(partial, c, shift[c]);
       if (op_.accurate(sums)) return finish(c, sums);
       doubtful[c] = 1;
-      shift[c] = op_.better_shift(sums);
+      start.row(0)[c] = op_.better_shift(sums);
       any_doubtful.store(true, std::memory_order_relaxed);
     });
     if (!any_doubtful) return;
     // Rows are read whole, so every channel is reduced again; only the doubtful ones take the new sums, for a
     // channel's bits must not depend on another's values.
-    const Partial again = reduce_chunks(parallel, Compute::kFloat64, shift.data());
+    const Partial again = reduce_chunks(parallel, start, Compute::kFloat64);
     for_each_channel(parallel, [&](std::int64_t c) {
       if (doubtful[c]) finish(c, merged(again, c, shift[c]));
     });
   }
 
-  void first_shift(double* shift) const {
+  // double [kMaxReduceCoefficients][C]
+  class ReduceCoefficients {
+   public:
+    explicit ReduceCoefficients(std::int64_t C)
+        : C_(C), values_(static_cast<std::size_t>(C * kMaxReduceCoefficients)) {}
+    double* row(int k) { return values_.data() + k * C_; }
+    const double* row(int k) const { return values_.data() + k * C_; }
+
+   private:
+    std::int64_t C_;
+    std::vector<double> values_;
+  };
+
+  void set_coefficients(ReduceCoefficients& coefficients) const {
     const std::int64_t C = problem_.C;
-    if (op_.shift != nullptr) {
-      for (std::int64_t c = 0; c < C; ++c) shift[c] = SplitMean(problem_.dtype, op_.shift[c]).high;
+    if (op_.samples) {
+      const SamplePositions positions(M_);
+      std::int64_t offsets[kMaxSamples];
+      for (int i = 0; i < positions.samples; ++i) offsets[i] = positions.at[i] * C;
+      leaves_.sample[static_cast<int>(problem_.dtype)]({op_.in[0], offsets, positions.samples, C, coefficients.row(0)});
       return;
     }
-    const SamplePositions positions(M_);
-    std::int64_t offsets[kMaxSamples];
-    for (int i = 0; i < positions.samples; ++i) offsets[i] = positions.at[i] * C;
-    leaves_.sample[static_cast<int>(problem_.dtype)]({op_.in[0], offsets, positions.samples, C, shift});
+    for (std::int64_t c = 0; c < C; ++c) {
+      double value[kMaxReduceCoefficients] = {};
+      op_.reduce_coefficients(c, value);
+      for (int k = 0; k < kMaxReduceCoefficients; ++k) coefficients.row(k)[c] = value[k];
+    }
+  }
+
+  // Float32, unless it does not hold a channel's coefficients.
+  Compute compute_of(const ReduceCoefficients& coefficients) const {
+    const bool fits = fits_float32(coefficients.row(0), static_cast<int>(problem_.C * kMaxReduceCoefficients));
+    return fits ? natural_compute(problem_.dtype) : Compute::kFloat64;
   }
 
   // Each chunk's two sums of every column of the folded matrix: [chunk][first or second][column].
   using Partial = std::vector<double>;
 
-  Partial reduce_chunks(const Parallel& parallel, Compute compute, const double* shift) const {
-    // The shift of each folded column, in the compute type.
-    std::vector<double> wide(static_cast<std::size_t>(columns_));
-    for (std::int64_t j = 0; j < columns_; ++j) wide[j] = shift[j % problem_.C];
+  Partial reduce_chunks(const Parallel& parallel, const ReduceCoefficients& coefficients, Compute compute) const {
+    // Those of each folded column, in both types.
+    std::vector<double> wide(static_cast<std::size_t>(kMaxReduceCoefficients * columns_));
+    for (int k = 0; k < kMaxReduceCoefficients; ++k) {
+      for (std::int64_t j = 0; j < columns_; ++j) wide[k * columns_ + j] = coefficients.row(k)[j % problem_.C];
+    }
     const std::vector<float> single(wide.begin(), wide.end());
     const auto leaf = leaves_.reduce_columns[static_cast<int>(problem_.dtype)][static_cast<int>(compute)]
                                             [static_cast<int>(op_.reduce_op)];
@@ -132,8 +159,12 @@ class ChannelsLast {
     const auto reduce = [&](std::int64_t chunk, std::int64_t column, std::int64_t rows, std::int64_t len) {
       ReduceArgs args;
       args.block = block_of(chunk, column, rows, len);
-      args.shift =
-          compute == Compute::kFloat64 ? static_cast<const void*>(wide.data() + column) : single.data() + column;
+      args.epilogue = op_.epilogue;
+      for (int k = 0; k < kMaxReduceCoefficients; ++k) {
+        const std::int64_t at = k * columns_ + column;
+        args.coefficients[k] =
+            compute == Compute::kFloat64 ? static_cast<const void*>(wide.data() + at) : single.data() + at;
+      }
       args.first = partial.data() + 2 * chunk * columns_ + column;
       args.second = args.first + columns_;
       leaf(args);
@@ -168,7 +199,8 @@ class ChannelsLast {
     const auto map = [&](std::int64_t chunk, std::int64_t column, std::int64_t rows, std::int64_t len) {
       MapArgs args;
       args.block = block_of(chunk, column, rows, len);
-      args.out = advance(op_.out, first_of(chunk) + column, problem_.dtype);
+      op_.place(args, problem_.dtype, first_of(chunk) + column);
+      args.epilogue = op_.epilogue;
       for (int k = 0; k < kMaxCoefficients; ++k) args.coefficients[k] = coefficients + k * columns_ + column;
       leaf(args);
     };
@@ -190,13 +222,15 @@ class ChannelsLast {
     return columns_ - column < slab_columns_ ? columns_ - column : slab_columns_;
   }
 
-  // The first element of a chunk. The rest, less than a folded row, counts as one chunk more.
-  std::int64_t first_of(std::int64_t chunk) const {
-    return chunk == chunks_ ? rows_ * columns_ : chunk * chunk_rows_ * columns_;
-  }
+  // The first row of a chunk. The rest, less than a folded row, counts as one chunk more.
+  std::int64_t row_of(std::int64_t chunk) const { return chunk == chunks_ ? rows_ : chunk * chunk_rows_; }
+
+  std::int64_t first_of(std::int64_t chunk) const { return row_of(chunk) * columns_; }
 
   Block block_of(std::int64_t chunk, std::int64_t column, std::int64_t rows, std::int64_t len) const {
-    return op_.block(problem_.dtype, first_of(chunk) + column, rows, len, columns_);
+    const std::int64_t row = row_of(chunk);
+    return op_.block(problem_.dtype, first_of(chunk) + column, rows, len, columns_, row * mask_row_ + column / 8,
+                     mask_row_);
   }
 
   const Problem& problem_;
@@ -211,6 +245,7 @@ class ChannelsLast {
   std::int64_t chunks_;
   std::int64_t slab_columns_;
   std::int64_t slabs_;
+  std::int64_t mask_row_;  // bytes of a folded row's mask; together no more than common/mask.h reserves
 };
 
 }  // namespace

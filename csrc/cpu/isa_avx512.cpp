@@ -3,7 +3,9 @@
 
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 // After the system's headers, before our own: what the leaves inline must be compiled for the same instructions,
 // and nothing else may be.

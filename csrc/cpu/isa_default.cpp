@@ -3,7 +3,9 @@
 #include <immintrin.h>
 #endif
 
+#include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "../common/half.h"
 #include "leaves.h"

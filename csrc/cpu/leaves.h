@@ -15,10 +15,10 @@
 
 namespace bnext::cpu {
 
-enum class ReduceOp { kMomentSums, kGradSums, kBiasGradSum };
-enum class MapOp { kNormalize, kGradInput, kScaleGrad };
-constexpr int kReduceOps = 3;
-constexpr int kMapOps = 3;
+enum class ReduceOp { kMomentSums, kGradSums, kBiasGradSum, kActivatedGradSums };
+enum class MapOp { kNormalize, kGradInput, kScaleGrad, kActivatedNormalize, kActivatedGradInput, kActivatedScaleGrad };
+constexpr int kReduceOps = 4;
+constexpr int kMapOps = 6;
 
 // The type that elements are widened to before they are computed with.
 enum class Compute { kFloat32, kFloat64 };
@@ -28,16 +28,20 @@ constexpr Compute natural_compute(DType dtype) {
 }
 
 struct Block {
-  const void* in[2];  // input, grad_output: first elements of the block, as far as the functor reads them
+  const void* in[kMaxInputs];  // first elements of the block, as far as the functor reads them
   std::int64_t rows;
   std::int64_t len;
   std::int64_t stride;  // between rows, in elements
+  // Bit i of a row's mask belongs to its element i; null if there is none. Forward writes it, backward reads it.
+  std::uint8_t* mask;
+  std::int64_t mask_stride;  // bytes
 };
 
 // Adds each channel's two sums over the block to first[j] and second[j] (j = 0 for segments).
 struct ReduceArgs {
   Block block;
-  const void* shift;  // one value, or `len` of them, of the compute type
+  const void* coefficients[kMaxReduceCoefficients];  // each one value, or `len` of them, of the compute type
+  Epilogue epilogue;
   double* first;
   double* second;
 };
@@ -45,8 +49,9 @@ struct ReduceArgs {
 // out[...] = functor(in[...]), with the block's geometry.
 struct MapArgs {
   Block block;
-  void* out;
-  const void* coefficients[kMaxCoefficients];  // each one value, or `len` of them, of the compute type
+  void* out[2];  // output or grad_input, grad_residual; an activated functor has either, a plain one the first
+  const void* coefficients[kMaxCoefficients];
+  Epilogue epilogue;
 };
 
 // shift[j] = mean of in[offsets[i] + j] over i, for j < len, rounded to the dtype's natural compute type. Averaged

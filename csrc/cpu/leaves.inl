@@ -4,35 +4,93 @@
 
 #include "vec.h"
 
+template <typename acc_t>
+using Vec = Vector<acc_t, kWidth<acc_t>>;
+
 // Sums have three levels, so that no chain of float32 additions is long: a lane takes kInner of them and is then
 // added to an outer lane, which takes kOuter of those and is then added to a double. Equal values round the same way
 // at every step, so the error of a single chain of 128 would reach 128 * 2^-25; here it is (16 + 8) * 2^-25.
 constexpr std::int64_t kInner = 16;
 constexpr std::int64_t kOuter = 8;
 
-template <typename acc_t>
-using Vec = Vector<acc_t, kWidth<acc_t>>;
-
 template <typename Op>
-constexpr int kInputs = int{Op::kReadsInput} + int{Op::kReadsGrad};
+constexpr int kInputs = int{Op::kReadsInput} + int{Op::kReadsGrad} + int{Op::kActivated};
 
-// The block's inputs from `offset` on; one that Op does not read may be null and stays so.
+// What Op reads of row r of a block.
 template <typename scalar_t, typename Op>
 struct Inputs {
-  const scalar_t* x;
-  const scalar_t* dy;
+  const scalar_t* in[kMaxInputs];
+  const std::uint8_t* mask;  // null if there is none to read
 
-  BNEXT_INLINE Inputs(const Block& block, std::int64_t offset)
-      : x(static_cast<const scalar_t*>(block.in[0]) + (Op::kReadsInput ? offset : 0)),
-        dy(static_cast<const scalar_t*>(block.in[1]) + (Op::kReadsGrad ? offset : 0)) {}
+  BNEXT_INLINE Inputs(const Block& block, const Epilogue& epilogue, std::int64_t r)
+      : mask(Op::kActivated && epilogue.has_mask ? block.mask + r * block.mask_stride : nullptr) {
+    constexpr bool kReads[kMaxInputs] = {Op::kReadsInput, Op::kReadsGrad, Op::kActivated};
+    for (int k = 0; k < kMaxInputs; ++k) {
+      // One that is not read may be null and stays so.
+      in[k] = static_cast<const scalar_t*>(block.in[k]);
+      if (kReads[k] && (!Op::kActivated || in[k] != nullptr)) in[k] += r * block.stride;
+    }
+  }
 
-  // V: acc_t or Vec<acc_t>.
+  // V: acc_t, for element i, or Vec<acc_t>, for those from i on; i is then a multiple of their number.
   template <typename acc_t, typename V>
-  BNEXT_INLINE void load(V (&v)[2], std::int64_t i) const {
-    if constexpr (Op::kReadsInput) v[0] = load_as<V, acc_t>(x + i);
-    if constexpr (Op::kReadsGrad) v[1] = load_as<V, acc_t>(dy + i);
+  BNEXT_INLINE void load(V (&v)[kMaxInputs], std::int64_t i) const {
+    constexpr int kN = sizeof(V) / sizeof(acc_t);
+    if constexpr (Op::kReadsInput) {
+      // With a mask the input may be gone.
+      v[0] = Op::kActivated && in[0] == nullptr ? V{} : load_as<V, acc_t>(in[0] + i);
+    }
+    if constexpr (Op::kReadsGrad) v[1] = load_as<V, acc_t>(in[1] + i);
+    if constexpr (Op::kActivated) {
+      v[2] = mask != nullptr    ? from_bits<V>(load_mask<kN>(mask, i))
+             : in[2] != nullptr ? load_as<V, acc_t>(in[2] + i)
+                                : V{};
+    }
   }
 };
+
+// Where Op's results of row r of a block go.
+template <typename scalar_t, typename Op>
+struct Outputs {
+  scalar_t* out[2];
+  std::uint8_t* mask;
+
+  BNEXT_INLINE Outputs(const MapArgs& args, std::int64_t r)
+      : mask(Op::kActivated && !Op::kReadsGrad && args.block.mask != nullptr
+                 ? args.block.mask + r * args.block.mask_stride
+                 : nullptr) {
+    for (int k = 0; k < 2; ++k) {
+      out[k] = static_cast<scalar_t*>(args.out[k]);
+      if (!Op::kActivated || out[k] != nullptr) out[k] += r * args.block.stride;
+    }
+  }
+
+  template <typename acc_t, typename V>
+  BNEXT_INLINE void store(const Mapped<V>& mapped, std::int64_t i) const {
+    constexpr int kN = sizeof(V) / sizeof(acc_t);
+    if (!Op::kActivated || out[0] != nullptr) store_as<V, acc_t>(out[0] + i, mapped.first);
+    if constexpr (Op::kActivated && Op::kReadsGrad) {
+      if (out[1] != nullptr) store_as<V, acc_t>(out[1] + i, mapped.second);
+    }
+    if constexpr (Op::kActivated && !Op::kReadsGrad) {
+      if (mask != nullptr) store_mask<kN>(mask, i, open_bits(mapped.second));
+    }
+  }
+};
+
+// The coefficients of element j; of all elements alike, where they belong to one channel.
+template <typename V, typename acc_t, typename Op, int kMax>
+BNEXT_INLINE void load_coefficients(V (&c)[kMax], const void* const (&from)[kMax], std::int64_t j) {
+  for (int k = 0; k < Op::kCoefficients; ++k) c[k] = load_raw<V>(static_cast<const acc_t*>(from[k]) + j);
+}
+template <typename acc_t, typename Op, int kMax>
+BNEXT_INLINE void broadcast_coefficients(Vec<acc_t> (&c)[kMax], const void* const (&from)[kMax]) {
+  for (int k = 0; k < Op::kCoefficients; ++k) c[k] = broadcast(*static_cast<const acc_t*>(from[k]));
+}
+template <typename acc_t, int kMax>
+BNEXT_INLINE void first_lanes(acc_t (&c)[kMax], const Vec<acc_t> (&v)[kMax]) {
+  for (int k = 0; k < kMax; ++k) c[k] = v[k][0];
+}
 
 // The two sums of a channel: kUnroll registers each, so that additions do not wait for one another.
 template <typename acc_t, typename scalar_t, typename Op>
@@ -50,30 +108,38 @@ struct Lanes {
   std::int64_t inner = 0;
   std::int64_t outer = 0;
 
-  BNEXT_INLINE void add_vector(int u, const Inputs<scalar_t, Op>& inputs, std::int64_t i, const Vec<acc_t>& shift) {
-    Vec<acc_t> in[2];
+  Vec<acc_t> c[kMaxReduceCoefficients] = {};
+  const Epilogue& epilogue;
+
+  BNEXT_INLINE explicit Lanes(const ReduceArgs& args) : epilogue(args.epilogue) {
+    broadcast_coefficients<acc_t, Op>(c, args.coefficients);
+  }
+
+  BNEXT_INLINE void add_vector(int u, const Inputs<scalar_t, Op>& inputs, std::int64_t i) {
+    Vec<acc_t> in[kMaxInputs];
     inputs.template load<acc_t>(in, i);
-    Op::add(first[u], second[u], in, shift);
+    Op::add(first[u], second[u], in, c, epilogue);
   }
 
   // Elements [i, n), at most kInner * kStep of them.
-  BNEXT_INLINE void add_run(const Inputs<scalar_t, Op>& inputs, std::int64_t i, std::int64_t n,
-                            const Vec<acc_t>& shift) {
+  BNEXT_INLINE void add_run(const Inputs<scalar_t, Op>& inputs, std::int64_t i, std::int64_t n) {
     inner += (n - i) / kStep + 1;
     for (; i + kStep <= n; i += kStep) {
 #pragma GCC unroll 4
-      for (int u = 0; u < kUnroll; ++u) add_vector(u, inputs, i + u * kN, shift);
+      for (int u = 0; u < kUnroll; ++u) add_vector(u, inputs, i + u * kN);
     }
     // What is left fills fewer than kUnroll registers; each goes to a register of its own.
-    if (i + kN <= n) add_vector(0, inputs, i, shift), i += kN;
-    if (i + kN <= n) add_vector(1, inputs, i, shift), i += kN;
-    if (i + kN <= n) add_vector(2, inputs, i, shift), i += kN;
+    if (i + kN <= n) add_vector(0, inputs, i), i += kN;
+    if (i + kN <= n) add_vector(1, inputs, i), i += kN;
+    if (i + kN <= n) add_vector(2, inputs, i), i += kN;
+    acc_t cs[kMaxReduceCoefficients];
+    first_lanes(cs, c);
     for (; i < n; ++i) {
-      acc_t in[2];
+      acc_t in[kMaxInputs];
       acc_t a = 0;
       acc_t b = 0;
       inputs.template load<acc_t>(in, i);
-      Op::add(a, b, in, shift[0]);
+      Op::add(a, b, in, cs, epilogue);
       first_total += static_cast<double>(a);
       second_total += static_cast<double>(b);
     }
@@ -108,12 +174,11 @@ template <typename scalar_t, typename acc_t, typename Op>
 void reduce_segments(const ReduceArgs& args) {
   using Sums = Lanes<acc_t, scalar_t, Op>;
   constexpr std::int64_t kRun = kInner * Sums::kStep;
-  const Vec<acc_t> shift = broadcast(*static_cast<const acc_t*>(args.shift));
   const std::int64_t len = args.block.len;
-  Sums sums;
+  Sums sums(args);
   for (std::int64_t r = 0; r < args.block.rows; ++r) {
-    const Inputs<scalar_t, Op> inputs(args.block, r * args.block.stride);
-    for (std::int64_t i = 0; i < len; i += kRun) sums.add_run(inputs, i, len - i < kRun ? len : i + kRun, shift);
+    const Inputs<scalar_t, Op> inputs(args.block, args.epilogue, r);
+    for (std::int64_t i = 0; i < len; i += kRun) sums.add_run(inputs, i, len - i < kRun ? len : i + kRun);
   }
   sums.settle();
   sums.flush();
@@ -124,28 +189,26 @@ void reduce_segments(const ReduceArgs& args) {
 template <typename scalar_t, typename acc_t, typename Op>
 void map_segments(const MapArgs& args) {
   constexpr std::int64_t kN = kWidth<acc_t>;
-  acc_t c[kMaxCoefficients] = {};
+  const Epilogue epilogue = args.epilogue;
   Vec<acc_t> cv[kMaxCoefficients] = {};
-  for (int k = 0; k < Op::kCoefficients; ++k) {
-    c[k] = *static_cast<const acc_t*>(args.coefficients[k]);
-    cv[k] = broadcast(c[k]);
-  }
+  broadcast_coefficients<acc_t, Op>(cv, args.coefficients);
+  acc_t c[kMaxCoefficients];
+  first_lanes(c, cv);
   const std::int64_t len = args.block.len;
   for (std::int64_t r = 0; r < args.block.rows; ++r) {
-    const std::int64_t row = r * args.block.stride;
-    const Inputs<scalar_t, Op> inputs(args.block, row);
-    auto* out = static_cast<scalar_t*>(args.out) + row;
+    const Inputs<scalar_t, Op> inputs(args.block, epilogue, r);
+    const Outputs<scalar_t, Op> outputs(args, r);
     std::int64_t i = 0;
 #pragma GCC unroll 4
     for (; i + kN <= len; i += kN) {
-      Vec<acc_t> in[2];
+      Vec<acc_t> in[kMaxInputs];
       inputs.template load<acc_t>(in, i);
-      store_as<Vec<acc_t>, acc_t>(out + i, Op::apply(in, cv));
+      outputs.template store<acc_t>(Op::apply(in, cv, epilogue), i);
     }
     for (; i < len; ++i) {
-      acc_t in[2];
+      acc_t in[kMaxInputs];
       inputs.template load<acc_t>(in, i);
-      store_as<acc_t, acc_t>(out + i, Op::apply(in, c));
+      outputs.template store<acc_t>(Op::apply(in, c, epilogue), i);
     }
   }
 }
@@ -159,13 +222,12 @@ template <typename scalar_t, typename acc_t, typename Op>
 void reduce_columns(const ReduceArgs& args) {
   constexpr std::int64_t kN = kWidth<acc_t>;
   constexpr int kUnroll = 4;
+  constexpr int kC = kMaxReduceCoefficients;
+  const Epilogue epilogue = args.epilogue;
   alignas(64) acc_t first[kSlabColumns];
   alignas(64) acc_t second[kSlabColumns];
-  const std::int64_t stride = args.block.stride;
   for (std::int64_t c0 = 0; c0 < args.block.len; c0 += kSlabColumns) {
     const std::int64_t columns = args.block.len - c0 < kSlabColumns ? args.block.len - c0 : kSlabColumns;
-    const Inputs<scalar_t, Op> inputs(args.block, c0);
-    const auto* shift = static_cast<const acc_t*>(args.shift) + c0;
     const std::int64_t wanted = kSlabBytes / (columns * static_cast<std::int64_t>(sizeof(scalar_t)) * kInputs<Op>);
     const std::int64_t tile_rows = wanted < 4 ? 4 : wanted > kInner ? kInner : wanted;
     const std::int64_t flush_rows = tile_rows * kOuter;
@@ -178,15 +240,18 @@ void reduce_columns(const ReduceArgs& args) {
         for (; c + kUnroll * kN <= columns; c += kUnroll * kN) {
           Vec<acc_t> a[kUnroll] = {};
           Vec<acc_t> b[kUnroll] = {};
-          Vec<acc_t> k[kUnroll];
+          Vec<acc_t> k[kUnroll][kC] = {};
 #pragma GCC unroll 4
-          for (int u = 0; u < kUnroll; ++u) k[u] = load_raw<Vec<acc_t>>(shift + c + u * kN);
+          for (int u = 0; u < kUnroll; ++u) {
+            load_coefficients<Vec<acc_t>, acc_t, Op>(k[u], args.coefficients, c0 + c + u * kN);
+          }
           for (std::int64_t r = t0; r < t1; ++r) {
+            const Inputs<scalar_t, Op> inputs(args.block, epilogue, r);
 #pragma GCC unroll 4
             for (int u = 0; u < kUnroll; ++u) {
-              Vec<acc_t> in[2];
-              inputs.template load<acc_t>(in, r * stride + c + u * kN);
-              Op::add(a[u], b[u], in, k[u]);
+              Vec<acc_t> in[kMaxInputs];
+              inputs.template load<acc_t>(in, c0 + c + u * kN);
+              Op::add(a[u], b[u], in, k[u], epilogue);
             }
           }
 #pragma GCC unroll 4
@@ -198,11 +263,12 @@ void reduce_columns(const ReduceArgs& args) {
         for (; c + kN <= columns; c += kN) {
           Vec<acc_t> a = {};
           Vec<acc_t> b = {};
-          const auto k = load_raw<Vec<acc_t>>(shift + c);
+          Vec<acc_t> k[kC] = {};
+          load_coefficients<Vec<acc_t>, acc_t, Op>(k, args.coefficients, c0 + c);
           for (std::int64_t r = t0; r < t1; ++r) {
-            Vec<acc_t> in[2];
-            inputs.template load<acc_t>(in, r * stride + c);
-            Op::add(a, b, in, k);
+            Vec<acc_t> in[kMaxInputs];
+            Inputs<scalar_t, Op>(args.block, epilogue, r).template load<acc_t>(in, c0 + c);
+            Op::add(a, b, in, k, epilogue);
           }
           store_raw(first + c, load_raw<Vec<acc_t>>(first + c) + a);
           store_raw(second + c, load_raw<Vec<acc_t>>(second + c) + b);
@@ -210,10 +276,12 @@ void reduce_columns(const ReduceArgs& args) {
         for (; c < columns; ++c) {
           acc_t a = 0;
           acc_t b = 0;
+          acc_t k[kC] = {};
+          load_coefficients<acc_t, acc_t, Op>(k, args.coefficients, c0 + c);
           for (std::int64_t r = t0; r < t1; ++r) {
-            acc_t in[2];
-            inputs.template load<acc_t>(in, r * stride + c);
-            Op::add(a, b, in, shift[c]);
+            acc_t in[kMaxInputs];
+            Inputs<scalar_t, Op>(args.block, epilogue, r).template load<acc_t>(in, c0 + c);
+            Op::add(a, b, in, k, epilogue);
           }
           first[c] += a;
           second[c] += b;
@@ -227,35 +295,26 @@ void reduce_columns(const ReduceArgs& args) {
   }
 }
 
+// V: acc_t, for column i of kRows rows from r on, or Vec<acc_t>, for those from i on.
+template <typename V, typename scalar_t, typename acc_t, typename Op, int kRows>
+BNEXT_INLINE void map_column(const MapArgs& args, const Epilogue& epilogue, std::int64_t r, std::int64_t i) {
+  V c[kMaxCoefficients] = {};
+  load_coefficients<V, acc_t, Op>(c, args.coefficients, i);
+#pragma GCC unroll 4
+  for (int j = 0; j < kRows; ++j) {
+    V in[kMaxInputs];
+    Inputs<scalar_t, Op>(args.block, epilogue, r + j).template load<acc_t>(in, i);
+    Outputs<scalar_t, Op>(args, r + j).template store<acc_t>(Op::apply(in, c, epilogue), i);
+  }
+}
+
 template <typename scalar_t, typename acc_t, typename Op, int kRows>
 BNEXT_INLINE void map_rows(const MapArgs& args, std::int64_t r) {
   constexpr std::int64_t kN = kWidth<acc_t>;
-  const std::int64_t row = r * args.block.stride;
-  const std::int64_t stride = args.block.stride;
-  const Inputs<scalar_t, Op> inputs(args.block, row);
-  auto* out = static_cast<scalar_t*>(args.out) + row;
-  const acc_t* c[kMaxCoefficients];
-  for (int k = 0; k < Op::kCoefficients; ++k) c[k] = static_cast<const acc_t*>(args.coefficients[k]);
+  const Epilogue epilogue = args.epilogue;
   std::int64_t i = 0;
-  for (; i + kN <= args.block.len; i += kN) {
-    Vec<acc_t> cv[kMaxCoefficients] = {};
-    for (int k = 0; k < Op::kCoefficients; ++k) cv[k] = load_raw<Vec<acc_t>>(c[k] + i);
-#pragma GCC unroll 4
-    for (int j = 0; j < kRows; ++j) {
-      Vec<acc_t> in[2];
-      inputs.template load<acc_t>(in, j * stride + i);
-      store_as<Vec<acc_t>, acc_t>(out + j * stride + i, Op::apply(in, cv));
-    }
-  }
-  for (; i < args.block.len; ++i) {
-    acc_t cs[kMaxCoefficients] = {};
-    for (int k = 0; k < Op::kCoefficients; ++k) cs[k] = c[k][i];
-    for (int j = 0; j < kRows; ++j) {
-      acc_t in[2];
-      inputs.template load<acc_t>(in, j * stride + i);
-      store_as<acc_t, acc_t>(out + j * stride + i, Op::apply(in, cs));
-    }
-  }
+  for (; i + kN <= args.block.len; i += kN) map_column<Vec<acc_t>, scalar_t, acc_t, Op, kRows>(args, epilogue, r, i);
+  for (; i < args.block.len; ++i) map_column<acc_t, scalar_t, acc_t, Op, kRows>(args, epilogue, r, i);
 }
 
 // Several rows at once share one load of the coefficients.
@@ -293,23 +352,34 @@ void sample(const SampleArgs& args) {
   }
 }
 
-template <typename scalar_t, typename acc_t>
-void fill_table(LeafTable& table, DType dtype, Compute compute) {
+template <typename scalar_t, typename acc_t, typename Op>
+void add_reduce(LeafTable& table, DType dtype, Compute compute, ReduceOp op) {
   const int d = static_cast<int>(dtype);
   const int a = static_cast<int>(compute);
-  table.reduce_segments[d][a][static_cast<int>(ReduceOp::kMomentSums)] = &reduce_segments<scalar_t, acc_t, MomentSums>;
-  table.reduce_segments[d][a][static_cast<int>(ReduceOp::kGradSums)] = &reduce_segments<scalar_t, acc_t, GradSums>;
-  table.reduce_segments[d][a][static_cast<int>(ReduceOp::kBiasGradSum)] =
-      &reduce_segments<scalar_t, acc_t, BiasGradSum>;
-  table.reduce_columns[d][a][static_cast<int>(ReduceOp::kMomentSums)] = &reduce_columns<scalar_t, acc_t, MomentSums>;
-  table.reduce_columns[d][a][static_cast<int>(ReduceOp::kGradSums)] = &reduce_columns<scalar_t, acc_t, GradSums>;
-  table.reduce_columns[d][a][static_cast<int>(ReduceOp::kBiasGradSum)] = &reduce_columns<scalar_t, acc_t, BiasGradSum>;
-  table.map_segments[d][a][static_cast<int>(MapOp::kNormalize)] = &map_segments<scalar_t, acc_t, Normalize>;
-  table.map_segments[d][a][static_cast<int>(MapOp::kGradInput)] = &map_segments<scalar_t, acc_t, GradInput>;
-  table.map_segments[d][a][static_cast<int>(MapOp::kScaleGrad)] = &map_segments<scalar_t, acc_t, ScaleGrad>;
-  table.map_columns[d][a][static_cast<int>(MapOp::kNormalize)] = &map_columns<scalar_t, acc_t, Normalize>;
-  table.map_columns[d][a][static_cast<int>(MapOp::kGradInput)] = &map_columns<scalar_t, acc_t, GradInput>;
-  table.map_columns[d][a][static_cast<int>(MapOp::kScaleGrad)] = &map_columns<scalar_t, acc_t, ScaleGrad>;
+  table.reduce_segments[d][a][static_cast<int>(op)] = &reduce_segments<scalar_t, acc_t, Op>;
+  table.reduce_columns[d][a][static_cast<int>(op)] = &reduce_columns<scalar_t, acc_t, Op>;
+}
+
+template <typename scalar_t, typename acc_t, typename Op>
+void add_map(LeafTable& table, DType dtype, Compute compute, MapOp op) {
+  const int d = static_cast<int>(dtype);
+  const int a = static_cast<int>(compute);
+  table.map_segments[d][a][static_cast<int>(op)] = &map_segments<scalar_t, acc_t, Op>;
+  table.map_columns[d][a][static_cast<int>(op)] = &map_columns<scalar_t, acc_t, Op>;
+}
+
+template <typename scalar_t, typename acc_t>
+void fill_table(LeafTable& table, DType dtype, Compute compute) {
+  add_reduce<scalar_t, acc_t, MomentSums>(table, dtype, compute, ReduceOp::kMomentSums);
+  add_reduce<scalar_t, acc_t, GradSums>(table, dtype, compute, ReduceOp::kGradSums);
+  add_reduce<scalar_t, acc_t, BiasGradSum>(table, dtype, compute, ReduceOp::kBiasGradSum);
+  add_reduce<scalar_t, acc_t, ActivatedGradSums>(table, dtype, compute, ReduceOp::kActivatedGradSums);
+  add_map<scalar_t, acc_t, Normalize>(table, dtype, compute, MapOp::kNormalize);
+  add_map<scalar_t, acc_t, GradInput>(table, dtype, compute, MapOp::kGradInput);
+  add_map<scalar_t, acc_t, ScaleGrad>(table, dtype, compute, MapOp::kScaleGrad);
+  add_map<scalar_t, acc_t, ActivatedNormalize>(table, dtype, compute, MapOp::kActivatedNormalize);
+  add_map<scalar_t, acc_t, ActivatedGradInput>(table, dtype, compute, MapOp::kActivatedGradInput);
+  add_map<scalar_t, acc_t, ActivatedScaleGrad>(table, dtype, compute, MapOp::kActivatedScaleGrad);
 }
 
 LeafTable leaf_table() {

@@ -178,3 +178,67 @@ BNEXT_INLINE void store_as(scalar_t* to, const V& value) {
     store_vector<acc_t>(to, value);
   }
 }
+
+// Which lanes of V a mask's bits name: 1 in those, 0 in the others. One bit a lane, the lowest first.
+template <typename V>
+BNEXT_INLINE V from_bits(std::uint32_t bits) {
+  using T = scalar_of<V>;
+  if constexpr (std::is_same_v<V, T>) {
+    return static_cast<T>(bits & 1u);
+  } else {
+    using Bits = typename LanesOf<V>::Bits;
+    Bits each;
+    for (int l = 0; l < kWidth<T>; ++l) each[l] = 1 << l;
+    const Bits named = each & static_cast<std::remove_reference_t<decltype(each[0])>>(bits);
+    return named != 0 ? V{} + static_cast<T>(1) : V{};
+  }
+}
+
+// Whether each lane is above zero or a NaN: what a rectifier lets through.
+template <typename V>
+BNEXT_INLINE std::uint32_t open_bits(const V& z) {
+  using T = scalar_of<V>;
+  if constexpr (std::is_same_v<V, T>) {
+    return z <= static_cast<T>(0) ? 0u : 1u;
+  } else {
+    constexpr std::uint32_t kAll = (1u << kWidth<T>)-1u;
+    const auto closed = z <= static_cast<T>(0);
+#if defined(__x86_64__)
+    if constexpr (kVectorBytes == 64 && sizeof(T) == 4)
+      return _mm512_movepi32_mask(__builtin_bit_cast(__m512i, closed)) ^ kAll;
+    if constexpr (kVectorBytes == 64 && sizeof(T) == 8)
+      return _mm512_movepi64_mask(__builtin_bit_cast(__m512i, closed)) ^ kAll;
+    if constexpr (kVectorBytes == 32 && sizeof(T) == 4)
+      return static_cast<unsigned>(_mm256_movemask_ps(__builtin_bit_cast(__m256, closed))) ^ kAll;
+    if constexpr (kVectorBytes == 32 && sizeof(T) == 8)
+      return static_cast<unsigned>(_mm256_movemask_pd(__builtin_bit_cast(__m256d, closed))) ^ kAll;
+#endif
+    std::uint32_t bits = 0;
+    for (int l = 0; l < kWidth<T>; ++l) bits |= (closed[l] == 0 ? 1u : 0u) << l;
+    return bits;
+  }
+}
+
+// The bits of elements i, i + 1, ... of a row's mask, i a multiple of their number kN.
+template <int kN>
+BNEXT_INLINE std::uint32_t load_mask(const std::uint8_t* mask, std::int64_t i) {
+  if constexpr (kN == 16) {
+    std::uint16_t bits;
+    __builtin_memcpy(&bits, mask + i / 8, sizeof bits);
+    return bits;
+  } else {
+    return mask[i / 8] >> (i % 8);
+  }
+}
+
+// A row is written from its first element to its last.
+template <int kN>
+BNEXT_INLINE void store_mask(std::uint8_t* mask, std::int64_t i, std::uint32_t bits) {
+  if constexpr (kN == 16) {
+    const auto word = static_cast<std::uint16_t>(bits);
+    __builtin_memcpy(mask + i / 8, &word, sizeof word);
+  } else {
+    const std::uint32_t before = i % 8 == 0 ? 0u : mask[i / 8];
+    mask[i / 8] = static_cast<std::uint8_t>(before | bits << (i % 8));
+  }
+}

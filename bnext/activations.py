@@ -1,0 +1,87 @@
+"""The activations that batch norm can apply on the way out, as users name them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+NAMES = ("identity", "relu", "leaky_relu", "silu", "gelu", "hardswish")
+LEAKY_SLOPE = 0.01
+
+Act = str | tuple[str, float] | None
+
+
+class Activation(NamedTuple):
+    """``name`` is one of :data:`NAMES`; ``slope`` is leaky_relu's for negative values, and 0 for all others."""
+
+    name: str
+    slope: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.name}({self.slope})" if self.name == "leaky_relu" else self.name
+
+
+def parse(act: Act) -> Activation:
+    """What ``act`` means: a name, ``("leaky_relu", slope)``, or None for the identity.
+
+    Raises:
+        ValueError: anything else; the message lists what is known.
+    """
+    if act is None:
+        return Activation("identity")
+    if isinstance(act, str) and act in NAMES:
+        return Activation(act, LEAKY_SLOPE if act == "leaky_relu" else 0.0)
+    if isinstance(act, tuple) and len(act) == 2 and act[0] == "leaky_relu":
+        slope = act[1]
+        if isinstance(slope, (int, float)) and not isinstance(slope, bool) and math.isfinite(slope):
+            return Activation("leaky_relu", float(slope))
+    raise ValueError(f'expected act to be one of {", ".join(NAMES)}, ("leaky_relu", slope) or None, but got {act!r}')
+
+
+def of_module(module: torch.nn.Module) -> Act:
+    """The activation that a module of torch computes.
+
+    Raises:
+        ValueError: it is of another class (a subclass may compute something else), or an approximation.
+    """
+    kind = type(module)
+    if kind is torch.nn.LeakyReLU:
+        return ("leaky_relu", float(module.negative_slope))
+    if kind in _MODULES and getattr(module, "approximate", "none") == "none":
+        return _MODULES[kind]
+    known = ", ".join(f"torch.nn.{each.__name__}" for each in (*_MODULES, torch.nn.LeakyReLU))
+    raise ValueError(f"expected an activation that batch norm can apply ({known}), but got {module!r}")
+
+
+_MODULES: dict[type[torch.nn.Module], str] = {
+    torch.nn.Identity: "identity",
+    torch.nn.ReLU: "relu",
+    torch.nn.SiLU: "silu",
+    torch.nn.GELU: "gelu",
+    torch.nn.Hardswish: "hardswish",
+}
+# timm's names, where they differ.
+_ALIASES = {"swish": "silu", "hard_swish": "hardswish"}
+
+
+def of_layer(act_layer: Any, act_kwargs: dict[str, Any] | None = None) -> Act:
+    """What timm's ``act_layer`` means: a module class, or a partial of one, a name, or None for the identity.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if act_layer is None:
+        return None
+    if isinstance(act_layer, str):
+        name = _ALIASES.get(act_layer, act_layer)
+        slope = (act_kwargs or {}).get("negative_slope")
+        act: Act = name if slope is None else (name, slope)
+        parse(act)
+        return act
+    kind = act_layer.func if isinstance(act_layer, functools.partial) else act_layer
+    if isinstance(kind, type) and issubclass(kind, torch.nn.Module):
+        return of_module(act_layer(**(act_kwargs or {})))
+    raise ValueError(f"expected act_layer to be a class of torch.nn, a name or None, but got {act_layer!r}")

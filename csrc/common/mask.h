@@ -1,0 +1,28 @@
+// One bit an element that says whether a rectifier was open: all that its backward pass needs of the pre-activation.
+//
+// Elements lie in rows: a channel's plane of an image (channels first) or the channels of a pixel (channels last). A
+// row begins with a byte of its own, so that what works on one row does not share bytes with what works on another.
+// Forward and backward agree on where a bit lies, and nobody else looks: a device may pack rows closer, or align them
+// to vectors.
+#pragma once
+
+#include <cstdint>
+
+#include "problem.h"
+
+namespace bnext {
+
+// Bytes reserved for a row of `elements`, where a byte holds `lanes` of them. A row that is no multiple of a byte may
+// begin inside one, hence one more; rows are whole words.
+constexpr std::int64_t mask_row_bytes(std::int64_t elements, std::int64_t lanes) {
+  const std::int64_t touched = (elements + lanes - 1) / lanes;
+  const std::int64_t ragged = touched - elements / lanes;
+  return (touched + ragged + 3) / 4 * 4;
+}
+
+// Elements of a row.
+constexpr std::int64_t mask_row_elements(const Problem& problem) {
+  return problem.layout == Layout::kChannelsFirst ? problem.HW : problem.C;
+}
+
+}  // namespace bnext
