@@ -6,6 +6,7 @@
 
 #include "activation.h"
 #include "channel_vector.h"
+#include "inline.h"
 
 namespace bnext {
 
@@ -15,7 +16,7 @@ struct ForwardEpilogue {
   const void* residual = nullptr;  // laid out as the input
   std::uint8_t* mask = nullptr;    // null, or where to note for a rectifier's backward pass what it let through
 
-  bool present() const { return activation.act != Act::kIdentity || residual != nullptr; }
+  BNEXT_INLINE bool present() const { return activation.act != Act::kIdentity || residual != nullptr; }
 };
 
 // save_mean and save_invstd: length C, what a backward call needs besides the input.
@@ -65,17 +66,17 @@ struct Backward {
   const std::uint8_t* mask = nullptr;  // instead of what the pre-activation is made of
   void* grad_residual = nullptr;
 
-  bool activated() const { return activation.act != Act::kIdentity; }
-  bool reads_preactivation() const { return activated() && mask == nullptr; }
+  BNEXT_INLINE bool activated() const { return activation.act != Act::kIdentity; }
+  BNEXT_INLINE bool reads_preactivation() const { return activated() && mask == nullptr; }
   // Whether grad_input takes the detour by the statistics.
-  bool differentiates_statistics() const { return training && grad_input != nullptr; }
-  bool reads_input() const {
+  BNEXT_INLINE bool differentiates_statistics() const { return training && grad_input != nullptr; }
+  BNEXT_INLINE bool reads_input() const {
     return grad_weight.data != nullptr || differentiates_statistics() || reads_preactivation();
   }
-  bool reduces() const {
+  BNEXT_INLINE bool reduces() const {
     return grad_weight.data != nullptr || differentiates_statistics() || grad_bias.data != nullptr;
   }
-  bool maps() const { return grad_input != nullptr || grad_residual != nullptr; }
+  BNEXT_INLINE bool maps() const { return grad_input != nullptr || grad_residual != nullptr; }
 };
 
 }  // namespace bnext

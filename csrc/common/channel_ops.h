@@ -108,9 +108,11 @@ struct BackwardOp {
     const ParameterGrads grads = grads_from_sums(sums.shift, mean, sums.first, sums.second);
     if (stores && args.grad_weight.data != nullptr) store(args.grad_weight, c, grads.sum_dy_xmu * invstd);
     if (stores && args.grad_bias.data != nullptr) store(args.grad_bias, c, grads.sum_dy);
-    if (args.activated()) normalization(c, coefficients);
-    if (args.differentiates_statistics()) {
+    if (args.activated()) {
+      normalization(c, coefficients);
       coefficients[4] = coefficients[2];
+    }
+    if (args.differentiates_statistics()) {
       grad_input_coefficients(dtype, mean, invstd, weight, grads, count, coefficients);
     } else if (!args.activated()) {
       coefficients[0] = weight * invstd;

@@ -23,7 +23,35 @@ constexpr int kMaxCoefficients = 5;
 struct Epilogue {
   Activation activation;
   bool has_residual = false;
-  bool has_mask = false;  // to be read, in backward
+  bool has_mask = false;                   // to be read, in backward
+  bool differentiates_statistics = false;  // in backward: training
+
+  // Activations are evaluated in the data's natural compute type, T, also where float32 proved too narrow for the
+  // coefficients and V is of doubles: the pre-activation has the size of normalised values again.
+  template <typename T, typename V>
+  BNEXT_INLINE V activate(const V& z) const {
+    if constexpr (std::is_same_v<T, scalar_of<V>>) {
+      return bnext::activate(activation, z);
+    } else {
+      return lane_by_lane(z, [this](auto lane) {
+        return static_cast<scalar_of<V>>(bnext::activate(activation, static_cast<T>(lane)));
+      });
+    }
+  }
+
+  // The slope at z, times dy.
+  template <typename T, typename V>
+  BNEXT_INLINE V grad(const V& z, const V& dy) const {
+    if constexpr (std::is_same_v<T, scalar_of<V>>) {
+      return activation_grad(activation, z, dy);
+    } else {
+      const V slope = lane_by_lane(z, [this](auto lane) {
+        return static_cast<scalar_of<V>>(activation_grad(activation, static_cast<T>(lane), static_cast<T>(1)));
+      });
+      // A gradient that a rectifier keeps back must not turn into a NaN.
+      return slope == static_cast<scalar_of<V>>(0) ? V{} : dy * slope;
+    }
+  }
 };
 
 // sum of (x - c0), sum of (x - c0)^2
@@ -32,7 +60,7 @@ struct MomentSums {
   static constexpr bool kReadsGrad = false;
   static constexpr bool kActivated = false;
   static constexpr int kCoefficients = 1;
-  template <typename V>
+  template <typename T, typename V>
   BNEXT_INLINE static void add(V& first, V& second, const V (&in)[kMaxInputs], const V (&c)[kMaxReduceCoefficients],
                                const Epilogue&) {
     const V centred = in[0] - c[0];
@@ -47,7 +75,7 @@ struct GradSums {
   static constexpr bool kReadsGrad = true;
   static constexpr bool kActivated = false;
   static constexpr int kCoefficients = 1;
-  template <typename V>
+  template <typename T, typename V>
   BNEXT_INLINE static void add(V& first, V& second, const V (&in)[kMaxInputs], const V (&c)[kMaxReduceCoefficients],
                                const Epilogue&) {
     first += in[1];
@@ -61,7 +89,7 @@ struct BiasGradSum {
   static constexpr bool kReadsGrad = true;
   static constexpr bool kActivated = false;
   static constexpr int kCoefficients = 0;
-  template <typename V>
+  template <typename T, typename V>
   BNEXT_INLINE static void add(V& first, V&, const V (&in)[kMaxInputs], const V (&)[kMaxReduceCoefficients],
                                const Epilogue&) {
     first += in[1];
@@ -74,7 +102,7 @@ struct NoSums {
   static constexpr bool kReadsGrad = false;
   static constexpr bool kActivated = false;
   static constexpr int kCoefficients = 0;
-  template <typename V>
+  template <typename T, typename V>
   BNEXT_INLINE static void add(V&, V&, const V (&)[kMaxInputs], const V (&)[kMaxReduceCoefficients], const Epilogue&) {}
 };
 
@@ -92,7 +120,7 @@ struct Normalize {
   static constexpr bool kReadsGrad = false;
   static constexpr bool kActivated = false;
   static constexpr int kCoefficients = 3;
-  template <typename V>
+  template <typename T, typename V>
   BNEXT_INLINE static Mapped<V> apply(const V (&in)[kMaxInputs], const V (&c)[kMaxCoefficients], const Epilogue&) {
     return {(in[0] - c[0]) * c[1] + c[2], V{}};
   }
@@ -104,7 +132,7 @@ struct GradInput {
   static constexpr bool kReadsGrad = true;
   static constexpr bool kActivated = false;
   static constexpr int kCoefficients = 4;
-  template <typename V>
+  template <typename T, typename V>
   BNEXT_INLINE static Mapped<V> apply(const V (&in)[kMaxInputs], const V (&c)[kMaxCoefficients], const Epilogue&) {
     return {in[1] * c[1] + ((in[0] - c[0]) * c[2] + c[3]), V{}};
   }
@@ -116,7 +144,7 @@ struct ScaleGrad {
   static constexpr bool kReadsGrad = true;
   static constexpr bool kActivated = false;
   static constexpr int kCoefficients = 1;
-  template <typename V>
+  template <typename T, typename V>
   BNEXT_INLINE static Mapped<V> apply(const V (&in)[kMaxInputs], const V (&c)[kMaxCoefficients], const Epilogue&) {
     return {in[1] * c[0], V{}};
   }
@@ -140,11 +168,11 @@ struct ActivatedGradSums {
   static constexpr bool kReadsGrad = true;
   static constexpr bool kActivated = true;
   static constexpr int kCoefficients = 3;
-  template <typename V>
+  template <typename T, typename V>
   BNEXT_INLINE static void add(V& first, V& second, const V (&in)[kMaxInputs], const V (&c)[kMaxReduceCoefficients],
                                const Epilogue& epilogue) {
     const V z = preactivation(in, c[0], c[1], c[2], epilogue);
-    const V dz = activation_grad(epilogue.activation, z, in[1]);
+    const V dz = epilogue.grad<T>(z, in[1]);
     first += dz;
     second += dz * (in[0] - c[0]);
   }
@@ -156,41 +184,26 @@ struct ActivatedNormalize {
   static constexpr bool kReadsGrad = false;
   static constexpr bool kActivated = true;
   static constexpr int kCoefficients = 3;
-  template <typename V>
+  template <typename T, typename V>
   BNEXT_INLINE static Mapped<V> apply(const V (&in)[kMaxInputs], const V (&c)[kMaxCoefficients],
                                       const Epilogue& epilogue) {
     const V z = preactivation(in, c[0], c[1], c[2], epilogue);
-    return {activate(epilogue.activation, z), z};
+    return {epilogue.activate<T>(z), z};
   }
 };
 
-// dx = dz*c1 + ((x - c0)*c2 + c3), training; the offset is c4
-struct ActivatedGradInput {
+// dx = dz*c1 + ((x - c0)*c2 + c3) in training, dz*c1 in evaluation; the offset is c4
+struct ActivatedGrad {
   static constexpr bool kReadsInput = true;
   static constexpr bool kReadsGrad = true;
   static constexpr bool kActivated = true;
   static constexpr int kCoefficients = 5;
-  template <typename V>
+  template <typename T, typename V>
   BNEXT_INLINE static Mapped<V> apply(const V (&in)[kMaxInputs], const V (&c)[kMaxCoefficients],
                                       const Epilogue& epilogue) {
     const V z = preactivation(in, c[0], c[1], c[4], epilogue);
-    const V dz = activation_grad(epilogue.activation, z, in[1]);
-    return {dz * c[1] + ((in[0] - c[0]) * c[2] + c[3]), dz};
-  }
-};
-
-// dx = dz*c1, evaluation, or where grad_residual alone is asked for
-struct ActivatedScaleGrad {
-  static constexpr bool kReadsInput = true;
-  static constexpr bool kReadsGrad = true;
-  static constexpr bool kActivated = true;
-  static constexpr int kCoefficients = 3;
-  template <typename V>
-  BNEXT_INLINE static Mapped<V> apply(const V (&in)[kMaxInputs], const V (&c)[kMaxCoefficients],
-                                      const Epilogue& epilogue) {
-    const V z = preactivation(in, c[0], c[1], c[2], epilogue);
-    const V dz = activation_grad(epilogue.activation, z, in[1]);
-    return {dz * c[1], dz};
+    const V dz = epilogue.grad<T>(z, in[1]);
+    return {epilogue.differentiates_statistics ? dz * c[1] + ((in[0] - c[0]) * c[2] + c[3]) : dz * c[1], dz};
   }
 };
 

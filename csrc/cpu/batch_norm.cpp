@@ -73,11 +73,11 @@ void backward(const Problem& problem, const Backward& args, const Parallel& para
   op.out[0] = args.grad_input;
   op.out[1] = args.grad_residual;
   op.mask = const_cast<std::uint8_t*>(args.mask);  // only read in backward
-  op.epilogue = {args.activation, op.in[2] != nullptr, args.mask != nullptr};
+  op.epilogue = {args.activation, op.in[2] != nullptr, args.mask != nullptr, args.differentiates_statistics()};
   op.reduces = args.reduces();
   if (args.activated()) {
     op.reduce_op = ReduceOp::kActivatedGradSums;
-    op.map_op = args.differentiates_statistics() ? MapOp::kActivatedGradInput : MapOp::kActivatedScaleGrad;
+    op.map_op = MapOp::kActivatedGrad;
   } else {
     op.reduce_op = args.reads_input() ? ReduceOp::kGradSums : ReduceOp::kBiasGradSum;
     op.map_op = args.differentiates_statistics() ? MapOp::kGradInput : MapOp::kScaleGrad;

@@ -16,9 +16,9 @@
 namespace bnext::cpu {
 
 enum class ReduceOp { kMomentSums, kGradSums, kBiasGradSum, kActivatedGradSums };
-enum class MapOp { kNormalize, kGradInput, kScaleGrad, kActivatedNormalize, kActivatedGradInput, kActivatedScaleGrad };
+enum class MapOp { kNormalize, kGradInput, kScaleGrad, kActivatedNormalize, kActivatedGrad };
 constexpr int kReduceOps = 4;
-constexpr int kMapOps = 6;
+constexpr int kMapOps = 5;
 
 // The type that elements are widened to before they are computed with.
 enum class Compute { kFloat32, kFloat64 };

@@ -13,6 +13,10 @@ using Vec = Vector<acc_t, kWidth<acc_t>>;
 constexpr std::int64_t kInner = 16;
 constexpr std::int64_t kOuter = 8;
 
+// The type that elements of scalar_t are computed in, unless float32 proves too narrow.
+template <typename scalar_t>
+using Natural = std::conditional_t<sizeof(scalar_t) == sizeof(double), double, float>;
+
 template <typename Op>
 constexpr int kInputs = int{Op::kReadsInput} + int{Op::kReadsGrad} + int{Op::kActivated};
 
@@ -118,7 +122,7 @@ struct Lanes {
   BNEXT_INLINE void add_vector(int u, const Inputs<scalar_t, Op>& inputs, std::int64_t i) {
     Vec<acc_t> in[kMaxInputs];
     inputs.template load<acc_t>(in, i);
-    Op::add(first[u], second[u], in, c, epilogue);
+    Op::template add<Natural<scalar_t>>(first[u], second[u], in, c, epilogue);
   }
 
   // Elements [i, n), at most kInner * kStep of them.
@@ -139,7 +143,7 @@ struct Lanes {
       acc_t a = 0;
       acc_t b = 0;
       inputs.template load<acc_t>(in, i);
-      Op::add(a, b, in, cs, epilogue);
+      Op::template add<Natural<scalar_t>>(a, b, in, cs, epilogue);
       first_total += static_cast<double>(a);
       second_total += static_cast<double>(b);
     }
@@ -203,12 +207,12 @@ void map_segments(const MapArgs& args) {
     for (; i + kN <= len; i += kN) {
       Vec<acc_t> in[kMaxInputs];
       inputs.template load<acc_t>(in, i);
-      outputs.template store<acc_t>(Op::apply(in, cv, epilogue), i);
+      outputs.template store<acc_t>(Op::template apply<Natural<scalar_t>>(in, cv, epilogue), i);
     }
     for (; i < len; ++i) {
       acc_t in[kMaxInputs];
       inputs.template load<acc_t>(in, i);
-      outputs.template store<acc_t>(Op::apply(in, c, epilogue), i);
+      outputs.template store<acc_t>(Op::template apply<Natural<scalar_t>>(in, c, epilogue), i);
     }
   }
 }
@@ -251,7 +255,7 @@ void reduce_columns(const ReduceArgs& args) {
             for (int u = 0; u < kUnroll; ++u) {
               Vec<acc_t> in[kMaxInputs];
               inputs.template load<acc_t>(in, c0 + c + u * kN);
-              Op::add(a[u], b[u], in, k[u], epilogue);
+              Op::template add<Natural<scalar_t>>(a[u], b[u], in, k[u], epilogue);
             }
           }
 #pragma GCC unroll 4
@@ -268,7 +272,7 @@ void reduce_columns(const ReduceArgs& args) {
           for (std::int64_t r = t0; r < t1; ++r) {
             Vec<acc_t> in[kMaxInputs];
             Inputs<scalar_t, Op>(args.block, epilogue, r).template load<acc_t>(in, c0 + c);
-            Op::add(a, b, in, k, epilogue);
+            Op::template add<Natural<scalar_t>>(a, b, in, k, epilogue);
           }
           store_raw(first + c, load_raw<Vec<acc_t>>(first + c) + a);
           store_raw(second + c, load_raw<Vec<acc_t>>(second + c) + b);
@@ -281,7 +285,7 @@ void reduce_columns(const ReduceArgs& args) {
           for (std::int64_t r = t0; r < t1; ++r) {
             acc_t in[kMaxInputs];
             Inputs<scalar_t, Op>(args.block, epilogue, r).template load<acc_t>(in, c0 + c);
-            Op::add(a, b, in, k, epilogue);
+            Op::template add<Natural<scalar_t>>(a, b, in, k, epilogue);
           }
           first[c] += a;
           second[c] += b;
@@ -304,7 +308,7 @@ BNEXT_INLINE void map_column(const MapArgs& args, const Epilogue& epilogue, std:
   for (int j = 0; j < kRows; ++j) {
     V in[kMaxInputs];
     Inputs<scalar_t, Op>(args.block, epilogue, r + j).template load<acc_t>(in, i);
-    Outputs<scalar_t, Op>(args, r + j).template store<acc_t>(Op::apply(in, c, epilogue), i);
+    Outputs<scalar_t, Op>(args, r + j).template store<acc_t>(Op::template apply<Natural<scalar_t>>(in, c, epilogue), i);
   }
 }
 
@@ -378,8 +382,7 @@ void fill_table(LeafTable& table, DType dtype, Compute compute) {
   add_map<scalar_t, acc_t, GradInput>(table, dtype, compute, MapOp::kGradInput);
   add_map<scalar_t, acc_t, ScaleGrad>(table, dtype, compute, MapOp::kScaleGrad);
   add_map<scalar_t, acc_t, ActivatedNormalize>(table, dtype, compute, MapOp::kActivatedNormalize);
-  add_map<scalar_t, acc_t, ActivatedGradInput>(table, dtype, compute, MapOp::kActivatedGradInput);
-  add_map<scalar_t, acc_t, ActivatedScaleGrad>(table, dtype, compute, MapOp::kActivatedScaleGrad);
+  add_map<scalar_t, acc_t, ActivatedGrad>(table, dtype, compute, MapOp::kActivatedGrad);
 }
 
 LeafTable leaf_table() {

@@ -3,21 +3,33 @@
 namespace bnext::cuda {
 
 Plan plan_for(const Problem& problem, const Backward& args, const DeviceLimits& limits) {
-  return make_plan(problem, args.reads_input() ? 2 : 1, args.reduces(), limits);
+  const bool reads_residual = args.reads_preactivation() && args.residual != nullptr;
+  Demand demand;
+  demand.inputs = 1 + (args.reads_input() ? 1 : 0) + (reads_residual ? 1 : 0);
+  demand.reads_mask = args.mask != nullptr;
+  demand.reduces = args.reduces();
+  demand.activated = args.activated();
+  return make_plan(problem, demand, limits);
 }
 
 cudaError_t backward(const Problem& problem, const Backward& args, const Plan& plan, void* workspace,
                      cudaStream_t stream) {
-  const KernelArgs kernel_args{plan,
-                               {{args.input, args.grad_output}, args.grad_input},
-                               args.save_mean,
-                               static_cast<unsigned char*>(workspace),
-                               nullptr};
+  const void* input = args.reads_input() ? args.input : nullptr;
+  const void* residual = args.reads_preactivation() ? args.residual : nullptr;
+  const KernelArgs kernel_args{
+      plan,
+      {{input, args.grad_output, residual}, args.mask, {args.grad_input, args.grad_residual}, nullptr},
+      {args.activation, residual != nullptr, args.mask != nullptr, args.differentiates_statistics()},
+      static_cast<unsigned char*>(workspace),
+      nullptr};
   const BackwardOp op{args, problem.dtype, static_cast<double>(problem.count())};
+  if (args.activated()) {
+    return args.reduces() ? launch_dtype<ActivatedGradSums, ActivatedGrad>(kernel_args, op, stream)
+                          : launch_dtype<NoSums, ActivatedGrad>(kernel_args, op, stream);
+  }
   if (!args.reduces()) return launch_dtype<NoSums, ScaleGrad>(kernel_args, op, stream);
-  // In training grad_input is asked for together with the input, or not at all.
   if (!args.reads_input()) return launch_dtype<BiasGradSum, ScaleGrad>(kernel_args, op, stream);
-  if (args.training) return launch_dtype<GradSums, GradInput>(kernel_args, op, stream);
+  if (args.differentiates_statistics()) return launch_dtype<GradSums, GradInput>(kernel_args, op, stream);
   return launch_dtype<GradSums, ScaleGrad>(kernel_args, op, stream);
 }
 

@@ -5,6 +5,23 @@ namespace {
 
 __global__ void count_kernel(std::int64_t* counter) { ++*counter; }
 
+Demand demand(const ForwardEpilogue& epilogue, bool reduces) {
+  return {epilogue.residual != nullptr ? 2 : 1, /*reads_mask=*/false, reduces, epilogue.present()};
+}
+
+template <typename Reduce, typename Args, typename Op>
+cudaError_t launch_forward(const Plan& plan, const Args& args, const Op& op, void* workspace, std::int64_t* counted,
+                           cudaStream_t stream) {
+  const ForwardEpilogue& after = args.epilogue;
+  const KernelArgs kernel_args{plan,
+                               {{args.input, nullptr, after.residual}, nullptr, {args.output, nullptr}, after.mask},
+                               {after.activation, after.residual != nullptr, /*has_mask=*/false},
+                               static_cast<unsigned char*>(workspace),
+                               counted};
+  return after.present() ? launch_dtype<Reduce, ActivatedNormalize>(kernel_args, op, stream)
+                         : launch_dtype<Reduce, Normalize>(kernel_args, op, stream);
+}
+
 }  // namespace
 
 cudaError_t count_batch(std::int64_t* num_batches_tracked, cudaStream_t stream) {
@@ -16,31 +33,27 @@ cudaError_t count_batch(std::int64_t* num_batches_tracked, cudaStream_t stream) 
   return error != cudaSuccess ? error : cudaGetLastError();
 }
 
-Plan plan_for(const Problem& problem, const TrainingForward&, const DeviceLimits& limits) {
-  return make_plan(problem, 1, /*reduces=*/true, limits);
+Plan plan_for(const Problem& problem, const TrainingForward& args, const DeviceLimits& limits) {
+  return make_plan(problem, demand(args.epilogue, /*reduces=*/true), limits);
 }
 
-Plan plan_for(const Problem& problem, const EvalForward&, const DeviceLimits& limits) {
-  return make_plan(problem, 1, /*reduces=*/false, limits);
+Plan plan_for(const Problem& problem, const EvalForward& args, const DeviceLimits& limits) {
+  return make_plan(problem, demand(args.epilogue, /*reduces=*/false), limits);
 }
 
 cudaError_t forward(const Problem& problem, const TrainingForward& args, const Plan& plan, void* workspace,
                     cudaStream_t stream) {
   // The cumulative average needs the counter as it was, in every block: it is counted after all of them have ended.
   std::int64_t* counted = args.cumulative ? nullptr : args.num_batches_tracked;
-  const KernelArgs kernel_args{
-      plan, {{args.input, nullptr}, args.output}, nullptr, static_cast<unsigned char*>(workspace), counted};
   const TrainingForwardOp op{args, problem.dtype, static_cast<double>(problem.count())};
-  const cudaError_t error = launch_dtype<MomentSums, Normalize>(kernel_args, op, stream);
+  const cudaError_t error = launch_forward<MomentSums>(plan, args, op, workspace, counted, stream);
   if (error != cudaSuccess || counted == args.num_batches_tracked) return error;
   return count_batch(args.num_batches_tracked, stream);
 }
 
 cudaError_t forward(const Problem& problem, const EvalForward& args, const Plan& plan, void* workspace,
                     cudaStream_t stream) {
-  const KernelArgs kernel_args{
-      plan, {{args.input, nullptr}, args.output}, nullptr, static_cast<unsigned char*>(workspace), nullptr};
-  return launch_dtype<NoSums, Normalize>(kernel_args, EvalForwardOp{args, problem.dtype}, stream);
+  return launch_forward<NoSums>(plan, args, EvalForwardOp{args, problem.dtype}, workspace, nullptr, stream);
 }
 
 }  // namespace bnext::cuda

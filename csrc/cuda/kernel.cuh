@@ -24,7 +24,7 @@ namespace bnext::cuda {
 struct KernelArgs {
   Plan plan;
   Tensors tensors;
-  const double* shift;  // length C, for the reduction; null: a sample of the channel's own values
+  Epilogue epilogue;
   unsigned char* workspace;
   std::int64_t* count_batch;  // incremented by one thread; null: not here
 };
@@ -32,6 +32,8 @@ struct KernelArgs {
 // Pointers into a block's shared memory.
 struct Shared {
   unsigned char* slab;
+  unsigned char* mask;
+  void* columns;
   double* merge;
   double* own;
   double* total;
@@ -41,6 +43,8 @@ struct Shared {
 
   __device__ __forceinline__ Shared(const SharedLayout& layout, unsigned char* base)
       : slab(base + layout.slab),
+        mask(base + layout.mask),
+        columns(base + layout.columns),
         merge(reinterpret_cast<double*>(base + layout.merge)),
         own(reinterpret_cast<double*>(base + layout.own)),
         total(reinterpret_cast<double*>(base + layout.total)),
@@ -52,8 +56,9 @@ struct Shared {
 template <typename scalar_t, typename Op, typename Reduce, typename Map, Tile kTile>
 class BlockTask {
   using Acc = widened_t<scalar_t>;
-  using DataSlab = Slab<scalar_t, Reduce::kReadsInput || Map::kReadsInput, Reduce::kReadsGrad || Map::kReadsGrad>;
   static constexpr bool kReduces = !std::is_same_v<Reduce, NoSums>;
+  // The shift is a sample of the channel's own values; else it is known.
+  static constexpr bool kSamples = std::is_same_v<Reduce, MomentSums>;
   static constexpr int kN = kLanes<scalar_t>;
 
  public:
@@ -65,28 +70,29 @@ class BlockTask {
         shared_(shared),
         member_(member),
         span_(args.plan, tile),
-        slab_(args.plan, args.tensors, shared.slab) {}
+        slab_(args.plan, args.tensors, shared.slab, shared.mask) {}
 
   __device__ __forceinline__ void run() {
-    const Walk<scalar_t, kTile> walk(plan_, span_, member_.rank);
+    const Walk<scalar_t, kTile> walk(plan_, span_, span_.tile, member_.rank);
     const std::int64_t items = walk.items();
     const int kept = items < plan_.kept ? static_cast<int>(items) : plan_.kept;
     Verdict verdict;
     if constexpr (kReduces) {
       // The samples are asked for first: behind all the rest they would arrive last.
-      const Acc sample = load_sample(0);
+      const Acc sample = kSamples ? load_sample(0) : Acc{};
       request_kept(walk, kept);
-      choose_shift(sample);
-      verdict = finish(team_sums<Acc, /*kWaits=*/true>(walk, items, kept), /*again=*/false);
-      if (verdict.doubtful) {
+      const bool begins_wide = !choose_coefficients(sample);
+      verdict = {false, false};
+      if (!begins_wide) verdict = finish(team_sums<Acc>(walk, items, kept, /*waits=*/true), /*again=*/false);
+      if (begins_wide || verdict.doubtful) {
         const bool wide = verdict.wide;
-        verdict = finish(team_sums<double, /*kWaits=*/false>(walk, items, kept), /*again=*/true);
+        verdict = finish(team_sums<double>(walk_anew(), items, kept, begins_wide), verdict.doubtful);
         verdict.wide |= wide;
       }
     } else {
       verdict = finish(nullptr, /*again=*/false);
     }
-    if (args_.tensors.out == nullptr) return;
+    if (!args_.tensors.maps()) return;
     if (std::is_same_v<Acc, double> || verdict.wide) {
       map<double>(items, kept);
     } else {
@@ -100,6 +106,15 @@ class BlockTask {
     bool doubtful;  // float32 was not enough for a channel's sums
     bool wide;      // nor for a channel's coefficients
   };
+
+  // From the first step again, by a few divisions: the registers to remember it would be missed meanwhile. The compiler
+  // is not to see that it has been here before.
+  __device__ __forceinline__ Walk<scalar_t, kTile> walk_anew() const {
+    std::int64_t tile = span_.tile;
+    int rank = member_.rank;
+    asm volatile("" : "+l"(tile), "+r"(rank));
+    return Walk<scalar_t, kTile>(plan_, span_, tile, rank);
+  }
 
   __device__ __forceinline__ void request_kept(Walk<scalar_t, kTile> walk, int kept) {
     int k = 0;
@@ -116,9 +131,28 @@ class BlockTask {
   __device__ __forceinline__ Acc load_sample(int first) const {
     const int sample = static_cast<int>(threadIdx.x) % kMaxSamples;
     const int channel = first + static_cast<int>(threadIdx.x) / kMaxSamples;
-    if (args_.shift != nullptr || sample >= plan_.samples || channel >= span_.channels) return 0;
+    if (sample >= plan_.samples || channel >= span_.channels) return 0;
     const auto* input = static_cast<const scalar_t*>(args_.tensors.in[0]);
     return widen(input[plan_.sample_offsets[sample] + (span_.first_channel + channel) * plan_.sample_stride]);
+  }
+
+  // The reduction's coefficients. Whether float32 holds them, which all blocks of the team find alike.
+  __device__ __forceinline__ bool choose_coefficients(Acc sample) {
+    if constexpr (kSamples) {
+      choose_shift(sample);
+      return true;
+    } else {
+      bool wide = false;
+      for (int i = static_cast<int>(threadIdx.x); i < span_.channels; i += plan_.threads) {
+        double value[kMaxReduceCoefficients] = {};
+        op_.reduce_coefficients(span_.first_channel + i, value);
+        if (Reduce::kActivated) wide |= !fits_float32(value, kMaxReduceCoefficients);
+        shared_.shift[i] = value[0];
+#pragma unroll
+        for (int j = 1; j < Reduce::kCoefficients; ++j) shared_.shift[j * plan_.tile_channels + i] = value[j];
+      }
+      return __syncthreads_or(wide ? 1 : 0) == 0;
+    }
   }
 
   __device__ __forceinline__ void choose_shift(Acc value) {
@@ -127,39 +161,33 @@ class BlockTask {
     for (int first = 0; first < span_.channels; first += step) {
       const int channel = first + static_cast<int>(threadIdx.x) / kMaxSamples;
       if (first > 0) value = load_sample(first);
-      double shift;
-      if (args_.shift != nullptr) {
-        const int any = channel < span_.channels ? channel : 0;
-        shift = SplitMean(op_.dtype, args_.shift[span_.first_channel + any]).high;
-      } else {
-        for (int lanes = 1; lanes < plan_.samples; lanes *= 2) {
-          value = average(value, __shfl_xor_sync(0xffffffffu, value, lanes), static_cast<Acc>(0.5));
-        }
-        shift = static_cast<double>(value);
+      for (int lanes = 1; lanes < plan_.samples; lanes *= 2) {
+        value = average(value, __shfl_xor_sync(0xffffffffu, value, lanes), static_cast<Acc>(0.5));
       }
-      if (stores && channel < span_.channels) shared_.shift[channel] = shift;
+      if (stores && channel < span_.channels) shared_.shift[channel] = static_cast<double>(value);
     }
     __syncthreads();
   }
 
   // The tile's sums over the whole team: double [2][tile_channels].
-  template <typename acc_t, bool kWaits>
-  __device__ __forceinline__ const double* team_sums(Walk<scalar_t, kTile> walk, std::int64_t items, int kept) {
-    Accumulator<scalar_t, acc_t, Reduce, kTile> sums(plan_, span_, shared_.shift);
+  template <typename acc_t>
+  __device__ __forceinline__ const double* team_sums(Walk<scalar_t, kTile> walk, std::int64_t items, int kept,
+                                                     bool waits) {
+    spread<acc_t, Reduce>(shared_.shift);
+    Accumulator<scalar_t, acc_t, Reduce, kTile> sums(plan_, span_, shared_.shift, shared_.columns, args_.epilogue);
     int k = 0;
 #pragma unroll 1
     for (int stage = 0; stage < kLoadStages; ++stage) {
-      if (kWaits) wait_for_stage(stage);
+      if (waits) wait_for_stage(stage);
       for (const int end = stage_end(stage, kept); k < end; ++k, walk.advance()) {
-        Vec<scalar_t> vec[2];
-        slab_.read(k, vec);
-        sums.add(walk.segment(), vec);
+        const Segment segment = walk.segment();
+        sums.add(segment, slab_.template read<Reduce>(k, segment));
       }
     }
     if (items > kept) {
-      slab_.stream(
+      slab_.template stream<Reduce>(
           walk, items - kept, plan_.kept, [](auto& w) { w.advance(); },
-          [&](const Segment& segment, const auto& vec) { sums.add(segment, vec); });
+          [&](const Segment& segment, const auto& item) { sums.add(segment, item); });
     }
     sums.flush();
     const int values = 2 * plan_.tile_channels;
@@ -203,77 +231,68 @@ class BlockTask {
     return verdict;
   }
 
-  // Elements from the last to the first: those that were not kept were read last, and L2 may still have them.
-  template <typename acc_t>
-  __device__ __forceinline__ void map(std::int64_t items, int kept) {
-    const Coefficients<acc_t> coefficients(plan_, span_, shared_.coefficients);
-    Walk<scalar_t, kTile> walk(plan_, span_, member_.rank);
-    walk.jump(items - 1);
-    if (items > kept) {
-      slab_.stream(
-          walk, items - kept, plan_.kept, [](auto& w) { w.retreat(); },
-          [&](const Segment& segment, const auto& vec) { map_vec(segment, vec, coefficients); });
-    }
-    for (int k = kept - 1; k >= 0; --k, walk.retreat()) {
-      Vec<scalar_t> vec[2];
-      slab_.read(k, vec);
-      map_vec(walk.segment(), vec, coefficients);
+  template <typename acc_t, typename Functor>
+  __device__ __forceinline__ void spread(const double* channels) const {
+    if constexpr (kKeep<scalar_t, acc_t, Functor, kTile> == Keep::kColumns) {
+      spread_to_columns(plan_, span_, kN, Functor::kCoefficients, channels, static_cast<acc_t*>(shared_.columns));
     }
   }
 
-  // float32 coefficients of this thread's lanes wait in registers; float64 ones, where registers would run out, in
-  // shared memory.
+  // Elements from the last to the first: those that were not kept were read last, and L2 may still have them.
   template <typename acc_t>
-  class Coefficients {
-    static constexpr int kP = kSums<scalar_t, kTile>;
-    static constexpr bool kHeld = std::is_same_v<acc_t, float>;
-
-   public:
-    __device__ __forceinline__ Coefficients(const Plan& plan, const TileSpan& span, const double* shared)
-        : plan_(plan), span_(span), shared_(shared) {
-      if constexpr (kHeld) {
-#pragma unroll
-        for (int p = 0; p < kP; ++p) {
-#pragma unroll
-          for (int j = 0; j < Map::kCoefficients; ++j) held_[p][j] = static_cast<float>(shared[index(p, j)]);
-        }
-      }
+  __device__ __forceinline__ void map(std::int64_t items, int kept) {
+    spread<acc_t, Map>(shared_.coefficients);
+    const MapCoefficients<acc_t> coefficients(plan_, span_, shared_.coefficients, shared_.columns);
+    Walk<scalar_t, kTile> walk = walk_anew();
+    walk.jump(items - 1);
+    if (items > kept) {
+      slab_.template stream<Map>(
+          walk, items - kept, plan_.kept, [](auto& w) { w.retreat(); },
+          [&](const Segment& segment, const auto& item) { map_item(segment, item, coefficients); });
     }
-
-    __device__ __forceinline__ acc_t operator()(int lane, int j) const {
-      const int p = kP == 1 ? 0 : lane;
-      if constexpr (kHeld) {
-        return held_[p][j];
-      } else {
-        return shared_[index(p, j)];
-      }
+    for (int k = kept - 1; k >= 0; --k, walk.retreat()) {
+      const Segment segment = walk.segment();
+      map_item(segment, slab_.template read<Map>(k, segment), coefficients);
     }
+  }
 
-   private:
-    __device__ __forceinline__ int index(int p, int j) const {
-      return j * plan_.tile_channels + lane_channel<scalar_t, kTile>(plan_, span_, p);
-    }
-
-    const Plan& plan_;
-    const TileSpan& span_;
-    const double* shared_;
-    float held_[kHeld ? kP : 1][Map::kCoefficients];
-  };
+  // float64 ones wait in shared memory, where registers would run out.
+  template <typename acc_t>
+  using MapCoefficients =
+      LaneCoefficients<scalar_t, acc_t, kTile,
+                       std::is_same_v<acc_t, double> && kKeep<scalar_t, acc_t, Map, kTile> == Keep::kRegisters
+                           ? Keep::kChannels
+                           : kKeep<scalar_t, acc_t, Map, kTile>,
+                       Map::kCoefficients>;
 
   template <typename acc_t>
-  __device__ __forceinline__ void map_vec(const Segment& segment, const Vec<scalar_t> (&vec)[2],
-                                          const Coefficients<acc_t>& coefficients) {
-    Vec<scalar_t> result;
+  __device__ __forceinline__ void map_item(const Segment& segment, const Item<scalar_t>& item,
+                                           const MapCoefficients<acc_t>& coefficients) {
+    const Tensors& tensors = args_.tensors;
+    Vec<scalar_t> first;
+    Vec<scalar_t> second;
+    unsigned open = 0;
 #pragma unroll
     for (int e = 0; e < kN; ++e) {
-      acc_t in[2] = {};
-      widen_lane<Map>(vec, e, in);
+      acc_t in[kMaxInputs] = {};
+      widen_lane<Map>(item, e, args_.epilogue, in);
       acc_t c[kMaxCoefficients] = {};
-#pragma unroll
-      for (int j = 0; j < Map::kCoefficients; ++j) c[j] = coefficients(e, j);
-      narrow(Map::apply(in, c), result.lane[e]);
+      coefficients.get(e, c);
+      const Mapped<acc_t> mapped = Map::template apply<Acc>(in, c, args_.epilogue);
+      narrow(mapped.first, first.lane[e]);
+      if (Map::kActivated && Map::kReadsGrad) narrow(mapped.second, second.lane[e]);
+      if (Map::kActivated && !Map::kReadsGrad) open |= (mapped.second <= 0 ? 0u : 1u) << e;
     }
-    store_vec(static_cast<scalar_t*>(args_.tensors.out), segment, result);
+    if (!Map::kActivated || tensors.out[0] != nullptr) {
+      store_vec(static_cast<scalar_t*>(tensors.out[0]), segment, first);
+    }
+    if constexpr (Map::kActivated && Map::kReadsGrad) {
+      if (tensors.out[1] != nullptr) store_vec(static_cast<scalar_t*>(tensors.out[1]), segment, second);
+    }
+    if constexpr (Map::kActivated && !Map::kReadsGrad) {
+      const bool some = segment.low < segment.high;
+      if (tensors.new_mask != nullptr && some) tensors.new_mask[segment.mask] = static_cast<unsigned char>(open);
+    }
   }
 
   const KernelArgs& args_;
@@ -282,7 +301,7 @@ class BlockTask {
   const Shared& shared_;
   TeamMember& member_;
   TileSpan span_;
-  DataSlab slab_;
+  Slab<scalar_t, Reduce, Map> slab_;
 };
 
 template <typename scalar_t, typename Op, typename Reduce, typename Map, Tile kTile>

@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "../common/elementwise.h"
+#include "../common/mask.h"
 
 namespace bnext::cuda {
 namespace {
@@ -124,10 +125,15 @@ std::int64_t merge_bytes(const Plan& plan, const Problem& problem, bool reduces)
   return std::max<std::int64_t>(pairs * 2, plan.threads) * static_cast<std::int64_t>(sizeof(double));
 }
 
-// One slot of every thread, for a vector of each input.
-std::int64_t slot_bytes(const Plan& plan) { return std::int64_t{plan.inputs} * plan.threads * kVectorBytes; }
+constexpr std::int64_t kMaskWordBytes = 4;  // the least that an asynchronous copy moves
 
-void lay_out_shared(Plan& plan, const Problem& problem, bool reduces) {
+// One slot of every thread, for a vector of each input and its mask.
+std::int64_t slot_bytes(const Plan& plan) {
+  return std::int64_t{plan.threads} * (plan.inputs * kVectorBytes + (plan.reads_mask ? kMaskWordBytes : 0));
+}
+
+void lay_out_shared(Plan& plan, const Problem& problem, const Demand& demand) {
+  const bool reduces = demand.reduces;
   std::int64_t offset = 0;
   const auto take = [&](std::int64_t bytes) {
     const std::int64_t begin = offset;
@@ -139,10 +145,16 @@ void lay_out_shared(Plan& plan, const Problem& problem, bool reduces) {
   shared.merge = take(merge_bytes(plan, problem, reduces));
   shared.own = take(reduces ? 4 * doubles : 0);
   shared.total = take(reduces ? 2 * doubles : 0);
-  shared.shift = take(reduces ? doubles : 0);
+  shared.shift = take(reduces ? (demand.activated ? kMaxReduceCoefficients : 1) * doubles : 0);
   shared.coefficients = take(kMaxCoefficients * doubles);
   shared.doubtful = take(reduces ? plan.tile_channels * static_cast<std::int64_t>(sizeof(int)) : 0);
-  shared.slab = take(std::int64_t{plan.kept + plan.ring} * slot_bytes(plan));
+  const std::int64_t lanes = kVectorBytes / element_size(problem.dtype);
+  const std::int64_t compute_bytes = problem.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
+  const bool spreads = demand.activated && plan.tile == Tile::kColumns;
+  shared.columns = take(spreads ? kMaxCoefficients * lanes * plan.threads_x * compute_bytes : 0);
+  const std::int64_t slots = std::int64_t{plan.kept + plan.ring} * plan.threads;
+  shared.slab = take(slots * plan.inputs * kVectorBytes);
+  shared.mask = take(plan.reads_mask ? slots * kMaskWordBytes : 0);
   shared.bytes = static_cast<int>(offset);
 }
 
@@ -246,11 +258,32 @@ void choose_samples(Plan& plan, const Problem& problem) {
   }
 }
 
+void choose_steps(Plan& plan) {
+  plan.step = std::int64_t{plan.threads_y} * plan.team_blocks;
+  plan.row_step = plan.step / plan.parts * plan.row_width;
+  plan.part_step = static_cast<int>(plan.step % plan.parts);
+  plan.mask_row_step = plan.step / plan.parts * plan.mask_row;
+}
+
+// A vector has a byte of its own. Where tiles are single channels, whose ends may cut vectors in two, a plane's bytes
+// are its own too.
+void choose_mask(Plan& plan, const Problem& problem) {
+  const std::int64_t V = kVectorBytes / element_size(problem.dtype);
+  if (plan.tile == Tile::kChannel) {
+    plan.mask_tile = mask_row_bytes(problem.HW, V);
+    plan.mask_row = problem.C * plan.mask_tile;
+  } else {
+    plan.mask_tile = plan.tile_width / V;
+    plan.mask_row = divide_up(plan.row_width, V);
+  }
+}
+
 }  // namespace
 
-Plan make_plan(const Problem& problem, int inputs, bool reduces, const DeviceLimits& limits) {
+Plan make_plan(const Problem& problem, const Demand& demand, const DeviceLimits& limits) {
   Plan plan = {};
-  plan.inputs = inputs;
+  plan.inputs = demand.inputs;
+  plan.reads_mask = demand.reads_mask;
   plan.C = problem.C;
   plan.numel = problem.numel();
   if (problem.layout == Layout::kChannelsFirst) {
@@ -259,13 +292,15 @@ Plan make_plan(const Problem& problem, int inputs, bool reduces, const DeviceLim
     choose_channels_last(plan, problem, limits);
   }
   choose_threads(plan, problem);
-  lay_out_shared(plan, problem, reduces);
-  if (reduces) {
+  choose_mask(plan, problem);
+  lay_out_shared(plan, problem, demand);
+  if (demand.reduces) {
     choose_team(plan, limits);
   } else {
     choose_map_blocks(plan, limits);
   }
-  lay_out_shared(plan, problem, reduces);
+  lay_out_shared(plan, problem, demand);
+  choose_steps(plan);
   choose_workspace(plan);
   choose_samples(plan, problem);
   return plan;

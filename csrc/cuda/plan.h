@@ -45,12 +45,14 @@ enum class Tile : std::uint8_t { kChannel, kColumns };
 // Offsets into a block's dynamic shared memory, bytes.
 struct SharedLayout {
   int slab;          // [kept + ring][input][thread] vectors
+  int mask;          // [kept + ring][thread] words: the one that holds the byte of the thread's vector
   int merge;         // doubles; the block's threads add up in it
   int own;           // double [2: parity][2][channels]: this block's sums, read by the others of its cluster
   int total;         // double [2][channels]: the team's
-  int shift;         // double [channels]
+  int shift;         // double [kMaxReduceCoefficients][channels], or just the first of them, the shift
   int coefficients;  // double [kMaxCoefficients][channels]
   int doubtful;      // int [channels]
+  int columns;       // [coefficient][lane][thread x] in the compute type, where lanes have channels of their own
   int bytes;
 };
 
@@ -74,12 +76,22 @@ struct Plan {
   int threads_x;
   int threads_y;
   int threads;         // blockDim.x: threads_x*threads_y and idle ones up to a whole warp
-  std::int64_t parts;  // steps a row takes: more than 1 if it has more than threads_x vectors
-  bool whole;          // every vector of every thread lies in the tile and on a 16-byte boundary
-  int inputs;          // tensors that are read
-  int kept;            // vectors of each input that a thread keeps in shared memory
-  int ring;            // slots for the rest to pass through; 0 if there is none
+  std::int64_t parts;  // of a row, a step each: more than 1 if it has more than threads_x vectors
+  // from one step of a thread to its next: `step` parts of rows, which are so many elements of whole rows and so many
+  // parts
+  std::int64_t step;
+  std::int64_t row_step;
+  int part_step;
+  bool whole;       // every vector of every thread lies in the tile and on a 16-byte boundary
+  int inputs;       // tensors that are read
+  bool reads_mask;  // beside them, the masks of their vectors
+  int kept;         // vectors of each input that a thread keeps in shared memory
+  int ring;         // slots for the rest to pass through; 0 if there is none
   SharedLayout shared;
+  // a mask (common/mask.h): the byte of a vector of row r, tile t is r*mask_row + t*mask_tile + its place in the tile
+  std::int64_t mask_row;
+  std::int64_t mask_tile;
+  std::int64_t mask_row_step;
   std::int64_t workspace_bytes;  // global memory; its first counter_bytes zero
   std::int64_t counter_bytes;
   // where to take the samples of the first channel; those of channel c are c*sample_stride further on
@@ -88,7 +100,14 @@ struct Plan {
   std::int64_t sample_stride;
 };
 
-// inputs: 1 or 2 tensors to read; reduces: whether there are sums to be known before the map.
-Plan make_plan(const Problem& problem, int inputs, bool reduces, const DeviceLimits& limits);
+// What of a call the geometry depends on.
+struct Demand {
+  int inputs;  // 1 to 3 tensors to read
+  bool reads_mask;
+  bool reduces;  // there are sums to be known before the map
+  bool activated;
+};
+
+Plan make_plan(const Problem& problem, const Demand& demand, const DeviceLimits& limits);
 
 }  // namespace bnext::cuda

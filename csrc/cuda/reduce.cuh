@@ -6,24 +6,11 @@
 
 #include <type_traits>
 
-#include "walk.cuh"
+#include "coefficients.cuh"
 
 namespace bnext::cuda {
 
 constexpr int kChain = 16;
-
-// The sums that a thread is responsible for: of one channel, or of each of its columns.
-template <typename scalar_t, Tile kTile>
-constexpr int kSums = kTile == Tile::kChannel ? 1 : kLanes<scalar_t>;
-
-// The in-tile channel of this thread's lane. Beyond the last column that of any other: no element lies there.
-template <typename scalar_t, Tile kTile>
-__device__ __forceinline__ int lane_channel(const Plan& plan, const TileSpan& span, int lane) {
-  if (kTile == Tile::kChannel) return 0;
-  const int column = static_cast<int>(threadIdx.x) % plan.threads_x * kLanes<scalar_t> + lane;
-  const int channel = column / static_cast<int>(plan.columns_per_channel) % plan.tile_channels;
-  return channel < span.channels ? channel : 0;
-}
 
 template <typename scalar_t, typename acc_t, typename Reduce, Tile kTile>
 class Accumulator {
@@ -32,23 +19,23 @@ class Accumulator {
   static constexpr bool kChains = std::is_same_v<acc_t, float>;
 
  public:
-  // shift: double [tile_channels], in shared memory
-  __device__ __forceinline__ Accumulator(const Plan& plan, const TileSpan& span, const double* shift) {
+  // coefficients: double [Reduce::kCoefficients][tile_channels], in shared memory; columns: coefficients.cuh
+  __device__ __forceinline__ Accumulator(const Plan& plan, const TileSpan& span, const double* coefficients,
+                                         const void* columns, const Epilogue& epilogue)
+      : epilogue_(epilogue), coefficients_(plan, span, coefficients, columns) {
 #pragma unroll
-    for (int p = 0; p < kP; ++p) {
-      shift_[p] = static_cast<acc_t>(shift[lane_channel<scalar_t, kTile>(plan, span, p)]);
-      first[p] = second[p] = 0.0;
-    }
+    for (int p = 0; p < kP; ++p) first[p] = second[p] = 0.0;
   }
 
-  __device__ __forceinline__ void add(const Segment& segment, const Vec<scalar_t> (&vec)[2]) {
-    if (segment.whole) {
+  __device__ __forceinline__ void add(const Segment& segment, const Item<scalar_t>& item) {
+    // Beyond a segment dy is zero, and so is what it adds.
+    if (Reduce::kActivated || segment.whole) {
 #pragma unroll
-      for (int e = 0; e < kN; ++e) add_lane(e, vec);
+      for (int e = 0; e < kN; ++e) add_lane(e, item);
     } else {
 #pragma unroll
       for (int e = 0; e < kN; ++e) {
-        if (e >= segment.low && e < segment.high) add_lane(e, vec);
+        if (e >= segment.low && e < segment.high) add_lane(e, item);
       }
     }
     if (kChains && ++length_ == kChain) flush();
@@ -72,18 +59,21 @@ class Accumulator {
   double second[kP];
 
  private:
-  __device__ __forceinline__ void add_lane(int e, const Vec<scalar_t> (&vec)[2]) {
-    acc_t in[2] = {};
-    widen_lane<Reduce>(vec, e, in);
+  __device__ __forceinline__ void add_lane(int e, const Item<scalar_t>& item) {
+    acc_t in[kMaxInputs] = {};
+    widen_lane<Reduce>(item, e, epilogue_, in);
+    acc_t c[kMaxReduceCoefficients] = {};
+    coefficients_.get(e, c);
     const int p = kP == 1 ? 0 : e;
     if constexpr (kChains) {
-      Reduce::add(chain_first_[e], chain_second_[e], in, shift_[p]);
+      Reduce::template add<widened_t<scalar_t>>(chain_first_[e], chain_second_[e], in, c, epilogue_);
     } else {
-      Reduce::add(first[p], second[p], in, shift_[p]);
+      Reduce::template add<widened_t<scalar_t>>(first[p], second[p], in, c, epilogue_);
     }
   }
 
-  acc_t shift_[kP];
+  const Epilogue& epilogue_;
+  LaneCoefficients<scalar_t, acc_t, kTile, kKeep<scalar_t, acc_t, Reduce, kTile>, Reduce::kCoefficients> coefficients_;
   float chain_first_[kChains ? kN : 1] = {};
   float chain_second_[kChains ? kN : 1] = {};
   int length_ = 0;

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "../common/elementwise.h"
 #include "../common/half.h"
 #include "plan.h"
 
@@ -61,17 +62,30 @@ struct alignas(kVectorBytes) Vec {
   scalar_t lane[kLanes<scalar_t>];
 };
 
-// What the functor reads of lane e: in[0] of the input, in[1] of the incoming gradient.
+// The vectors of each input at one place, as elementwise.h counts them, and that place's bits of a mask.
+template <typename scalar_t>
+struct Item {
+  Vec<scalar_t> vec[kMaxInputs];
+  unsigned bits;
+};
+
+// What the functor reads of lane e.
 template <typename Functor, typename scalar_t, typename acc_t>
-__device__ __forceinline__ void widen_lane(const Vec<scalar_t> (&vec)[2], int e, acc_t (&in)[2]) {
-  if (Functor::kReadsInput) in[0] = static_cast<acc_t>(widen(vec[0].lane[e]));
-  if (Functor::kReadsGrad) in[1] = static_cast<acc_t>(widen(vec[1].lane[e]));
+__device__ __forceinline__ void widen_lane(const Item<scalar_t>& item, int e, const Epilogue& epilogue,
+                                           acc_t (&in)[kMaxInputs]) {
+  if (Functor::kReadsInput) in[0] = static_cast<acc_t>(widen(item.vec[0].lane[e]));
+  if (Functor::kReadsGrad) in[1] = static_cast<acc_t>(widen(item.vec[1].lane[e]));
+  if (Functor::kActivated) {
+    in[2] =
+        epilogue.has_mask ? static_cast<acc_t>(item.bits >> e & 1u) : static_cast<acc_t>(widen(item.vec[2].lane[e]));
+  }
 }
 
 // Which lanes of the vector at element `offset` belong to the tile: [low, high). `whole`: all of them, and the vector
 // can be moved as one word.
 struct Segment {
   std::int64_t offset;
+  std::int64_t mask;  // the byte that a mask has for it
   int low;
   int high;
   bool whole;

@@ -9,15 +9,15 @@ namespace bnext::cuda {
 
 // The columns of one tile.
 struct TileSpan {
-  std::int64_t begin;
-  std::int64_t end;
+  std::int64_t tile;
   std::int64_t first_channel;
   int channels;
+  std::int64_t width;
 
-  __device__ __forceinline__ TileSpan(const Plan& plan, std::int64_t tile) {
-    begin = tile * plan.tile_width;
-    end = begin + plan.tile_width < plan.row_width ? begin + plan.tile_width : plan.row_width;
-    first_channel = tile * plan.tile_channels;
+  __device__ __forceinline__ TileSpan(const Plan& plan, std::int64_t tile)
+      : tile(tile), first_channel(tile * plan.tile_channels) {
+    const std::int64_t begin = tile * plan.tile_width;
+    width = begin + plan.tile_width < plan.row_width ? plan.tile_width : plan.row_width - begin;
     const std::int64_t left = plan.C - first_channel;
     channels = left < plan.tile_channels ? static_cast<int>(left) : plan.tile_channels;
   }
@@ -26,19 +26,19 @@ struct TileSpan {
 template <typename scalar_t, Tile kTile>
 class Walk {
   static constexpr int kN = kLanes<scalar_t>;
+  static constexpr bool kParts = kTile == Tile::kChannel;  // a thread keeps to its columns elsewhere
 
  public:
-  __device__ __forceinline__ Walk(const Plan& plan, const TileSpan& span, int rank) : plan_(plan), span_(span) {
+  __device__ __forceinline__ Walk(const Plan& plan, const TileSpan& span, std::int64_t tile, int rank)
+      : plan_(plan), span_(span) {
     const int x = static_cast<int>(threadIdx.x) % plan.threads_x;
     const int y = static_cast<int>(threadIdx.x) / plan.threads_x;
     const std::int64_t units = plan.rows * plan.parts;
-    const std::int64_t step = std::int64_t{plan.threads_y} * plan.team_blocks;
     const std::int64_t unit = std::int64_t{rank} * plan.threads_y + y;
-    items_ = y < plan.threads_y && unit < units ? (units - unit + step - 1) / step : 0;
-    row_ = unit / plan.parts * plan.row_width;
+    items_ = y < plan.threads_y && unit < units ? (units - unit + plan.step - 1) / plan.step : 0;
+    row_ = unit / plan.parts * plan.row_width + tile * plan.tile_width;
+    mask_row_ = unit / plan.parts * plan.mask_row + tile * plan.mask_tile;
     part_ = static_cast<int>(unit % plan.parts);
-    row_step_ = step / plan.parts * plan.row_width;
-    part_step_ = static_cast<int>(step % plan.parts);
     x_ = x * kN;
   }
 
@@ -47,42 +47,47 @@ class Walk {
 
   // From the first step to the k-th.
   __device__ __forceinline__ void jump(std::int64_t k) {
-    const std::int64_t part = part_ + k * part_step_;
-    row_ += k * row_step_ + part / plan_.parts * plan_.row_width;
+    const std::int64_t part = part_ + k * plan_.part_step;
+    row_ += k * plan_.row_step + part / plan_.parts * plan_.row_width;
+    mask_row_ += k * plan_.mask_row_step + part / plan_.parts * plan_.mask_row;
     part_ = static_cast<int>(part % plan_.parts);
   }
 
   __device__ __forceinline__ void advance() {
-    row_ += row_step_;
-    if (plan_.parts == 1) return;
-    part_ += part_step_;
+    row_ += plan_.row_step;
+    mask_row_ += plan_.mask_row_step;
+    if (!kParts || plan_.parts == 1) return;
+    part_ += plan_.part_step;
     if (part_ >= plan_.parts) {
       part_ -= plan_.parts;
       row_ += plan_.row_width;
+      mask_row_ += plan_.mask_row;
     }
   }
 
   __device__ __forceinline__ void retreat() {
-    row_ -= row_step_;
-    if (plan_.parts == 1) return;
-    part_ -= part_step_;
+    row_ -= plan_.row_step;
+    mask_row_ -= plan_.mask_row_step;
+    if (!kParts || plan_.parts == 1) return;
+    part_ -= plan_.part_step;
     if (part_ < 0) {
       part_ += plan_.parts;
       row_ -= plan_.row_width;
+      mask_row_ -= plan_.mask_row;
     }
   }
 
   __device__ __forceinline__ Segment segment() const {
-    const std::int64_t begin = row_ + span_.begin;
-    const std::int64_t column = std::int64_t{part_} * plan_.threads_x * kN + x_;
-    if (plan_.whole) return {begin + column, 0, kN, true};
-    const std::int64_t end = row_ + span_.end < plan_.numel ? row_ + span_.end : plan_.numel;
+    const std::int64_t column = kParts ? std::int64_t{part_} * plan_.threads_x * kN + x_ : x_;
+    const std::int64_t mask = mask_row_ + column / kN;
+    if (plan_.whole) return {row_ + column, mask, 0, kN, true};
+    const std::int64_t end = row_ + span_.width < plan_.numel ? row_ + span_.width : plan_.numel;
     // A single channel may begin anywhere: its vectors are cut where memory has its words. Columns are cut from the
     // tile's first one on.
-    const std::int64_t offset = (kTile == Tile::kChannel ? begin - begin % kN : begin) + column;
-    const int low = within(begin - offset);
+    const std::int64_t offset = (kTile == Tile::kChannel ? row_ - row_ % kN : row_) + column;
+    const int low = within(row_ - offset);
     const int high = within(end - offset);
-    return {offset, low, high, low == 0 && high == kN && offset % kN == 0};
+    return {offset, mask, low, high, low == 0 && high == kN && offset % kN == 0};
   }
 
  private:
@@ -93,10 +98,9 @@ class Walk {
   const Plan& plan_;
   const TileSpan& span_;
   std::int64_t items_;
-  std::int64_t row_;  // its first element
-  std::int64_t row_step_;
+  std::int64_t row_;       // its first element
+  std::int64_t mask_row_;  // the row's and the tile's first byte in a mask
   int part_;
-  int part_step_;
   int x_;
 };
 

@@ -11,6 +11,7 @@
 
 #include "../../csrc/backend.h"
 #include "../../csrc/batch_norm.h"
+#include "../../csrc/common/mask.h"
 #include "../../csrc/cuda/batch_norm.h"
 #include "emulator.h"
 
@@ -67,6 +68,18 @@ void add_stats(Buffers& buffers, std::int64_t C, double* mean, double* invstd) {
   buffers.add(invstd, channel_bytes(C, DType::kFloat64), "save_invstd", simt::Access::kUninitialised);
 }
 
+// A mask has bytes between its rows that nobody writes or looks at.
+std::size_t mask_bytes(const Problem& problem) {
+  const std::int64_t elements = mask_row_elements(problem);
+  const std::int64_t lanes = cuda::kVectorBytes / element_size(problem.dtype);
+  return static_cast<std::size_t>(problem.numel() / elements * mask_row_bytes(elements, lanes));
+}
+
+void add_epilogue(Buffers& buffers, const Problem& problem, const ForwardEpilogue& epilogue) {
+  buffers.add(epilogue.residual, channel_bytes(problem.numel(), problem.dtype), "residual", simt::Access::kRead);
+  buffers.add(epilogue.mask, mask_bytes(problem), "mask", simt::Access::kReadWrite);
+}
+
 void add_arguments(Buffers& buffers, const Problem& problem, const TrainingForward& args) {
   const std::size_t bytes = channel_bytes(problem.numel(), problem.dtype);
   buffers.add(args.input, bytes, "input", simt::Access::kRead);
@@ -77,6 +90,7 @@ void add_arguments(Buffers& buffers, const Problem& problem, const TrainingForwa
   buffers.add(args.num_batches_tracked, sizeof(std::int64_t), "num_batches_tracked", simt::Access::kReadWrite);
   buffers.add(args.output, bytes, "output", simt::Access::kUninitialised);
   add_stats(buffers, problem.C, args.save_mean, args.save_invstd);
+  add_epilogue(buffers, problem, args.epilogue);
 }
 
 void add_arguments(Buffers& buffers, const Problem& problem, const EvalForward& args) {
@@ -88,6 +102,7 @@ void add_arguments(Buffers& buffers, const Problem& problem, const EvalForward& 
   buffers.add(args.running_var, problem.C, "running_var");
   buffers.add(args.output, bytes, "output", simt::Access::kUninitialised);
   add_stats(buffers, problem.C, args.save_mean, args.save_invstd);
+  add_epilogue(buffers, problem, args.epilogue);
 }
 
 void add_arguments(Buffers& buffers, const Problem& problem, const Backward& args) {
@@ -101,11 +116,19 @@ void add_arguments(Buffers& buffers, const Problem& problem, const Backward& arg
   buffers.add(args.grad_input, bytes, "grad_input", simt::Access::kUninitialised);
   buffers.add(args.grad_weight, problem.C, "grad_weight", simt::Access::kUninitialised);
   buffers.add(args.grad_bias, problem.C, "grad_bias", simt::Access::kUninitialised);
+  buffers.add(args.bias, problem.C, "bias");
+  buffers.add(args.residual, bytes, "residual", simt::Access::kRead);
+  buffers.add(args.mask, mask_bytes(problem), "mask", simt::Access::kRead);
+  buffers.add(args.grad_residual, bytes, "grad_residual", simt::Access::kUninitialised);
 }
 
 class SimtBackend final : public Backend {
  public:
   std::uintptr_t alignment() const override { return cuda::kVectorBytes; }
+
+  std::int64_t mask_lanes(const Problem& problem) const override {
+    return cuda::kVectorBytes / element_size(problem.dtype);
+  }
 
   at::Tensor allocate_output(const at::Tensor& like, at::MemoryFormat format, const Problem&, bool) const override {
     return at::empty_like(like, like.options(), format);
@@ -190,7 +213,9 @@ Facts plan(std::int64_t N, std::int64_t C, std::int64_t HW, bool channels_last, 
                                   1024,
                                   static_cast<int>(max_cluster),
                                   std::numeric_limits<int>::max()};
-  return facts_of(cuda::make_plan(problem, static_cast<int>(inputs), reduces, limits));
+  // Three inputs are those of a backward call with an activation.
+  const cuda::Demand demand{static_cast<int>(inputs), /*reads_mask=*/false, reduces, /*activated=*/inputs == 3};
+  return facts_of(cuda::make_plan(problem, demand, limits));
 }
 
 void configure(std::int64_t sms, std::int64_t shared_per_block, std::int64_t max_cluster, std::int64_t max_grid,
@@ -226,15 +251,18 @@ const Backend& backend_of(const at::Tensor&) {
 TORCH_LIBRARY(bnext_simt, m) {
   m.def(
       "batch_norm_train(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> (Tensor, Tensor)",
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "
+      "Tensor? residual=None, str act='identity', float slope=0., bool with_mask=False) -> (Tensor, Tensor, Tensor)",
       &bnext::batch_norm_train);
   m.def(
       "batch_norm_eval(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
-      "float eps) -> (Tensor, Tensor)",
+      "float eps, Tensor? residual=None, str act='identity', float slope=0., bool with_mask=False) "
+      "-> (Tensor, Tensor, Tensor)",
       &bnext::batch_norm_eval);
   m.def(
       "batch_norm_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor save_stats, bool training, "
-      "float eps, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+      "float eps, bool[4] output_mask, Tensor? bias=None, Tensor? residual=None, Tensor? mask=None, "
+      "str act='identity', float slope=0.) -> (Tensor, Tensor, Tensor, Tensor)",
       &bnext::batch_norm_backward);
   m.def("configure(int sms, int shared_per_block, int max_cluster, int max_grid, int seed, bool check) -> ()",
         &bnext::configure);
