@@ -7,6 +7,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from reference import Act
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -78,6 +79,9 @@ DENSE_CASES = [Case(shape, layout) for shape in SHAPES for layout in DENSE_LAYOU
 STRIDED_CASES = [Case(shape, layout) for shape in STRIDED_SHAPES for layout in STRIDED_LAYOUTS[len(shape)]]
 CASES = DENSE_CASES + STRIDED_CASES
 
+# Each activation, and leaky_relu with a slope that hides the sign of the pre-activation from the output.
+ACTS: tuple[Act, ...] = ("identity", "relu", "leaky_relu", ("leaky_relu", -0.5), "silu", "gelu", "hardswish")
+
 # Every rank and dense layout once, for tests whose subject is not the shape.
 FEW_CASES = [
     Case((7, 5), "contiguous"),
@@ -110,7 +114,10 @@ MEDIUM_CASES = [
 
 
 def name(value: object) -> str:
-    """A short id for a parameter: `float32` for torch.float32, `4x64x7x7-channels_last` for a case."""
+    """A short id for a parameter: `float32` for torch.float32, `4x64x7x7-channels_last` for a case, `leaky_relu(-0.5)`
+    for an activation with a slope."""
+    if type(value) is tuple and value and isinstance(value[0], str):
+        return f"{value[0]}({', '.join(map(str, value[1:]))})"
     return str(value).removeprefix("torch.")
 
 
@@ -169,6 +176,17 @@ def make_grad(
 ) -> Tensor:
     """A grad_output: normal values, and a mean other than zero, so that no sum vanishes."""
     values = torch.randn(shape, dtype=torch.float64) + 0.25
+    return to_layout(values.to(device=device, dtype=dtype), layout)
+
+
+def make_residual(
+    shape: tuple[int, ...],
+    layout: str = "contiguous",
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Tensor:
+    """Normal values of standard deviation 2: with those of batch norm they fall on every side of every kink."""
+    values = torch.randn(shape, dtype=torch.float64) * 2
     return to_layout(values.to(device=device, dtype=dtype), layout)
 
 

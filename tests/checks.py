@@ -6,10 +6,11 @@ import reference
 import tolerances
 import torch
 from cases import Parameters
+from reference import Act
 from tolerances import assert_within
 from torch import Tensor
 
-from bnext.functional import batch_norm
+from bnext.functional import batch_norm, batch_norm_act
 
 
 def output_strides(input: Tensor) -> tuple[int, ...]:
@@ -25,6 +26,25 @@ def significant_strides(tensor: Tensor) -> list[int]:
     return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
 
 
+def call(
+    input: Tensor,
+    stats: Parameters,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    act: Act = None,
+) -> Tensor:
+    """The plain op, or the fused one where a residual or an activation (the identity, by name) is given."""
+    if residual is None and act is None:
+        return batch_norm(input, stats.running_mean, stats.running_var, weight, bias, training, momentum, eps)
+    return batch_norm_act(
+        input, stats.running_mean, stats.running_var, weight, bias, residual, training, momentum, eps, act
+    )
+
+
 def check_forward(
     input: Tensor,
     params: Parameters,
@@ -33,18 +53,23 @@ def check_forward(
     affine: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    residual: Tensor | None = None,
+    act: Act = None,
 ) -> Tensor:
     """Output (values, dtype, strides) and running statistics of one call; returns the output."""
-    before = input.detach().clone()
+    before = [None if t is None else t.detach().clone() for t in (input, residual)]
     stats = params.clone()
     weight, bias = (params.weight, params.bias) if affine else (None, None)
-    y = batch_norm(input, stats.running_mean, stats.running_var, weight, bias, training, momentum, eps)
+    y = call(input, stats, weight, bias, training, momentum, eps, residual, act)
 
     frozen = {} if training else {"running_mean": params.running_mean, "running_var": params.running_var}
-    fwd = reference.forward(input, weight, bias, eps=eps, **frozen)
+    fwd = reference.forward(input, weight, bias, eps=eps, **frozen, residual=residual, act=act)
     assert y.dtype == input.dtype
     assert y.stride() == output_strides(input)
-    assert_within(y, fwd.output, tolerances.output(fwd, weight, bias, input.dtype, training=training), "output")
+    limit = tolerances.output(
+        fwd, weight, bias, input.dtype, training=training, has_residual=residual is not None, act=act
+    )
+    assert_within(y, fwd.output, limit, "output")
 
     if training:
         expected = reference.updated_running_stats(params.running_mean, params.running_var, fwd, momentum)
@@ -56,30 +81,45 @@ def check_forward(
     else:
         assert torch.equal(stats.running_mean, params.running_mean)
         assert torch.equal(stats.running_var, params.running_var)
-    assert torch.equal(input, before), "input was written to"
+    for what, tensor, kept in zip(("input", "residual"), (input, residual), before, strict=True):
+        assert tensor is None or torch.equal(tensor, kept), f"{what} was written to"
     return y
 
 
 def check_backward(
-    input: Tensor, grad_output: Tensor, params: Parameters, *, training: bool, eps: float = 1e-5
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (values, dtypes, strides) of input, weight and bias; returns them."""
+    input: Tensor,
+    grad_output: Tensor,
+    params: Parameters,
+    *,
+    training: bool,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    act: Act = None,
+) -> tuple[Tensor, ...]:
+    """Gradients (values, dtypes, strides) of input, weight, bias and, where it is given, residual; returns them."""
     x = input.detach().requires_grad_()
     weight, bias = (t.detach().clone().requires_grad_() for t in (params.weight, params.bias))
-    stats = params.clone()
-    y = batch_norm(x, stats.running_mean, stats.running_var, weight, bias, training, 0.1, eps)
-    grads = torch.autograd.grad(y, (x, weight, bias), grad_output)
+    added = None if residual is None else residual.detach().requires_grad_()
+    leaves = [t for t in (x, weight, bias, added) if t is not None]
+    y = call(x, params.clone(), weight, bias, training, 0.1, eps, added, act)
+    grads = torch.autograd.grad(y, leaves, grad_output)
 
     frozen = {} if training else {"running_mean": params.running_mean, "running_var": params.running_var}
-    fwd = reference.forward(input, weight, bias, eps=eps, **frozen)
-    expected = reference.backward(grad_output, fwd, weight, training=training)
-    limits = (
-        tolerances.grad_input(grad_output, fwd, weight, input.dtype, training=training),
-        tolerances.grad_weight(grad_output, fwd, input.dtype, weight.dtype, training=training),
-        tolerances.grad_bias(grad_output, input.dtype, bias.dtype),
+    fwd = reference.forward(input, weight, bias, eps=eps, **frozen, residual=residual, act=act)
+    expected = reference.backward(grad_output, fwd, weight, training=training, act=act)
+    reaching = expected.residual
+    slack = tolerances.slack(
+        grad_output, fwd, weight, bias, input.dtype, training=training, has_residual=residual is not None, act=act
     )
-    for what, got, want, limit in zip(("grad_input", "grad_weight", "grad_bias"), grads, expected, limits, strict=True):
+    limits = (
+        tolerances.grad_input(reaching, fwd, weight, input.dtype, training=training, slack=slack),
+        tolerances.grad_weight(reaching, fwd, input.dtype, weight.dtype, training=training, slack=slack),
+        tolerances.grad_bias(reaching, input.dtype, bias.dtype, slack),
+        tolerances.grad_residual(reaching, slack, input.dtype, act),
+    )
+    names = ("grad_input", "grad_weight", "grad_bias", "grad_residual")
+    for what, got, want, limit in zip(names, grads, expected, limits, strict=False):
         assert_within(got, want, limit, what)
-    assert [g.dtype for g in grads] == [input.dtype, weight.dtype, bias.dtype]
+    assert [g.dtype for g in grads] == [leaf.dtype for leaf in leaves]
     assert significant_strides(grads[0]) == significant_strides(y), "grad_input keeps the layout of the output"
     return grads

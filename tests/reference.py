@@ -8,22 +8,38 @@ With m = N*spatial, mean = sum(x)/m, var = sum((x - mean)^2)/m, xhat = (x - mean
     grad_input = weight/sqrt(var + eps) * g                                           eval
     running    = (1 - momentum)*running + momentum*batch, the variance unbiased: var*m/(m - 1)
 
+With a residual and an activation, z = weight*xhat + bias + residual is the pre-activation and y = act(z); then
+g*act'(z) takes the place of g above, and is the residual's own gradient. s is the sigmoid, P and p are the
+distribution function and the density of the standard normal:
+
+    relu        max(z, 0)               act' = 1 where z > 0, else 0
+    leaky_relu  z or slope*z            act' = 1 where z > 0, else slope
+    silu        z*s(z)                  act' = s + z*s*(1 - s)
+    gelu        z*P(z)                  act' = P + z*p
+    hardswish   z*clamp(z + 3, 0, 6)/6  act' = (2z + 3)/6 within (-3, 3), 0 below, 1 above
+
 Inputs of a narrower type are widened first, so the reference sees the very values that bnext sees. Nothing here
-calls torch's own batch norm.
+calls torch's own batch norm, nor one of its activations.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+# An activation, as users name it; None is the identity.
+Act = str | tuple[str, float] | None
+
 
 class Forward(NamedTuple):
-    """Everything in float64 on the CPU; `output` and `xhat` have the input's shape, the others have shape (C,)."""
+    """Everything in float64 on the CPU; `output`, the pre-activation `z` and `xhat` have the input's shape, the others
+    have shape (C,)."""
 
     output: Tensor
+    z: Tensor
     xhat: Tensor
     mean: Tensor
     var: Tensor
@@ -32,9 +48,12 @@ class Forward(NamedTuple):
 
 
 class Gradients(NamedTuple):
+    """`residual` is also what reaches batch norm itself: g*act'(z)."""
+
     input: Tensor
     weight: Tensor
     bias: Tensor
+    residual: Tensor
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -50,6 +69,53 @@ def reduced_dims(ndim: int) -> list[int]:
     return [dim for dim in range(ndim) if dim != 1]
 
 
+def named(act: Act) -> tuple[str, float]:
+    """The activation's name, and the slope of a leaky_relu."""
+    if isinstance(act, tuple):
+        return act
+    return act or "identity", 0.01
+
+
+def activate(z: Tensor, act: Act) -> Tensor:
+    """act(z), in operations that autograd, forward mode and vmap differentiate any number of times."""
+    name, slope = named(act)
+    if name == "identity":
+        return z
+    if name == "relu":
+        return torch.where(z > 0, z, 0 * z)
+    if name == "leaky_relu":
+        return torch.where(z > 0, z, slope * z)
+    if name == "silu":
+        return z / (1 + (-z).exp())
+    if name == "gelu":
+        return z * distribution(z)
+    if name == "hardswish":
+        return z * (z + 3).clamp(0, 6) / 6
+    raise ValueError(f"act: unknown {act!r}")
+
+
+def distribution(z: Tensor) -> Tensor:
+    """P(z) to a few roundings of itself, in the negative tail as well."""
+    return torch.special.erfc(z * -math.sqrt(0.5)) / 2
+
+
+def slope_at(z: Tensor, act: Act) -> Tensor:
+    """act'(z); at a kink the value of the lower side, but 1 at hardswish's upper one, as in torch."""
+    name, slope = named(act)
+    if name == "identity":
+        return torch.ones_like(z)
+    if name in ("relu", "leaky_relu"):
+        return torch.where(z > 0, torch.ones_like(z), slope if name == "leaky_relu" else 0.0)
+    if name == "silu":
+        sigmoid = 1 / (1 + (-z).exp())
+        return sigmoid + z * sigmoid / (1 + z.exp())
+    if name == "gelu":
+        return distribution(z) + z * (-z.square() / 2).exp() / math.sqrt(2 * math.pi)
+    if name == "hardswish":
+        return torch.where(z <= -3, 0.0, torch.where(z >= 3, 1.0, (2 * z + 3) / 6))
+    raise ValueError(f"act: unknown {act!r}")
+
+
 def forward(
     input: Tensor,
     weight: Tensor | None = None,
@@ -58,6 +124,8 @@ def forward(
     eps: float = 1e-5,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
+    residual: Tensor | None = None,
+    act: Act = None,
 ) -> Forward:
     """Normalise with the running statistics where they are given, with those of the batch where not."""
     x = widen(input)
@@ -80,16 +148,20 @@ def forward(
         var = centred.square().mean(reduced_dims(ndim))
     invstd = (var + eps).rsqrt()
     xhat = centred * along_channels(invstd, ndim)
-    output = xhat
+    z = xhat
     if weight is not None:
-        output = output * along_channels(widen(weight), ndim)
+        z = z * along_channels(widen(weight), ndim)
     if bias is not None:
-        output = output + along_channels(widen(bias), ndim)
-    return Forward(output, xhat, mean, var, invstd, count)
+        z = z + along_channels(widen(bias), ndim)
+    if residual is not None:
+        z = z + widen(residual)
+    return Forward(activate(z, act), z, xhat, mean, var, invstd, count)
 
 
-def backward(grad_output: Tensor, fwd: Forward, weight: Tensor | None = None, *, training: bool) -> Gradients:
-    g = widen(grad_output)
+def backward(
+    grad_output: Tensor, fwd: Forward, weight: Tensor | None = None, *, training: bool, act: Act = None
+) -> Gradients:
+    g = widen(grad_output) * slope_at(fwd.z, act)
     dims, ndim = reduced_dims(g.ndim), g.ndim
     grad_bias = g.sum(dims)
     grad_weight = (g * fwd.xhat).sum(dims)
@@ -99,7 +171,7 @@ def backward(grad_output: Tensor, fwd: Forward, weight: Tensor | None = None, *,
         core = (
             g - along_channels(grad_bias / fwd.count, ndim) - fwd.xhat * along_channels(grad_weight / fwd.count, ndim)
         )
-    return Gradients(along_channels(scale, ndim) * core, grad_weight, grad_bias)
+    return Gradients(along_channels(scale, ndim) * core, grad_weight, grad_bias, g)
 
 
 def updated_running_stats(
@@ -123,10 +195,14 @@ def composite(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    act: Act = None,
 ) -> Tensor:
     """The forward formula in differentiable elementary operations, for autograd and torch.func to transform.
 
-    Takes the arguments of `bnext.functional.batch_norm`; leaves the running statistics alone.
+    Takes the arguments of `bnext.functional.batch_norm`, and a residual and an activation by keyword; leaves the
+    running statistics alone.
     """
     ndim = input.ndim
     if training:
@@ -141,4 +217,6 @@ def composite(
         output = output * along_channels(weight, ndim)
     if bias is not None:
         output = output + along_channels(bias, ndim)
-    return output
+    if residual is not None:
+        output = output + residual
+    return activate(output, act)

@@ -29,9 +29,8 @@ def twins(module: torch.nn.Module, **options: object) -> tuple[torch.nn.Module, 
     return twin, torch.compile(twin, fullgraph=True, **{"backend": "aot_eager", **options})
 
 
-def module_for(case: Case, **options: object) -> torch.nn.Module:
-    cls = {2: bnext.BatchNorm1d, 4: bnext.BatchNorm2d}[len(case.shape)]
-    module = cls(case.shape[1], **options)
+def module_for(case: Case, kind: str = "BatchNorm", **options: object) -> torch.nn.Module:
+    module = getattr(bnext, f"{kind}{1 if len(case.shape) == 2 else 2}d")(case.shape[1], **options)
     p = make_parameters(case.shape[1])
     with torch.no_grad():
         for tensor, value in ((module.weight, p.weight), (module.bias, p.bias)):
@@ -40,16 +39,19 @@ def module_for(case: Case, **options: object) -> torch.nn.Module:
     return module
 
 
-def assert_same_steps(eager: torch.nn.Module, twin: torch.nn.Module, run: Callable[..., Tensor], case: Case) -> None:
+def assert_same_steps(
+    eager: torch.nn.Module, twin: torch.nn.Module, run: Callable[..., Tensor], case: Case, has_residual: bool = False
+) -> None:
     """Three training steps of both: outputs, gradients and buffers agree bit for bit."""
     for _ in range(3):
-        x, g = make_input(*case), make_grad(case.shape)
-        a, b = x.detach().requires_grad_(), x.detach().requires_grad_()
-        y, z = eager(a), run(b)
+        values, g = [make_input(*case) for _ in range(1 + has_residual)], make_grad(case.shape)
+        a, b = ([value.detach().requires_grad_() for value in values] for _ in range(2))
+        y, z = eager(*a), run(*b)
         assert same_bits(y, z)
         y.backward(g)
         z.backward(g)
-        assert same_bits(a.grad, b.grad)
+        for p, q in zip(a, b, strict=True):
+            assert same_bits(p.grad, q.grad)
         for p, q in zip(eager.parameters(), twin.parameters(), strict=True):
             assert same_bits(p.grad, q.grad)
         for (key, p), q in zip(eager.named_buffers(), twin.buffers(), strict=True):

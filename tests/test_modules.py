@@ -46,18 +46,24 @@ def assert_same_state(ours: nn.Module, theirs: nn.Module) -> None:
         assert_close(a[key], b[key], key)
 
 
-def assert_same_step(ours: nn.Module, theirs: nn.Module, shape: tuple[int, ...]) -> None:
-    """One forward and backward pass of both, in whatever mode they are."""
-    x, g = make_input(shape, dtype=torch.float64), make_grad(shape, dtype=torch.float64)
+def assert_same_results(ours: nn.Module, theirs: nn.Module, shape: tuple[int, ...], has_residual: bool = False) -> None:
+    """Outputs and gradients of one step of both, in whatever mode they are."""
+    values = [make_input(shape, dtype=torch.float64) for _ in range(1 + has_residual)]
+    g = make_grad(shape, dtype=torch.float64)
     results = []
     for module in (ours, theirs):
-        leaf = x.detach().requires_grad_()
+        leaves = [value.detach().requires_grad_() for value in values]
         module.zero_grad()
-        y = module(leaf)
+        y = module(*leaves)
         y.backward(g)
-        results.append((y, leaf.grad, *(p.grad for p in module.parameters())))
+        results.append((y, *(leaf.grad for leaf in leaves), *(p.grad for p in module.parameters())))
     for a, b in zip(*results, strict=True):
         assert_close(a, b, "output or gradient")
+
+
+def assert_same_step(ours: nn.Module, theirs: nn.Module, shape: tuple[int, ...], has_residual: bool = False) -> None:
+    """One forward and backward pass of both, and the state that it leaves behind."""
+    assert_same_results(ours, theirs, shape, has_residual)
     assert_same_state(ours, theirs)
 
 

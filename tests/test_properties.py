@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
-from cases import DTYPES, Case, Parameters, make_grad, make_input, make_parameters
+from cases import ACTS, DTYPES, Case, Parameters, make_grad, make_input, make_parameters, make_residual, name
 from checks import check_backward, check_forward
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from reference import Act
 from torch import Tensor
 
 
@@ -44,13 +46,23 @@ def repeated(draw: st.DrawFn, values: Tensor) -> Tensor:
     return values if dim is None else values.narrow(dim, 0, 1).expand(values.shape)
 
 
-@settings(
+SETTINGS = settings(
     max_examples=300,
     derandomize=True,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+
+
+@st.composite
+def anyhow(draw: st.DrawFn, values: tuple[Tensor, ...]) -> list[Tensor]:
+    """The values strided each in its way, or each as it is or repeated along one dimension."""
+    change = strided if draw(st.booleans()) else repeated
+    return [draw(change(v)) for v in values]
+
+
+@SETTINGS
 @given(data=st.data(), case=cases(), dtype=st.sampled_from(DTYPES), training=st.booleans(), seed=st.integers(0, 2**16))
 def test_any_problem_equals_the_reference(
     data: st.DataObject, case: Case, dtype: torch.dtype, training: bool, seed: int
@@ -58,10 +70,7 @@ def test_any_problem_equals_the_reference(
     torch.manual_seed(seed)
     x = make_input(*case, dtype)
     g = make_grad(case.shape, "contiguous", dtype)
-    if data.draw(st.booleans(), label="strided"):
-        x, g = data.draw(strided(x)), data.draw(strided(g))
-    else:
-        x, g = data.draw(repeated(x)), data.draw(repeated(g))
+    x, g = data.draw(anyhow((x, g)))
     dtypes = tuple(data.draw(st.sampled_from([dtype, torch.float32]), label=n) for n in Parameters._fields)
     params = make_parameters(case.shape[1], dtypes)
     affine = data.draw(st.booleans(), label="affine")
@@ -69,3 +78,28 @@ def test_any_problem_equals_the_reference(
     eps = data.draw(st.sampled_from([1e-5, 1e-3]), label="eps")
     check_forward(x, params, training=training, affine=affine, momentum=momentum, eps=eps)
     check_backward(x, g, params, training=training, eps=eps)
+
+
+# By dtype, as three roundings in place of one show in half precision alone.
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@settings(SETTINGS, max_examples=100)
+@given(
+    data=st.data(),
+    case=cases(),
+    act=st.sampled_from(ACTS) | st.tuples(st.just("leaky_relu"), st.floats(-2, 2)),
+    has_residual=st.booleans(),
+    training=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_any_fused_problem_equals_the_reference(
+    data: st.DataObject, case: Case, dtype: torch.dtype, act: Act, has_residual: bool, training: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    x, residual = make_input(*case, dtype), make_residual(*case, dtype)
+    g = make_grad(case.shape, "contiguous", dtype)
+    x, g, residual = data.draw(anyhow((x, g, residual)))
+    dtypes = tuple(data.draw(st.sampled_from([dtype, torch.float32]), label=n) for n in Parameters._fields)
+    params = make_parameters(case.shape[1], dtypes)
+    options = {"training": training, "act": act, "residual": residual if has_residual else None}
+    check_forward(x, params, affine=data.draw(st.booleans(), label="affine"), **options)
+    check_backward(x, g, params, **options)

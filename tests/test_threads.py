@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from cases import (
+    ACTS,
     DTYPES,
     FEW_CASES,
     LARGE_CASES,
@@ -16,14 +17,16 @@ from cases import (
     make_grad,
     make_input,
     make_parameters,
+    make_residual,
     name,
     parameter_dtype,
     same_bits,
 )
+from checks import call
+from reference import Act
 from torch import Tensor
 
 import bnext
-from bnext.functional import batch_norm
 
 THREAD_COUNTS = (1, 2, 3, 4, 7)
 
@@ -35,16 +38,25 @@ def set_threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-def forward_and_backward(case: Case, dtype: torch.dtype, training: bool, seed: int = 0) -> list[Tensor]:
-    """Output, running statistics and gradients of one step."""
+def forward_and_backward(
+    case: Case,
+    dtype: torch.dtype,
+    training: bool,
+    seed: int = 0,
+    act: Act = None,
+    has_residual: bool = False,
+) -> list[Tensor]:
+    """Output, gradients and running statistics of one step."""
     torch.manual_seed(seed)
     x = make_input(*case, dtype).detach().requires_grad_()
     p = make_parameters(case.shape[1], parameter_dtype(dtype))
     weight, bias = p.weight.requires_grad_(), p.bias.requires_grad_()
     layout = case.layout if case.layout.startswith("channels_last") else "contiguous"
     g = make_grad(case.shape, layout, dtype)
-    y = batch_norm(x, p.running_mean, p.running_var, weight, bias, training)
-    return [y, *torch.autograd.grad(y, (x, weight, bias), g), p.running_mean, p.running_var]
+    residual = make_residual(case.shape, layout, dtype).requires_grad_() if has_residual else None
+    y = call(x, p, weight, bias, training, residual=residual, act=act)
+    leaves = [t for t in (x, weight, bias, residual) if t is not None]
+    return [y, *torch.autograd.grad(y, leaves, g), p.running_mean, p.running_var]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
@@ -58,6 +70,21 @@ def test_same_bits_for_any_number_of_threads(
     for count in THREAD_COUNTS[1:]:
         set_threads(count)
         assert all(map(same_bits, forward_and_backward(case, dtype, training), expected)), f"{count} threads"
+
+
+@pytest.mark.parametrize("has_residual", [True, False], ids=["residual", "plain"])
+@pytest.mark.parametrize("act", ACTS, ids=name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("case", [*FEW_CASES, *MEDIUM_CASES, LARGE_CASES[2]], ids=name)
+def test_fused_same_bits_for_any_number_of_threads(
+    case: Case, dtype: torch.dtype, act: Act, has_residual: bool, set_threads: Callable[[int], None]
+) -> None:
+    for training in (True, False):
+        set_threads(1)
+        expected = forward_and_backward(case, dtype, training, 0, act, has_residual)
+        for count in (2, 4):
+            set_threads(count)
+            assert all(map(same_bits, forward_and_backward(case, dtype, training, 0, act, has_residual), expected))
 
 
 def test_same_bits_run_to_run() -> None:

@@ -24,15 +24,33 @@ smaller (its terms change sign), and is given the same bound. It is held as a do
 2^-53 of itself, which matters where the spread is far smaller: `mean_rounding`.
 
 Where bnext itself computes in float64 the reference errs as much as bnext does: such bounds are doubled.
+
+Activations, of a pre-activation z that is off by e. The output is off by L*e, L the largest |act'|, and act itself
+is evaluated to 4u|y| + 4u|z|: a few ulp of the result, or, as in z*(1 + erf(...)) far below zero, of its factors.
+In the gradients act' stands at the wrong z: |act''|_max * e, and is evaluated to 4u(1 + |z|), since a 1 - s(z) that
+cancels is off by u and is multiplied by z. Beyond |z| = 40 neither s nor P differs from 0 and 1, in any dtype.
+
+    act         L                     |act''|_max   kinks: jump of act'
+    relu        1                     0             0: 1
+    leaky_relu  max(1, |slope|)       0             0: |1 - slope|
+    silu        1.0999 at z = 2.400   1/2 at 0      none
+    gelu        1.1290 at z = sqrt 2  0.798 at 0    none
+    hardswish   1.5 at 3              1/3           -3: 1/2, 3: 1/2
+
+An element whose z lies within e of a kink may take the derivative of either side: at such elements, and at no
+others, |g| times the jump is allowed. Together this is the slack of g*act'(z), `slack`. It enters the channel's sums
+term by term, without the square root of a random walk: e is for the most part the error of the statistics, which
+the whole channel shares.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import reference
 import torch
-from reference import Forward, along_channels, reduced_dims, widen
+from reference import Act, Forward, along_channels, reduced_dims, widen
 from torch import Tensor
 
 LAMBDA = 4.0
@@ -78,9 +96,17 @@ def summed(terms: Tensor, dtype: torch.dtype) -> Tensor:
     return unit(dtype) * (LAMBDA * walk + total)
 
 
-def output(fwd: Forward, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype, *, training: bool) -> Tensor:
-    """|y - reference|: statistics shift and stretch xhat; then x - mean, the scale, the product and the sum are
-    rounded once each, the bias twice; then y is rounded to its dtype."""
+def preactivation(
+    fwd: Forward,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    training: bool,
+    has_residual: bool = False,
+) -> Tensor:
+    """|z - reference| where z is not rounded to a dtype: statistics shift and stretch xhat; then x - mean, the scale,
+    the product and the sum are rounded once each, the bias twice, and the sum with the residual once."""
     ndim, u = fwd.xhat.ndim, unit(dtype)
     w = 1.0 if weight is None else along_channels(widen(weight).abs(), ndim)
     b = 0.0 if bias is None else along_channels(widen(bias).abs(), ndim)
@@ -89,18 +115,96 @@ def output(fwd: Forward, weight: Tensor | None, bias: Tensor | None, dtype: torc
     if training:
         error = error + w * (1 + x) * statistics(fwd.count, dtype)
         error = error + w * along_channels(mean_rounding(fwd), ndim)
+    if has_residual:
+        error = error + fwd.z.abs() * u
+    return error
+
+
+class Shape(NamedTuple):
+    """Of an activation: the largest |act'| and |act''|, and for each kink the jump of act' there."""
+
+    steepest: float
+    curvature: float
+    kinks: dict[float, float]
+
+
+def shape(act: Act) -> Shape:
+    name, slope = reference.named(act)
+    if name == "leaky_relu":
+        return Shape(max(1.0, abs(slope)), 0.0, {0.0: abs(1 - slope)})
+    return {
+        "identity": Shape(1.0, 0.0, {}),
+        "relu": Shape(1.0, 0.0, {0.0: 1.0}),
+        "silu": Shape(1.0999, 0.5, {}),
+        "gelu": Shape(1.1290, 0.7979, {}),
+        "hardswish": Shape(1.5, 1 / 3, {-3.0: 0.5, 3.0: 0.5}),
+    }[name]
+
+
+def only_selects(act: Act) -> bool:
+    """Whether the activation passes or drops a value, and so rounds none."""
+    return reference.named(act)[0] in ("identity", "relu")
+
+
+def output(
+    fwd: Forward,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    training: bool,
+    has_residual: bool = False,
+    act: Act = None,
+) -> Tensor:
+    """|y - reference|: the error of z, the evaluation of the activation, and y rounded to its dtype."""
+    error = preactivation(fwd, weight, bias, dtype, training=training, has_residual=has_residual)
+    error = error * shape(act).steepest
+    if not only_selects(act):
+        error = error + 4 * unit(dtype) * (fwd.output.abs() + fwd.z.abs())
     return error + half_ulp(fwd.output.abs() + error, dtype)
 
 
+def slack(
+    grad_output: Tensor,
+    fwd: Forward,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    training: bool,
+    has_residual: bool = False,
+    act: Act = None,
+) -> Tensor:
+    """|g*act'(z) - reference| where the product is not rounded to a dtype."""
+    e = preactivation(fwd, weight, bias, dtype, training=training, has_residual=has_residual)
+    of = shape(act)
+    error = of.curvature * e
+    for kink, jump in of.kinks.items():
+        # A z that is exact (weight, bias and residual of zero) lies on one side, or on the kink as in torch.
+        error = torch.where((e > 0) & ((fwd.z - kink).abs() <= e), error + jump, error)
+    if not only_selects(act):
+        error = error + 4 * unit(dtype) * (1 + fwd.z.abs().clamp(max=40))
+    return error * widen(grad_output).abs()
+
+
 def grad_input(
-    grad_output: Tensor, fwd: Forward, weight: Tensor | None, dtype: torch.dtype, *, training: bool
+    grad_output: Tensor,
+    fwd: Forward,
+    weight: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    training: bool,
+    slack: Tensor | float = 0.0,
 ) -> Tensor:
     """|grad_input - reference|: each of the three terms of g - mean(g) - xhat*mean(g*xhat) is rounded up to four
-    times; the means carry the errors of their sums; xhat, in the term and in the sum, those of the statistics."""
+    times; the means carry the errors of their sums; xhat, in the term and in the sum, those of the statistics.
+
+    g is what reaches batch norm: g*act'(z) behind an activation, with its `slack`.
+    """
     g, ndim, u, m = widen(grad_output), grad_output.ndim, unit(dtype), max(1, fwd.count)
     x = fwd.xhat.abs()
     scale = along_channels(fwd.invstd * (1 if weight is None else widen(weight).abs()), ndim)
-    error = g.abs() * 4 * u
+    error = g.abs() * 4 * u + slack
     if training:
         products = g * fwd.xhat
         mean_g = along_channels(g.sum(reduced_dims(ndim)).abs() / m, ndim)
@@ -112,19 +216,32 @@ def grad_input(
         )
         error = error + stat * ((1 + x) * mean_gx + x * mean_g + g.abs() + mean_g + x * mean_gx)
         error = error + along_channels(mean_rounding(fwd), ndim) * (mean_gx + x * mean_g)
+        if isinstance(slack, Tensor):
+            mean_slack, mean_slack_x = (t.sum(reduced_dims(ndim)) / m for t in (slack, slack * x))
+            error = error + along_channels(mean_slack, ndim) + x * along_channels(mean_slack_x, ndim)
     error = error * scale
-    exact = reference.backward(grad_output, fwd, weight, training=training).input
+    exact = reference.backward(g, fwd, weight, training=training).input
     return error + half_ulp(exact.abs() + error, dtype)
 
 
-def grad_bias(grad_output: Tensor, dtype: torch.dtype, result_dtype: torch.dtype) -> Tensor:
+def grad_bias(
+    grad_output: Tensor, dtype: torch.dtype, result_dtype: torch.dtype, slack: Tensor | float = 0.0
+) -> Tensor:
     g = widen(grad_output)
     error = summed(g, dtype)
+    if isinstance(slack, Tensor):
+        error = error + slack.sum(reduced_dims(g.ndim))
     return error + half_ulp(g.sum(reduced_dims(g.ndim)).abs() + error, result_dtype)
 
 
 def grad_weight(
-    grad_output: Tensor, fwd: Forward, dtype: torch.dtype, result_dtype: torch.dtype, *, training: bool
+    grad_output: Tensor,
+    fwd: Forward,
+    dtype: torch.dtype,
+    result_dtype: torch.dtype,
+    *,
+    training: bool,
+    slack: Tensor | float = 0.0,
 ) -> Tensor:
     """sum(g*xhat): an error of the mean moves it by that of sum(g), an error of sigma stretches it."""
     g = widen(grad_output)
@@ -133,7 +250,14 @@ def grad_weight(
     error = summed(products, dtype) + 4 * unit(dtype) * (total + total_g)
     if training:
         error = error + statistics(fwd.count, dtype) * (total + total_g) + mean_rounding(fwd) * total_g
+    if isinstance(slack, Tensor):
+        error = error + (slack * fwd.xhat.abs()).sum(reduced_dims(g.ndim))
     return error + half_ulp(total + error, result_dtype)
+
+
+def grad_residual(reaching: Tensor, slack: Tensor, dtype: torch.dtype, act: Act) -> Tensor:
+    """|grad_residual - reference|, of g*act'(z) as it is returned: an activation that only selects rounds nothing."""
+    return slack if only_selects(act) else slack + half_ulp(reaching.abs() + slack, dtype)
 
 
 def running_stats(
