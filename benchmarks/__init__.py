@@ -1,6 +1,7 @@
 """The benchmark of bnext: ``python -m benchmarks`` compares it with torch and with a copy of the same bytes.
 
-suites.py says what is measured, operations.py what one call is, check.py that it is right, timing.py how it
-is timed; measure.py runs them, cuda/ on a GPU. rows.py holds the results, report.py compares them, bars.py says
-what a GPU's should be, and table.py, plot.py and readme.py show them; those six need neither torch nor bnext.
+suites.py says what is measured, operations.py what one call is, providers.py whose, check.py and fused_check.py that
+it is right, timing.py how it is timed, memory.py what it holds; measure.py runs them, cuda/ on a GPU. rows.py holds
+the results, report.py compares them, bars.py says what they should be, and table.py, plot.py and readme.py show them;
+those six need neither torch nor bnext.
 """

@@ -14,18 +14,20 @@ from typing import NoReturn
 from benchmarks.rows import InputError, load_rows, save_rows
 from benchmarks.suites import (
     DEFAULT_DTYPES,
+    DEFAULT_SECONDS,
     DEVICE_SUITES,
     ITEM_BYTES,
     LAYOUTS,
     TENSOR_PASSES,
     Case,
     case_work,
+    default_seconds,
+    default_suites,
     select_cases,
 )
 
 PROGRAM = "python -m benchmarks"
 LATEST = Path(__file__).parent / "results" / "latest"
-BUDGETS_S = {"cpu": 110.0, "cuda": 150.0}  # compiling for a GPU comes out of it
 QUICK_ROUNDS = 5
 
 
@@ -69,7 +71,7 @@ def make_parser() -> OneLineParser:
     measure.add_argument("--device", choices=tuple(DEVICE_SUITES), default="cpu", help="default: %(default)s")
     suites = {name: None for device in DEVICE_SUITES.values() for name in device}
     for option, choices, default in (
-        ("--suite", suites, "all of the device"),
+        ("--suite", suites, "all of the device but the fused ones"),
         (
             "--dtype",
             ITEM_BYTES,
@@ -93,11 +95,11 @@ def make_parser() -> OneLineParser:
         type=partial(positive, float),
         metavar="SECONDS",
         help="rounds as many as fit (5 to 25; default: "
-        + ", ".join(f"{device} {seconds:g}" for device, seconds in BUDGETS_S.items())
-        + " seconds)",
+        + ", ".join(f"{device} {seconds:g}" for device, seconds in DEFAULT_SECONDS.items())
+        + " seconds, and more with a fused suite)",
     )
     measure.add_argument(
-        "--no-compile", action="store_true", help="cuda: leave torch.compile out, which takes a minute"
+        "--no-compile", action="store_true", help="leave torch.compile out, which takes a minute or two"
     )
     measure.add_argument(
         "--quick", action="store_true", help=f"only small shapes, {QUICK_ROUNDS} rounds: a look, not a result"
@@ -116,12 +118,10 @@ def make_parser() -> OneLineParser:
 
 def run_measure(arguments: argparse.Namespace) -> int:
     device = arguments.device
-    suites = arguments.suite or DEVICE_SUITES[device]
+    suites = arguments.suite or default_suites(device)
     foreign = [name for name in suites if name not in DEVICE_SUITES[device]]
     if foreign:
         raise InputError(f"suite {foreign[0]!r} is not one of {device}'s: {', '.join(DEVICE_SUITES[device])}")
-    if arguments.no_compile and device != "cuda":
-        raise InputError("--no-compile needs --device cuda: torch.compile is not measured elsewhere")
     cases = select_cases(
         suites=suites,
         dtypes=arguments.dtype or DEFAULT_DTYPES[device],
@@ -146,9 +146,10 @@ def run_measure(arguments: argparse.Namespace) -> int:
     outcome = Outcome()
     interrupted = False
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else None)
+    seconds = arguments.budget or default_seconds(device, suites)
     try:
         with ProgressBar(work) as progress:
-            measure(cases, outcome, progress.advance, arguments.budget or BUDGETS_S[device], rounds, arguments.threads)
+            measure(cases, outcome, progress.advance, seconds, rounds, arguments.threads)
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -165,7 +166,8 @@ def measuring(device: str, cases: Sequence[Case], with_compile: bool) -> tuple[C
     if device == "cpu":
         from benchmarks.measure import measure
 
-        return measure, sum(map(case_work, cases))
+        work = sum(case_work(case, with_compile) for case in cases)
+        return partial(measure, with_compile=with_compile), work
     from benchmarks.cuda.device import require
 
     require()

@@ -1,14 +1,19 @@
 """Correctness before timing: every provider has to agree with torch on a case before it gets a number."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import sqrt
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.benchmark.utils.common import set_torch_threads
 
-from benchmarks.operations import PROVIDERS, REFERENCE, BatchNorm, Tensors, backward, evaluate, forward
+from benchmarks.operations import BatchNorm, Tensors, backward, evaluate, forward
+from benchmarks.providers import PROVIDERS, REFERENCE, Provider
+from benchmarks.report import NO_CUDNN
 from benchmarks.suites import Case
+
+GRADIENTS = ("grad_input", "grad_weight", "grad_bias", "grad_residual")  # the last where there is a residual
 
 SMALL_NUMEL = 100_000  # compared in one piece: more pieces would only be more calls
 
@@ -21,14 +26,12 @@ def results(function: BatchNorm, tensors: Tensors) -> dict[str, Tensor]:
     """Everything a training call, its backward and an inference call return or update."""
     running_mean, running_var = tensors.running_mean.clone(), tensors.running_var.clone()
     output = forward(function, tensors, running_mean, running_var)
-    grad_input, grad_weight, grad_bias = backward(output, tensors)
+    gradients = backward(output, tensors)
     return {
         "output": output.detach(),
         "running_mean": running_mean,
         "running_var": running_var,
-        "grad_input": grad_input,
-        "grad_weight": grad_weight,
-        "grad_bias": grad_bias,
+        **dict(zip(GRADIENTS, gradients, strict=False)),
         "eval output": evaluate(function, tensors.detached()),
     }
 
@@ -50,14 +53,67 @@ def tolerances(case: Case) -> dict[str, float]:
     }
 
 
-def check_case(case: Case, tensors: Tensors) -> None:
-    """Raise MismatchError, naming case, provider and tensor, where a provider differs from torch."""
-    bounds = tolerances(case)
-    expected = results(PROVIDERS[REFERENCE], tensors)
-    for provider, function in PROVIDERS.items():
-        if provider == REFERENCE:
-            continue
-        compare_results(f"{case}: {{}} of {provider} is not torch's", results(function, tensors), expected, bounds)
+class Checker(Protocol):
+    """Knows the right results of one case."""
+
+    def check(self, provider: Provider) -> None:
+        """Raise MismatchError, naming case, provider and tensor, where a result is not right."""
+
+
+class TorchChecker:
+    """Compares with torch's own function."""
+
+    def __init__(self, case: Case, tensors: Tensors) -> None:
+        self._case = case
+        self._tensors = tensors
+        self._expected = results(PROVIDERS[REFERENCE], tensors)
+
+    def check(self, provider: Provider) -> None:
+        if provider.name == REFERENCE:
+            return
+        with provider.context():
+            actual = results(provider.function, self._tensors)
+        message = f"{self._case}: {{}} of {provider.name} is not torch's"
+        compare_results(message, actual, self._expected, tolerances(self._case))
+
+
+def checked_providers(
+    case: Case,
+    makers: Mapping[str, Callable[[], Provider]],
+    checker: Checker,
+    report: Callable[[str, bool], None],
+) -> list[Provider]:
+    """The providers to be timed on a case: none where bnext is wrong, or bnext or torch fails.
+
+    torch's own functions are timed even where they are further from right: that is how torch is. ``report`` is told
+    each failure, and whether it is one of a provider that is required, as opposed to one that is left out.
+    """
+    checked = []
+    for name, make in makers.items():
+        required = name in PROVIDERS
+        try:
+            provider = make()
+            checker.check(provider)
+        except MismatchError as error:
+            as_it_is = name in (REFERENCE, NO_CUDNN)
+            report(str(error), required and not as_it_is)
+            if as_it_is:
+                checked.append(provider)
+            elif required:
+                return []
+        except Exception as error:  # no memory, or whatever torch or a compiler raises: others may be fine
+            report(f"{case}: {name} failed: {summary(error)}", required)
+            if required:
+                return []
+        else:
+            checked.append(provider)
+    return checked
+
+
+def summary(error: BaseException) -> str:
+    """The error in one line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}".rstrip(": ")
 
 
 def compare_results(
@@ -69,6 +125,12 @@ def compare_results(
         difference = describe_difference(tensor, expected[name], bounds["rtol"], atol)
         if difference:
             raise MismatchError(f"{message.format(name)}: {difference}")
+
+
+def spread(channels: int, number: int) -> list[int]:
+    """So many channels, or all: the first, the last, others evenly between them."""
+    number = min(number, channels)
+    return sorted({index * (channels - 1) // max(number - 1, 1) for index in range(number)})
 
 
 def is_close(actual: Tensor, expected: Tensor, rtol: float, atol: float) -> bool:

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch.utils.benchmark.utils.common import set_torch_threads
 
-from benchmarks.check import MismatchError, check_case
+from benchmarks.check import Checker, TorchChecker, checked_providers
+from benchmarks.fused_check import FusedChecker
+from benchmarks.memory import held_by_provider
 from benchmarks.operations import Tensors, make_tensors, operation_calls
 from benchmarks.provenance import provenance
+from benchmarks.providers import Provider, provider_makers
 from benchmarks.rows import Provenance, Row
 from benchmarks.suites import Case, case_work, check_work, estimated_work, model_bytes
 from benchmarks.timing import Budget, Timing, time_in_turn
@@ -39,6 +42,10 @@ class Outcome:
     mismatches: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what could not be measured and is not bnext's fault
 
+    def report(self, message: str, required: bool) -> None:
+        """Keep what went wrong with a provider."""
+        (self.mismatches if required else self.notes).append(message)
+
 
 def measure(
     cases: Sequence[Case],
@@ -47,45 +54,50 @@ def measure(
     seconds: float,
     rounds: int | None = None,
     threads: int | None = None,
+    with_compile: bool = True,
 ) -> None:
     """Check and time the cases within about ``seconds``, or with a fixed number of rounds.
 
-    A case that disagrees with torch gets no number, but an entry in ``outcome.mismatches``. ``threads=None``
-    takes torch's own number.
+    A case on which bnext is wrong gets no number, but an entry in ``outcome.mismatches``. ``threads=None`` takes
+    torch's own number.
     """
     with set_torch_threads(threads or torch.get_num_threads()):
         source = provenance(torch.get_num_threads())
         warm_memory()
-        budget = Budget(seconds, sum(map(case_work, cases)), rounds)
+        budget = Budget(seconds, sum(case_work(case, with_compile) for case in cases), rounds)
         for case in cases:
             progress(f"{case} check", 0)
             tensors = make_tensors(case)
-            try:
-                check_case(case, tensors)
-            except MismatchError as error:
-                outcome.mismatches.append(str(error))
-                budget.skip(case_work(case))
-                progress(f"{case} check", case_work(case))
-                continue
-            budget.skip(check_work(case))
-            progress(f"{case} check", check_work(case))
-            for operation in case.operations:
+            makers = provider_makers(case, with_compile)
+            providers = checked_providers(case, makers, make_checker(case, tensors), outcome.report)
+            work = check_work(case, with_compile) if providers else case_work(case, with_compile)
+            budget.skip(work)
+            progress(f"{case} check", work)
+            for operation in case.operations if providers else ():
                 progress(f"{case} {operation}", 0)
-                outcome.rows += time_operation(operation, case, tensors, budget, source)
+                outcome.rows += time_operation(operation, case, tensors, providers, budget, source)
                 progress(f"{case} {operation}", estimated_work(operation, case))
 
 
-def time_operation(operation: str, case: Case, tensors: Tensors, budget: Budget, source: Provenance) -> list[Row]:
-    """One row a provider."""
+def make_checker(case: Case, tensors: Tensors) -> Checker:
+    return FusedChecker(case, tensors) if case.epilogue.act else TorchChecker(case, tensors)
+
+
+def time_operation(
+    operation: str, case: Case, tensors: Tensors, providers: Sequence[Provider], budget: Budget, source: Provenance
+) -> list[Row]:
+    """One row a provider, and one for the floor."""
     choose_rounds = partial(budget.rounds, estimated_work(operation, case))
-    timers = {name: Timer(call) for name, call in operation_calls(operation, tensors).items()}
+    functions = {provider.name: provider.function for provider in providers}
+    timers = {name: Timer(call) for name, call in operation_calls(operation, tensors, functions).items()}
     timings = time_in_turn(timers, choose_rounds)
-    return [make_row(case, operation, provider, timing, source) for provider, timing in timings.items()]
+    held = held_by_provider(operation, case, tensors, providers)
+    return [make_row(case, operation, name, timing, source, **held.get(name, {})) for name, timing in timings.items()]
 
 
 def make_row(case: Case, operation: str, provider: str, timing: Timing, source: Provenance, **details: Any) -> Row:
     """``details``: fields of Measurement that have a default."""
-    moved = model_bytes(operation, case.shape, case.dtype)
+    moved = model_bytes(operation, case.shape, case.dtype, case.epilogue)
     return Row(
         suite=case.suite,
         op=operation,
@@ -96,6 +108,7 @@ def make_row(case: Case, operation: str, provider: str, timing: Timing, source: 
         **asdict(timing),
         bytes=moved,
         gb_per_s=moved / timing.median_s / 1e9,
+        **case.epilogue._asdict(),
         **details,
         **asdict(source),
     )

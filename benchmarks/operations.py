@@ -1,6 +1,6 @@
 """What one call is: the tensors of a case, and each provider's operations on them, ready to be timed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -8,24 +8,20 @@ from torch import Tensor
 
 from benchmarks.suites import Case
 from benchmarks.timing import Call
-from bnext import functional
 
+# Called with input, running_mean, running_var, weight, bias, the residual where there is one, training, momentum, eps.
 BatchNorm = Callable[..., Tensor]
 
-REFERENCE = "torch"
-PROVIDERS: dict[str, BatchNorm] = {
-    REFERENCE: torch.nn.functional.batch_norm,
-    "bnext": functional.batch_norm,
-}
 FLOOR = "copy"
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 SEED = 0
+MOMENTUM, EPS = 0.1, 1e-5
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """The arguments of a case; input, weight and bias are leaves that require gradients, as in training."""
+    """The arguments of a case; input, weight, bias and residual are leaves that require gradients, as in training."""
 
     input: Tensor
     weight: Tensor
@@ -33,14 +29,21 @@ class Tensors:
     running_mean: Tensor
     running_var: Tensor
     grad_output: Tensor
+    residual: tuple[Tensor, ...] = ()  # one, or none
 
     @property
-    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.input, self.weight, self.bias
+    def leaves(self) -> tuple[Tensor, ...]:
+        return self.input, self.weight, self.bias, *self.residual
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "Tensors":
+        """The function of each."""
+        singles = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "residual"}
+        results = {name: function(tensor) for name, tensor in singles.items()}
+        return Tensors(**results, residual=tuple(map(function, self.residual)))
 
     def detached(self) -> "Tensors":
         """The same memory without gradients: what inference under torch.no_grad() works on."""
-        return Tensors(**{field.name: getattr(self, field.name).detach() for field in fields(self)})
+        return self.mapped(Tensor.detach)
 
 
 def make_tensors(case: Case, device: str = "cpu") -> Tensors:
@@ -67,23 +70,25 @@ def make_tensors(case: Case, device: str = "cpu") -> Tensors:
         running_mean=param(-0.1, 0.1),
         running_var=param(0.9, 1.1),
         grad_output=data(),
+        residual=(data().requires_grad_(),) if case.epilogue.residual else (),
     )
 
 
 def forward(function: BatchNorm, tensors: Tensors, running_mean: Tensor, running_var: Tensor) -> Tensor:
     """A training step's call: batch statistics, running statistics updated in place, a graph recorded."""
-    return function(tensors.input, running_mean, running_var, tensors.weight, tensors.bias, True, 0.1, 1e-5)
+    t = tensors
+    return function(t.input, running_mean, running_var, t.weight, t.bias, *t.residual, True, MOMENTUM, EPS)
 
 
 def backward(output: Tensor, tensors: Tensors) -> tuple[Tensor, ...]:
-    """The gradients of input, weight and bias; the graph is kept, so that it can be asked again."""
+    """The gradients of the leaves; the graph is kept, so that it can be asked again."""
     return torch.autograd.grad(output, tensors.leaves, tensors.grad_output, retain_graph=True)
 
 
 def evaluate(function: BatchNorm, tensors: Tensors) -> Tensor:
     """An inference call: running statistics, read only."""
-    running_mean, running_var = tensors.running_mean, tensors.running_var
-    return function(tensors.input, running_mean, running_var, tensors.weight, tensors.bias, False, 0.1, 1e-5)
+    t = tensors
+    return function(t.input, t.running_mean, t.running_var, t.weight, t.bias, *t.residual, False, MOMENTUM, EPS)
 
 
 def provider_call(operation: str, function: BatchNorm, tensors: Tensors) -> Call:
@@ -105,7 +110,7 @@ def provider_call(operation: str, function: BatchNorm, tensors: Tensors) -> Call
 def floor_call(operation: str, tensors: Tensors) -> Call:
     """The same bytes moved by torch's own copy and addition.
 
-    Their output is allocated and touched once, here: the floor is what the traffic costs, without page
+    Their outputs are allocated and touched once, here: the floor is what the traffic costs, without page
     faults. MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=30000000000 spares the providers the faults too.
     """
     x, grad_output = tensors.input.detach(), tensors.grad_output
@@ -117,16 +122,26 @@ def floor_call(operation: str, tensors: Tensors) -> Call:
     def add() -> Tensor:
         return torch.add(x, grad_output, out=output)
 
-    calls: dict[str, Call] = {
-        "forward": copy,
-        "backward": add,
-        "eval": copy,
-        "forward_backward": lambda: (copy(), add()),
-    }
-    return calls[operation]
+    steps: dict[str, tuple[Call, ...]] = {"forward": (copy,), "backward": (add,), "eval": (copy,)}
+    if tensors.residual:
+        grad_residual = torch.zeros_like(x)
+        # Half of the mask read and half written.
+        bits = torch.ones(-(-x.numel() // 16), dtype=torch.uint8, device=x.device)
+        mask = torch.zeros_like(bits)
+
+        def copy_gradient() -> Tensor:
+            return grad_residual.copy_(grad_output)
+
+        def copy_mask() -> Tensor:
+            return mask.copy_(bits)
+
+        steps = {"forward": (add, copy_mask), "backward": (copy, copy_gradient, copy_mask), "eval": (add,)}
+    steps["forward_backward"] = (*steps["forward"], *steps["backward"])
+    chosen = steps[operation]
+    return chosen[0] if len(chosen) == 1 else lambda: tuple(step() for step in chosen)
 
 
-def operation_calls(operation: str, tensors: Tensors) -> dict[str, Call]:
+def operation_calls(operation: str, tensors: Tensors, functions: Mapping[str, BatchNorm]) -> dict[str, Call]:
     """The calls to be timed against each other, by provider."""
-    calls = {name: provider_call(operation, function, tensors) for name, function in PROVIDERS.items()}
+    calls = {name: provider_call(operation, function, tensors) for name, function in functions.items()}
     return {**calls, FLOOR: floor_call(operation, tensors)}

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 
 from benchmarks.report import Comparison, compare, device_times, groups, how_measured, operations
 from benchmarks.rows import Row, write_atomically
-from benchmarks.suites import shape_label
 
 BAR_INCHES = 0.24
 PANEL_HEAD_INCHES = 0.9
@@ -25,7 +24,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     rows = device_times(rows)
     comparisons = compare(rows)
     lines, columns = groups(comparisons), operations(comparisons)
-    bars = [len({c.shape for c in comparisons if c.group == group}) for group in lines]
+    bars = [len({c.label for c in comparisons if c.group == group}) for group in lines]
     heights = [PANEL_HEAD_INCHES + BAR_INCHES * count for count in bars]
     # Figure, not pyplot: no window system is asked for and no global state is left behind.
     figure = Figure(figsize=(1.5 + PANEL_WIDTH_INCHES * len(columns), 1 + sum(heights)), layout="constrained")
@@ -59,7 +58,7 @@ def draw_panel(axes: Axes, comparisons: Sequence[Comparison]) -> None:
     axes.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_tick_params(labelsize=7, labelbottom=True)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(positions, [shape_label(c.shape) for c in comparisons], fontsize=7)
+    axes.set_yticks(positions, [c.label for c in comparisons], fontsize=7)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -1,60 +1,148 @@
-"""The measured table of a README, rewritten between two markers."""
+"""The measured tables of a README, each rewritten between two markers of its own."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.bars import COPY_DTYPE, COPY_LIMITS, LARGE_LIMIT, LARGE_SIZE, verdicts
+from benchmarks.bars import (
+    COMPILE,
+    COPY_DTYPE,
+    COPY_LIMITS,
+    CPU_FUSED_LIMITS,
+    CUDA_FUSED_LIMITS,
+    LARGE_LIMIT,
+    LARGE_SIZE,
+    TORCH,
+    mean_verdicts,
+    verdicts,
+)
 from benchmarks.bars import summary as bars_summary
-from benchmarks.report import MeanKey, compare, device_times, geometric_means, how_measured, operations
+from benchmarks.report import (
+    LARGE_CLASS,
+    TORCH_COMPILE,
+    Mean,
+    MeanKey,
+    compare,
+    device_times,
+    geometric_means,
+    held_shares,
+    how_measured,
+    operations,
+)
 from benchmarks.rows import GRAPH, InputError, Row, write_atomically
-from benchmarks.suites import TENSOR_PASSES
+from benchmarks.suites import PLAIN, RESIDUAL_PASSES, TENSOR_PASSES
 
 BEGIN = "<!-- benchmark:begin -->"
 END = "<!-- benchmark:end -->"
 CUDA_BEGIN = "<!-- benchmark:cuda:begin -->"
 CUDA_END = "<!-- benchmark:cuda:end -->"
-MARKERS = {"cpu": (BEGIN, END), "cuda": (CUDA_BEGIN, CUDA_END)}
+
+# By device, and whether an activation is in the same call.
+MARKERS = {
+    ("cpu", False): (BEGIN, END),
+    ("cuda", False): (CUDA_BEGIN, CUDA_END),
+    ("cpu", True): ("<!-- benchmark:fused:begin -->", "<!-- benchmark:fused:end -->"),
+    ("cuda", True): ("<!-- benchmark:cuda:fused:begin -->", "<!-- benchmark:cuda:fused:end -->"),
+}
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Geometric means by dtype, layout and size class, an operation a column, and how they were measured."""
+    """The block of rows that are all of one device, and all fused or none of them."""
     rows = device_times(rows)
+    fused = rows[0].epilogue != PLAIN
+    held = ["", *_held(rows)] if fused else []
+    return "\n".join([*_means(rows), "", _legend(rows), *held, *_verdicts(rows), "", _command(rows)])
+
+
+def _means(rows: Sequence[Row]) -> list[str]:
+    """Geometric means by dtype, layout and size class, an operation a column."""
     comparisons = compare(rows)
     means = geometric_means(comparisons)
     ops = operations(comparisons)
     header = ["dtype", "layout", "tensor", *(op.replace("_", " + ") for op in ops)]
     lines = [_line(header), _line(["---"] * 3 + ["--:"] * len(ops))]
     for group, size_class in dict.fromkeys((key.group, key.size_class) for key in means):
-        cells = []
-        for op in ops:
-            mean = means.get(MeanKey(group, size_class, op))
-            cells.append(f"**{mean.speedup:.2f}** ({mean.over_copy:.2f})" if mean else "")
+        cells = (_cell(means.get(MeanKey(group, size_class, op)), group.fused) for op in ops)
         lines.append(_line([group.dtype, group.layout, size_class, *cells]))
-    passes = ", ".join(f"{op.replace('_', ' + ')} {TENSOR_PASSES[op]}" for op in ops)
-    on_gpu = rows[0].device == "cuda"
+    return lines
+
+
+def _cell(mean: Mean | None, fused: bool) -> str:
+    if mean is None:
+        return ""
+    over_compile = f" / {mean.over_compile:.2f}" if fused and mean.over_compile is not None else ""
+    return f"**{mean.speedup:.2f}**{over_compile} ({mean.over_copy:.2f})"
+
+
+def _legend(rows: Sequence[Row]) -> str:
+    on_gpu, fused = rows[0].device == "cuda", rows[0].epilogue != PLAIN
+    passes = ", ".join(f"{op.replace('_', ' + ')} {_passes(op, fused)}" for op in operations(compare(rows)))
     copy = "a device copy" if on_gpu else "torch's copy (or addition)"
     touched = "" if on_gpu else " into memory already touched"
-    lines += [
-        "",
-        "Bold: torch's time / bnext's time, geometric mean over the shapes. In brackets: bnext's time / the "
-        f"time of {copy} of the same bytes{touched}; passes over the tensor: {passes}.",
-    ]
+    compiled = fused and any(row.provider == TORCH_COMPILE for row in rows)
+    slash = " After the slash, where it was measured: torch.compile's time / bnext's." if compiled else ""
+    mask = ", and there a bit an element in forward and backward" if fused else ""
+    return (
+        f"Bold: torch's time / bnext's time, geometric mean over the shapes.{slash} In brackets: bnext's time / the "
+        f"time of {copy} of the same bytes{touched}; passes over the tensor: {passes}{mask}."
+    )
+
+
+def _passes(op: str, fused: bool) -> str:
+    passes = TENSOR_PASSES[op]
+    return f"{passes} ({passes + RESIDUAL_PASSES[op]} with a residual)" if fused else f"{passes}"
+
+
+def _held(rows: Sequence[Row]) -> list[str]:
+    """A line a dtype and activation, a column a provider."""
+    shares = held_shares(rows)
+    providers = list(dict.fromkeys(provider for by_provider in shares.values() for provider in by_provider))
+    lines = [_line(["dtype", "after batch norm", *providers]), _line(["---"] * 2 + ["--:"] * len(providers))]
+    for key, by_provider in shares.items():
+        found = [by_provider.get(provider) for provider in providers]
+        cells = (f"{share.beyond_arguments:.3f} ({share.of_it_result:.3f})" if share else "" for share in found)
+        lines.append(_line([key.dtype, str(key.epilogue), *cells]))
+    meaning = (
+        "Memory that the graph holds from forward to backward, beyond the arguments, in sizes of the input; in "
+        "brackets what of it is the result, which the next layer holds as well."
+    )
+    return [*lines, "", meaning] if shares else []
+
+
+def _verdicts(rows: Sequence[Row]) -> list[str]:
+    comparisons = compare(rows)
     found = verdicts(comparisons)
-    if found:
-        lines += ["", f"{_mode(rows)} {_bars()} {bars_summary(found)}."]
-    command = "python -m benchmarks --device cuda" if on_gpu else "python -m benchmarks"
-    lines += ["", f"Measured by `{command}` on {how_measured(rows)}."]
-    return "\n".join(lines)
+    if not found:
+        return []
+    how = f"{_mode(rows)} " if rows[0].device == "cuda" else ""
+    means = "".join(f" {verdict}." for verdict in mean_verdicts(comparisons))
+    return ["", f"{how}{_bars(rows)} {bars_summary(found)}.{means}"]
+
+
+def _command(rows: Sequence[Row]) -> str:
+    parts = ["python -m benchmarks"]
+    if rows[0].device == "cuda":
+        parts.append("--device cuda")
+    if rows[0].epilogue != PLAIN:
+        parts.append(f"--suite {','.join(dict.fromkeys(row.suite for row in rows))}")
+    return f"Measured by `{' '.join(parts)}` on {how_measured(rows)}."
 
 
 def _mode(rows: Sequence[Row]) -> str:
     return "Replays of CUDA graphs." if rows[0].mode == GRAPH else "Calls from Python."
 
 
-def _bars() -> str:
-    limits = ", ".join(f"{op} {limit:g}" for op, limit in COPY_LIMITS.items())
+def _bars(rows: Sequence[Row]) -> str:
+    if rows[0].epilogue != PLAIN:
+        on_gpu = rows[0].device == "cuda"
+        limits = CUDA_FUSED_LIMITS if on_gpu else CPU_FUSED_LIMITS
+        where = "in the geometric mean over ResNet-50's layers" if on_gpu else f"on each tensor {LARGE_CLASS}"
+        return (
+            f"Bars: forward + backward {where} at least {limits[TORCH]:g} times as fast as torch, {limits[COMPILE]:g} "
+            "times as torch.compile; and nothing slower than torch."
+        )
+    copies = ", ".join(f"{op} {limit:g}" for op, limit in COPY_LIMITS.items())
     return (
-        f"Bars: at most so many times the copy's time on ResNet-50's layers at batch 256 in {COPY_DTYPE}: {limits}, "
+        f"Bars: at most so many times the copy's time on ResNet-50's layers at batch 256 in {COPY_DTYPE}: {copies}, "
         f"planes of {LARGE_SIZE}² {LARGE_LIMIT:g}; and nowhere slower than torch, with cuDNN or without."
     )
 
@@ -63,9 +151,9 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def rewritten(text: str, block: str, device: str = "cpu") -> str:
-    """The text with what is between a device's markers replaced; InputError unless each is there once, in order."""
-    begin, end = MARKERS[device]
+def rewritten(text: str, block: str, device: str = "cpu", fused: bool = False) -> str:
+    """The text with what is between two markers replaced; InputError unless each is there once, in order."""
+    begin, end = MARKERS[device, fused]
     head, found_begin, rest = text.partition(begin)
     _, found_end, tail = rest.partition(end)
     if not found_begin or not found_end or text.count(begin) != 1 or text.count(end) != 1:
@@ -76,8 +164,11 @@ def rewritten(text: str, block: str, device: str = "cpu") -> str:
 def update_readme(path: Path, rows: Sequence[Row], check: bool) -> bool:
     """Bring the README up to date, or with ``check`` only look; tells whether it was current."""
     try:
-        text = path.read_text(encoding="utf-8")
-        new = rewritten(text, markdown(rows), rows[0].device)
+        text = new = path.read_text(encoding="utf-8")
+        for fused in (False, True):
+            chosen = [row for row in rows if (row.epilogue != PLAIN) == fused]
+            if chosen:
+                new = rewritten(new, markdown(chosen), rows[0].device, fused)
         if new != text and not check:
             write_atomically(path, new.encode())
     except OSError as error:

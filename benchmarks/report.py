@@ -6,7 +6,7 @@ from statistics import geometric_mean
 from typing import NamedTuple
 
 from benchmarks.rows import CLOCK, GRAPH, InputError, Row
-from benchmarks.suites import TENSOR_PASSES, Shape, tensor_bytes
+from benchmarks.suites import PLAIN, TENSOR_PASSES, Epilogue, Shape, tensor_bytes, tensor_label
 
 MB = 1_000_000
 
@@ -15,7 +15,8 @@ NO_CUDNN = "torch-no-cudnn"
 TORCH_COMPILE = "torch-compile"
 
 # On a CPU the C library maps every output above 32 MB afresh; below 1 MB a core's own cache holds the tensor.
-SIZE_CLASSES = (("> 32 MB", 32 * MB), ("1-32 MB", MB), ("< 1 MB", 0))
+LARGE_CLASS = "> 32 MB"
+SIZE_CLASSES = ((LARGE_CLASS, 32 * MB), ("1-32 MB", MB), ("< 1 MB", 0))
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,15 @@ class Comparison:
         return self.bnext.shape
 
     @property
+    def label(self) -> str:
+        """The shape, and what follows the batch norm."""
+        return tensor_label(self.shape, self.bnext.epilogue)
+
+    @property
     def group(self) -> "Group":
         # An (N,C) tensor is contiguous, but neither its traversal nor its speed is that of an image.
         layout = "(N,C)" if len(self.shape) == 2 else self.bnext.layout
-        return Group(self.bnext.dtype, layout, self.bnext.mode)
+        return Group(self.bnext.dtype, layout, self.bnext.mode, self.bnext.epilogue != PLAIN)
 
     @property
     def size_class(self) -> str:
@@ -68,11 +74,13 @@ class Group(NamedTuple):
     dtype: str
     layout: str
     mode: str = CLOCK
+    fused: bool = False  # with an activation in the same call
 
     @property
     def how(self) -> str:
-        """The layout, and the mode where there is more than one."""
-        return self.layout if self.mode == CLOCK else f"{self.layout}, {self.mode}"
+        """The layout, the mode where there is more than one, and whether it is more than a batch norm."""
+        parts = (self.layout, "" if self.mode == CLOCK else self.mode, "fused" if self.fused else "")
+        return ", ".join(filter(None, parts))
 
     def __str__(self) -> str:
         return f"{self.dtype}, {self.how}"
@@ -86,6 +94,7 @@ class Mean:
     over_copy: float
     worst_speedup: float
     shapes: int
+    over_compile: float | None = None  # torch.compile's time / bnext's, over the shapes it was measured on
 
 
 class MeanKey(NamedTuple):
@@ -101,7 +110,7 @@ def compare(rows: Iterable[Row]) -> list[Comparison]:
     """
     measured: dict[tuple[object, ...], dict[str, Row]] = {}
     for row in rows:
-        key = (row.suite, row.op, row.shape, row.dtype, row.layout, row.mode)
+        key = (row.suite, row.op, row.shape, row.epilogue, row.dtype, row.layout, row.mode)
         providers = measured.setdefault(key, {})
         if row.provider in providers:
             raise InputError(f"{_label(row)} is there twice: one report shows one run")
@@ -118,7 +127,7 @@ def compare(rows: Iterable[Row]) -> list[Comparison]:
 
 
 def _label(row: Row) -> str:
-    return f"{row.provider} {row.op} {row.shape} {row.dtype} {row.layout}"
+    return f"{row.provider} {row.op} {tensor_label(row.shape, row.epilogue)} {row.dtype} {row.layout}"
 
 
 def device_times(rows: Sequence[Row]) -> list[Row]:
@@ -127,9 +136,9 @@ def device_times(rows: Sequence[Row]) -> list[Row]:
 
 
 def groups(comparisons: Iterable[Comparison]) -> list[Group]:
-    """The groups that occur, in the order of the rows, images before (N,C)."""
+    """The groups that occur, in the order of the rows, images before (N,C), fused ones last."""
     occurring = dict.fromkeys(comparison.group for comparison in comparisons)
-    return sorted(occurring, key=lambda group: group.layout == "(N,C)")
+    return sorted(occurring, key=lambda group: (group.fused, group.layout == "(N,C)"))
 
 
 def operations(comparisons: Iterable[Comparison]) -> list[str]:
@@ -147,15 +156,50 @@ def geometric_means(comparisons: Sequence[Comparison]) -> dict[MeanKey, Mean]:
                 chosen = [c for c in comparisons if (c.group, c.size_class, c.op) == (group, size_class, op)]
                 if chosen:
                     members[MeanKey(group, size_class, op)] = chosen
+    return {key: _mean(chosen) for key, chosen in members.items()}
+
+
+def _mean(comparisons: Sequence[Comparison]) -> Mean:
+    compiled = [over for c in comparisons if (over := c.over(TORCH_COMPILE)) is not None]
+    return Mean(
+        speedup=geometric_mean(c.speedup for c in comparisons),
+        over_copy=geometric_mean(c.over_copy for c in comparisons),
+        worst_speedup=min(c.speedup for c in comparisons),
+        shapes=len(comparisons),
+        over_compile=geometric_mean(compiled) if compiled else None,
+    )
+
+
+class HeldKey(NamedTuple):
+    """A line of the table of memory."""
+
+    dtype: str
+    epilogue: Epilogue
+
+
+class HeldShare(NamedTuple):
+    """What a forward's graph holds beyond the arguments, in sizes of the input, over all shapes."""
+
+    beyond_arguments: float
+    of_it_result: float  # which the next layer holds as well
+
+
+def held_shares(rows: Iterable[Row]) -> dict[HeldKey, dict[str, HeldShare]]:
+    """By dtype and what follows the batch norm, by provider; a tensor that was timed in two modes counts twice."""
+    chosen: dict[HeldKey, dict[str, list[Row]]] = {}
+    for row in rows:
+        if row.held_bytes is not None:
+            chosen.setdefault(HeldKey(row.dtype, row.epilogue), {}).setdefault(row.provider, []).append(row)
     return {
-        key: Mean(
-            speedup=geometric_mean(c.speedup for c in chosen),
-            over_copy=geometric_mean(c.over_copy for c in chosen),
-            worst_speedup=min(c.speedup for c in chosen),
-            shapes=len(chosen),
-        )
-        for key, chosen in members.items()
+        key: {provider: _held_share(members) for provider, members in providers.items()}
+        for key, providers in chosen.items()
     }
+
+
+def _held_share(rows: Sequence[Row]) -> HeldShare:
+    size = sum(tensor_bytes(row.shape, row.dtype) for row in rows)
+    result = sum(row.held_result_bytes or 0 for row in rows)
+    return HeldShare((result + sum(row.held_bytes or 0 for row in rows)) / size, result / size)
 
 
 def how_measured(rows: Sequence[Row]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.suites import Shape
+from benchmarks.suites import Epilogue, Shape
 
 
 class InputError(Exception):
@@ -41,6 +41,17 @@ class Measurement:
     mode: str = CLOCK
     buffer_sets: int = 1  # how many sets of tensors the calls went round, so that caches are cold
     note: str = ""  # what was done otherwise than mode says, and why
+    # What follows the batch norm in the same call: suites.Epilogue.
+    act: str = ""
+    residual: bool = False
+    # Of a forward with an activation: what its graph holds; memory.Held says which bytes are where.
+    held_arguments_bytes: int | None = None
+    held_result_bytes: int | None = None
+    held_bytes: int | None = None
+
+    @property
+    def epilogue(self) -> Epilogue:
+        return Epilogue(self.act, self.residual)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.bars import COPY, TORCH, Verdict, has_bars, summary, verdicts
+from benchmarks.bars import BARS, Verdict, has_bars, mean_verdicts, on_gpu, summary, verdicts
 from benchmarks.report import (
     NO_CUDNN,
     TORCH_COMPILE,
@@ -15,32 +15,42 @@ from benchmarks.report import (
     compare,
     geometric_means,
     groups,
+    held_shares,
     how_measured,
     operations,
 )
 from benchmarks.rows import Row
-from benchmarks.suites import shape_label, tensor_bytes
+from benchmarks.suites import shape_label, tensor_bytes, tensor_label
 
 # In a narrower terminal, or a log, lines may wrap; rich would cut numbers instead.
 MIN_WIDTH = 140
 
 
 def print_tables(rows: Sequence[Row]) -> None:
-    """Every shape, a table a group; then the geometric means; then how it was measured, and what a GPU's bars say."""
+    """Every shape, a table a group; then the geometric means and the memory; then how it was measured, and the bars."""
     comparisons = compare(rows)
     console = Console(width=max(Console().width, MIN_WIDTH))
-    make_table = measurement_table if has_bars(comparisons) else shape_table
     for group in groups(comparisons):
-        console.print(make_table(group, [c for c in comparisons if c.group == group]))
+        members = [c for c in comparisons if c.group == group]
+        make_table = measurement_table if has_bars(members[0]) else shape_table
+        console.print(make_table(group, members))
     console.print(means_table(comparisons))
+    if any(row.held_bytes is not None for row in rows):
+        console.print(held_table(rows))
     print("x torch: torch's time / bnext's. x copy: bnext's time / that of a copy of the same bytes.")
-    if has_bars(comparisons):
+    if any(map(on_gpu, comparisons)):
         print("no cuDNN, compile: the time of torch without cuDNN, of torch.compile, / bnext's.")
         print("bars: bnext's time is at most so many times the copy's, that of torch with or without cuDNN.")
-        print(f"{summary(verdicts(comparisons))}.")
+    elif any(map(has_bars, comparisons)):
+        print("compile: the time of torch.compile / bnext's. bars: bnext is at least so many times faster.")
+    found = verdicts(comparisons)
+    if found:
+        print(f"{summary(found)}.")
+    for verdict in mean_verdicts(comparisons):
+        print(verdict)
     for row in rows:
         if row.note:
-            what = f"{row.suite} {shape_label(row.shape)} {row.dtype} {row.layout} {row.op} {row.mode}"
+            what = f"{row.suite} {tensor_label(row.shape, row.epilogue)} {row.dtype} {row.layout} {row.op} {row.mode}"
             print(f"{what}: {row.provider} {row.note}")
     print(how_measured(rows))
 
@@ -66,30 +76,31 @@ def shape_table(group: Group, comparisons: Sequence[Comparison]) -> Table:
 def measurement_table(group: Group, comparisons: Sequence[Comparison]) -> Table:
     """A line a measurement: with rates, other providers and bars, operations beside each other would be too wide."""
     table = Table(title=str(group), title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1))
+    endings = [{verdict.bar: _ending(verdict) for verdict in verdicts([c])} for c in comparisons]
+    bars = [bar for bar in BARS if any(bar in ending for ending in endings)]
+    others = {"no cuDNN": NO_CUDNN, "compile": TORCH_COMPILE}
+    others = {header: name for header, name in others.items() if any(name in c.others for c in comparisons)}
     for header in ("suite", "shape", "operation"):
         table.add_column(header, no_wrap=True)
-    for header in ("MB", "us", "GB/s", "x torch", "no cuDNN", "compile", "x copy"):
+    for header in ("MB", "us", "GB/s", "x torch", *others, "x copy", *(f"{bar} bar" for bar in bars)):
         table.add_column(header, justify="right", no_wrap=True)
-    for bar in (COPY, TORCH):
-        table.add_column(f"{bar} bar", justify="right", no_wrap=True)
     previous = None
-    for comparison in comparisons:
+    for comparison, ending in zip(comparisons, endings, strict=True):
         row = comparison.bnext
-        tensor = (row.suite, row.shape)
+        tensor = (row.suite, comparison.label)
         if previous not in (None, tensor):
             table.add_section()
-        others = (comparison.over(NO_CUDNN), comparison.over(TORCH_COMPILE))
-        endings = {verdict.bar: _ending(verdict) for verdict in verdicts([comparison])}
+        overs = [comparison.over(name) for name in others.values()]
         table.add_row(
-            *(("", "") if previous == tensor else (row.suite, shape_label(row.shape))),
+            *(("", "") if previous == tensor else tensor),
             row.op,
             f"{tensor_bytes(row.shape, row.dtype) / 1e6:.2f}",
-            f"{row.median_s * 1e6:.4g}",
-            f"{row.gb_per_s:.0f}",
+            four_digits(row.median_s * 1e6),
+            four_digits(row.gb_per_s),
             coloured(comparison.speedup),
-            *("" if over is None else coloured(over) for over in others),
+            *("" if over is None else coloured(over) for over in overs),
             ratio(comparison.over_copy),
-            *(endings.get(bar, "") for bar in (COPY, TORCH)),
+            *(ending.get(bar, "") for bar in bars),
         )
         previous = tensor
     return table
@@ -104,6 +115,10 @@ def _cells(comparison: Comparison) -> list[str]:
     return [milliseconds, coloured(comparison.speedup), ratio(comparison.over_copy)]
 
 
+def four_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def ratio(value: float) -> str:
     return f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
@@ -114,16 +129,19 @@ def coloured(speedup: float) -> str:
 
 
 def means_table(comparisons: Sequence[Comparison]) -> Table:
+    means = geometric_means(comparisons)
+    with_compile = any(mean.over_compile is not None for mean in means.values())
     table = Table(title="geometric means", title_justify="left", box=box.SIMPLE)
     for header in ("dtype", "layout", "tensor", "operation"):
         table.add_column(header, no_wrap=True)
-    for header in ("shapes", "x torch", "x torch, worst", "x copy"):
+    for header in ("shapes", "x torch", "x torch, worst", *(["compile"] if with_compile else []), "x copy"):
         table.add_column(header, justify="right", no_wrap=True)
     previous = None
-    for key, mean in geometric_means(comparisons).items():
+    for key, mean in means.items():
         if previous not in (None, key.group):
             table.add_section()
         previous = key.group
+        over_compile = "" if mean.over_compile is None else coloured(mean.over_compile)
         table.add_row(
             key.group.dtype,
             key.group.how,
@@ -132,6 +150,27 @@ def means_table(comparisons: Sequence[Comparison]) -> Table:
             str(mean.shapes),
             coloured(mean.speedup),
             coloured(mean.worst_speedup),
+            *([over_compile] if with_compile else []),
             ratio(mean.over_copy),
         )
+    return table
+
+
+def held_table(rows: Sequence[Row]) -> Table:
+    """What is held from forward to backward, a line a dtype and activation, two columns a provider."""
+    shares = held_shares(rows)
+    providers = list(dict.fromkeys(provider for by_provider in shares.values() for provider in by_provider))
+    title = "held by the graph after forward, beyond the arguments, in sizes of the input"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for header in ("dtype", "after batch norm"):
+        table.add_column(header, no_wrap=True)
+    for provider in providers:
+        table.add_column(provider, justify="right", no_wrap=True)
+        table.add_column("of it the result", justify="right", no_wrap=True)
+    for key, by_provider in shares.items():
+        cells: list[str] = []
+        for provider in providers:
+            share = by_provider.get(provider)
+            cells += [f"{part:.3f}" for part in share] if share else ["", ""]
+        table.add_row(key.dtype, str(key.epilogue), *cells)
     return table

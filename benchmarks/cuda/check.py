@@ -1,13 +1,11 @@
 """Correctness before timing, on a GPU: against torch everywhere, and against float64 on a few channels."""
 
-from dataclasses import fields
-
 import torch
 from torch import Tensor
 
-from benchmarks.check import compare_results, results, tolerances
-from benchmarks.cuda.providers import Provider
-from benchmarks.operations import PROVIDERS, REFERENCE, Tensors
+from benchmarks.check import compare_results, results, spread, tolerances
+from benchmarks.operations import Tensors
+from benchmarks.providers import PROVIDERS, REFERENCE, Provider
 from benchmarks.suites import Case
 
 CHANNELS = 8
@@ -16,9 +14,7 @@ REFERENCE_ELEMENTS = 2**25  # of which float64, gradients and temporaries make a
 
 def some_channels(case: Case) -> list[int]:
     """A few channels: the first, the last, others evenly between them; fewer where they are very long."""
-    channels = case.shape[1]
-    number = max(1, min(CHANNELS, channels, REFERENCE_ELEMENTS // case.count))
-    return sorted({index * (channels - 1) // max(number - 1, 1) for index in range(number)})
+    return spread(case.shape[1], max(1, min(CHANNELS, REFERENCE_ELEMENTS // case.count)))
 
 
 def take(tensor: Tensor, channels: list[int]) -> Tensor:
@@ -29,13 +25,13 @@ def take(tensor: Tensor, channels: list[int]) -> Tensor:
 
 def reference(tensors: Tensors, channels: list[int]) -> dict[str, Tensor]:
     """What the channels should give: torch's own function in float64, on the values that all are given."""
-    few = {field.name: take(getattr(tensors, field.name), channels) for field in fields(tensors)}
-    for leaf in ("input", "weight", "bias"):
-        few[leaf].requires_grad_()
-    return results(torch.nn.functional.batch_norm, Tensors(**few))
+    few = tensors.mapped(lambda tensor: take(tensor, channels))
+    for leaf in few.leaves:
+        leaf.requires_grad_()
+    return results(torch.nn.functional.batch_norm, few)
 
 
-class Checker:
+class CudaChecker:
     """The expected results of one case, for any number of providers."""
 
     def __init__(self, case: Case, tensors: Tensors) -> None:

@@ -6,16 +6,18 @@ from functools import partial
 import torch
 from torch.utils.benchmark.utils.common import set_torch_threads
 
-from benchmarks.check import MismatchError
-from benchmarks.cuda.check import Checker
+from benchmarks.check import Checker, checked_providers, summary
+from benchmarks.cuda.check import CudaChecker
 from benchmarks.cuda.operations import copy_rotation, make_sets, provider_rotation
-from benchmarks.cuda.providers import Provider, is_compiled, provider_makers
+from benchmarks.cuda.providers import provider_makers
 from benchmarks.cuda.rotation import Rotation, buffer_sets, calls_per_graph
 from benchmarks.cuda.runtime import CudaRuntime, Runtime
 from benchmarks.cuda.stopwatch import EventStopwatch, eager_stopwatch, graph_stopwatch
+from benchmarks.fused_check import FusedChecker
 from benchmarks.measure import Outcome, Progress, make_row
-from benchmarks.operations import FLOOR, PROVIDERS, REFERENCE, Tensors
-from benchmarks.report import NO_CUDNN
+from benchmarks.memory import held_by_provider
+from benchmarks.operations import FLOOR, Tensors
+from benchmarks.providers import PROVIDERS, Provider
 from benchmarks.rows import EAGER, GRAPH, Provenance
 from benchmarks.suites import Case, model_bytes, tensor_bytes
 from benchmarks.timing import Budget, time_in_turn
@@ -35,8 +37,12 @@ def modes(case: Case) -> tuple[str, ...]:
     return (GRAPH, EAGER) if tensor_bytes(case.shape, case.dtype) < EAGER_MAX_BYTES else (GRAPH,)
 
 
+def make_checker(case: Case, tensors: Tensors) -> Checker:
+    return FusedChecker(case, tensors) if case.epilogue.act else CudaChecker(case, tensors)
+
+
 def case_check_work(case: Case, with_compile: bool) -> int:
-    return CHECK_WORK + (COMPILE_WORK if with_compile and is_compiled(case) else 0)
+    return CHECK_WORK + (COMPILE_WORK if with_compile and case.compiled else 0)
 
 
 def case_work(case: Case, with_compile: bool) -> int:
@@ -95,41 +101,19 @@ class Run:
                 progress(doing, 1)
 
     def _sets(self, case: Case, operation: str) -> int:
-        moved = model_bytes(operation, case.shape, case.dtype)
+        moved = model_bytes(operation, case.shape, case.dtype, case.epilogue)
         return buffer_sets(moved, self._runtime.l2_bytes, self._runtime.free_bytes() // MEMORY_SHARE)
 
     def _prepare(self, case: Case) -> tuple[list[Tensors], list[Provider]]:
         """The tensors, and the providers to be timed on them: none where bnext or torch is not right."""
         try:
             sets = make_sets(case, self._runtime.device, max(self._sets(case, op) for op in case.operations))
-            checker = Checker(case, sets[0])
+            checker = make_checker(case, sets[0])
         except Exception as error:  # no memory, or whatever torch raises: the next case may be fine
             self._fail(f"{case}: torch failed: {summary(error)}")
             return [], []
-        return sets, self._checked_providers(case, checker)
-
-    def _checked_providers(self, case: Case, checker: Checker) -> list[Provider]:
-        """torch's own functions are timed even where they are further from float64: that is how torch is."""
-        checked = []
-        for name, make in provider_makers(case, self._with_compile).items():
-            required = name in PROVIDERS
-            try:
-                provider = make()
-                checker.check(provider)
-            except MismatchError as error:
-                as_it_is = name in (REFERENCE, NO_CUDNN)
-                self._report(str(error), required and not as_it_is)
-                if as_it_is:
-                    checked.append(provider)
-                elif required:
-                    return []
-            except Exception as error:
-                self._fail(f"{case}: {name} failed: {summary(error)}", required)
-                if required:
-                    return []
-            else:
-                checked.append(provider)
-        return checked
+        makers = provider_makers(case, self._with_compile)
+        return sets, checked_providers(case, makers, checker, self._fail)
 
     def _measure_operation(
         self,
@@ -143,7 +127,7 @@ class Run:
         """A row a provider, or none."""
         makers = {p.name: partial(provider_rotation, operation, p, sets) for p in providers}
         makers[FLOOR] = partial(copy_rotation, operation, case, self._runtime.device, len(sets))
-        calls = calls_per_graph(model_bytes(operation, case.shape, case.dtype), len(sets))
+        calls = calls_per_graph(model_bytes(operation, case.shape, case.dtype, case.epilogue), len(sets))
         stopwatches, notes = {}, {}
         for name, make in makers.items():
             try:
@@ -155,10 +139,10 @@ class Run:
                     budget.skip(1)
                     return
         timings = time_in_turn(stopwatches, partial(budget.rounds, 1))
-        self._outcome.rows += [
-            make_row(case, operation, name, timing, self._source, mode=mode, buffer_sets=len(sets), note=notes[name])
-            for name, timing in timings.items()
-        ]
+        held = held_by_provider(operation, case, sets[0], providers)
+        for name, timing in timings.items():
+            details = {"mode": mode, "buffer_sets": len(sets), "note": notes[name], **held.get(name, {})}
+            self._outcome.rows.append(make_row(case, operation, name, timing, self._source, **details))
 
     def _stopwatch(self, mode: str, rotation: Rotation, calls: int) -> tuple[EventStopwatch, str]:
         """A stopwatch, and a note where it is not of the mode."""
@@ -176,13 +160,4 @@ class Run:
     def _fail(self, message: str, required: bool = True) -> None:
         """Report a failure; raises instead where the device can no longer be used."""
         self._runtime.synchronize()
-        self._report(message, required)
-
-    def _report(self, message: str, required: bool) -> None:
-        (self._outcome.mismatches if required else self._outcome.notes).append(message)
-
-
-def summary(error: BaseException) -> str:
-    """The error in one line."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}".rstrip(": ")
+        self._outcome.report(message, required)

@@ -5,15 +5,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks.cuda.providers import Provider
 from benchmarks.cuda.rotation import Rotation
 from benchmarks.operations import SEED, Tensors, make_tensors, provider_call
-from benchmarks.suites import TENSOR_PASSES, Case
+from benchmarks.providers import Provider
+from benchmarks.suites import Case, model_bytes
 from benchmarks.timing import Call
 
 
 def make_sets(case: Case, device: str, number: int) -> list[Tensors]:
-    """Sets with an input and a gradient each of their own; the parameters, too small to matter, are shared."""
+    """Sets with data and a gradient each of their own; the parameters, too small to matter, are shared."""
     first = make_tensors(case, device)
     generator = torch.Generator(device).manual_seed(SEED + 1)
 
@@ -23,7 +23,8 @@ def make_sets(case: Case, device: str, number: int) -> list[Tensors]:
     sets = [first]
     for _ in range(number - 1):
         input, grad_output = like(first.input).requires_grad_(), like(first.grad_output)
-        sets.append(replace(first, input=input, grad_output=grad_output))
+        residual = tuple(like(tensor).requires_grad_() for tensor in first.residual)
+        sets.append(replace(first, input=input, grad_output=grad_output, residual=residual))
     return sets
 
 
@@ -40,9 +41,8 @@ def copy_rotation(operation: str, case: Case, device: str, sets: int) -> Rotatio
     Half of them are read and half written; flat, so that the layout plays no part; random, because what a GPU draws
     to move zeros is less, and its clock may be higher.
     """
-    numel = case.shape[1] * case.count
-    half = -(-numel * TENSOR_PASSES[operation] // 2)
     dtype: torch.dtype = getattr(torch, case.dtype)
+    half = -(-model_bytes(operation, case.shape, case.dtype, case.epilogue) // (2 * dtype.itemsize))
     generator = torch.Generator(device).manual_seed(SEED)
 
     def copy() -> Call:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 from benchmarks.rows import Row
@@ -82,3 +84,53 @@ def imagined_gpu_run() -> list[Row]:
         *on_gpu(2e-5, 1e-5, 0.5e-5, native, **small),
         *on_gpu(2e-5, 4e-5, 1e-5, native, **small, mode="eager"),
     ]
+
+
+def imagined_fused_run() -> list[Row]:
+    """A CPU's: a large tensor with a residual that passes the bars, one without that misses both, a small one."""
+
+    def measured(torch_s: float, bnext_s: float, compile_s: float | None, **changes: Any) -> list[Row]:
+        fields = {"suite": "fused", "act": "relu", "residual": True, "shape": (32, 256, 56, 56), **changes}
+        rows = rows_of(torch_s, bnext_s, 0.5, **fields)
+        return rows if compile_s is None else [*rows, row("torch-compile", compile_s, **fields)]
+
+    def holding(rows: list[Row]) -> list[Row]:
+        """The result itself; a bit an element; a byte an element."""
+        numel = prod(rows[0].shape)
+        held = {"torch": (4 * numel, 0), "bnext": (0, numel // 8), "torch-compile": (0, numel)}
+        fields = {name: {"held_result_bytes": of, "held_bytes": more} for name, (of, more) in held.items()}
+        return [
+            replace(row, held_arguments_bytes=4 * numel, **fields[row.provider]) if row.provider in held else row
+            for row in rows
+        ]
+
+    both: dict[str, Any] = {"op": "forward_backward"}
+    without: dict[str, Any] = {"residual": False, "shape": (32, 64, 112, 112)}
+    small: dict[str, Any] = {"residual": False, "shape": (8, 64, 14, 14)}
+    return [
+        *holding(measured(2.0, 1.0, 4.0)),
+        *measured(3.0, 1.0, 8.0, **both),
+        *measured(2.9, 1.0, 7.9, **both, **without),
+        *measured(1.0, 1.25, None, **both, **small),
+        *measured(1.0, 1.0, None, **both, **{**small, "act": "silu"}),
+    ]
+
+
+def imagined_fused_gpu_run(torch_s: float = 2.0, compile_s: float = 1.3) -> list[Row]:
+    """Of ResNet-50's layers a BN+ReLU and a BN+add+ReLU, bnext taking a second; and what is not part of the mean."""
+    listed: dict[str, Any] = {"suite": "fused-256", "op": "forward_backward", "layout": "channels_last", "act": "relu"}
+    shapes = {False: (256, 64, 112, 112), True: (256, 256, 56, 56)}
+    providers = {"torch-no-cudnn": 2 * torch_s, "torch-compile": compile_s}
+    rows = []
+    for residual, shape in shapes.items():
+        rows += on_gpu(torch_s, 1.0, 0.5, providers, **listed, residual=residual, shape=shape)
+    for other in (
+        {"act": "silu"},
+        {"layout": "contiguous"},
+        {"dtype": "float32"},
+        {"op": "forward"},
+        {"mode": "eager"},
+    ):
+        fields = {**listed, "shape": (256, 128, 28, 28), **other}
+        rows += on_gpu(0.5, 1.0, 0.5, {"torch-no-cudnn": 9.0}, **fields)
+    return [*rows, *on_gpu(0.5, 1.0, 0.5, {}, **{**listed, "shape": (8, 64, 14, 14)})]

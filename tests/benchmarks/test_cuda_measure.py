@@ -11,16 +11,17 @@ import torch
 from host_runtime import HostRuntime
 from torch import Tensor
 
-from benchmarks import operations, timing
+from benchmarks import operations, providers, timing
 from benchmarks.__main__ import main
 from benchmarks.check import MismatchError
-from benchmarks.cuda import device, providers, rotation
+from benchmarks.cuda import device, rotation
 from benchmarks.cuda import measure as cuda
-from benchmarks.cuda.check import Checker, some_channels, take
+from benchmarks.cuda.check import CudaChecker, some_channels, take
 from benchmarks.cuda.operations import copy_rotation, make_sets
-from benchmarks.cuda.providers import Provider, compiled, is_compiled, without_cudnn
+from benchmarks.cuda.providers import without_cudnn
 from benchmarks.measure import Outcome
 from benchmarks.operations import make_tensors
+from benchmarks.providers import Provider, compiled
 from benchmarks.rows import load_rows
 from benchmarks.suites import CUDA_SUITES, SUITES, TENSOR_PASSES, Case, Suite, model_bytes, select_cases
 from bnext import _C
@@ -59,7 +60,7 @@ def test_default_suites_are_resnet50_at_two_batches_and_2d() -> None:
         assert len(chosen) == 24
         assert {case.shape for case in chosen} == expected
     assert all(len(case.shape) == 2 for case in cases if case.suite == "2d")
-    compiled_shapes = {case.shape for case in cases if is_compiled(case)}
+    compiled_shapes = {case.shape for case in cases if case.compiled}
     assert len(compiled_shapes) == 6
     assert {(256, 64, 112, 112), (256, 2048, 7, 7)} <= compiled_shapes
 
@@ -109,7 +110,7 @@ def raising(*args: Any) -> Tensor:
 
 @pytest.mark.parametrize(("function", "message"), [(wrong, "output of bnext is not"), (raising, "bnext failed")])
 def test_bnext_wrong_or_failing_is_a_mismatch(function: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(operations.PROVIDERS, "bnext", function)
+    monkeypatch.setitem(providers.PROVIDERS, "bnext", function)
     outcome = run(tiny_cases(), HostRuntime())
     assert not outcome.rows
     assert len(outcome.mismatches) == 2
@@ -118,14 +119,14 @@ def test_bnext_wrong_or_failing_is_a_mismatch(function: Any, message: str, monke
 
 @pytest.mark.parametrize("name", ["torch", "torch-no-cudnn"])
 def test_torch_further_from_float64_is_timed_with_a_note(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Checker.check
+    original = CudaChecker.check
 
-    def check(self: Checker, provider: Provider) -> None:
+    def check(self: CudaChecker, provider: Provider) -> None:
         if provider.name == name:
             raise MismatchError("inaccurate")
         original(self, provider)
 
-    monkeypatch.setattr(Checker, "check", check)
+    monkeypatch.setattr(CudaChecker, "check", check)
     outcome = run(tiny_cases(), HostRuntime())
     assert outcome.notes == ["inaccurate"] * 2
     assert not outcome.mismatches
@@ -148,7 +149,7 @@ def test_bnext_failing_in_one_operation_leaves_the_others(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("function", [wrong, raising])
 def test_torch_compile_wrong_or_failing_is_left_out_with_a_note(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(providers, "compiled", lambda: function)
+    monkeypatch.setattr(providers, "compiled", lambda _: function)
     outcome = run(tiny_cases("bfloat16"), HostRuntime(), with_compile=True)
     assert not outcome.mismatches
     assert len(outcome.notes) == 2
@@ -164,7 +165,7 @@ def test_a_compiler_that_is_missing_is_a_note(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_torch_compile_is_timed_where_asked_and_in_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(providers, "compiled", lambda: torch.nn.functional.batch_norm)
+    monkeypatch.setattr(providers, "compiled", lambda _: torch.nn.functional.batch_norm)
     outcome = run(tiny_cases("bfloat16", "float32"), HostRuntime(), with_compile=True)
     assert {row.dtype for row in outcome.rows if row.provider == "torch-compile"} == {"bfloat16"}
 
@@ -177,7 +178,7 @@ def test_a_compiled_backward_can_be_asked_again(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch.nn.functional, "batch_norm", function)
     tensors = make_tensors(Case("tiny", (4, 3, 2, 2), "float32", "contiguous", ()))
-    batch_norm = compiled("aot_eager")
+    batch_norm = compiled(backend="aot_eager")
     expected = operations.provider_call("backward", function, tensors)()
     # The backward is compiled when it is first run, as if there were no other: so it is found in torch's cache, too.
     output = operations.forward(batch_norm, tensors, tensors.running_mean, tensors.running_var)
@@ -236,7 +237,7 @@ def test_channels_are_taken_from_data_and_parameters() -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_bnext_passes_the_check_against_float64(dtype: str, layout: str) -> None:
     case = Case("tiny", (8, 16, 12, 12), dtype, layout, ())
-    Checker(case, make_tensors(case)).check(Provider("bnext", operations.PROVIDERS["bnext"]))
+    CudaChecker(case, make_tensors(case)).check(Provider("bnext", providers.PROVIDERS["bnext"]))
 
 
 def test_the_check_sees_what_torch_gets_wrong_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +248,7 @@ def test_the_check_sees_what_torch_gets_wrong_too(monkeypatch: pytest.MonkeyPatc
         output = torch.nn.functional.batch_norm(*args)
         return output + output.detach().abs() * 2.0**-7  # one unit in the last place, or two
 
-    checker = Checker(case, make_tensors(case))
+    checker = CudaChecker(case, make_tensors(case))
     with pytest.raises(MismatchError, match="output of bnext is not float64's"):
         checker.check(Provider("bnext", truncating))
 
@@ -287,7 +288,6 @@ def test_what_is_missing_is_named(
         (["--device", "tpu"], "tpu"),
         (["--device", "cuda", "--suite", "large"], "'large' is not one of cuda's"),
         (["--suite", "resnet50-256"], "'resnet50-256' is not one of cpu's"),
-        (["--no-compile"], "--device cuda"),
     ],
 )
 def test_what_does_not_go_with_a_device_is_one_line_and_status_2(

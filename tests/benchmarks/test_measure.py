@@ -8,12 +8,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import measure, operations
+from benchmarks import measure, operations, providers
 from benchmarks.__main__ import main
-from benchmarks.check import check_case, describe_difference
+from benchmarks.check import describe_difference
 from benchmarks.operations import make_tensors, operation_calls
+from benchmarks.providers import Provider, functions
 from benchmarks.rows import Row, load_rows
-from benchmarks.suites import ITEM_BYTES, LAYOUTS, SUITES, TENSOR_PASSES, Case, Suite
+from benchmarks.suites import (
+    BN_ADD_RELU,
+    BN_RELU,
+    ITEM_BYTES,
+    LAYOUTS,
+    PLAIN,
+    SUITES,
+    TENSOR_PASSES,
+    Case,
+    Epilogue,
+    Suite,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +110,7 @@ def test_interrupt_keeps_what_was_measured(
 def test_wrong_result_is_an_error_and_not_a_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(operations.PROVIDERS, "bnext", wrong_batch_norm)
+    monkeypatch.setitem(providers.PROVIDERS, "bnext", wrong_batch_norm)
     command = ["--suite", "tiny", "--dtype", "float32", "--layout", "contiguous", "--rounds", "1"]
     assert main([*command, "--output", str(tmp_path)]) == 1
     assert not list(tmp_path.iterdir())
@@ -113,7 +125,7 @@ def test_bnext_passes_its_own_check(dtype: str, layout: str) -> None:
     case = Case("tiny", (8, 16, 12, 12), dtype, layout, ("forward",))
     tensors = make_tensors(case)
     assert tensors.input.is_contiguous(memory_format=operations.MEMORY_FORMATS[layout])
-    check_case(case, tensors)
+    measure.make_checker(case, tensors).check(Provider("bnext", providers.PROVIDERS["bnext"]))
 
 
 @pytest.mark.parametrize(
@@ -134,9 +146,10 @@ def test_difference_in_value_dtype_stride_or_shape_is_described(actual: Tensor, 
 
 
 @pytest.mark.parametrize("operation", TENSOR_PASSES)
-def test_calls_return_fresh_results_and_the_floor_does_not(operation: str) -> None:
-    case = Case("tiny", (4, 8), "float32", "contiguous", (operation,))
-    calls = operation_calls(operation, make_tensors(case))
+@pytest.mark.parametrize("epilogue", [PLAIN, BN_RELU, BN_ADD_RELU], ids=str)
+def test_calls_return_fresh_results_and_the_floor_does_not(operation: str, epilogue: Epilogue) -> None:
+    case = Case("tiny", (4, 8), "float32", "contiguous", (operation,), epilogue)
+    calls = operation_calls(operation, make_tensors(case), functions(epilogue))
 
     def address(result: object) -> int:
         tensor = result[0] if isinstance(result, tuple) else result

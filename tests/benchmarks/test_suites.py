@@ -65,7 +65,7 @@ def test_operations_are_those_asked_for_that_the_suite_has() -> None:
 
 def test_quick_leaves_big_tensors_out() -> None:
     cases = select_cases(SUITES, ["float32"], ["contiguous"], quick=True)
-    assert {case.suite for case in cases} == {"resnet50", "2d"}
+    assert {case.suite for case in cases} == {"resnet50", "2d", "fused"}
     assert max(prod(case.shape) for case in cases) <= 2_000_000
 
 
