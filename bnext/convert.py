@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from bnext import fuse as fusion
 from bnext import modules
 
 _logger = logging.getLogger("bnext")
@@ -23,9 +24,10 @@ _TO_BNEXT: _Classes = {
     torch.nn.LazyBatchNorm3d: modules.LazyBatchNorm3d,
 }
 _TO_TORCH: _Classes = {ours: theirs for theirs, ours in _TO_BNEXT.items()}
+_OURS = {*_TO_TORCH, modules.BatchNormAct1d, modules.BatchNormAct2d, modules.BatchNormAct3d}
 
 
-def convert(module: _Module) -> _Module:
+def convert(module: _Module, *, fuse: bool = False, verbose: bool = False) -> _Module:
     """Turn every batch-norm layer of a model into bnext's, in place.
 
     A layer changes its class and nothing else: parameters, buffers, hooks, the ``training`` flag, attributes and
@@ -36,8 +38,28 @@ def convert(module: _Module) -> _Module:
     changed. Other batch norms (a subclass may have a forward of its own) are left alone, and listed in one warning
     of the logger ``"bnext"``.
 
+    With ``fuse=True`` a batch norm also takes over the activation behind it, and the sum with a residual between
+    them, and becomes a :class:`bnext.BatchNormAct2d` (1d, 3d): ``act(batch_norm(input) + residual)`` in one pass.
+    Known are ReLU, LeakyReLU, SiLU, GELU (exact) and Hardswish, as modules, functions and methods.
+
+    - In an ``nn.Sequential`` the place of the activation is kept by an identity.
+    - Any other module that calls batch norms has its forward traced with ``torch.fx`` and, where something is
+      fused, gets a generated one by way of a subclass of its class. Calls of
+      ``torch.nn.functional.batch_norm`` become bnext's there. ``isinstance``, names, state_dicts, copies, pickles
+      and ``torch.compile`` keep working.
+    - A forward whose trace would not be the whole truth is left as it is: one that depends on its inputs or on
+      whether an argument is None, has defaults, changes state, draws random numbers, or uses ``with`` or ``try``.
+      So is a layer that has hooks, or that is called in places which want different activations.
+
+    A result never changes by more than rounding. What does change: a fused layer, called or hooked by itself, gives
+    the activated value; settings that a traced forward reads (``self.drop_rate``) count as they are now; layers may
+    be replaced only after :func:`revert`.
+
     Args:
         module: a model, or a single layer.
+        fuse: whether to fuse.
+        verbose: whether to print what was done, and what was left and why. Otherwise that of ``fuse`` is
+            logged by ``"bnext"`` at level INFO.
 
     Returns:
         The same module.
@@ -49,15 +71,25 @@ def convert(module: _Module) -> _Module:
     left = [
         f"{name or '(the module itself)'} ({type(m).__module__}.{type(m).__qualname__})"
         for name, m in module.named_modules()
-        if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and type(m) not in _TO_TORCH
+        if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and type(m) not in _OURS
     ]
     if left:
         _logger.warning("convert left alone %d batch norm(s) of other classes: %s", len(left), ", ".join(left))
+    lines = [f"{sum(type(m) in _OURS for m in module.modules())} batch norm(s) are bnext's"]
+    if fuse:
+        report = str(fusion.fuse(module))
+        _logger.info("%s", report)
+        lines.append(report)
+    if verbose:
+        print("\n".join(lines))
     return module
 
 
 def revert(module: _Module) -> _Module:
-    """Undo :func:`convert`: turn bnext's layers into torch's, in place.
+    """Undo :func:`convert`, with all that it fused: turn bnext's layers into torch's, in place.
+
+    ``BatchNormAct`` layers that convert did not make have no counterpart in torch; they are left alone, and listed
+    in one warning of the logger ``"bnext"``.
 
     Args:
         module: a model, or a single layer.
@@ -68,13 +100,21 @@ def revert(module: _Module) -> _Module:
     Raises:
         TypeError: ``module`` is not a ``torch.nn.Module``.
     """
+    _check(module)
+    left = [name or "(the module itself)" for name in fusion.undo(module)]
+    if left:
+        _logger.warning("revert left alone %d BatchNormAct that have no counterpart: %s", len(left), ", ".join(left))
     _swap(module, _TO_TORCH)
     return module
 
 
-def _swap(module: torch.nn.Module, classes: _Classes) -> None:
+def _check(module: object) -> None:
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"expected module to be a torch.nn.Module, but got {type(module).__name__}")
+
+
+def _swap(module: torch.nn.Module, classes: _Classes) -> None:
+    _check(module)
     for m in module.modules():
         replacement = classes.get(type(m))
         if replacement is not None:

@@ -154,6 +154,11 @@ def test_nothing_is_said_when_nothing_is_left(caplog: pytest.LogCaptureFixture) 
     assert caplog.records == []
 
 
+def test_verbose_prints_how_many_layers_are_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    bnext.convert(network(), verbose=True)
+    assert capsys.readouterr().out == "4 batch norm(s) are bnext's\n"
+
+
 def test_converting_twice_changes_nothing_more(caplog: pytest.LogCaptureFixture) -> None:
     model = bnext.convert(network())
     types = [type(m) for m in model.modules()]

@@ -1,0 +1,188 @@
+"""What a fused model runs instead of what its author wrote: generated forwards, emptied activations, guarded sums.
+
+A module is given a generated forward by a subclass of its own class, made for that and named like it. The subclass
+is found again by what it was made from, so that copies and pickles of the module work, in another process too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import linecache
+import sys
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnext import activations, functional, modules
+from bnext.activations import Act
+
+_PLAIN: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    modules.BatchNormAct1d: modules.BatchNorm1d,
+    modules.BatchNormAct2d: modules.BatchNorm2d,
+    modules.BatchNormAct3d: modules.BatchNorm3d,
+}
+
+
+class FusedActivation(torch.nn.Identity):
+    """Keeps the place of an activation that the batch norm before it applies now."""
+
+    def __init__(self, activation: torch.nn.Module) -> None:
+        super().__init__()
+        self.training = activation.training
+        self.__dict__["_activation"] = activation  # no submodule: names, counts and state_dicts stay the same
+
+    @property
+    def activation(self) -> torch.nn.Module:
+        """The module whose place this is."""
+        activation: torch.nn.Module = self.__dict__["_activation"]
+        return activation
+
+    def extra_repr(self) -> str:
+        return repr(self.activation)
+
+
+def fits(input: Tensor, residual: object) -> bool:
+    """Whether a sum of ``batch_norm(input)`` and ``residual`` has the input's shape and dtype without broadcasting
+    or promotion. Tracing knows neither; with autocast, say, a residual may be of another dtype."""
+    return isinstance(residual, Tensor) and residual.shape == input.shape and residual.dtype == input.dtype
+
+
+def add(normalized: Tensor, residual: Any, changed: str) -> Any:
+    """The sum as it stood in the original; ``changed`` says which operand it was written to, if any."""
+    if changed == "output":
+        normalized += residual
+        return normalized
+    if changed == "residual":
+        residual += normalized
+        return residual
+    return normalized + residual
+
+
+def activate(value: Any, act: Act) -> Any:
+    """act(value), composed of torch's functions."""
+    activation = activations.parse(act)
+    if activation.name == "leaky_relu":
+        return torch.nn.functional.leaky_relu(value, activation.slope)
+    return getattr(torch.nn.functional, activation.name)(value)
+
+
+def batch_norm_act(layer: torch.nn.Module, input: Tensor) -> Tensor:
+    """act(batch_norm(input)) by a BatchNormAct; a layer put in its place would lose the activation."""
+    if type(layer) not in _PLAIN:
+        raise RuntimeError(
+            f"expected a BatchNormAct, as bnext.convert(fuse=True) left it, but got {type(layer).__name__}: call "
+            "bnext.revert before replacing the layers of a model"
+        )
+    output: Tensor = layer(input)
+    return output
+
+
+def batch_norm_add_act(layer: torch.nn.Module, input: Tensor, residual: Any, changed: str = "") -> Any:
+    """act(batch_norm(input) + residual) by a BatchNormAct, where the residual fits."""
+    if type(layer) in _PLAIN and not fits(input, residual):
+        normalized = _PLAIN[type(layer)].forward(layer, input)
+        act: Any = layer.act
+        return activate(add(normalized, residual, changed), act)
+    return layer(input, residual)  # any other layer raises
+
+
+def functional_add_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    act: Act,
+    changed: str,
+) -> Any:
+    """act(batch_norm(input) + residual) by the functional call, where the residual fits."""
+    if fits(input, residual):
+        return functional.batch_norm_act(
+            input, running_mean, running_var, weight, bias, residual, training, momentum, eps, act
+        )
+    normalized = functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return activate(add(normalized, residual, changed), act)
+
+
+# (original class, source of the forward, what its global names mean) → the class that has it.
+_classes: dict[tuple[object, ...], type[torch.nn.Module]] = {}
+
+
+def is_generated(cls: type) -> bool:
+    return "_bnext_original" in vars(cls)
+
+
+def original(cls: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """The class that a generated one was made from."""
+    found: type[torch.nn.Module] = vars(cls)["_bnext_original"]
+    return found
+
+
+def with_forward(cls: type[torch.nn.Module], source: str, names: Mapping[str, object]) -> type[torch.nn.Module]:
+    """A subclass of ``cls`` whose ``forward`` is that of the source, in which ``names`` are global."""
+    key = (cls, source, *((name, names[name]) for name in sorted(names)))
+    found = _classes.get(key)
+    if found is None:
+        found = _classes[key] = _make(cls, source, names)
+    return found
+
+
+def _make(cls: type[torch.nn.Module], source: str, names: Mapping[str, object]) -> type[torch.nn.Module]:
+    digest = hashlib.sha256(f"{cls.__module__}.{cls.__qualname__}\n{source}".encode()).hexdigest()[:16]
+    # torch.compile looks the globals of a function up by the name of its module, hence a module that can be imported.
+    module = types.ModuleType(f"bnext._forward_{digest}_{len(_classes)}")
+    module.__dict__.update(names)
+    sys.modules[module.__name__] = module
+    filename = f"<{module.__name__} of {cls.__qualname__}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    exec(compile(source, filename, "exec", dont_inherit=True), module.__dict__)
+    members = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "__init__": _init,
+        "__reduce_ex__": _reduce_ex,
+        "_bnext_original": cls,
+        "_bnext_source": source,
+        "_bnext_names": dict(names),
+        "forward": module.__dict__["forward"],
+    }
+    return type(cls.__name__, (cls,), members)
+
+
+def _init(self: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+    """``type(module)(…)`` makes an original: the generated forward is for layers that were fused."""
+    self.__class__ = original(type(self))
+    type(self).__init__(self, *args, **kwargs)
+
+
+def _reduce_ex(self: torch.nn.Module, protocol: Any) -> Any:
+    """As the original's instances are pickled and copied, but for the class, which no import finds."""
+    cls = type(self)
+    reduced: Any = object.__reduce_ex__(self, max(2, protocol))
+    function, args, *rest = reduced
+    own = vars(cls)
+    names = {
+        name: (value.__name__,) if isinstance(value, types.ModuleType) else value
+        for name, value in own["_bnext_names"].items()
+    }
+    assert args[0] is cls
+    return _new, (function, own["_bnext_original"], own["_bnext_source"], names, *args[1:]), *rest
+
+
+def _new(
+    function: Any, cls: type[torch.nn.Module], source: str, names: Mapping[str, object], *args: Any
+) -> torch.nn.Module:
+    values = {
+        name: importlib.import_module(value[0]) if isinstance(value, tuple) else value for name, value in names.items()
+    }
+    made: torch.nn.Module = function(with_forward(cls, source, values), *args)
+    return made
