@@ -41,30 +41,30 @@ def parse(act: Act) -> Activation:
     raise ValueError(f'expected act to be one of {", ".join(NAMES)}, ("leaky_relu", slope) or None, but got {act!r}')
 
 
-def of_module(module: torch.nn.Module) -> Act:
-    """The activation that a module of torch computes.
-
-    Raises:
-        ValueError: it is of another class (a subclass may compute something else), or an approximation.
-    """
-    kind = type(module)
-    if kind is torch.nn.LeakyReLU:
-        return ("leaky_relu", float(module.negative_slope))
-    if kind in _MODULES and getattr(module, "approximate", "none") == "none":
-        return _MODULES[kind]
-    known = ", ".join(f"torch.nn.{each.__name__}" for each in (*_MODULES, torch.nn.LeakyReLU))
-    raise ValueError(f"expected an activation that batch norm can apply ({known}), but got {module!r}")
-
-
 _MODULES: dict[type[torch.nn.Module], str] = {
     torch.nn.Identity: "identity",
     torch.nn.ReLU: "relu",
+    torch.nn.LeakyReLU: "leaky_relu",
     torch.nn.SiLU: "silu",
     torch.nn.GELU: "gelu",
     torch.nn.Hardswish: "hardswish",
 }
 # timm's names, where they differ.
 _ALIASES = {"swish": "silu", "hard_swish": "hardswish"}
+
+
+def of_module(module: torch.nn.Module) -> Act:
+    """The activation that a module of torch computes.
+
+    Raises:
+        ValueError: it is of another class (a subclass may compute something else), or an approximation.
+    """
+    name = _MODULES.get(type(module))
+    if isinstance(module, torch.nn.LeakyReLU) and name is not None:
+        return (name, float(module.negative_slope))
+    if name is None or getattr(module, "approximate", "none") != "none":
+        raise ValueError(f"expected an activation that batch norm can apply ({_known_modules()}), but got {module!r}")
+    return name
 
 
 def of_layer(act_layer: Any, act_kwargs: dict[str, Any] | None = None) -> Act:
@@ -82,6 +82,12 @@ def of_layer(act_layer: Any, act_kwargs: dict[str, Any] | None = None) -> Act:
         parse(act)
         return act
     kind = act_layer.func if isinstance(act_layer, functools.partial) else act_layer
-    if isinstance(kind, type) and issubclass(kind, torch.nn.Module):
+    if isinstance(kind, type) and kind in _MODULES:
         return of_module(act_layer(**(act_kwargs or {})))
-    raise ValueError(f"expected act_layer to be a class of torch.nn, a name or None, but got {act_layer!r}")
+    raise ValueError(
+        f"expected act_layer to be one of {_known_modules()}, one of {', '.join(NAMES)} or None, but got {act_layer!r}"
+    )
+
+
+def _known_modules() -> str:
+    return ", ".join(f"torch.nn.{each.__name__}" for each in _MODULES)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bnext import activations, functional
-from bnext.activations import Act
+from bnext.activations import Act, Activation
 from bnext.functional import PLAIN, Epilogue
 
 _UNSET = object()
@@ -126,11 +126,13 @@ class _BatchNormAct(torch.nn.modules.batchnorm._BatchNorm):
         self.__dict__["_act"] = act
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, act={self._activation}"
+        plain: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{plain}, act={self.__dict__['_activation']}"
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """act(batch_norm(input) + residual); see :func:`bnext.functional.batch_norm_act`."""
-        return _normalize(self, input, (residual, *self._activation))
+        activation: Activation = self.__dict__["_activation"]
+        return _normalize(self, input, (residual, *activation))
 
 
 _ACT_DOC = """act(batch_norm(input) + residual) in one operator; see :func:`bnext.functional.batch_norm_act`.

@@ -33,8 +33,17 @@ def _check_devices(reference: str, like: Tensor, **others: Tensor | None) -> Non
             )
 
 
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    """As format_of in csrc/batch_norm.cpp."""
+    suggested: torch.memory_format = suggest_memory_format(tensor)
+    if suggested != torch.contiguous_format or tensor.dim() not in (4, 5) or tensor.is_contiguous():
+        return suggested
+    last = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
+    return last if tensor.is_contiguous(memory_format=last) else suggested
+
+
 def _empty_output(like: Tensor) -> Tensor:
-    return torch.empty_like(like, memory_format=suggest_memory_format(like))
+    return torch.empty_like(like, memory_format=_memory_format(like))
 
 
 def _empty_mask(input: Tensor, act: str, with_mask: bool) -> Tensor:
@@ -45,7 +54,7 @@ def _empty_mask(input: Tensor, act: str, with_mask: bool) -> Tensor:
         raise ValueError("batch_norm: expected with_mask=False, since only relu and leaky_relu have a mask")
     n, c, *spatial = input.shape
     positions = math.prod(spatial)
-    planes = suggest_memory_format(input) == torch.contiguous_format and positions != 1
+    planes = _memory_format(input) == torch.contiguous_format and positions != 1
     elements = positions if planes else c
     lanes = 8 if input.device.type == "cpu" else 16 // input.element_size()
     touched = (elements + lanes - 1) // lanes
@@ -137,7 +146,7 @@ def _fake_backward(
     sums = torch.float64 if like.dtype == torch.float64 else torch.float32
     channels = like.shape[1]
     # A mask is tied to the forward call's memory format.
-    memory_format = suggest_memory_format(like)
+    memory_format = _memory_format(like)
     if mask is not None:
         planes = mask.dim() == 3 or like.dim() < 4
         last = torch.channels_last if like.dim() == 4 else torch.channels_last_3d
@@ -197,7 +206,8 @@ def _each(op: Any, info: Any, in_dims: _InDims, args: tuple[Any, ...]) -> _Batch
     dims = (*in_dims, *[None] * (len(args) - len(in_dims)))
     results = []
     for i in range(info.batch_size):
-        results.append(op(*(a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True))))
+        # A list has a list of dims.
+        results.append(op(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, dims, strict=True))))
     stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
     return stacked, (0,) * len(stacked)
 

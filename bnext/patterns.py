@@ -72,24 +72,20 @@ def hooked(module: nn.Module) -> bool:
 
 
 def activation_of(module: nn.Module) -> Act:
-    """What BatchNormAct calls this activation; None where it does not know it."""
-    if type(module) is nn.LeakyReLU:
-        return _leaky_relu(module.negative_slope)
-    if type(module) is nn.GELU and module.approximate != "none":
+    """What BatchNormAct calls this activation; None where it does not know it, and for the identity."""
+    try:
+        act = activations.of_module(module)
+    except ValueError:
         return None
-    names: dict[type[nn.Module], str] = {
-        nn.ReLU: "relu",
-        nn.SiLU: "silu",
-        nn.GELU: "gelu",
-        nn.Hardswish: "hardswish",
-    }
-    return names.get(type(module))
+    return None if act == "identity" else act
 
 
 def _leaky_relu(slope: object) -> Act:
-    # A negative slope cannot be inverted by the sign of the output.
-    valid = isinstance(slope, (int, float)) and not isinstance(slope, bool) and 0 <= slope < float("inf")
-    return ("leaky_relu", float(slope)) if valid and isinstance(slope, (int, float)) else None
+    try:
+        activations.parse(("leaky_relu", slope))  # type: ignore[arg-type]
+    except ValueError:
+        return None
+    return ("leaky_relu", slope)  # type: ignore[return-value]
 
 
 def is_sequential(module: nn.Module) -> bool:

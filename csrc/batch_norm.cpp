@@ -127,6 +127,15 @@ void write_back(const optional<Tensor>& tensor, const optional<Tensor>& dense) {
   }
 }
 
+// The memory format of a tensor, and so of what is computed from it.
+at::MemoryFormat format_of(const Tensor& tensor) {
+  const auto suggested = tensor.suggest_memory_format();
+  if (suggested != at::MemoryFormat::Contiguous || tensor.dim() < 4 || tensor.is_contiguous()) return suggested;
+  // The stride of a dimension of size 1 may be anything, and then hides what the others say.
+  const auto last = tensor.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d;
+  return tensor.dim() <= 5 && tensor.is_contiguous(last) ? last : suggested;
+}
+
 Problem problem_of(const Tensor& tensor, at::MemoryFormat format) {
   Problem problem;
   problem.N = tensor.size(0);
@@ -149,12 +158,16 @@ std::vector<std::int64_t> mask_sizes(const Problem& problem, const Backend& back
 
 Tensor allocate_mask(const Tensor& input, const Problem& problem, const Backend& backend, bool wanted) {
   const auto options = input.options().dtype(at::kByte);
-  return wanted ? at::empty(mask_sizes(problem, backend), options) : at::empty({0}, options);
+  if (!wanted) return at::empty({0}, options);
+  const auto sizes = mask_sizes(problem, backend);
+  // The operator's results are the same bits at every call, those that mean nothing too.
+  const bool padded = mask_has_padding(mask_row_elements(problem), backend.mask_lanes(problem));
+  return padded ? at::zeros(sizes, options) : at::empty(sizes, options);
 }
 
 // The memory format that a backward call works in: the forward call's, to which a mask is tied.
 at::MemoryFormat backward_format(const Tensor& like, const optional<Tensor>& mask) {
-  if (!is_given(mask)) return like.suggest_memory_format();
+  if (!is_given(mask)) return format_of(like);
   const bool channels_first = mask->dim() == 3 || like.dim() < 4;
   if (channels_first) return at::MemoryFormat::Contiguous;
   return like.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d;
@@ -245,7 +258,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input, const o
   const Activation activation = parse_activation(act, slope);
   check_epilogue(input, residual, activation, with_mask);
   TORCH_CHECK_VALUE(eps > 0.0, "batch_norm eps must be positive during training, but got ", python_float(eps));
-  const auto format = input.suggest_memory_format();
+  const auto format = format_of(input);
   const Problem problem = problem_of(input, format);
   TORCH_CHECK_VALUE(problem.count() != 1, "Expected more than 1 value per channel when training, got input size ",
                     size_of(input));
@@ -303,7 +316,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_eval(const Tensor& input, const op
   check_epilogue(input, residual, activation, with_mask);
   TORCH_CHECK_VALUE(eps >= 0.0, "batch_norm eps must be non-negative, but got ", python_float(eps));
 
-  const auto format = input.suggest_memory_format();
+  const auto format = format_of(input);
   const Problem problem = problem_of(input, format);
   const Backend& backend = backend_of(input);
   Tensor output = backend.allocate_output(input, format, problem, /*reduces=*/false);

@@ -126,8 +126,8 @@ Slopes activation_slopes(const Activation& activation, const Point& at, const Te
       return {at::erfc(z * -0.70710678118654752) * 0.5 + z * density, density * (2 - z * z)};
     }
     case Act::kHardswish: {
-      const Tensor inside = (z >= -3).logical_and(z <= 3);
-      const Tensor beyond = where(z > 3, 1.0, 0.0);
+      const Tensor inside = (z > -3).logical_and(z < 3);
+      const Tensor beyond = where(z >= 3, 1.0, 0.0);
       return {at::where(inside, z * (1.0 / 3.0) + 0.5, beyond), where(inside, 1.0 / 3.0, 0.0)};
     }
   }

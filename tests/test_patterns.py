@@ -25,7 +25,7 @@ ACTIVATIONS: list[tuple[nn.Module, object]] = [
     (nn.SiLU(inplace=True), "silu"),
     (nn.GELU(), "gelu"),
     (nn.Hardswish(), "hardswish"),
-    (nn.LeakyReLU(-0.5), None),
+    (nn.LeakyReLU(-0.5), ("leaky_relu", -0.5)),
     (nn.GELU(approximate="tanh"), None),
     (nn.ReLU6(), None),
     (nn.PReLU(), None),
@@ -57,7 +57,7 @@ FUNCTIONS: list[tuple[Callable[..., Tensor], object]] = [
     (partial(F.gelu, approximate="tanh"), None),
     (F.leaky_relu, ("leaky_relu", 0.01)),
     (partial(F.leaky_relu, negative_slope=0.2, inplace=True), ("leaky_relu", 0.2)),
-    (partial(F.leaky_relu, negative_slope=-0.2), None),
+    (partial(F.leaky_relu, negative_slope=-0.2), ("leaky_relu", -0.2)),
     (F.relu6, None),
     (torch.tanh, None),
 ]

@@ -171,7 +171,7 @@ BNEXT_INLINE V activation_grad(const Activation& a, const V& z, const V& dy) {
     }
     case Act::kHardswish: {
       const V inside = dy * (z * static_cast<T>(1.0 / 3.0) + static_cast<T>(0.5));
-      return z < static_cast<T>(-3) ? V{} : z > static_cast<T>(3) ? dy : inside;
+      return z <= static_cast<T>(-3) ? V{} : z >= static_cast<T>(3) ? dy : inside;
     }
   }
   __builtin_unreachable();

@@ -20,6 +20,11 @@ constexpr std::int64_t mask_row_bytes(std::int64_t elements, std::int64_t lanes)
   return (touched + ragged + 3) / 4 * 4;
 }
 
+// Whether rows have bits that belong to no element: nobody writes those.
+constexpr bool mask_has_padding(std::int64_t elements, std::int64_t lanes) {
+  return mask_row_bytes(elements, lanes) * lanes != elements;
+}
+
 // Elements of a row.
 constexpr std::int64_t mask_row_elements(const Problem& problem) {
   return problem.layout == Layout::kChannelsFirst ? problem.HW : problem.C;

@@ -20,35 +20,126 @@ using Natural = std::conditional_t<sizeof(scalar_t) == sizeof(double), double, f
 template <typename Op>
 constexpr int kInputs = int{Op::kReadsInput} + int{Op::kReadsGrad} + int{Op::kActivated};
 
+// What an activated functor is to do, and which of its optional inputs and outputs there are.
+struct Setup {
+  Epilogue epilogue;
+  bool input = true;  // with a mask it may be gone
+  bool first = true;
+  bool second = false;
+  bool writes_mask = false;
+};
+
+// ReLU's common forms are compiled with a Setup of constants, all the rest with what the call says.
+using Form = unsigned;
+constexpr Form kResidual = 1;
+constexpr Form kMask = 2;
+constexpr Form kSecond = 4;
+constexpr Form kStatistics = 8;
+constexpr Form kAny = ~0u;
+
+template <typename Op>
+BNEXT_INLINE constexpr Setup relu_setup(Form form) {
+  Setup setup;
+  setup.epilogue.activation.act = Act::kRelu;
+  setup.epilogue.has_residual = (form & kResidual) != 0;
+  setup.epilogue.has_mask = Op::kReadsGrad && (form & kMask) != 0;
+  setup.epilogue.differentiates_statistics = (form & kStatistics) != 0;
+  setup.second = (form & kSecond) != 0;
+  setup.writes_mask = !Op::kReadsGrad && (form & kMask) != 0;
+  return setup;
+}
+
+template <typename Op>
+BNEXT_INLINE Setup setup_of(const ReduceArgs& args) {
+  Setup setup;
+  if constexpr (Op::kActivated) {
+    setup.epilogue = args.epilogue;
+    setup.input = args.block.in[0] != nullptr;
+  }
+  return setup;
+}
+
+template <typename Op>
+BNEXT_INLINE Setup setup_of(const MapArgs& args) {
+  Setup setup;
+  if constexpr (Op::kActivated) {
+    setup.epilogue = args.epilogue;
+    setup.input = args.block.in[0] != nullptr;
+    setup.first = args.out[0] != nullptr;
+    setup.second = args.out[1] != nullptr;
+    setup.writes_mask = !Op::kReadsGrad && args.block.mask != nullptr;
+  }
+  return setup;
+}
+
+template <typename Op, Form kForm, typename Args>
+BNEXT_INLINE Setup known_setup(const Args& args) {
+  if constexpr (kForm == kAny) {
+    return setup_of<Op>(args);
+  } else {
+    return relu_setup<Op>(kForm);
+  }
+}
+
+BNEXT_INLINE bool same(const Setup& a, const Setup& b) {
+  return a.epilogue.activation.act == b.epilogue.activation.act && a.epilogue.has_residual == b.epilogue.has_residual &&
+         a.epilogue.has_mask == b.epilogue.has_mask &&
+         a.epilogue.differentiates_statistics == b.epilogue.differentiates_statistics && a.input == b.input &&
+         a.first == b.first && a.second == b.second && a.writes_mask == b.writes_mask;
+}
+
+template <typename Op>
+constexpr Form kForms[] = {kAny};
+template <>
+constexpr Form kForms<ActivatedNormalize>[] = {0, kResidual, kMask, kResidual | kMask};
+template <>
+constexpr Form kForms<ActivatedGradSums>[] = {0, kMask};
+template <>
+constexpr Form kForms<ActivatedGrad>[] = {kStatistics, kStatistics | kMask | kSecond};
+
+// Runs the leaf in the form of this call. Leaf: a struct whose run() is the leaf.
+template <typename Leaf, typename scalar_t, typename acc_t, typename Op, typename Args, int kIndex = 0>
+void run_form(const Args& args) {
+  if constexpr (Op::kActivated && sizeof(acc_t) == sizeof(float) &&
+                kIndex < static_cast<int>(sizeof kForms<Op> / sizeof(Form))) {
+    constexpr Form kForm = kForms<Op>[kIndex];
+    if (same(setup_of<Op>(args), relu_setup<Op>(kForm))) return Leaf::template run<scalar_t, acc_t, Op, kForm>(args);
+    return run_form<Leaf, scalar_t, acc_t, Op, Args, kIndex + 1>(args);
+  } else {
+    Leaf::template run<scalar_t, acc_t, Op, kAny>(args);
+  }
+}
+
 // What Op reads of row r of a block.
 template <typename scalar_t, typename Op>
 struct Inputs {
   const scalar_t* in[kMaxInputs];
-  const std::uint8_t* mask;  // null if there is none to read
+  const std::uint8_t* mask;
 
-  BNEXT_INLINE Inputs(const Block& block, const Epilogue& epilogue, std::int64_t r)
-      : mask(Op::kActivated && epilogue.has_mask ? block.mask + r * block.mask_stride : nullptr) {
-    constexpr bool kReads[kMaxInputs] = {Op::kReadsInput, Op::kReadsGrad, Op::kActivated};
-    for (int k = 0; k < kMaxInputs; ++k) {
-      // One that is not read may be null and stays so.
-      in[k] = static_cast<const scalar_t*>(block.in[k]);
-      if (kReads[k] && (!Op::kActivated || in[k] != nullptr)) in[k] += r * block.stride;
+  BNEXT_INLINE Inputs(const Block& block, const Setup& setup, std::int64_t r) {
+    // One that is not read may be null and stays so.
+    if (Op::kReadsInput && setup.input) in[0] = static_cast<const scalar_t*>(block.in[0]) + r * block.stride;
+    if (Op::kReadsGrad) in[1] = static_cast<const scalar_t*>(block.in[1]) + r * block.stride;
+    if (Op::kActivated && setup.epilogue.has_residual) {
+      in[2] = static_cast<const scalar_t*>(block.in[2]) + r * block.stride;
     }
+    if (Op::kActivated && setup.epilogue.has_mask) mask = block.mask + r * block.mask_stride;
   }
 
   // V: acc_t, for element i, or Vec<acc_t>, for those from i on; i is then a multiple of their number.
   template <typename acc_t, typename V>
-  BNEXT_INLINE void load(V (&v)[kMaxInputs], std::int64_t i) const {
+  BNEXT_INLINE void load(V (&v)[kMaxInputs], const Setup& setup, std::int64_t i) const {
     constexpr int kN = sizeof(V) / sizeof(acc_t);
-    if constexpr (Op::kReadsInput) {
-      // With a mask the input may be gone.
-      v[0] = Op::kActivated && in[0] == nullptr ? V{} : load_as<V, acc_t>(in[0] + i);
-    }
+    if constexpr (Op::kReadsInput) v[0] = setup.input ? load_as<V, acc_t>(in[0] + i) : V{};
     if constexpr (Op::kReadsGrad) v[1] = load_as<V, acc_t>(in[1] + i);
     if constexpr (Op::kActivated) {
-      v[2] = mask != nullptr    ? from_bits<V>(load_mask<kN>(mask, i))
-             : in[2] != nullptr ? load_as<V, acc_t>(in[2] + i)
-                                : V{};
+      if (setup.epilogue.has_mask) {
+        v[2] = from_bits<V>(load_mask<kN>(mask, i));
+      } else if (setup.epilogue.has_residual) {
+        v[2] = load_as<V, acc_t>(in[2] + i);
+      } else {
+        v[2] = V{};
+      }
     }
   }
 };
@@ -59,26 +150,18 @@ struct Outputs {
   scalar_t* out[2];
   std::uint8_t* mask;
 
-  BNEXT_INLINE Outputs(const MapArgs& args, std::int64_t r)
-      : mask(Op::kActivated && !Op::kReadsGrad && args.block.mask != nullptr
-                 ? args.block.mask + r * args.block.mask_stride
-                 : nullptr) {
-    for (int k = 0; k < 2; ++k) {
-      out[k] = static_cast<scalar_t*>(args.out[k]);
-      if (!Op::kActivated || out[k] != nullptr) out[k] += r * args.block.stride;
-    }
+  BNEXT_INLINE Outputs(const MapArgs& args, const Setup& setup, std::int64_t r) {
+    if (setup.first) out[0] = static_cast<scalar_t*>(args.out[0]) + r * args.block.stride;
+    if (setup.second) out[1] = static_cast<scalar_t*>(args.out[1]) + r * args.block.stride;
+    if (setup.writes_mask) mask = args.block.mask + r * args.block.mask_stride;
   }
 
   template <typename acc_t, typename V>
-  BNEXT_INLINE void store(const Mapped<V>& mapped, std::int64_t i) const {
+  BNEXT_INLINE void store(const Mapped<V>& mapped, const Setup& setup, std::int64_t i) const {
     constexpr int kN = sizeof(V) / sizeof(acc_t);
-    if (!Op::kActivated || out[0] != nullptr) store_as<V, acc_t>(out[0] + i, mapped.first);
-    if constexpr (Op::kActivated && Op::kReadsGrad) {
-      if (out[1] != nullptr) store_as<V, acc_t>(out[1] + i, mapped.second);
-    }
-    if constexpr (Op::kActivated && !Op::kReadsGrad) {
-      if (mask != nullptr) store_mask<kN>(mask, i, open_bits(mapped.second));
-    }
+    if (setup.first) store_as<V, acc_t>(out[0] + i, mapped.first);
+    if (setup.second) store_as<V, acc_t>(out[1] + i, mapped.second);
+    if (setup.writes_mask) store_mask<kN>(mask, i, open_bits(mapped.second));
   }
 };
 
@@ -113,16 +196,16 @@ struct Lanes {
   std::int64_t outer = 0;
 
   Vec<acc_t> c[kMaxReduceCoefficients] = {};
-  const Epilogue& epilogue;
+  const Setup setup;
 
-  BNEXT_INLINE explicit Lanes(const ReduceArgs& args) : epilogue(args.epilogue) {
+  BNEXT_INLINE Lanes(const ReduceArgs& args, const Setup& setup) : setup(setup) {
     broadcast_coefficients<acc_t, Op>(c, args.coefficients);
   }
 
   BNEXT_INLINE void add_vector(int u, const Inputs<scalar_t, Op>& inputs, std::int64_t i) {
     Vec<acc_t> in[kMaxInputs];
-    inputs.template load<acc_t>(in, i);
-    Op::template add<Natural<scalar_t>>(first[u], second[u], in, c, epilogue);
+    inputs.template load<acc_t>(in, setup, i);
+    Op::template add<Natural<scalar_t>>(first[u], second[u], in, c, setup.epilogue);
   }
 
   // Elements [i, n), at most kInner * kStep of them.
@@ -142,8 +225,8 @@ struct Lanes {
       acc_t in[kMaxInputs];
       acc_t a = 0;
       acc_t b = 0;
-      inputs.template load<acc_t>(in, i);
-      Op::template add<Natural<scalar_t>>(a, b, in, cs, epilogue);
+      inputs.template load<acc_t>(in, setup, i);
+      Op::template add<Natural<scalar_t>>(a, b, in, cs, setup.epilogue);
       first_total += static_cast<double>(a);
       second_total += static_cast<double>(b);
     }
@@ -174,161 +257,173 @@ struct Lanes {
   }
 };
 
-template <typename scalar_t, typename acc_t, typename Op>
-void reduce_segments(const ReduceArgs& args) {
-  using Sums = Lanes<acc_t, scalar_t, Op>;
-  constexpr std::int64_t kRun = kInner * Sums::kStep;
-  const std::int64_t len = args.block.len;
-  Sums sums(args);
-  for (std::int64_t r = 0; r < args.block.rows; ++r) {
-    const Inputs<scalar_t, Op> inputs(args.block, args.epilogue, r);
-    for (std::int64_t i = 0; i < len; i += kRun) sums.add_run(inputs, i, len - i < kRun ? len : i + kRun);
+struct ReduceSegments {
+  template <typename scalar_t, typename acc_t, typename Op, Form kForm>
+  static void run(const ReduceArgs& args) {
+    using Sums = Lanes<acc_t, scalar_t, Op>;
+    constexpr std::int64_t kRun = kInner * Sums::kStep;
+    const std::int64_t len = args.block.len;
+    Sums sums(args, known_setup<Op, kForm>(args));
+    for (std::int64_t r = 0; r < args.block.rows; ++r) {
+      const Inputs<scalar_t, Op> inputs(args.block, sums.setup, r);
+      for (std::int64_t i = 0; i < len; i += kRun) sums.add_run(inputs, i, len - i < kRun ? len : i + kRun);
+    }
+    sums.settle();
+    sums.flush();
+    *args.first += sums.first_total;
+    *args.second += sums.second_total;
   }
-  sums.settle();
-  sums.flush();
-  *args.first += sums.first_total;
-  *args.second += sums.second_total;
-}
+};
 
-template <typename scalar_t, typename acc_t, typename Op>
-void map_segments(const MapArgs& args) {
-  constexpr std::int64_t kN = kWidth<acc_t>;
-  const Epilogue epilogue = args.epilogue;
-  Vec<acc_t> cv[kMaxCoefficients] = {};
-  broadcast_coefficients<acc_t, Op>(cv, args.coefficients);
-  acc_t c[kMaxCoefficients];
-  first_lanes(c, cv);
-  const std::int64_t len = args.block.len;
-  for (std::int64_t r = 0; r < args.block.rows; ++r) {
-    const Inputs<scalar_t, Op> inputs(args.block, epilogue, r);
-    const Outputs<scalar_t, Op> outputs(args, r);
-    std::int64_t i = 0;
+struct MapSegments {
+  template <typename scalar_t, typename acc_t, typename Op, Form kForm>
+  static void run(const MapArgs& call) {
+    constexpr std::int64_t kN = kWidth<acc_t>;
+    const MapArgs args = call;  // a copy that no store to an output can be taken to change
+    const Setup setup = known_setup<Op, kForm>(args);
+    Vec<acc_t> cv[kMaxCoefficients] = {};
+    broadcast_coefficients<acc_t, Op>(cv, args.coefficients);
+    acc_t c[kMaxCoefficients];
+    first_lanes(c, cv);
+    const std::int64_t len = args.block.len;
+    for (std::int64_t r = 0; r < args.block.rows; ++r) {
+      const Inputs<scalar_t, Op> inputs(args.block, setup, r);
+      const Outputs<scalar_t, Op> outputs(args, setup, r);
+      std::int64_t i = 0;
 #pragma GCC unroll 4
-    for (; i + kN <= len; i += kN) {
-      Vec<acc_t> in[kMaxInputs];
-      inputs.template load<acc_t>(in, i);
-      outputs.template store<acc_t>(Op::template apply<Natural<scalar_t>>(in, cv, epilogue), i);
-    }
-    for (; i < len; ++i) {
-      acc_t in[kMaxInputs];
-      inputs.template load<acc_t>(in, i);
-      outputs.template store<acc_t>(Op::template apply<Natural<scalar_t>>(in, c, epilogue), i);
+      for (; i + kN <= len; i += kN) {
+        Vec<acc_t> in[kMaxInputs];
+        inputs.template load<acc_t>(in, setup, i);
+        outputs.template store<acc_t>(Op::template apply<Natural<scalar_t>>(in, cv, setup.epilogue), setup, i);
+      }
+      for (; i < len; ++i) {
+        acc_t in[kMaxInputs];
+        inputs.template load<acc_t>(in, setup, i);
+        outputs.template store<acc_t>(Op::template apply<Natural<scalar_t>>(in, c, setup.epilogue), setup, i);
+      }
     }
   }
-}
+};
 
 // Columns are reduced in slabs whose sums stay in the first-level cache; inside a slab a tile of a few rows at a
 // time, whose sums are made in registers and then added to the slab's.
 constexpr std::int64_t kSlabColumns = 1024;
 constexpr std::int64_t kSlabBytes = 16384;
 
-template <typename scalar_t, typename acc_t, typename Op>
-void reduce_columns(const ReduceArgs& args) {
-  constexpr std::int64_t kN = kWidth<acc_t>;
-  constexpr int kUnroll = 4;
-  constexpr int kC = kMaxReduceCoefficients;
-  const Epilogue epilogue = args.epilogue;
-  alignas(64) acc_t first[kSlabColumns];
-  alignas(64) acc_t second[kSlabColumns];
-  for (std::int64_t c0 = 0; c0 < args.block.len; c0 += kSlabColumns) {
-    const std::int64_t columns = args.block.len - c0 < kSlabColumns ? args.block.len - c0 : kSlabColumns;
-    const std::int64_t wanted = kSlabBytes / (columns * static_cast<std::int64_t>(sizeof(scalar_t)) * kInputs<Op>);
-    const std::int64_t tile_rows = wanted < 4 ? 4 : wanted > kInner ? kInner : wanted;
-    const std::int64_t flush_rows = tile_rows * kOuter;
-    for (std::int64_t r0 = 0; r0 < args.block.rows; r0 += flush_rows) {
-      const std::int64_t r1 = args.block.rows - r0 < flush_rows ? args.block.rows : r0 + flush_rows;
-      for (std::int64_t c = 0; c < columns; ++c) first[c] = second[c] = 0;
-      for (std::int64_t t0 = r0; t0 < r1; t0 += tile_rows) {
-        const std::int64_t t1 = r1 - t0 < tile_rows ? r1 : t0 + tile_rows;
-        std::int64_t c = 0;
-        for (; c + kUnroll * kN <= columns; c += kUnroll * kN) {
-          Vec<acc_t> a[kUnroll] = {};
-          Vec<acc_t> b[kUnroll] = {};
-          Vec<acc_t> k[kUnroll][kC] = {};
-#pragma GCC unroll 4
-          for (int u = 0; u < kUnroll; ++u) {
-            load_coefficients<Vec<acc_t>, acc_t, Op>(k[u], args.coefficients, c0 + c + u * kN);
-          }
-          for (std::int64_t r = t0; r < t1; ++r) {
-            const Inputs<scalar_t, Op> inputs(args.block, epilogue, r);
+struct ReduceColumns {
+  template <typename scalar_t, typename acc_t, typename Op, Form kForm>
+  static void run(const ReduceArgs& call) {
+    constexpr std::int64_t kN = kWidth<acc_t>;
+    constexpr int kUnroll = 4;
+    constexpr int kC = kMaxReduceCoefficients;
+    const ReduceArgs args = call;  // a copy that no store to a sum can be taken to change
+    const Setup setup = known_setup<Op, kForm>(args);
+    alignas(64) acc_t first[kSlabColumns];
+    alignas(64) acc_t second[kSlabColumns];
+    for (std::int64_t c0 = 0; c0 < args.block.len; c0 += kSlabColumns) {
+      const std::int64_t columns = args.block.len - c0 < kSlabColumns ? args.block.len - c0 : kSlabColumns;
+      const std::int64_t wanted = kSlabBytes / (columns * static_cast<std::int64_t>(sizeof(scalar_t)) * kInputs<Op>);
+      const std::int64_t tile_rows = wanted < 4 ? 4 : wanted > kInner ? kInner : wanted;
+      const std::int64_t flush_rows = tile_rows * kOuter;
+      for (std::int64_t r0 = 0; r0 < args.block.rows; r0 += flush_rows) {
+        const std::int64_t r1 = args.block.rows - r0 < flush_rows ? args.block.rows : r0 + flush_rows;
+        for (std::int64_t c = 0; c < columns; ++c) first[c] = second[c] = 0;
+        for (std::int64_t t0 = r0; t0 < r1; t0 += tile_rows) {
+          const std::int64_t t1 = r1 - t0 < tile_rows ? r1 : t0 + tile_rows;
+          std::int64_t c = 0;
+          for (; c + kUnroll * kN <= columns; c += kUnroll * kN) {
+            Vec<acc_t> a[kUnroll] = {};
+            Vec<acc_t> b[kUnroll] = {};
+            Vec<acc_t> k[kUnroll][kC] = {};
 #pragma GCC unroll 4
             for (int u = 0; u < kUnroll; ++u) {
-              Vec<acc_t> in[kMaxInputs];
-              inputs.template load<acc_t>(in, c0 + c + u * kN);
-              Op::template add<Natural<scalar_t>>(a[u], b[u], in, k[u], epilogue);
+              load_coefficients<Vec<acc_t>, acc_t, Op>(k[u], args.coefficients, c0 + c + u * kN);
+            }
+            for (std::int64_t r = t0; r < t1; ++r) {
+              const Inputs<scalar_t, Op> inputs(args.block, setup, r);
+#pragma GCC unroll 4
+              for (int u = 0; u < kUnroll; ++u) {
+                Vec<acc_t> in[kMaxInputs];
+                inputs.template load<acc_t>(in, setup, c0 + c + u * kN);
+                Op::template add<Natural<scalar_t>>(a[u], b[u], in, k[u], setup.epilogue);
+              }
+            }
+#pragma GCC unroll 4
+            for (int u = 0; u < kUnroll; ++u) {
+              store_raw(first + c + u * kN, load_raw<Vec<acc_t>>(first + c + u * kN) + a[u]);
+              store_raw(second + c + u * kN, load_raw<Vec<acc_t>>(second + c + u * kN) + b[u]);
             }
           }
-#pragma GCC unroll 4
-          for (int u = 0; u < kUnroll; ++u) {
-            store_raw(first + c + u * kN, load_raw<Vec<acc_t>>(first + c + u * kN) + a[u]);
-            store_raw(second + c + u * kN, load_raw<Vec<acc_t>>(second + c + u * kN) + b[u]);
+          for (; c + kN <= columns; c += kN) {
+            Vec<acc_t> a = {};
+            Vec<acc_t> b = {};
+            Vec<acc_t> k[kC] = {};
+            load_coefficients<Vec<acc_t>, acc_t, Op>(k, args.coefficients, c0 + c);
+            for (std::int64_t r = t0; r < t1; ++r) {
+              Vec<acc_t> in[kMaxInputs];
+              Inputs<scalar_t, Op>(args.block, setup, r).template load<acc_t>(in, setup, c0 + c);
+              Op::template add<Natural<scalar_t>>(a, b, in, k, setup.epilogue);
+            }
+            store_raw(first + c, load_raw<Vec<acc_t>>(first + c) + a);
+            store_raw(second + c, load_raw<Vec<acc_t>>(second + c) + b);
+          }
+          for (; c < columns; ++c) {
+            acc_t a = 0;
+            acc_t b = 0;
+            acc_t k[kC] = {};
+            load_coefficients<acc_t, acc_t, Op>(k, args.coefficients, c0 + c);
+            for (std::int64_t r = t0; r < t1; ++r) {
+              acc_t in[kMaxInputs];
+              Inputs<scalar_t, Op>(args.block, setup, r).template load<acc_t>(in, setup, c0 + c);
+              Op::template add<Natural<scalar_t>>(a, b, in, k, setup.epilogue);
+            }
+            first[c] += a;
+            second[c] += b;
           }
         }
-        for (; c + kN <= columns; c += kN) {
-          Vec<acc_t> a = {};
-          Vec<acc_t> b = {};
-          Vec<acc_t> k[kC] = {};
-          load_coefficients<Vec<acc_t>, acc_t, Op>(k, args.coefficients, c0 + c);
-          for (std::int64_t r = t0; r < t1; ++r) {
-            Vec<acc_t> in[kMaxInputs];
-            Inputs<scalar_t, Op>(args.block, epilogue, r).template load<acc_t>(in, c0 + c);
-            Op::template add<Natural<scalar_t>>(a, b, in, k, epilogue);
-          }
-          store_raw(first + c, load_raw<Vec<acc_t>>(first + c) + a);
-          store_raw(second + c, load_raw<Vec<acc_t>>(second + c) + b);
+        for (std::int64_t c = 0; c < columns; ++c) {
+          args.first[c0 + c] += static_cast<double>(first[c]);
+          args.second[c0 + c] += static_cast<double>(second[c]);
         }
-        for (; c < columns; ++c) {
-          acc_t a = 0;
-          acc_t b = 0;
-          acc_t k[kC] = {};
-          load_coefficients<acc_t, acc_t, Op>(k, args.coefficients, c0 + c);
-          for (std::int64_t r = t0; r < t1; ++r) {
-            acc_t in[kMaxInputs];
-            Inputs<scalar_t, Op>(args.block, epilogue, r).template load<acc_t>(in, c0 + c);
-            Op::template add<Natural<scalar_t>>(a, b, in, k, epilogue);
-          }
-          first[c] += a;
-          second[c] += b;
-        }
-      }
-      for (std::int64_t c = 0; c < columns; ++c) {
-        args.first[c0 + c] += static_cast<double>(first[c]);
-        args.second[c0 + c] += static_cast<double>(second[c]);
       }
     }
   }
-}
+};
 
 // V: acc_t, for column i of kRows rows from r on, or Vec<acc_t>, for those from i on.
 template <typename V, typename scalar_t, typename acc_t, typename Op, int kRows>
-BNEXT_INLINE void map_column(const MapArgs& args, const Epilogue& epilogue, std::int64_t r, std::int64_t i) {
+BNEXT_INLINE void map_column(const MapArgs& args, const Setup& setup, std::int64_t r, std::int64_t i) {
   V c[kMaxCoefficients] = {};
   load_coefficients<V, acc_t, Op>(c, args.coefficients, i);
 #pragma GCC unroll 4
   for (int j = 0; j < kRows; ++j) {
     V in[kMaxInputs];
-    Inputs<scalar_t, Op>(args.block, epilogue, r + j).template load<acc_t>(in, i);
-    Outputs<scalar_t, Op>(args, r + j).template store<acc_t>(Op::template apply<Natural<scalar_t>>(in, c, epilogue), i);
+    Inputs<scalar_t, Op>(args.block, setup, r + j).template load<acc_t>(in, setup, i);
+    const auto mapped = Op::template apply<Natural<scalar_t>>(in, c, setup.epilogue);
+    Outputs<scalar_t, Op>(args, setup, r + j).template store<acc_t>(mapped, setup, i);
   }
 }
 
 template <typename scalar_t, typename acc_t, typename Op, int kRows>
-BNEXT_INLINE void map_rows(const MapArgs& args, std::int64_t r) {
+BNEXT_INLINE void map_rows(const MapArgs& args, const Setup& setup, std::int64_t r) {
   constexpr std::int64_t kN = kWidth<acc_t>;
-  const Epilogue epilogue = args.epilogue;
   std::int64_t i = 0;
-  for (; i + kN <= args.block.len; i += kN) map_column<Vec<acc_t>, scalar_t, acc_t, Op, kRows>(args, epilogue, r, i);
-  for (; i < args.block.len; ++i) map_column<acc_t, scalar_t, acc_t, Op, kRows>(args, epilogue, r, i);
+  for (; i + kN <= args.block.len; i += kN) map_column<Vec<acc_t>, scalar_t, acc_t, Op, kRows>(args, setup, r, i);
+  for (; i < args.block.len; ++i) map_column<acc_t, scalar_t, acc_t, Op, kRows>(args, setup, r, i);
 }
 
-// Several rows at once share one load of the coefficients.
-template <typename scalar_t, typename acc_t, typename Op>
-void map_columns(const MapArgs& args) {
-  constexpr int kRows = 4;
-  std::int64_t r = 0;
-  for (; r + kRows <= args.block.rows; r += kRows) map_rows<scalar_t, acc_t, Op, kRows>(args, r);
-  for (; r < args.block.rows; ++r) map_rows<scalar_t, acc_t, Op, 1>(args, r);
-}
+struct MapColumns {
+  // Several rows at once share one load of the coefficients.
+  template <typename scalar_t, typename acc_t, typename Op, Form kForm>
+  static void run(const MapArgs& call) {
+    constexpr int kRows = 4;
+    const MapArgs args = call;  // as above
+    const Setup setup = known_setup<Op, kForm>(args);
+    std::int64_t r = 0;
+    for (; r + kRows <= args.block.rows; r += kRows) map_rows<scalar_t, acc_t, Op, kRows>(args, setup, r);
+    for (; r < args.block.rows; ++r) map_rows<scalar_t, acc_t, Op, 1>(args, setup, r);
+  }
+};
 
 // V: acc_t or Vec<acc_t>.
 template <typename V, typename acc_t, typename scalar_t>
@@ -360,16 +455,16 @@ template <typename scalar_t, typename acc_t, typename Op>
 void add_reduce(LeafTable& table, DType dtype, Compute compute, ReduceOp op) {
   const int d = static_cast<int>(dtype);
   const int a = static_cast<int>(compute);
-  table.reduce_segments[d][a][static_cast<int>(op)] = &reduce_segments<scalar_t, acc_t, Op>;
-  table.reduce_columns[d][a][static_cast<int>(op)] = &reduce_columns<scalar_t, acc_t, Op>;
+  table.reduce_segments[d][a][static_cast<int>(op)] = &run_form<ReduceSegments, scalar_t, acc_t, Op, ReduceArgs>;
+  table.reduce_columns[d][a][static_cast<int>(op)] = &run_form<ReduceColumns, scalar_t, acc_t, Op, ReduceArgs>;
 }
 
 template <typename scalar_t, typename acc_t, typename Op>
 void add_map(LeafTable& table, DType dtype, Compute compute, MapOp op) {
   const int d = static_cast<int>(dtype);
   const int a = static_cast<int>(compute);
-  table.map_segments[d][a][static_cast<int>(op)] = &map_segments<scalar_t, acc_t, Op>;
-  table.map_columns[d][a][static_cast<int>(op)] = &map_columns<scalar_t, acc_t, Op>;
+  table.map_segments[d][a][static_cast<int>(op)] = &run_form<MapSegments, scalar_t, acc_t, Op, MapArgs>;
+  table.map_columns[d][a][static_cast<int>(op)] = &run_form<MapColumns, scalar_t, acc_t, Op, MapArgs>;
 }
 
 template <typename scalar_t, typename acc_t>
