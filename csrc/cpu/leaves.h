@@ -52,6 +52,7 @@ struct MapArgs {
   void* out[2];  // output or grad_input, grad_residual; an activated functor has either, a plain one the first
   const void* coefficients[kMaxCoefficients];
   Epilogue epilogue;
+  bool streams;  // store past the caches, where the alignment allows
 };
 
 // shift[j] = mean of in[offsets[i] + j] over i, for j < len, rounded to the dtype's natural compute type. Averaged

@@ -144,6 +144,12 @@ struct Inputs {
   }
 };
 
+// Whether vectors from here on can be streamed.
+template <typename acc_t, typename scalar_t>
+BNEXT_INLINE bool is_aligned(const scalar_t* to) {
+  return reinterpret_cast<std::uintptr_t>(to) % (kWidth<acc_t> * sizeof(scalar_t)) == 0;
+}
+
 // Where Op's results of row r of a block go.
 template <typename scalar_t, typename Op>
 struct Outputs {
@@ -156,11 +162,22 @@ struct Outputs {
     if (setup.writes_mask) mask = args.block.mask + r * args.block.mask_stride;
   }
 
-  template <typename acc_t, typename V>
+  // Whether this row, whose vectors begin at multiples of their width, can be streamed.
+  template <typename acc_t>
+  BNEXT_INLINE bool aligned(const Setup& setup) const {
+    return (!setup.first || is_aligned<acc_t>(out[0])) && (!setup.second || is_aligned<acc_t>(out[1]));
+  }
+
+  template <typename acc_t, bool kStream, typename V>
   BNEXT_INLINE void store(const Mapped<V>& mapped, const Setup& setup, std::int64_t i) const {
     constexpr int kN = sizeof(V) / sizeof(acc_t);
-    if (setup.first) store_as<V, acc_t>(out[0] + i, mapped.first);
-    if (setup.second) store_as<V, acc_t>(out[1] + i, mapped.second);
+    if constexpr (kStream) {
+      if (setup.first) stream_vector<acc_t>(out[0] + i, mapped.first);
+      if (setup.second) stream_vector<acc_t>(out[1] + i, mapped.second);
+    } else {
+      if (setup.first) store_as<V, acc_t>(out[0] + i, mapped.first);
+      if (setup.second) store_as<V, acc_t>(out[1] + i, mapped.second);
+    }
     if (setup.writes_mask) store_mask<kN>(mask, i, open_bits(mapped.second));
   }
 };
@@ -275,10 +292,24 @@ struct ReduceSegments {
   }
 };
 
+// The whole vectors of a row of one channel; what comes after them begins at what is returned.
+template <typename acc_t, bool kStream, typename scalar_t, typename Op>
+BNEXT_INLINE std::int64_t map_vectors(const Inputs<scalar_t, Op>& inputs, const Outputs<scalar_t, Op>& outputs,
+                                      const Vec<acc_t> (&c)[kMaxCoefficients], const Setup& setup, std::int64_t len) {
+  constexpr std::int64_t kN = kWidth<acc_t>;
+  std::int64_t i = 0;
+#pragma GCC unroll 4
+  for (; i + kN <= len; i += kN) {
+    Vec<acc_t> in[kMaxInputs];
+    inputs.template load<acc_t>(in, setup, i);
+    outputs.template store<acc_t, kStream>(Op::template apply<Natural<scalar_t>>(in, c, setup.epilogue), setup, i);
+  }
+  return i;
+}
+
 struct MapSegments {
   template <typename scalar_t, typename acc_t, typename Op, Form kForm>
   static void run(const MapArgs& call) {
-    constexpr std::int64_t kN = kWidth<acc_t>;
     const MapArgs args = call;  // a copy that no store to an output can be taken to change
     const Setup setup = known_setup<Op, kForm>(args);
     Vec<acc_t> cv[kMaxCoefficients] = {};
@@ -289,19 +320,16 @@ struct MapSegments {
     for (std::int64_t r = 0; r < args.block.rows; ++r) {
       const Inputs<scalar_t, Op> inputs(args.block, setup, r);
       const Outputs<scalar_t, Op> outputs(args, setup, r);
-      std::int64_t i = 0;
-#pragma GCC unroll 4
-      for (; i + kN <= len; i += kN) {
-        Vec<acc_t> in[kMaxInputs];
-        inputs.template load<acc_t>(in, setup, i);
-        outputs.template store<acc_t>(Op::template apply<Natural<scalar_t>>(in, cv, setup.epilogue), setup, i);
-      }
+      const bool streams = args.streams && outputs.template aligned<acc_t>(setup);
+      std::int64_t i = streams ? map_vectors<acc_t, true>(inputs, outputs, cv, setup, len)
+                               : map_vectors<acc_t, false>(inputs, outputs, cv, setup, len);
       for (; i < len; ++i) {
         acc_t in[kMaxInputs];
         inputs.template load<acc_t>(in, setup, i);
-        outputs.template store<acc_t>(Op::template apply<Natural<scalar_t>>(in, c, setup.epilogue), setup, i);
+        outputs.template store<acc_t, false>(Op::template apply<Natural<scalar_t>>(in, c, setup.epilogue), setup, i);
       }
     }
+    if (args.streams) finish_streams();
   }
 };
 
@@ -391,7 +419,7 @@ struct ReduceColumns {
 };
 
 // V: acc_t, for column i of kRows rows from r on, or Vec<acc_t>, for those from i on.
-template <typename V, typename scalar_t, typename acc_t, typename Op, int kRows>
+template <typename V, typename scalar_t, typename acc_t, typename Op, int kRows, bool kStream>
 BNEXT_INLINE void map_column(const MapArgs& args, const Setup& setup, std::int64_t r, std::int64_t i) {
   V c[kMaxCoefficients] = {};
   load_coefficients<V, acc_t, Op>(c, args.coefficients, i);
@@ -400,16 +428,18 @@ BNEXT_INLINE void map_column(const MapArgs& args, const Setup& setup, std::int64
     V in[kMaxInputs];
     Inputs<scalar_t, Op>(args.block, setup, r + j).template load<acc_t>(in, setup, i);
     const auto mapped = Op::template apply<Natural<scalar_t>>(in, c, setup.epilogue);
-    Outputs<scalar_t, Op>(args, setup, r + j).template store<acc_t>(mapped, setup, i);
+    Outputs<scalar_t, Op>(args, setup, r + j).template store<acc_t, kStream>(mapped, setup, i);
   }
 }
 
-template <typename scalar_t, typename acc_t, typename Op, int kRows>
+template <typename scalar_t, typename acc_t, typename Op, int kRows, bool kStream>
 BNEXT_INLINE void map_rows(const MapArgs& args, const Setup& setup, std::int64_t r) {
   constexpr std::int64_t kN = kWidth<acc_t>;
   std::int64_t i = 0;
-  for (; i + kN <= args.block.len; i += kN) map_column<Vec<acc_t>, scalar_t, acc_t, Op, kRows>(args, setup, r, i);
-  for (; i < args.block.len; ++i) map_column<acc_t, scalar_t, acc_t, Op, kRows>(args, setup, r, i);
+  for (; i + kN <= args.block.len; i += kN) {
+    map_column<Vec<acc_t>, scalar_t, acc_t, Op, kRows, kStream>(args, setup, r, i);
+  }
+  for (; i < args.block.len; ++i) map_column<acc_t, scalar_t, acc_t, Op, kRows, false>(args, setup, r, i);
 }
 
 struct MapColumns {
@@ -419,9 +449,16 @@ struct MapColumns {
     constexpr int kRows = 4;
     const MapArgs args = call;  // as above
     const Setup setup = known_setup<Op, kForm>(args);
+    const bool rows_alike = args.block.stride % kWidth<acc_t> == 0;
+    const bool streams =
+        args.streams && rows_alike && Outputs<scalar_t, Op>(args, setup, 0).template aligned<acc_t>(setup);
     std::int64_t r = 0;
-    for (; r + kRows <= args.block.rows; r += kRows) map_rows<scalar_t, acc_t, Op, kRows>(args, setup, r);
-    for (; r < args.block.rows; ++r) map_rows<scalar_t, acc_t, Op, 1>(args, setup, r);
+    for (; r + kRows <= args.block.rows; r += kRows) {
+      streams ? map_rows<scalar_t, acc_t, Op, kRows, true>(args, setup, r)
+              : map_rows<scalar_t, acc_t, Op, kRows, false>(args, setup, r);
+    }
+    for (; r < args.block.rows; ++r) map_rows<scalar_t, acc_t, Op, 1, false>(args, setup, r);
+    if (streams) finish_streams();
   }
 };
 

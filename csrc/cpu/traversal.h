@@ -29,6 +29,7 @@ class ChannelOp {
   std::uint8_t* mask = nullptr;     // common/mask.h
   Epilogue epilogue;
   bool reduces = false;
+  bool streams = false;  // outputs are larger than the caches
   bool samples = false;  // the shift is a sample of the channel's own values
   ReduceOp reduce_op = ReduceOp::kMomentSums;
   MapOp map_op = MapOp::kNormalize;
@@ -51,6 +52,7 @@ class ChannelOp {
 
   // Where the results of that block go.
   void place(MapArgs& args, DType dtype, std::int64_t first) const {
+    args.streams = streams;
     for (int k = 0; k < 2; ++k) args.out[k] = advance(out[k], first, dtype);
   }
 

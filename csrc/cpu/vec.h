@@ -179,6 +179,36 @@ BNEXT_INLINE void store_as(scalar_t* to, const V& value) {
   }
 }
 
+// store_vector past the caches: for outputs that they would not hold. `to` is aligned to what is stored.
+template <typename acc_t, typename scalar_t>
+BNEXT_INLINE void stream_vector(scalar_t* to, const Vector<acc_t, kWidth<acc_t>>& v) {
+  constexpr int kBytes = kWidth<acc_t> * static_cast<int>(sizeof(scalar_t));
+  alignas(kBytes) scalar_t packed[kWidth<acc_t>];
+  store_vector<acc_t>(packed, v);
+#if defined(__x86_64__)
+  if constexpr (kBytes == 64 && kVectorBytes == 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), load_raw<__m512i>(packed));
+    return;
+  }
+  if constexpr (kBytes == 32 && kVectorBytes >= 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), load_raw<__m256i>(packed));
+    return;
+  }
+  if constexpr (kBytes == 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), load_raw<__m128i>(packed));
+    return;
+  }
+#endif
+  __builtin_memcpy(to, packed, sizeof packed);
+}
+
+// Streamed stores are seen by other threads in no order, unless told to wait.
+BNEXT_INLINE void finish_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // Which lanes of V a mask's bits name: 1 in those, 0 in the others. One bit a lane, the lowest first.
 template <typename V>
 BNEXT_INLINE V from_bits(std::uint32_t bits) {
