@@ -17,6 +17,7 @@ SOURCES = [
     "csrc/autograd.cpp",
     "csrc/derivatives.cpp",
     "csrc/batch_norm.cpp",
+    "csrc/checks.cpp",
     "csrc/backend.cpp",
     "csrc/backend_cpu.cpp",
     "csrc/cpu/batch_norm.cpp",

@@ -17,6 +17,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "checks.h"
 #include "derivatives.h"
 
 namespace bnext::autograd {

@@ -9,15 +9,9 @@
 #include <string_view>
 #include <tuple>
 
-#include "common/activation.h"
-
 namespace bnext {
 
 // The operators' signatures; see bindings.cpp for the schemas and what each argument means.
-
-// What an operator's `act` and `slope` mean; a ValueError lists the known names.
-Activation parse_activation(std::string_view act, double slope);
-std::string_view activation_name(Act act);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_train(
     const at::Tensor& input, const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,

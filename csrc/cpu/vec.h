@@ -1,6 +1,6 @@
 // A register's worth of compute type, and how elements get into and out of it.
 //
-// Included by leaves.inl once for each instruction set, inside that set's namespace and under its target pragma:
+// Included by rows.inl once for each instruction set, inside that set's namespace and under its target pragma:
 // hence no include guard and no #include. kVectorBytes is the width of a register. The compiler's own vector
 // types are used at exactly that width (wider ones are split badly), with ordinary operators.
 

@@ -82,15 +82,16 @@ class BlockTask {
       const Acc sample = kSamples ? load_sample(0) : Acc{};
       request_kept(walk, kept);
       const bool begins_wide = !choose_coefficients(sample);
-      verdict = {false, false};
-      if (!begins_wide) verdict = finish(team_sums<Acc>(walk, items, kept, /*waits=*/true), /*again=*/false);
-      if (begins_wide || verdict.doubtful) {
+      verdict = {begins_wide, false};
+      if (!begins_wide) verdict = finish(team_sums<Acc>(walk, items, kept, /*waits=*/true), Look::kFirst);
+      if (verdict.doubtful) {
         const bool wide = verdict.wide;
-        verdict = finish(team_sums<double>(walk_anew(), items, kept, begins_wide), verdict.doubtful);
+        const Look look = begins_wide ? Look::kOnly : Look::kAgain;
+        verdict = finish(team_sums<double>(walk_anew(), items, kept, /*waits=*/begins_wide), look);
         verdict.wide |= wide;
       }
     } else {
-      verdict = finish(nullptr, /*again=*/false);
+      verdict = finish(nullptr, Look::kOnly);
     }
     if (!args_.tensors.maps()) return;
     if (std::is_same_v<Acc, double> || verdict.wide) {
@@ -106,6 +107,9 @@ class BlockTask {
     bool doubtful;  // float32 was not enough for a channel's sums
     bool wide;      // nor for a channel's coefficients
   };
+
+  // At sums: at float32's, after which a channel may be doubtful; at float64's of the doubtful ones, or of all.
+  enum class Look { kFirst, kAgain, kOnly };
 
   // From the first step again, by a few divisions: the registers to remember it would be missed meanwhile. The compiler
   // is not to see that it has been here before.
@@ -200,17 +204,17 @@ class BlockTask {
     return exchange(plan_, member_, own, shared_.total, shared_.merge, values);
   }
 
-  // From sums to results and coefficients, a channel a thread. Of `again` only the channels that were doubtful: the
+  // From sums to results and coefficients, a channel a thread. Again only of the channels that were doubtful: the
   // others keep what they have, for a channel's bits must not depend on another's values.
-  __device__ __forceinline__ Verdict finish(const double* sums, bool again) {
+  __device__ __forceinline__ Verdict finish(const double* sums, Look look) {
     bool doubtful = false;
     bool wide = false;
     for (int i = static_cast<int>(threadIdx.x); i < span_.channels; i += plan_.threads) {
       ChannelSums channel;
       if constexpr (kReduces) {
         channel = {shared_.shift[i], sums[i], sums[plan_.tile_channels + i]};
-        if (again && shared_.doubtful[i] == 0) continue;
-        const bool accurate = again || op_.accurate(channel);
+        if (look == Look::kAgain && shared_.doubtful[i] == 0) continue;
+        const bool accurate = look != Look::kFirst || op_.accurate(channel);
         shared_.doubtful[i] = accurate ? 0 : 1;
         if (!accurate) {
           shared_.shift[i] = op_.better_shift(channel);

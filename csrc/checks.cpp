@@ -1,0 +1,116 @@
+#include "checks.h"
+
+#include <ATen/MemoryOverlap.h>
+#include <c10/util/Exception.h>
+
+#include <cmath>
+
+namespace bnext {
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+struct NamedActivation {
+  std::string_view name;
+  Act act;
+};
+constexpr NamedActivation kActivations[] = {
+    {"identity", Act::kIdentity}, {"relu", Act::kRelu}, {"leaky_relu", Act::kLeakyRelu},
+    {"silu", Act::kSilu},         {"gelu", Act::kGelu}, {"hardswish", Act::kHardswish}};
+
+}  // namespace
+
+std::string size_of(const Tensor& tensor) { return c10::str("torch.Size(", tensor.sizes(), ")"); }
+
+// As Python prints it, which the messages share with torch's own.
+std::string python_float(double value) {
+  if (std::isnan(value)) return "nan";
+  const bool whole = std::isfinite(value) && value == std::floor(value) && std::fabs(value) < 1e16;
+  return whole ? c10::str(static_cast<std::int64_t>(value), ".0") : c10::str(value);
+}
+
+void check_data(const char* name, const Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.dim() >= 2, "batch_norm: expected ", name,
+                    " to have at least 2 dimensions (N, C, ...), but got ", size_of(tensor));
+  const auto type = tensor.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16,
+                   "batch_norm: expected ", name, " to be float32, float64, float16 or bfloat16, but got ", type);
+}
+
+// A parameter or running statistic of `input`.
+void check_channels(const char* name, const Tensor& tensor, const Tensor& input) {
+  const std::int64_t C = input.size(1);
+  TORCH_CHECK(tensor.device() == input.device(), "batch_norm: expected ", name, " on the device of input, ",
+              input.device(), ", but got ", tensor.device());
+  TORCH_CHECK(tensor.layout() == at::kStrided, "batch_norm: expected ", name, " to be strided, but got ",
+              tensor.layout());
+  const auto type = tensor.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == input.scalar_type(), "batch_norm: expected ", name,
+                   " to be float32 or of input's dtype, ", input.scalar_type(), ", but got ", type);
+  TORCH_CHECK_VALUE(tensor.dim() == 1, "batch_norm: expected ", name, " to have 1 dimension, but got ",
+                    size_of(tensor));
+  TORCH_CHECK(tensor.size(0) == C, name, " should contain ", C, " elements not ", tensor.size(0),
+              " (one for each channel of input, ", size_of(input), ")");
+}
+
+void check_channels(const char* name, const optional<Tensor>& tensor, const Tensor& input) {
+  if (is_given(tensor)) check_channels(name, *tensor, input);
+}
+
+void check_running(const char* name, const optional<Tensor>& tensor, const Tensor& input) {
+  if (!is_given(tensor)) return;
+  check_channels(name, *tensor, input);
+  TORCH_CHECK(at::has_internal_overlap(*tensor) != at::MemOverlap::Yes, "batch_norm: expected ", name,
+              " to have memory of its own for each channel, since it is updated in place, but got strides ",
+              tensor->strides(), " (an expanded tensor?)");
+}
+
+void check_counter(const optional<Tensor>& counter, const Tensor& input) {
+  if (!is_given(counter)) return;
+  TORCH_CHECK(counter->device() == input.device(), "batch_norm: expected num_batches_tracked on the device of input, ",
+              input.device(), ", but got ", counter->device());
+  TORCH_CHECK_TYPE(counter->scalar_type() == at::kLong,
+                   "batch_norm: expected num_batches_tracked to be int64, but got ", counter->scalar_type());
+  TORCH_CHECK_VALUE(counter->numel() == 1, "batch_norm: expected num_batches_tracked to hold 1 element, but got ",
+                    size_of(*counter));
+}
+
+// A tensor that lies element for element beside input, or beside grad_output where that is all there is.
+void check_alongside(const char* name, const optional<Tensor>& tensor, const char* like_name, const Tensor& like) {
+  if (!is_given(tensor)) return;
+  TORCH_CHECK(tensor->device() == like.device(), "batch_norm: expected ", name, " on the device of ", like_name, ", ",
+              like.device(), ", but got ", tensor->device());
+  TORCH_CHECK(tensor->layout() == at::kStrided, "batch_norm: expected ", name, " to be strided, but got ",
+              tensor->layout());
+  TORCH_CHECK_TYPE(tensor->scalar_type() == like.scalar_type(), "batch_norm: expected ", name, " to be of ", like_name,
+                   "'s dtype, ", like.scalar_type(), ", but got ", tensor->scalar_type());
+  TORCH_CHECK_VALUE(tensor->sizes() == like.sizes(), "batch_norm: expected ", name, " to have ", like_name,
+                    "'s shape, ", size_of(like), ", but got ", size_of(*tensor));
+}
+
+// What a forward call that has an epilogue is checked for.
+void check_epilogue(const Tensor& input, const optional<Tensor>& residual, const Activation& activation,
+                    bool with_mask) {
+  check_alongside("residual", residual, "input", input);
+  TORCH_CHECK_VALUE(!with_mask || activation.rectifies(),
+                    "batch_norm: expected with_mask=False, since only relu and leaky_relu have a mask");
+}
+
+Activation parse_activation(std::string_view act, double slope) {
+  std::string known;
+  for (const auto& each : kActivations) {
+    if (act == each.name) return {each.act, slope};
+    known += (known.empty() ? "" : ", ") + std::string(each.name);
+  }
+  TORCH_CHECK_VALUE(false, "batch_norm: expected act to be one of ", known, ", but got ", std::string(act));
+}
+
+std::string_view activation_name(Act act) {
+  for (const auto& each : kActivations) {
+    if (act == each.act) return each.name;
+  }
+  TORCH_INTERNAL_ASSERT(false, "an activation without a name");
+}
+
+}  // namespace bnext

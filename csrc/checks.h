@@ -1,0 +1,42 @@
+// What is checked of an operator's arguments, before anything is read or written. Each function raises, with a message
+// that names the argument, says what was expected and what came.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "common/activation.h"
+
+namespace bnext {
+
+inline bool is_given(const std::optional<at::Tensor>& tensor) { return tensor.has_value() && tensor->defined(); }
+
+// For messages: torch.Size([2, 3]), and a number as Python prints it, which the messages share with torch's own.
+std::string size_of(const at::Tensor& tensor);
+std::string python_float(double value);
+
+// An input or gradient: at least (N, C), of a floating dtype that the kernels know.
+void check_data(const char* name, const at::Tensor& tensor);
+
+// A parameter or running statistic of `input`; the latter is written to.
+void check_channels(const char* name, const at::Tensor& tensor, const at::Tensor& input);
+void check_channels(const char* name, const std::optional<at::Tensor>& tensor, const at::Tensor& input);
+void check_running(const char* name, const std::optional<at::Tensor>& tensor, const at::Tensor& input);
+void check_counter(const std::optional<at::Tensor>& counter, const at::Tensor& input);
+
+// A tensor that lies element for element beside `like`.
+void check_alongside(const char* name, const std::optional<at::Tensor>& tensor, const char* like_name,
+                     const at::Tensor& like);
+
+// What follows the normalisation in a forward call.
+void check_epilogue(const at::Tensor& input, const std::optional<at::Tensor>& residual, const Activation& activation,
+                    bool with_mask);
+
+// What an operator's `act` and `slope` mean; a ValueError lists the known names.
+Activation parse_activation(std::string_view act, double slope);
+std::string_view activation_name(Act act);
+
+}  // namespace bnext

@@ -1,0 +1,175 @@
+// A row of a block, as a functor reads and writes it. Included by leaves.inl alone, as vec.h is by this file.
+
+#include "vec.h"
+
+template <typename acc_t>
+using Vec = Vector<acc_t, kWidth<acc_t>>;
+
+// The type that elements of scalar_t are computed in, unless float32 proves too narrow.
+template <typename scalar_t>
+using Natural = std::conditional_t<sizeof(scalar_t) == sizeof(double), double, float>;
+
+template <typename Op>
+constexpr int kInputs = int{Op::kReadsInput} + int{Op::kReadsGrad} + int{Op::kActivated};
+
+// What an activated functor is to do, and which of its optional inputs and outputs there are.
+struct Setup {
+  Epilogue epilogue;
+  bool input = true;  // with a mask it may be gone
+  bool first = true;
+  bool second = false;
+  bool writes_mask = false;
+};
+
+// ReLU's common forms are compiled with a Setup of constants, all the rest with what the call says.
+using Form = unsigned;
+constexpr Form kResidual = 1;
+constexpr Form kMask = 2;
+constexpr Form kSecond = 4;
+constexpr Form kStatistics = 8;
+constexpr Form kAny = ~0u;
+
+template <typename Op>
+BNEXT_INLINE constexpr Setup relu_setup(Form form) {
+  Setup setup;
+  setup.epilogue.activation.act = Act::kRelu;
+  setup.epilogue.has_residual = (form & kResidual) != 0;
+  setup.epilogue.has_mask = Op::kReadsGrad && (form & kMask) != 0;
+  setup.epilogue.differentiates_statistics = (form & kStatistics) != 0;
+  setup.second = (form & kSecond) != 0;
+  setup.writes_mask = !Op::kReadsGrad && (form & kMask) != 0;
+  return setup;
+}
+
+template <typename Op>
+BNEXT_INLINE Setup setup_of(const ReduceArgs& args) {
+  Setup setup;
+  if constexpr (Op::kActivated) {
+    setup.epilogue = args.epilogue;
+    setup.input = args.block.in[0] != nullptr;
+  }
+  return setup;
+}
+
+template <typename Op>
+BNEXT_INLINE Setup setup_of(const MapArgs& args) {
+  Setup setup;
+  if constexpr (Op::kActivated) {
+    setup.epilogue = args.epilogue;
+    setup.input = args.block.in[0] != nullptr;
+    setup.first = args.out[0] != nullptr;
+    setup.second = args.out[1] != nullptr;
+    setup.writes_mask = !Op::kReadsGrad && args.block.mask != nullptr;
+  }
+  return setup;
+}
+
+template <typename Op, Form kForm, typename Args>
+BNEXT_INLINE Setup known_setup(const Args& args) {
+  if constexpr (kForm == kAny) {
+    return setup_of<Op>(args);
+  } else {
+    return relu_setup<Op>(kForm);
+  }
+}
+
+BNEXT_INLINE bool same(const Setup& a, const Setup& b) {
+  return a.epilogue.activation.act == b.epilogue.activation.act && a.epilogue.has_residual == b.epilogue.has_residual &&
+         a.epilogue.has_mask == b.epilogue.has_mask &&
+         a.epilogue.differentiates_statistics == b.epilogue.differentiates_statistics && a.input == b.input &&
+         a.first == b.first && a.second == b.second && a.writes_mask == b.writes_mask;
+}
+
+template <typename Op>
+constexpr Form kForms[] = {kAny};
+template <>
+constexpr Form kForms<ActivatedNormalize>[] = {0, kResidual, kMask, kResidual | kMask};
+template <>
+constexpr Form kForms<ActivatedGradSums>[] = {0, kMask};
+template <>
+constexpr Form kForms<ActivatedGrad>[] = {kStatistics, kStatistics | kMask | kSecond};
+
+// Runs the leaf in the form of this call. Leaf: a struct whose run() is the leaf.
+template <typename Leaf, typename scalar_t, typename acc_t, typename Op, typename Args, int kIndex = 0>
+void run_form(const Args& args) {
+  if constexpr (Op::kActivated && sizeof(acc_t) == sizeof(float) &&
+                kIndex < static_cast<int>(sizeof kForms<Op> / sizeof(Form))) {
+    constexpr Form kForm = kForms<Op>[kIndex];
+    if (same(setup_of<Op>(args), relu_setup<Op>(kForm))) return Leaf::template run<scalar_t, acc_t, Op, kForm>(args);
+    return run_form<Leaf, scalar_t, acc_t, Op, Args, kIndex + 1>(args);
+  } else {
+    Leaf::template run<scalar_t, acc_t, Op, kAny>(args);
+  }
+}
+
+// What Op reads of row r of a block.
+template <typename scalar_t, typename Op>
+struct Inputs {
+  const scalar_t* in[kMaxInputs];
+  const std::uint8_t* mask;
+
+  BNEXT_INLINE Inputs(const Block& block, const Setup& setup, std::int64_t r) {
+    // One that is not read may be null and stays so.
+    if (Op::kReadsInput && setup.input) in[0] = static_cast<const scalar_t*>(block.in[0]) + r * block.stride;
+    if (Op::kReadsGrad) in[1] = static_cast<const scalar_t*>(block.in[1]) + r * block.stride;
+    if (Op::kActivated && setup.epilogue.has_residual) {
+      in[2] = static_cast<const scalar_t*>(block.in[2]) + r * block.stride;
+    }
+    if (Op::kActivated && setup.epilogue.has_mask) mask = block.mask + r * block.mask_stride;
+  }
+
+  // V: acc_t, for element i, or Vec<acc_t>, for those from i on; i is then a multiple of their number.
+  template <typename acc_t, typename V>
+  BNEXT_INLINE void load(V (&v)[kMaxInputs], const Setup& setup, std::int64_t i) const {
+    constexpr int kN = sizeof(V) / sizeof(acc_t);
+    if constexpr (Op::kReadsInput) v[0] = setup.input ? load_as<V, acc_t>(in[0] + i) : V{};
+    if constexpr (Op::kReadsGrad) v[1] = load_as<V, acc_t>(in[1] + i);
+    if constexpr (Op::kActivated) {
+      if (setup.epilogue.has_mask) {
+        v[2] = from_bits<V>(load_mask<kN>(mask, i));
+      } else if (setup.epilogue.has_residual) {
+        v[2] = load_as<V, acc_t>(in[2] + i);
+      } else {
+        v[2] = V{};
+      }
+    }
+  }
+};
+
+// Whether vectors from here on can be streamed.
+template <typename acc_t, typename scalar_t>
+BNEXT_INLINE bool is_aligned(const scalar_t* to) {
+  return reinterpret_cast<std::uintptr_t>(to) % (kWidth<acc_t> * sizeof(scalar_t)) == 0;
+}
+
+// Where Op's results of row r of a block go.
+template <typename scalar_t, typename Op>
+struct Outputs {
+  scalar_t* out[2];
+  std::uint8_t* mask;
+
+  BNEXT_INLINE Outputs(const MapArgs& args, const Setup& setup, std::int64_t r) {
+    if (setup.first) out[0] = static_cast<scalar_t*>(args.out[0]) + r * args.block.stride;
+    if (setup.second) out[1] = static_cast<scalar_t*>(args.out[1]) + r * args.block.stride;
+    if (setup.writes_mask) mask = args.block.mask + r * args.block.mask_stride;
+  }
+
+  // Whether this row, whose vectors begin at multiples of their width, can be streamed.
+  template <typename acc_t>
+  BNEXT_INLINE bool aligned(const Setup& setup) const {
+    return (!setup.first || is_aligned<acc_t>(out[0])) && (!setup.second || is_aligned<acc_t>(out[1]));
+  }
+
+  template <typename acc_t, bool kStream, typename V>
+  BNEXT_INLINE void store(const Mapped<V>& mapped, const Setup& setup, std::int64_t i) const {
+    constexpr int kN = sizeof(V) / sizeof(acc_t);
+    if constexpr (kStream) {
+      if (setup.first) stream_vector<acc_t>(out[0] + i, mapped.first);
+      if (setup.second) stream_vector<acc_t>(out[1] + i, mapped.second);
+    } else {
+      if (setup.first) store_as<V, acc_t>(out[0] + i, mapped.first);
+      if (setup.second) store_as<V, acc_t>(out[1] + i, mapped.second);
+    }
+    if (setup.writes_mask) store_mask<kN>(mask, i, open_bits(mapped.second));
+  }
+};
