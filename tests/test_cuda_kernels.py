@@ -117,8 +117,8 @@ def test_every_way(path: Path, case: Case, dtype: torch.dtype, seed: int, kernel
             check_backward(x, g, params, training=training)
 
 
-# An activation, whether there is a residual, and the dtype it is tried with: every activation, with and without a mask,
-# three inputs backward, and each dtype.
+# An activation, whether there is a residual, and the dtype it is tried with: with and without a mask, three inputs
+# backward, and each dtype.
 EPILOGUES = [
     pytest.param(act, has_residual, dtype, id=f"{name(dtype)}-{name(act)}{'-residual' if has_residual else ''}")
     for act, has_residual, dtype in (
@@ -127,7 +127,6 @@ EPILOGUES = [
         ("gelu", True, torch.float64),
         ("silu", True, torch.float16),
         ("leaky_relu", True, torch.float32),
-        ("hardswish", False, torch.bfloat16),
     )
 ]
 
@@ -165,16 +164,15 @@ def test_a_mask_in_place_of_the_input(path: Path, case: Case, dtype: torch.dtype
         assert_within(grad_input, expected, limit + tolerances.half_ulp(expected, dtype), "grad_input")
 
 
-@pytest.mark.parametrize("act", ["relu", "silu"])
 @pytest.mark.parametrize(("path", "case"), WAYS)
-def test_an_epilogue_on_coefficients_float32_cannot_hold(path: Path, case: Case, act: str, kernel_device: str) -> None:
+def test_an_epilogue_on_coefficients_float32_cannot_hold(path: Path, case: Case, kernel_device: str) -> None:
     # A channel of magnitude 1e37 has a scale of 1e-37: the sums begin in float64, and so does the map.
     with planned_for(path.limits, kernel_device) as device:
         x, g = make_input(*case, torch.float32, device), make_grad(*case, torch.float32, device)
         x[:, 1] *= 1e37
         params = make_parameters(case.shape[1], device=device)
-        residual = make_residual(*case, torch.float32, device) if act == "silu" else None
-        check_backward(x, g, params, training=True, residual=residual, act=act)
+        residual = make_residual(*case, torch.float32, device)
+        check_backward(x, g, params, training=True, residual=residual, act="silu")
 
 
 @pytest.mark.parametrize(("path", "case"), WAYS)

@@ -57,7 +57,7 @@ BNEXT_INLINE V clamp(const V& x, scalar_of<V> low, scalar_of<V> high) {
   return x < low ? V{} + low : x > high ? V{} + high : x;
 }
 
-// e^x; 0 below -87, infinity above 88.
+// e^x for x that is not above 0; 0 below -87.
 template <typename V>
 BNEXT_INLINE V exponential(const V& x) {
   if constexpr (std::is_same_v<scalar_of<V>, double>) {
@@ -65,8 +65,7 @@ BNEXT_INLINE V exponential(const V& x) {
   } else {
     using Bits = typename LanesOf<V>::Bits;
     constexpr float kLow = -87.0f;
-    constexpr float kHigh = 88.0f;
-    const V inside = clamp<V>(x, kLow, kHigh);
+    const V inside = x < kLow ? V{} + kLow : x;
     // x = n*ln(2) + r with |r| <= ln(2)/2. Adding 1.5*2^23 rounds to a whole number and leaves it in the low bits. The
     // first part of ln(2) has so few bits that n times it is exact.
     constexpr float kRound = 12582912.0f;
@@ -78,7 +77,7 @@ BNEXT_INLINE V exponential(const V& x) {
     const V e = (r * r) * p + r + 1.0f;
     const V scaled = __builtin_bit_cast(V, __builtin_bit_cast(Bits, e) + (__builtin_bit_cast(Bits, shifted) << 23));
     // A NaN's bits do not survive the scaling.
-    return x < kLow ? V{} : x > kHigh ? V{} + __builtin_inff() : x == x ? scaled : x;
+    return x < kLow ? V{} : x == x ? scaled : x;
   }
 }
 

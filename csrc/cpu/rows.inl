@@ -21,18 +21,22 @@ struct Setup {
   bool writes_mask = false;
 };
 
-// ReLU's common forms are compiled with a Setup of constants, all the rest with what the call says.
+// Common forms are compiled with a Setup of constants, all the rest with what the call says: an activation, and flags.
 using Form = unsigned;
-constexpr Form kResidual = 1;
-constexpr Form kMask = 2;
-constexpr Form kSecond = 4;
-constexpr Form kStatistics = 8;
+constexpr Form kResidual = 8;
+constexpr Form kMask = 16;
+constexpr Form kSecond = 32;
+constexpr Form kStatistics = 64;
 constexpr Form kAny = ~0u;
+constexpr Form kRelu = static_cast<Form>(Act::kRelu);
+constexpr Form kSilu = static_cast<Form>(Act::kSilu);
+constexpr Form kGelu = static_cast<Form>(Act::kGelu);
+constexpr Form kHardswish = static_cast<Form>(Act::kHardswish);
 
 template <typename Op>
-BNEXT_INLINE constexpr Setup relu_setup(Form form) {
+BNEXT_INLINE constexpr Setup form_setup(Form form) {
   Setup setup;
-  setup.epilogue.activation.act = Act::kRelu;
+  setup.epilogue.activation.act = static_cast<Act>(form % kResidual);
   setup.epilogue.has_residual = (form & kResidual) != 0;
   setup.epilogue.has_mask = Op::kReadsGrad && (form & kMask) != 0;
   setup.epilogue.differentiates_statistics = (form & kStatistics) != 0;
@@ -69,7 +73,7 @@ BNEXT_INLINE Setup known_setup(const Args& args) {
   if constexpr (kForm == kAny) {
     return setup_of<Op>(args);
   } else {
-    return relu_setup<Op>(kForm);
+    return form_setup<Op>(kForm);
   }
 }
 
@@ -83,11 +87,13 @@ BNEXT_INLINE bool same(const Setup& a, const Setup& b) {
 template <typename Op>
 constexpr Form kForms[] = {kAny};
 template <>
-constexpr Form kForms<ActivatedNormalize>[] = {0, kResidual, kMask, kResidual | kMask};
+constexpr Form kForms<ActivatedNormalize>[] = {
+    kRelu, kRelu | kResidual, kRelu | kMask, kRelu | kResidual | kMask, kSilu, kGelu, kHardswish};
 template <>
-constexpr Form kForms<ActivatedGradSums>[] = {0, kMask};
+constexpr Form kForms<ActivatedGradSums>[] = {kRelu, kRelu | kMask, kSilu, kGelu, kHardswish};
 template <>
-constexpr Form kForms<ActivatedGrad>[] = {kStatistics, kStatistics | kMask | kSecond};
+constexpr Form kForms<ActivatedGrad>[] = {kRelu | kStatistics, kRelu | kStatistics | kMask | kSecond,
+                                          kSilu | kStatistics, kGelu | kStatistics, kHardswish | kStatistics};
 
 // Runs the leaf in the form of this call. Leaf: a struct whose run() is the leaf.
 template <typename Leaf, typename scalar_t, typename acc_t, typename Op, typename Args, int kIndex = 0>
@@ -95,7 +101,7 @@ void run_form(const Args& args) {
   if constexpr (Op::kActivated && sizeof(acc_t) == sizeof(float) &&
                 kIndex < static_cast<int>(sizeof kForms<Op> / sizeof(Form))) {
     constexpr Form kForm = kForms<Op>[kIndex];
-    if (same(setup_of<Op>(args), relu_setup<Op>(kForm))) return Leaf::template run<scalar_t, acc_t, Op, kForm>(args);
+    if (same(setup_of<Op>(args), form_setup<Op>(kForm))) return Leaf::template run<scalar_t, acc_t, Op, kForm>(args);
     return run_form<Leaf, scalar_t, acc_t, Op, Args, kIndex + 1>(args);
   } else {
     Leaf::template run<scalar_t, acc_t, Op, kAny>(args);
