@@ -77,11 +77,15 @@ BNEXT_INLINE Setup known_setup(const Args& args) {
   }
 }
 
-BNEXT_INLINE bool same(const Setup& a, const Setup& b) {
-  return a.epilogue.activation.act == b.epilogue.activation.act && a.epilogue.has_residual == b.epilogue.has_residual &&
-         a.epilogue.has_mask == b.epilogue.has_mask &&
-         a.epilogue.differentiates_statistics == b.epilogue.differentiates_statistics && a.input == b.input &&
-         a.first == b.first && a.second == b.second && a.writes_mask == b.writes_mask;
+// The form that a Setup is of; more than any if an input or output is missing that forms count on.
+BNEXT_INLINE Form form_of(const Setup& setup) {
+  const Epilogue& epilogue = setup.epilogue;
+  Form form = static_cast<Form>(epilogue.activation.act);
+  form |= epilogue.has_residual ? kResidual : 0;
+  form |= epilogue.has_mask || setup.writes_mask ? kMask : 0;
+  form |= setup.second ? kSecond : 0;
+  form |= epilogue.differentiates_statistics ? kStatistics : 0;
+  return setup.input && setup.first ? form : form | 2 * kStatistics;
 }
 
 template <typename Op>
@@ -95,14 +99,22 @@ template <>
 constexpr Form kForms<ActivatedGrad>[] = {kRelu | kStatistics, kRelu | kStatistics | kMask | kSecond,
                                           kSilu | kStatistics, kGelu | kStatistics, kHardswish | kStatistics};
 
-// Runs the leaf in the form of this call. Leaf: a struct whose run() is the leaf.
-template <typename Leaf, typename scalar_t, typename acc_t, typename Op, typename Args, int kIndex = 0>
-void run_form(const Args& args) {
-  if constexpr (Op::kActivated && sizeof(acc_t) == sizeof(float) &&
-                kIndex < static_cast<int>(sizeof kForms<Op> / sizeof(Form))) {
+template <typename Leaf, typename scalar_t, typename acc_t, typename Op, int kIndex, typename Args>
+BNEXT_INLINE void run_known(const Args& args, Form form) {
+  if constexpr (kIndex < static_cast<int>(sizeof kForms<Op> / sizeof(Form))) {
     constexpr Form kForm = kForms<Op>[kIndex];
-    if (same(setup_of<Op>(args), form_setup<Op>(kForm))) return Leaf::template run<scalar_t, acc_t, Op, kForm>(args);
-    return run_form<Leaf, scalar_t, acc_t, Op, Args, kIndex + 1>(args);
+    if (form == kForm) return Leaf::template run<scalar_t, acc_t, Op, kForm>(args);
+    run_known<Leaf, scalar_t, acc_t, Op, kIndex + 1>(args, form);
+  } else {
+    Leaf::template run<scalar_t, acc_t, Op, kAny>(args);
+  }
+}
+
+// Runs the leaf in the form of this call. Leaf: a struct whose run() is the leaf.
+template <typename Leaf, typename scalar_t, typename acc_t, typename Op, typename Args>
+void run_form(const Args& args) {
+  if constexpr (Op::kActivated && sizeof(acc_t) == sizeof(float)) {
+    run_known<Leaf, scalar_t, acc_t, Op, 0>(args, form_of(setup_of<Op>(args)));
   } else {
     Leaf::template run<scalar_t, acc_t, Op, kAny>(args);
   }
