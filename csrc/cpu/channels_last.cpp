@@ -3,6 +3,7 @@
 // Whole rows are read in order, twice: once to add up the columns, once to map them. The second pass walks the
 // row chunks backwards, so that it starts with what the first has left in the caches.
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <numeric>
@@ -50,13 +51,14 @@ class ChannelsLast {
   }
 
   void run(const Parallel& parallel) {
-    std::vector<double> coefficients(static_cast<std::size_t>(columns_ * kMaxCoefficients));
+    const int count = map_coefficients_of(op_.map_op);
+    std::vector<double> coefficients(static_cast<std::size_t>(columns_ * count));
     std::atomic<bool> single_fits{true};
     const auto finish = [&](std::int64_t c, const ChannelSums& sums) {
       double value[kMaxCoefficients] = {};
       op_.finish(c, sums, value);
-      if (!fits_float32(value, kMaxCoefficients)) single_fits.store(false, std::memory_order_relaxed);
-      for (int k = 0; k < kMaxCoefficients; ++k) {
+      if (!fits_float32(value, count)) single_fits.store(false, std::memory_order_relaxed);
+      for (int k = 0; k < count; ++k) {
         double* row = coefficients.data() + k * columns_;
         for (std::int64_t j = c; j < columns_; j += problem_.C) row[j] = value[k];
       }
@@ -86,7 +88,7 @@ class ChannelsLast {
 
   template <typename Finish>
   void reduce_all(const Parallel& parallel, Finish&& finish) {
-    ReduceCoefficients start(problem_.C);
+    ReduceCoefficients start(problem_.C, std::max(1, reduce_coefficients_of(op_.reduce_op)));
     set_coefficients(start);
     const double* shift = start.row(0);
     const Partial partial = reduce_chunks(parallel, start, compute_of(start));
@@ -108,13 +110,14 @@ class ChannelsLast {
     });
   }
 
-  // double [kMaxReduceCoefficients][C]
+  // double [count][C], the first the shift
   class ReduceCoefficients {
    public:
-    explicit ReduceCoefficients(std::int64_t C)
-        : C_(C), values_(static_cast<std::size_t>(C * kMaxReduceCoefficients)) {}
+    ReduceCoefficients(std::int64_t C, int count) : count(count), C_(C), values_(static_cast<std::size_t>(C * count)) {}
     double* row(int k) { return values_.data() + k * C_; }
     const double* row(int k) const { return values_.data() + k * C_; }
+
+    const int count;
 
    private:
     std::int64_t C_;
@@ -133,13 +136,14 @@ class ChannelsLast {
     for (std::int64_t c = 0; c < C; ++c) {
       double value[kMaxReduceCoefficients] = {};
       op_.reduce_coefficients(c, value);
-      for (int k = 0; k < kMaxReduceCoefficients; ++k) coefficients.row(k)[c] = value[k];
+      for (int k = 0; k < coefficients.count; ++k) coefficients.row(k)[c] = value[k];
     }
   }
 
   // Float32, unless it does not hold a channel's coefficients.
   Compute compute_of(const ReduceCoefficients& coefficients) const {
-    const bool fits = fits_float32(coefficients.row(0), static_cast<int>(problem_.C * kMaxReduceCoefficients));
+    if (coefficients.count == 1) return natural_compute(problem_.dtype);
+    const bool fits = fits_float32(coefficients.row(0), static_cast<int>(problem_.C * coefficients.count));
     return fits ? natural_compute(problem_.dtype) : Compute::kFloat64;
   }
 
@@ -148,8 +152,8 @@ class ChannelsLast {
 
   Partial reduce_chunks(const Parallel& parallel, const ReduceCoefficients& coefficients, Compute compute) const {
     // Those of each folded column, in both types.
-    std::vector<double> wide(static_cast<std::size_t>(kMaxReduceCoefficients * columns_));
-    for (int k = 0; k < kMaxReduceCoefficients; ++k) {
+    std::vector<double> wide(static_cast<std::size_t>(coefficients.count * columns_));
+    for (int k = 0; k < coefficients.count; ++k) {
       for (std::int64_t j = 0; j < columns_; ++j) wide[k * columns_ + j] = coefficients.row(k)[j % problem_.C];
     }
     const std::vector<float> single(wide.begin(), wide.end());
@@ -160,7 +164,7 @@ class ChannelsLast {
       ReduceArgs args;
       args.block = block_of(chunk, column, rows, len);
       args.epilogue = op_.epilogue;
-      for (int k = 0; k < kMaxReduceCoefficients; ++k) {
+      for (int k = 0; k < coefficients.count; ++k) {
         const std::int64_t at = k * columns_ + column;
         args.coefficients[k] =
             compute == Compute::kFloat64 ? static_cast<const void*>(wide.data() + at) : single.data() + at;
@@ -201,7 +205,8 @@ class ChannelsLast {
       args.block = block_of(chunk, column, rows, len);
       op_.place(args, problem_.dtype, first_of(chunk) + column);
       args.epilogue = op_.epilogue;
-      for (int k = 0; k < kMaxCoefficients; ++k) args.coefficients[k] = coefficients + k * columns_ + column;
+      const int count = map_coefficients_of(op_.map_op);
+      for (int k = 0; k < count; ++k) args.coefficients[k] = coefficients + k * columns_ + column;
       leaf(args);
     };
     if (rest_ != 0) map(chunks_, 0, 1, rest_);

@@ -20,6 +20,27 @@ enum class MapOp { kNormalize, kGradInput, kScaleGrad, kActivatedNormalize, kAct
 constexpr int kReduceOps = 4;
 constexpr int kMapOps = 5;
 
+constexpr int reduce_coefficients_of(ReduceOp op) {
+  switch (op) {
+    case ReduceOp::kMomentSums: return MomentSums::kCoefficients;
+    case ReduceOp::kGradSums: return GradSums::kCoefficients;
+    case ReduceOp::kBiasGradSum: return BiasGradSum::kCoefficients;
+    case ReduceOp::kActivatedGradSums: return ActivatedGradSums::kCoefficients;
+  }
+  return kMaxReduceCoefficients;
+}
+
+constexpr int map_coefficients_of(MapOp op) {
+  switch (op) {
+    case MapOp::kNormalize: return Normalize::kCoefficients;
+    case MapOp::kGradInput: return GradInput::kCoefficients;
+    case MapOp::kScaleGrad: return ScaleGrad::kCoefficients;
+    case MapOp::kActivatedNormalize: return ActivatedNormalize::kCoefficients;
+    case MapOp::kActivatedGrad: return ActivatedGrad::kCoefficients;
+  }
+  return kMaxCoefficients;
+}
+
 // The type that elements are widened to before they are computed with.
 enum class Compute { kFloat32, kFloat64 };
 

@@ -137,8 +137,7 @@ BNEXT_INLINE std::int64_t map_vectors(const Inputs<scalar_t, Op>& inputs, const 
 
 struct MapSegments {
   template <typename scalar_t, typename acc_t, typename Op, Form kForm>
-  static void run(const MapArgs& call) {
-    const MapArgs args = call;  // a copy that no store to an output can be taken to change
+  static void run(const MapArgs& args) {
     const Setup setup = known_setup<Op, kForm>(args);
     Vec<acc_t> cv[kMaxCoefficients] = {};
     broadcast_coefficients<acc_t, Op>(cv, args.coefficients);
@@ -275,7 +274,7 @@ struct MapColumns {
   template <typename scalar_t, typename acc_t, typename Op, Form kForm>
   static void run(const MapArgs& call) {
     constexpr int kRows = 4;
-    const MapArgs args = call;  // as above
+    const MapArgs args = call;  // a copy that no store to an output can be taken to change
     const Setup setup = known_setup<Op, kForm>(args);
     const bool rows_alike = args.block.stride % kWidth<acc_t> == 0;
     const bool streams =
