@@ -137,7 +137,7 @@ class BlockTask {
     const int channel = first + static_cast<int>(threadIdx.x) / kMaxSamples;
     if (sample >= plan_.samples || channel >= span_.channels) return 0;
     const auto* input = static_cast<const scalar_t*>(args_.tensors.in[0]);
-    return widen(input[plan_.sample_offsets[sample] + (span_.first_channel + channel) * plan_.sample_stride]);
+    return widen(input[plan_.sample_offsets[sample] + (span_.first_channel(plan_) + channel) * plan_.sample_stride]);
   }
 
   // The reduction's coefficients. Whether float32 holds them, which all blocks of the team find alike.
@@ -149,7 +149,7 @@ class BlockTask {
       bool wide = false;
       for (int i = static_cast<int>(threadIdx.x); i < span_.channels; i += plan_.threads) {
         double value[kMaxReduceCoefficients] = {};
-        op_.reduce_coefficients(span_.first_channel + i, value);
+        op_.reduce_coefficients(span_.first_channel(plan_) + i, value);
         if (Reduce::kActivated) wide |= !fits_float32(value, kMaxReduceCoefficients);
         shared_.shift[i] = value[0];
 #pragma unroll
@@ -223,7 +223,7 @@ class BlockTask {
         }
       }
       double value[kMaxCoefficients] = {};
-      op_.finish(span_.first_channel + i, channel, member_.rank == 0, value);
+      op_.finish(span_.first_channel(plan_) + i, channel, member_.rank == 0, value);
       wide |= !fits_float32(value, kMaxCoefficients);
 #pragma unroll
       for (int j = 0; j < Map::kCoefficients; ++j) shared_.coefficients[j * plan_.tile_channels + i] = value[j];

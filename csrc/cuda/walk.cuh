@@ -10,16 +10,18 @@ namespace bnext::cuda {
 // The columns of one tile.
 struct TileSpan {
   std::int64_t tile;
-  std::int64_t first_channel;
   int channels;
-  std::int64_t width;
 
-  __device__ __forceinline__ TileSpan(const Plan& plan, std::int64_t tile)
-      : tile(tile), first_channel(tile * plan.tile_channels) {
-    const std::int64_t begin = tile * plan.tile_width;
-    width = begin + plan.tile_width < plan.row_width ? plan.tile_width : plan.row_width - begin;
-    const std::int64_t left = plan.C - first_channel;
+  __device__ __forceinline__ TileSpan(const Plan& plan, std::int64_t tile) : tile(tile) {
+    const std::int64_t left = plan.C - first_channel(plan);
     channels = left < plan.tile_channels ? static_cast<int>(left) : plan.tile_channels;
+  }
+
+  // Computed where they are wanted, rather than held in registers all the time.
+  __device__ __forceinline__ std::int64_t first_channel(const Plan& plan) const { return tile * plan.tile_channels; }
+  __device__ __forceinline__ std::int64_t width(const Plan& plan) const {
+    const std::int64_t begin = tile * plan.tile_width;
+    return begin + plan.tile_width < plan.row_width ? plan.tile_width : plan.row_width - begin;
   }
 };
 
@@ -81,7 +83,7 @@ class Walk {
     const std::int64_t column = kParts ? std::int64_t{part_} * plan_.threads_x * kN + x_ : x_;
     const std::int64_t mask = mask_row_ + column / kN;
     if (plan_.whole) return {row_ + column, mask, 0, kN, true};
-    const std::int64_t end = row_ + span_.width < plan_.numel ? row_ + span_.width : plan_.numel;
+    const std::int64_t end = row_ + span_.width(plan_) < plan_.numel ? row_ + span_.width(plan_) : plan_.numel;
     // A single channel may begin anywhere: its vectors are cut where memory has its words. Columns are cut from the
     // tile's first one on.
     const std::int64_t offset = (kTile == Tile::kChannel ? row_ - row_ % kN : row_) + column;
