@@ -81,17 +81,16 @@ class BlockTask {
       // The samples are asked for first: behind all the rest they would arrive last.
       const Acc sample = kSamples ? load_sample(0) : Acc{};
       request_kept(walk, kept);
-      const bool begins_wide = !choose_coefficients(sample);
-      verdict = {begins_wide, false};
-      if (!begins_wide) verdict = finish(team_sums<Acc>(walk, items, kept, /*waits=*/true), Look::kFirst);
+      // Where float32 cannot begin, every channel counts as doubtful.
+      verdict = {true, false};
+      if (choose_coefficients(sample)) verdict = finish(team_sums<Acc>(walk, items, kept), /*again=*/false);
       if (verdict.doubtful) {
         const bool wide = verdict.wide;
-        const Look look = begins_wide ? Look::kOnly : Look::kAgain;
-        verdict = finish(team_sums<double>(walk_anew(), items, kept, /*waits=*/begins_wide), look);
+        verdict = finish(team_sums<double>(walk_anew(), items, kept), /*again=*/true);
         verdict.wide |= wide;
       }
     } else {
-      verdict = finish(nullptr, Look::kOnly);
+      verdict = finish(nullptr, /*again=*/false);
     }
     if (!args_.tensors.maps()) return;
     if (std::is_same_v<Acc, double> || verdict.wide) {
@@ -107,9 +106,6 @@ class BlockTask {
     bool doubtful;  // float32 was not enough for a channel's sums
     bool wide;      // nor for a channel's coefficients
   };
-
-  // At sums: at float32's, after which a channel may be doubtful; at float64's of the doubtful ones, or of all.
-  enum class Look { kFirst, kAgain, kOnly };
 
   // From the first step again, by a few divisions: the registers to remember it would be missed meanwhile. The compiler
   // is not to see that it has been here before.
@@ -151,6 +147,7 @@ class BlockTask {
         double value[kMaxReduceCoefficients] = {};
         op_.reduce_coefficients(span_.first_channel(plan_) + i, value);
         if (Reduce::kActivated) wide |= !fits_float32(value, kMaxReduceCoefficients);
+        shared_.doubtful[i] = 1;
         shared_.shift[i] = value[0];
 #pragma unroll
         for (int j = 1; j < Reduce::kCoefficients; ++j) shared_.shift[j * plan_.tile_channels + i] = value[j];
@@ -175,14 +172,13 @@ class BlockTask {
 
   // The tile's sums over the whole team: double [2][tile_channels].
   template <typename acc_t>
-  __device__ __forceinline__ const double* team_sums(Walk<scalar_t, kTile> walk, std::int64_t items, int kept,
-                                                     bool waits) {
+  __device__ __forceinline__ const double* team_sums(Walk<scalar_t, kTile> walk, std::int64_t items, int kept) {
     spread<acc_t, Reduce>(shared_.shift);
     Accumulator<scalar_t, acc_t, Reduce, kTile> sums(plan_, span_, shared_.shift, shared_.columns, args_.epilogue);
     int k = 0;
 #pragma unroll 1
     for (int stage = 0; stage < kLoadStages; ++stage) {
-      if (waits) wait_for_stage(stage);
+      wait_for_stage(stage);
       for (const int end = stage_end(stage, kept); k < end; ++k, walk.advance()) {
         const Segment segment = walk.segment();
         sums.add(segment, slab_.template read<Reduce>(k, segment));
@@ -206,15 +202,15 @@ class BlockTask {
 
   // From sums to results and coefficients, a channel a thread. Again only of the channels that were doubtful: the
   // others keep what they have, for a channel's bits must not depend on another's values.
-  __device__ __forceinline__ Verdict finish(const double* sums, Look look) {
+  __device__ __forceinline__ Verdict finish(const double* sums, bool again) {
     bool doubtful = false;
     bool wide = false;
     for (int i = static_cast<int>(threadIdx.x); i < span_.channels; i += plan_.threads) {
       ChannelSums channel;
       if constexpr (kReduces) {
         channel = {shared_.shift[i], sums[i], sums[plan_.tile_channels + i]};
-        if (look == Look::kAgain && shared_.doubtful[i] == 0) continue;
-        const bool accurate = look != Look::kFirst || op_.accurate(channel);
+        if (again && shared_.doubtful[i] == 0) continue;
+        const bool accurate = again || op_.accurate(channel);
         shared_.doubtful[i] = accurate ? 0 : 1;
         if (!accurate) {
           shared_.shift[i] = op_.better_shift(channel);

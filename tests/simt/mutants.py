@@ -39,7 +39,7 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"^\s*grid_team_barrier\(.*\);", ""),
     (r"bnext_add_release\(counter, 1\)", "atomicAdd(counter, 1u)"),
     (r"bnext_load_acquire\(counter\)", "*static_cast<const volatile unsigned*>(counter)"),
-    (r"if \(waits\) wait_for_stage\(stage\);", ""),
+    (r"^\s*wait_for_stage\(stage\);", ""),
     (r"^\s*wait_prior<kRingSlots - 1>\(\);", ""),
     (r"wait_prior<kRingSlots - 1>\(\);", "wait_prior<kRingSlots>();"),
     (r"(case|default)(.*)wait_prior<(\d)>\(\);", r"\1\2wait_prior<\3 + 1>();"),
