@@ -203,7 +203,8 @@ struct ActivatedGrad {
                                       const Epilogue& epilogue) {
     const V z = preactivation(in, c[0], c[1], c[4], epilogue);
     const V dz = epilogue.grad<T>(z, in[1]);
-    const V by_statistics = epilogue.differentiates_statistics ? (in[0] - c[0]) * c[2] + c[3] : V{};
+    // To add -0 changes nothing, a zero's sign neither.
+    const V by_statistics = epilogue.differentiates_statistics ? (in[0] - c[0]) * c[2] + c[3] : -V{};
     return {dz * c[1] + by_statistics, dz};
   }
 };
