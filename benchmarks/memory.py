@@ -32,7 +32,8 @@ class Saved:
 
 
 def unpack(saved: Saved) -> Tensor:
-    raise NotImplementedError("no backward is asked for")
+    """The hooks come in pairs; without its tensor the graph cannot run backward."""
+    raise RuntimeError("a graph made to be measured has no backward")
 
 
 def held(function: BatchNorm, tensors: Tensors) -> Held:

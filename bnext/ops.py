@@ -62,11 +62,6 @@ def _empty_mask(input: Tensor, act: str, with_mask: bool) -> Tensor:
     return input.new_empty((n, c, row) if planes else (n * positions, row), dtype=torch.uint8)
 
 
-def _fake_forward(input: Tensor, act: str, with_mask: bool) -> tuple[Tensor, Tensor, Tensor]:
-    save_stats = input.new_empty((2, input.shape[1]), dtype=torch.float64)
-    return _empty_output(input), save_stats, _empty_mask(input, act, with_mask)
-
-
 def _fake_train(
     input: Tensor,
     weight: Tensor | None,
@@ -91,7 +86,8 @@ def _fake_train(
         num_batches_tracked=num_batches_tracked,
         residual=residual,
     )
-    return _fake_forward(input, act, with_mask)
+    save_stats = input.new_empty((2, input.shape[1]), dtype=torch.float64)
+    return _empty_output(input), save_stats, _empty_mask(input, act, with_mask)
 
 
 def _fake_eval(
@@ -106,16 +102,7 @@ def _fake_eval(
     slope: float = 0.0,
     with_mask: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_devices(
-        "input",
-        input,
-        weight=weight,
-        bias=bias,
-        running_mean=running_mean,
-        running_var=running_var,
-        residual=residual,
-    )
-    return _fake_forward(input, act, with_mask)
+    return _fake_train(input, weight, bias, running_mean, running_var, None, None, eps, residual, act, slope, with_mask)
 
 
 def _fake_backward(
