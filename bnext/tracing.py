@@ -12,6 +12,7 @@ What stays frozen is the value of plain attributes that the forward reads, such 
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import io
 import operator
@@ -115,7 +116,10 @@ def _run(
 
 @contextlib.contextmanager
 def _observed(forward: types.CodeType, ran: dict[types.CodeType, None]) -> Iterator[None]:
-    """Collects the code of every function outside torch that the forward runs."""
+    """Collects the code of every function outside torch that the forward runs.
+
+    The garbage collector waits: its callbacks and the finalisers it runs are functions the forward did not ask for.
+    """
 
     def profile(frame: types.FrameType, event: str, _: Any) -> None:
         code = frame.f_code
@@ -125,12 +129,15 @@ def _observed(forward: types.CodeType, ran: dict[types.CodeType, None]) -> Itera
         if code is forward or (ran and (caller in ran or not _is_stdlib(code.co_filename))):
             ran[code] = None
 
-    before = sys.getprofile()
+    before, collects = sys.getprofile(), gc.isenabled()
+    gc.disable()
     sys.setprofile(profile)
     try:
         yield
     finally:
         sys.setprofile(before)
+        if collects:
+            gc.enable()
 
 
 def _is_stdlib(path: str) -> bool:

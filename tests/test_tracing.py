@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import copy
+import gc
 import random
+import warnings
 
 import networks
 import pytest
@@ -399,3 +401,22 @@ def test_a_failing_trace_leaves_the_flags_of_every_layer() -> None:
     flags = [m.training for m in model.modules()]
     bnext.convert(model, fuse=True)
     assert [m.training for m in model.modules()] == flags
+
+
+def test_the_garbage_collector_is_no_part_of_a_forward() -> None:
+    """hypothesis, for one, has a callback that a trace would refuse."""
+
+    def callback(phase: str, info: dict[str, int]) -> None:
+        with warnings.catch_warnings():
+            pass
+
+    gc.callbacks.append(callback)
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        _, _, report = pair(FollowsTheFlag)
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(callback)
+    assert report.fused == [("bn", "bn -> relu")]
+    assert gc.isenabled()
