@@ -1,9 +1,9 @@
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty_like.h>
 
 #include "backend.h"
 #include "cpu/batch_norm.h"
-#include "cpu/huge_pages.h"
+#include "cpu/large_blocks.h"
+#include "output_memory.h"
 
 namespace bnext {
 namespace {
@@ -27,10 +27,11 @@ class CpuBackend final : public Backend {
   // A map that follows a reduction jumps from image to image in channels-first memory.
   at::Tensor allocate_output(const at::Tensor& like, at::MemoryFormat format, const Problem& problem,
                              bool reduces) const override {
-    at::Tensor output = at::empty_like(like, like.options(), format);
-    const cpu::Parallel parallel = parallel_for(problem);
-    const bool in_order = problem.layout == Layout::kChannelsLast || !reduces;
-    cpu::use_huge_pages(output.mutable_data_ptr(), output.nbytes(), in_order ? nullptr : &parallel);
+    at::Tensor output = empty_output(like, format);
+    const bool jumps = problem.layout == Layout::kChannelsFirst && reduces;
+    if (jumps && output.nbytes() >= cpu::kMinLargeBlock) {
+      cpu::touch_pages(output.mutable_data_ptr(), output.nbytes(), parallel_for(problem));
+    }
     return output;
   }
 

@@ -13,8 +13,8 @@
 #include "autograd.h"
 #include "backend.h"
 #include "batch_norm.h"
-#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cpu/large_blocks.h"
 
 // output = act(batch_norm(input) + residual); slope is leaky_relu's.
 // save_stats: (2, C) float64, the mean and 1/sqrt(var + eps) that the output was normalised with.
@@ -118,4 +118,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [] { return bnext::cpu::isa_name(bnext::cpu::current_isa()); }, "The one in use.");
   m.def("set_cpu_isa", &set_cpu_isa, pybind11::arg("name"), "Use another of cpu_isas(), for tests and comparisons.");
   m.def("huge_pages_enabled", &bnext::cpu::huge_pages_enabled, "Whether large outputs ask for huge pages.");
+  m.def("most_kept_bytes", &bnext::cpu::most_kept_bytes, "How much freed memory of large outputs is kept at most.");
+  m.def("kept_bytes", &bnext::cpu::kept_bytes, "How much is kept now.");
+  m.def("release_kept_blocks", &bnext::cpu::release_kept_blocks, "Unmap what is kept.");
 }

@@ -26,17 +26,11 @@ class Adapter final : public ChannelOp {
 };
 
 // From here on an output is stored past the caches: reading a line only to overwrite it is a third of the traffic. Of a
-// smaller one the caches would have kept a part for whoever reads it. A vector of 16-bit elements fills half a line:
-// there it gained nothing.
+// smaller one the caches would have kept a part for whoever reads it.
 constexpr std::int64_t kStreamedBytes = std::int64_t{24} << 20;
 
-bool streams(const Problem& problem) {
-  const std::int64_t size = element_size(problem.dtype);
-  return size >= 4 && problem.numel() * size >= kStreamedBytes;
-}
-
 void run(const Problem& problem, ChannelOp& op, const Parallel& parallel) {
-  op.streams = streams(problem);
+  op.streams = problem.numel() * element_size(problem.dtype) >= kStreamedBytes;
   if (problem.layout == Layout::kChannelsFirst) {
     run_channels_first(problem, op, parallel);
   } else {

@@ -66,15 +66,41 @@ class ChannelsFirst {
 
   void run_in_order(const Parallel& parallel) const {
     const std::int64_t C = problem_.C;
-    std::vector<MapCoefficients> coefficients(static_cast<std::size_t>(C));
-    for (std::int64_t c = 0; c < C; ++c) finish(c, ChannelSums{}, coefficients[c]);
+    // [coefficient][channel] in both types, so that one call of a leaf maps planes of many channels.
+    std::vector<double> wide(static_cast<std::size_t>(kMaxCoefficients * C));
+    std::vector<float> single(wide.size());
+    std::vector<Compute> compute(static_cast<std::size_t>(C));
+    for (std::int64_t c = 0; c < C; ++c) {
+      MapCoefficients coefficients;
+      finish(c, ChannelSums{}, coefficients);
+      compute[c] = coefficients.compute;
+      for (int k = 0; k < kMaxCoefficients; ++k) {
+        wide[k * C + c] = coefficients.value[k];
+        single[k * C + c] = coefficients.single[k];
+      }
+    }
     if (!op_.maps()) return;
     const std::int64_t planes = problem_.N * C;
     const std::int64_t share = divide_up(kChunkElements, problem_.HW);  // planes of a task
     parallel(divide_up(planes, share), [&](std::int64_t begin, std::int64_t end) {
       const std::int64_t last = end * share < planes ? end * share : planes;
-      for (std::int64_t plane = begin * share; plane < last; ++plane) {
-        map(block_at(plane, 0, 1, problem_.HW), plane * problem_.HW, coefficients[plane % C]);
+      for (std::int64_t plane = begin * share; plane < last;) {
+        // Up to the end of the image, or to a channel that is computed in the other type.
+        const std::int64_t c = plane % C;
+        const std::int64_t most = C - c < last - plane ? C - c : last - plane;
+        std::int64_t rows = 1;
+        while (rows < most && compute[c + rows] == compute[c]) ++rows;
+        MapArgs args;
+        args.block = op_.block(problem_.dtype, plane * problem_.HW, rows, problem_.HW, problem_.HW, plane * mask_row_,
+                               mask_row_);
+        for (int k = 0; k < kMaxCoefficients; ++k) {
+          const std::int64_t at = k * C + c;
+          args.coefficients[k] =
+              compute[c] == Compute::kFloat64 ? static_cast<const void*>(wide.data() + at) : single.data() + at;
+        }
+        args.coefficient_step = 1;
+        map(args, plane * problem_.HW, compute[c]);
+        plane += rows;
       }
     });
   }
@@ -91,8 +117,9 @@ class ChannelsFirst {
           finish(c0 + j, op_.reduces ? reduce_channel(c0 + j) : ChannelSums{}, coefficients[j]);
         }
         if (!op_.maps()) continue;
+        const std::int64_t ahead = task + 1 < end ? n * problem_.HW : 0;
         for (std::int64_t j = 0; j < n; ++j) {
-          for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) map_chunk(c0 + j, chunk, coefficients[j]);
+          for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) map_chunk(c0 + j, chunk, coefficients[j], ahead);
         }
       }
     });
@@ -124,7 +151,7 @@ class ChannelsFirst {
     if (!op_.maps()) return;
     parallel(C * chunks_, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t task = begin; task < end; ++task) {
-        map_chunk(task / chunks_, task % chunks_, coefficients[task / chunks_]);
+        map_chunk(task / chunks_, task % chunks_, coefficients[task / chunks_], /*ahead=*/0);
       }
     });
   }
@@ -169,19 +196,16 @@ class ChannelsFirst {
     return sums;
   }
 
-  // `rows` pieces of planes, one image apart, the first from element s of `plane` on.
-  Block block_at(std::int64_t plane, std::int64_t s, std::int64_t rows, std::int64_t len) const {
-    return op_.block(problem_.dtype, plane * problem_.HW + s, rows, len, problem_.C * problem_.HW,
-                     plane * mask_row_ + s / 8, problem_.C * mask_row_);
-  }
-
+  // Pieces of a channel's planes, one image apart. `first`: the offset of the block's first element.
   Block block_of(std::int64_t c, std::int64_t chunk, std::int64_t& first) const {
     const std::int64_t n = chunk / pieces_per_row_ * rows_per_chunk_;
     const std::int64_t s = chunk % pieces_per_row_ * piece_;
     const std::int64_t plane = n * problem_.C + c;
+    const std::int64_t rows = problem_.N - n < rows_per_chunk_ ? problem_.N - n : rows_per_chunk_;
+    const std::int64_t len = problem_.HW - s < piece_ ? problem_.HW - s : piece_;
     first = plane * problem_.HW + s;
-    return block_at(plane, s, problem_.N - n < rows_per_chunk_ ? problem_.N - n : rows_per_chunk_,
-                    problem_.HW - s < piece_ ? problem_.HW - s : piece_);
+    return op_.block(problem_.dtype, first, rows, len, problem_.C * problem_.HW, plane * mask_row_ + s / 8,
+                     problem_.C * mask_row_);
   }
 
   void reduce(std::int64_t c, std::int64_t chunk, const ReduceCoefficients& coefficients, ChannelSums& sums) const {
@@ -196,20 +220,21 @@ class ChannelsFirst {
                            [static_cast<int>(op_.reduce_op)](args);
   }
 
-  void map_chunk(std::int64_t c, std::int64_t chunk, const MapCoefficients& coefficients) const {
+  void map_chunk(std::int64_t c, std::int64_t chunk, const MapCoefficients& coefficients, std::int64_t ahead) const {
     std::int64_t first;
-    const Block block = block_of(c, chunk, first);
-    map(block, first, coefficients);
+    MapArgs args;
+    args.block = block_of(c, chunk, first);
+    args.ahead = ahead;
+    coefficients.pass(args.coefficients);
+    map(args, first, coefficients.compute);
   }
 
-  void map(const Block& block, std::int64_t first, const MapCoefficients& coefficients) const {
-    MapArgs args;
-    args.block = block;
+  // The rest of the arguments is the same for every block.
+  void map(MapArgs& args, std::int64_t first, Compute compute) const {
     op_.place(args, problem_.dtype, first);
-    coefficients.pass(args.coefficients);
     args.epilogue = op_.epilogue;
-    leaves_.map_segments[static_cast<int>(problem_.dtype)][static_cast<int>(coefficients.compute)]
-                        [static_cast<int>(op_.map_op)](args);
+    leaves_.map_segments[static_cast<int>(problem_.dtype)][static_cast<int>(compute)][static_cast<int>(op_.map_op)](
+        args);
   }
 
   const Problem& problem_;

@@ -23,6 +23,11 @@ constexpr std::int64_t kMinFoldedColumns = 64;  // what the leaves' unrolled loo
 constexpr std::int64_t kMaxFoldedColumns = 2048;
 constexpr std::int64_t kFinishColumns = 256;  // of one task between the passes
 
+// How far ahead large inputs are asked for. A reduction's tiles of rows up to this length are read almost in order,
+// which the processor foresees by itself.
+constexpr std::int64_t kAheadBytes = 8192;
+constexpr std::int64_t kMaxForeseenBytes = 256;
+
 // How many rows to take as one: a multiple of 16 columns has no rest that would be done element by element.
 // Column j of a folded row belongs to channel j % C.
 std::int64_t fold_of(std::int64_t C, std::int64_t M) {
@@ -48,6 +53,7 @@ class ChannelsLast {
     }
     slabs_ = divide_up(columns_, slab_columns_);
     mask_row_ = divide_up(columns_, 8);
+    ahead_ = op.streams ? kAheadBytes / element_size(problem.dtype) : 0;
   }
 
   void run(const Parallel& parallel) {
@@ -66,7 +72,9 @@ class ChannelsLast {
     if (op_.reduces) {
       reduce_all(parallel, finish);
     } else {
-      for_each_channel(parallel, [&](std::int64_t c) { finish(c, ChannelSums{}); });
+      for_each_task_of_channels(parallel, [&](std::int64_t c0, std::int64_t n) {
+        for (std::int64_t c = c0; c < c0 + n; ++c) finish(c, ChannelSums{});
+      });
     }
     if (!op_.maps()) return;
     if (single_fits && natural_compute(problem_.dtype) == Compute::kFloat32) {
@@ -79,10 +87,12 @@ class ChannelsLast {
 
  private:
   template <typename F>
-  void for_each_channel(const Parallel& parallel, F&& f) const {
+  void for_each_task_of_channels(const Parallel& parallel, F&& f) const {
     parallel(divide_up(problem_.C, kFinishColumns), [&](std::int64_t begin, std::int64_t end) {
-      const std::int64_t last = end * kFinishColumns < problem_.C ? end * kFinishColumns : problem_.C;
-      for (std::int64_t c = begin * kFinishColumns; c < last; ++c) f(c);
+      for (std::int64_t task = begin; task < end; ++task) {
+        const std::int64_t c0 = task * kFinishColumns;
+        f(c0, problem_.C - c0 < kFinishColumns ? problem_.C - c0 : kFinishColumns);
+      }
     });
   }
 
@@ -94,8 +104,7 @@ class ChannelsLast {
     const Partial partial = reduce_chunks(parallel, start, compute_of(start));
     std::vector<std::uint8_t> doubtful(static_cast<std::size_t>(problem_.C));
     std::atomic<bool> any_doubtful{false};
-    for_each_channel(parallel, [&](std::int64_t c) {
-      const ChannelSums sums = merged(partial, c, shift[c]);
+    for_each_merged(parallel, partial, shift, [&](std::int64_t c, const ChannelSums& sums) {
       if (op_.accurate(sums)) return finish(c, sums);
       doubtful[c] = 1;
       start.row(0)[c] = op_.better_shift(sums);
@@ -105,8 +114,8 @@ class ChannelsLast {
     // Rows are read whole, so every channel is reduced again; only the doubtful ones take the new sums, for a
     // channel's bits must not depend on another's values.
     const Partial again = reduce_chunks(parallel, start, Compute::kFloat64);
-    for_each_channel(parallel, [&](std::int64_t c) {
-      if (doubtful[c]) finish(c, merged(again, c, shift[c]));
+    for_each_merged(parallel, again, shift, [&](std::int64_t c, const ChannelSums& sums) {
+      if (doubtful[c]) finish(c, sums);
     });
   }
 
@@ -171,6 +180,7 @@ class ChannelsLast {
       }
       args.first = partial.data() + 2 * chunk * columns_ + column;
       args.second = args.first + columns_;
+      args.ahead = columns_ * element_size(problem_.dtype) > kMaxForeseenBytes ? ahead_ : 0;
       leaf(args);
     };
     parallel(chunks_ * slabs_, [&](std::int64_t begin, std::int64_t end) {
@@ -183,17 +193,22 @@ class ChannelsLast {
     return partial;
   }
 
-  // Channel c's sums over all chunks and all of its folded columns, in a fixed order.
-  ChannelSums merged(const Partial& partial, std::int64_t c, double shift) const {
-    ChannelSums sums;
-    sums.shift = shift;
-    for (const double* chunk = partial.data(); chunk != partial.data() + partial.size(); chunk += 2 * columns_) {
-      for (std::int64_t j = c; j < columns_; j += problem_.C) {
-        sums.first += chunk[j];
-        sums.second += chunk[columns_ + j];
+  // Calls f(c, sums) with each channel's sums over all chunks and all of its folded columns, added in a fixed order.
+  template <typename F>
+  void for_each_merged(const Parallel& parallel, const Partial& partial, const double* shift, F&& f) const {
+    for_each_task_of_channels(parallel, [&](std::int64_t c0, std::int64_t n) {
+      double first[kFinishColumns] = {};
+      double second[kFinishColumns] = {};
+      for (const double* chunk = partial.data(); chunk != partial.data() + partial.size(); chunk += 2 * columns_) {
+        for (std::int64_t column = c0; column < columns_; column += problem_.C) {
+          for (std::int64_t j = 0; j < n; ++j) {
+            first[j] += chunk[column + j];
+            second[j] += chunk[columns_ + column + j];
+          }
+        }
       }
-    }
-    return sums;
+      for (std::int64_t j = 0; j < n; ++j) f(c0 + j, ChannelSums{shift[c0 + j], first[j], second[j]});
+    });
   }
 
   template <typename acc_t>
@@ -204,6 +219,7 @@ class ChannelsLast {
       MapArgs args;
       args.block = block_of(chunk, column, rows, len);
       op_.place(args, problem_.dtype, first_of(chunk) + column);
+      args.ahead = ahead_;
       args.epilogue = op_.epilogue;
       const int count = map_coefficients_of(op_.map_op);
       for (int k = 0; k < count; ++k) args.coefficients[k] = coefficients + k * columns_ + column;
@@ -250,6 +266,7 @@ class ChannelsLast {
   std::int64_t chunks_;
   std::int64_t slab_columns_;
   std::int64_t slabs_;
+  std::int64_t ahead_;     // elements
   std::int64_t mask_row_;  // bytes of a folded row's mask; together no more than common/mask.h reserves
 };
 

@@ -65,6 +65,7 @@ struct ReduceArgs {
   Epilogue epilogue;
   double* first;
   double* second;
+  std::int64_t ahead = 0;  // columns: with element i, ask for input i + ahead, unless 0
 };
 
 // out[...] = functor(in[...]), with the block's geometry.
@@ -72,8 +73,10 @@ struct MapArgs {
   Block block;
   void* out[2];  // output or grad_input, grad_residual; an activated functor has either, a plain one the first
   const void* coefficients[kMaxCoefficients];
+  std::int64_t coefficient_step = 0;  // segments: 0, or 1 where row r has coefficients[k][r]
   Epilogue epilogue;
-  bool streams;  // store past the caches, where the alignment allows
+  bool streams;            // store past the caches, where the alignment allows
+  std::int64_t ahead = 0;  // with element i, ask for input i + ahead, unless 0; only if streaming
 };
 
 // shift[j] = mean of in[offsets[i] + j] over i, for j < len, rounded to the dtype's natural compute type. Averaged

@@ -10,23 +10,20 @@
 constexpr std::int64_t kInner = 16;
 constexpr std::int64_t kOuter = 8;
 
-// The coefficients of element j; of all elements alike, where they belong to one channel.
-template <typename V, typename acc_t, typename Op, int kMax>
-BNEXT_INLINE void load_coefficients(V (&c)[kMax], const void* const (&from)[kMax], std::int64_t j) {
-  for (int k = 0; k < Op::kCoefficients; ++k) c[k] = load_raw<V>(static_cast<const acc_t*>(from[k]) + j);
+// The coefficients of the lanes from element j on; of all alike, where they belong to one channel.
+template <typename acc_t, typename Op, int kMax, typename Lanes>
+BNEXT_INLINE void load_coefficients(Vec<acc_t> (&c)[kMax], const void* const (&from)[kMax], std::int64_t j,
+                                    Lanes lanes) {
+  for (int k = 0; k < Op::kCoefficients; ++k) c[k] = load_vector<acc_t>(static_cast<const acc_t*>(from[k]) + j, lanes);
 }
 template <typename acc_t, typename Op, int kMax>
-BNEXT_INLINE void broadcast_coefficients(Vec<acc_t> (&c)[kMax], const void* const (&from)[kMax]) {
-  for (int k = 0; k < Op::kCoefficients; ++k) c[k] = broadcast(*static_cast<const acc_t*>(from[k]));
-}
-template <typename acc_t, int kMax>
-BNEXT_INLINE void first_lanes(acc_t (&c)[kMax], const Vec<acc_t> (&v)[kMax]) {
-  for (int k = 0; k < kMax; ++k) c[k] = v[k][0];
+BNEXT_INLINE void broadcast_coefficients(Vec<acc_t> (&c)[kMax], const void* const (&from)[kMax], std::int64_t j) {
+  for (int k = 0; k < Op::kCoefficients; ++k) c[k] = broadcast(static_cast<const acc_t*>(from[k])[j]);
 }
 
 // The two sums of a channel: kUnroll registers each, so that additions do not wait for one another.
 template <typename acc_t, typename scalar_t, typename Op>
-struct Lanes {
+struct SegmentSums {
   static constexpr int kUnroll = 4;
   static constexpr std::int64_t kN = kWidth<acc_t>;
   static constexpr std::int64_t kStep = kUnroll * kN;
@@ -43,14 +40,24 @@ struct Lanes {
   Vec<acc_t> c[kMaxReduceCoefficients] = {};
   const Setup setup;
 
-  BNEXT_INLINE Lanes(const ReduceArgs& args, const Setup& setup) : setup(setup) {
-    broadcast_coefficients<acc_t, Op>(c, args.coefficients);
+  BNEXT_INLINE SegmentSums(const ReduceArgs& args, const Setup& setup) : setup(setup) {
+    broadcast_coefficients<acc_t, Op>(c, args.coefficients, 0);
   }
 
   BNEXT_INLINE void add_vector(int u, const Inputs<scalar_t, Op>& inputs, std::int64_t i) {
     Vec<acc_t> in[kMaxInputs];
-    inputs.template load<acc_t>(in, setup, i);
+    inputs.template load<acc_t>(in, setup, i, Whole{});
     Op::template add<Natural<scalar_t>>(first[u], second[u], in, c, setup.epilogue);
+  }
+
+  BNEXT_INLINE void add_part(int u, const Inputs<scalar_t, Op>& inputs, std::int64_t i, Part part) {
+    Vec<acc_t> in[kMaxInputs];
+    Vec<acc_t> a = {};
+    Vec<acc_t> b = {};
+    inputs.template load<acc_t>(in, setup, i, part);
+    Op::template add<Natural<scalar_t>>(a, b, in, c, setup.epilogue);
+    first[u] += keep<acc_t>(a, part);
+    second[u] += keep<acc_t>(b, part);
   }
 
   // Elements [i, n), at most kInner * kStep of them.
@@ -64,17 +71,7 @@ struct Lanes {
     if (i + kN <= n) add_vector(0, inputs, i), i += kN;
     if (i + kN <= n) add_vector(1, inputs, i), i += kN;
     if (i + kN <= n) add_vector(2, inputs, i), i += kN;
-    acc_t cs[kMaxReduceCoefficients];
-    first_lanes(cs, c);
-    for (; i < n; ++i) {
-      acc_t in[kMaxInputs];
-      acc_t a = 0;
-      acc_t b = 0;
-      inputs.template load<acc_t>(in, setup, i);
-      Op::template add<Natural<scalar_t>>(a, b, in, cs, setup.epilogue);
-      first_total += static_cast<double>(a);
-      second_total += static_cast<double>(b);
-    }
+    if (i < n) add_part(3, inputs, i, Part{static_cast<int>(n - i)});
     if (inner >= kInner) settle();
   }
 
@@ -105,7 +102,7 @@ struct Lanes {
 struct ReduceSegments {
   template <typename scalar_t, typename acc_t, typename Op, Form kForm>
   static void run(const ReduceArgs& args) {
-    using Sums = Lanes<acc_t, scalar_t, Op>;
+    using Sums = SegmentSums<acc_t, scalar_t, Op>;
     constexpr std::int64_t kRun = kInner * Sums::kStep;
     const std::int64_t len = args.block.len;
     Sums sums(args, known_setup<Op, kForm>(args));
@@ -120,120 +117,141 @@ struct ReduceSegments {
   }
 };
 
-// The whole vectors of a row of one channel; what comes after them begins at what is returned.
-template <typename acc_t, bool kStream, typename scalar_t, typename Op>
-BNEXT_INLINE std::int64_t map_vectors(const Inputs<scalar_t, Op>& inputs, const Outputs<scalar_t, Op>& outputs,
-                                      const Vec<acc_t> (&c)[kMaxCoefficients], const Setup& setup, std::int64_t len) {
-  constexpr std::int64_t kN = kWidth<acc_t>;
-  std::int64_t i = 0;
-#pragma GCC unroll 4
-  for (; i + kN <= len; i += kN) {
+// Rows of one channel each.
+template <typename scalar_t, typename acc_t, typename Op>
+struct RowMap {
+  static constexpr std::int64_t kN = kWidth<acc_t>;
+
+  const MapArgs& args;
+  const Setup& setup;
+  Vec<acc_t> c[kMaxCoefficients] = {};
+
+  BNEXT_INLINE RowMap(const MapArgs& args, const Setup& setup) : args(args), setup(setup) {}
+
+  template <typename Lanes>
+  BNEXT_INLINE Mapped<Vec<acc_t>> mapped(const Inputs<scalar_t, Op>& inputs, std::int64_t i, Lanes lanes) const {
     Vec<acc_t> in[kMaxInputs];
-    inputs.template load<acc_t>(in, setup, i);
-    outputs.template store<acc_t, kStream>(Op::template apply<Natural<scalar_t>>(in, c, setup.epilogue), setup, i);
+    inputs.template load<acc_t>(in, setup, i, lanes);
+    return Op::template apply<Natural<scalar_t>>(in, c, setup.epilogue);
   }
-  return i;
-}
+
+  // Whole lines of a row from element i on; what is left begins at what is returned.
+  template <bool kStream>
+  BNEXT_INLINE std::int64_t map_lines(const Inputs<scalar_t, Op>& inputs, const Outputs<scalar_t, Op>& outputs) const {
+    constexpr int kVectors = kLineVectors<acc_t, scalar_t>;
+    std::int64_t i = 0;
+#pragma GCC unroll 4
+    for (; i + kVectors * kN <= args.block.len; i += kVectors * kN) {
+      Mapped<Vec<acc_t>> line[kVectors];
+      if (kStream && args.ahead != 0) inputs.prefetch(setup, i + args.ahead);
+#pragma GCC unroll 4
+      for (int u = 0; u < kVectors; ++u) line[u] = mapped(inputs, i + u * kN, Whole{});
+      outputs.template store_line_of<acc_t, kStream>(line, setup, i);
+    }
+    return i;
+  }
+
+  BNEXT_INLINE void run(std::int64_t r) {
+    const std::int64_t len = args.block.len;
+    if (r == 0 || args.coefficient_step != 0) {
+      broadcast_coefficients<acc_t, Op>(c, args.coefficients, r * args.coefficient_step);
+    }
+    const Inputs<scalar_t, Op> inputs(args.block, setup, r);
+    const Outputs<scalar_t, Op> outputs(args, setup, r);
+    const bool streams = kStreamable<scalar_t, acc_t> && args.streams && outputs.aligned(setup);
+    std::int64_t i = 0;
+    if constexpr (kStreamable<scalar_t, acc_t>) i = streams ? map_lines<true>(inputs, outputs) : 0;
+    if (!streams) i = map_lines<false>(inputs, outputs);
+    if constexpr (kLineVectors<acc_t, scalar_t> > 1) {
+      for (; i + kN <= len; i += kN) outputs.template store<acc_t>(mapped(inputs, i, Whole{}), setup, i, Whole{});
+    }
+    if (i < len) {
+      const Part part{static_cast<int>(len - i)};
+      outputs.template store<acc_t>(mapped(inputs, i, part), setup, i, part);
+    }
+  }
+};
 
 struct MapSegments {
   template <typename scalar_t, typename acc_t, typename Op, Form kForm>
-  static void run(const MapArgs& args) {
+  static void run(const MapArgs& call) {
+    const MapArgs args = call;  // a copy that no store to an output can be taken to change
     const Setup setup = known_setup<Op, kForm>(args);
-    Vec<acc_t> cv[kMaxCoefficients] = {};
-    broadcast_coefficients<acc_t, Op>(cv, args.coefficients);
-    acc_t c[kMaxCoefficients];
-    first_lanes(c, cv);
-    const std::int64_t len = args.block.len;
-    for (std::int64_t r = 0; r < args.block.rows; ++r) {
-      const Inputs<scalar_t, Op> inputs(args.block, setup, r);
-      const Outputs<scalar_t, Op> outputs(args, setup, r);
-      const bool streams = args.streams && outputs.template aligned<acc_t>(setup);
-      std::int64_t i = streams ? map_vectors<acc_t, true>(inputs, outputs, cv, setup, len)
-                               : map_vectors<acc_t, false>(inputs, outputs, cv, setup, len);
-      for (; i < len; ++i) {
-        acc_t in[kMaxInputs];
-        inputs.template load<acc_t>(in, setup, i);
-        outputs.template store<acc_t, false>(Op::template apply<Natural<scalar_t>>(in, c, setup.epilogue), setup, i);
-      }
-    }
+    RowMap<scalar_t, acc_t, Op> map(args, setup);
+    for (std::int64_t r = 0; r < args.block.rows; ++r) map.run(r);
     if (args.streams) finish_streams();
   }
 };
 
 // Columns are reduced in slabs whose sums stay in the first-level cache; inside a slab a tile of a few rows at a
-// time, whose sums are made in registers and then added to the slab's.
+// time, whose sums are made in registers and then added to the slab's. A tile is small: its columns are read one below
+// the other, in an order that the processor does not foresee.
 constexpr std::int64_t kSlabColumns = 1024;
-constexpr std::int64_t kSlabBytes = 16384;
+constexpr std::int64_t kTileBytes = 2048;
 
 struct ReduceColumns {
+  // Adds rows [t0, t1) of kUnroll registers of columns, from column j of the block on, to the slab's sums.
+  template <typename scalar_t, typename acc_t, typename Op, int kUnroll, typename Lanes>
+  BNEXT_INLINE static void add(const ReduceArgs& args, const Setup& setup, std::int64_t t0, std::int64_t t1,
+                               std::int64_t j, acc_t* first, acc_t* second, Lanes lanes) {
+    constexpr std::int64_t kN = kWidth<acc_t>;
+    constexpr int kLine = kLineVectors<acc_t, scalar_t>;
+    Vec<acc_t> a[kUnroll] = {};
+    Vec<acc_t> b[kUnroll] = {};
+    Vec<acc_t> k[kUnroll][kMaxReduceCoefficients] = {};
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) load_coefficients<acc_t, Op>(k[u], args.coefficients, j + u * kN, lanes);
+    if (args.ahead != 0) {
+      for (std::int64_t r = t0; r < t1; ++r) {
+        const Inputs<scalar_t, Op> inputs(args.block, setup, r);
+        for (int u = 0; u < kUnroll; u += kLine) inputs.prefetch(setup, j + u * kN + args.ahead);
+      }
+    }
+    for (std::int64_t r = t0; r < t1; ++r) {
+      const Inputs<scalar_t, Op> inputs(args.block, setup, r);
+#pragma GCC unroll 4
+      for (int u = 0; u < kUnroll; ++u) {
+        Vec<acc_t> in[kMaxInputs];
+        inputs.template load<acc_t>(in, setup, j + u * kN, lanes);
+        Op::template add<Natural<scalar_t>>(a[u], b[u], in, k[u], setup.epilogue);
+      }
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) {
+      store_raw(first + u * kN, load_raw<Vec<acc_t>>(first + u * kN) + a[u]);
+      store_raw(second + u * kN, load_raw<Vec<acc_t>>(second + u * kN) + b[u]);
+    }
+  }
+
   template <typename scalar_t, typename acc_t, typename Op, Form kForm>
   static void run(const ReduceArgs& call) {
     constexpr std::int64_t kN = kWidth<acc_t>;
     constexpr int kUnroll = 4;
-    constexpr int kC = kMaxReduceCoefficients;
     const ReduceArgs args = call;  // a copy that no store to a sum can be taken to change
     const Setup setup = known_setup<Op, kForm>(args);
     alignas(64) acc_t first[kSlabColumns];
     alignas(64) acc_t second[kSlabColumns];
     for (std::int64_t c0 = 0; c0 < args.block.len; c0 += kSlabColumns) {
       const std::int64_t columns = args.block.len - c0 < kSlabColumns ? args.block.len - c0 : kSlabColumns;
-      const std::int64_t wanted = kSlabBytes / (columns * static_cast<std::int64_t>(sizeof(scalar_t)) * kInputs<Op>);
-      const std::int64_t tile_rows = wanted < 4 ? 4 : wanted > kInner ? kInner : wanted;
-      const std::int64_t flush_rows = tile_rows * kOuter;
+      const std::int64_t wanted = kTileBytes / (columns * static_cast<std::int64_t>(sizeof(scalar_t)));
+      const std::int64_t tile_rows = wanted < 1 ? 1 : wanted > kInner ? kInner : wanted;
+      const std::int64_t flush_rows = tile_rows * (kInner + kOuter - tile_rows);
       for (std::int64_t r0 = 0; r0 < args.block.rows; r0 += flush_rows) {
         const std::int64_t r1 = args.block.rows - r0 < flush_rows ? args.block.rows : r0 + flush_rows;
-        for (std::int64_t c = 0; c < columns; ++c) first[c] = second[c] = 0;
+        // To the end of the last register: lanes beyond the columns are added to as well, and not read.
+        for (std::int64_t c = 0; c < (columns + kN - 1) / kN * kN; ++c) first[c] = second[c] = 0;
         for (std::int64_t t0 = r0; t0 < r1; t0 += tile_rows) {
           const std::int64_t t1 = r1 - t0 < tile_rows ? r1 : t0 + tile_rows;
           std::int64_t c = 0;
           for (; c + kUnroll * kN <= columns; c += kUnroll * kN) {
-            Vec<acc_t> a[kUnroll] = {};
-            Vec<acc_t> b[kUnroll] = {};
-            Vec<acc_t> k[kUnroll][kC] = {};
-#pragma GCC unroll 4
-            for (int u = 0; u < kUnroll; ++u) {
-              load_coefficients<Vec<acc_t>, acc_t, Op>(k[u], args.coefficients, c0 + c + u * kN);
-            }
-            for (std::int64_t r = t0; r < t1; ++r) {
-              const Inputs<scalar_t, Op> inputs(args.block, setup, r);
-#pragma GCC unroll 4
-              for (int u = 0; u < kUnroll; ++u) {
-                Vec<acc_t> in[kMaxInputs];
-                inputs.template load<acc_t>(in, setup, c0 + c + u * kN);
-                Op::template add<Natural<scalar_t>>(a[u], b[u], in, k[u], setup.epilogue);
-              }
-            }
-#pragma GCC unroll 4
-            for (int u = 0; u < kUnroll; ++u) {
-              store_raw(first + c + u * kN, load_raw<Vec<acc_t>>(first + c + u * kN) + a[u]);
-              store_raw(second + c + u * kN, load_raw<Vec<acc_t>>(second + c + u * kN) + b[u]);
-            }
+            add<scalar_t, acc_t, Op, kUnroll>(args, setup, t0, t1, c0 + c, first + c, second + c, Whole{});
           }
           for (; c + kN <= columns; c += kN) {
-            Vec<acc_t> a = {};
-            Vec<acc_t> b = {};
-            Vec<acc_t> k[kC] = {};
-            load_coefficients<Vec<acc_t>, acc_t, Op>(k, args.coefficients, c0 + c);
-            for (std::int64_t r = t0; r < t1; ++r) {
-              Vec<acc_t> in[kMaxInputs];
-              Inputs<scalar_t, Op>(args.block, setup, r).template load<acc_t>(in, setup, c0 + c);
-              Op::template add<Natural<scalar_t>>(a, b, in, k, setup.epilogue);
-            }
-            store_raw(first + c, load_raw<Vec<acc_t>>(first + c) + a);
-            store_raw(second + c, load_raw<Vec<acc_t>>(second + c) + b);
+            add<scalar_t, acc_t, Op, 1>(args, setup, t0, t1, c0 + c, first + c, second + c, Whole{});
           }
-          for (; c < columns; ++c) {
-            acc_t a = 0;
-            acc_t b = 0;
-            acc_t k[kC] = {};
-            load_coefficients<acc_t, acc_t, Op>(k, args.coefficients, c0 + c);
-            for (std::int64_t r = t0; r < t1; ++r) {
-              acc_t in[kMaxInputs];
-              Inputs<scalar_t, Op>(args.block, setup, r).template load<acc_t>(in, setup, c0 + c);
-              Op::template add<Natural<scalar_t>>(a, b, in, k, setup.epilogue);
-            }
-            first[c] += a;
-            second[c] += b;
+          if (c < columns) {
+            const Part part{static_cast<int>(columns - c)};
+            add<scalar_t, acc_t, Op, 1>(args, setup, t0, t1, c0 + c, first + c, second + c, part);
           }
         }
         for (std::int64_t c = 0; c < columns; ++c) {
@@ -245,56 +263,72 @@ struct ReduceColumns {
   }
 };
 
-// V: acc_t, for column i of kRows rows from r on, or Vec<acc_t>, for those from i on.
-template <typename V, typename scalar_t, typename acc_t, typename Op, int kRows, bool kStream>
-BNEXT_INLINE void map_column(const MapArgs& args, const Setup& setup, std::int64_t r, std::int64_t i) {
-  V c[kMaxCoefficients] = {};
-  load_coefficients<V, acc_t, Op>(c, args.coefficients, i);
-#pragma GCC unroll 4
-  for (int j = 0; j < kRows; ++j) {
-    V in[kMaxInputs];
-    Inputs<scalar_t, Op>(args.block, setup, r + j).template load<acc_t>(in, setup, i);
-    const auto mapped = Op::template apply<Natural<scalar_t>>(in, c, setup.epilogue);
-    Outputs<scalar_t, Op>(args, setup, r + j).template store<acc_t, kStream>(mapped, setup, i);
-  }
-}
-
-template <typename scalar_t, typename acc_t, typename Op, int kRows, bool kStream>
-BNEXT_INLINE void map_rows(const MapArgs& args, const Setup& setup, std::int64_t r) {
-  constexpr std::int64_t kN = kWidth<acc_t>;
-  std::int64_t i = 0;
-  for (; i + kN <= args.block.len; i += kN) {
-    map_column<Vec<acc_t>, scalar_t, acc_t, Op, kRows, kStream>(args, setup, r, i);
-  }
-  for (; i < args.block.len; ++i) map_column<acc_t, scalar_t, acc_t, Op, kRows, false>(args, setup, r, i);
-}
-
 struct MapColumns {
-  // Several rows at once share one load of the coefficients.
+  // kVectors registers of columns from i on, of kRows rows from r on, which share one load of the coefficients.
+  template <typename scalar_t, typename acc_t, typename Op, int kRows, int kVectors, bool kStream, typename Lanes>
+  BNEXT_INLINE static void map(const MapArgs& args, const Setup& setup, std::int64_t r, std::int64_t i, Lanes lanes) {
+    constexpr std::int64_t kN = kWidth<acc_t>;
+    Vec<acc_t> c[kVectors][kMaxCoefficients] = {};
+#pragma GCC unroll 4
+    for (int u = 0; u < kVectors; ++u) load_coefficients<acc_t, Op>(c[u], args.coefficients, i + u * kN, lanes);
+#pragma GCC unroll 4
+    for (int j = 0; j < kRows; ++j) {
+      const Inputs<scalar_t, Op> inputs(args.block, setup, r + j);
+      const Outputs<scalar_t, Op> outputs(args, setup, r + j);
+      if (kStream && args.ahead != 0) inputs.prefetch(setup, i + args.ahead);
+      Mapped<Vec<acc_t>> mapped[kVectors];
+#pragma GCC unroll 4
+      for (int u = 0; u < kVectors; ++u) {
+        Vec<acc_t> in[kMaxInputs];
+        inputs.template load<acc_t>(in, setup, i + u * kN, lanes);
+        mapped[u] = Op::template apply<Natural<scalar_t>>(in, c[u], setup.epilogue);
+      }
+      if constexpr (kVectors == kLineVectors<acc_t, scalar_t> && std::is_same_v<Lanes, Whole>) {
+        outputs.template store_line_of<acc_t, kStream>(mapped, setup, i);
+      } else {
+        outputs.template store<acc_t>(mapped[0], setup, i, lanes);
+      }
+    }
+  }
+
+  template <typename scalar_t, typename acc_t, typename Op, int kRows, bool kStream>
+  BNEXT_INLINE static void map_rows(const MapArgs& args, const Setup& setup, std::int64_t r) {
+    constexpr std::int64_t kN = kWidth<acc_t>;
+    constexpr int kVectors = kLineVectors<acc_t, scalar_t>;
+    const std::int64_t len = args.block.len;
+    std::int64_t i = 0;
+    for (; i + kVectors * kN <= len; i += kVectors * kN) {
+      map<scalar_t, acc_t, Op, kRows, kVectors, kStream>(args, setup, r, i, Whole{});
+    }
+    if constexpr (kVectors > 1) {
+      for (; i + kN <= len; i += kN) map<scalar_t, acc_t, Op, kRows, 1, false>(args, setup, r, i, Whole{});
+    }
+    if (i < len) map<scalar_t, acc_t, Op, kRows, 1, false>(args, setup, r, i, Part{static_cast<int>(len - i)});
+  }
+
+  // Two rows of a stream, whose memory the processor foresees better than that of four.
   template <typename scalar_t, typename acc_t, typename Op, Form kForm>
   static void run(const MapArgs& call) {
-    constexpr int kRows = 4;
     const MapArgs args = call;  // a copy that no store to an output can be taken to change
     const Setup setup = known_setup<Op, kForm>(args);
-    const bool rows_alike = args.block.stride % kWidth<acc_t> == 0;
-    const bool streams =
-        args.streams && rows_alike && Outputs<scalar_t, Op>(args, setup, 0).template aligned<acc_t>(setup);
+    const bool rows_alike = args.block.stride * static_cast<std::int64_t>(sizeof(scalar_t)) % kLineBytes == 0;
     std::int64_t r = 0;
-    for (; r + kRows <= args.block.rows; r += kRows) {
-      streams ? map_rows<scalar_t, acc_t, Op, kRows, true>(args, setup, r)
-              : map_rows<scalar_t, acc_t, Op, kRows, false>(args, setup, r);
+    if constexpr (kStreamable<scalar_t, acc_t>) {
+      if (args.streams && rows_alike && Outputs<scalar_t, Op>(args, setup, 0).aligned(setup)) {
+        for (; r + 2 <= args.block.rows; r += 2) map_rows<scalar_t, acc_t, Op, 2, true>(args, setup, r);
+        finish_streams();
+      }
     }
+    for (; r + 4 <= args.block.rows; r += 4) map_rows<scalar_t, acc_t, Op, 4, false>(args, setup, r);
     for (; r < args.block.rows; ++r) map_rows<scalar_t, acc_t, Op, 1, false>(args, setup, r);
-    if (streams) finish_streams();
   }
 };
 
-// V: acc_t or Vec<acc_t>.
-template <typename V, typename acc_t, typename scalar_t>
-BNEXT_INLINE V pairwise_mean(const scalar_t* x, const std::int64_t* offsets, int samples) {
+template <typename acc_t, typename scalar_t, typename Lanes>
+BNEXT_INLINE Vec<acc_t> pairwise_mean(const scalar_t* x, const std::int64_t* offsets, int samples, Lanes lanes) {
   const acc_t half = static_cast<acc_t>(0.5);
-  V level[kMaxSamples] = {};
-  for (int i = 0; i < samples; ++i) level[i] = load_as<V, acc_t>(x + offsets[i]);
+  Vec<acc_t> level[kMaxSamples] = {};
+  for (int i = 0; i < samples; ++i) level[i] = load_vector<acc_t>(x + offsets[i], lanes);
   for (int n = samples; n > 1; n /= 2) {
     for (int i = 0; i < n / 2; ++i) level[i] = average(level[2 * i], level[2 * i + 1], half);
   }
@@ -307,11 +341,13 @@ void sample(const SampleArgs& args) {
   const auto* x = static_cast<const scalar_t*>(args.in);
   std::int64_t j = 0;
   for (; j + kN <= args.len; j += kN) {
-    const auto mean = pairwise_mean<Vec<acc_t>, acc_t>(x + j, args.offsets, args.samples);
+    const auto mean = pairwise_mean<acc_t>(x + j, args.offsets, args.samples, Whole{});
     for (int l = 0; l < kN; ++l) args.shift[j + l] = static_cast<double>(mean[l]);
   }
-  for (; j < args.len; ++j) {
-    args.shift[j] = static_cast<double>(pairwise_mean<acc_t, acc_t>(x + j, args.offsets, args.samples));
+  if (j < args.len) {
+    const Part part{static_cast<int>(args.len - j)};
+    const auto mean = pairwise_mean<acc_t>(x + j, args.offsets, args.samples, part);
+    for (int l = 0; l < part.n; ++l) args.shift[j + l] = static_cast<double>(mean[l]);
   }
 }
 

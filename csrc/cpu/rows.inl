@@ -9,6 +9,10 @@ using Vec = Vector<acc_t, kWidth<acc_t>>;
 template <typename scalar_t>
 using Natural = std::conditional_t<sizeof(scalar_t) == sizeof(double), double, float>;
 
+// Streaming is for the way that data of any size takes.
+template <typename scalar_t, typename acc_t>
+constexpr bool kStreamable = std::is_same_v<acc_t, Natural<scalar_t>>;
+
 template <typename Op>
 constexpr int kInputs = int{Op::kReadsInput} + int{Op::kReadsGrad} + int{Op::kActivated};
 
@@ -123,8 +127,8 @@ void run_form(const Args& args) {
 // What Op reads of row r of a block.
 template <typename scalar_t, typename Op>
 struct Inputs {
-  const scalar_t* in[kMaxInputs];
-  const std::uint8_t* mask;
+  const scalar_t* in[kMaxInputs] = {};
+  const std::uint8_t* mask = nullptr;
 
   BNEXT_INLINE Inputs(const Block& block, const Setup& setup, std::int64_t r) {
     // One that is not read may be null and stays so.
@@ -136,35 +140,36 @@ struct Inputs {
     if (Op::kActivated && setup.epilogue.has_mask) mask = block.mask + r * block.mask_stride;
   }
 
-  // V: acc_t, for element i, or Vec<acc_t>, for those from i on; i is then a multiple of their number.
-  template <typename acc_t, typename V>
-  BNEXT_INLINE void load(V (&v)[kMaxInputs], const Setup& setup, std::int64_t i) const {
-    constexpr int kN = sizeof(V) / sizeof(acc_t);
-    if constexpr (Op::kReadsInput) v[0] = setup.input ? load_as<V, acc_t>(in[0] + i) : V{};
-    if constexpr (Op::kReadsGrad) v[1] = load_as<V, acc_t>(in[1] + i);
+  // Those of the lanes from element i on, a multiple of a register's.
+  template <typename acc_t, typename Lanes>
+  BNEXT_INLINE void load(Vec<acc_t> (&v)[kMaxInputs], const Setup& setup, std::int64_t i, Lanes lanes) const {
+    using V = Vec<acc_t>;
+    if constexpr (Op::kReadsInput) v[0] = setup.input ? load_vector<acc_t>(in[0] + i, lanes) : V{};
+    if constexpr (Op::kReadsGrad) v[1] = load_vector<acc_t>(in[1] + i, lanes);
     if constexpr (Op::kActivated) {
       if (setup.epilogue.has_mask) {
-        v[2] = from_bits<V>(load_mask<kN>(mask, i));
+        v[2] = from_bits<V>(load_mask<kWidth<acc_t>>(mask, i, lanes));
       } else if (setup.epilogue.has_residual) {
-        v[2] = load_as<V, acc_t>(in[2] + i);
+        v[2] = load_vector<acc_t>(in[2] + i, lanes);
       } else {
         v[2] = V{};
       }
     }
   }
-};
 
-// Whether vectors from here on can be streamed.
-template <typename acc_t, typename scalar_t>
-BNEXT_INLINE bool is_aligned(const scalar_t* to) {
-  return reinterpret_cast<std::uintptr_t>(to) % (kWidth<acc_t> * sizeof(scalar_t)) == 0;
-}
+  // Asks for the cache line of element i, which need not be the row's.
+  BNEXT_INLINE void prefetch(const Setup& setup, std::int64_t i) const {
+    if (Op::kReadsInput && setup.input) __builtin_prefetch(in[0] + i, 0, 2);
+    if (Op::kReadsGrad) __builtin_prefetch(in[1] + i, 0, 2);
+    if (Op::kActivated && setup.epilogue.has_residual) __builtin_prefetch(in[2] + i, 0, 2);
+  }
+};
 
 // Where Op's results of row r of a block go.
 template <typename scalar_t, typename Op>
 struct Outputs {
-  scalar_t* out[2];
-  std::uint8_t* mask;
+  scalar_t* out[2] = {};
+  std::uint8_t* mask = nullptr;
 
   BNEXT_INLINE Outputs(const MapArgs& args, const Setup& setup, std::int64_t r) {
     if (setup.first) out[0] = static_cast<scalar_t*>(args.out[0]) + r * args.block.stride;
@@ -172,22 +177,40 @@ struct Outputs {
     if (setup.writes_mask) mask = args.block.mask + r * args.block.mask_stride;
   }
 
-  // Whether this row, whose vectors begin at multiples of their width, can be streamed.
-  template <typename acc_t>
+  // Whether lines of this row can be streamed.
   BNEXT_INLINE bool aligned(const Setup& setup) const {
-    return (!setup.first || is_aligned<acc_t>(out[0])) && (!setup.second || is_aligned<acc_t>(out[1]));
+    const auto is_aligned = [](const scalar_t* to) { return reinterpret_cast<std::uintptr_t>(to) % kLineBytes == 0; };
+    return (!setup.first || is_aligned(out[0])) && (!setup.second || is_aligned(out[1]));
   }
 
-  template <typename acc_t, bool kStream, typename V>
-  BNEXT_INLINE void store(const Mapped<V>& mapped, const Setup& setup, std::int64_t i) const {
-    constexpr int kN = sizeof(V) / sizeof(acc_t);
-    if constexpr (kStream) {
-      if (setup.first) stream_vector<acc_t>(out[0] + i, mapped.first);
-      if (setup.second) stream_vector<acc_t>(out[1] + i, mapped.second);
-    } else {
-      if (setup.first) store_as<V, acc_t>(out[0] + i, mapped.first);
-      if (setup.second) store_as<V, acc_t>(out[1] + i, mapped.second);
+  template <typename acc_t, typename Lanes>
+  BNEXT_INLINE void store(const Mapped<Vec<acc_t>>& mapped, const Setup& setup, std::int64_t i, Lanes lanes) const {
+    if (setup.first) store_vector<acc_t>(out[0] + i, mapped.first, lanes);
+    if (setup.second) store_vector<acc_t>(out[1] + i, mapped.second, lanes);
+    if (setup.writes_mask) store_mask<kWidth<acc_t>>(mask, i, open_bits(mapped.second), lanes);
+  }
+
+  // A line's worth, perhaps past the caches.
+  template <typename acc_t, bool kStream>
+  BNEXT_INLINE void store_line_of(const Mapped<Vec<acc_t>> (&mapped)[kLineVectors<acc_t, scalar_t>], const Setup& setup,
+                                  std::int64_t i) const {
+    constexpr int kVectors = kLineVectors<acc_t, scalar_t>;
+    const auto put = [](scalar_t* to, const Vec<acc_t>(&line)[kVectors]) {
+      kStream ? stream_line<acc_t>(to, line) : store_line<acc_t>(to, line);
+    };
+    Vec<acc_t> line[kVectors];
+    if (setup.first) {
+      for (int u = 0; u < kVectors; ++u) line[u] = mapped[u].first;
+      put(out[0] + i, line);
     }
-    if (setup.writes_mask) store_mask<kN>(mask, i, open_bits(mapped.second));
+    if (setup.second) {
+      for (int u = 0; u < kVectors; ++u) line[u] = mapped[u].second;
+      put(out[1] + i, line);
+    }
+    if (setup.writes_mask) {
+      for (int u = 0; u < kVectors; ++u) {
+        store_mask<kWidth<acc_t>>(mask, i + u * kWidth<acc_t>, open_bits(mapped[u].second));
+      }
+    }
   }
 };

@@ -26,6 +26,48 @@ BNEXT_INLINE void store_raw(T* to, const V& v) {
   __builtin_memcpy(to, &v, sizeof v);
 }
 
+// Which lanes of a register an access is for: all of them, or where a row ends the first n. Lanes that are not loaded
+// are zero.
+struct Whole {};
+struct Part {
+  int n;
+};
+
+BNEXT_INLINE std::uint32_t lane_bits(Part part) { return (1u << part.n) - 1u; }
+
+// Copies the first of kN elements into a register's worth of them, and back.
+template <int kN, typename T>
+BNEXT_INLINE void load_part(T (&to)[kN], const T* from, Part part) {
+  [[maybe_unused]] constexpr int kBytes = kN * static_cast<int>(sizeof(T));
+#if defined(__x86_64__)
+  if constexpr (kVectorBytes == 64) {
+    [[maybe_unused]] const std::uint32_t lanes = lane_bits(part);
+    if constexpr (sizeof(T) == 8) return store_raw(to, _mm512_maskz_loadu_epi64(lanes, from));
+    if constexpr (sizeof(T) == 4 && kBytes == 64) return store_raw(to, _mm512_maskz_loadu_epi32(lanes, from));
+    if constexpr (sizeof(T) == 4 && kBytes == 32) return store_raw(to, _mm256_maskz_loadu_epi32(lanes, from));
+    if constexpr (sizeof(T) == 2 && kBytes == 32) return store_raw(to, _mm256_maskz_loadu_epi16(lanes, from));
+    if constexpr (sizeof(T) == 2 && kBytes == 16) return store_raw(to, _mm_maskz_loadu_epi16(lanes, from));
+  }
+#endif
+  for (int l = 0; l < kN; ++l) to[l] = l < part.n ? from[l] : T{};
+}
+
+template <int kN, typename T>
+BNEXT_INLINE void store_part(T* to, const T (&from)[kN], Part part) {
+  [[maybe_unused]] constexpr int kBytes = kN * static_cast<int>(sizeof(T));
+#if defined(__x86_64__)
+  if constexpr (kVectorBytes == 64) {
+    [[maybe_unused]] const std::uint32_t lanes = lane_bits(part);
+    if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_epi64(to, lanes, load_raw<__m512i>(from));
+    if constexpr (sizeof(T) == 4 && kBytes == 64) return _mm512_mask_storeu_epi32(to, lanes, load_raw<__m512i>(from));
+    if constexpr (sizeof(T) == 4 && kBytes == 32) return _mm256_mask_storeu_epi32(to, lanes, load_raw<__m256i>(from));
+    if constexpr (sizeof(T) == 2 && kBytes == 32) return _mm256_mask_storeu_epi16(to, lanes, load_raw<__m256i>(from));
+    if constexpr (sizeof(T) == 2 && kBytes == 16) return _mm_mask_storeu_epi16(to, lanes, load_raw<__m128i>(from));
+  }
+#endif
+  for (int l = 0; l < part.n; ++l) to[l] = from[l];
+}
+
 // The 512-bit forms below are taken with a mask of all lanes: GCC 12 warns of an uninitialised value inside those
 // without one.
 constexpr unsigned short kAllLanes = 0xffff;
@@ -69,6 +111,31 @@ BNEXT_INLINE void narrow(BFloat16* to, const Vector<float, kN>& v) {
   store_bits<kN>(to, float_to_bfloat16<Vector<std::uint32_t, kN>>(v));
 }
 
+#if defined(__x86_64__)
+// float_to_bfloat16 in half the instructions, for 512 bits; the result is in the upper halves.
+template <int kN>
+BNEXT_INLINE Vector<std::uint32_t, kN> round_to_bfloat16(const Vector<float, kN>& v) {
+  const __m512i bits = __builtin_bit_cast(__m512i, v);
+  const __m512 value = __builtin_bit_cast(__m512, v);
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  const __m512i down = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_mask_add_epi32(down, odd, bits, _mm512_set1_epi32(0x8000));
+  return __builtin_bit_cast(Vector<std::uint32_t, kN>,
+                            _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000)));
+}
+
+template <int kN>
+BNEXT_INLINE void narrow_pair(BFloat16* to, const Vector<float, kN>& low, const Vector<float, kN>& high) {
+  Vector<std::uint16_t, 2 * kN> upper_halves;
+  for (int i = 0; i < 2 * kN; ++i) upper_halves[i] = static_cast<std::uint16_t>(2 * i + 1);
+  const __m512i packed = _mm512_permutex2var_epi16(__builtin_bit_cast(__m512i, round_to_bfloat16<kN>(low)),
+                                                   __builtin_bit_cast(__m512i, upper_halves),
+                                                   __builtin_bit_cast(__m512i, round_to_bfloat16<kN>(high)));
+  store_raw(to, packed);
+}
+#endif
+
 // By the processor's own instructions where this instruction set has them. (A target pragma does not define
 // __F16C__ in time for the preprocessor, so the register's width stands for the instruction set.)
 template <int kN>
@@ -110,7 +177,7 @@ BNEXT_INLINE void narrow(float* to, const Vector<float, kN>& v) {
 
 // One register of compute type from kWidth<acc_t> elements, and back.
 template <typename acc_t, typename scalar_t>
-BNEXT_INLINE Vector<acc_t, kWidth<acc_t>> load_vector(const scalar_t* from) {
+BNEXT_INLINE Vector<acc_t, kWidth<acc_t>> load_vector(const scalar_t* from, Whole = {}) {
   constexpr int kN = kWidth<acc_t>;
   if constexpr (sizeof(scalar_t) == sizeof(double)) {
     return load_raw<Vector<double, kN>>(from);
@@ -120,7 +187,14 @@ BNEXT_INLINE Vector<acc_t, kWidth<acc_t>> load_vector(const scalar_t* from) {
 }
 
 template <typename acc_t, typename scalar_t>
-BNEXT_INLINE void store_vector(scalar_t* to, const Vector<acc_t, kWidth<acc_t>>& v) {
+BNEXT_INLINE Vector<acc_t, kWidth<acc_t>> load_vector(const scalar_t* from, Part part) {
+  scalar_t packed[kWidth<acc_t>];
+  load_part(packed, from, part);
+  return load_vector<acc_t>(packed);
+}
+
+template <typename acc_t, typename scalar_t>
+BNEXT_INLINE void store_vector(scalar_t* to, const Vector<acc_t, kWidth<acc_t>>& v, Whole = {}) {
   constexpr int kN = kWidth<acc_t>;
   if constexpr (sizeof(scalar_t) == sizeof(double)) {
     store_raw(to, v);
@@ -129,77 +203,66 @@ BNEXT_INLINE void store_vector(scalar_t* to, const Vector<acc_t, kWidth<acc_t>>&
   }
 }
 
+template <typename acc_t, typename scalar_t>
+BNEXT_INLINE void store_vector(scalar_t* to, const Vector<acc_t, kWidth<acc_t>>& v, Part part) {
+  scalar_t packed[kWidth<acc_t>];
+  store_vector<acc_t>(packed, v);
+  store_part(to, packed, part);
+}
+
 template <typename acc_t>
 BNEXT_INLINE Vector<acc_t, kWidth<acc_t>> broadcast(acc_t value) {
   return Vector<acc_t, kWidth<acc_t>>{} + value;
 }
 
-// The same for one element, where a row's end leaves less than a register.
+// v where `part` has lanes, 0 elsewhere.
+template <typename acc_t>
+BNEXT_INLINE Vector<acc_t, kWidth<acc_t>> keep(const Vector<acc_t, kWidth<acc_t>>& v, Part part) {
+  using V = Vector<acc_t, kWidth<acc_t>>;
+  using Bits = typename LanesOf<V>::Bits;
+  Bits lane;
+  for (int l = 0; l < kWidth<acc_t>; ++l) lane[l] = l;
+  return lane < Bits{} + part.n ? v : V{};
+}
+
+// A cache line's worth of values.
+constexpr int kLineBytes = 64;
 template <typename acc_t, typename scalar_t>
-BNEXT_INLINE acc_t load_scalar(const scalar_t* from) {
-  if constexpr (sizeof(scalar_t) == 2) {
-    return static_cast<acc_t>(to_float(*from));
-  } else {
-    return static_cast<acc_t>(*from);
-  }
-}
-template <typename acc_t>
-BNEXT_INLINE void store_scalar(float* to, acc_t value) {
-  *to = static_cast<float>(value);
-}
-template <typename acc_t>
-BNEXT_INLINE void store_scalar(double* to, acc_t value) {
-  *to = static_cast<double>(value);
-}
-template <typename acc_t>
-BNEXT_INLINE void store_scalar(Half* to, acc_t value) {
-  *to = to_half(static_cast<float>(value));
-}
-template <typename acc_t>
-BNEXT_INLINE void store_scalar(BFloat16* to, acc_t value) {
-  *to = to_bfloat16(static_cast<float>(value));
-}
+constexpr int kLineVectors = kLineBytes / (kWidth<acc_t> * static_cast<int>(sizeof(scalar_t)));
 
-// V is acc_t, for one element, or a register of them.
-template <typename V, typename acc_t, typename scalar_t>
-BNEXT_INLINE V load_as(const scalar_t* from) {
-  if constexpr (sizeof(V) == sizeof(acc_t)) {
-    return load_scalar<acc_t>(from);
-  } else {
-    return load_vector<acc_t>(from);
-  }
-}
-
-template <typename V, typename acc_t, typename scalar_t>
-BNEXT_INLINE void store_as(scalar_t* to, const V& value) {
-  if constexpr (sizeof(V) == sizeof(acc_t)) {
-    store_scalar<acc_t>(to, value);
-  } else {
-    store_vector<acc_t>(to, value);
-  }
-}
-
-// store_vector past the caches: for outputs that they would not hold. `to` is aligned to what is stored.
 template <typename acc_t, typename scalar_t>
-BNEXT_INLINE void stream_vector(scalar_t* to, const Vector<acc_t, kWidth<acc_t>>& v) {
-  constexpr int kBytes = kWidth<acc_t> * static_cast<int>(sizeof(scalar_t));
-  alignas(kBytes) scalar_t packed[kWidth<acc_t>];
-  store_vector<acc_t>(packed, v);
+BNEXT_INLINE void store_line(scalar_t* to, const Vector<acc_t, kWidth<acc_t>> (&v)[kLineVectors<acc_t, scalar_t>]) {
 #if defined(__x86_64__)
-  if constexpr (kBytes == 64 && kVectorBytes == 64) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), load_raw<__m512i>(packed));
-    return;
-  }
-  if constexpr (kBytes == 32 && kVectorBytes >= 32) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), load_raw<__m256i>(packed));
-    return;
-  }
-  if constexpr (kBytes == 16) {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to), load_raw<__m128i>(packed));
-    return;
+  if constexpr (kVectorBytes == 64 && std::is_same_v<scalar_t, BFloat16> && std::is_same_v<acc_t, float>) {
+    return narrow_pair<kWidth<acc_t>>(to, v[0], v[1]);
   }
 #endif
-  __builtin_memcpy(to, packed, sizeof packed);
+#pragma GCC unroll 4
+  for (int u = 0; u < kLineVectors<acc_t, scalar_t>; ++u) store_vector<acc_t>(to + u * kWidth<acc_t>, v[u]);
+}
+
+// The same past the caches: for outputs that they would not hold. A line that is not written whole at once would be
+// read first.
+template <typename acc_t, typename scalar_t>
+BNEXT_INLINE void stream_line(scalar_t* to, const Vector<acc_t, kWidth<acc_t>> (&v)[kLineVectors<acc_t, scalar_t>]) {
+  constexpr int kElements = kLineBytes / static_cast<int>(sizeof(scalar_t));
+  constexpr int kStep = kVectorBytes / static_cast<int>(sizeof(scalar_t));
+  alignas(kLineBytes) scalar_t packed[kElements];
+  store_line<acc_t>(packed, v);
+#pragma GCC unroll 4
+  for (int i = 0; i < kElements; i += kStep) {
+#if defined(__x86_64__)
+    if constexpr (kVectorBytes == 64) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), load_raw<__m512i>(packed + i));
+    } else if constexpr (kVectorBytes == 32) {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), load_raw<__m256i>(packed + i));
+    } else {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), load_raw<__m128i>(packed + i));
+    }
+#else
+    __builtin_memcpy(to + i, packed + i, kVectorBytes);
+#endif
+  }
 }
 
 // Streamed stores are seen by other threads in no order, unless told to wait.
@@ -209,49 +272,41 @@ BNEXT_INLINE void finish_streams() {
 #endif
 }
 
-// Which lanes of V a mask's bits name: 1 in those, 0 in the others. One bit a lane, the lowest first.
+// Which lanes a mask's bits name: 1 in those, 0 in the others. One bit a lane, the lowest first.
 template <typename V>
 BNEXT_INLINE V from_bits(std::uint32_t bits) {
   using T = scalar_of<V>;
-  if constexpr (std::is_same_v<V, T>) {
-    return static_cast<T>(bits & 1u);
-  } else {
-    using Bits = typename LanesOf<V>::Bits;
-    Bits each;
-    for (int l = 0; l < kWidth<T>; ++l) each[l] = 1 << l;
-    const Bits named = each & static_cast<std::remove_reference_t<decltype(each[0])>>(bits);
-    return named != 0 ? V{} + static_cast<T>(1) : V{};
-  }
+  using Bits = typename LanesOf<V>::Bits;
+  Bits each;
+  for (int l = 0; l < kWidth<T>; ++l) each[l] = 1 << l;
+  const Bits named = each & static_cast<std::remove_reference_t<decltype(each[0])>>(bits);
+  return named != 0 ? V{} + static_cast<T>(1) : V{};
 }
 
 // Whether each lane is above zero or a NaN: what a rectifier lets through.
 template <typename V>
 BNEXT_INLINE std::uint32_t open_bits(const V& z) {
   using T = scalar_of<V>;
-  if constexpr (std::is_same_v<V, T>) {
-    return z <= static_cast<T>(0) ? 0u : 1u;
-  } else {
-    constexpr std::uint32_t kAll = (1u << kWidth<T>)-1u;
-    const auto closed = z <= static_cast<T>(0);
+  constexpr std::uint32_t kAll = (1u << kWidth<T>)-1u;
+  const auto closed = z <= static_cast<T>(0);
 #if defined(__x86_64__)
-    if constexpr (kVectorBytes == 64 && sizeof(T) == 4)
-      return _mm512_movepi32_mask(__builtin_bit_cast(__m512i, closed)) ^ kAll;
-    if constexpr (kVectorBytes == 64 && sizeof(T) == 8)
-      return _mm512_movepi64_mask(__builtin_bit_cast(__m512i, closed)) ^ kAll;
-    if constexpr (kVectorBytes == 32 && sizeof(T) == 4)
-      return static_cast<unsigned>(_mm256_movemask_ps(__builtin_bit_cast(__m256, closed))) ^ kAll;
-    if constexpr (kVectorBytes == 32 && sizeof(T) == 8)
-      return static_cast<unsigned>(_mm256_movemask_pd(__builtin_bit_cast(__m256d, closed))) ^ kAll;
+  if constexpr (kVectorBytes == 64 && sizeof(T) == 4)
+    return _mm512_movepi32_mask(__builtin_bit_cast(__m512i, closed)) ^ kAll;
+  if constexpr (kVectorBytes == 64 && sizeof(T) == 8)
+    return _mm512_movepi64_mask(__builtin_bit_cast(__m512i, closed)) ^ kAll;
+  if constexpr (kVectorBytes == 32 && sizeof(T) == 4)
+    return static_cast<unsigned>(_mm256_movemask_ps(__builtin_bit_cast(__m256, closed))) ^ kAll;
+  if constexpr (kVectorBytes == 32 && sizeof(T) == 8)
+    return static_cast<unsigned>(_mm256_movemask_pd(__builtin_bit_cast(__m256d, closed))) ^ kAll;
 #endif
-    std::uint32_t bits = 0;
-    for (int l = 0; l < kWidth<T>; ++l) bits |= (closed[l] == 0 ? 1u : 0u) << l;
-    return bits;
-  }
+  std::uint32_t bits = 0;
+  for (int l = 0; l < kWidth<T>; ++l) bits |= (closed[l] == 0 ? 1u : 0u) << l;
+  return bits;
 }
 
-// The bits of elements i, i + 1, ... of a row's mask, i a multiple of their number kN.
+// The bits of elements i, i + 1, ... of a row's mask, i a multiple of a register's lanes kN.
 template <int kN>
-BNEXT_INLINE std::uint32_t load_mask(const std::uint8_t* mask, std::int64_t i) {
+BNEXT_INLINE std::uint32_t load_mask(const std::uint8_t* mask, std::int64_t i, Whole = {}) {
   if constexpr (kN == 16) {
     std::uint16_t bits;
     __builtin_memcpy(&bits, mask + i / 8, sizeof bits);
@@ -261,14 +316,31 @@ BNEXT_INLINE std::uint32_t load_mask(const std::uint8_t* mask, std::int64_t i) {
   }
 }
 
+// The row may end with the byte that holds the last of them.
+template <int kN>
+BNEXT_INLINE std::uint32_t load_mask(const std::uint8_t* mask, std::int64_t i, Part part) {
+  if (kN == 16 && part.n <= 8) return mask[i / 8];
+  return load_mask<kN>(mask, i);
+}
+
 // A row is written from its first element to its last.
 template <int kN>
-BNEXT_INLINE void store_mask(std::uint8_t* mask, std::int64_t i, std::uint32_t bits) {
+BNEXT_INLINE void store_mask(std::uint8_t* mask, std::int64_t i, std::uint32_t bits, Whole = {}) {
   if constexpr (kN == 16) {
     const auto word = static_cast<std::uint16_t>(bits);
     __builtin_memcpy(mask + i / 8, &word, sizeof word);
   } else {
     const std::uint32_t before = i % 8 == 0 ? 0u : mask[i / 8];
     mask[i / 8] = static_cast<std::uint8_t>(before | bits << (i % 8));
+  }
+}
+
+template <int kN>
+BNEXT_INLINE void store_mask(std::uint8_t* mask, std::int64_t i, std::uint32_t bits, Part part) {
+  const std::uint32_t named = bits & lane_bits(part);
+  if (kN == 16 && part.n <= 8) {
+    mask[i / 8] = static_cast<std::uint8_t>(named);
+  } else {
+    store_mask<kN>(mask, i, named);
   }
 }
