@@ -3,9 +3,9 @@
 // A group of channels that the second-level cache holds is reduced and then mapped while it is still there, so
 // that main memory sees one read and one write. Where there are too few channels to keep the threads busy, the
 // same work is cut into chunks of channels, with a barrier between reducing and mapping. Where there is nothing to
-// reduce, planes are mapped in the order in which they lie.
+// reduce, planes are mapped in the order in which they lie. Planes of a few elements are taken as columns.
 
-#include <memory>
+#include <algorithm>
 #include <vector>
 
 #include "../common/mask.h"
@@ -18,6 +18,15 @@ namespace {
 
 constexpr std::int64_t kGroupBytes = 262144;
 constexpr std::int64_t kMinGroups = 16;  // fewer tasks cannot be shared out evenly
+
+// Planes up to this size are taken as columns, if there are enough of them one below the other.
+constexpr std::int64_t kMaxColumnPlane = 64;
+constexpr std::int64_t kMinColumnRows = 8;
+
+// A channel's planes lie apart, and the processor does not foresee the jump from one to the next: so much of them is
+// asked for ahead of its use.
+constexpr std::int64_t kAheadBytes = 2048;
+constexpr std::int64_t kMaxRowsAhead = 8;
 
 class ChannelsFirst {
  public:
@@ -38,12 +47,14 @@ class ChannelsFirst {
       piece_ = kChunkElements;
     }
     chunks_ = divide_up(problem.N, rows_per_chunk_) * pieces_per_row_;
+    const std::int64_t rows = kAheadBytes / (HW * element_size(problem.dtype));
+    ahead_ = (rows < 1 ? 1 : rows > kMaxRowsAhead ? kMaxRowsAhead : rows) * problem.C * HW;
   }
 
   void run(const Parallel& parallel) {
     const std::int64_t C = problem_.C;
     const std::int64_t channel_bytes = problem_.count() * element_size(problem_.dtype) * op_.inputs();
-    if (!op_.reduces && problem_.N * C >= kMinGroups) {
+    if (!op_.reduces && problem_.N * C >= kMinGroups && !takes_columns()) {
       run_in_order(parallel);
     } else if (C >= kMinGroups || chunks_ == 1) {
       const std::int64_t fitting = kGroupBytes / channel_bytes;
@@ -107,22 +118,124 @@ class ChannelsFirst {
 
   void run_fused(const Parallel& parallel, std::int64_t group) {
     const std::int64_t C = problem_.C;
-    const std::int64_t tasks = divide_up(C, group);
-    parallel(tasks, [&](std::int64_t begin, std::int64_t end) {
-      const std::unique_ptr<MapCoefficients[]> coefficients(new MapCoefficients[static_cast<std::size_t>(group)]);
+    const bool as_columns = takes_columns();
+    parallel(divide_up(C, group), [&](std::int64_t begin, std::int64_t end) {
+      Group of(group, as_columns ? group * problem_.HW : 0);
       for (std::int64_t task = begin; task < end; ++task) {
         const std::int64_t c0 = task * group;
         const std::int64_t n = C - c0 < group ? C - c0 : group;
-        for (std::int64_t j = 0; j < n; ++j) {
-          finish(c0 + j, op_.reduces ? reduce_channel(c0 + j) : ChannelSums{}, coefficients[j]);
+        if (!op_.reduces) {
+          for (std::int64_t j = 0; j < n; ++j) of.sums[j] = ChannelSums{};
+        } else if (as_columns) {
+          reduce_columns(c0, n, of);
+        } else {
+          for (std::int64_t j = 0; j < n; ++j) of.sums[j] = reduce_channel(c0 + j);
         }
+        for (std::int64_t j = 0; j < n; ++j) finish(c0 + j, of.sums[j], of.map[j]);
         if (!op_.maps()) continue;
+        if (as_columns) {
+          map_columns(c0, n, of);
+          continue;
+        }
         const std::int64_t ahead = task + 1 < end ? n * problem_.HW : 0;
         for (std::int64_t j = 0; j < n; ++j) {
-          for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) map_chunk(c0 + j, chunk, coefficients[j], ahead);
+          for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) map_chunk(c0 + j, chunk, of.map[j], ahead);
         }
       }
     });
+  }
+
+  // What is known of a group of channels, and room for its columns.
+  struct Group {
+    Group(std::int64_t channels, std::int64_t columns)
+        : sums(static_cast<std::size_t>(channels)),
+          reduce(sums.size()),
+          map(sums.size()),
+          column_sums(static_cast<std::size_t>(2 * columns)),
+          wide(static_cast<std::size_t>(kMaxCoefficients * columns)),
+          single(wide.size()) {}
+
+    std::vector<ChannelSums> sums;
+    std::vector<ReduceCoefficients> reduce;
+    std::vector<MapCoefficients> map;
+    std::vector<double> column_sums;
+    std::vector<double> wide;
+    std::vector<float> single;
+  };
+
+  // Planes of a few elements would each end in a part of a register. A group of channels is also a matrix of N rows,
+  // whose n*HW columns each belong to one channel; a mask, whose rows are planes, is not.
+  bool takes_columns() const {
+    return problem_.HW <= kMaxColumnPlane && problem_.N >= kMinColumnRows && op_.mask == nullptr;
+  }
+
+  Block columns_of(std::int64_t c0, std::int64_t n) const {
+    const std::int64_t HW = problem_.HW;
+    return op_.block(problem_.dtype, c0 * HW, problem_.N, n * HW, problem_.C * HW, 0, 0);
+  }
+
+  // Repeats the coefficients of n channels for each of their columns: [coefficient][column].
+  template <int kMax>
+  void spread(const Coefficients<kMax>* of, std::int64_t n, Compute compute, Group& to,
+              const void* (&coefficients)[kMax]) const {
+    const std::int64_t HW = problem_.HW;
+    for (int k = 0; k < kMax; ++k) {
+      for (std::int64_t j = 0; j < n; ++j) {
+        const std::int64_t first = (k * n + j) * HW;
+        if (compute == Compute::kFloat32) {
+          std::fill_n(to.single.begin() + first, HW, of[j].single[k]);
+        } else {
+          std::fill_n(to.wide.begin() + first, HW, of[j].value[k]);
+        }
+      }
+      coefficients[k] = compute == Compute::kFloat32 ? static_cast<const void*>(to.single.data() + k * n * HW)
+                                                     : to.wide.data() + k * n * HW;
+    }
+  }
+
+  void reduce_columns(std::int64_t c0, std::int64_t n, Group& of) const {
+    const std::int64_t columns = n * problem_.HW;
+    const Compute natural = natural_compute(problem_.dtype);
+    for (std::int64_t j = 0; j < n; ++j) of.reduce[j] = reduce_coefficients(c0 + j);
+    std::fill(of.column_sums.begin(), of.column_sums.end(), 0.0);
+    ReduceArgs args;
+    args.block = columns_of(c0, n);
+    spread(of.reduce.data(), n, natural, of, args.coefficients);
+    args.epilogue = op_.epilogue;
+    args.first = of.column_sums.data();
+    args.second = args.first + columns;
+    leaves_.reduce_columns[static_cast<int>(problem_.dtype)][static_cast<int>(natural)]
+                          [static_cast<int>(op_.reduce_op)](args);
+    for (std::int64_t j = 0; j < n; ++j) {
+      ChannelSums& sums = of.sums[j];
+      sums = {of.reduce[j].value[0], 0.0, 0.0};
+      for (std::int64_t column = j * problem_.HW; column < (j + 1) * problem_.HW; ++column) {
+        sums.first += args.first[column];
+        sums.second += args.second[column];
+      }
+      // One of a group must not change another's bits, so what needs float64 is done by itself.
+      if (of.reduce[j].compute != natural) {
+        sums = reduce_channel(c0 + j);
+      } else if (!op_.accurate(sums)) {
+        sums = reduce_again(c0 + j, sums, of.reduce[j]);
+      }
+    }
+  }
+
+  void map_columns(std::int64_t c0, std::int64_t n, Group& of) const {
+    for (std::int64_t j = 0; j < n;) {
+      const Compute compute = of.map[j].compute;
+      std::int64_t alike = 1;
+      while (j + alike < n && of.map[j + alike].compute == compute) ++alike;
+      MapArgs args;
+      args.block = columns_of(c0 + j, alike);
+      spread(of.map.data() + j, alike, compute, of, args.coefficients);
+      args.epilogue = op_.epilogue;
+      op_.place(args, problem_.dtype, (c0 + j) * problem_.HW);
+      leaves_.map_columns[static_cast<int>(problem_.dtype)][static_cast<int>(compute)][static_cast<int>(op_.map_op)](
+          args);
+      j += alike;
+    }
   }
 
   void run_split(const Parallel& parallel) {
@@ -214,6 +327,7 @@ class ChannelsFirst {
     args.block = block_of(c, chunk, first);
     coefficients.pass(args.coefficients);
     args.epilogue = op_.epilogue;
+    args.ahead = ahead_;
     args.first = &sums.first;
     args.second = &sums.second;
     leaves_.reduce_segments[static_cast<int>(problem_.dtype)][static_cast<int>(coefficients.compute)]
@@ -225,6 +339,7 @@ class ChannelsFirst {
     MapArgs args;
     args.block = block_of(c, chunk, first);
     args.ahead = ahead;
+    args.reserve = ahead_;
     coefficients.pass(args.coefficients);
     map(args, first, coefficients.compute);
   }
@@ -246,6 +361,7 @@ class ChannelsFirst {
   std::int64_t pieces_per_row_;
   std::int64_t piece_;
   std::int64_t chunks_;
+  std::int64_t ahead_;  // elements, whole images
 };
 
 }  // namespace

@@ -180,6 +180,7 @@ class ChannelsLast {
       }
       args.first = partial.data() + 2 * chunk * columns_ + column;
       args.second = args.first + columns_;
+      args.in_order = op_.streams;
       args.ahead = columns_ * element_size(problem_.dtype) > kMaxForeseenBytes ? ahead_ : 0;
       leaf(args);
     };

@@ -10,9 +10,9 @@
 // After the system's headers, before our own: what the leaves inline must be compiled for the same instructions,
 // and nothing else may be.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("arch=x86-64-v4"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("arch=x86-64-v4,prfchw"))), apply_to = function)
 #else
-#pragma GCC target("arch=x86-64-v4", "prefer-vector-width=512")
+#pragma GCC target("arch=x86-64-v4", "prfchw", "prefer-vector-width=512")
 #endif
 
 #include "../common/half.h"

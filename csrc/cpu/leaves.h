@@ -65,7 +65,8 @@ struct ReduceArgs {
   Epilogue epilogue;
   double* first;
   double* second;
-  std::int64_t ahead = 0;  // columns: with element i, ask for input i + ahead, unless 0
+  std::int64_t ahead = 0;  // with element i, ask for input i + ahead, unless 0
+  bool in_order = false;   // columns: memory is far away, so read it in order
 };
 
 // out[...] = functor(in[...]), with the block's geometry.
@@ -75,8 +76,9 @@ struct MapArgs {
   const void* coefficients[kMaxCoefficients];
   std::int64_t coefficient_step = 0;  // segments: 0, or 1 where row r has coefficients[k][r]
   Epilogue epilogue;
-  bool streams;            // store past the caches, where the alignment allows
-  std::int64_t ahead = 0;  // with element i, ask for input i + ahead, unless 0; only if streaming
+  bool streams;              // store past the caches, where the alignment allows
+  std::int64_t ahead = 0;    // streaming element i, ask for input i + ahead, unless 0
+  std::int64_t reserve = 0;  // segments: storing element i, ask for the memory of output i + reserve, unless 0
 };
 
 // shift[j] = mean of in[offsets[i] + j] over i, for j < len, rounded to the dtype's natural compute type. Averaged

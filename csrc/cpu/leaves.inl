@@ -39,8 +39,9 @@ struct SegmentSums {
 
   Vec<acc_t> c[kMaxReduceCoefficients] = {};
   const Setup setup;
+  const std::int64_t ahead;
 
-  BNEXT_INLINE SegmentSums(const ReduceArgs& args, const Setup& setup) : setup(setup) {
+  BNEXT_INLINE SegmentSums(const ReduceArgs& args, const Setup& setup) : setup(setup), ahead(args.ahead) {
     broadcast_coefficients<acc_t, Op>(c, args.coefficients, 0);
   }
 
@@ -63,6 +64,11 @@ struct SegmentSums {
   // Elements [i, n), at most kInner * kStep of them.
   BNEXT_INLINE void add_run(const Inputs<scalar_t, Op>& inputs, std::int64_t i, std::int64_t n) {
     inner += (n - i) / kStep + 1;
+    if (ahead != 0) {
+      for (std::int64_t j = i; j < n; j += kLineBytes / static_cast<std::int64_t>(sizeof(scalar_t))) {
+        inputs.prefetch(setup, j + ahead);
+      }
+    }
     for (; i + kStep <= n; i += kStep) {
 #pragma GCC unroll 4
       for (int u = 0; u < kUnroll; ++u) add_vector(u, inputs, i + u * kN);
@@ -144,6 +150,7 @@ struct RowMap {
     for (; i + kVectors * kN <= args.block.len; i += kVectors * kN) {
       Mapped<Vec<acc_t>> line[kVectors];
       if (kStream && args.ahead != 0) inputs.prefetch(setup, i + args.ahead);
+      if (!kStream && args.reserve != 0) outputs.reserve(setup, i + args.reserve);
 #pragma GCC unroll 4
       for (int u = 0; u < kVectors; ++u) line[u] = mapped(inputs, i + u * kN, Whole{});
       outputs.template store_line_of<acc_t, kStream>(line, setup, i);
@@ -167,6 +174,7 @@ struct RowMap {
     }
     if (i < len) {
       const Part part{static_cast<int>(len - i)};
+      if (args.reserve != 0) outputs.reserve(setup, i + args.reserve);
       outputs.template store<acc_t>(mapped(inputs, i, part), setup, i, part);
     }
   }
@@ -184,10 +192,10 @@ struct MapSegments {
 };
 
 // Columns are reduced in slabs whose sums stay in the first-level cache; inside a slab a tile of a few rows at a
-// time, whose sums are made in registers and then added to the slab's. A tile is small: its columns are read one below
-// the other, in an order that the processor does not foresee.
+// time, whose sums are made in registers and then added to the slab's. A tile's columns are read one below the other,
+// an order that the processor does not foresee; where that matters, tiles are small.
 constexpr std::int64_t kSlabColumns = 1024;
-constexpr std::int64_t kTileBytes = 2048;
+constexpr std::int64_t kTileBytes = 2048;  // in order
 
 struct ReduceColumns {
   // Adds rows [t0, t1) of kUnroll registers of columns, from column j of the block on, to the slab's sums.
@@ -234,7 +242,7 @@ struct ReduceColumns {
     for (std::int64_t c0 = 0; c0 < args.block.len; c0 += kSlabColumns) {
       const std::int64_t columns = args.block.len - c0 < kSlabColumns ? args.block.len - c0 : kSlabColumns;
       const std::int64_t wanted = kTileBytes / (columns * static_cast<std::int64_t>(sizeof(scalar_t)));
-      const std::int64_t tile_rows = wanted < 1 ? 1 : wanted > kInner ? kInner : wanted;
+      const std::int64_t tile_rows = !args.in_order ? kInner : wanted < 1 ? 1 : wanted > kInner ? kInner : wanted;
       const std::int64_t flush_rows = tile_rows * (kInner + kOuter - tile_rows);
       for (std::int64_t r0 = 0; r0 < args.block.rows; r0 += flush_rows) {
         const std::int64_t r1 = args.block.rows - r0 < flush_rows ? args.block.rows : r0 + flush_rows;

@@ -177,6 +177,12 @@ struct Outputs {
     if (setup.writes_mask) mask = args.block.mask + r * args.block.mask_stride;
   }
 
+  // Asks for the cache line of element i, which need not be the row's, to be written.
+  BNEXT_INLINE void reserve(const Setup& setup, std::int64_t i) const {
+    if (setup.first) __builtin_prefetch(out[0] + i, 1, 3);
+    if (setup.second) __builtin_prefetch(out[1] + i, 1, 3);
+  }
+
   // Whether lines of this row can be streamed.
   BNEXT_INLINE bool aligned(const Setup& setup) const {
     const auto is_aligned = [](const scalar_t* to) { return reinterpret_cast<std::uintptr_t>(to) % kLineBytes == 0; };
