@@ -1,8 +1,9 @@
-// A call, seen from one channel: which value to shift its elements by, whether its sums are good enough, and how they
-// become statistics, results and the map's coefficients. One copy for every device and layout.
+// A call, seen from its channels: which value to shift their elements by, whether their sums are good enough, and how
+// these become statistics, results and the map's coefficients. One copy for every device and layout.
+//
+// An Access reads and writes the values of one channel, or of several next to each other, as its V.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 #include "arguments.h"
@@ -10,12 +11,19 @@
 
 namespace bnext {
 
-// A channel's two sums, and the value its elements were shifted by.
-struct ChannelSums {
-  double shift = 0.0;
-  double first = 0.0;
-  double second = 0.0;
+struct OneChannel {
+  using V = double;
+  BNEXT_INLINE V load(const ChannelVector& from, std::int64_t c) const { return bnext::load(from, c); }
+  BNEXT_INLINE V load(const double* from, std::int64_t c) const { return from[c]; }
+  BNEXT_INLINE void store(const MutableChannelVector& to, std::int64_t c, V value) const { bnext::store(to, c, value); }
+  BNEXT_INLINE void store(double* to, std::int64_t c, V value) const { to[c] = value; }
 };
+
+template <typename Access>
+BNEXT_INLINE typename Access::V load_or(const Access& access, const ChannelVector& from, std::int64_t c,
+                                        double absent) {
+  return from.data == nullptr ? typename Access::V{} + absent : access.load(from, c);
+}
 
 // Where several blocks finish the same channel, only one of them `stores` what the caller asked for.
 
@@ -24,38 +32,43 @@ struct TrainingForwardOp {
   DType dtype;
   double count;
 
-  BNEXT_INLINE bool accurate(const ChannelSums& sums) const {
-    return sums_are_accurate(sums.first, sums.second, count, args.eps);
+  template <typename V>
+  BNEXT_INLINE auto accurate(const SumsOf<V>& sums) const {
+    return sums_are_accurate(sums, count, args.eps);
   }
 
   BNEXT_INLINE double better_shift(const ChannelSums& sums) const {
     const double mean = sums.shift + sums.first / count;
-    return std::isfinite(mean) ? mean : sums.shift;
+    return is_finite(mean) ? mean : sums.shift;
   }
 
   // The shift is a sample.
-  BNEXT_INLINE void reduce_coefficients(std::int64_t, double (&)[kMaxReduceCoefficients]) const {}
+  template <typename V, typename Access = OneChannel>
+  BNEXT_INLINE void reduce_coefficients(std::int64_t, V (&)[kMaxReduceCoefficients], Access = {}) const {}
 
-  BNEXT_INLINE void finish(std::int64_t c, const ChannelSums& sums, bool stores,
-                           double (&coefficients)[kMaxCoefficients]) const {
-    const Moments moments = moments_from_sums(sums.shift, sums.first, sums.second, count);
-    const double invstd = invstd_from_var(moments.var, args.eps);
+  template <typename V, typename Access = OneChannel>
+  BNEXT_INLINE void finish(std::int64_t c, const SumsOf<V>& sums, bool stores, V (&coefficients)[kMaxCoefficients],
+                           Access access = {}) const {
+    const Moments<V> moments = moments_from_sums(sums, count);
+    const V invstd = invstd_from_var(moments.var, args.eps);
     if (stores) {
-      args.save_mean[c] = moments.mean;
-      args.save_invstd[c] = invstd;
-      update(args.running_mean, c, moments.mean);
-      update(args.running_var, c, unbiased_var(moments.var, count));
+      access.store(args.save_mean, c, moments.mean);
+      access.store(args.save_invstd, c, invstd);
+      update(args.running_mean, c, moments.mean, access);
+      update(args.running_var, c, unbiased_var(moments.var, count), access);
     }
-    normalize_coefficients(dtype, moments.mean, invstd, load_or(args.weight, c, 1.0), load_or(args.bias, c, 0.0),
-                           coefficients);
+    normalize_coefficients(dtype, moments.mean, invstd, load_or(access, args.weight, c, 1.0),
+                           load_or(access, args.bias, c, 0.0), coefficients);
   }
 
  private:
-  BNEXT_INLINE void update(const MutableChannelVector& running, std::int64_t c, double batch) const {
+  template <typename V, typename Access>
+  BNEXT_INLINE void update(const MutableChannelVector& running, std::int64_t c, const V& batch, Access access) const {
     if (running.data == nullptr) return;
     // The counter still stands at the batches before this one.
     const double momentum = args.cumulative ? 1.0 / static_cast<double>(*args.num_batches_tracked + 1) : args.momentum;
-    store(running, c, updated_running_stat(load({running.data, running.dtype}, c), batch, momentum));
+    const V before = access.load(ChannelVector{running.data, running.dtype}, c);
+    access.store(running, c, updated_running_stat(before, batch, momentum));
   }
 };
 
@@ -63,19 +76,25 @@ struct EvalForwardOp {
   EvalForward args;
   DType dtype;
 
-  BNEXT_INLINE bool accurate(const ChannelSums&) const { return true; }
+  template <typename V>
+  BNEXT_INLINE auto accurate(const SumsOf<V>&) const {
+    return V{} == V{};
+  }
   BNEXT_INLINE double better_shift(const ChannelSums& sums) const { return sums.shift; }
-  BNEXT_INLINE void reduce_coefficients(std::int64_t, double (&)[kMaxReduceCoefficients]) const {}
+  template <typename V, typename Access = OneChannel>
+  BNEXT_INLINE void reduce_coefficients(std::int64_t, V (&)[kMaxReduceCoefficients], Access = {}) const {}
 
-  BNEXT_INLINE void finish(std::int64_t c, const ChannelSums&, bool stores,
-                           double (&coefficients)[kMaxCoefficients]) const {
-    const double mean = load(args.running_mean, c);
-    const double invstd = invstd_from_var(load(args.running_var, c), args.eps);
+  template <typename V, typename Access = OneChannel>
+  BNEXT_INLINE void finish(std::int64_t c, const SumsOf<V>&, bool stores, V (&coefficients)[kMaxCoefficients],
+                           Access access = {}) const {
+    const V mean = access.load(args.running_mean, c);
+    const V invstd = invstd_from_var(access.load(args.running_var, c), args.eps);
     if (stores) {
-      args.save_mean[c] = mean;
-      args.save_invstd[c] = invstd;
+      access.store(args.save_mean, c, mean);
+      access.store(args.save_invstd, c, invstd);
     }
-    normalize_coefficients(dtype, mean, invstd, load_or(args.weight, c, 1.0), load_or(args.bias, c, 0.0), coefficients);
+    normalize_coefficients(dtype, mean, invstd, load_or(access, args.weight, c, 1.0),
+                           load_or(access, args.bias, c, 0.0), coefficients);
   }
 };
 
@@ -84,32 +103,36 @@ struct BackwardOp {
   DType dtype;
   double count;
 
-  BNEXT_INLINE bool accurate(const ChannelSums& sums) const {
-    return std::isfinite(sums.first) && std::isfinite(sums.second);
+  template <typename V>
+  BNEXT_INLINE auto accurate(const SumsOf<V>& sums) const {
+    return is_finite(sums.first) & is_finite(sums.second);
   }
   BNEXT_INLINE double better_shift(const ChannelSums& sums) const { return sums.shift; }
 
   // The shift; with an activation also what the pre-activation is computed with.
-  BNEXT_INLINE void reduce_coefficients(std::int64_t c, double (&coefficients)[kMaxReduceCoefficients]) const {
+  template <typename V, typename Access = OneChannel>
+  BNEXT_INLINE void reduce_coefficients(std::int64_t c, V (&coefficients)[kMaxReduceCoefficients],
+                                        Access access = {}) const {
     if (args.activated()) {
-      double normalize[kMaxCoefficients];
-      normalization(c, normalize);
+      V normalize[kMaxCoefficients];
+      normalization(c, normalize, access);
       for (int k = 0; k < kMaxReduceCoefficients; ++k) coefficients[k] = normalize[k];
     } else {
-      coefficients[0] = SplitMean(dtype, args.save_mean[c]).high;
+      coefficients[0] = SplitMean<V>(dtype, access.load(args.save_mean, c)).high;
     }
   }
 
-  BNEXT_INLINE void finish(std::int64_t c, const ChannelSums& sums, bool stores,
-                           double (&coefficients)[kMaxCoefficients]) const {
-    const double mean = args.save_mean[c];
-    const double invstd = args.save_invstd[c];
-    const double weight = load_or(args.weight, c, 1.0);
-    const ParameterGrads grads = grads_from_sums(sums.shift, mean, sums.first, sums.second);
-    if (stores && args.grad_weight.data != nullptr) store(args.grad_weight, c, grads.sum_dy_xmu * invstd);
-    if (stores && args.grad_bias.data != nullptr) store(args.grad_bias, c, grads.sum_dy);
+  template <typename V, typename Access = OneChannel>
+  BNEXT_INLINE void finish(std::int64_t c, const SumsOf<V>& sums, bool stores, V (&coefficients)[kMaxCoefficients],
+                           Access access = {}) const {
+    const V mean = access.load(args.save_mean, c);
+    const V invstd = access.load(args.save_invstd, c);
+    const V weight = load_or(access, args.weight, c, 1.0);
+    const ParameterGrads<V> grads = grads_from_sums(sums, mean);
+    if (stores && args.grad_weight.data != nullptr) access.store(args.grad_weight, c, grads.sum_dy_xmu * invstd);
+    if (stores && args.grad_bias.data != nullptr) access.store(args.grad_bias, c, grads.sum_dy);
     if (args.activated()) {
-      normalization(c, coefficients);
+      normalization(c, coefficients, access);
       coefficients[4] = coefficients[2];
     }
     if (args.differentiates_statistics()) {
@@ -121,9 +144,10 @@ struct BackwardOp {
 
  private:
   // Those of the forward pass.
-  BNEXT_INLINE void normalization(std::int64_t c, double (&coefficients)[kMaxCoefficients]) const {
-    normalize_coefficients(dtype, args.save_mean[c], args.save_invstd[c], load_or(args.weight, c, 1.0),
-                           load_or(args.bias, c, 0.0), coefficients);
+  template <typename V, typename Access>
+  BNEXT_INLINE void normalization(std::int64_t c, V (&coefficients)[kMaxCoefficients], Access access) const {
+    normalize_coefficients(dtype, access.load(args.save_mean, c), access.load(args.save_invstd, c),
+                           load_or(access, args.weight, c, 1.0), load_or(access, args.bias, c, 0.0), coefficients);
   }
 };
 

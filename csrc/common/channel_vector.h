@@ -29,10 +29,6 @@ BNEXT_INLINE double load(const ChannelVector& vector, std::int64_t c) {
   __builtin_unreachable();
 }
 
-BNEXT_INLINE double load_or(const ChannelVector& vector, std::int64_t c, double absent) {
-  return vector.data == nullptr ? absent : load(vector, c);
-}
-
 BNEXT_INLINE void store(const MutableChannelVector& vector, std::int64_t c, double value) {
   const auto single = static_cast<float>(value);
   switch (vector.dtype) {

@@ -1,100 +1,148 @@
 // The per-channel mathematics: from sums to statistics, to coefficients, to parameter gradients. One copy for
-// every device, layout and dtype; derivations are in docs/design.md.
+// every device, layout and dtype; derivations are in docs/design.md. V is a double, or a SIMD vector of doubles for
+// as many channels.
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
+#include "activation.h"
 #include "elementwise.h"
 #include "problem.h"
 
 namespace bnext {
 
+// A bool, or a mask of lanes; & and | serve both.
+template <typename V>
+BNEXT_INLINE auto is_finite(const V& x) {
+  return x - x == V{};
+}
+
+// Each lane rounded to float32. (Of such conversions lane by lane, GCC 12 vectorises the rounding away.)
+template <typename V>
+BNEXT_INLINE V rounded_to_float32(const V& x) {
+#if !defined(__CUDACC__)
+  if constexpr (!std::is_same_v<V, double>) {
+    typedef float Single __attribute__((vector_size(sizeof(V) / 2)));
+    return __builtin_convertvector(__builtin_convertvector(x, Single), V);
+  } else
+#endif
+    return static_cast<double>(static_cast<float>(x));
+}
+
+// A channel's two sums, and the value its elements were shifted by.
+template <typename V>
+struct SumsOf {
+  V shift = {};
+  V first = {};
+  V second = {};
+};
+using ChannelSums = SumsOf<double>;
+
+template <typename V>
 struct Moments {
-  double mean;
-  double var;  // biased: divided by count
+  V mean;
+  V var;  // biased: divided by count
 };
 
-// Statistics of `count` values from s1 = sum(x - shift) and s2 = sum((x - shift)^2).
-BNEXT_INLINE Moments moments_from_sums(double shift, double s1, double s2, double count) {
-  const double delta = s1 / count;
-  const double m2 = s2 - s1 * delta;
+// Statistics of `count` values from first = sum(x - shift) and second = sum((x - shift)^2).
+template <typename V>
+BNEXT_INLINE Moments<V> moments_from_sums(const SumsOf<V>& sums, double count) {
+  const V delta = sums.first / count;
+  const V m2 = sums.second - sums.first * delta;
   // Rounding may leave m2 slightly below zero; the comparison keeps a NaN.
-  return {shift + delta, m2 < 0.0 ? 0.0 : m2 / count};
+  return {sums.shift + delta, m2 < 0.0 ? V{} : m2 / count};
 }
 
 // Whether float32 sums gave the variance to float32's accuracy. False
 // * if they overflowed (or the data holds an inf or NaN, which a second look does not mind);
-// * if the shift lies more than two standard deviations from the mean, so that s2 - s1^2/count cancels;
+// * if the shift lies more than two standard deviations from the mean, so that the difference of squares cancels;
 // * if squares may have underflowed where eps is too small to hide it.
-BNEXT_INLINE bool sums_are_accurate(double s1, double s2, double count, double eps) {
-  const double delta = s1 / count;
-  const double var = s2 / count - delta * delta;
-  const bool finite = std::isfinite(s1) && std::isfinite(s2);
-  const bool near = delta * delta <= 4.0 * var;
-  const bool visible = var > 1e-30 || eps > 1e-24;
-  return finite && near && visible;
+template <typename V>
+BNEXT_INLINE auto sums_are_accurate(const SumsOf<V>& sums, double count, double eps) {
+  const V delta = sums.first / count;
+  const V var = sums.second / count - delta * delta;
+  const double least = eps > 1e-24 ? -INFINITY : 1e-30;
+  return is_finite(sums.first) & is_finite(sums.second) & (delta * delta <= 4.0 * var) & (var > least);
 }
 
-BNEXT_INLINE double invstd_from_var(double var, double eps) { return 1.0 / std::sqrt(var + eps); }
+template <typename V>
+BNEXT_INLINE V invstd_from_var(const V& var, double eps) {
+  return 1.0 / lane_by_lane(var + eps, [](double lane) { return std::sqrt(lane); });
+}
 
 // (1 - momentum)*running + momentum*batch; the variance goes in unbiased.
-BNEXT_INLINE double updated_running_stat(double running, double batch, double momentum) {
+template <typename V>
+BNEXT_INLINE V updated_running_stat(const V& running, const V& batch, double momentum) {
   return (1.0 - momentum) * running + momentum * batch;
 }
 
-BNEXT_INLINE double unbiased_var(double var, double count) { return var * (count / (count - 1.0)); }
+template <typename V>
+BNEXT_INLINE V unbiased_var(const V& var, double count) {
+  return var * (count / (count - 1.0));
+}
 
 // The mean as float32 (float64 for float64 data) and what that leaves over. The elements are shifted by the first part,
 // which float32 subtracts exactly from values near it; the second goes into the additive coefficient. Data with a large
 // offset keeps its accuracy that way.
+template <typename V>
 struct SplitMean {
-  double high;
-  double low;
-  BNEXT_INLINE SplitMean(DType dtype, double mean)
-      : high(dtype == DType::kFloat64 ? mean : static_cast<double>(static_cast<float>(mean))),
-        low(std::isfinite(high) ? mean - high : 0.0) {}
+  V high;
+  V low;
+  BNEXT_INLINE SplitMean(DType dtype, const V& mean) {
+    high = dtype == DType::kFloat64 ? mean : rounded_to_float32(mean);
+    low = is_finite(high) ? mean - high : V{};
+  }
 };
 
 // Coefficients of Normalize: y = weight*(x - mean)*invstd + bias.
-BNEXT_INLINE void normalize_coefficients(DType dtype, double mean, double invstd, double weight, double bias,
-                                         double (&c)[kMaxCoefficients]) {
-  const SplitMean split(dtype, mean);
-  const double scale = weight * invstd;
+template <typename V>
+BNEXT_INLINE void normalize_coefficients(DType dtype, const V& mean, const V& invstd, const V& weight, const V& bias,
+                                         V (&c)[kMaxCoefficients]) {
+  const SplitMean<V> split(dtype, mean);
+  const V scale = weight * invstd;
   c[0] = split.high;
   c[1] = scale;
   c[2] = bias - split.low * scale;
 }
 
 // The sums of GradSums, with the shift replaced by the exact mean.
+template <typename V>
 struct ParameterGrads {
-  double sum_dy;      // = grad_bias
-  double sum_dy_xmu;  // sum of dy*(x - mean); times invstd = grad_weight
+  V sum_dy;      // = grad_bias
+  V sum_dy_xmu;  // sum of dy*(x - mean); times invstd = grad_weight
 };
 
-BNEXT_INLINE ParameterGrads grads_from_sums(double shift, double mean, double sum_dy, double sum_dy_shifted) {
-  return {sum_dy, sum_dy_shifted - (mean - shift) * sum_dy};
+template <typename V>
+BNEXT_INLINE ParameterGrads<V> grads_from_sums(const SumsOf<V>& sums, const V& mean) {
+  return {sums.first, sums.second - (mean - sums.shift) * sums.first};
 }
 
 // Coefficients of GradInput: dx = weight*invstd*(dy - sum_dy/count - xhat*(sum of dy*xhat)/count).
-BNEXT_INLINE void grad_input_coefficients(DType dtype, double mean, double invstd, double weight,
-                                          const ParameterGrads& grads, double count, double (&c)[kMaxCoefficients]) {
-  const SplitMean split(dtype, mean);
-  const double scale = weight * invstd;
-  const double slope = -scale * (invstd * grads.sum_dy_xmu) * invstd / count;
+template <typename V>
+BNEXT_INLINE void grad_input_coefficients(DType dtype, const V& mean, const V& invstd, const V& weight,
+                                          const ParameterGrads<V>& grads, double count, V (&c)[kMaxCoefficients]) {
+  const SplitMean<V> split(dtype, mean);
+  const V scale = weight * invstd;
+  const V slope = -scale * (invstd * grads.sum_dy_xmu) * invstd / count;
   c[0] = split.high;
   c[1] = scale;
   c[2] = slope;
   c[3] = -scale * grads.sum_dy / count - split.low * slope;
 }
 
-// Whether every coefficient survives the conversion to float32: neither overflow nor underflow. Data of
-// magnitude 1e30 has an invstd of 1e-30, whose square float32 does not hold. An inf or NaN is the same in both.
+// Whether a coefficient survives the conversion to float32: neither overflow nor underflow. Data of magnitude 1e30 has
+// an invstd of 1e-30, whose square float32 does not hold. An inf or NaN is the same in both.
+template <typename V>
+BNEXT_INLINE auto fits_float32(const V& coefficient) {
+  const V magnitude = coefficient < 0.0 ? -coefficient : coefficient;
+  return (magnitude == 0.0) | !is_finite(coefficient) | ((magnitude > 1e-36) & (magnitude < 1e37));
+}
+
 BNEXT_INLINE bool fits_float32(const double* coefficients, int n) {
-  for (int i = 0; i < n; ++i) {
-    const double magnitude = std::fabs(coefficients[i]);
-    if (magnitude != 0.0 && std::isfinite(magnitude) && !(magnitude > 1e-36 && magnitude < 1e37)) return false;
-  }
-  return true;
+  bool fits = true;
+  for (int i = 0; i < n; ++i) fits &= fits_float32(coefficients[i]);
+  return fits;
 }
 
 }  // namespace bnext

@@ -1,28 +1,32 @@
 #include "batch_norm.h"
 
 #include "../common/channel_ops.h"
+#include "isa.h"
 #include "traversal.h"
 
 namespace bnext::cpu {
 namespace {
 
+const ChannelLeaves<TrainingForwardOp>& leaves_of(const TrainingForwardOp&) { return current_leaves().training; }
+const ChannelLeaves<EvalForwardOp>& leaves_of(const EvalForwardOp&) { return current_leaves().evaluation; }
+const ChannelLeaves<BackwardOp>& leaves_of(const BackwardOp&) { return current_leaves().backward; }
+
 // The mathematics of common/channel_ops.h behind the interface that the traversals know.
 template <typename Op>
 class Adapter final : public ChannelOp {
  public:
-  explicit Adapter(const Op& op) : op_(op) {}
+  explicit Adapter(const Op& op) : op_(op), leaves_(leaves_of(op)) {}
 
-  bool accurate(const ChannelSums& sums) const override { return op_.accurate(sums); }
+  void reduce_coefficients(const Channels& channels) const override { leaves_.reduce_coefficients(op_, channels); }
+  bool find_doubtful(const Channels& channels, std::uint8_t* doubtful) const override {
+    return leaves_.find_doubtful(op_, channels, doubtful);
+  }
   double better_shift(const ChannelSums& sums) const override { return op_.better_shift(sums); }
-  void reduce_coefficients(std::int64_t c, double (&coefficients)[kMaxReduceCoefficients]) const override {
-    op_.reduce_coefficients(c, coefficients);
-  }
-  void finish(std::int64_t c, const ChannelSums& sums, double (&coefficients)[kMaxCoefficients]) override {
-    op_.finish(c, sums, /*stores=*/true, coefficients);
-  }
+  void finish(const Channels& channels) const override { leaves_.finish(op_, channels); }
 
  private:
   Op op_;
+  const ChannelLeaves<Op>& leaves_;
 };
 
 // From here on an output is stored past the caches: reading a line only to overwrite it is a third of the traffic. Of a
@@ -30,7 +34,8 @@ class Adapter final : public ChannelOp {
 constexpr std::int64_t kStreamedBytes = std::int64_t{24} << 20;
 
 void run(const Problem& problem, ChannelOp& op, const Parallel& parallel) {
-  op.streams = problem.numel() * element_size(problem.dtype) >= kStreamedBytes;
+  const std::int64_t bytes = problem.numel() * element_size(problem.dtype);
+  op.streams = bytes >= kStreamedBytes;
   if (problem.layout == Layout::kChannelsFirst) {
     run_channels_first(problem, op, parallel);
   } else {

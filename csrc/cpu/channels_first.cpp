@@ -30,7 +30,7 @@ constexpr std::int64_t kMaxRowsAhead = 8;
 
 class ChannelsFirst {
  public:
-  ChannelsFirst(const Problem& problem, ChannelOp& op)
+  ChannelsFirst(const Problem& problem, const ChannelOp& op)
       : problem_(problem),
         op_(op),
         leaves_(current_leaves()),
@@ -51,7 +51,7 @@ class ChannelsFirst {
     ahead_ = (rows < 1 ? 1 : rows > kMaxRowsAhead ? kMaxRowsAhead : rows) * problem.C * HW;
   }
 
-  void run(const Parallel& parallel) {
+  void run(const Parallel& parallel) const {
     const std::int64_t C = problem_.C;
     const std::int64_t channel_bytes = problem_.count() * element_size(problem_.dtype) * op_.inputs();
     if (!op_.reduces && problem_.N * C >= kMinGroups && !takes_columns()) {
@@ -67,29 +67,10 @@ class ChannelsFirst {
   }
 
  private:
-  using ReduceCoefficients = Coefficients<kMaxReduceCoefficients>;
-  using MapCoefficients = Coefficients<kMaxCoefficients>;
-
-  void finish(std::int64_t c, const ChannelSums& sums, MapCoefficients& coefficients) const {
-    op_.finish(c, sums, coefficients.value);
-    coefficients.settle(problem_.dtype);
-  }
-
   void run_in_order(const Parallel& parallel) const {
     const std::int64_t C = problem_.C;
-    // [coefficient][channel] in both types, so that one call of a leaf maps planes of many channels.
-    std::vector<double> wide(static_cast<std::size_t>(kMaxCoefficients * C));
-    std::vector<float> single(wide.size());
-    std::vector<Compute> compute(static_cast<std::size_t>(C));
-    for (std::int64_t c = 0; c < C; ++c) {
-      MapCoefficients coefficients;
-      finish(c, ChannelSums{}, coefficients);
-      compute[c] = coefficients.compute;
-      for (int k = 0; k < kMaxCoefficients; ++k) {
-        wide[k * C + c] = coefficients.value[k];
-        single[k * C + c] = coefficients.single[k];
-      }
-    }
+    Coefficients coefficients(map_coefficients_of(op_.map_op), C);
+    finish(0, C, SumsTable(C), coefficients);
     if (!op_.maps()) return;
     const std::int64_t planes = problem_.N * C;
     const std::int64_t share = divide_up(kChunkElements, problem_.HW);  // planes of a task
@@ -98,186 +79,113 @@ class ChannelsFirst {
       for (std::int64_t plane = begin * share; plane < last;) {
         // Up to the end of the image, or to a channel that is computed in the other type.
         const std::int64_t c = plane % C;
-        const std::int64_t most = C - c < last - plane ? C - c : last - plane;
-        std::int64_t rows = 1;
-        while (rows < most && compute[c + rows] == compute[c]) ++rows;
+        const std::int64_t rows = alike(coefficients, c, C - c < last - plane ? C - c : last - plane);
         MapArgs args;
         args.block = op_.block(problem_.dtype, plane * problem_.HW, rows, problem_.HW, problem_.HW, plane * mask_row_,
                                mask_row_);
-        for (int k = 0; k < kMaxCoefficients; ++k) {
-          const std::int64_t at = k * C + c;
-          args.coefficients[k] =
-              compute[c] == Compute::kFloat64 ? static_cast<const void*>(wide.data() + at) : single.data() + at;
-        }
+        coefficients.pass(c, coefficients.compute(c), args.coefficients);
         args.coefficient_step = 1;
-        map(args, plane * problem_.HW, compute[c]);
+        run_map(leaves_.map_segments, args, plane * problem_.HW, coefficients.compute(c));
         plane += rows;
       }
     });
   }
 
-  void run_fused(const Parallel& parallel, std::int64_t group) {
+  // What is known of a group of channels.
+  struct Group {
+    Group(const ChannelOp& op, std::int64_t channels)
+        : sums(channels),
+          reduce(std::max(1, reduce_coefficients_of(op.reduce_op)), channels),
+          map(map_coefficients_of(op.map_op), channels),
+          doubtful(static_cast<std::size_t>(channels)) {}
+
+    SumsTable sums;
+    Coefficients reduce;
+    Coefficients map;
+    std::vector<std::uint8_t> doubtful;
+  };
+
+  void run_fused(const Parallel& parallel, std::int64_t group) const {
     const std::int64_t C = problem_.C;
     const bool as_columns = takes_columns();
     parallel(divide_up(C, group), [&](std::int64_t begin, std::int64_t end) {
-      Group of(group, as_columns ? group * problem_.HW : 0);
+      Group of(op_, group);
+      Columns columns(as_columns ? group * problem_.HW : 0);
       for (std::int64_t task = begin; task < end; ++task) {
         const std::int64_t c0 = task * group;
         const std::int64_t n = C - c0 < group ? C - c0 : group;
-        if (!op_.reduces) {
-          for (std::int64_t j = 0; j < n; ++j) of.sums[j] = ChannelSums{};
-        } else if (as_columns) {
-          reduce_columns(c0, n, of);
-        } else {
-          for (std::int64_t j = 0; j < n; ++j) of.sums[j] = reduce_channel(c0 + j);
+        if (op_.reduces) {
+          set_reduce_coefficients(c0, n, of);
+          if (as_columns) {
+            reduce_columns(c0, n, of, columns);
+          } else {
+            for (std::int64_t j = 0; j < n; ++j) reduce_channel(c0 + j, j, of, of.reduce.compute(j));
+          }
+          look_again(c0, n, of);
         }
-        for (std::int64_t j = 0; j < n; ++j) finish(c0 + j, of.sums[j], of.map[j]);
+        finish(c0, n, of.sums, of.map);
         if (!op_.maps()) continue;
         if (as_columns) {
-          map_columns(c0, n, of);
+          map_columns(c0, n, of.map, columns);
           continue;
         }
-        const std::int64_t ahead = task + 1 < end ? n * problem_.HW : 0;
+        const std::int64_t next = task + 1 < end ? n * problem_.HW : 0;
         for (std::int64_t j = 0; j < n; ++j) {
-          for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) map_chunk(c0 + j, chunk, of.map[j], ahead);
+          for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) map_chunk(c0 + j, chunk, of.map, j, next);
         }
       }
     });
   }
 
-  // What is known of a group of channels, and room for its columns.
-  struct Group {
-    Group(std::int64_t channels, std::int64_t columns)
-        : sums(static_cast<std::size_t>(channels)),
-          reduce(sums.size()),
-          map(sums.size()),
-          column_sums(static_cast<std::size_t>(2 * columns)),
-          wide(static_cast<std::size_t>(kMaxCoefficients * columns)),
-          single(wide.size()) {}
-
-    std::vector<ChannelSums> sums;
-    std::vector<ReduceCoefficients> reduce;
-    std::vector<MapCoefficients> map;
-    std::vector<double> column_sums;
-    std::vector<double> wide;
-    std::vector<float> single;
-  };
-
-  // Planes of a few elements would each end in a part of a register. A group of channels is also a matrix of N rows,
-  // whose n*HW columns each belong to one channel; a mask, whose rows are planes, is not.
-  bool takes_columns() const {
-    return problem_.HW <= kMaxColumnPlane && problem_.N >= kMinColumnRows && op_.mask == nullptr;
-  }
-
-  Block columns_of(std::int64_t c0, std::int64_t n) const {
-    const std::int64_t HW = problem_.HW;
-    return op_.block(problem_.dtype, c0 * HW, problem_.N, n * HW, problem_.C * HW, 0, 0);
-  }
-
-  // Repeats the coefficients of n channels for each of their columns: [coefficient][column].
-  template <int kMax>
-  void spread(const Coefficients<kMax>* of, std::int64_t n, Compute compute, Group& to,
-              const void* (&coefficients)[kMax]) const {
-    const std::int64_t HW = problem_.HW;
-    for (int k = 0; k < kMax; ++k) {
-      for (std::int64_t j = 0; j < n; ++j) {
-        const std::int64_t first = (k * n + j) * HW;
-        if (compute == Compute::kFloat32) {
-          std::fill_n(to.single.begin() + first, HW, of[j].single[k]);
-        } else {
-          std::fill_n(to.wide.begin() + first, HW, of[j].value[k]);
-        }
-      }
-      coefficients[k] = compute == Compute::kFloat32 ? static_cast<const void*>(to.single.data() + k * n * HW)
-                                                     : to.wide.data() + k * n * HW;
-    }
-  }
-
-  void reduce_columns(std::int64_t c0, std::int64_t n, Group& of) const {
-    const std::int64_t columns = n * problem_.HW;
-    const Compute natural = natural_compute(problem_.dtype);
-    for (std::int64_t j = 0; j < n; ++j) of.reduce[j] = reduce_coefficients(c0 + j);
-    std::fill(of.column_sums.begin(), of.column_sums.end(), 0.0);
-    ReduceArgs args;
-    args.block = columns_of(c0, n);
-    spread(of.reduce.data(), n, natural, of, args.coefficients);
-    args.epilogue = op_.epilogue;
-    args.first = of.column_sums.data();
-    args.second = args.first + columns;
-    leaves_.reduce_columns[static_cast<int>(problem_.dtype)][static_cast<int>(natural)]
-                          [static_cast<int>(op_.reduce_op)](args);
-    for (std::int64_t j = 0; j < n; ++j) {
-      ChannelSums& sums = of.sums[j];
-      sums = {of.reduce[j].value[0], 0.0, 0.0};
-      for (std::int64_t column = j * problem_.HW; column < (j + 1) * problem_.HW; ++column) {
-        sums.first += args.first[column];
-        sums.second += args.second[column];
-      }
-      // One of a group must not change another's bits, so what needs float64 is done by itself.
-      if (of.reduce[j].compute != natural) {
-        sums = reduce_channel(c0 + j);
-      } else if (!op_.accurate(sums)) {
-        sums = reduce_again(c0 + j, sums, of.reduce[j]);
-      }
-    }
-  }
-
-  void map_columns(std::int64_t c0, std::int64_t n, Group& of) const {
-    for (std::int64_t j = 0; j < n;) {
-      const Compute compute = of.map[j].compute;
-      std::int64_t alike = 1;
-      while (j + alike < n && of.map[j + alike].compute == compute) ++alike;
-      MapArgs args;
-      args.block = columns_of(c0 + j, alike);
-      spread(of.map.data() + j, alike, compute, of, args.coefficients);
-      args.epilogue = op_.epilogue;
-      op_.place(args, problem_.dtype, (c0 + j) * problem_.HW);
-      leaves_.map_columns[static_cast<int>(problem_.dtype)][static_cast<int>(compute)][static_cast<int>(op_.map_op)](
-          args);
-      j += alike;
-    }
-  }
-
-  void run_split(const Parallel& parallel) {
+  void run_split(const Parallel& parallel) const {
     const std::int64_t C = problem_.C;
-    std::vector<ChannelSums> sums(static_cast<std::size_t>(C));
+    Group of(op_, C);
     if (op_.reduces) {
-      std::vector<ChannelSums> partial(static_cast<std::size_t>(C * chunks_));
-      std::vector<ReduceCoefficients> start(static_cast<std::size_t>(C));
-      for (std::int64_t c = 0; c < C; ++c) start[c] = reduce_coefficients(c);
+      set_reduce_coefficients(0, C, of);
+      std::vector<double> first(static_cast<std::size_t>(C * chunks_));
+      std::vector<double> second(first.size());
       parallel(C * chunks_, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t task = begin; task < end; ++task) {
-          reduce(task / chunks_, task % chunks_, start[task / chunks_], partial[task]);
+          const std::int64_t c = task / chunks_;
+          reduce(c, task % chunks_, of.reduce, c, of.reduce.compute(c), first[task], second[task]);
         }
       });
-      for (std::int64_t c = 0; c < C; ++c) {
-        sums[c].shift = start[c].value[0];
-        for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) {
-          sums[c].first += partial[c * chunks_ + chunk].first;
-          sums[c].second += partial[c * chunks_ + chunk].second;
-        }
-        if (!op_.accurate(sums[c])) sums[c] = reduce_again(c, sums[c], start[c]);
+      for (std::int64_t task = 0; task < C * chunks_; ++task) {
+        of.sums.first[task / chunks_] += first[task];
+        of.sums.second[task / chunks_] += second[task];
       }
+      look_again(0, C, of);
     }
-    std::vector<MapCoefficients> coefficients(static_cast<std::size_t>(C));
-    for (std::int64_t c = 0; c < C; ++c) finish(c, sums[c], coefficients[c]);
+    finish(0, C, of.sums, of.map);
     if (!op_.maps()) return;
     parallel(C * chunks_, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t task = begin; task < end; ++task) {
-        map_chunk(task / chunks_, task % chunks_, coefficients[task / chunks_], /*ahead=*/0);
+        map_chunk(task / chunks_, task % chunks_, of.map, task / chunks_, /*next=*/0);
       }
     });
   }
 
-  ReduceCoefficients reduce_coefficients(std::int64_t c) const {
-    ReduceCoefficients coefficients;
+  void finish(std::int64_t c0, std::int64_t n, const SumsTable& sums, Coefficients& coefficients) const {
+    op_.finish(channels_of(c0, n, sums, coefficients, 0));
+    coefficients.settle(leaves_, problem_.dtype, n);
+  }
+
+  // How many of n channels from j on are computed in the same type as the first.
+  static std::int64_t alike(const Coefficients& coefficients, std::int64_t j, std::int64_t n) {
+    std::int64_t count = 1;
+    while (count < n && coefficients.compute(j + count) == coefficients.compute(j)) ++count;
+    return count;
+  }
+
+  void set_reduce_coefficients(std::int64_t c0, std::int64_t n, Group& of) const {
+    double* const shift = of.reduce.wide.data();
     if (op_.samples) {
-      coefficients.value[0] = sampled_shift(c);
+      for (std::int64_t j = 0; j < n; ++j) shift[j] = sampled_shift(c0 + j);
     } else {
-      op_.reduce_coefficients(c, coefficients.value);
+      op_.reduce_coefficients(channels_of(c0, n, of.sums, of.reduce, 0));
     }
-    coefficients.settle(problem_.dtype);
-    return coefficients;
+    of.reduce.settle(leaves_, problem_.dtype, n);
+    std::copy_n(shift, n, of.sums.shift.begin());
   }
 
   double sampled_shift(std::int64_t c) const {
@@ -293,67 +201,149 @@ class ChannelsFirst {
     return shift;
   }
 
-  ChannelSums reduce_channel(std::int64_t c) const {
-    const ReduceCoefficients coefficients = reduce_coefficients(c);
-    ChannelSums sums;
-    sums.shift = coefficients.value[0];
-    for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) reduce(c, chunk, coefficients, sums);
-    return op_.accurate(sums) ? sums : reduce_again(c, sums, coefficients);
+  void reduce_channel(std::int64_t c, std::int64_t j, Group& of, Compute compute) const {
+    double& first = of.sums.first[j];
+    double& second = of.sums.second[j];
+    first = second = 0.0;
+    for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) reduce(c, chunk, of.reduce, j, compute, first, second);
   }
 
-  ChannelSums reduce_again(std::int64_t c, const ChannelSums& doubtful, ReduceCoefficients coefficients) const {
-    ChannelSums sums;
-    sums.shift = coefficients.value[0] = op_.better_shift(doubtful);
-    coefficients.compute = Compute::kFloat64;
-    for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) reduce(c, chunk, coefficients, sums);
-    return sums;
+  void look_again(std::int64_t c0, std::int64_t n, Group& of) const {
+    if (!op_.find_doubtful(channels_of(c0, n, of.sums, of.reduce, 0), of.doubtful.data())) return;
+    for (std::int64_t j = 0; j < n; ++j) {
+      if (of.doubtful[j] == 0) continue;
+      of.sums.shift[j] = of.reduce.wide[j] = op_.better_shift(of.sums.of(j));
+      reduce_channel(c0 + j, j, of, Compute::kFloat64);
+    }
   }
 
-  // Pieces of a channel's planes, one image apart. `first`: the offset of the block's first element.
-  Block block_of(std::int64_t c, std::int64_t chunk, std::int64_t& first) const {
+  // Planes of a few elements would each end in a part of a register. A group of channels is also a matrix of N rows,
+  // whose n*HW columns each belong to one channel; a mask, whose rows are planes, is not.
+  bool takes_columns() const {
+    return problem_.HW <= kMaxColumnPlane && problem_.N >= kMinColumnRows && op_.mask == nullptr;
+  }
+
+  // Room for a group's columns.
+  struct Columns {
+    explicit Columns(std::int64_t columns)
+        : sums(static_cast<std::size_t>(2 * columns)),
+          wide(static_cast<std::size_t>(kMaxCoefficients * columns)),
+          single(wide.size()) {}
+
+    std::vector<double> sums;
+    std::vector<double> wide;
+    std::vector<float> single;
+  };
+
+  Block columns_of(std::int64_t c0, std::int64_t n) const {
+    const std::int64_t HW = problem_.HW;
+    return op_.block(problem_.dtype, c0 * HW, problem_.N, n * HW, problem_.C * HW, 0, 0);
+  }
+
+  // Repeats the coefficients of n channels from j on for each of their columns: [coefficient][column].
+  template <int kMax>
+  void spread(const Coefficients& of, std::int64_t j, std::int64_t n, Compute compute, Columns& to,
+              const void* (&coefficients)[kMax]) const {
+    const auto repeat = [&](const auto& from, auto& columns) {
+      for (int k = 0; k < of.count; ++k) {
+        auto* const row = columns.data() + k * n * problem_.HW;
+        for (std::int64_t i = 0; i < n; ++i) {
+          std::fill_n(row + i * problem_.HW, problem_.HW, from[k * of.channels + j + i]);
+        }
+        coefficients[k] = row;
+      }
+    };
+    compute == Compute::kFloat32 ? repeat(of.single, to.single) : repeat(of.wide, to.wide);
+  }
+
+  void reduce_columns(std::int64_t c0, std::int64_t n, Group& of, Columns& columns) const {
+    const Compute natural = natural_compute(problem_.dtype);
+    std::fill(columns.sums.begin(), columns.sums.end(), 0.0);
+    ReduceArgs args;
+    args.block = columns_of(c0, n);
+    spread(of.reduce, 0, n, natural, columns, args.coefficients);
+    args.epilogue = op_.epilogue;
+    args.first = columns.sums.data();
+    args.second = args.first + n * problem_.HW;
+    leaves_.reduce_columns[static_cast<int>(problem_.dtype)][static_cast<int>(natural)]
+                          [static_cast<int>(op_.reduce_op)](args);
+    for (std::int64_t j = 0; j < n; ++j) {
+      // A channel must not change another's bits, so what float32 does not hold is done by itself.
+      if (of.reduce.compute(j) != natural) {
+        reduce_channel(c0 + j, j, of, of.reduce.compute(j));
+        continue;
+      }
+      double first = 0.0;
+      double second = 0.0;
+      for (std::int64_t column = j * problem_.HW; column < (j + 1) * problem_.HW; ++column) {
+        first += args.first[column];
+        second += args.second[column];
+      }
+      of.sums.first[j] = first;
+      of.sums.second[j] = second;
+    }
+  }
+
+  void map_columns(std::int64_t c0, std::int64_t n, const Coefficients& of, Columns& columns) const {
+    for (std::int64_t j = 0; j < n;) {
+      const std::int64_t count = alike(of, j, n - j);
+      MapArgs args;
+      args.block = columns_of(c0 + j, count);
+      spread(of, j, count, of.compute(j), columns, args.coefficients);
+      run_map(leaves_.map_columns, args, (c0 + j) * problem_.HW, of.compute(j));
+      j += count;
+    }
+  }
+
+  // Pieces of a channel's planes, one image apart. `offset`: of the block's first element.
+  Block block_of(std::int64_t c, std::int64_t chunk, std::int64_t& offset) const {
     const std::int64_t n = chunk / pieces_per_row_ * rows_per_chunk_;
     const std::int64_t s = chunk % pieces_per_row_ * piece_;
     const std::int64_t plane = n * problem_.C + c;
     const std::int64_t rows = problem_.N - n < rows_per_chunk_ ? problem_.N - n : rows_per_chunk_;
     const std::int64_t len = problem_.HW - s < piece_ ? problem_.HW - s : piece_;
-    first = plane * problem_.HW + s;
-    return op_.block(problem_.dtype, first, rows, len, problem_.C * problem_.HW, plane * mask_row_ + s / 8,
+    offset = plane * problem_.HW + s;
+    return op_.block(problem_.dtype, offset, rows, len, problem_.C * problem_.HW, plane * mask_row_ + s / 8,
                      problem_.C * mask_row_);
   }
 
-  void reduce(std::int64_t c, std::int64_t chunk, const ReduceCoefficients& coefficients, ChannelSums& sums) const {
-    std::int64_t first;
+  // Adds the sums of a chunk of channel c, whose coefficients stand at j.
+  void reduce(std::int64_t c, std::int64_t chunk, const Coefficients& coefficients, std::int64_t j, Compute compute,
+              double& first, double& second) const {
+    std::int64_t offset;
     ReduceArgs args;
-    args.block = block_of(c, chunk, first);
-    coefficients.pass(args.coefficients);
+    args.block = block_of(c, chunk, offset);
+    coefficients.pass(j, compute, args.coefficients);
     args.epilogue = op_.epilogue;
     args.ahead = ahead_;
-    args.first = &sums.first;
-    args.second = &sums.second;
-    leaves_.reduce_segments[static_cast<int>(problem_.dtype)][static_cast<int>(coefficients.compute)]
+    args.first = &first;
+    args.second = &second;
+    leaves_.reduce_segments[static_cast<int>(problem_.dtype)][static_cast<int>(compute)]
                            [static_cast<int>(op_.reduce_op)](args);
   }
 
-  void map_chunk(std::int64_t c, std::int64_t chunk, const MapCoefficients& coefficients, std::int64_t ahead) const {
-    std::int64_t first;
+  // `next`: how far it is from a channel to the one that the caller takes next, 0 if there is none.
+  void map_chunk(std::int64_t c, std::int64_t chunk, const Coefficients& coefficients, std::int64_t j,
+                 std::int64_t next) const {
+    std::int64_t offset;
     MapArgs args;
-    args.block = block_of(c, chunk, first);
-    args.ahead = ahead;
+    args.block = block_of(c, chunk, offset);
+    args.ahead = next;
     args.reserve = ahead_;
-    coefficients.pass(args.coefficients);
-    map(args, first, coefficients.compute);
+    coefficients.pass(j, coefficients.compute(j), args.coefficients);
+    run_map(leaves_.map_segments, args, offset, coefficients.compute(j));
   }
 
-  // The rest of the arguments is the same for every block.
-  void map(MapArgs& args, std::int64_t first, Compute compute) const {
-    op_.place(args, problem_.dtype, first);
+  // With the arguments that are the same for every block; the first element of this one is at `offset`.
+  template <typename Leaves>
+  void run_map(const Leaves& leaves, MapArgs& args, std::int64_t offset, Compute compute) const {
+    op_.place(args, problem_.dtype, offset);
     args.epilogue = op_.epilogue;
-    leaves_.map_segments[static_cast<int>(problem_.dtype)][static_cast<int>(compute)][static_cast<int>(op_.map_op)](
-        args);
+    leaves[static_cast<int>(problem_.dtype)][static_cast<int>(compute)][static_cast<int>(op_.map_op)](args);
   }
 
   const Problem& problem_;
-  ChannelOp& op_;
+  const ChannelOp& op_;
   const LeafTable& leaves_;
   SamplePositions sample_positions_;
   std::int64_t mask_row_;  // bytes of a plane's mask
@@ -366,7 +356,7 @@ class ChannelsFirst {
 
 }  // namespace
 
-void run_channels_first(const Problem& problem, ChannelOp& op, const Parallel& parallel) {
+void run_channels_first(const Problem& problem, const ChannelOp& op, const Parallel& parallel) {
   ChannelsFirst(problem, op).run(parallel);
 }
 

@@ -4,7 +4,6 @@
 // row chunks backwards, so that it starts with what the first has left in the caches.
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <numeric>
 #include <vector>
@@ -38,7 +37,7 @@ std::int64_t fold_of(std::int64_t C, std::int64_t M) {
 
 class ChannelsLast {
  public:
-  ChannelsLast(const Problem& problem, ChannelOp& op)
+  ChannelsLast(const Problem& problem, const ChannelOp& op)
       : problem_(problem), op_(op), leaves_(current_leaves()), M_(problem.count()), fold_(fold_of(problem.C, M_)) {
     columns_ = problem.C * fold_;
     rows_ = M_ / fold_;
@@ -56,116 +55,105 @@ class ChannelsLast {
     ahead_ = op.streams ? kAheadBytes / element_size(problem.dtype) : 0;
   }
 
-  void run(const Parallel& parallel) {
-    const int count = map_coefficients_of(op_.map_op);
-    std::vector<double> coefficients(static_cast<std::size_t>(columns_ * count));
-    std::atomic<bool> single_fits{true};
-    const auto finish = [&](std::int64_t c, const ChannelSums& sums) {
-      double value[kMaxCoefficients] = {};
-      op_.finish(c, sums, value);
-      if (!fits_float32(value, count)) single_fits.store(false, std::memory_order_relaxed);
-      for (int k = 0; k < count; ++k) {
-        double* row = coefficients.data() + k * columns_;
-        for (std::int64_t j = c; j < columns_; j += problem_.C) row[j] = value[k];
-      }
-    };
+  void run(const Parallel& parallel) const {
+    Coefficients coefficients(map_coefficients_of(op_.map_op), columns_);
+    SumsTable sums(problem_.C);
     if (op_.reduces) {
-      reduce_all(parallel, finish);
+      reduce_all(parallel, sums, coefficients);
     } else {
-      for_each_task_of_channels(parallel, [&](std::int64_t c0, std::int64_t n) {
-        for (std::int64_t c = c0; c < c0 + n; ++c) finish(c, ChannelSums{});
-      });
+      for_each_task(parallel, [&](std::int64_t c, std::int64_t n) { finish(c, n, sums, coefficients); });
     }
     if (!op_.maps()) return;
-    if (single_fits && natural_compute(problem_.dtype) == Compute::kFloat32) {
-      const std::vector<float> single(coefficients.begin(), coefficients.end());
-      map_all(parallel, single.data(), Compute::kFloat32);
-    } else {
-      map_all(parallel, coefficients.data(), Compute::kFloat64);
-    }
+    fold(coefficients);
+    coefficients.settle(leaves_, problem_.dtype, columns_);
+    map_all(parallel, coefficients);
   }
 
  private:
+  // Calls f(c, n) for channels [c, c + n), the ranges that one thread finishes at a time.
   template <typename F>
-  void for_each_task_of_channels(const Parallel& parallel, F&& f) const {
+  void for_each_task(const Parallel& parallel, F&& f) const {
     parallel(divide_up(problem_.C, kFinishColumns), [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t task = begin; task < end; ++task) {
-        const std::int64_t c0 = task * kFinishColumns;
-        f(c0, problem_.C - c0 < kFinishColumns ? problem_.C - c0 : kFinishColumns);
+        const std::int64_t c = task * kFinishColumns;
+        f(c, problem_.C - c < kFinishColumns ? problem_.C - c : kFinishColumns);
       }
     });
   }
 
-  template <typename Finish>
-  void reduce_all(const Parallel& parallel, Finish&& finish) {
-    ReduceCoefficients start(problem_.C, std::max(1, reduce_coefficients_of(op_.reduce_op)));
-    set_coefficients(start);
-    const double* shift = start.row(0);
-    const Partial partial = reduce_chunks(parallel, start, compute_of(start));
+  void finish(std::int64_t c, std::int64_t n, const SumsTable& sums, Coefficients& coefficients) const {
+    op_.finish(channels_of(c, n, sums, coefficients, c));
+  }
+
+  // Repeats what stands for the channels for all folded columns.
+  void fold(Coefficients& coefficients) const {
+    for (int k = 0; k < coefficients.count; ++k) {
+      double* const row = coefficients.wide.data() + k * columns_;
+      for (std::int64_t j = problem_.C; j < columns_; j += problem_.C) std::copy_n(row, problem_.C, row + j);
+    }
+  }
+
+  void reduce_all(const Parallel& parallel, SumsTable& sums, Coefficients& coefficients) const {
+    Coefficients start(std::max(1, reduce_coefficients_of(op_.reduce_op)), columns_);
+    set_reduce_coefficients(sums, start);
     std::vector<std::uint8_t> doubtful(static_cast<std::size_t>(problem_.C));
-    std::atomic<bool> any_doubtful{false};
-    for_each_merged(parallel, partial, shift, [&](std::int64_t c, const ChannelSums& sums) {
-      if (op_.accurate(sums)) return finish(c, sums);
-      doubtful[c] = 1;
-      start.row(0)[c] = op_.better_shift(sums);
-      any_doubtful.store(true, std::memory_order_relaxed);
+    std::vector<std::uint8_t> unfinished(static_cast<std::size_t>(divide_up(problem_.C, kFinishColumns)));
+    const Partial partial = reduce_chunks(parallel, start, common_compute(start));
+    for_each_task(parallel, [&](std::int64_t c, std::int64_t n) {
+      merge(partial, c, n, sums.first.data(), sums.second.data());
+      if (op_.find_doubtful(channels_of(c, n, sums, start, c), doubtful.data() + c)) {
+        unfinished[c / kFinishColumns] = 1;
+      } else {
+        finish(c, n, sums, coefficients);
+      }
     });
-    if (!any_doubtful) return;
+    if (std::find(unfinished.begin(), unfinished.end(), 1) == unfinished.end()) return;
     // Rows are read whole, so every channel is reduced again; only the doubtful ones take the new sums, for a
     // channel's bits must not depend on another's values.
+    for (std::int64_t c = 0; c < problem_.C; ++c) {
+      if (doubtful[c] != 0) sums.shift[c] = start.wide[c] = op_.better_shift(sums.of(c));
+    }
+    fold(start);
     const Partial again = reduce_chunks(parallel, start, Compute::kFloat64);
-    for_each_merged(parallel, again, shift, [&](std::int64_t c, const ChannelSums& sums) {
-      if (doubtful[c]) finish(c, sums);
+    SumsTable better(problem_.C);
+    for_each_task(parallel, [&](std::int64_t c, std::int64_t n) {
+      if (unfinished[c / kFinishColumns] == 0) return;
+      merge(again, c, n, better.first.data(), better.second.data());
+      for (std::int64_t j = c; j < c + n; ++j) {
+        if (doubtful[j] == 0) continue;
+        sums.first[j] = better.first[j];
+        sums.second[j] = better.second[j];
+      }
+      finish(c, n, sums, coefficients);
     });
   }
 
-  // double [count][C], the first the shift
-  class ReduceCoefficients {
-   public:
-    ReduceCoefficients(std::int64_t C, int count) : count(count), C_(C), values_(static_cast<std::size_t>(C * count)) {}
-    double* row(int k) { return values_.data() + k * C_; }
-    const double* row(int k) const { return values_.data() + k * C_; }
-
-    const int count;
-
-   private:
-    std::int64_t C_;
-    std::vector<double> values_;
-  };
-
-  void set_coefficients(ReduceCoefficients& coefficients) const {
+  void set_reduce_coefficients(SumsTable& sums, Coefficients& start) const {
     const std::int64_t C = problem_.C;
+    double* const shift = start.wide.data();
     if (op_.samples) {
       const SamplePositions positions(M_);
       std::int64_t offsets[kMaxSamples];
       for (int i = 0; i < positions.samples; ++i) offsets[i] = positions.at[i] * C;
-      leaves_.sample[static_cast<int>(problem_.dtype)]({op_.in[0], offsets, positions.samples, C, coefficients.row(0)});
-      return;
+      leaves_.sample[static_cast<int>(problem_.dtype)]({op_.in[0], offsets, positions.samples, C, shift});
+    } else {
+      op_.reduce_coefficients(channels_of(0, C, sums, start, 0));
     }
-    for (std::int64_t c = 0; c < C; ++c) {
-      double value[kMaxReduceCoefficients] = {};
-      op_.reduce_coefficients(c, value);
-      for (int k = 0; k < coefficients.count; ++k) coefficients.row(k)[c] = value[k];
-    }
+    std::copy_n(shift, C, sums.shift.begin());
+    fold(start);
+    start.settle(leaves_, problem_.dtype, columns_);
   }
 
-  // Float32, unless it does not hold a channel's coefficients.
-  Compute compute_of(const ReduceCoefficients& coefficients) const {
-    if (coefficients.count == 1) return natural_compute(problem_.dtype);
-    const bool fits = fits_float32(coefficients.row(0), static_cast<int>(problem_.C * coefficients.count));
-    return fits ? natural_compute(problem_.dtype) : Compute::kFloat64;
+  // Rows are computed whole, in float64 if float32 does not hold the coefficients of one channel.
+  Compute common_compute(const Coefficients& coefficients) const {
+    const bool fit = std::find(coefficients.fits.begin(), coefficients.fits.end(), 0) == coefficients.fits.end();
+    return fit ? Compute::kFloat32 : Compute::kFloat64;
   }
 
   // Each chunk's two sums of every column of the folded matrix: [chunk][first or second][column].
   using Partial = std::vector<double>;
 
-  Partial reduce_chunks(const Parallel& parallel, const ReduceCoefficients& coefficients, Compute compute) const {
-    // Those of each folded column, in both types.
-    std::vector<double> wide(static_cast<std::size_t>(coefficients.count * columns_));
-    for (int k = 0; k < coefficients.count; ++k) {
-      for (std::int64_t j = 0; j < columns_; ++j) wide[k * columns_ + j] = coefficients.row(k)[j % problem_.C];
-    }
-    const std::vector<float> single(wide.begin(), wide.end());
+  Partial reduce_chunks(const Parallel& parallel, const Coefficients& coefficients, Compute compute) const {
     const auto leaf = leaves_.reduce_columns[static_cast<int>(problem_.dtype)][static_cast<int>(compute)]
                                             [static_cast<int>(op_.reduce_op)];
     Partial partial(static_cast<std::size_t>(2 * columns_ * (chunks_ + (rest_ != 0 ? 1 : 0))));
@@ -173,11 +161,7 @@ class ChannelsLast {
       ReduceArgs args;
       args.block = block_of(chunk, column, rows, len);
       args.epilogue = op_.epilogue;
-      for (int k = 0; k < coefficients.count; ++k) {
-        const std::int64_t at = k * columns_ + column;
-        args.coefficients[k] =
-            compute == Compute::kFloat64 ? static_cast<const void*>(wide.data() + at) : single.data() + at;
-      }
+      coefficients.pass(column, compute, args.coefficients);
       args.first = partial.data() + 2 * chunk * columns_ + column;
       args.second = args.first + columns_;
       args.in_order = op_.streams;
@@ -194,26 +178,22 @@ class ChannelsLast {
     return partial;
   }
 
-  // Calls f(c, sums) with each channel's sums over all chunks and all of its folded columns, added in a fixed order.
-  template <typename F>
-  void for_each_merged(const Parallel& parallel, const Partial& partial, const double* shift, F&& f) const {
-    for_each_task_of_channels(parallel, [&](std::int64_t c0, std::int64_t n) {
-      double first[kFinishColumns] = {};
-      double second[kFinishColumns] = {};
-      for (const double* chunk = partial.data(); chunk != partial.data() + partial.size(); chunk += 2 * columns_) {
-        for (std::int64_t column = c0; column < columns_; column += problem_.C) {
-          for (std::int64_t j = 0; j < n; ++j) {
-            first[j] += chunk[column + j];
-            second[j] += chunk[columns_ + column + j];
-          }
+  // The sums of channels [c, c + n) over all chunks and all of their folded columns, added in a fixed order.
+  void merge(const Partial& partial, std::int64_t c, std::int64_t n, double* first, double* second) const {
+    std::fill_n(first + c, n, 0.0);
+    std::fill_n(second + c, n, 0.0);
+    for (const double* chunk = partial.data(); chunk != partial.data() + partial.size(); chunk += 2 * columns_) {
+      for (const double* at = chunk; at != chunk + columns_; at += problem_.C) {
+        for (std::int64_t j = c; j < c + n; ++j) {
+          first[j] += at[j];
+          second[j] += at[columns_ + j];
         }
       }
-      for (std::int64_t j = 0; j < n; ++j) f(c0 + j, ChannelSums{shift[c0 + j], first[j], second[j]});
-    });
+    }
   }
 
-  template <typename acc_t>
-  void map_all(const Parallel& parallel, const acc_t* coefficients, Compute compute) const {
+  void map_all(const Parallel& parallel, const Coefficients& coefficients) const {
+    const Compute compute = common_compute(coefficients);
     const auto leaf =
         leaves_.map_columns[static_cast<int>(problem_.dtype)][static_cast<int>(compute)][static_cast<int>(op_.map_op)];
     const auto map = [&](std::int64_t chunk, std::int64_t column, std::int64_t rows, std::int64_t len) {
@@ -222,8 +202,7 @@ class ChannelsLast {
       op_.place(args, problem_.dtype, first_of(chunk) + column);
       args.ahead = ahead_;
       args.epilogue = op_.epilogue;
-      const int count = map_coefficients_of(op_.map_op);
-      for (int k = 0; k < count; ++k) args.coefficients[k] = coefficients + k * columns_ + column;
+      coefficients.pass(column, compute, args.coefficients);
       leaf(args);
     };
     if (rest_ != 0) map(chunks_, 0, 1, rest_);
@@ -256,7 +235,7 @@ class ChannelsLast {
   }
 
   const Problem& problem_;
-  ChannelOp& op_;
+  const ChannelOp& op_;
   const LeafTable& leaves_;
   std::int64_t M_;
   std::int64_t fold_;     // rows of the tensor in one row of the matrix as the leaves see it
@@ -273,7 +252,7 @@ class ChannelsLast {
 
 }  // namespace
 
-void run_channels_last(const Problem& problem, ChannelOp& op, const Parallel& parallel) {
+void run_channels_last(const Problem& problem, const ChannelOp& op, const Parallel& parallel) {
   ChannelsLast(problem, op).run(parallel);
 }
 

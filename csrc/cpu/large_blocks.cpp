@@ -26,6 +26,7 @@ struct Block {
 
 #if defined(__linux__)
 
+// Memory at an address that is a multiple of a huge page's size.
 void* map(std::size_t size) {
   // One huge page more, so that a boundary lies within the first; what is beside the block is unmapped again.
   const std::size_t mapped = size + kHugePage;
@@ -36,20 +37,26 @@ void* map(std::size_t size) {
   char* const data = static_cast<char*>(start) + before;
   if (before != 0) munmap(start, before);
   munmap(data + size, kHugePage - before);
-  if (huge_pages_enabled()) madvise(data, size, MADV_HUGEPAGE);
+  madvise(data, size, huge_pages_enabled() ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
   return data;
 }
 
 void unmap(const Block& block) { munmap(block.data, block.size); }
 
-// False where the system does not know how: the block should not be kept then.
-bool offer_to_system(const Block& block) { return madvise(block.data, block.size, MADV_FREE) == 0; }
+// False where the system does not know how: the block should not be kept then. A forked process must not share the
+// pages, or the next output in them would first be copied, in small ones.
+bool offer_to_system(const Block& block) {
+  return madvise(block.data, block.size, MADV_WIPEONFORK) == 0 && madvise(block.data, block.size, MADV_FREE) == 0;
+}
+
+void take_back(const Block& block) { madvise(block.data, block.size, MADV_KEEPONFORK); }
 
 #else
 
 void* map(std::size_t) { return nullptr; }
 void unmap(const Block&) {}
 bool offer_to_system(const Block&) { return false; }
+void take_back(const Block&) {}
 
 #endif
 
@@ -65,6 +72,7 @@ class Blocks {
         kept_.erase(found);
         kept_bytes_ -= block.size;
         in_use_.push_back(block);
+        take_back(block);
         return block.data;
       }
     }
@@ -88,23 +96,15 @@ class Blocks {
       in_use_.erase(found);
     }
     if (block.size > most_kept_bytes() || !offer_to_system(block)) return unmap(block);
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      kept_.push_back(block);
-      kept_bytes_ += block.size;
-    }
-    shrink(most_kept_bytes());
+    const std::lock_guard<std::mutex> lock(mutex_);
+    kept_.push_back(block);
+    kept_bytes_ += block.size;
+    drop_down_to(most_kept_bytes());
   }
 
-  // Unmaps what was given back first, until no more than `bytes` are kept.
   void shrink(std::size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    auto end = kept_.begin();
-    for (; kept_bytes_ > bytes; ++end) {
-      kept_bytes_ -= end->size;
-      unmap(*end);
-    }
-    kept_.erase(kept_.begin(), end);
+    drop_down_to(bytes);
   }
 
   std::size_t kept_bytes() {
@@ -116,12 +116,23 @@ class Blocks {
   void unlock() { mutex_.unlock(); }
 
  private:
-  // Of those at most a quarter larger: more would be wasted for as long as the output lives.
+  // Unmaps what was given back first, until no more than `bytes` are kept.
+  void drop_down_to(std::size_t bytes) {
+    auto end = kept_.begin();
+    for (; kept_bytes_ > bytes; ++end) {
+      kept_bytes_ -= end->size;
+      unmap(*end);
+    }
+    kept_.erase(kept_.begin(), end);
+  }
+
+  // Of those at most a quarter larger: more would be wasted for as long as the output lives. The last of several alike,
+  // whose pages are the likeliest to be there still.
   std::vector<Block>::iterator smallest_fitting(std::size_t size) {
     auto best = kept_.end();
     for (auto each = kept_.begin(); each != kept_.end(); ++each) {
       const bool fits = each->size >= size && each->size - size <= size / 4;
-      if (fits && (best == kept_.end() || each->size < best->size)) best = each;
+      if (fits && (best == kept_.end() || each->size <= best->size)) best = each;
     }
     return best;
   }

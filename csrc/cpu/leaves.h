@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "../common/channel_ops.h"
 #include "../common/elementwise.h"
 #include "../common/problem.h"
 #include "../common/samples.h"
@@ -95,6 +96,30 @@ using ReduceLeaf = void (*)(const ReduceArgs&);
 using MapLeaf = void (*)(const MapArgs&);
 using SampleLeaf = void (*)(const SampleArgs&);
 
+// n channels from c on, and their sums. Coefficients are [coefficient][channel], `stride` apart.
+struct Channels {
+  std::int64_t c;
+  std::int64_t n;
+  const double* shift;
+  const double* first;
+  const double* second;
+  double* coefficients;
+  int coefficient_count;
+  std::int64_t stride;
+};
+
+// The functions of Op (common/channel_ops.h), for many channels at once.
+template <typename Op>
+struct ChannelLeaves {
+  void (*reduce_coefficients)(const Op&, const Channels&);
+  // Marks the channels whose sums are not accurate, and says whether there are any.
+  bool (*find_doubtful)(const Op&, const Channels&, std::uint8_t* doubtful);
+  void (*finish)(const Op&, const Channels&);
+};
+
+// single[i] = wide[i]; fits[i] becomes 0 where float32 does not hold it.
+using NarrowLeaf = void (*)(const double* wide, std::int64_t n, float* single, std::uint8_t* fits);
+
 // Indexed [dtype][compute][op]; float64 data has no float32 compute, and those entries are null.
 struct LeafTable {
   ReduceLeaf reduce_segments[kDTypes][2][kReduceOps];
@@ -102,6 +127,10 @@ struct LeafTable {
   MapLeaf map_segments[kDTypes][2][kMapOps];
   MapLeaf map_columns[kDTypes][2][kMapOps];
   SampleLeaf sample[kDTypes];
+  NarrowLeaf narrow;
+  ChannelLeaves<TrainingForwardOp> training;
+  ChannelLeaves<EvalForwardOp> evaluation;
+  ChannelLeaves<BackwardOp> backward;
 };
 
 // One for each translation unit isa_*.cpp.

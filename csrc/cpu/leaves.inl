@@ -359,6 +359,8 @@ void sample(const SampleArgs& args) {
   }
 }
 
+#include "channels.inl"
+
 template <typename scalar_t, typename acc_t, typename Op>
 void add_reduce(LeafTable& table, DType dtype, Compute compute, ReduceOp op) {
   const int d = static_cast<int>(dtype);
@@ -401,5 +403,9 @@ LeafTable leaf_table() {
   table.sample[static_cast<int>(DType::kFloat16)] = &sample<Half, float>;
   table.sample[static_cast<int>(DType::kBFloat16)] = &sample<BFloat16, float>;
   table.sample[static_cast<int>(DType::kFloat64)] = &sample<double, double>;
+  table.narrow = &narrow_coefficients;
+  table.training = kChannelLeaves<TrainingForwardOp>;
+  table.evaluation = kChannelLeaves<EvalForwardOp>;
+  table.backward = kChannelLeaves<BackwardOp>;
   return table;
 }

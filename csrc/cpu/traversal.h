@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "../common/channel_ops.h"
 #include "../common/problem.h"
@@ -56,47 +57,90 @@ class ChannelOp {
     for (int k = 0; k < 2; ++k) args.out[k] = advance(out[k], first, dtype);
   }
 
-  // False if float32 was not enough for these sums; the channel is then reduced again in float64, shifted by
-  // better_shift().
-  virtual bool accurate(const ChannelSums& sums) const = 0;
+  // What the reduction needs besides a sampled shift.
+  virtual void reduce_coefficients(const Channels& channels) const = 0;
+
+  // Marks channels for whose sums float32 was not enough, and says whether there are any; they are then reduced again
+  // in float64, shifted by better_shift().
+  virtual bool find_doubtful(const Channels& channels, std::uint8_t* doubtful) const = 0;
   virtual double better_shift(const ChannelSums& sums) const = 0;
 
-  // What the reduction needs besides a sampled shift.
-  virtual void reduce_coefficients(std::int64_t c, double (&coefficients)[kMaxReduceCoefficients]) const = 0;
-
-  // Takes a channel's sums, stores what the caller asked for, and returns the map's coefficients. Called once for
-  // each channel, possibly from several threads at once.
-  virtual void finish(std::int64_t c, const ChannelSums& sums, double (&coefficients)[kMaxCoefficients]) = 0;
+  // Takes channels' sums, stores what the caller asked for, and returns the map's coefficients. Called once for each
+  // channel, possibly from several threads at once.
+  virtual void finish(const Channels& channels) const = 0;
 };
 
 // Both give the same bits for any number of threads: what is added to what, and in which order, depends on the
 // problem alone.
-void run_channels_first(const Problem& problem, ChannelOp& op, const Parallel& parallel);
-void run_channels_last(const Problem& problem, ChannelOp& op, const Parallel& parallel);
+void run_channels_first(const Problem& problem, const ChannelOp& op, const Parallel& parallel);
+void run_channels_last(const Problem& problem, const ChannelOp& op, const Parallel& parallel);
 
 // What the two traversals share.
 
 constexpr std::int64_t kChunkElements = 65536;  // of one reduction task
 
-// A channel's coefficients, in both types that its elements may be computed in, and which of them it is to be.
-template <int kMax>
+// The sums of some channels.
+struct SumsTable {
+  explicit SumsTable(std::int64_t channels)
+      : shift(static_cast<std::size_t>(channels)), first(shift.size()), second(shift.size()) {}
+
+  ChannelSums of(std::int64_t j) const { return {shift[j], first[j], second[j]}; }
+
+  std::vector<double> shift;
+  std::vector<double> first;
+  std::vector<double> second;
+};
+
+// Coefficients of some channels, [coefficient][channel], in both types that their elements may be computed in.
 struct Coefficients {
-  double value[kMax] = {};  // those the functor does not use stay zero
-  float single[kMax] = {};
-  Compute compute = Compute::kFloat64;
+  Coefficients(int count, std::int64_t channels)
+      : count(count),
+        channels(channels),
+        wide(static_cast<std::size_t>(count * channels)),
+        single(wide.size()),
+        fits(static_cast<std::size_t>(channels)) {}
 
-  // Float32, unless it does not hold them.
-  void settle(DType dtype) {
-    compute = fits_float32(value, kMax) ? natural_compute(dtype) : Compute::kFloat64;
-    for (int k = 0; k < kMax; ++k) single[k] = static_cast<float>(value[k]);
-  }
+  // Which type that is to be for a channel: float32, unless it does not hold its coefficients.
+  Compute compute(std::int64_t j) const { return fits[j] != 0 ? Compute::kFloat32 : Compute::kFloat64; }
 
-  void pass(const void* (&to)[kMax]) const {
-    for (int k = 0; k < kMax; ++k) {
-      to[k] = compute == Compute::kFloat32 ? static_cast<const void*>(&single[k]) : &value[k];
+  // To be called when wide[k][j] is set for j < n.
+  void settle(const LeafTable& leaves, DType dtype, std::int64_t n) {
+    const bool natural = natural_compute(dtype) == Compute::kFloat32;
+    for (std::int64_t j = 0; j < n; ++j) fits[j] = natural ? 1 : 0;
+    if (!natural) return;
+    for (int k = 0; k < count; ++k) {
+      leaves.narrow(wide.data() + k * channels, n, single.data() + k * channels, fits.data());
     }
   }
+
+  // Where those from channel j on are, in the type `as`.
+  template <int kMax>
+  void pass(std::int64_t j, Compute as, const void* (&to)[kMax]) const {
+    for (int k = 0; k < count; ++k) {
+      const std::int64_t at = k * channels + j;
+      to[k] = as == Compute::kFloat32 ? static_cast<const void*>(single.data() + at) : wide.data() + at;
+    }
+  }
+
+  int count;
+  std::int64_t channels;
+  std::vector<double> wide;
+  std::vector<float> single;
+  std::vector<std::uint8_t> fits;  // in float32
 };
+
+// n channels from c on, which stand in the tables from j on.
+inline Channels channels_of(std::int64_t c, std::int64_t n, const SumsTable& sums, Coefficients& coefficients,
+                            std::int64_t j) {
+  return {c,
+          n,
+          sums.shift.data() + j,
+          sums.first.data() + j,
+          sums.second.data() + j,
+          coefficients.wide.data() + j,
+          coefficients.count,
+          coefficients.channels};
+}
 
 constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
