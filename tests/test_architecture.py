@@ -66,7 +66,7 @@ def test_only_the_tensor_level_knows_both_torch_and_the_kernels() -> None:
         if any(FOREIGN.match(i) for _, i in includes(p))
         and any(i.startswith(("cpu/", "cuda/")) for _, i in includes(p))
     ]
-    # bindings.cpp reports what was built, output_memory.cpp makes tensors of blocks; every call passes through a backend.
+    # bindings.cpp reports what was built, output_memory.cpp makes tensors; every call passes through a backend.
     assert set(mixed) == {"backend_cpu.cpp", "backend_cuda.cpp", "bindings.cpp", "output_memory.cpp"}
 
 
