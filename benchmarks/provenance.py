@@ -13,7 +13,13 @@ from benchmarks.rows import Provenance
 from bnext import _C
 
 # They decide whether a large output is made of fresh 4 KB pages, huge pages or memory already touched.
-ENVIRONMENT = ("THP_MEM_ALLOC_ENABLE", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "BNEXT_HUGE_PAGES")
+ENVIRONMENT = (
+    "THP_MEM_ALLOC_ENABLE",
+    "MALLOC_MMAP_MAX_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "BNEXT_HUGE_PAGES",
+    "BNEXT_KEEP_MB",
+)
 
 
 def cpu_name() -> str:

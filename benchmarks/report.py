@@ -216,7 +216,7 @@ def how_measured(rows: Sequence[Row]) -> str:
     else:
         machine = row.isa
         runs_on = f"{row.threads} thread{'s' if row.threads > 1 else ''}"
-        how = "fresh outputs"
+        how = "outputs allocated at each call"
         allocator = "memory allocator as it comes, THP_MEM_ALLOC_ENABLE unset"
     return (
         f"{row.device_name} ({machine}), {runs_on}, "
