@@ -140,7 +140,7 @@ BNEXT_INLINE void narrow_pair(BFloat16* to, const Vector<float, kN>& low, const 
 // __F16C__ in time for the preprocessor, so the register's width stands for the instruction set.)
 template <int kN>
 BNEXT_INLINE Vector<float, kN> widen(const Half* from) {
-  const auto bits = load_raw<Vector<std::uint16_t, kN>>(from);
+  [[maybe_unused]] const auto bits = load_raw<Vector<std::uint16_t, kN>>(from);
 #if defined(__x86_64__)
   if constexpr (kVectorBytes == 64 && kN == 16) {
     return __builtin_bit_cast(Vector<float, kN>, _mm512_maskz_cvtph_ps(kAllLanes, __builtin_bit_cast(__m256i, bits)));
@@ -287,7 +287,7 @@ BNEXT_INLINE V from_bits(std::uint32_t bits) {
 template <typename V>
 BNEXT_INLINE std::uint32_t open_bits(const V& z) {
   using T = scalar_of<V>;
-  constexpr std::uint32_t kAll = (1u << kWidth<T>)-1u;
+  [[maybe_unused]] constexpr std::uint32_t kAll = (1u << kWidth<T>)-1u;
   const auto closed = z <= static_cast<T>(0);
 #if defined(__x86_64__)
   if constexpr (kVectorBytes == 64 && sizeof(T) == 4)
