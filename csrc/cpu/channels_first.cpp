@@ -54,7 +54,7 @@ class ChannelsFirst {
   void run(const Parallel& parallel) const {
     const std::int64_t C = problem_.C;
     const std::int64_t channel_bytes = problem_.count() * element_size(problem_.dtype) * op_.inputs();
-    if (!op_.reduces && problem_.N * C >= kMinGroups && !takes_columns()) {
+    if (!op_.reduces && problem_.N * C >= kMinGroups && !(takes_columns() && op_.mask == nullptr)) {
       run_in_order(parallel);
     } else if (C >= kMinGroups || chunks_ == 1) {
       const std::int64_t fitting = kGroupBytes / channel_bytes;
@@ -77,18 +77,29 @@ class ChannelsFirst {
     parallel(divide_up(planes, share), [&](std::int64_t begin, std::int64_t end) {
       const std::int64_t last = end * share < planes ? end * share : planes;
       for (std::int64_t plane = begin * share; plane < last;) {
-        // Up to the end of the image, or to a channel that is computed in the other type.
+        // Up to the end of the image.
         const std::int64_t c = plane % C;
-        const std::int64_t rows = alike(coefficients, c, C - c < last - plane ? C - c : last - plane);
-        MapArgs args;
-        args.block = op_.block(problem_.dtype, plane * problem_.HW, rows, problem_.HW, problem_.HW, plane * mask_row_,
-                               mask_row_);
-        coefficients.pass(c, coefficients.compute(c), args.coefficients);
-        args.coefficient_step = 1;
-        run_map(leaves_.map_segments, args, plane * problem_.HW, coefficients.compute(c));
+        const std::int64_t rows = C - c < last - plane ? C - c : last - plane;
+        map_planes(plane, rows, coefficients, c);
         plane += rows;
       }
     });
+  }
+
+  // Maps planes one after the other in memory, of channels whose coefficients stand from j on.
+  void map_planes(std::int64_t plane, std::int64_t planes, const Coefficients& coefficients, std::int64_t j) const {
+    for (const std::int64_t end = plane + planes; plane < end;) {
+      const std::int64_t rows = alike(coefficients, j, end - plane);
+      const Compute compute = coefficients.compute(j);
+      MapArgs args;
+      args.block =
+          op_.block(problem_.dtype, plane * problem_.HW, rows, problem_.HW, problem_.HW, plane * mask_row_, mask_row_);
+      coefficients.pass(j, compute, args.coefficients);
+      args.coefficient_step = 1;
+      run_map(leaves_.map_segments, args, plane * problem_.HW, compute);
+      plane += rows;
+      j += rows;
+    }
   }
 
   // What is known of a group of channels.
@@ -107,16 +118,19 @@ class ChannelsFirst {
 
   void run_fused(const Parallel& parallel, std::int64_t group) const {
     const std::int64_t C = problem_.C;
-    const bool as_columns = takes_columns();
+    const bool small = takes_columns();
+    // A mask's rows are planes.
+    const bool reduces_columns = small && !op_.epilogue.has_mask;
+    const bool maps_columns = small && op_.mask == nullptr;
     parallel(divide_up(C, group), [&](std::int64_t begin, std::int64_t end) {
       Group of(op_, group);
-      Columns columns(as_columns ? group * problem_.HW : 0);
+      Columns columns(reduces_columns || maps_columns ? group * problem_.HW : 0);
       for (std::int64_t task = begin; task < end; ++task) {
         const std::int64_t c0 = task * group;
         const std::int64_t n = C - c0 < group ? C - c0 : group;
         if (op_.reduces) {
           set_reduce_coefficients(c0, n, of);
-          if (as_columns) {
+          if (reduces_columns) {
             reduce_columns(c0, n, of, columns);
           } else {
             for (std::int64_t j = 0; j < n; ++j) reduce_channel(c0 + j, j, of, of.reduce.compute(j));
@@ -125,8 +139,12 @@ class ChannelsFirst {
         }
         finish(c0, n, of.sums, of.map);
         if (!op_.maps()) continue;
-        if (as_columns) {
+        if (maps_columns) {
           map_columns(c0, n, of.map, columns);
+          continue;
+        }
+        if (small) {
+          for (std::int64_t image = 0; image < problem_.N; ++image) map_planes(image * C + c0, n, of.map, 0);
           continue;
         }
         const std::int64_t next = task + 1 < end ? n * problem_.HW : 0;
@@ -218,10 +236,8 @@ class ChannelsFirst {
   }
 
   // Planes of a few elements would each end in a part of a register. A group of channels is also a matrix of N rows,
-  // whose n*HW columns each belong to one channel; a mask, whose rows are planes, is not.
-  bool takes_columns() const {
-    return problem_.HW <= kMaxColumnPlane && problem_.N >= kMinColumnRows && op_.mask == nullptr;
-  }
+  // whose n*HW columns each belong to one channel.
+  bool takes_columns() const { return problem_.HW <= kMaxColumnPlane && problem_.N >= kMinColumnRows; }
 
   // Room for a group's columns.
   struct Columns {

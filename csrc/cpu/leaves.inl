@@ -141,11 +141,11 @@ struct RowMap {
     return Op::template apply<Natural<scalar_t>>(in, c, setup.epilogue);
   }
 
-  // Whole lines of a row from element i on; what is left begins at what is returned.
+  // Whole lines from element i on; what is left begins at what is returned.
   template <bool kStream>
-  BNEXT_INLINE std::int64_t map_lines(const Inputs<scalar_t, Op>& inputs, const Outputs<scalar_t, Op>& outputs) const {
+  BNEXT_INLINE std::int64_t map_lines(const Inputs<scalar_t, Op>& inputs, const Outputs<scalar_t, Op>& outputs,
+                                      std::int64_t i) const {
     constexpr int kVectors = kLineVectors<acc_t, scalar_t>;
-    std::int64_t i = 0;
 #pragma GCC unroll 4
     for (; i + kVectors * kN <= args.block.len; i += kVectors * kN) {
       Mapped<Vec<acc_t>> line[kVectors];
@@ -158,6 +158,19 @@ struct RowMap {
     return i;
   }
 
+  // Elements [i, n), less than a line.
+  BNEXT_INLINE void map_rest(const Inputs<scalar_t, Op>& inputs, const Outputs<scalar_t, Op>& outputs, std::int64_t i,
+                             std::int64_t n) const {
+    if (args.reserve != 0) outputs.reserve(setup, i + args.reserve);
+    if constexpr (kLineVectors<acc_t, scalar_t> > 1) {
+      for (; i + kN <= n; i += kN) outputs.template store<acc_t>(mapped(inputs, i, Whole{}), setup, i, Whole{});
+    }
+    if (i < n) {
+      const Part part{static_cast<int>(n - i)};
+      outputs.template store<acc_t>(mapped(inputs, i, part), setup, i, part);
+    }
+  }
+
   BNEXT_INLINE void run(std::int64_t r) {
     const std::int64_t len = args.block.len;
     if (r == 0 || args.coefficient_step != 0) {
@@ -165,18 +178,18 @@ struct RowMap {
     }
     const Inputs<scalar_t, Op> inputs(args.block, setup, r);
     const Outputs<scalar_t, Op> outputs(args, setup, r);
-    const bool streams = kStreamable<scalar_t, acc_t> && args.streams && outputs.aligned(setup);
     std::int64_t i = 0;
-    if constexpr (kStreamable<scalar_t, acc_t>) i = streams ? map_lines<true>(inputs, outputs) : 0;
-    if (!streams) i = map_lines<false>(inputs, outputs);
-    if constexpr (kLineVectors<acc_t, scalar_t> > 1) {
-      for (; i + kN <= len; i += kN) outputs.template store<acc_t>(mapped(inputs, i, Whole{}), setup, i, Whole{});
+    bool streams = false;
+    if constexpr (kStreamable<scalar_t, acc_t>) {
+      const std::int64_t before = args.streams ? outputs.before_lines(setup) : -1;
+      streams = before >= 0 && before < len;
+      if (streams) {
+        map_rest(inputs, outputs, 0, before);
+        i = map_lines<true>(inputs, outputs, before);
+      }
     }
-    if (i < len) {
-      const Part part{static_cast<int>(len - i)};
-      if (args.reserve != 0) outputs.reserve(setup, i + args.reserve);
-      outputs.template store<acc_t>(mapped(inputs, i, part), setup, i, part);
-    }
+    if (!streams) i = map_lines<false>(inputs, outputs, 0);
+    map_rest(inputs, outputs, i, len);
   }
 };
 
@@ -322,7 +335,7 @@ struct MapColumns {
     const bool rows_alike = args.block.stride * static_cast<std::int64_t>(sizeof(scalar_t)) % kLineBytes == 0;
     std::int64_t r = 0;
     if constexpr (kStreamable<scalar_t, acc_t>) {
-      if (args.streams && rows_alike && Outputs<scalar_t, Op>(args, setup, 0).aligned(setup)) {
+      if (args.streams && rows_alike && Outputs<scalar_t, Op>(args, setup, 0).before_lines(setup) == 0) {
         for (; r + 2 <= args.block.rows; r += 2) map_rows<scalar_t, acc_t, Op, 2, true>(args, setup, r);
         finish_streams();
       }

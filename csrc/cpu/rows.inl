@@ -183,10 +183,17 @@ struct Outputs {
     if (setup.second) __builtin_prefetch(out[1] + i, 1, 3);
   }
 
-  // Whether lines of this row can be streamed.
-  BNEXT_INLINE bool aligned(const Setup& setup) const {
-    const auto is_aligned = [](const scalar_t* to) { return reinterpret_cast<std::uintptr_t>(to) % kLineBytes == 0; };
-    return (!setup.first || is_aligned(out[0])) && (!setup.second || is_aligned(out[1]));
+  // How many elements of this row come before its first line that can be streamed; -1 if its outputs, or its mask, do
+  // not agree on that.
+  BNEXT_INLINE std::int64_t before_lines(const Setup& setup) const {
+    const auto distance = [](const scalar_t* to) {
+      const auto beyond = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(to) % kLineBytes);
+      return (kLineBytes - beyond) % kLineBytes / static_cast<std::int64_t>(sizeof(scalar_t));
+    };
+    const std::int64_t before = distance(setup.first ? out[0] : out[1]);
+    const bool agree = !setup.second || before == distance(out[1]);
+    const bool has_mask = setup.writes_mask || setup.epilogue.has_mask;
+    return agree && (before == 0 || !has_mask) ? before : -1;
   }
 
   template <typename acc_t, typename Lanes>
