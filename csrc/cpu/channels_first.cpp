@@ -124,7 +124,7 @@ class ChannelsFirst {
     const bool maps_columns = small && op_.mask == nullptr;
     parallel(divide_up(C, group), [&](std::int64_t begin, std::int64_t end) {
       Group of(op_, group);
-      Columns columns(reduces_columns || maps_columns ? group * problem_.HW : 0);
+      Columns columns(reduces_columns ? group * problem_.HW : 0);
       for (std::int64_t task = begin; task < end; ++task) {
         const std::int64_t c0 = task * group;
         const std::int64_t n = C - c0 < group ? C - c0 : group;
@@ -241,12 +241,10 @@ class ChannelsFirst {
 
   // Room for a group's columns.
   struct Columns {
-    explicit Columns(std::int64_t columns)
-        : sums(static_cast<std::size_t>(2 * columns)),
-          wide(static_cast<std::size_t>(kMaxCoefficients * columns)),
-          single(wide.size()) {}
+    explicit Columns(std::int64_t columns) : sums(static_cast<std::size_t>(2 * columns)) {}
 
     std::vector<double> sums;
+    // Coefficients; of the two, mostly only one is ever filled.
     std::vector<double> wide;
     std::vector<float> single;
   };
@@ -261,6 +259,8 @@ class ChannelsFirst {
   void spread(const Coefficients& of, std::int64_t j, std::int64_t n, Compute compute, Columns& to,
               const void* (&coefficients)[kMax]) const {
     const auto repeat = [&](const auto& from, auto& columns) {
+      const auto needed = static_cast<std::size_t>(of.count * n * problem_.HW);
+      if (columns.size() < needed) columns.resize(needed);
       for (int k = 0; k < of.count; ++k) {
         auto* const row = columns.data() + k * n * problem_.HW;
         for (std::int64_t i = 0; i < n; ++i) {
