@@ -1,7 +1,7 @@
 // The activations that batch norm applies on the way out, and their slopes. One copy for every device: V is a scalar or
 // a SIMD vector of float or double.
 //
-// float32 uses the polynomials below, good to an ulp or two; float64 the C library, a lane at a time.
+// float32 uses the polynomials below; float64 the C library, a lane at a time.
 #pragma once
 
 #include <cmath>
@@ -57,75 +57,108 @@ BNEXT_INLINE V clamp(const V& x, scalar_of<V> low, scalar_of<V> high) {
   return x < low ? V{} + low : x > high ? V{} + high : x;
 }
 
-// e^x for x that is not above 0; 0 below -87.
-template <typename V>
-BNEXT_INLINE V exponential(const V& x) {
-  if constexpr (std::is_same_v<scalar_of<V>, double>) {
-    return lane_by_lane(x, [](double lane) { return std::exp(lane); });
+// What the results of float32 polynomials are rounded to; shorter ones do for fewer digits. All of them are least
+// squares on Chebyshev points, reweighted to the maximum.
+enum class Digits { kFloat32, kFloat16, kBFloat16 };
+
+// 2^x for |x| <= 126, where x = z*unit and `rest` is what the float `unit` lacks of it. Not for a NaN, whose bits do
+// not survive the scaling.
+template <Digits kDigits, typename V>
+BNEXT_INLINE V power_of_two(const V& z, float unit = 1.0f, [[maybe_unused]] float rest = 0.0f) {
+  using Bits = typename LanesOf<V>::Bits;
+  // x = n + f with |f| <= 1/2. Adding 1.5*2^23 rounds to a whole number and leaves it in the low bits.
+  constexpr float kRound = 12582912.0f;
+  const V shifted = z * unit + kRound;
+  V f = z * unit - (shifted - kRound);
+  V power;  // 2^f
+  if constexpr (kDigits == Digits::kFloat32) {
+    f = z * rest + f;
+    power = f * 1.53533096e-4f + 1.3398939e-3f;  // relative error 2e-9
+    power = power * f + 9.61843785e-3f;
+    power = power * f + 5.55033237e-2f;
+    power = power * f + 0.240226477f;
+    power = power * f + 0.693147182f;
   } else {
-    using Bits = typename LanesOf<V>::Bits;
-    constexpr float kLow = -87.0f;
-    const V inside = x < kLow ? V{} + kLow : x;
-    // x = n*ln(2) + r with |r| <= ln(2)/2. Adding 1.5*2^23 rounds to a whole number and leaves it in the low bits. The
-    // first part of ln(2) has so few bits that n times it is exact.
-    constexpr float kRound = 12582912.0f;
-    const V shifted = inside * 1.44269504f + kRound;
-    const V n = shifted - kRound;
-    const V r = (inside - n * 0.693359375f) - n * -2.12194440e-4f;
-    // e^r = 1 + r + r^2*(...), relative error 3e-9: least squares on Chebyshev points, reweighted to the maximum.
-    const V p = (((r * 1.3814466e-3f + 8.3687805e-3f) * r + 4.1668394e-2f) * r + 1.66665201e-1f) * r + 4.99999934e-1f;
-    const V e = (r * r) * p + r + 1.0f;
-    const V scaled = __builtin_bit_cast(V, __builtin_bit_cast(Bits, e) + (__builtin_bit_cast(Bits, shifted) << 23));
-    // A NaN's bits do not survive the scaling.
-    return x < kLow ? V{} : x == x ? scaled : x;
+    power = f * 9.58281476e-3f + 5.59068173e-2f;  // 3e-6
+    power = power * f + 0.240241021f;
+    power = power * f + 0.693124175f;
   }
+  power = power * f + 1.0f;
+  return __builtin_bit_cast(V, __builtin_bit_cast(Bits, power) + (__builtin_bit_cast(Bits, shifted) << 23));
 }
 
-// The logistic function at z and at -z, the smaller of which is not taken as 1 minus the larger.
-template <typename V>
+// The logistic function at z and at -z, neither of which is taken as 1 minus the other.
+template <Digits kDigits, typename V>
 struct Logistic {
   V at;
   V opposite;
 
   BNEXT_INLINE explicit Logistic(const V& z) {
     using T = scalar_of<V>;
-    constexpr T kZero = 0;
     constexpr T kOne = 1;
-    const V e = exponential(z < kZero ? z : -z);
-    const V larger = kOne / (e + kOne);
-    const V smaller = e * larger;
-    at = z < kZero ? smaller : larger;
-    opposite = z < kZero ? larger : smaller;
+    if constexpr (std::is_same_v<T, double>) {
+      const V e = lane_by_lane(z, [](double lane) { return std::exp(-lane); });
+      at = kOne / (e + kOne);
+      opposite = lane_by_lane(z, [](double lane) { return 1.0 / (1.0 + std::exp(lane)); });
+    } else {
+      constexpr float kMost = 87.0f;
+      const V e = power_of_two<kDigits>(clamp<V>(z, -kMost, kMost), -1.44269502f, -1.92596303e-8f);
+      at = z < -kMost ? V{} : kOne / (e + kOne);
+      opposite = z > kMost ? V{} : e * at;
+    }
   }
 };
 
-// The normal distribution: its density at z, and the probability of a value below z, with relative accuracy in the
-// tail too, where 1 + erf(z/sqrt(2)) cancels.
-template <typename V>
+// The normal distribution at a distance |z| from its mean, up to one where nothing is left: its density there, and the
+// probability of a value beyond, with relative accuracy also far out, where 1 + erf(z/sqrt(2)) cancels.
+template <Digits kDigits, typename V>
 struct Normal {
+  V distance;
   V density;
-  V below;
+  V beyond;
 
   BNEXT_INLINE explicit Normal(const V& z) {
     using T = scalar_of<V>;
-    const V e = exponential(z * z * static_cast<T>(-0.5));
-    density = e * static_cast<T>(0.39894228040143268);
     if constexpr (std::is_same_v<T, double>) {
-      below = lane_by_lane(z, [](double lane) { return 0.5 * std::erfc(lane * -0.70710678118654752); });
+      distance = lane_by_lane(z, [](double lane) { return std::fabs(lane) > 40.0 ? 40.0 : std::fabs(lane); });
+      density = lane_by_lane(distance, [](double lane) { return std::exp(lane * lane * -0.5) * 0.39894228040143268; });
+      beyond = lane_by_lane(distance, [](double lane) { return 0.5 * std::erfc(lane * 0.70710678118654752); });
     } else {
-      // The tail beyond |z| is e^(-z^2/2)*v*P(v) with v = 1/(1 + 0.26*|z|), relative error 2.5e-8; fitted as above.
-      const V distance = z < 0.0f ? -z : z;
-      const V v = 1.0f / (distance * 0.26f + 1.0f);
-      V p = v * 3.05049418e-2f - 1.52829101e-1f;
-      p = p * v + 2.51491857e-1f;
-      p = p * v - 1.50949605e-1f;
-      p = p * v + 1.60948290e-1f;
-      p = p * v + 5.10275021e-2f;
-      p = p * v + 1.03030298e-1f;
-      p = p * v + 1.03016745e-1f;
-      p = p * v + 1.03759060e-1f;
-      const V tail = e * v * p;
-      below = z > 0.0f ? 1.0f - tail : tail;
+      using Bits = typename LanesOf<V>::Bits;
+      constexpr float kMost = 12.9f;
+      // Of floats that are not negative the bits compare as they do, in fewer instructions.
+      const Bits most = Bits{} + __builtin_bit_cast(std::int32_t, kMost);
+      const Bits magnitude = __builtin_bit_cast(Bits, z) & 0x7fffffff;
+      distance = __builtin_bit_cast(V, magnitude > most ? most : magnitude);
+      const V square = distance * distance;
+      if constexpr (kDigits != Digits::kBFloat16) {
+        const V e = power_of_two<kDigits>(square, -0.721347511f, -9.62981517e-9f);
+        density = e * 0.398942280f;
+        // e^(-z^2/2)*v*P(v) with v = 1/(1 + 0.26*|z|), relative error 2.5e-8
+        const V v = 1.0f / (distance * 0.26f + 1.0f);
+        V p = v * 3.05049418e-2f - 1.52829101e-1f;
+        p = p * v + 2.51491857e-1f;
+        p = p * v - 1.50949605e-1f;
+        p = p * v + 1.60948290e-1f;
+        p = p * v + 5.10275021e-2f;
+        p = p * v + 1.03030298e-1f;
+        p = p * v + 1.03016745e-1f;
+        p = p * v + 1.03759060e-1f;
+        beyond = e * v * p;
+      } else {
+        density = power_of_two<kDigits>(square * -0.721347520f - 1.32574806f);
+        // The logarithm to base 2, within 1e-5 up to 6 and 2e-4 beyond.
+        V p = distance * -2.18287033e-9f + 1.56828378e-7f;
+        p = p * distance - 4.93226571e-6f;
+        p = p * distance + 9.00368323e-5f;
+        p = p * distance - 1.07107498e-3f;
+        p = p * distance + 8.89515039e-3f;
+        p = p * distance - 5.45358770e-2f;
+        p = p * distance - 4.58050430e-1f;
+        p = p * distance - 1.15136170f;
+        p = p * distance - 9.99990642e-1f;
+        beyond = power_of_two<kDigits>(p);
+      }
     }
   }
 };
@@ -137,22 +170,25 @@ BNEXT_INLINE V rectified(const V& z, const V& open, const V& closed) {
 }
 
 // act(z)
-template <typename V>
+template <Digits kDigits, typename V>
 BNEXT_INLINE V activate(const Activation& a, const V& z) {
   using T = scalar_of<V>;
   switch (a.act) {
     case Act::kIdentity: return z;
     case Act::kRelu: return rectified(z, z, V{});
     case Act::kLeakyRelu: return rectified(z, z, z * static_cast<T>(a.slope));
-    case Act::kSilu: return z * Logistic<V>(z).at;
-    case Act::kGelu: return z * Normal<V>(z).below;
+    case Act::kSilu: return z * Logistic<kDigits, V>(z).at;
+    case Act::kGelu: {
+      const Normal<kDigits, V> normal(z);
+      return (z <= static_cast<T>(0) ? z - z : z) - normal.distance * normal.beyond;
+    }
     case Act::kHardswish: return z * (clamp<V>(z + static_cast<T>(3), 0, 6) * static_cast<T>(1.0 / 6.0));
   }
   __builtin_unreachable();
 }
 
 // dy * act'(z)
-template <typename V>
+template <Digits kDigits, typename V>
 BNEXT_INLINE V activation_grad(const Activation& a, const V& z, const V& dy) {
   using T = scalar_of<V>;
   constexpr T kOne = 1;
@@ -161,12 +197,13 @@ BNEXT_INLINE V activation_grad(const Activation& a, const V& z, const V& dy) {
     case Act::kRelu: return rectified(z, dy, V{});
     case Act::kLeakyRelu: return rectified(z, dy, dy * static_cast<T>(a.slope));
     case Act::kSilu: {
-      const Logistic<V> logistic(z);
+      const Logistic<kDigits, V> logistic(z);
       return dy * (logistic.at * (z * logistic.opposite + kOne));
     }
     case Act::kGelu: {
-      const Normal<V> normal(z);
-      return dy * (z * normal.density + normal.below);
+      const Normal<kDigits, V> normal(z);
+      const V left = normal.beyond - normal.distance * normal.density;
+      return (dy + (z - z)) * (z > static_cast<T>(0) ? kOne - left : left);
     }
     case Act::kHardswish: {
       const V inside = dy * (z * static_cast<T>(1.0 / 3.0) + static_cast<T>(0.5));

@@ -1,7 +1,8 @@
 // What batch norm does to an element, as functors that the traversals are instantiated with.
 //
 // A reduce functor adds an element's two terms to a channel's two sums. A map functor turns an element into its
-// results. Both get the channel's coefficients c. V is a scalar or a SIMD vector; in[] is
+// results. Both get the channel's coefficients c. T is the type of the tensors' elements; V, what they are computed
+// with, a scalar or a SIMD vector; in[] is
 //   in[0]  the input x
 //   in[1]  the incoming gradient dy
 //   in[2]  the residual; or, where a mask stands for the pre-activation, a number of its sign
@@ -11,6 +12,7 @@
 #pragma once
 
 #include "activation.h"
+#include "half.h"
 #include "inline.h"
 
 namespace bnext {
@@ -19,6 +21,17 @@ constexpr int kMaxInputs = 3;
 constexpr int kMaxReduceCoefficients = 3;
 constexpr int kMaxCoefficients = 5;
 
+// The type that elements of type T are computed in, unless float32 proves too narrow.
+template <typename T>
+using Natural = std::conditional_t<sizeof(T) == sizeof(double), double, float>;
+
+template <typename T>
+constexpr Digits kDigits = Digits::kFloat32;
+template <>
+constexpr Digits kDigits<Half> = Digits::kFloat16;
+template <>
+constexpr Digits kDigits<BFloat16> = Digits::kBFloat16;
+
 // What follows the normalisation: act(batch_norm(x) + residual). The plain functors do not look at it.
 struct Epilogue {
   Activation activation;
@@ -26,15 +39,15 @@ struct Epilogue {
   bool has_mask = false;                   // to be read, in backward
   bool differentiates_statistics = false;  // in backward: training
 
-  // Activations are evaluated in the data's natural compute type, T, also where float32 proved too narrow for the
-  // coefficients and V is of doubles: the pre-activation has the size of normalised values again.
+  // Activations are evaluated in the natural type also where float32 proved too narrow for the coefficients and V is of
+  // doubles: the pre-activation has the size of normalised values again.
   template <typename T, typename V>
   BNEXT_INLINE V activate(const V& z) const {
-    if constexpr (std::is_same_v<T, scalar_of<V>>) {
-      return bnext::activate(activation, z);
+    if constexpr (std::is_same_v<Natural<T>, scalar_of<V>>) {
+      return bnext::activate<kDigits<T>>(activation, z);
     } else {
       return lane_by_lane(z, [this](auto lane) {
-        return static_cast<scalar_of<V>>(bnext::activate(activation, static_cast<T>(lane)));
+        return static_cast<scalar_of<V>>(bnext::activate<kDigits<T>>(activation, static_cast<Natural<T>>(lane)));
       });
     }
   }
@@ -42,11 +55,12 @@ struct Epilogue {
   // The slope at z, times dy.
   template <typename T, typename V>
   BNEXT_INLINE V grad(const V& z, const V& dy) const {
-    if constexpr (std::is_same_v<T, scalar_of<V>>) {
-      return activation_grad(activation, z, dy);
+    if constexpr (std::is_same_v<Natural<T>, scalar_of<V>>) {
+      return activation_grad<kDigits<T>>(activation, z, dy);
     } else {
       const V slope = lane_by_lane(z, [this](auto lane) {
-        return static_cast<scalar_of<V>>(activation_grad(activation, static_cast<T>(lane), static_cast<T>(1)));
+        constexpr Natural<T> kOne = 1;
+        return static_cast<scalar_of<V>>(activation_grad<kDigits<T>>(activation, static_cast<Natural<T>>(lane), kOne));
       });
       // A gradient that a rectifier keeps back must not turn into a NaN.
       return slope == static_cast<scalar_of<V>>(0) ? V{} : dy * slope;

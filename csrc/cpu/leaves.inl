@@ -48,7 +48,7 @@ struct SegmentSums {
   BNEXT_INLINE void add_vector(int u, const Inputs<scalar_t, Op>& inputs, std::int64_t i) {
     Vec<acc_t> in[kMaxInputs];
     inputs.template load<acc_t>(in, setup, i, Whole{});
-    Op::template add<Natural<scalar_t>>(first[u], second[u], in, c, setup.epilogue);
+    Op::template add<scalar_t>(first[u], second[u], in, c, setup.epilogue);
   }
 
   BNEXT_INLINE void add_part(int u, const Inputs<scalar_t, Op>& inputs, std::int64_t i, Part part) {
@@ -56,7 +56,7 @@ struct SegmentSums {
     Vec<acc_t> a = {};
     Vec<acc_t> b = {};
     inputs.template load<acc_t>(in, setup, i, part);
-    Op::template add<Natural<scalar_t>>(a, b, in, c, setup.epilogue);
+    Op::template add<scalar_t>(a, b, in, c, setup.epilogue);
     first[u] += keep<acc_t>(a, part);
     second[u] += keep<acc_t>(b, part);
   }
@@ -138,7 +138,7 @@ struct RowMap {
   BNEXT_INLINE Mapped<Vec<acc_t>> mapped(const Inputs<scalar_t, Op>& inputs, std::int64_t i, Lanes lanes) const {
     Vec<acc_t> in[kMaxInputs];
     inputs.template load<acc_t>(in, setup, i, lanes);
-    return Op::template apply<Natural<scalar_t>>(in, c, setup.epilogue);
+    return Op::template apply<scalar_t>(in, c, setup.epilogue);
   }
 
   // Whole lines from element i on; what is left begins at what is returned.
@@ -234,7 +234,7 @@ struct ReduceColumns {
       for (int u = 0; u < kUnroll; ++u) {
         Vec<acc_t> in[kMaxInputs];
         inputs.template load<acc_t>(in, setup, j + u * kN, lanes);
-        Op::template add<Natural<scalar_t>>(a[u], b[u], in, k[u], setup.epilogue);
+        Op::template add<scalar_t>(a[u], b[u], in, k[u], setup.epilogue);
       }
     }
 #pragma GCC unroll 4
@@ -302,7 +302,7 @@ struct MapColumns {
       for (int u = 0; u < kVectors; ++u) {
         Vec<acc_t> in[kMaxInputs];
         inputs.template load<acc_t>(in, setup, i + u * kN, lanes);
-        mapped[u] = Op::template apply<Natural<scalar_t>>(in, c[u], setup.epilogue);
+        mapped[u] = Op::template apply<scalar_t>(in, c[u], setup.epilogue);
       }
       if constexpr (kVectors == kLineVectors<acc_t, scalar_t> && std::is_same_v<Lanes, Whole>) {
         outputs.template store_line_of<acc_t, kStream>(mapped, setup, i);

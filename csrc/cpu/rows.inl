@@ -5,10 +5,6 @@
 template <typename acc_t>
 using Vec = Vector<acc_t, kWidth<acc_t>>;
 
-// The type that elements of scalar_t are computed in, unless float32 proves too narrow.
-template <typename scalar_t>
-using Natural = std::conditional_t<sizeof(scalar_t) == sizeof(double), double, float>;
-
 // Streaming is for the way that data of any size takes.
 template <typename scalar_t, typename acc_t>
 constexpr bool kStreamable = std::is_same_v<acc_t, Natural<scalar_t>>;

@@ -31,7 +31,7 @@ enum class Keep { kRegisters, kChannels, kColumns };
 // for each lane, and so are float64 ones in a kernel that computes in float32 but for rare channels.
 template <typename scalar_t, typename acc_t, typename Functor, Tile kTile>
 constexpr Keep kKeep = Functor::kActivated && kTile == Tile::kColumns
-                           ? (std::is_same_v<acc_t, widened_t<scalar_t>> ? Keep::kColumns : Keep::kChannels)
+                           ? (std::is_same_v<acc_t, Natural<scalar_t>> ? Keep::kColumns : Keep::kChannels)
                            : Keep::kRegisters;
 
 // In shared memory for Keep::kColumns: [coefficient][lane][thread x], which no two threads of a warp's row read in the

@@ -55,7 +55,7 @@ struct Shared {
 
 template <typename scalar_t, typename Op, typename Reduce, typename Map, Tile kTile>
 class BlockTask {
-  using Acc = widened_t<scalar_t>;
+  using Acc = Natural<scalar_t>;
   static constexpr bool kReduces = !std::is_same_v<Reduce, NoSums>;
   // The shift is a sample of the channel's own values; else it is known.
   static constexpr bool kSamples = std::is_same_v<Reduce, MomentSums>;
@@ -278,7 +278,7 @@ class BlockTask {
       widen_lane<Map>(item, e, args_.epilogue, in);
       acc_t c[kMaxCoefficients] = {};
       coefficients.get(e, c);
-      const Mapped<acc_t> mapped = Map::template apply<Acc>(in, c, args_.epilogue);
+      const Mapped<acc_t> mapped = Map::template apply<scalar_t>(in, c, args_.epilogue);
       narrow(mapped.first, first.lane[e]);
       if (Map::kActivated && Map::kReadsGrad) narrow(mapped.second, second.lane[e]);
       if (Map::kActivated && !Map::kReadsGrad) open |= (mapped.second <= 0 ? 0u : 1u) << e;

@@ -66,9 +66,9 @@ class Accumulator {
     coefficients_.get(e, c);
     const int p = kP == 1 ? 0 : e;
     if constexpr (kChains) {
-      Reduce::template add<widened_t<scalar_t>>(chain_first_[e], chain_second_[e], in, c, epilogue_);
+      Reduce::template add<scalar_t>(chain_first_[e], chain_second_[e], in, c, epilogue_);
     } else {
-      Reduce::template add<widened_t<scalar_t>>(first[p], second[p], in, c, epilogue_);
+      Reduce::template add<scalar_t>(first[p], second[p], in, c, epilogue_);
     }
   }
 

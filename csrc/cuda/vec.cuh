@@ -19,18 +19,6 @@ namespace bnext::cuda {
 template <typename scalar_t>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(scalar_t));
 
-template <typename scalar_t>
-struct Widened {
-  using type = float;
-};
-template <>
-struct Widened<double> {
-  using type = double;
-};
-// What elements are computed with, unless float32 proves too narrow.
-template <typename scalar_t>
-using widened_t = typename Widened<scalar_t>::type;
-
 __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ double widen(double value) { return value; }
 __device__ __forceinline__ float widen(BFloat16 value) { return to_float(value); }
