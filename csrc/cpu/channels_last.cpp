@@ -52,7 +52,7 @@ class ChannelsLast {
     }
     slabs_ = divide_up(columns_, slab_columns_);
     mask_row_ = divide_up(columns_, 8);
-    ahead_ = op.streams ? kAheadBytes / element_size(problem.dtype) : 0;
+    ahead_ = kAheadBytes / element_size(problem.dtype);
   }
 
   void run(const Parallel& parallel) const {
@@ -164,8 +164,9 @@ class ChannelsLast {
       coefficients.pass(column, compute, args.coefficients);
       args.first = partial.data() + 2 * chunk * columns_ + column;
       args.second = args.first + columns_;
-      args.in_order = op_.streams;
-      args.ahead = columns_ * element_size(problem_.dtype) > kMaxForeseenBytes ? ahead_ : 0;
+      args.in_order = op_.reduces_in_order;
+      const bool foreseen = columns_ * element_size(problem_.dtype) <= kMaxForeseenBytes;
+      args.ahead = op_.reduces_in_order && !foreseen ? ahead_ : 0;
       leaf(args);
     };
     parallel(chunks_ * slabs_, [&](std::int64_t begin, std::int64_t end) {

@@ -67,7 +67,7 @@ struct ReduceArgs {
   double* first;
   double* second;
   std::int64_t ahead = 0;  // with element i, ask for input i + ahead, unless 0
-  bool in_order = false;   // columns: memory is far away, so read it in order
+  bool in_order = false;   // columns: memory is far away, so go through it in order
 };
 
 // out[...] = functor(in[...]), with the block's geometry.
@@ -77,7 +77,8 @@ struct MapArgs {
   const void* coefficients[kMaxCoefficients];
   std::int64_t coefficient_step = 0;  // segments: 0, or 1 where row r has coefficients[k][r]
   Epilogue epilogue;
-  bool streams;              // store past the caches, where the alignment allows
+  bool streams = false;      // store past the caches, where the alignment allows
+  bool in_order = false;     // columns: as above
   std::int64_t ahead = 0;    // streaming element i, ask for input i + ahead, unless 0
   std::int64_t reserve = 0;  // segments: storing element i, ask for the memory of output i + reserve, unless 0
 };

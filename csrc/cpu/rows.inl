@@ -153,6 +153,18 @@ struct Inputs {
     }
   }
 
+  // Those of two registers, in the same order for each input; there is no mask.
+  template <typename acc_t>
+  BNEXT_INLINE void load_two(Vec<acc_t> (&v)[2][kMaxInputs], const Setup& setup, std::int64_t i) const {
+    Vec<acc_t> two[kMaxInputs][2] = {};
+    if (Op::kReadsInput && setup.input) load_two_vectors<acc_t>(in[0] + i, two[0]);
+    if (Op::kReadsGrad) load_two_vectors<acc_t>(in[1] + i, two[1]);
+    if (Op::kActivated && setup.epilogue.has_residual) load_two_vectors<acc_t>(in[2] + i, two[2]);
+    for (int k = 0; k < kMaxInputs; ++k) {
+      for (int h = 0; h < 2; ++h) v[h][k] = two[k][h];
+    }
+  }
+
   // Asks for the cache line of element i, which need not be the row's.
   BNEXT_INLINE void prefetch(const Setup& setup, std::int64_t i) const {
     if (Op::kReadsInput && setup.input) __builtin_prefetch(in[0] + i, 0, 2);

@@ -30,18 +30,16 @@ class ChannelOp {
   std::uint8_t* mask = nullptr;     // common/mask.h
   Epilogue epilogue;
   bool reduces = false;
-  bool streams = false;  // outputs are larger than the caches
+  bool reduces_in_order = false;  // ReduceArgs, MapArgs
+  bool maps_in_order = false;
+  bool streams = false;
   bool samples = false;  // the shift is a sample of the channel's own values
   ReduceOp reduce_op = ReduceOp::kMomentSums;
   MapOp map_op = MapOp::kNormalize;
 
-  bool maps() const { return out[0] != nullptr || out[1] != nullptr; }
-
-  int inputs() const {
-    int n = 0;
-    for (const void* each : in) n += each != nullptr ? 1 : 0;
-    return n;
-  }
+  int inputs() const { return (in[0] != nullptr ? 1 : 0) + (in[1] != nullptr ? 1 : 0) + (in[2] != nullptr ? 1 : 0); }
+  int outputs() const { return (out[0] != nullptr ? 1 : 0) + (out[1] != nullptr ? 1 : 0); }
+  bool maps() const { return outputs() != 0; }
 
   // The block whose first element has the offset `first` in the tensor, and its bit in the mask the byte `first_bits`.
   Block block(DType dtype, std::int64_t first, std::int64_t rows, std::int64_t len, std::int64_t stride,
@@ -54,6 +52,7 @@ class ChannelOp {
   // Where the results of that block go.
   void place(MapArgs& args, DType dtype, std::int64_t first) const {
     args.streams = streams;
+    args.in_order = maps_in_order;
     for (int k = 0; k < 2; ++k) args.out[k] = advance(out[k], first, dtype);
   }
 

@@ -193,6 +193,20 @@ BNEXT_INLINE Vector<acc_t, kWidth<acc_t>> load_vector(const scalar_t* from, Part
   return load_vector<acc_t>(packed);
 }
 
+// Two registers' worth of elements, in an order of its own: of bfloat16 the even ones and the odd ones, which are a
+// shift and a mask away.
+template <typename acc_t, typename scalar_t>
+BNEXT_INLINE void load_two_vectors(const scalar_t* from, Vector<acc_t, kWidth<acc_t>> (&v)[2]) {
+  if constexpr (std::is_same_v<scalar_t, BFloat16> && std::is_same_v<acc_t, float>) {
+    const auto bits = load_raw<Vector<std::uint32_t, kWidth<float>>>(from);
+    v[0] = __builtin_bit_cast(Vector<float, kWidth<float>>, bits << 16);
+    v[1] = __builtin_bit_cast(Vector<float, kWidth<float>>, bits & 0xffff0000u);
+  } else {
+    v[0] = load_vector<acc_t>(from);
+    v[1] = load_vector<acc_t>(from + kWidth<acc_t>);
+  }
+}
+
 template <typename acc_t, typename scalar_t>
 BNEXT_INLINE void store_vector(scalar_t* to, const Vector<acc_t, kWidth<acc_t>>& v, Whole = {}) {
   constexpr int kN = kWidth<acc_t>;
