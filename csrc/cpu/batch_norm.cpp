@@ -29,20 +29,15 @@ class Adapter final : public ChannelOp {
   const ChannelLeaves<Op>& leaves_;
 };
 
-// Sizes from which on memory is far away, of what is read in a reduction and of all that a map reads and writes.
-constexpr std::int64_t kFarReduction = std::int64_t{20} << 20;
-constexpr std::int64_t kFarMap = std::int64_t{12} << 20;
-
-// From here on outputs are stored past the caches, which would not hold them: reading a line only to overwrite it is a
-// third of the traffic.
-constexpr std::int64_t kStreamedMap = std::int64_t{36} << 20;
+// Of all that a call reads and writes. What is streamed is not read only to be overwritten, which is a third of the
+// traffic, and leaves the caches to the inputs.
+constexpr std::int64_t kFarBytes = std::int64_t{4} << 20;
+constexpr std::int64_t kStreamedBytes = std::int64_t{18} << 20;
 
 void run(const Problem& problem, ChannelOp& op, const Parallel& parallel) {
-  const std::int64_t bytes = problem.numel() * element_size(problem.dtype);
-  const std::int64_t mapped_bytes = bytes * (op.inputs() + op.outputs());
-  op.reduces_in_order = bytes * op.inputs() >= kFarReduction;
-  op.maps_in_order = mapped_bytes >= kFarMap;
-  op.streams = mapped_bytes >= kStreamedMap;
+  const std::int64_t bytes = problem.numel() * element_size(problem.dtype) * (op.inputs() + op.outputs());
+  op.far = bytes >= kFarBytes;
+  op.streams = bytes >= kStreamedBytes;
   if (problem.layout == Layout::kChannelsFirst) {
     run_channels_first(problem, op, parallel);
   } else {

@@ -147,7 +147,7 @@ class ChannelsFirst {
           for (std::int64_t image = 0; image < problem_.N; ++image) map_planes(image * C + c0, n, of.map, 0);
           continue;
         }
-        const std::int64_t next = task + 1 < end ? n * problem_.HW : 0;
+        const std::int64_t next = op_.far && task + 1 < end ? n * problem_.HW : 0;
         for (std::int64_t j = 0; j < n; ++j) {
           for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) map_chunk(c0 + j, chunk, of.map, j, next);
         }

@@ -22,8 +22,11 @@ constexpr std::int64_t kMinFoldedColumns = 64;  // what the leaves' unrolled loo
 constexpr std::int64_t kMaxFoldedColumns = 2048;
 constexpr std::int64_t kFinishColumns = 256;  // of one task between the passes
 
-// How far ahead large inputs are asked for. A reduction's tiles of rows up to this length are read almost in order,
-// which the processor foresees by itself.
+// Where memory is far away, a reduction goes through it nearly in order: in small tiles, though of a few rows at least,
+// which share the work that a tile takes. And input is asked for ahead of its use, but in tiles of short rows, which
+// the processor foresees by itself.
+constexpr std::int64_t kTileBytes = 2048;
+constexpr std::int64_t kMinTileRows = 4;
 constexpr std::int64_t kAheadBytes = 8192;
 constexpr std::int64_t kMaxForeseenBytes = 256;
 
@@ -42,8 +45,8 @@ class ChannelsLast {
     columns_ = problem.C * fold_;
     rows_ = M_ / fold_;
     rest_ = M_ % fold_ * problem.C;
-    const std::int64_t wanted = kChunkElements / columns_;
-    chunk_rows_ = wanted < divide_up(kMinChunkRows, fold_) ? divide_up(kMinChunkRows, fold_) : wanted;
+    const std::int64_t wanted = std::min(kChunkElements / columns_, divide_up(rows_, kMinTasks));
+    chunk_rows_ = std::max(wanted, divide_up(kMinChunkRows, fold_));
     chunks_ = divide_up(rows_, chunk_rows_);
     slab_columns_ = columns_;
     if (chunks_ < kMinTasks && fold_ == 1) {
@@ -52,7 +55,9 @@ class ChannelsLast {
     }
     slabs_ = divide_up(columns_, slab_columns_);
     mask_row_ = divide_up(columns_, 8);
-    ahead_ = kAheadBytes / element_size(problem.dtype);
+    row_bytes_ = columns_ * element_size(problem.dtype);
+    tile_rows_ = op.far ? std::clamp(kTileBytes / row_bytes_, kMinTileRows, kMaxTileRows) : kMaxTileRows;
+    ahead_ = op.far ? std::max(kAheadBytes, tile_rows_ * row_bytes_) / element_size(problem.dtype) : 0;
   }
 
   void run(const Parallel& parallel) const {
@@ -164,9 +169,8 @@ class ChannelsLast {
       coefficients.pass(column, compute, args.coefficients);
       args.first = partial.data() + 2 * chunk * columns_ + column;
       args.second = args.first + columns_;
-      args.in_order = op_.reduces_in_order;
-      const bool foreseen = columns_ * element_size(problem_.dtype) <= kMaxForeseenBytes;
-      args.ahead = op_.reduces_in_order && !foreseen ? ahead_ : 0;
+      args.tile_rows = tile_rows_;
+      args.ahead = row_bytes_ > kMaxForeseenBytes ? ahead_ : 0;
       leaf(args);
     };
     parallel(chunks_ * slabs_, [&](std::int64_t begin, std::int64_t end) {
@@ -201,7 +205,7 @@ class ChannelsLast {
       MapArgs args;
       args.block = block_of(chunk, column, rows, len);
       op_.place(args, problem_.dtype, first_of(chunk) + column);
-      args.ahead = ahead_;
+      args.ahead = op_.streams ? ahead_ : 0;
       args.epilogue = op_.epilogue;
       coefficients.pass(column, compute, args.coefficients);
       leaf(args);
@@ -247,6 +251,8 @@ class ChannelsLast {
   std::int64_t chunks_;
   std::int64_t slab_columns_;
   std::int64_t slabs_;
+  std::int64_t row_bytes_;
+  std::int64_t tile_rows_;
   std::int64_t ahead_;     // elements
   std::int64_t mask_row_;  // bytes of a folded row's mask; together no more than common/mask.h reserves
 };

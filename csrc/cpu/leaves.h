@@ -59,6 +59,9 @@ struct Block {
   std::int64_t mask_stride;  // bytes
 };
 
+// Columns are reduced a tile of rows at a time, one column of registers after the other.
+constexpr std::int64_t kMaxTileRows = 16;
+
 // Adds each channel's two sums over the block to first[j] and second[j] (j = 0 for segments).
 struct ReduceArgs {
   Block block;
@@ -66,8 +69,8 @@ struct ReduceArgs {
   Epilogue epilogue;
   double* first;
   double* second;
-  std::int64_t ahead = 0;  // with element i, ask for input i + ahead, unless 0
-  bool in_order = false;   // columns: memory is far away, so go through it in order
+  std::int64_t ahead = 0;                 // with element i, ask for input i + ahead, unless 0
+  std::int64_t tile_rows = kMaxTileRows;  // columns
 };
 
 // out[...] = functor(in[...]), with the block's geometry.
@@ -78,8 +81,8 @@ struct MapArgs {
   std::int64_t coefficient_step = 0;  // segments: 0, or 1 where row r has coefficients[k][r]
   Epilogue epilogue;
   bool streams = false;      // store past the caches, where the alignment allows
-  bool in_order = false;     // columns: as above
-  std::int64_t ahead = 0;    // streaming element i, ask for input i + ahead, unless 0
+  bool in_order = false;     // columns: one row after the other
+  std::int64_t ahead = 0;    // with element i, ask for input i + ahead, unless 0
   std::int64_t reserve = 0;  // segments: storing element i, ask for the memory of output i + reserve, unless 0
 };
 

@@ -164,7 +164,7 @@ struct RowMap {
 #pragma GCC unroll 4
     for (; i + kVectors * kN <= args.block.len; i += kVectors * kN) {
       Mapped<Vec<acc_t>> line[kVectors];
-      if (kStream && args.ahead != 0) inputs.prefetch(setup, i + args.ahead);
+      if (args.ahead != 0) inputs.prefetch(setup, i + args.ahead);
       if (!kStream && args.reserve != 0) outputs.reserve(setup, i + args.reserve);
 #pragma GCC unroll 4
       for (int u = 0; u < kVectors; ++u) line[u] = mapped(inputs, i + u * kN, Whole{});
@@ -220,10 +220,9 @@ struct MapSegments {
 };
 
 // Columns are reduced in slabs whose sums stay in the first-level cache; inside a slab a tile of a few rows at a
-// time, whose sums are made in registers and then added to the slab's. A tile's columns are read one below the other,
-// an order that the processor does not foresee; where that matters, tiles are small.
+// time, whose sums are made in registers and then added to the slab's.
 constexpr std::int64_t kSlabColumns = 1024;
-constexpr std::int64_t kTileBytes = 2048;  // in order
+static_assert(kMaxTileRows == kInner);
 
 struct ReduceColumns {
   // Adds rows [t0, t1) of kUnroll registers of columns, from column j of the block on, to the slab's sums.
@@ -269,8 +268,7 @@ struct ReduceColumns {
     alignas(64) acc_t second[kSlabColumns];
     for (std::int64_t c0 = 0; c0 < args.block.len; c0 += kSlabColumns) {
       const std::int64_t columns = args.block.len - c0 < kSlabColumns ? args.block.len - c0 : kSlabColumns;
-      const std::int64_t wanted = kTileBytes / (columns * static_cast<std::int64_t>(sizeof(scalar_t)));
-      const std::int64_t tile_rows = !args.in_order ? kInner : wanted < 1 ? 1 : wanted > kInner ? kInner : wanted;
+      const std::int64_t tile_rows = args.tile_rows;
       const std::int64_t flush_rows = tile_rows * (kInner + kOuter - tile_rows);
       for (std::int64_t r0 = 0; r0 < args.block.rows; r0 += flush_rows) {
         const std::int64_t r1 = args.block.rows - r0 < flush_rows ? args.block.rows : r0 + flush_rows;
@@ -313,7 +311,7 @@ struct MapColumns {
     for (int j = 0; j < kRows; ++j) {
       const Inputs<scalar_t, Op> inputs(args.block, setup, r + j);
       const Outputs<scalar_t, Op> outputs(args, setup, r + j);
-      if (kStream && args.ahead != 0) inputs.prefetch(setup, i + args.ahead);
+      if (args.ahead != 0) inputs.prefetch(setup, i + args.ahead);
       Mapped<Vec<acc_t>> mapped[kVectors];
 #pragma GCC unroll 4
       for (int u = 0; u < kVectors; ++u) {

@@ -30,9 +30,8 @@ class ChannelOp {
   std::uint8_t* mask = nullptr;     // common/mask.h
   Epilogue epilogue;
   bool reduces = false;
-  bool reduces_in_order = false;  // ReduceArgs, MapArgs
-  bool maps_in_order = false;
-  bool streams = false;
+  bool far = false;      // the second-level caches hold but a part of it all
+  bool streams = false;  // nor do the caches hold much of the outputs
   bool samples = false;  // the shift is a sample of the channel's own values
   ReduceOp reduce_op = ReduceOp::kMomentSums;
   MapOp map_op = MapOp::kNormalize;
@@ -52,7 +51,7 @@ class ChannelOp {
   // Where the results of that block go.
   void place(MapArgs& args, DType dtype, std::int64_t first) const {
     args.streams = streams;
-    args.in_order = maps_in_order;
+    args.in_order = far;
     for (int k = 0; k < 2; ++k) args.out[k] = advance(out[k], first, dtype);
   }
 
