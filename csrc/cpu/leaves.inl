@@ -140,14 +140,25 @@ struct ReduceSegments {
 template <typename scalar_t, typename acc_t, typename Op>
 struct RowMap {
   static constexpr std::int64_t kN = kWidth<acc_t>;
-  // Shorter rows consist of broken lines to too large a part: evaluation of 14x14 bfloat16 planes took twice as long.
-  static constexpr std::int64_t kMinStreamed = 10 * kLineBytes / static_cast<std::int64_t>(sizeof(scalar_t));
+  // Rows that are not much longer than the lines which their ends are of are not streamed.
+  static constexpr std::int64_t kMinLines = 10;
+  static constexpr std::int64_t kMinDenseLines = 10;
 
   const MapArgs& args;
   const Setup& setup;
+  OpenLine<scalar_t>& open;  // not a part, or the coefficients would not stay in registers
+  const bool dense;          // the next row begins where this one ends
+  const bool streams;
   Vec<acc_t> c[kMaxCoefficients] = {};
 
-  BNEXT_INLINE RowMap(const MapArgs& args, const Setup& setup) : args(args), setup(setup) {}
+  BNEXT_INLINE RowMap(const MapArgs& args, const Setup& setup, OpenLine<scalar_t>& open)
+      : args(args),
+        setup(setup),
+        open(open),
+        dense(args.block.len == args.block.stride),
+        streams(kStreamable<scalar_t, acc_t> && args.streams &&
+                args.block.len >= (dense ? kMinDenseLines : kMinLines) * kLineElements<scalar_t> &&
+                Outputs<scalar_t, Op>(args, setup, 0).can_stream(setup, args.block.stride)) {}
 
   template <typename Lanes>
   BNEXT_INLINE Mapped<Vec<acc_t>> mapped(const Inputs<scalar_t, Op>& inputs, std::int64_t i, Lanes lanes) const {
@@ -192,15 +203,19 @@ struct RowMap {
       broadcast_coefficients<acc_t, Op>(c, args.coefficients, r * args.coefficient_step);
     }
     const Inputs<scalar_t, Op> inputs(args.block, setup, r);
-    const Outputs<scalar_t, Op> outputs(args, setup, r);
+    Outputs<scalar_t, Op> outputs(args, setup, r);
     std::int64_t i = 0;
-    bool streams = false;
     if constexpr (kStreamable<scalar_t, acc_t>) {
-      const std::int64_t before = args.streams && len >= kMinStreamed ? outputs.before_lines(setup) : -1;
-      streams = before >= 0 && before < len;
       if (streams) {
-        map_rest(inputs, outputs, 0, before);
-        i = map_lines<true>(inputs, outputs, before);
+        i = outputs.before_lines(setup);
+        const bool is_open = open.filled != 0;
+        map_rest(inputs, is_open ? outputs.into(open, setup, 0) : outputs, 0, i);
+        if (is_open) outputs.close(open, setup, i);
+        i = map_lines<true>(inputs, outputs, i);
+        if (dense && r + 1 < args.block.rows) {
+          outputs = outputs.into(open, setup, i);
+          open.filled = len - i;
+        }
       }
     }
     if (!streams) i = map_lines<false>(inputs, outputs, 0);
@@ -213,9 +228,10 @@ struct MapSegments {
   static void run(const MapArgs& call) {
     const MapArgs args = call;  // a copy that no store to an output can be taken to change
     const Setup setup = known_setup<Op, kForm>(args);
-    RowMap<scalar_t, acc_t, Op> map(args, setup);
+    OpenLine<scalar_t> open;
+    RowMap<scalar_t, acc_t, Op> map(args, setup, open);
     for (std::int64_t r = 0; r < args.block.rows; ++r) map.run(r);
-    if (args.streams) finish_streams();
+    if (map.streams) finish_streams();
   }
 };
 
@@ -351,7 +367,9 @@ struct MapColumns {
     const bool rows_alike = args.block.stride * static_cast<std::int64_t>(sizeof(scalar_t)) % kLineBytes == 0;
     std::int64_t r = 0;
     if constexpr (kStreamable<scalar_t, acc_t>) {
-      if (args.streams && rows_alike && Outputs<scalar_t, Op>(args, setup, 0).before_lines(setup) == 0) {
+      const Outputs<scalar_t, Op> outputs(args, setup, 0);
+      if (args.streams && rows_alike && outputs.can_stream(setup, args.block.stride) &&
+          outputs.before_lines(setup) == 0) {
         for (; r < args.block.rows; ++r) map_rows<scalar_t, acc_t, Op, 1, true>(args, setup, r);
         finish_streams();
       }

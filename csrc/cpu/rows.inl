@@ -173,6 +173,13 @@ struct Inputs {
   }
 };
 
+// The beginning of a line of each output, which a row leaves to be finished by the next.
+template <typename scalar_t>
+struct OpenLine {
+  alignas(kLineBytes) scalar_t out[2][kLineElements<scalar_t>];
+  std::int64_t filled = 0;  // elements
+};
+
 // Where Op's results of row r of a block go.
 template <typename scalar_t, typename Op>
 struct Outputs {
@@ -191,17 +198,32 @@ struct Outputs {
     if (setup.second) __builtin_prefetch(out[1] + i, 1, 3);
   }
 
-  // How many elements of this row come before its first line that can be streamed; -1 if its outputs, or its mask, do
-  // not agree on that.
+  // How many elements of this row come before its first whole line.
   BNEXT_INLINE std::int64_t before_lines(const Setup& setup) const {
-    const auto distance = [](const scalar_t* to) {
-      const auto beyond = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(to) % kLineBytes);
-      return (kLineBytes - beyond) % kLineBytes / static_cast<std::int64_t>(sizeof(scalar_t));
-    };
-    const std::int64_t before = distance(setup.first ? out[0] : out[1]);
-    const bool agree = !setup.second || before == distance(out[1]);
+    return before_line(setup.first ? out[0] : out[1]);
+  }
+
+  // Whether lines can be streamed, of this row and of others `stride` apart: outputs must agree on where they begin,
+  // and a mask's bits stand for elements counted from a row's beginning.
+  BNEXT_INLINE bool can_stream(const Setup& setup, std::int64_t stride) const {
+    const bool agree = !setup.second || before_lines(setup) == before_line(out[1]);
     const bool has_mask = setup.writes_mask || setup.epilogue.has_mask;
-    return agree && (before == 0 || !has_mask) ? before : -1;
+    return agree && (!has_mask || (before_lines(setup) == 0 && stride % kLineElements<scalar_t> == 0));
+  }
+
+  // The results of the elements from i on into an open line instead.
+  BNEXT_INLINE Outputs into(OpenLine<scalar_t>& line, const Setup& setup, std::int64_t i) const {
+    Outputs to = *this;
+    if (setup.first) to.out[0] = line.out[0] + (line.filled - i);
+    if (setup.second) to.out[1] = line.out[1] + (line.filled - i);
+    return to;
+  }
+
+  // Streams a line that is full, and ends before element i.
+  BNEXT_INLINE void close(OpenLine<scalar_t>& line, const Setup& setup, std::int64_t i) const {
+    if (setup.first) stream_line(out[0] + i - kLineElements<scalar_t>, line.out[0]);
+    if (setup.second) stream_line(out[1] + i - kLineElements<scalar_t>, line.out[1]);
+    line.filled = 0;
   }
 
   template <typename acc_t, typename Lanes>
@@ -217,7 +239,13 @@ struct Outputs {
                                   std::int64_t i) const {
     constexpr int kVectors = kLineVectors<acc_t, scalar_t>;
     const auto put = [](scalar_t* to, const Vec<acc_t>(&line)[kVectors]) {
-      kStream ? stream_line<acc_t>(to, line) : store_line<acc_t>(to, line);
+      if constexpr (kStream) {
+        alignas(kLineBytes) scalar_t packed[kLineElements<scalar_t>];
+        store_line<acc_t>(packed, line);
+        stream_line(to, packed);
+      } else {
+        store_line<acc_t>(to, line);
+      }
     };
     Vec<acc_t> line[kVectors];
     if (setup.first) {
@@ -233,5 +261,11 @@ struct Outputs {
         store_mask<kWidth<acc_t>>(mask, i + u * kWidth<acc_t>, open_bits(mapped[u].second));
       }
     }
+  }
+
+ private:
+  BNEXT_INLINE static std::int64_t before_line(const scalar_t* to) {
+    const auto beyond = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(to) % kLineBytes);
+    return (kLineBytes - beyond) % kLineBytes / static_cast<std::int64_t>(sizeof(scalar_t));
   }
 };

@@ -255,16 +255,15 @@ BNEXT_INLINE void store_line(scalar_t* to, const Vector<acc_t, kWidth<acc_t>> (&
   for (int u = 0; u < kLineVectors<acc_t, scalar_t>; ++u) store_vector<acc_t>(to + u * kWidth<acc_t>, v[u]);
 }
 
-// The same past the caches: for outputs that they would not hold. A line that is not written whole at once would be
-// read first.
-template <typename acc_t, typename scalar_t>
-BNEXT_INLINE void stream_line(scalar_t* to, const Vector<acc_t, kWidth<acc_t>> (&v)[kLineVectors<acc_t, scalar_t>]) {
-  constexpr int kElements = kLineBytes / static_cast<int>(sizeof(scalar_t));
+template <typename scalar_t>
+constexpr int kLineElements = kLineBytes / static_cast<int>(sizeof(scalar_t));
+
+// Past the caches: for outputs that they would not hold. A line that is not written whole at once would be read first.
+template <typename scalar_t>
+BNEXT_INLINE void stream_line(scalar_t* to, const scalar_t (&packed)[kLineElements<scalar_t>]) {
   constexpr int kStep = kVectorBytes / static_cast<int>(sizeof(scalar_t));
-  alignas(kLineBytes) scalar_t packed[kElements];
-  store_line<acc_t>(packed, v);
 #pragma GCC unroll 4
-  for (int i = 0; i < kElements; i += kStep) {
+  for (int i = 0; i < kLineElements<scalar_t>; i += kStep) {
 #if defined(__x86_64__)
     if constexpr (kVectorBytes == 64) {
       _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), load_raw<__m512i>(packed + i));
