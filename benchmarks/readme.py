@@ -30,23 +30,30 @@ from benchmarks.report import (
 )
 from benchmarks.rows import GRAPH, InputError, Row, write_atomically
 from benchmarks.suites import PLAIN, RESIDUAL_PASSES, TENSOR_PASSES
+from benchmarks.touched import is_touched
 
 BEGIN = "<!-- benchmark:begin -->"
 END = "<!-- benchmark:end -->"
 CUDA_BEGIN = "<!-- benchmark:cuda:begin -->"
 CUDA_END = "<!-- benchmark:cuda:end -->"
 
-# By device, and whether an activation is in the same call.
-MARKERS = {
-    ("cpu", False): (BEGIN, END),
-    ("cuda", False): (CUDA_BEGIN, CUDA_END),
-    ("cpu", True): ("<!-- benchmark:fused:begin -->", "<!-- benchmark:fused:end -->"),
-    ("cuda", True): ("<!-- benchmark:cuda:fused:begin -->", "<!-- benchmark:cuda:fused:end -->"),
+# What a table is of: the device, whether an activation is in the same call, and whether memory was touched before.
+Kind = tuple[str, bool, bool]
+MARKERS: dict[Kind, tuple[str, str]] = {
+    ("cpu", False, False): (BEGIN, END),
+    ("cuda", False, False): (CUDA_BEGIN, CUDA_END),
+    ("cpu", True, False): ("<!-- benchmark:fused:begin -->", "<!-- benchmark:fused:end -->"),
+    ("cuda", True, False): ("<!-- benchmark:cuda:fused:begin -->", "<!-- benchmark:cuda:fused:end -->"),
+    ("cpu", False, True): ("<!-- benchmark:touched:begin -->", "<!-- benchmark:touched:end -->"),
 }
 
 
+def kind(row: Row) -> Kind:
+    return row.device, row.epilogue != PLAIN, is_touched(row.environment)
+
+
 def markdown(rows: Sequence[Row]) -> str:
-    """The block of rows that are all of one device, and all fused or none of them."""
+    """The block of rows that are all of one kind."""
     rows = device_times(rows)
     fused = rows[0].epilogue != PLAIN
     held = ["", *_held(rows)] if fused else []
@@ -122,6 +129,8 @@ def _command(rows: Sequence[Row]) -> str:
     parts = ["python -m benchmarks"]
     if rows[0].device == "cuda":
         parts.append("--device cuda")
+    if is_touched(rows[0].environment):
+        parts.append("--touched")
     if rows[0].epilogue != PLAIN:
         parts.append(f"--suite {','.join(dict.fromkeys(row.suite for row in rows))}")
     return f"Measured by `{' '.join(parts)}` on {how_measured(rows)}."
@@ -151,9 +160,11 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def rewritten(text: str, block: str, device: str = "cpu", fused: bool = False) -> str:
+def rewritten(text: str, block: str, of: Kind = ("cpu", False, False)) -> str:
     """The text with what is between two markers replaced; InputError unless each is there once, in order."""
-    begin, end = MARKERS[device, fused]
+    if of not in MARKERS:
+        raise InputError("there is no table for activations in memory already touched")
+    begin, end = MARKERS[of]
     head, found_begin, rest = text.partition(begin)
     _, found_end, tail = rest.partition(end)
     if not found_begin or not found_end or text.count(begin) != 1 or text.count(end) != 1:
@@ -165,10 +176,8 @@ def update_readme(path: Path, rows: Sequence[Row], check: bool) -> bool:
     """Bring the README up to date, or with ``check`` only look; tells whether it was current."""
     try:
         text = new = path.read_text(encoding="utf-8")
-        for fused in (False, True):
-            chosen = [row for row in rows if (row.epilogue != PLAIN) == fused]
-            if chosen:
-                new = rewritten(new, markdown(chosen), rows[0].device, fused)
+        for of in dict.fromkeys(map(kind, rows)):
+            new = rewritten(new, markdown([row for row in rows if kind(row) == of]), of)
         if new != text and not check:
             write_atomically(path, new.encode())
     except OSError as error:

@@ -165,6 +165,16 @@ BNEXT_INLINE void narrow(Half* to, const Vector<float, kN>& v) {
   store_bits<kN>(to, float_to_float16<Vector<std::uint32_t, kN>>(v));
 }
 
+#if defined(__x86_64__)
+// In one store: a register that is put together from two of half its size on the stack has to wait for both.
+template <int kN>
+BNEXT_INLINE void narrow_pair(Half* to, const Vector<float, kN>& low, const Vector<float, kN>& high) {
+  const __m256i a = _mm512_maskz_cvtps_ph(kAllLanes, __builtin_bit_cast(__m512, low), _MM_FROUND_TO_NEAREST_INT);
+  const __m256i b = _mm512_maskz_cvtps_ph(kAllLanes, __builtin_bit_cast(__m512, high), _MM_FROUND_TO_NEAREST_INT);
+  store_raw(to, __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
+
 template <int kN>
 BNEXT_INLINE Vector<float, kN> widen(const float* from) {
   return load_raw<Vector<float, kN>>(from);
@@ -247,7 +257,7 @@ constexpr int kLineVectors = kLineBytes / (kWidth<acc_t> * static_cast<int>(size
 template <typename acc_t, typename scalar_t>
 BNEXT_INLINE void store_line(scalar_t* to, const Vector<acc_t, kWidth<acc_t>> (&v)[kLineVectors<acc_t, scalar_t>]) {
 #if defined(__x86_64__)
-  if constexpr (kVectorBytes == 64 && std::is_same_v<scalar_t, BFloat16> && std::is_same_v<acc_t, float>) {
+  if constexpr (kVectorBytes == 64 && sizeof(scalar_t) == 2 && std::is_same_v<acc_t, float>) {
     return narrow_pair<kWidth<acc_t>>(to, v[0], v[1]);
   }
 #endif

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ from benchmarks.suites import (
     Epilogue,
     Suite,
 )
+from benchmarks.touched import is_touched
 
 
 @pytest.fixture(autouse=True)
@@ -159,3 +162,15 @@ def test_calls_return_fresh_results_and_the_floor_does_not(operation: str, epilo
     for provider, call in calls.items():
         first, second = call(), call()
         assert (address(first) == address(second)) == (provider == "copy"), provider
+
+
+def test_touched_run_is_one_in_an_environment_of_its_own(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "--touched", "--suite", "2d", "--quick", "--rounds", "1"]
+    command += ["--dtype", "float32", "--op", "eval", "--no-compile", "--output", str(tmp_path)]
+    subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    assert all(is_touched(row.environment) for row in load_rows(tmp_path / "results.json"))
+
+
+def test_touched_is_for_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--touched", "--device", "cuda"]) == 2
+    assert "--touched" in capsys.readouterr().err

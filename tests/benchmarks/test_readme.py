@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-@pytest.mark.parametrize("name", ["epyc-zen4.json", "epyc-zen4-fused.json"])
+@pytest.mark.parametrize("name", ["epyc-zen4.json", "epyc-zen4-fused.json", "epyc-zen4-touched.json"])
 def test_readme_shows_the_committed_results(name: str, tmp_path: Path) -> None:
     results = shutil.copy(RESULTS / name, tmp_path)  # the command draws the plot beside the file
     command = [sys.executable, "-m", "benchmarks", "report", results, "--readme", "README.md", "--check"]
