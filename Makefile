@@ -52,11 +52,11 @@ stop_if = $(if $(strip $(1)),$(error $(strip $(1))))
 base    = $(if $(wildcard $(PY)),$(PY) have-venv,$(PYTHON) $(if $(SYSTEM_SITE),need-venv,need-venv-pip))
 
 .DEFAULT_GOAL := help
-.PHONY: help build test bench mutants cuda-check gpu lint format clean tools FORCE
+.PHONY: help build test bench mutants instructions cuda-check gpu lint format clean tools FORCE
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo "Variables and their defaults: the first lines of the Makefile."
 
 build: tools $(BUILT) ## build the extension in place (compiles only what changed)
@@ -69,6 +69,9 @@ test: tools $(BUILT) ## set up, build, run the tests
 
 mutants: tools $(BUILT) ## take each synchronisation out of the CUDA kernels; the emulated tests must fail
 	@$(PY) tests/simt/mutants.py
+
+instructions: tools $(BUILT) ## count the CPU kernels' instructions in valgrind, compare with the committed numbers
+	@$(PY) tests/instructions/check.py
 
 cuda-check: tools $(DEPS) ## compile the CUDA sources for three architectures, read registers and machine code
 	@$(PY) .ci/cuda_check.py
