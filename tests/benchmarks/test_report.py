@@ -9,9 +9,10 @@ import pytest
 from canned import imagined_run, row, rows_of
 
 from benchmarks.__main__ import main
-from benchmarks.readme import BEGIN, END, markdown, rewritten
+from benchmarks.readme import BEGIN, END, MARKERS, markdown, rewritten, update_readme
 from benchmarks.report import Group, MeanKey, compare, geometric_means, how_measured
 from benchmarks.rows import InputError, load_rows, save_rows, write_atomically
+from benchmarks.touched import VARIABLES
 
 
 @pytest.fixture
@@ -154,3 +155,14 @@ def test_readme_without_markers_is_one_line_and_status_2(
     assert main(["report", str(file), "--check"]) == 2
     assert capsys.readouterr().err.count("\n") == 3
     assert readme.read_text() == "# title\n"
+
+
+def test_touched_memory_has_a_table_of_its_own(tmp_path: Path) -> None:
+    rows = rows_of(4.0, 1.0, 0.5, environment=dict(VARIABLES))
+    begin, end = MARKERS["cpu", False, True]
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{BEGIN}\nas the user calls it\n{END}\n{begin}\n{end}\n")
+    assert not update_readme(readme, rows, check=False)
+    text = readme.read_text()
+    assert text.startswith(f"{BEGIN}\nas the user calls it\n{END}\n{begin}\n| dtype |")
+    assert "`python -m benchmarks --touched`" in text
