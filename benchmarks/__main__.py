@@ -126,6 +126,8 @@ def run_measure(arguments: argparse.Namespace) -> int:
     foreign = [name for name in suites if name not in DEVICE_SUITES[device]]
     if foreign:
         raise InputError(f"suite {foreign[0]!r} is not one of {device}'s: {', '.join(DEVICE_SUITES[device])}")
+    if arguments.touched and device != "cpu":
+        raise InputError("--touched is about the CPU's memory")
     cases = select_cases(
         suites=suites,
         dtypes=arguments.dtype or DEFAULT_DTYPES[device],
@@ -137,11 +139,8 @@ def run_measure(arguments: argparse.Namespace) -> int:
     if not cases:
         raise InputError("nothing to measure: no chosen suite has the chosen layout, operation and size")
     make_writable(arguments.output)
-    if arguments.touched:
-        if device != "cpu":
-            raise InputError("--touched is about the CPU's memory")
-        if not is_touched(os.environ):
-            start_again(arguments.argv)
+    if arguments.touched and not is_touched(os.environ):
+        start_again(arguments.argv)
 
     # Here, so that report, --help and bad input need no torch, no bnext and no second.
     try:

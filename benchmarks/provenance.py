@@ -10,16 +10,11 @@ import torch
 
 import bnext
 from benchmarks.rows import Provenance
+from benchmarks.touched import VARIABLES
 from bnext import _C
 
 # They decide whether a large output is made of fresh 4 KB pages, huge pages or memory already touched.
-ENVIRONMENT = (
-    "THP_MEM_ALLOC_ENABLE",
-    "MALLOC_MMAP_MAX_",
-    "MALLOC_TRIM_THRESHOLD_",
-    "BNEXT_HUGE_PAGES",
-    "BNEXT_KEEP_MB",
-)
+ENVIRONMENT = ("THP_MEM_ALLOC_ENABLE", *VARIABLES, "BNEXT_HUGE_PAGES", "BNEXT_KEEP_MB")
 
 
 def cpu_name() -> str:

@@ -141,8 +141,7 @@ template <typename scalar_t, typename acc_t, typename Op>
 struct RowMap {
   static constexpr std::int64_t kN = kWidth<acc_t>;
   // Rows that are not much longer than the lines which their ends are of are not streamed.
-  static constexpr std::int64_t kMinLines = 10;
-  static constexpr std::int64_t kMinDenseLines = 10;
+  static constexpr std::int64_t kMinStreamed = 10 * kLineElements<scalar_t>;
 
   const MapArgs& args;
   const Setup& setup;
@@ -156,8 +155,7 @@ struct RowMap {
         setup(setup),
         open(open),
         dense(args.block.len == args.block.stride),
-        streams(kStreamable<scalar_t, acc_t> && args.streams &&
-                args.block.len >= (dense ? kMinDenseLines : kMinLines) * kLineElements<scalar_t> &&
+        streams(kStreamable<scalar_t, acc_t> && args.streams && args.block.len >= kMinStreamed &&
                 Outputs<scalar_t, Op>(args, setup, 0).can_stream(setup, args.block.stride)) {}
 
   template <typename Lanes>

@@ -4,11 +4,12 @@
 //
 // PASS: forward, eval, backward. ACT: none, relu, silu, gelu, or add+relu with a residual and a mask.
 
-#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <initializer_list>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../../csrc/common/mask.h"
@@ -72,37 +73,29 @@ int main(int argc, char** argv) {
   std::vector<double> save_mean(kC, 0.0), save_invstd(kC, 1.0);
   ForwardEpilogue epilogue{activation, adds ? residual.data() : nullptr, adds ? mask.data() : nullptr};
 
+  // What training and evaluation share.
+  const auto filled = [&](auto args) {
+    args.input = input.data();
+    args.weight = {weight.data()};
+    args.bias = {bias.data()};
+    args.running_mean = {mean.data()};
+    args.running_var = {var.data()};
+    args.eps = 1e-5;
+    args.output = output.data();
+    args.save_mean = save_mean.data();
+    args.save_invstd = save_invstd.data();
+    args.epilogue = epilogue;
+    return args;
+  };
+  auto training = filled(TrainingForward{});
+  training.momentum = 0.1;
+
   const auto parallel = cpu::Parallel::serial();
   for (int call = 0; call < calls; ++call) {
     if (pass == "forward") {
-      cpu::forward(problem,
-                   TrainingForward{input.data(),
-                                   {weight.data()},
-                                   {bias.data()},
-                                   {mean.data()},
-                                   {var.data()},
-                                   nullptr,
-                                   false,
-                                   0.1,
-                                   1e-5,
-                                   output.data(),
-                                   save_mean.data(),
-                                   save_invstd.data(),
-                                   epilogue},
-                   parallel);
+      cpu::forward(problem, training, parallel);
     } else if (pass == "eval") {
-      cpu::forward(problem,
-                   EvalForward{input.data(),
-                               {weight.data()},
-                               {bias.data()},
-                               {mean.data()},
-                               {var.data()},
-                               1e-5,
-                               output.data(),
-                               save_mean.data(),
-                               save_invstd.data(),
-                               epilogue},
-                   parallel);
+      cpu::forward(problem, filled(EvalForward{}), parallel);
     } else if (pass == "backward") {
       cpu::backward(problem,
                     Backward{grad.data(),
