@@ -19,8 +19,10 @@ namespace {
 constexpr std::int64_t kGroupBytes = 262144;
 constexpr std::int64_t kMinGroups = 16;  // fewer tasks cannot be shared out evenly
 
-// Planes up to this size are taken as columns, if there are enough of them one below the other.
+// Planes up to this size are taken as columns, if there are enough of them one below the other; and somewhat larger
+// ones where no coefficients are repeated for each column, but for the shift.
 constexpr std::int64_t kMaxColumnPlane = 64;
+constexpr std::int64_t kMaxMomentsPlane = 256;
 constexpr std::int64_t kMinColumnRows = 8;
 
 // A channel's planes lie apart, and the processor does not foresee the jump from one to the next: so much of them is
@@ -120,7 +122,8 @@ class ChannelsFirst {
     const std::int64_t C = problem_.C;
     const bool small = takes_columns();
     // A mask's rows are planes.
-    const bool reduces_columns = small && !op_.epilogue.has_mask;
+    const bool reduces_columns =
+        op_.reduce_op == ReduceOp::kMomentSums ? takes_columns(kMaxMomentsPlane) : small && !op_.epilogue.has_mask;
     const bool maps_columns = small && op_.mask == nullptr;
     parallel(divide_up(C, group), [&](std::int64_t begin, std::int64_t end) {
       Group of(op_, group);
@@ -237,7 +240,9 @@ class ChannelsFirst {
 
   // Planes of a few elements would each end in a part of a register. A group of channels is also a matrix of N rows,
   // whose n*HW columns each belong to one channel.
-  bool takes_columns() const { return problem_.HW <= kMaxColumnPlane && problem_.N >= kMinColumnRows; }
+  bool takes_columns(std::int64_t max_plane = kMaxColumnPlane) const {
+    return problem_.HW <= max_plane && problem_.N >= kMinColumnRows;
+  }
 
   // Room for a group's columns.
   struct Columns {
