@@ -19,6 +19,9 @@ from bnext import _C  # noqa: F401  (registers the operators)
 batch_norm_train = torch.ops.bnext.batch_norm_train.default
 batch_norm_eval = torch.ops.bnext.batch_norm_eval.default
 batch_norm_backward = torch.ops.bnext.batch_norm_backward.default
+batch_norm_moments = torch.ops.bnext.batch_norm_moments.default
+batch_norm_merged = torch.ops.bnext.batch_norm_merged.default
+batch_norm_sync = torch.ops.bnext.batch_norm_sync.default
 
 _InDims = tuple[int | None, ...]
 _Batched = tuple[tuple[Tensor, ...], tuple[int | None, ...]]
@@ -105,6 +108,35 @@ def _fake_eval(
     return _fake_train(input, weight, bias, running_mean, running_var, None, None, eps, residual, act, slope, with_mask)
 
 
+def _fake_moments(input: Tensor, eps: float) -> Tensor:
+    return input.new_empty((2 * input.shape[1] + 1,), dtype=torch.float64)
+
+
+def _fake_merged(input: Tensor, moments: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices("input", input, moments=moments)
+    return _fake_train(input, *args, **kwargs)
+
+
+def _fake_sync(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    group_size: int,
+    group_name: str,
+    residual: Tensor | None = None,
+    act: str = "identity",
+    slope: float = 0.0,
+) -> Tensor:
+    vectors = (weight, bias, running_mean, running_var, num_batches_tracked)
+    output, _, _ = _fake_train(input, *vectors, momentum, eps, residual, act, slope)
+    return output
+
+
 def _fake_backward(
     grad_output: Tensor,
     input: Tensor | None,
@@ -118,6 +150,7 @@ def _fake_backward(
     mask: Tensor | None = None,
     act: str = "identity",
     slope: float = 0.0,
+    mean_grads: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_devices(
         "grad_output",
@@ -128,6 +161,7 @@ def _fake_backward(
         bias=bias,
         residual=residual,
         mask=mask,
+        mean_grads=mean_grads,
     )
     like = grad_output if input is None else input
     sums = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -312,10 +346,11 @@ def _vmap_backward(
     mask: Tensor | None = None,
     act: str = "identity",
     slope: float = 0.0,
+    mean_grads: Tensor | None = None,
 ) -> _Batched:
     if mask is not None:
         args = (grad_output, input, weight, save_stats, training, eps, output_mask, bias, residual, mask, act, slope)
-        return _each(batch_norm_backward, info, in_dims, args)
+        return _each(batch_norm_backward, info, in_dims, (*args, mean_grads))
     size, channels = info.batch_size, _channels(grad_output, in_dims[0])
     results = batch_norm_backward(
         _fold(grad_output, in_dims[0], size, 1),
@@ -330,6 +365,7 @@ def _vmap_backward(
         None,
         act,
         slope,
+        _fold_optional(mean_grads, _dim(in_dims, 12), size, 1),
     )
     channel_dims = (1, 0, 0, 1)
     outputs = tuple(
@@ -342,6 +378,9 @@ def _vmap_backward(
 torch.library.register_fake("bnext::batch_norm_train", _fake_train)
 torch.library.register_fake("bnext::batch_norm_eval", _fake_eval)
 torch.library.register_fake("bnext::batch_norm_backward", _fake_backward)
+torch.library.register_fake("bnext::batch_norm_moments", _fake_moments)
+torch.library.register_fake("bnext::batch_norm_merged", _fake_merged)
+torch.library.register_fake("bnext::batch_norm_sync", _fake_sync)
 torch.library.register_vmap("bnext::batch_norm_eval", _vmap_eval)
 torch.library.register_vmap("bnext::batch_norm_train", _vmap_train)
 torch.library.register_vmap("bnext::batch_norm_backward", _vmap_backward)

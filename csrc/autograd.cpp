@@ -6,7 +6,6 @@
 #include "autograd.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/ones_like.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -19,6 +18,8 @@
 
 #include "checks.h"
 #include "derivatives.h"
+#include "operators.h"
+#include "sync.h"
 
 namespace bnext::autograd {
 namespace {
@@ -59,26 +60,6 @@ void set_tangent(const Tensor& tensor, const Tensor& tangent) {
   if (tangent.defined()) tensor._set_fw_grad(tangent.to(tensor.scalar_type()), /*level=*/0, /*is_inplace_op=*/false);
 }
 
-// The operators as the dispatcher knows them.
-
-template <typename Signature>
-auto find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-const auto& train_op() {
-  static const auto op = find_op<decltype(bnext::batch_norm_train)>("bnext::batch_norm_train");
-  return op;
-}
-const auto& eval_op() {
-  static const auto op = find_op<decltype(bnext::batch_norm_eval)>("bnext::batch_norm_eval");
-  return op;
-}
-const auto& backward_op() {
-  static const auto op = find_op<decltype(bnext::batch_norm_backward)>("bnext::batch_norm_backward");
-  return op;
-}
-
 using OutputMask = std::array<bool, 4>;
 
 // (grad_input, grad_weight, grad_bias) without an activation, of those that the mask asks for.
@@ -86,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> plain_backward(const Point& at, const Tensor&
   wanted[3] = false;
   auto [dx, dweight, dbias, none] = backward_op().call(
       dz.to(at.like.scalar_type()), or_none(at.input), or_none(at.weight), at.save_stats, at.training, at.eps, wanted,
-      /*bias=*/{}, /*residual=*/{}, /*mask=*/{}, activation_name(Act::kIdentity), /*slope=*/0.0);
+      /*bias=*/{}, /*residual=*/{}, /*mask=*/{}, activation_name(Act::kIdentity), /*slope=*/0.0, /*mean_grads=*/{});
   return {std::move(dx), std::move(dweight), std::move(dbias)};
 }
 
@@ -94,7 +75,8 @@ std::tuple<Tensor, Tensor, Tensor> plain_backward(const Point& at, const Tensor&
 Slopes mask_slopes(const Activation& activation, const Point& at, const Tensor& mask) {
   const auto results = backward_op().call(at::ones_like(at.like), /*input=*/{}, /*weight=*/{}, at.save_stats,
                                           at.training, at.eps, {false, false, false, true}, /*bias=*/{},
-                                          /*residual=*/{}, mask, activation_name(activation.act), activation.slope);
+                                          /*residual=*/{}, mask, activation_name(activation.act), activation.slope,
+                                          /*mean_grads=*/{});
   return {std::get<3>(results), {}};
 }
 
@@ -170,16 +152,30 @@ class BatchNormDoubleBackward : public Node {
   }
 };
 
-// The gradient of both forward operators.
+// Stands for the gradient of a gradient that took a collective.
+class NoSecondDerivative : public Node {
+ public:
+  std::string name() const override { return "BNextNoSecondDerivative"; }
+
+  variable_list apply(variable_list&&) override {
+    TORCH_CHECK(false, "batch_norm: over several processes only first derivatives are implemented");
+  }
+};
+
+// The gradient of all forward operators.
 class BatchNormBackward : public Node {
  public:
   SavedCall call;
+  // Of a batch that lies on several processes.
+  optional<ProcessGroup> group;
+  SavedVariable count;
 
   std::string name() const override { return "BNextBatchNormBackward"; }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
     call.reset();
+    count.reset_data();
   }
 
   variable_list apply(variable_list&& grads) override {
@@ -191,10 +187,30 @@ class BatchNormBackward : public Node {
     const OutputMask wanted{needs(0), needs(1), needs(2), needs(3) && activated};
     if (needs(3) && !activated) result[3] = grads[0];
     if (wanted == OutputMask{}) return result;
-    auto [grad_input, grad_weight, grad_bias, grad_residual] = backward_op().call(
-        grads[0], or_none(call.input.unpack()), or_none(call.weight.unpack()), call.save_stats.unpack(), call.training,
-        call.eps, wanted, or_none(call.bias.unpack()), or_none(call.residual.unpack()), or_none(call.mask.unpack()),
-        activation_name(call.activation.act), call.activation.slope);
+    const auto input = or_none(call.input.unpack());
+    const auto weight = or_none(call.weight.unpack());
+    const auto bias = or_none(call.bias.unpack());
+    const auto residual = or_none(call.residual.unpack());
+    const auto mask = or_none(call.mask.unpack());
+    const Tensor save_stats = call.save_stats.unpack();
+    const auto backward = [&](OutputMask outputs, const optional<Tensor>& mean_grads) {
+      return backward_op().call(grads[0], input, weight, save_stats, call.training, call.eps, outputs, bias, residual,
+                                mask, activation_name(call.activation.act), call.activation.slope, mean_grads);
+    };
+    // The means come from everywhere, the parameters' gradients from here: those torch sums up itself.
+    const auto synchronized = [&] {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      auto sums = backward({false, true, true, false}, {});
+      const Tensor means = sync_mean_grads(std::get<1>(sums), std::get<2>(sums), count.unpack(), *group);
+      auto maps = backward({true, false, false, wanted[3]}, means);
+      return std::tuple{std::get<0>(maps), std::get<1>(sums), std::get<2>(sums), std::get<3>(maps)};
+    };
+    const bool syncs = group && wanted[0];
+    auto [grad_input, grad_weight, grad_bias, grad_residual] = syncs ? synchronized() : backward(wanted, {});
+    if (syncs && compute_requires_grad(grads[0], input, weight, bias, residual)) {
+      const auto node = make_node<NoSecondDerivative>();
+      for (const Tensor& each : {grad_input, grad_weight, grad_bias, grad_residual}) set_history(each, node);
+    }
     if (wanted[0]) result[0] = std::move(grad_input);
     if (wanted[1]) result[1] = std::move(grad_weight);
     if (wanted[2]) result[2] = std::move(grad_bias);
@@ -203,7 +219,8 @@ class BatchNormBackward : public Node {
   }
 };
 
-// What both forward operators do around their kernel, which `run` calls, with a mask or without.
+// What all forward operators do around their kernel, which `run` calls, with a mask or without; the node, where there
+// is one, is for what only that operator's gradient needs.
 template <typename Run>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<Tensor>& weight,
                                            const optional<Tensor>& bias, bool training, double eps,
@@ -228,7 +245,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<T
   }
   auto [output, save_stats, mask] = [&] {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return run(with_mask);
+    return run(with_mask, node.get());
   }();
   if (node) {
     SavedCall& call = node->call;
@@ -272,7 +289,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input, const o
   check_constant("running_mean", running_mean);
   check_constant("running_var", running_var);
   return forward(input, weight, bias, /*training=*/true, eps, residual, parse_activation(act, slope), with_mask,
-                 [&](bool masked) {
+                 [&](bool masked, BatchNormBackward*) {
                    return train_op().call(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum,
                                           eps, residual, act, slope, masked);
                  });
@@ -286,16 +303,40 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_eval(const Tensor& input, const op
   check_constant("running_mean", running_mean);
   check_constant("running_var", running_var);
   return forward(input, weight, bias, /*training=*/false, eps, residual, parse_activation(act, slope), with_mask,
-                 [&](bool masked) {
+                 [&](bool masked, BatchNormBackward*) {
                    return eval_op().call(input, weight, bias, running_mean, running_var, eps, residual, act, slope,
                                          masked);
                  });
 }
 
+Tensor batch_norm_sync(const Tensor& input, const optional<Tensor>& weight, const optional<Tensor>& bias,
+                       const optional<Tensor>& running_mean, const optional<Tensor>& running_var,
+                       const optional<Tensor>& num_batches_tracked, optional<double> momentum, double eps,
+                       std::int64_t group_size, std::string_view group_name, const optional<Tensor>& residual,
+                       std::string_view act, double slope) {
+  check_constant("running_mean", running_mean);
+  check_constant("running_var", running_var);
+  for (const Tensor& each : {input, or_undefined(weight), or_undefined(bias), or_undefined(residual)}) {
+    TORCH_CHECK(!isFwGradDefined(each), "batch_norm: over several processes there is no forward mode");
+  }
+  const ProcessGroup group{std::string(group_name), group_size};
+  return std::get<0>(forward(input, weight, bias, /*training=*/true, eps, residual, parse_activation(act, slope),
+                             /*with_mask=*/false, [&](bool masked, BatchNormBackward* node) {
+                               auto all =
+                                   sync_forward(input, weight, bias, running_mean, running_var, num_batches_tracked,
+                                                momentum, eps, residual, act, slope, masked, group);
+                               if (node != nullptr) {
+                                 node->group = group;
+                                 node->count = saved(all.count);
+                               }
+                               return std::tuple{std::move(all.output), std::move(all.save_stats), std::move(all.mask)};
+                             }));
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
     const Tensor& grad_output, const optional<Tensor>& input, const optional<Tensor>& weight, const Tensor& save_stats,
     bool training, double eps, OutputMask output_mask, const optional<Tensor>& bias, const optional<Tensor>& residual,
-    const optional<Tensor>& mask, std::string_view act, double slope) {
+    const optional<Tensor>& mask, std::string_view act, double slope, const optional<Tensor>& mean_grads) {
   const Tensor x = or_undefined(input);
   const Tensor w = or_undefined(weight);
   const Tensor b = or_undefined(bias);
@@ -304,13 +345,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   const Activation activation = parse_activation(act, slope);
   decltype(make_node<BatchNormDoubleBackward>()) node;
   if (compute_requires_grad(grad_output, x, w, b, r)) {
+    TORCH_CHECK(!is_given(mean_grads), "batch_norm: expected nothing to require grad with mean_grads");
     node = make_node<BatchNormDoubleBackward>();
     node->set_next_edges(collect_next_edges(grad_output, x, w, b, r));
   }
   auto [grad_input, grad_weight, grad_bias, grad_residual] = [&] {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return backward_op().call(grad_output, input, weight, save_stats, training, eps, output_mask, bias, residual, mask,
-                              act, slope);
+                              act, slope, mean_grads);
   }();
   if (node) {
     node->grad_output = saved(grad_output);

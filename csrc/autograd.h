@@ -2,6 +2,7 @@
 #pragma once
 
 #include "batch_norm.h"
+#include "sync.h"
 
 namespace bnext::autograd {
 
@@ -20,6 +21,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
     const at::Tensor& grad_output, const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
     const at::Tensor& save_stats, bool training, double eps, std::array<bool, 4> output_mask,
     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual,
-    const std::optional<at::Tensor>& mask, std::string_view act, double slope);
+    const std::optional<at::Tensor>& mask, std::string_view act, double slope,
+    const std::optional<at::Tensor>& mean_grads);
+
+at::Tensor batch_norm_sync(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                           const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
+                           const std::optional<at::Tensor>& running_var,
+                           const std::optional<at::Tensor>& num_batches_tracked, std::optional<double> momentum,
+                           double eps, std::int64_t group_size, std::string_view group_name,
+                           const std::optional<at::Tensor>& residual, std::string_view act, double slope);
 
 }  // namespace bnext::autograd

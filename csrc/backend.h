@@ -25,8 +25,9 @@ class Backend {
   virtual at::Tensor allocate_output(const at::Tensor& like, at::MemoryFormat format, const Problem& problem,
                                      bool reduces) const = 0;
 
-  // Each counts, normalises or differentiates on the device `where`; on CUDA on its current stream.
+  // Each counts, merges, normalises or differentiates on the device `where`; on CUDA on its current stream.
   virtual void count_batch(std::int64_t* num_batches_tracked, at::Device where) const = 0;
+  virtual void run(const Merge& args, at::Device where) const = 0;
   virtual void run(const Problem& problem, const TrainingForward& args, at::Device where) const = 0;
   virtual void run(const Problem& problem, const EvalForward& args, at::Device where) const = 0;
   virtual void run(const Problem& problem, const Backward& args, at::Device where) const = 0;

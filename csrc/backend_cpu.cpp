@@ -37,6 +37,7 @@ class CpuBackend final : public Backend {
 
   void count_batch(std::int64_t* num_batches_tracked, at::Device) const override { ++*num_batches_tracked; }
 
+  void run(const Merge& args, at::Device) const override { cpu::merge(args); }
   void run(const Problem& problem, const TrainingForward& args, at::Device) const override {
     cpu::forward(problem, args, parallel_for(problem));
   }

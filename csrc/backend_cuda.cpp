@@ -62,6 +62,10 @@ class CudaBackend final : public Backend {
     C10_CUDA_CHECK(cuda::count_batch(num_batches_tracked, c10::cuda::getCurrentCUDAStream()));
   }
 
+  void run(const Merge& args, at::Device where) const override {
+    const c10::cuda::CUDAGuard guard(where);
+    C10_CUDA_CHECK(cuda::merge(args, c10::cuda::getCurrentCUDAStream()));
+  }
   void run(const Problem& problem, const TrainingForward& args, at::Device where) const override {
     enqueue(problem, args, where, [](auto&&... all) { return cuda::forward(all...); });
   }

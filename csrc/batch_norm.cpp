@@ -12,71 +12,13 @@
 #include "common/arguments.h"
 #include "common/mask.h"
 #include "common/problem.h"
+#include "kernel_tensors.h"
 
 namespace bnext {
 namespace {
 
 using at::Tensor;
 using std::optional;
-
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat: return DType::kFloat32;
-    case at::kDouble: return DType::kFloat64;
-    case at::kHalf: return DType::kFloat16;
-    case at::kBFloat16: return DType::kBFloat16;
-    default: TORCH_INTERNAL_ASSERT(false, "unchecked dtype ", tensor.scalar_type());
-  }
-}
-
-ChannelVector channels(const optional<Tensor>& dense) {
-  return is_given(dense) ? ChannelVector{dense->const_data_ptr(), dtype_of(*dense)} : ChannelVector{};
-}
-
-MutableChannelVector mutable_channels(const optional<Tensor>& dense) {
-  return is_given(dense) ? MutableChannelVector{dense->mutable_data_ptr(), dtype_of(*dense)} : MutableChannelVector{};
-}
-
-optional<Tensor> densely(const optional<Tensor>& tensor) {
-  return is_given(tensor) ? optional<Tensor>(tensor->contiguous()) : std::nullopt;
-}
-
-// The kernels write past autograd's eyes.
-void bump_version(const optional<Tensor>& tensor) {
-  if (is_given(tensor)) tensor->unsafeGetTensorImpl()->bump_version();
-}
-
-// The kernels write to dense memory; a strided statistic is updated by way of a copy.
-void write_back(const optional<Tensor>& tensor, const optional<Tensor>& dense) {
-  if (!is_given(tensor)) return;
-  if (tensor->is_same(*dense)) {
-    bump_version(tensor);
-  } else {
-    tensor->copy_(*dense);
-  }
-}
-
-// The memory format of a tensor, and so of what is computed from it.
-at::MemoryFormat format_of(const Tensor& tensor) {
-  const auto suggested = tensor.suggest_memory_format();
-  if (suggested != at::MemoryFormat::Contiguous || tensor.dim() < 4 || tensor.is_contiguous()) return suggested;
-  // The stride of a dimension of size 1 may be anything, and then hides what the others say.
-  const auto last = tensor.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d;
-  return tensor.dim() <= 5 && tensor.is_contiguous(last) ? last : suggested;
-}
-
-Problem problem_of(const Tensor& tensor, at::MemoryFormat format) {
-  Problem problem;
-  problem.N = tensor.size(0);
-  problem.C = tensor.size(1);
-  problem.HW = 1;
-  for (std::int64_t d = 2; d < tensor.dim(); ++d) problem.HW *= tensor.size(d);
-  problem.dtype = dtype_of(tensor);
-  // With one spatial position the two layouts coincide, and rows are the better way to see it.
-  problem.layout =
-      format == at::MemoryFormat::Contiguous && problem.HW != 1 ? Layout::kChannelsFirst : Layout::kChannelsLast;
-  return problem;
-}
 
 // (N, C, bytes) for channels first, (N*spatial, bytes) for channels last: the rank tells which.
 std::vector<std::int64_t> mask_sizes(const Problem& problem, const Backend& backend) {
@@ -115,13 +57,6 @@ void check_mask(const optional<Tensor>& mask, const Activation& activation, cons
                     at::IntArrayRef(sizes), "), but got ", size_of(*mask));
 }
 
-// The values as the kernels take them: dense in the format and aligned, by one copy at most.
-Tensor kernel_input(const Tensor& tensor, at::MemoryFormat format, const Backend& backend) {
-  Tensor dense = tensor.contiguous(format);
-  const auto address = reinterpret_cast<std::uintptr_t>(dense.const_data_ptr());
-  return address % backend.alignment() == 0 ? dense : dense.clone(format);
-}
-
 // Nothing will ever be multiplied with the statistics of an empty input, but they must not be garbage.
 Tensor allocate_stats(const Tensor& input, const Problem& problem) {
   const auto options = input.options().dtype(at::kDouble);
@@ -132,6 +67,43 @@ ForwardEpilogue epilogue_of(const Activation& activation, const Tensor& dense_re
                             bool with_mask) {
   return {activation, dense_residual.defined() ? dense_residual.const_data_ptr() : nullptr,
           with_mask ? mask.mutable_data_ptr<std::uint8_t>() : nullptr};
+}
+
+// y by statistics that are known.
+std::tuple<Tensor, Tensor, Tensor> normalize_by(const Tensor& input, const ChannelVector& mean,
+                                                const ChannelVector& var, const optional<Tensor>& weight,
+                                                const optional<Tensor>& bias, double eps,
+                                                const optional<Tensor>& residual, const Activation& activation,
+                                                bool with_mask) {
+  const auto format = format_of(input);
+  const Problem problem = problem_of(input, format);
+  const Backend& backend = backend_of(input);
+  Tensor output = backend.allocate_output(input, format, problem, /*reduces=*/false);
+  Tensor save_stats = allocate_stats(input, problem);
+  Tensor mask = allocate_mask(input, problem, backend, with_mask);
+  if (problem.numel() == 0) return {output, save_stats, mask};
+  const Tensor dense_input = kernel_input(input, format, backend);
+  const Tensor dense_residual = is_given(residual) ? kernel_input(*residual, format, backend) : Tensor();
+  const auto dense_weight = densely(weight);
+  const auto dense_bias = densely(bias);
+  auto* stats = save_stats.mutable_data_ptr<double>();
+  backend.run(problem,
+              EvalForward{.input = dense_input.const_data_ptr(),
+                          .weight = channels(dense_weight),
+                          .bias = channels(dense_bias),
+                          .running_mean = mean,
+                          .running_var = var,
+                          .eps = eps,
+                          .output = output.mutable_data_ptr(),
+                          .save_mean = stats,
+                          .save_invstd = stats + problem.C,
+                          .epilogue = epilogue_of(activation, dense_residual, mask, with_mask)},
+              input.device());
+  return {output, save_stats, mask};
+}
+
+void check_training_eps(double eps) {
+  TORCH_CHECK_VALUE(eps > 0.0, "batch_norm eps must be positive during training, but got ", python_float(eps));
 }
 
 }  // namespace
@@ -146,15 +118,10 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input, const o
   check_data("input", input);
   check_channels("weight", weight, input);
   check_channels("bias", bias, input);
-  check_running("running_mean", running_mean, input);
-  check_running("running_var", running_var, input);
-  check_counter(num_batches_tracked, input);
-  TORCH_CHECK_VALUE(
-      momentum.has_value() || is_given(num_batches_tracked) || !(is_given(running_mean) || is_given(running_var)),
-      "batch_norm: expected num_batches_tracked with momentum=None, the cumulative average, but got None");
+  check_running(running_mean, running_var, num_batches_tracked, momentum, input);
   const Activation activation = parse_activation(act, slope);
   check_epilogue(input, residual, activation, with_mask);
-  TORCH_CHECK_VALUE(eps > 0.0, "batch_norm eps must be positive during training, but got ", python_float(eps));
+  check_training_eps(eps);
   const auto format = format_of(input);
   const Problem problem = problem_of(input, format);
   TORCH_CHECK_VALUE(problem.count() != 1, "Expected more than 1 value per channel when training, got input size ",
@@ -164,39 +131,85 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input, const o
   Tensor output = backend.allocate_output(input, format, problem, /*reduces=*/true);
   Tensor save_stats = allocate_stats(input, problem);
   Tensor mask = allocate_mask(input, problem, backend, with_mask);
-  std::int64_t* counter = nullptr;
-  if (is_given(num_batches_tracked)) counter = num_batches_tracked->mutable_data_ptr<std::int64_t>();
+  const RunningTensors running(running_mean, running_var, num_batches_tracked);
   if (problem.numel() == 0) {
-    if (counter != nullptr) backend.count_batch(counter, input.device());
-    bump_version(num_batches_tracked);
+    if (running.counter() != nullptr) backend.count_batch(running.counter(), input.device());
+    running.counted();
     return {output, save_stats, mask};
   }
   const Tensor dense_input = kernel_input(input, format, backend);
   const Tensor dense_residual = is_given(residual) ? kernel_input(*residual, format, backend) : Tensor();
   const auto dense_weight = densely(weight);
   const auto dense_bias = densely(bias);
-  const auto dense_mean = densely(running_mean);
-  const auto dense_var = densely(running_var);
   auto* stats = save_stats.mutable_data_ptr<double>();
   backend.run(problem,
               TrainingForward{.input = dense_input.const_data_ptr(),
                               .weight = channels(dense_weight),
                               .bias = channels(dense_bias),
-                              .running_mean = mutable_channels(dense_mean),
-                              .running_var = mutable_channels(dense_var),
-                              .num_batches_tracked = counter,
-                              .cumulative = !momentum.has_value(),
-                              .momentum = momentum.value_or(0.0),
+                              .running = running.pointers(momentum),
                               .eps = eps,
                               .output = output.mutable_data_ptr(),
                               .save_mean = stats,
                               .save_invstd = stats + problem.C,
                               .epilogue = epilogue_of(activation, dense_residual, mask, with_mask)},
               input.device());
-  bump_version(num_batches_tracked);
-  write_back(running_mean, dense_mean);
-  write_back(running_var, dense_var);
+  running.updated();
   return {output, save_stats, mask};
+}
+
+Tensor batch_norm_moments(const Tensor& input, double eps) {
+  check_data("input", input);
+  check_training_eps(eps);
+  const auto format = format_of(input);
+  const Problem problem = problem_of(input, format);
+  Tensor moments = at::empty({2 * problem.C + 1}, input.options().dtype(at::kDouble));
+  moments.select(0, 2 * problem.C).fill_(static_cast<double>(problem.count()));
+  if (problem.numel() == 0) return moments.zero_();
+  const Backend& backend = backend_of(input);
+  const Tensor dense_input = kernel_input(input, format, backend);
+  auto* means = moments.mutable_data_ptr<double>();
+  backend.run(problem,
+              TrainingForward{
+                  .input = dense_input.const_data_ptr(), .eps = eps, .save_mean = means, .save_m2 = means + problem.C},
+              input.device());
+  return moments;
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_merged(
+    const Tensor& input, const Tensor& moments, const optional<Tensor>& weight, const optional<Tensor>& bias,
+    const optional<Tensor>& running_mean, const optional<Tensor>& running_var,
+    const optional<Tensor>& num_batches_tracked, optional<double> momentum, double eps,
+    const optional<Tensor>& residual, std::string_view act, double slope, bool with_mask) {
+  check_data("input", input);
+  const std::int64_t C = input.size(1);
+  TORCH_CHECK(moments.device() == input.device(), "batch_norm: expected moments on the device of input, ",
+              input.device(), ", but got ", moments.device());
+  TORCH_CHECK_TYPE(moments.scalar_type() == at::kDouble, "batch_norm: expected moments to be float64, but got ",
+                   moments.scalar_type());
+  TORCH_CHECK_VALUE(moments.dim() == 2 && moments.size(1) == 2 * C + 1,
+                    "batch_norm: expected moments to have shape torch.Size([shares, ", 2 * C + 1, "]), but got ",
+                    size_of(moments));
+  check_channels("weight", weight, input);
+  check_channels("bias", bias, input);
+  check_running(running_mean, running_var, num_batches_tracked, momentum, input);
+  const Activation activation = parse_activation(act, slope);
+  check_epilogue(input, residual, activation, with_mask);
+  check_training_eps(eps);
+
+  const Tensor dense_moments = moments.contiguous();
+  const Tensor stats = at::empty({2, C}, moments.options());
+  auto* mean = stats.mutable_data_ptr<double>();
+  const RunningTensors running(running_mean, running_var, num_batches_tracked);
+  backend_of(input).run(Merge{.moments = dense_moments.const_data_ptr<double>(),
+                              .shares = moments.size(0),
+                              .C = C,
+                              .running = running.pointers(momentum),
+                              .mean = mean,
+                              .var = mean + C},
+                        input.device());
+  running.updated();
+  return normalize_by(input, {mean, DType::kFloat64}, {mean + C, DType::kFloat64}, weight, bias, eps, residual,
+                      activation, with_mask);
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_eval(const Tensor& input, const optional<Tensor>& weight,
@@ -212,40 +225,17 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_eval(const Tensor& input, const op
   const Activation activation = parse_activation(act, slope);
   check_epilogue(input, residual, activation, with_mask);
   TORCH_CHECK_VALUE(eps >= 0.0, "batch_norm eps must be non-negative, but got ", python_float(eps));
-
-  const auto format = format_of(input);
-  const Problem problem = problem_of(input, format);
-  const Backend& backend = backend_of(input);
-  Tensor output = backend.allocate_output(input, format, problem, /*reduces=*/false);
-  Tensor save_stats = allocate_stats(input, problem);
-  Tensor mask = allocate_mask(input, problem, backend, with_mask);
-  if (problem.numel() == 0) return {output, save_stats, mask};
-  const Tensor dense_input = kernel_input(input, format, backend);
-  const Tensor dense_residual = is_given(residual) ? kernel_input(*residual, format, backend) : Tensor();
-  const auto dense_weight = densely(weight);
-  const auto dense_bias = densely(bias);
   const Tensor dense_mean = running_mean.contiguous();
   const Tensor dense_var = running_var.contiguous();
-  auto* stats = save_stats.mutable_data_ptr<double>();
-  backend.run(problem,
-              EvalForward{.input = dense_input.const_data_ptr(),
-                          .weight = channels(dense_weight),
-                          .bias = channels(dense_bias),
-                          .running_mean = channels(dense_mean),
-                          .running_var = channels(dense_var),
-                          .eps = eps,
-                          .output = output.mutable_data_ptr(),
-                          .save_mean = stats,
-                          .save_invstd = stats + problem.C,
-                          .epilogue = epilogue_of(activation, dense_residual, mask, with_mask)},
-              input.device());
-  return {output, save_stats, mask};
+  return normalize_by(input, channels(dense_mean), channels(dense_var), weight, bias, eps, residual, activation,
+                      with_mask);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
     const Tensor& grad_output, const optional<Tensor>& input, const optional<Tensor>& weight, const Tensor& save_stats,
     bool training, double eps, std::array<bool, 4> output_mask, const optional<Tensor>& bias,
-    const optional<Tensor>& residual, const optional<Tensor>& mask, std::string_view act, double slope) {
+    const optional<Tensor>& residual, const optional<Tensor>& mask, std::string_view act, double slope,
+    const optional<Tensor>& mean_grads) {
   (void)eps;  // belongs to the operator for its own derivative, which differentiates through 1/sqrt(var + eps)
   const auto [wants_input, wants_weight, wants_bias, wants_residual] = output_mask;
   const Activation activation = parse_activation(act, slope);
@@ -277,18 +267,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
                     "batch_norm: expected save_stats to have shape torch.Size([2, ", C, "]), but got ",
                     size_of(save_stats));
 
+  const auto sums_dtype = grad_output.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  if (is_given(mean_grads)) {
+    TORCH_CHECK(mean_grads->device() == grad_output.device(),
+                "batch_norm: expected mean_grads on the device of grad_output, ", grad_output.device(), ", but got ",
+                mean_grads->device());
+    TORCH_CHECK_TYPE(mean_grads->scalar_type() == sums_dtype, "batch_norm: expected mean_grads to be ", sums_dtype,
+                     ", but got ", mean_grads->scalar_type());
+    TORCH_CHECK_VALUE(mean_grads->dim() == 2 && mean_grads->size(0) == 2 && mean_grads->size(1) == C,
+                      "batch_norm: expected mean_grads to have shape torch.Size([2, ", C, "]), but got ",
+                      size_of(*mean_grads));
+  }
+
   const Tensor& like = is_given(input) ? *input : grad_output;
   const Backend& backend = backend_of(grad_output);
   const auto format = backward_format(like, mask);
   const Problem problem = problem_of(like, format);
   check_mask(mask, activation, like, problem, backend);
-  const auto sums_dtype = problem.dtype == DType::kFloat64 ? at::kDouble : at::kFloat;
   const auto sums_options = grad_output.options().dtype(sums_dtype);
   const auto sums = [&](bool wanted) {
     if (!wanted) return at::empty({0}, sums_options);
     return problem.numel() == 0 ? at::zeros({C}, sums_options) : at::empty({C}, sums_options);
   };
-  const bool reduces = (wants_input && training) || wants_weight || wants_bias;
+  const bool reduces = (wants_input && training && !is_given(mean_grads)) || wants_weight || wants_bias;
   const auto data = [&](bool wanted) {
     return wanted ? backend.allocate_output(like, format, problem, reduces) : at::empty({0}, grad_output.options());
   };
@@ -308,6 +309,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   const auto dense_weight = densely(weight);
   const auto dense_bias = densely(bias);
   const auto dense_mask = densely(mask);
+  const auto dense_means = densely(mean_grads);
+  const auto mean_of = [&](std::int64_t row) {
+    return is_given(mean_grads) ? channels(dense_means->select(0, row)) : ChannelVector{};
+  };
   const Tensor dense_stats = save_stats.contiguous();
   const auto* stats = dense_stats.const_data_ptr<double>();
   backend.run(problem,
@@ -317,6 +322,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
                        .save_mean = stats,
                        .save_invstd = stats + C,
                        .training = training,
+                       .mean_dz_xhat = mean_of(0),
+                       .mean_dz = mean_of(1),
                        .grad_input = wants_input ? grad_input.mutable_data_ptr() : nullptr,
                        .grad_weight = wants_weight ? mutable_channels(grad_weight) : MutableChannelVector{},
                        .grad_bias = wants_bias ? mutable_channels(grad_bias) : MutableChannelVector{},

@@ -21,7 +21,12 @@
 // mask: uint8, with_mask only: what a rectifier's backward needs of the pre-activation; (N, C, bytes) for
 // channels-first memory, else (N*spatial, bytes); common/mask.h. Autograd asks for it by itself. momentum=None: the
 // cumulative average, the batch counting 1/num_batches_tracked. output_mask: of grad_input, grad_weight, grad_bias,
-// grad_residual; the last only with an activation.
+// grad_residual; the last only with an activation. mean_grads: (2, C), grad_weight and grad_bias over a batch that lies
+// on several processes, divided by its count; then grad_input is by these.
+//
+// batch_norm_sync: batch_norm_train over the batch of a group of processes (torch.distributed), which is made of
+// batch_norm_moments: (2*C + 1) float64, the means of a process's share, the sums of (x - mean)^2, the count; and of
+// batch_norm_merged, which is batch_norm_train by the moments of all shares, (shares, 2*C + 1).
 TORCH_LIBRARY(bnext, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(
@@ -38,8 +43,20 @@ TORCH_LIBRARY(bnext, m) {
   m.def(
       "batch_norm_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor save_stats, bool training, "
       "float eps, bool[4] output_mask, Tensor? bias=None, Tensor? residual=None, Tensor? mask=None, "
-      "str act='identity', float slope=0.) "
+      "str act='identity', float slope=0., Tensor? mean_grads=None) "
       "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
+      tags);
+  m.def("batch_norm_moments(Tensor input, float eps) -> Tensor", tags);
+  m.def(
+      "batch_norm_merged(Tensor input, Tensor moments, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "
+      "Tensor? residual=None, str act='identity', float slope=0., bool with_mask=False) "
+      "-> (Tensor output, Tensor save_stats, Tensor mask)",
+      tags);
+  m.def(
+      "batch_norm_sync(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, int group_size, "
+      "str group_name, Tensor? residual=None, str act='identity', float slope=0.) -> Tensor",
       tags);
 }
 
@@ -49,9 +66,13 @@ void register_kernels(torch::Library& m) {
   m.impl("batch_norm_train", &bnext::batch_norm_train);
   m.impl("batch_norm_eval", &bnext::batch_norm_eval);
   m.impl("batch_norm_backward", &bnext::batch_norm_backward);
+  m.impl("batch_norm_moments", &bnext::batch_norm_moments);
+  m.impl("batch_norm_merged", &bnext::batch_norm_merged);
 }
 
 }  // namespace
+
+TORCH_LIBRARY_IMPL(bnext, CompositeExplicitAutograd, m) { m.impl("batch_norm_sync", &bnext::batch_norm_sync); }
 
 TORCH_LIBRARY_IMPL(bnext, CPU, m) { register_kernels(m); }
 
@@ -63,6 +84,7 @@ TORCH_LIBRARY_IMPL(bnext, Autograd, m) {
   m.impl("batch_norm_train", &bnext::autograd::batch_norm_train);
   m.impl("batch_norm_eval", &bnext::autograd::batch_norm_eval);
   m.impl("batch_norm_backward", &bnext::autograd::batch_norm_backward);
+  m.impl("batch_norm_sync", &bnext::autograd::batch_norm_sync);
 }
 
 namespace {

@@ -19,6 +19,24 @@ constexpr NamedActivation kActivations[] = {
     {"identity", Act::kIdentity}, {"relu", Act::kRelu}, {"leaky_relu", Act::kLeakyRelu},
     {"silu", Act::kSilu},         {"gelu", Act::kGelu}, {"hardswish", Act::kHardswish}};
 
+void check_updated(const char* name, const optional<Tensor>& tensor, const Tensor& input) {
+  if (!is_given(tensor)) return;
+  check_channels(name, *tensor, input);
+  TORCH_CHECK(at::has_internal_overlap(*tensor) != at::MemOverlap::Yes, "batch_norm: expected ", name,
+              " to have memory of its own for each channel, since it is updated in place, but got strides ",
+              tensor->strides(), " (an expanded tensor?)");
+}
+
+void check_counter(const optional<Tensor>& counter, const Tensor& input) {
+  if (!is_given(counter)) return;
+  TORCH_CHECK(counter->device() == input.device(), "batch_norm: expected num_batches_tracked on the device of input, ",
+              input.device(), ", but got ", counter->device());
+  TORCH_CHECK_TYPE(counter->scalar_type() == at::kLong,
+                   "batch_norm: expected num_batches_tracked to be int64, but got ", counter->scalar_type());
+  TORCH_CHECK_VALUE(counter->numel() == 1, "batch_norm: expected num_batches_tracked to hold 1 element, but got ",
+                    size_of(*counter));
+}
+
 }  // namespace
 
 std::string size_of(const Tensor& tensor) { return c10::str("torch.Size(", tensor.sizes(), ")"); }
@@ -58,22 +76,14 @@ void check_channels(const char* name, const optional<Tensor>& tensor, const Tens
   if (is_given(tensor)) check_channels(name, *tensor, input);
 }
 
-void check_running(const char* name, const optional<Tensor>& tensor, const Tensor& input) {
-  if (!is_given(tensor)) return;
-  check_channels(name, *tensor, input);
-  TORCH_CHECK(at::has_internal_overlap(*tensor) != at::MemOverlap::Yes, "batch_norm: expected ", name,
-              " to have memory of its own for each channel, since it is updated in place, but got strides ",
-              tensor->strides(), " (an expanded tensor?)");
-}
-
-void check_counter(const optional<Tensor>& counter, const Tensor& input) {
-  if (!is_given(counter)) return;
-  TORCH_CHECK(counter->device() == input.device(), "batch_norm: expected num_batches_tracked on the device of input, ",
-              input.device(), ", but got ", counter->device());
-  TORCH_CHECK_TYPE(counter->scalar_type() == at::kLong,
-                   "batch_norm: expected num_batches_tracked to be int64, but got ", counter->scalar_type());
-  TORCH_CHECK_VALUE(counter->numel() == 1, "batch_norm: expected num_batches_tracked to hold 1 element, but got ",
-                    size_of(*counter));
+void check_running(const optional<Tensor>& mean, const optional<Tensor>& var, const optional<Tensor>& counter,
+                   optional<double> momentum, const Tensor& input) {
+  check_updated("running_mean", mean, input);
+  check_updated("running_var", var, input);
+  check_counter(counter, input);
+  TORCH_CHECK_VALUE(
+      momentum.has_value() || is_given(counter) || !(is_given(mean) || is_given(var)),
+      "batch_norm: expected num_batches_tracked with momentum=None, the cumulative average, but got None");
 }
 
 // A tensor that lies element for element beside input, or beside grad_output where that is all there is.

@@ -21,11 +21,13 @@ std::string python_float(double value);
 // An input or gradient: at least (N, C), of a floating dtype that the kernels know.
 void check_data(const char* name, const at::Tensor& tensor);
 
-// A parameter or running statistic of `input`; the latter is written to.
+// A parameter of `input`, or a running statistic that is only read.
 void check_channels(const char* name, const at::Tensor& tensor, const at::Tensor& input);
 void check_channels(const char* name, const std::optional<at::Tensor>& tensor, const at::Tensor& input);
-void check_running(const char* name, const std::optional<at::Tensor>& tensor, const at::Tensor& input);
-void check_counter(const std::optional<at::Tensor>& counter, const at::Tensor& input);
+
+// The running statistics that a training call updates.
+void check_running(const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& var,
+                   const std::optional<at::Tensor>& counter, std::optional<double> momentum, const at::Tensor& input);
 
 // A tensor that lies element for element beside `like`.
 void check_alongside(const char* name, const std::optional<at::Tensor>& tensor, const char* like_name,

@@ -101,7 +101,7 @@ def test_schemas_keep_names_and_marks() -> None:
     expected = {
         train: ([*stem, "num_batches_tracked", "momentum", "eps", *fused], {*stem[3:], "num_batches_tracked"}),
         evaluate: ([*stem, "eps", *fused], set()),
-        backward: ([*backwards, "mask", "act", "slope"], set()),
+        backward: ([*backwards, "mask", "act", "slope", "mean_grads"], set()),
     }
     for op, (names, written) in expected.items():
         schema = op.default._schema

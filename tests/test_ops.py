@@ -89,7 +89,7 @@ def test_schemas_keep_the_argument_names() -> None:
     assert names[0] == [*stem, "num_batches_tracked", "momentum", "eps", *epilogue]
     assert names[1] == [*stem, "eps", *epilogue]
     asked = ["grad_output", "input", "weight", "save_stats", "training", "eps", "output_mask"]
-    assert names[2] == [*asked, "bias", "residual", "mask", "act", "slope"]
+    assert names[2] == [*asked, "bias", "residual", "mask", "act", "slope", "mean_grads"]
 
 
 OPTIONS = [

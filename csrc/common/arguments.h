@@ -19,21 +19,37 @@ struct ForwardEpilogue {
   BNEXT_INLINE bool present() const { return activation.act != Act::kIdentity || residual != nullptr; }
 };
 
+// What a training call does to the running statistics.
+struct Running {
+  MutableChannelVector mean;  // absent: not updated; likewise var
+  MutableChannelVector var;
+  std::int64_t* num_batches_tracked = nullptr;  // null: not counted
+  bool cumulative = false;                      // the n-th batch weighs 1/n; needs the counter
+  double momentum = 0.0;                        // else the weight of this batch
+};
+
 // save_mean and save_invstd: length C, what a backward call needs besides the input.
 struct TrainingForward {
   const void* input;
-  ChannelVector weight;               // absent: 1
-  ChannelVector bias;                 // absent: 0
-  MutableChannelVector running_mean;  // absent: not updated; likewise running_var
-  MutableChannelVector running_var;
-  std::int64_t* num_batches_tracked;  // null: not counted
-  bool cumulative;                    // the n-th batch weighs 1/n; needs the counter
-  double momentum;                    // else the weight of this batch
+  ChannelVector weight;  // absent: 1
+  ChannelVector bias;    // absent: 0
+  Running running;
   double eps;
-  void* output;
+  void* output;  // null: only the moments are wanted
   double* save_mean;
   double* save_invstd;
   ForwardEpilogue epilogue;
+  double* save_m2 = nullptr;  // instead of save_invstd: sum of (x - mean)^2
+};
+
+// The statistics of a batch that lies on several processes, from the moments of their shares.
+struct Merge {
+  const double* moments;  // (shares, 2*C + 1): the means, the sums of (x - mean)^2, and the count of values a channel
+  std::int64_t shares;
+  std::int64_t C;
+  Running running;
+  double* mean;
+  double* var;  // biased
 };
 
 struct EvalForward {
@@ -56,6 +72,9 @@ struct Backward {
   const double* save_mean;
   const double* save_invstd;
   bool training;
+  // The means of dz*xhat and of dz over a batch that lies on several processes; absent: to be taken from this one.
+  ChannelVector mean_dz_xhat;
+  ChannelVector mean_dz;
   void* grad_input;  // each null if not asked for
   MutableChannelVector grad_weight;
   MutableChannelVector grad_bias;
@@ -74,7 +93,8 @@ struct Backward {
     return grad_weight.data != nullptr || differentiates_statistics() || reads_preactivation();
   }
   BNEXT_INLINE bool reduces() const {
-    return grad_weight.data != nullptr || differentiates_statistics() || grad_bias.data != nullptr;
+    const bool needs_means = differentiates_statistics() && mean_dz.data == nullptr;
+    return grad_weight.data != nullptr || grad_bias.data != nullptr || needs_means;
   }
   BNEXT_INLINE bool maps() const { return grad_input != nullptr || grad_residual != nullptr; }
 };

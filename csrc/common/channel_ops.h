@@ -25,6 +25,22 @@ BNEXT_INLINE typename Access::V load_or(const Access& access, const ChannelVecto
   return from.data == nullptr ? typename Access::V{} + absent : access.load(from, c);
 }
 
+// Takes a batch's mean and its unbiased variance into the running statistics. One value has no variance.
+template <typename V, typename Access>
+BNEXT_INLINE void update_running(const Running& running, std::int64_t c, const Moments<V>& batch, double count,
+                                 Access access) {
+  const auto update = [&](const MutableChannelVector& to, const V& value) {
+    if (to.data == nullptr) return;
+    // The counter still stands at the batches before this one.
+    const double momentum =
+        running.cumulative ? 1.0 / static_cast<double>(*running.num_batches_tracked + 1) : running.momentum;
+    const V before = access.load(ChannelVector{to.data, to.dtype}, c);
+    access.store(to, c, updated_running_stat(before, value, momentum));
+  };
+  update(running.mean, batch.mean);
+  if (count > 1.0) update(running.var, unbiased_var(batch.var, count));
+}
+
 // Where several blocks finish the same channel, only one of them `stores` what the caller asked for.
 
 struct TrainingForwardOp {
@@ -53,22 +69,32 @@ struct TrainingForwardOp {
     const V invstd = invstd_from_var(moments.var, args.eps);
     if (stores) {
       access.store(args.save_mean, c, moments.mean);
-      access.store(args.save_invstd, c, invstd);
-      update(args.running_mean, c, moments.mean, access);
-      update(args.running_var, c, unbiased_var(moments.var, count), access);
+      if (args.save_m2 != nullptr) {
+        access.store(args.save_m2, c, moments.var * count);
+      } else {
+        access.store(args.save_invstd, c, invstd);
+      }
+      update_running(args.running, c, moments, count, access);
     }
     normalize_coefficients(dtype, moments.mean, invstd, load_or(access, args.weight, c, 1.0),
                            load_or(access, args.bias, c, 0.0), coefficients);
   }
+};
 
- private:
-  template <typename V, typename Access>
-  BNEXT_INLINE void update(const MutableChannelVector& running, std::int64_t c, const V& batch, Access access) const {
-    if (running.data == nullptr) return;
-    // The counter still stands at the batches before this one.
-    const double momentum = args.cumulative ? 1.0 / static_cast<double>(*args.num_batches_tracked + 1) : args.momentum;
-    const V before = access.load(ChannelVector{running.data, running.dtype}, c);
-    access.store(running, c, updated_running_stat(before, batch, momentum));
+// Shares in the order of their processes, so that all of these find the same bits.
+struct MergeOp {
+  Merge args;
+
+  BNEXT_INLINE void finish(std::int64_t c) const {
+    ShareMoments all;
+    for (std::int64_t share = 0; share < args.shares; ++share) {
+      const double* row = args.moments + share * (2 * args.C + 1);
+      all.merge({row[2 * args.C], row[c], row[args.C + c]});
+    }
+    const Moments<double> moments{all.mean, all.count > 0.0 ? all.m2 / all.count : 0.0};
+    args.mean[c] = moments.mean;
+    args.var[c] = moments.var;
+    if (all.count > 0.0) update_running(args.running, c, moments, all.count, OneChannel());
   }
 };
 
@@ -136,7 +162,10 @@ struct BackwardOp {
       coefficients[4] = coefficients[2];
     }
     if (args.differentiates_statistics()) {
-      grad_input_coefficients(dtype, mean, invstd, weight, grads, count, coefficients);
+      const bool given = args.mean_dz.data != nullptr;
+      const V mean_dz_xhat = given ? access.load(args.mean_dz_xhat, c) : grads.sum_dy_xmu * invstd / count;
+      const V mean_dz = given ? access.load(args.mean_dz, c) : grads.sum_dy / count;
+      grad_input_coefficients(dtype, mean, invstd, weight, mean_dz_xhat, mean_dz, coefficients);
     } else if (!args.activated()) {
       coefficients[0] = weight * invstd;
     }

@@ -71,6 +71,24 @@ BNEXT_INLINE V invstd_from_var(const V& var, double eps) {
   return 1.0 / lane_by_lane(var + eps, [](double lane) { return std::sqrt(lane); });
 }
 
+// The moments of a share of a batch, and of what several shares make together.
+struct ShareMoments {
+  double count = 0.0;
+  double mean = 0.0;
+  double m2 = 0.0;  // sum of (x - mean)^2
+
+  // By Chan's formula. Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
+  // Sample Variances", 1979.
+  BNEXT_INLINE void merge(const ShareMoments& other) {
+    if (other.count == 0.0) return;
+    const double total = count + other.count;
+    const double delta = other.mean - mean;
+    mean += delta * (other.count / total);
+    m2 += other.m2 + delta * delta * (count * other.count / total);
+    count = total;
+  }
+};
+
 // (1 - momentum)*running + momentum*batch; the variance goes in unbiased.
 template <typename V>
 BNEXT_INLINE V updated_running_stat(const V& running, const V& batch, double momentum) {
@@ -118,17 +136,17 @@ BNEXT_INLINE ParameterGrads<V> grads_from_sums(const SumsOf<V>& sums, const V& m
   return {sums.first, sums.second - (mean - sums.shift) * sums.first};
 }
 
-// Coefficients of GradInput: dx = weight*invstd*(dy - sum_dy/count - xhat*(sum of dy*xhat)/count).
+// Coefficients of GradInput: dx = weight*invstd*(dy - mean of dy - xhat*(mean of dy*xhat)).
 template <typename V>
 BNEXT_INLINE void grad_input_coefficients(DType dtype, const V& mean, const V& invstd, const V& weight,
-                                          const ParameterGrads<V>& grads, double count, V (&c)[kMaxCoefficients]) {
+                                          const V& mean_dy_xhat, const V& mean_dy, V (&c)[kMaxCoefficients]) {
   const SplitMean<V> split(dtype, mean);
   const V scale = weight * invstd;
-  const V slope = -scale * (invstd * grads.sum_dy_xmu) * invstd / count;
+  const V slope = -scale * mean_dy_xhat * invstd;
   c[0] = split.high;
   c[1] = scale;
   c[2] = slope;
-  c[3] = -scale * grads.sum_dy / count - split.low * slope;
+  c[3] = -scale * mean_dy - split.low * slope;
 }
 
 // Whether a coefficient survives the conversion to float32: neither overflow nor underflow. Data of magnitude 1e30 has

@@ -57,6 +57,10 @@ void set_forward(ChannelOp& op, const Args& args) {
   op.map_op = args.epilogue.present() ? MapOp::kActivatedNormalize : MapOp::kNormalize;
 }
 
+void count_batch(const Running& running) {
+  if (running.num_batches_tracked != nullptr) ++*running.num_batches_tracked;
+}
+
 double count_of(const Problem& problem) { return static_cast<double>(problem.count()); }
 
 }  // namespace
@@ -68,7 +72,13 @@ void forward(const Problem& problem, const TrainingForward& args, const Parallel
   op.samples = true;
   op.reduce_op = ReduceOp::kMomentSums;
   run(problem, op, parallel);
-  if (args.num_batches_tracked != nullptr) ++*args.num_batches_tracked;
+  count_batch(args.running);
+}
+
+void merge(const Merge& args) {
+  const MergeOp op{args};
+  for (std::int64_t c = 0; c < args.C; ++c) op.finish(c);
+  count_batch(args.running);
 }
 
 void forward(const Problem& problem, const EvalForward& args, const Parallel& parallel) {

@@ -27,7 +27,10 @@ cudaError_t backward(const Problem& problem, const Backward& args, const Plan& p
     return args.reduces() ? launch_dtype<ActivatedGradSums, ActivatedGrad>(kernel_args, op, stream)
                           : launch_dtype<NoSums, ActivatedGrad>(kernel_args, op, stream);
   }
-  if (!args.reduces()) return launch_dtype<NoSums, ScaleGrad>(kernel_args, op, stream);
+  if (!args.reduces()) {
+    return args.differentiates_statistics() ? launch_dtype<NoSums, GradInput>(kernel_args, op, stream)
+                                            : launch_dtype<NoSums, ScaleGrad>(kernel_args, op, stream);
+  }
   if (!args.reads_input()) return launch_dtype<BiasGradSum, ScaleGrad>(kernel_args, op, stream);
   if (args.differentiates_statistics()) return launch_dtype<GradSums, GradInput>(kernel_args, op, stream);
   return launch_dtype<GradSums, ScaleGrad>(kernel_args, op, stream);

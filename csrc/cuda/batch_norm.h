@@ -24,6 +24,9 @@ cudaError_t forward(const Problem& problem, const EvalForward& args, const Plan&
 cudaError_t backward(const Problem& problem, const Backward& args, const Plan& plan, void* workspace,
                      cudaStream_t stream);
 
+// Merges moments, a thread a channel.
+cudaError_t merge(const Merge& args, cudaStream_t stream);
+
 // Adds one to the counter.
 cudaError_t count_batch(std::int64_t* num_batches_tracked, cudaStream_t stream);
 

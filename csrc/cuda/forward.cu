@@ -3,7 +3,20 @@
 namespace bnext::cuda {
 namespace {
 
+constexpr int kMergeThreads = 128;
+
 __global__ void count_kernel(std::int64_t* counter) { ++*counter; }
+
+__global__ void merge_kernel(const __grid_constant__ MergeOp op) {
+  const std::int64_t c = std::int64_t{blockIdx.x} * kMergeThreads + threadIdx.x;
+  if (c < op.args.C) op.finish(c);
+}
+
+// One counts after all that need the counter as it was, for the cumulative average, have ended.
+cudaError_t count_after(cudaError_t error, const Running& running, cudaStream_t stream) {
+  if (error != cudaSuccess || running.num_batches_tracked == nullptr) return error;
+  return count_batch(running.num_batches_tracked, stream);
+}
 
 Demand demand(const ForwardEpilogue& epilogue, bool reduces) {
   return {epilogue.residual != nullptr ? 2 : 1, /*reads_mask=*/false, reduces, epilogue.present()};
@@ -43,12 +56,21 @@ Plan plan_for(const Problem& problem, const EvalForward& args, const DeviceLimit
 
 cudaError_t forward(const Problem& problem, const TrainingForward& args, const Plan& plan, void* workspace,
                     cudaStream_t stream) {
-  // The cumulative average needs the counter as it was, in every block: it is counted after all of them have ended.
-  std::int64_t* counted = args.cumulative ? nullptr : args.num_batches_tracked;
   const TrainingForwardOp op{args, problem.dtype, static_cast<double>(problem.count())};
-  const cudaError_t error = launch_forward<MomentSums>(plan, args, op, workspace, counted, stream);
-  if (error != cudaSuccess || counted == args.num_batches_tracked) return error;
-  return count_batch(args.num_batches_tracked, stream);
+  const Running& running = args.running;
+  if (!running.cumulative) {
+    return launch_forward<MomentSums>(plan, args, op, workspace, running.num_batches_tracked, stream);
+  }
+  return count_after(launch_forward<MomentSums>(plan, args, op, workspace, nullptr, stream), running, stream);
+}
+
+cudaError_t merge(const Merge& args, cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>((args.C + kMergeThreads - 1) / kMergeThreads));
+  config.blockDim = dim3(kMergeThreads);
+  config.stream = stream;
+  const cudaError_t error = cudaLaunchKernelEx(&config, &merge_kernel, MergeOp{args});
+  return count_after(error != cudaSuccess ? error : cudaGetLastError(), args.running, stream);
 }
 
 cudaError_t forward(const Problem& problem, const EvalForward& args, const Plan& plan, void* workspace,

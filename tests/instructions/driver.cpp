@@ -78,8 +78,6 @@ int main(int argc, char** argv) {
     args.input = input.data();
     args.weight = {weight.data()};
     args.bias = {bias.data()};
-    args.running_mean = {mean.data()};
-    args.running_var = {var.data()};
     args.eps = 1e-5;
     args.output = output.data();
     args.save_mean = save_mean.data();
@@ -88,30 +86,32 @@ int main(int argc, char** argv) {
     return args;
   };
   auto training = filled(TrainingForward{});
-  training.momentum = 0.1;
+  training.running = {.mean = {mean.data()}, .var = {var.data()}, .momentum = 0.1};
+  auto evaluation = filled(EvalForward{});
+  evaluation.running_mean = {mean.data()};
+  evaluation.running_var = {var.data()};
 
   const auto parallel = cpu::Parallel::serial();
   for (int call = 0; call < calls; ++call) {
     if (pass == "forward") {
       cpu::forward(problem, training, parallel);
     } else if (pass == "eval") {
-      cpu::forward(problem, filled(EvalForward{}), parallel);
+      cpu::forward(problem, evaluation, parallel);
     } else if (pass == "backward") {
       cpu::backward(problem,
-                    Backward{grad.data(),
-                             input.data(),
-                             {weight.data()},
-                             save_mean.data(),
-                             save_invstd.data(),
-                             true,
-                             output.data(),
-                             {grads.data()},
-                             {grads.data() + kC},
-                             activation,
-                             {bias.data()},
-                             nullptr,
-                             adds ? mask.data() : nullptr,
-                             adds ? grad_residual.data() : nullptr},
+                    Backward{.grad_output = grad.data(),
+                             .input = input.data(),
+                             .weight = {weight.data()},
+                             .save_mean = save_mean.data(),
+                             .save_invstd = save_invstd.data(),
+                             .training = true,
+                             .grad_input = output.data(),
+                             .grad_weight = {grads.data()},
+                             .grad_bias = {grads.data() + kC},
+                             .activation = activation,
+                             .bias = {bias.data()},
+                             .mask = adds ? mask.data() : nullptr,
+                             .grad_residual = adds ? grad_residual.data() : nullptr},
                     parallel);
     } else {
       return 2;

@@ -80,16 +80,20 @@ void add_epilogue(Buffers& buffers, const Problem& problem, const ForwardEpilogu
   buffers.add(epilogue.mask, mask_bytes(problem), "mask", simt::Access::kReadWrite);
 }
 
+void add_running(Buffers& buffers, std::int64_t C, const Running& running) {
+  buffers.add(running.mean, C, "running_mean", simt::Access::kReadWrite);
+  buffers.add(running.var, C, "running_var", simt::Access::kReadWrite);
+  buffers.add(running.num_batches_tracked, sizeof(std::int64_t), "num_batches_tracked", simt::Access::kReadWrite);
+}
+
 void add_arguments(Buffers& buffers, const Problem& problem, const TrainingForward& args) {
   const std::size_t bytes = channel_bytes(problem.numel(), problem.dtype);
   buffers.add(args.input, bytes, "input", simt::Access::kRead);
   buffers.add(args.weight, problem.C, "weight");
   buffers.add(args.bias, problem.C, "bias");
-  buffers.add(args.running_mean, problem.C, "running_mean", simt::Access::kReadWrite);
-  buffers.add(args.running_var, problem.C, "running_var", simt::Access::kReadWrite);
-  buffers.add(args.num_batches_tracked, sizeof(std::int64_t), "num_batches_tracked", simt::Access::kReadWrite);
+  add_running(buffers, problem.C, args.running);
   buffers.add(args.output, bytes, "output", simt::Access::kUninitialised);
-  add_stats(buffers, problem.C, args.save_mean, args.save_invstd);
+  add_stats(buffers, problem.C, args.save_mean, args.save_m2 == nullptr ? args.save_invstd : args.save_m2);
   add_epilogue(buffers, problem, args.epilogue);
 }
 
@@ -113,6 +117,8 @@ void add_arguments(Buffers& buffers, const Problem& problem, const Backward& arg
   buffers.add(args.weight, problem.C, "weight");
   buffers.add(args.save_mean, stats, "save_mean", simt::Access::kRead);
   buffers.add(args.save_invstd, stats, "save_invstd", simt::Access::kRead);
+  buffers.add(args.mean_dz_xhat, problem.C, "mean_dz_xhat");
+  buffers.add(args.mean_dz, problem.C, "mean_dz");
   buffers.add(args.grad_input, bytes, "grad_input", simt::Access::kUninitialised);
   buffers.add(args.grad_weight, problem.C, "grad_weight", simt::Access::kUninitialised);
   buffers.add(args.grad_bias, problem.C, "grad_bias", simt::Access::kUninitialised);
@@ -140,6 +146,15 @@ class SimtBackend final : public Backend {
     buffers.finish(cuda::count_batch(num_batches_tracked, nullptr));
   }
 
+  void run(const Merge& args, at::Device) const override {
+    Buffers buffers;
+    buffers.add(args.moments, channel_bytes(args.shares * (2 * args.C + 1), DType::kFloat64), "moments",
+                simt::Access::kRead);
+    add_running(buffers, args.C, args.running);
+    buffers.add(args.mean, channel_bytes(args.C, DType::kFloat64), "mean", simt::Access::kUninitialised);
+    buffers.add(args.var, channel_bytes(args.C, DType::kFloat64), "var", simt::Access::kUninitialised);
+    buffers.finish(cuda::merge(args, nullptr));
+  }
   void run(const Problem& problem, const TrainingForward& args, at::Device) const override {
     enqueue(problem, args, [](auto&&... all) { return cuda::forward(all...); });
   }
@@ -262,8 +277,14 @@ TORCH_LIBRARY(bnext_simt, m) {
   m.def(
       "batch_norm_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor save_stats, bool training, "
       "float eps, bool[4] output_mask, Tensor? bias=None, Tensor? residual=None, Tensor? mask=None, "
-      "str act='identity', float slope=0.) -> (Tensor, Tensor, Tensor, Tensor)",
+      "str act='identity', float slope=0., Tensor? mean_grads=None) -> (Tensor, Tensor, Tensor, Tensor)",
       &bnext::batch_norm_backward);
+  m.def("batch_norm_moments(Tensor input, float eps) -> Tensor", &bnext::batch_norm_moments);
+  m.def(
+      "batch_norm_merged(Tensor input, Tensor moments, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "
+      "Tensor? residual=None, str act='identity', float slope=0., bool with_mask=False) -> (Tensor, Tensor, Tensor)",
+      &bnext::batch_norm_merged);
   m.def("configure(int sms, int shared_per_block, int max_cluster, int max_grid, int seed, bool check) -> ()",
         &bnext::configure);
   m.def(

@@ -20,7 +20,12 @@ BUILD = ROOT / "build" / "simt"
 
 KERNELS = ("csrc/cuda/forward.cu", "csrc/cuda/backward.cu")
 HOST = ("csrc/cuda/limits.cu", "csrc/cuda/plan.cpp")
-TENSOR_LEVEL = ("csrc/batch_norm.cpp", "csrc/checks.cpp", "tests/simt/backend_simt.cpp")
+TENSOR_LEVEL = (
+    "csrc/batch_norm.cpp",
+    "csrc/kernel_tensors.cpp",
+    "csrc/checks.cpp",
+    "tests/simt/backend_simt.cpp",
+)
 
 COMMON_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas")
 CHECKED_FLAGS = (

@@ -17,7 +17,13 @@ from typing import NamedTuple
 import torch
 from simt.build import build
 
-OPERATORS = ("batch_norm_train", "batch_norm_eval", "batch_norm_backward")
+OPERATORS = (
+    "batch_norm_train",
+    "batch_norm_eval",
+    "batch_norm_backward",
+    "batch_norm_moments",
+    "batch_norm_merged",
+)
 TEAMS = ("block", "cluster", "grid")
 TILES = ("channel", "columns")
 

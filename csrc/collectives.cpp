@@ -1,0 +1,34 @@
+#include "collectives.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/stack.h>
+
+namespace bnext {
+namespace {
+
+using at::Tensor;
+
+// Looked up when needed, as a torch without torch.distributed lacks them, and called boxed, as the types that stand for
+// their strings in C++ are torch's own affair.
+template <typename... Arguments>
+Tensor call(const char* name, const Arguments&... arguments) {
+  torch::jit::Stack stack;
+  torch::jit::push(stack, arguments...);
+  c10::Dispatcher::singleton().findSchemaOrThrow(name, "").callBoxed(stack);
+  return torch::jit::pop(stack).toTensor();
+}
+
+Tensor finished(const Tensor& pending) { return call("_c10d_functional::wait_tensor", pending); }
+
+}  // namespace
+
+Tensor all_gather(const Tensor& tensor, const ProcessGroup& group) {
+  // Gathered along the first dimension.
+  return finished(call("_c10d_functional::all_gather_into_tensor", tensor.unsqueeze(0), group.size, group.name));
+}
+
+Tensor all_reduce_sum(const Tensor& tensor, const ProcessGroup& group) {
+  return finished(call("_c10d_functional::all_reduce", tensor, std::string("sum"), group.name));
+}
+
+}  // namespace bnext
