@@ -14,6 +14,7 @@ from bnext.modules import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
+from bnext.sync import SyncBatchNorm
 
 __all__ = [
     "BatchNorm1d",
@@ -25,6 +26,7 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "SyncBatchNorm",
     "__version__",
     "convert",
     "functional",

@@ -24,6 +24,9 @@ class Activation(NamedTuple):
         return f"{self.name}({self.slope})" if self.name == "leaky_relu" else self.name
 
 
+IDENTITY = Activation("identity")
+
+
 def parse(act: Act) -> Activation:
     """What ``act`` means: a name, ``("leaky_relu", slope)``, or None for the identity.
 
@@ -31,7 +34,7 @@ def parse(act: Act) -> Activation:
         ValueError: anything else; the message lists what is known.
     """
     if act is None:
-        return Activation("identity")
+        return IDENTITY
     if isinstance(act, str) and act in NAMES:
         return Activation(act, LEAKY_SLOPE if act == "leaky_relu" else 0.0)
     if isinstance(act, tuple) and len(act) == 2 and act[0] == "leaky_relu":

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import TypeVar
+from collections.abc import Container
+from typing import Any, TypeVar
 
 import torch
 
 from bnext import fuse as fusion
 from bnext import modules
+from bnext import sync as synchronization
+from bnext.sync import SyncBatchNorm
 
 _logger = logging.getLogger("bnext")
 
@@ -22,21 +25,25 @@ _TO_BNEXT: _Classes = {
     torch.nn.LazyBatchNorm1d: modules.LazyBatchNorm1d,
     torch.nn.LazyBatchNorm2d: modules.LazyBatchNorm2d,
     torch.nn.LazyBatchNorm3d: modules.LazyBatchNorm3d,
+    torch.nn.SyncBatchNorm: SyncBatchNorm,
 }
 _TO_TORCH: _Classes = {ours: theirs for theirs, ours in _TO_BNEXT.items()}
+_LAZY = {modules.LazyBatchNorm1d, modules.LazyBatchNorm2d, modules.LazyBatchNorm3d}
 _OURS = {*_TO_TORCH, modules.BatchNormAct1d, modules.BatchNormAct2d, modules.BatchNormAct3d}
 
 
-def convert(module: _Module, *, fuse: bool = False, verbose: bool = False) -> _Module:
+def convert(
+    module: _Module, *, fuse: bool = False, sync: bool = False, process_group: Any = None, verbose: bool = False
+) -> _Module:
     """Turn every batch-norm layer of a model into bnext's, in place.
 
     A layer changes its class and nothing else: parameters, buffers, hooks, the ``training`` flag, attributes and
     names stay the same objects, shared layers stay shared, and optimisers keep what they hold. So a state_dict
     saved before loads after, and the reverse.
 
-    Only layers whose type is exactly ``torch.nn.BatchNorm1d/2d/3d`` or ``torch.nn.LazyBatchNorm1d/2d/3d`` are
-    changed. Other batch norms (a subclass may have a forward of its own) are left alone, and listed in one warning
-    of the logger ``"bnext"``.
+    Only layers whose type is exactly ``torch.nn.BatchNorm1d/2d/3d``, ``torch.nn.LazyBatchNorm1d/2d/3d`` or
+    ``torch.nn.SyncBatchNorm`` are changed. Other batch norms (a subclass may have a forward of its own) are left
+    alone, and listed in one warning of the logger ``"bnext"``.
 
     With ``fuse=True`` a batch norm also takes over the activation behind it, and the sum with a residual between
     them, and becomes a :class:`bnext.BatchNormAct2d` (1d, 3d): ``act(batch_norm(input) + residual)`` in one pass.
@@ -51,6 +58,10 @@ def convert(module: _Module, *, fuse: bool = False, verbose: bool = False) -> _M
       whether an argument is None, has defaults, changes state, draws random numbers, or uses ``with`` or ``try``.
       So is a layer that has hooks, or that is called in places which want different activations.
 
+    With ``sync=True`` every layer, fused ones too, becomes a :class:`bnext.SyncBatchNorm`: in training, statistics are
+    those of the batches of all processes of a group. To be called before the model is wrapped in
+    ``DistributedDataParallel``, which it needs not be on the CPU either. Lazy layers stay as they are, and are listed.
+
     A result never changes by more than rounding. What does change: a fused layer, called or hooked by itself, gives
     the activated value; settings that a traced forward reads (``self.drop_rate``) count as they are now; layers may
     be replaced only after :func:`revert`.
@@ -58,6 +69,8 @@ def convert(module: _Module, *, fuse: bool = False, verbose: bool = False) -> _M
     Args:
         module: a model, or a single layer.
         fuse: whether to fuse.
+        sync: whether to synchronise. Layers that are synchronised already stay so without it.
+        process_group: of ``sync``; None: all processes.
         verbose: whether to print what was done, and what was left and why. Otherwise that of ``fuse`` is
             logged by ``"bnext"`` at level INFO.
 
@@ -77,9 +90,20 @@ def convert(module: _Module, *, fuse: bool = False, verbose: bool = False) -> _M
         _logger.warning("convert left alone %d batch norm(s) of other classes: %s", len(left), ", ".join(left))
     lines = [f"{sum(type(m) in _OURS for m in module.modules())} batch norm(s) are bnext's"]
     if fuse:
+        separated = synchronization.separate(module)
         report = str(fusion.fuse(module))
+        for layer, group in separated:
+            synchronization.synchronize(layer, group)
         _logger.info("%s", report)
         lines.append(report)
+    if sync:
+        synchronization.synchronize(module, process_group)
+        lazy = [name for name, m in module.named_modules() if type(m) in _LAZY]
+        if lazy:
+            _logger.warning(
+                "convert left %d batch norm(s) without sync until they are initialised: %s", len(lazy), ", ".join(lazy)
+            )
+        lines.append(f"{sum(type(m) is SyncBatchNorm for m in module.modules())} batch norm(s) are synchronised")
     if verbose:
         print("\n".join(lines))
     return module
@@ -88,8 +112,8 @@ def convert(module: _Module, *, fuse: bool = False, verbose: bool = False) -> _M
 def revert(module: _Module) -> _Module:
     """Undo :func:`convert`, with all that it fused: turn bnext's layers into torch's, in place.
 
-    ``BatchNormAct`` layers that convert did not make have no counterpart in torch; they are left alone, and listed
-    in one warning of the logger ``"bnext"``.
+    Activated layers that convert did not make have no counterpart in torch; they are left alone, and listed in one
+    warning of the logger ``"bnext"``.
 
     Args:
         module: a model, or a single layer.
@@ -101,10 +125,14 @@ def revert(module: _Module) -> _Module:
         TypeError: ``module`` is not a ``torch.nn.Module``.
     """
     _check(module)
-    left = [name or "(the module itself)" for name in fusion.undo(module)]
+    synchronization.separate(module)
+    left = set(fusion.undo(module))
     if left:
-        _logger.warning("revert left alone %d BatchNormAct that have no counterpart: %s", len(left), ", ".join(left))
-    _swap(module, _TO_TORCH)
+        names = ", ".join(name or "(the module itself)" for name in sorted(left))
+        _logger.warning(
+            "revert left alone %d batch norm(s) with activations that have no counterpart: %s", len(left), names
+        )
+    _swap(module, _TO_TORCH, left)
     return module
 
 
@@ -113,9 +141,9 @@ def _check(module: object) -> None:
         raise TypeError(f"expected module to be a torch.nn.Module, but got {type(module).__name__}")
 
 
-def _swap(module: torch.nn.Module, classes: _Classes) -> None:
+def _swap(module: torch.nn.Module, classes: _Classes, left: Container[str] = ()) -> None:
     _check(module)
-    for m in module.modules():
+    for name, m in module.named_modules():
         replacement = classes.get(type(m))
-        if replacement is not None:
+        if replacement is not None and name not in left:
             m.__class__ = replacement

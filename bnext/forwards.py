@@ -15,16 +15,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from bnext import activations, functional, modules
 from bnext.activations import Act
-
-_PLAIN: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
-    modules.BatchNormAct1d: modules.BatchNorm1d,
-    modules.BatchNormAct2d: modules.BatchNorm2d,
-    modules.BatchNormAct3d: modules.BatchNorm3d,
-}
 
 
 class FusedActivation(torch.nn.Identity):
@@ -47,7 +41,10 @@ class FusedActivation(torch.nn.Identity):
 
 def fits(input: Tensor, residual: object) -> bool:
     """Whether a sum of ``batch_norm(input)`` and ``residual`` has the input's shape and dtype without broadcasting
-    or promotion. Tracing knows neither; with autocast, say, a residual may be of another dtype."""
+    or promotion. Tracing knows neither; with autocast, say, a residual may be of another dtype. While ``torch.fx``
+    traces a fused model it is taken to fit: a layer that runs with one that does not raises."""
+    if isinstance(input, fx.Proxy):
+        return True
     return isinstance(residual, Tensor) and residual.shape == input.shape and residual.dtype == input.dtype
 
 
@@ -71,23 +68,26 @@ def activate(value: Any, act: Act) -> Any:
 
 
 def batch_norm_act(layer: torch.nn.Module, input: Tensor) -> Tensor:
-    """act(batch_norm(input)) by a BatchNormAct; a layer put in its place would lose the activation."""
-    if type(layer) not in _PLAIN:
-        raise RuntimeError(
-            f"expected a BatchNormAct, as bnext.convert(fuse=True) left it, but got {type(layer).__name__}: call "
-            "bnext.revert before replacing the layers of a model"
-        )
-    output: Tensor = layer(input)
+    """act(batch_norm(input)) by a fused layer; one put in its place would lose the activation."""
+    output: Tensor = _fused(layer)(input)
     return output
 
 
 def batch_norm_add_act(layer: torch.nn.Module, input: Tensor, residual: Any, changed: str = "") -> Any:
-    """act(batch_norm(input) + residual) by a BatchNormAct, where the residual fits."""
-    if type(layer) in _PLAIN and not fits(input, residual):
-        normalized = _PLAIN[type(layer)].forward(layer, input)
-        act: Any = layer.act
-        return activate(add(normalized, residual, changed), act)
-    return layer(input, residual)  # any other layer raises
+    """act(batch_norm(input) + residual) by a fused layer, where the residual fits."""
+    fused = _fused(layer)
+    if fits(input, residual):
+        return fused(input, residual)
+    return activate(add(fused.normalize(input), residual, changed), fused.act)
+
+
+def _fused(layer: torch.nn.Module) -> modules.Activated:
+    if isinstance(layer, modules.Activated) and layer.act is not None:
+        return layer
+    raise RuntimeError(
+        f"expected a batch norm with an activation, as bnext.convert(fuse=True) left it, but got {layer}: call "
+        "bnext.revert before replacing the layers of a model"
+    )
 
 
 def functional_add_act(

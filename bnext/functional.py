@@ -11,6 +11,9 @@ from bnext.activations import Act
 Epilogue = tuple[Tensor | None, str, float] | tuple[()]
 PLAIN: Epilogue = ()
 
+# Processes that share a batch: how many, and the name of their torch.distributed group.
+Group = tuple[int, str]
+
 
 def batch_norm(
     input: Tensor,
@@ -127,12 +130,19 @@ def train_batch_norm(
     momentum: float | None,
     eps: float,
     epilogue: Epilogue = PLAIN,
+    group: Group | None = None,
 ) -> Tensor:
     """:func:`batch_norm` or :func:`batch_norm_act` in training, which also counts the batch.
 
-    ``momentum=None`` is the cumulative average of the batches counted, its factor computed on the device.
+    ``momentum=None`` is the cumulative average of the batches counted, its factor computed on the device. With a
+    ``group`` the statistics are those of the batches of all its processes together.
     """
     output: Tensor
+    if group is not None:
+        output = ops.batch_norm_sync(
+            input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, *group, *epilogue
+        )
+        return output
     output, _, _ = ops.batch_norm_train(
         input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, *epilogue
     )

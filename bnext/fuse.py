@@ -87,13 +87,13 @@ def fuse(model: nn.Module) -> Report:
 
 
 def undo(model: nn.Module) -> list[str]:
-    """Take back all that :func:`fuse` did; what it gives back are the names of BatchNormActs it did not make."""
+    """Take back all that :func:`fuse` did; what it gives back are the names of activated layers it did not make."""
     strangers = []
     plain = {fused: layer for layer, fused in patterns.LAYERS.items()}
     for name, module in list(model.named_modules()):
         if forwards.is_generated(type(module)):
             module.__class__ = forwards.original(type(module))
-        if type(module) in plain:
+        if type(module) in plain and not patterns.fusible(module):
             if _ADDED not in module.__dict__:
                 strangers.append(name)
                 continue
@@ -127,7 +127,7 @@ class _Fusion:
             if not _is_container(module):
                 self._look_at(name or "(the module itself)", module)
         for module in self.model.modules():
-            if type(module) in patterns.LAYERS:
+            if patterns.fusible(module):
                 self._decide(module)
         for trace in self.traces:
             self._rewrite(trace)
@@ -138,11 +138,11 @@ class _Fusion:
         cls = type(module)
         holds = False
         for path, child, in_sequential in _within(module):
-            if type(child) in patterns.LAYERS or patterns.is_sequential(child):
+            if patterns.fusible(child) or patterns.is_sequential(child):
                 first, *others = path.split(".")
                 owner = _Owner(module, first, len(others) + 1, in_sequential)
                 self.owners.setdefault(id(child), []).append(owner)
-                holds = holds or type(child) in patterns.LAYERS
+                holds = holds or patterns.fusible(child)
         if not holds and not sources.mentions_batch_norm(cls):
             return
         try:

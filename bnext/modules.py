@@ -9,16 +9,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from bnext import activations, functional
 from bnext.activations import Act, Activation
-from bnext.functional import PLAIN, Epilogue
+from bnext.functional import PLAIN, Epilogue, Group
 
 _UNSET = object()
 
 
-def _normalize(self: torch.nn.modules.batchnorm._BatchNorm, input: Tensor, epilogue: Epilogue = PLAIN) -> Tensor:
+def normalize(
+    self: torch.nn.modules.batchnorm._BatchNorm, input: Tensor, epilogue: Epilogue = PLAIN, group: Group | None = None
+) -> Tensor:
+    """What every layer does with its input; ``group``: the processes that share a training batch."""
     self._check_input_dim(input)
     running_mean, running_var = self.running_mean, self.running_var
     if not self.training and (running_mean is not None or running_var is not None):
@@ -32,8 +35,19 @@ def _normalize(self: torch.nn.modules.batchnorm._BatchNorm, input: Tensor, epilo
         if counter is None and momentum is None:
             momentum = 0.0  # nothing to average over: torch keeps the running statistics as they are
     return functional.train_batch_norm(
-        input, running_mean, running_var, counter, self.weight, self.bias, momentum, self.eps, epilogue
+        input, running_mean, running_var, counter, self.weight, self.bias, momentum, self.eps, epilogue, group
     )
+
+
+def _traces(input: Tensor) -> bool:
+    return isinstance(input, fx.Proxy) and isinstance(input.tracer, fx.Tracer)
+
+
+def _leaf(layer: torch.nn.Module, *args: Any) -> Any:
+    """The call as one node of a ``torch.fx`` graph that is being traced. A tracer takes torch's own layers for leaves
+    by the name of their module; it would go into ours, and freeze what depends on ``training``."""
+    tracer = args[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, {})
 
 
 def _forward(self: torch.nn.modules.batchnorm._BatchNorm, input: Tensor) -> Tensor:
@@ -42,7 +56,9 @@ def _forward(self: torch.nn.modules.batchnorm._BatchNorm, input: Tensor) -> Tens
     In training the running statistics and ``num_batches_tracked`` are updated in the same operator, once every
     argument has been checked. ``momentum=None`` is the cumulative average, its factor computed on the device.
     """
-    return _normalize(self, input)
+    if _traces(input):
+        return _leaf(self, input)
+    return normalize(self, input)
 
 
 class BatchNorm1d(torch.nn.BatchNorm1d):
@@ -87,7 +103,34 @@ class LazyBatchNorm3d(torch.nn.LazyBatchNorm3d):
     forward = _forward
 
 
-class _BatchNormAct(torch.nn.modules.batchnorm._BatchNorm):
+class Activated(torch.nn.modules.batchnorm._BatchNorm):
+    """A batch norm with an activation: what all such layers share."""
+
+    @property
+    def act(self) -> Act:
+        """The activation, as the constructor takes it; may be set."""
+        act: Act = self.__dict__.get("_act")
+        return act
+
+    @act.setter
+    def act(self, act: Act) -> None:
+        self.__dict__["_activation"] = activations.parse(act)
+        self.__dict__["_act"] = act
+
+    def normalize(self, input: Tensor, epilogue: Epilogue = PLAIN) -> Tensor:
+        """Without the activation, or with another one."""
+        return normalize(self, input, epilogue)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """act(batch_norm(input) + residual); see :func:`bnext.functional.batch_norm_act`."""
+        if _traces(input):
+            return _leaf(self, input, *([] if residual is None else [residual]))
+        # A layer that became one by a change of class has no activation yet.
+        activation: Activation = self.__dict__.get("_activation", activations.IDENTITY)
+        return self.normalize(input, (residual, *activation))
+
+
+class _BatchNormAct(Activated):
     """act(batch_norm(input) + residual): what the three ranks share."""
 
     def __init__(
@@ -114,25 +157,9 @@ class _BatchNormAct(torch.nn.modules.batchnorm._BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.act = act if apply_act else None
 
-    @property
-    def act(self) -> Act:
-        """The activation, as the constructor takes it; may be set."""
-        act: Act = self.__dict__["_act"]
-        return act
-
-    @act.setter
-    def act(self, act: Act) -> None:
-        self.__dict__["_activation"] = activations.parse(act)
-        self.__dict__["_act"] = act
-
     def extra_repr(self) -> str:
         plain: str = super().extra_repr()  # type: ignore[no-untyped-call]
         return f"{plain}, act={self.__dict__['_activation']}"
-
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """act(batch_norm(input) + residual); see :func:`bnext.functional.batch_norm_act`."""
-        activation: Activation = self.__dict__["_activation"]
-        return _normalize(self, input, (residual, *activation))
 
 
 _ACT_DOC = """act(batch_norm(input) + residual) in one operator; see :func:`bnext.functional.batch_norm_act`.

@@ -13,12 +13,14 @@ from torch import fx, nn
 
 from bnext import activations, forwards, functional, modules
 from bnext.activations import Act
+from bnext.sync import SyncBatchNorm
 
-# Layers that can be fused, once they are bnext's.
+# Layers that can be fused, once they are bnext's, and what they become.
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     modules.BatchNorm1d: modules.BatchNormAct1d,
     modules.BatchNorm2d: modules.BatchNormAct2d,
     modules.BatchNorm3d: modules.BatchNormAct3d,
+    SyncBatchNorm: SyncBatchNorm,
 }
 
 # Their output is a new tensor, which nobody else holds, and they leave their input as it is.
@@ -56,6 +58,11 @@ _FUNCTIONS: dict[object, str] = {
     "relu": "relu",
     "relu_": "relu",
 }
+
+
+def fusible(module: nn.Module | None) -> bool:
+    """Whether a layer can be fused, and is not."""
+    return type(module) in LAYERS and getattr(module, "act", None) is None
 
 
 def hooked(module: nn.Module) -> bool:
@@ -171,7 +178,7 @@ class Graph:
         if module is None:
             return node.op == "call_function" and node.target is _BATCH_NORM and _first(node) is not None
         last = last_of(module)
-        return type(last) in LAYERS and _first(node) is not None
+        return fusible(last) and _first(node) is not None
 
     def _activation(self, node: fx.Node) -> tuple[Act, fx.Node | None]:
         """(which, of what); Nones for any other node."""

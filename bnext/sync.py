@@ -1,0 +1,144 @@
+"""Batch norm over the batches of several processes together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from bnext import modules
+from bnext.activations import Act
+from bnext.functional import PLAIN, Epilogue, Group
+
+
+def _group_of(process_group: Any) -> Group | None:
+    """None where there is nobody to share a batch with."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    group: Any = distributed.group.WORLD if process_group is None else process_group
+    size = distributed.get_world_size(group)
+    return (size, group.group_name) if size > 1 else None
+
+
+class SyncBatchNorm(modules.Activated, torch.nn.SyncBatchNorm):
+    """:class:`torch.nn.SyncBatchNorm`, on CPU and CUDA: act(batch_norm(input) + residual) by the statistics of all
+    processes of a group.
+
+    In training each process normalises its own share of the batch, ``forward(input, residual=None)``, both of shape
+    (N, C, ...), by the mean and variance of all shares together; in evaluation there is nothing to exchange. Shares may
+    have different sizes, and be empty. One collective a direction: forward gathers 2·C + 1 float64 values from each
+    process, its means, its sums of squared deviations from them and its count, which all merge in the same order by
+    Chan's formula; backward sums 2·C values over the processes. Gradients of weight and bias are those of the own
+    share, as :class:`torch.nn.parallel.DistributedDataParallel` expects.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype: as in
+            :class:`torch.nn.SyncBatchNorm`. The group's backend must work on the input's device: gloo on the CPU,
+            NCCL on CUDA.
+        act: as in :class:`bnext.BatchNormAct2d`; None: the identity.
+
+    Raises:
+        ValueError: an unknown activation; an input of fewer than 2 dimensions or without channels.
+        RuntimeError: a second derivative, or forward mode, over more than one process.
+        What torch raises when another process of the group fails or does not answer in time.
+
+    Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        act: Act = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype, **kwargs
+        )
+        self.act = act
+
+    def extra_repr(self) -> str:
+        plain: str = torch.nn.SyncBatchNorm.extra_repr(self)
+        return plain if self.act is None else f"{plain}, act={self.__dict__['_activation']}"
+
+    def normalize(self, input: Tensor, epilogue: Epilogue = PLAIN) -> Tensor:
+        self._check_non_zero_input_channels(input)
+        return modules.normalize(self, input, epilogue, _group_of(self.process_group) if self.training else None)
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:
+        """As :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm`, in place: :func:`synchronize`."""
+        synchronize(module, process_group)
+        return module
+
+
+# What a layer was before it was synchronised.
+_BEFORE = "_before_sync"
+
+_SYNCHRONIZABLE = {
+    torch.nn.BatchNorm1d,
+    torch.nn.BatchNorm2d,
+    torch.nn.BatchNorm3d,
+    modules.BatchNorm1d,
+    modules.BatchNorm2d,
+    modules.BatchNorm3d,
+    modules.BatchNormAct1d,
+    modules.BatchNormAct2d,
+    modules.BatchNormAct3d,
+}
+
+
+def synchronize(module: torch.nn.Module, process_group: Any = None) -> None:
+    """Turn every batch norm of a known class into a :class:`SyncBatchNorm` of this group, in place."""
+    for m in module.modules():
+        if type(m) in _SYNCHRONIZABLE:
+            m.__dict__[_BEFORE] = type(m)
+        elif type(m) not in (torch.nn.SyncBatchNorm, SyncBatchNorm):
+            continue
+        m.__class__ = SyncBatchNorm
+        m.process_group = process_group
+
+
+def separate(module: torch.nn.Module) -> list[tuple[torch.nn.Module, Any]]:
+    """Undo :func:`synchronize`; what it gives back are the layers, and the groups that they had."""
+    separated: list[tuple[torch.nn.Module, Any]] = []
+    for m in module.modules():
+        if type(m) is SyncBatchNorm and _BEFORE in m.__dict__:
+            m.__class__ = m.__dict__.pop(_BEFORE)
+            separated.append((m, m.__dict__.pop("process_group", None)))
+    return separated
+
+
+class _Others:
+    """The layers of a model that torch may refuse."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+
+    def modules(self) -> list[torch.nn.Module]:
+        return [m for m in self._module.modules() if not isinstance(m, SyncBatchNorm)]
+
+
+def _accept_on_cpu() -> None:
+    # DistributedDataParallel refuses every torch.nn.SyncBatchNorm on the CPU, as torch's own forward does not work
+    # there: it asks isinstance, to which a subclass cannot say no.
+    check = getattr(DistributedDataParallel, "_passing_sync_batchnorm_handle", None)
+    if check is None:
+        return
+
+    def check_others(self: DistributedDataParallel, module: torch.nn.Module) -> None:
+        check(self, _Others(module))
+
+    DistributedDataParallel._passing_sync_batchnorm_handle = check_others  # type: ignore[method-assign]
+
+
+_accept_on_cpu()
