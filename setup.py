@@ -41,8 +41,9 @@ CUDA_SOURCES = [
     "csrc/cuda/plan.cpp",
 ]
 
-# Neither flag changes a result: the kernels read no errno and unmask no floating-point trap.
-CXX_FLAGS = ["-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+# The kernels read no errno and unmask no floating-point trap: no result changes. Debug information, which Python's own
+# flags ask for, would be nine tenths of what is compiled and a fifth of the time.
+CXX_FLAGS = ["-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-g0"]
 LINK_FLAGS = []
 if sys.platform == "linux":
     # Without it torch's parallel_for, a template in a header, silently compiles to a serial loop.

@@ -21,10 +21,15 @@ BNEXT_INLINE void broadcast_coefficients(Vec<acc_t> (&c)[kMax], const void* cons
   for (int k = 0; k < Op::kCoefficients; ++k) c[k] = broadcast(static_cast<const acc_t*>(from[k])[j]);
 }
 
+// What is worth unrolling: the way that nearly all data takes. The rest is a good part of the code, and compiles in a
+// fraction of the time without.
+template <typename scalar_t, typename acc_t, typename Op, Form kForm>
+constexpr bool kCommon = std::is_same_v<acc_t, Natural<scalar_t>> && (!Op::kActivated || kForm != kAny);
+
 // The two sums of a channel: kUnroll registers each, so that additions do not wait for one another.
-template <typename acc_t, typename scalar_t, typename Op>
+template <typename acc_t, typename scalar_t, typename Op, int kUnroll>
 struct SegmentSums {
-  static constexpr int kUnroll = 4;
+  static_assert(kUnroll == 4 || kUnroll == 1);
   static constexpr std::int64_t kN = kWidth<acc_t>;
   static constexpr std::int64_t kStep = kUnroll * kN;
 
@@ -82,15 +87,19 @@ struct SegmentSums {
         inputs.prefetch(setup, j + ahead);
       }
     }
-    for (; i + kStep <= n; i += kStep) {
+    if constexpr (kUnroll == 4) {
+      for (; i + kStep <= n; i += kStep) {
 #pragma GCC unroll 2
-      for (int u = 0; u < kUnroll; u += 2) add_two(u, inputs, i + u * kN);
+        for (int u = 0; u < kUnroll; u += 2) add_two(u, inputs, i + u * kN);
+      }
+      // What is left fills fewer than kUnroll registers; each goes to a register of its own.
+      if (i + kN <= n) add_vector(0, inputs, i), i += kN;
+      if (i + kN <= n) add_vector(1, inputs, i), i += kN;
+      if (i + kN <= n) add_vector(2, inputs, i), i += kN;
+    } else {
+      for (; i + kN <= n; i += kN) add_vector(0, inputs, i);
     }
-    // What is left fills fewer than kUnroll registers; each goes to a register of its own.
-    if (i + kN <= n) add_vector(0, inputs, i), i += kN;
-    if (i + kN <= n) add_vector(1, inputs, i), i += kN;
-    if (i + kN <= n) add_vector(2, inputs, i), i += kN;
-    if (i < n) add_part(3, inputs, i, Part{static_cast<int>(n - i)});
+    if (i < n) add_part(kUnroll - 1, inputs, i, Part{static_cast<int>(n - i)});
     if (inner >= kInner) settle();
   }
 
@@ -121,7 +130,7 @@ struct SegmentSums {
 struct ReduceSegments {
   template <typename scalar_t, typename acc_t, typename Op, Form kForm>
   static void run(const ReduceArgs& args) {
-    using Sums = SegmentSums<acc_t, scalar_t, Op>;
+    using Sums = SegmentSums<acc_t, scalar_t, Op, kCommon<scalar_t, acc_t, Op, kForm> ? 4 : 1>;
     constexpr std::int64_t kRun = kInner * Sums::kStep;
     const std::int64_t len = args.block.len;
     Sums sums(args, known_setup<Op, kForm>(args));
@@ -137,7 +146,7 @@ struct ReduceSegments {
 };
 
 // Rows of one channel each.
-template <typename scalar_t, typename acc_t, typename Op>
+template <typename scalar_t, typename acc_t, typename Op, bool kUnrolled>
 struct RowMap {
   static constexpr std::int64_t kN = kWidth<acc_t>;
   // Rows that are not much longer than the lines which their ends are of are not streamed.
@@ -169,17 +178,26 @@ struct RowMap {
   template <bool kStream>
   BNEXT_INLINE std::int64_t map_lines(const Inputs<scalar_t, Op>& inputs, const Outputs<scalar_t, Op>& outputs,
                                       std::int64_t i) const {
-    constexpr int kVectors = kLineVectors<acc_t, scalar_t>;
+    constexpr std::int64_t kLine = kLineVectors<acc_t, scalar_t> * kN;
+    if constexpr (kUnrolled) {
 #pragma GCC unroll 4
-    for (; i + kVectors * kN <= args.block.len; i += kVectors * kN) {
-      Mapped<Vec<acc_t>> line[kVectors];
-      if (args.ahead != 0) inputs.prefetch(setup, i + args.ahead);
-      if (!kStream && args.reserve != 0) outputs.reserve(setup, i + args.reserve);
-#pragma GCC unroll 4
-      for (int u = 0; u < kVectors; ++u) line[u] = mapped(inputs, i + u * kN, Whole{});
-      outputs.template store_line_of<acc_t, kStream>(line, setup, i);
+      for (; i + kLine <= args.block.len; i += kLine) map_line<kStream>(inputs, outputs, i);
+    } else {
+      for (; i + kLine <= args.block.len; i += kLine) map_line<kStream>(inputs, outputs, i);
     }
     return i;
+  }
+
+  template <bool kStream>
+  BNEXT_INLINE void map_line(const Inputs<scalar_t, Op>& inputs, const Outputs<scalar_t, Op>& outputs,
+                             std::int64_t i) const {
+    constexpr int kVectors = kLineVectors<acc_t, scalar_t>;
+    Mapped<Vec<acc_t>> line[kVectors];
+    if (args.ahead != 0) inputs.prefetch(setup, i + args.ahead);
+    if (!kStream && args.reserve != 0) outputs.reserve(setup, i + args.reserve);
+#pragma GCC unroll 4
+    for (int u = 0; u < kVectors; ++u) line[u] = mapped(inputs, i + u * kN, Whole{});
+    outputs.template store_line_of<acc_t, kStream>(line, setup, i);
   }
 
   // Elements [i, n), less than a line.
@@ -227,7 +245,7 @@ struct MapSegments {
     const MapArgs args = call;  // a copy that no store to an output can be taken to change
     const Setup setup = known_setup<Op, kForm>(args);
     OpenLine<scalar_t> open;
-    RowMap<scalar_t, acc_t, Op> map(args, setup, open);
+    RowMap<scalar_t, acc_t, Op, kCommon<scalar_t, acc_t, Op, kForm>> map(args, setup, open);
     for (std::int64_t r = 0; r < args.block.rows; ++r) map.run(r);
     if (map.streams) finish_streams();
   }
@@ -275,7 +293,7 @@ struct ReduceColumns {
   template <typename scalar_t, typename acc_t, typename Op, Form kForm>
   static void run(const ReduceArgs& call) {
     constexpr std::int64_t kN = kWidth<acc_t>;
-    constexpr int kUnroll = 4;
+    constexpr int kUnroll = kCommon<scalar_t, acc_t, Op, kForm> ? 4 : 1;
     const ReduceArgs args = call;  // a copy that no store to a sum can be taken to change
     const Setup setup = known_setup<Op, kForm>(args);
     alignas(64) acc_t first[kSlabColumns];
@@ -291,8 +309,10 @@ struct ReduceColumns {
         for (std::int64_t t0 = r0; t0 < r1; t0 += tile_rows) {
           const std::int64_t t1 = r1 - t0 < tile_rows ? r1 : t0 + tile_rows;
           std::int64_t c = 0;
-          for (; c + kUnroll * kN <= columns; c += kUnroll * kN) {
-            add<scalar_t, acc_t, Op, kUnroll>(args, setup, t0, t1, c0 + c, first + c, second + c, Whole{});
+          if constexpr (kUnroll > 1) {
+            for (; c + kUnroll * kN <= columns; c += kUnroll * kN) {
+              add<scalar_t, acc_t, Op, kUnroll>(args, setup, t0, t1, c0 + c, first + c, second + c, Whole{});
+            }
           }
           for (; c + kN <= columns; c += kN) {
             add<scalar_t, acc_t, Op, 1>(args, setup, t0, t1, c0 + c, first + c, second + c, Whole{});
@@ -372,9 +392,11 @@ struct MapColumns {
         finish_streams();
       }
     }
-    const bool long_rows = args.block.len * static_cast<std::int64_t>(sizeof(scalar_t)) >= kLongRow;
-    if (!args.in_order || long_rows) {
-      for (; r + 4 <= args.block.rows; r += 4) map_rows<scalar_t, acc_t, Op, 4, false>(args, setup, r);
+    if constexpr (kCommon<scalar_t, acc_t, Op, kForm>) {
+      const bool long_rows = args.block.len * static_cast<std::int64_t>(sizeof(scalar_t)) >= kLongRow;
+      if (!args.in_order || long_rows) {
+        for (; r + 4 <= args.block.rows; r += 4) map_rows<scalar_t, acc_t, Op, 4, false>(args, setup, r);
+      }
     }
     for (; r < args.block.rows; ++r) map_rows<scalar_t, acc_t, Op, 1, false>(args, setup, r);
   }
