@@ -44,6 +44,15 @@ def parse(act: Act) -> Activation:
     raise ValueError(f'expected act to be one of {", ".join(NAMES)}, ("leaky_relu", slope) or None, but got {act!r}')
 
 
+def compose(value: Any, activation: Activation) -> Any:
+    """act(value), of torch's functions."""
+    if activation.name == "identity":
+        return value
+    if activation.name == "leaky_relu":
+        return torch.nn.functional.leaky_relu(value, activation.slope)
+    return getattr(torch.nn.functional, activation.name)(value)
+
+
 _MODULES: dict[type[torch.nn.Module], str] = {
     torch.nn.Identity: "identity",
     torch.nn.ReLU: "relu",

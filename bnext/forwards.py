@@ -59,14 +59,6 @@ def add(normalized: Tensor, residual: Any, changed: str) -> Any:
     return normalized + residual
 
 
-def activate(value: Any, act: Act) -> Any:
-    """act(value), composed of torch's functions."""
-    activation = activations.parse(act)
-    if activation.name == "leaky_relu":
-        return torch.nn.functional.leaky_relu(value, activation.slope)
-    return getattr(torch.nn.functional, activation.name)(value)
-
-
 def batch_norm_act(layer: torch.nn.Module, input: Tensor) -> Tensor:
     """act(batch_norm(input)) by a fused layer; one put in its place would lose the activation."""
     output: Tensor = _fused(layer)(input)
@@ -78,7 +70,7 @@ def batch_norm_add_act(layer: torch.nn.Module, input: Tensor, residual: Any, cha
     fused = _fused(layer)
     if fits(input, residual):
         return fused(input, residual)
-    return activate(add(fused.normalize(input), residual, changed), fused.act)
+    return activations.compose(add(fused.normalize(input), residual, changed), activations.parse(fused.act))
 
 
 def _fused(layer: torch.nn.Module) -> modules.Activated:
@@ -109,7 +101,7 @@ def functional_add_act(
             input, running_mean, running_var, weight, bias, residual, training, momentum, eps, act
         )
     normalized = functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return activate(add(normalized, residual, changed), act)
+    return activations.compose(add(normalized, residual, changed), activations.parse(act))
 
 
 # (original class, source of the forward, what its global names mean) → the class that has it.

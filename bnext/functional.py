@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from bnext import activations, ops
-from bnext.activations import Act
+from bnext.activations import Act, Activation
 
 # What follows the normalisation: the residual, and the activation's name and slope; or nothing.
 Epilogue = tuple[Tensor | None, str, float] | tuple[()]
@@ -163,5 +164,47 @@ def eval_batch_norm(
         missing = "running_mean" if running_mean is None else "running_var"
         raise RuntimeError(f"{missing} must be defined in evaluation mode, but got None")
     output: Tensor
+    if torch.compiler.is_compiling() and _is_arithmetic(input, weight, bias, epilogue):
+        return _composed_eval(input, running_mean, running_var, weight, bias, eps, epilogue)
     output, _, _ = ops.batch_norm_eval(input, weight, bias, running_mean, running_var, eps, *epilogue)
+    return output
+
+
+def _is_arithmetic(input: Tensor, weight: Tensor | None, bias: Tensor | None, epilogue: Epilogue) -> bool:
+    """Whether a compiler would do well to see what an evaluation computes: no gradient will be asked for, whose sums
+    are the operator's, nothing is exported, and no residual is there that the operator refuses."""
+    residual = epilogue[0] if epilogue else None
+    if torch.compiler.is_exporting():
+        return False
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias, residual)):
+        return False
+    return residual is None or (residual.shape == input.shape and residual.dtype == input.dtype)
+
+
+def _composed_eval(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    epilogue: Epilogue,
+) -> Tensor:
+    """:func:`eval_batch_norm` of torch's operators, for compilers, which fuse arithmetic on each element with what
+    stands before and behind it. Shifted first, as everywhere in bnext; equal to the operator to rounding."""
+    compute = torch.float64 if input.dtype == torch.float64 else torch.float32
+
+    def per_channel(vector: Tensor) -> Tensor:
+        return vector.to(compute).view((1, -1) + (1,) * (input.dim() - 2))
+
+    scale = torch.rsqrt(per_channel(running_var) + eps)
+    if weight is not None:
+        scale = scale * per_channel(weight)
+    y = (input.to(compute) - per_channel(running_mean)) * scale
+    if bias is not None:
+        y = y + per_channel(bias)
+    residual, name, slope = epilogue or (None, "identity", 0.0)
+    if residual is not None:
+        y = y + residual.to(compute)
+    output: Tensor = activations.compose(y, Activation(name, slope)).to(input.dtype)
     return output

@@ -172,7 +172,7 @@ def test_inductor_keeps_channels_last_in_eval() -> None:
         x = make_input(shape, "channels_last")
         with torch.no_grad():
             y, z = module(x), run(x)
-        assert same_bits(y, z)
+        torch.testing.assert_close(y, z)  # not the operator, but arithmetic that inductor fuses: test_compiled_eval.py
         assert z.stride() == y.stride()
 
 
