@@ -43,11 +43,12 @@ def _traces(input: Tensor) -> bool:
     return isinstance(input, fx.Proxy) and isinstance(input.tracer, fx.Tracer)
 
 
-def _leaf(layer: torch.nn.Module, *args: Any) -> Any:
+def _leaf(layer: torch.nn.Module, *args: Any) -> Tensor:
     """The call as one node of a ``torch.fx`` graph that is being traced. A tracer takes torch's own layers for leaves
     by the name of their module; it would go into ours, and freeze what depends on ``training``."""
     tracer = args[0].tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, {})
+    output: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(layer), args, {})
+    return output
 
 
 def _forward(self: torch.nn.modules.batchnorm._BatchNorm, input: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ class SyncBatchNorm(modules.Activated, torch.nn.SyncBatchNorm):
     have different sizes, and be empty. One collective a direction: forward gathers 2·C + 1 float64 values from each
     process, its means, its sums of squared deviations from them and its count, which all merge in the same order by
     Chan's formula; backward sums 2·C values over the processes. Gradients of weight and bias are those of the own
-    share, as :class:`torch.nn.parallel.DistributedDataParallel` expects.
+    share, as :class:`torch.nn.parallel.DistributedDataParallel` expects. All processes must take part in every
+    collective: in backward those whose input requires a gradient, which must then be so on all of them.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype: as in
@@ -71,6 +72,7 @@ class SyncBatchNorm(modules.Activated, torch.nn.SyncBatchNorm):
         return plain if self.act is None else f"{plain}, act={self.__dict__['_activation']}"
 
     def normalize(self, input: Tensor, epilogue: Epilogue = PLAIN) -> Tensor:
+        self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
         return modules.normalize(self, input, epilogue, _group_of(self.process_group) if self.training else None)
 

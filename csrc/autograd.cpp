@@ -200,15 +200,16 @@ class BatchNormBackward : public Node {
     // The means come from everywhere, the parameters' gradients from here: those torch sums up itself.
     const auto synchronized = [&] {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      if (!wanted[0]) return backward(wanted, {});
       auto sums = backward({false, true, true, false}, {});
       const Tensor means = sync_mean_grads(std::get<1>(sums), std::get<2>(sums), count.unpack(), *group);
       auto maps = backward({true, false, false, wanted[3]}, means);
       return std::tuple{std::get<0>(maps), std::get<1>(sums), std::get<2>(sums), std::get<3>(maps)};
     };
-    const bool syncs = group && wanted[0];
-    auto [grad_input, grad_weight, grad_bias, grad_residual] = syncs ? synchronized() : backward(wanted, {});
-    if (syncs && compute_requires_grad(grads[0], input, weight, bias, residual)) {
+    auto [grad_input, grad_weight, grad_bias, grad_residual] = group ? synchronized() : backward(wanted, {});
+    if (group && compute_requires_grad(grads[0], input, weight, bias, residual)) {
       const auto node = make_node<NoSecondDerivative>();
+      node->set_next_edges(collect_next_edges(grads[0], input, weight, bias, residual));
       for (const Tensor& each : {grad_input, grad_weight, grad_bias, grad_residual}) set_history(each, node);
     }
     if (wanted[0]) result[0] = std::move(grad_input);

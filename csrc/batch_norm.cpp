@@ -102,10 +102,6 @@ std::tuple<Tensor, Tensor, Tensor> normalize_by(const Tensor& input, const Chann
   return {output, save_stats, mask};
 }
 
-void check_training_eps(double eps) {
-  TORCH_CHECK_VALUE(eps > 0.0, "batch_norm eps must be positive during training, but got ", python_float(eps));
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input, const optional<Tensor>& weight,
@@ -115,13 +111,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input, const o
                                                     optional<double> momentum, double eps,
                                                     const optional<Tensor>& residual, std::string_view act,
                                                     double slope, bool with_mask) {
-  check_data("input", input);
-  check_channels("weight", weight, input);
-  check_channels("bias", bias, input);
-  check_running(running_mean, running_var, num_batches_tracked, momentum, input);
   const Activation activation = parse_activation(act, slope);
-  check_epilogue(input, residual, activation, with_mask);
-  check_training_eps(eps);
+  check_training(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, residual,
+                 activation, with_mask);
   const auto format = format_of(input);
   const Problem problem = problem_of(input, format);
   TORCH_CHECK_VALUE(problem.count() != 1, "Expected more than 1 value per channel when training, got input size ",
@@ -159,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input, const o
 
 Tensor batch_norm_moments(const Tensor& input, double eps) {
   check_data("input", input);
-  check_training_eps(eps);
+  check_eps(eps);
   const auto format = format_of(input);
   const Problem problem = problem_of(input, format);
   Tensor moments = at::empty({2 * problem.C + 1}, input.options().dtype(at::kDouble));
@@ -180,7 +172,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_merged(
     const optional<Tensor>& running_mean, const optional<Tensor>& running_var,
     const optional<Tensor>& num_batches_tracked, optional<double> momentum, double eps,
     const optional<Tensor>& residual, std::string_view act, double slope, bool with_mask) {
-  check_data("input", input);
+  const Activation activation = parse_activation(act, slope);
+  check_training(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, residual,
+                 activation, with_mask);
   const std::int64_t C = input.size(1);
   TORCH_CHECK(moments.device() == input.device(), "batch_norm: expected moments on the device of input, ",
               input.device(), ", but got ", moments.device());
@@ -189,12 +183,6 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_merged(
   TORCH_CHECK_VALUE(moments.dim() == 2 && moments.size(1) == 2 * C + 1,
                     "batch_norm: expected moments to have shape torch.Size([shares, ", 2 * C + 1, "]), but got ",
                     size_of(moments));
-  check_channels("weight", weight, input);
-  check_channels("bias", bias, input);
-  check_running(running_mean, running_var, num_batches_tracked, momentum, input);
-  const Activation activation = parse_activation(act, slope);
-  check_epilogue(input, residual, activation, with_mask);
-  check_training_eps(eps);
 
   const Tensor dense_moments = moments.contiguous();
   const Tensor stats = at::empty({2, C}, moments.options());

@@ -107,6 +107,22 @@ void check_epilogue(const Tensor& input, const optional<Tensor>& residual, const
                     "batch_norm: expected with_mask=False, since only relu and leaky_relu have a mask");
 }
 
+void check_eps(double eps) {
+  TORCH_CHECK_VALUE(eps > 0.0, "batch_norm eps must be positive during training, but got ", python_float(eps));
+}
+
+void check_training(const Tensor& input, const optional<Tensor>& weight, const optional<Tensor>& bias,
+                    const optional<Tensor>& running_mean, const optional<Tensor>& running_var,
+                    const optional<Tensor>& num_batches_tracked, optional<double> momentum, double eps,
+                    const optional<Tensor>& residual, const Activation& activation, bool with_mask) {
+  check_data("input", input);
+  check_channels("weight", weight, input);
+  check_channels("bias", bias, input);
+  check_running(running_mean, running_var, num_batches_tracked, momentum, input);
+  check_epilogue(input, residual, activation, with_mask);
+  check_eps(eps);
+}
+
 Activation parse_activation(std::string_view act, double slope) {
   std::string known;
   for (const auto& each : kActivations) {

@@ -37,6 +37,16 @@ void check_alongside(const char* name, const std::optional<at::Tensor>& tensor, 
 void check_epilogue(const at::Tensor& input, const std::optional<at::Tensor>& residual, const Activation& activation,
                     bool with_mask);
 
+// Added to a variance that is taken from the input.
+void check_eps(double eps);
+
+// All arguments of a training call, but those that say where its statistics come from.
+void check_training(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
+                    const std::optional<at::Tensor>& running_var, const std::optional<at::Tensor>& num_batches_tracked,
+                    std::optional<double> momentum, double eps, const std::optional<at::Tensor>& residual,
+                    const Activation& activation, bool with_mask);
+
 // What an operator's `act` and `slope` mean; a ValueError lists the known names.
 Activation parse_activation(std::string_view act, double slope);
 std::string_view activation_name(Act act);

@@ -2,6 +2,7 @@
 
 #include <ATen/ops/stack.h>
 
+#include "checks.h"
 #include "operators.h"
 
 namespace bnext {
@@ -14,6 +15,11 @@ SyncForward sync_forward(const Tensor& input, const optional<Tensor>& weight, co
                          const optional<Tensor>& num_batches_tracked, optional<double> momentum, double eps,
                          const optional<Tensor>& residual, std::string_view act, double slope, bool with_mask,
                          const ProcessGroup& group) {
+  // Before the others are told of this share. Traced shapes are not checked: they may be symbols.
+  if (!input.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
+    check_training(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, residual,
+                   parse_activation(act, slope), with_mask);
+  }
   const Tensor moments = all_gather(moments_op().call(input, eps), group);
   auto [output, save_stats, mask] =
       merged_op().call(input, moments, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps,

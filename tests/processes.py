@@ -1,0 +1,238 @@
+"""Groups of processes over loopback, for tests of what several of them do together.
+
+Importing torch takes seconds, so the workers of a `Pool` stay and are handed one job after the other: a function of a
+module that they can import, called with the worker's `World` and the job's arguments. A worker is this file, run with
+`python -m processes`. It takes jobs from one pipe; the other, its standard input, is never written to: its end tells
+the worker that the test process is gone, however that ended.
+
+No call waits forever: collectives have the group's timeout, and a job has a deadline. When a worker dies or does not
+answer, all of them are killed, and the next job starts new ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import faulthandler
+import importlib.util
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Collection
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+START_TIMEOUT = 120.0
+# What the other workers are given to finish once one has failed, and to say where they hang.
+GRACE = 3.0
+
+
+class World(NamedTuple):
+    """The process group as a job sees it."""
+
+    rank: int
+    size: int
+
+
+class WorkerError(AssertionError):
+    """What went wrong in which worker, with its traceback."""
+
+
+class _Worker:
+    def __init__(self, rank: int, size: int, folder: Path, group_timeout: float) -> None:
+        self.rank = rank
+        self.log = folder / f"rank{rank}.log"
+        ours, theirs = socket.socketpair()
+        try:
+            with self.log.open("wb") as log:
+                self.process = subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-m",
+                        "processes",
+                        *map(str, (rank, size, theirs.fileno(), folder, group_timeout)),
+                    ],
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=[theirs.fileno()],
+                    env=_environment(),
+                    # Ctrl-C is for the test process, which then ends this one.
+                    start_new_session=True,
+                )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self.connection = Connection(ours.detach())
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.connection.close()
+        self.process.stdin.close()
+
+    def where(self) -> str:
+        """The stacks of a worker that does not answer, and what it printed."""
+        self.process.send_signal(signal.SIGUSR1)
+        time.sleep(0.5)
+        return self.printed()
+
+    def printed(self) -> str:
+        return self.log.read_text(errors="replace")[-4000:]
+
+
+def _environment() -> dict[str, str]:
+    bnext = importlib.util.find_spec("bnext")  # the one under test; without torch, whose import takes seconds
+    paths = [Path(__file__).resolve().parent, Path(bnext.origin).resolve().parents[1]]
+    path = os.pathsep.join(filter(None, (*map(str, paths), os.environ.get("PYTHONPATH"))))
+    # Loopback has another name elsewhere, where gloo finds an interface by itself.
+    interface = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    return {**os.environ, **interface, "PYTHONPATH": path}
+
+
+class Pool:
+    """`size` workers with one gloo group, started when they are needed."""
+
+    def __init__(self, size: int, group_timeout: float = 30.0) -> None:
+        self.size = size
+        self._group_timeout = group_timeout
+        self._workers: list[_Worker] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def start(self) -> None:
+        """Without it the first job pays for the start."""
+        if self._workers:
+            return
+        self._folder = tempfile.TemporaryDirectory(prefix="bnext-processes-")
+        folder = Path(self._folder.name)
+        try:
+            for rank in range(self.size):
+                self._workers.append(_Worker(rank, self.size, folder, self._group_timeout))
+            self._answers(START_TIMEOUT)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(
+        self, job: Callable[..., Any], *, seed: int = 0, timeout: float = 60.0, exits: Collection[int] = (), **args: Any
+    ) -> list[Any]:
+        """What the job returned in each worker, by rank; None for the ranks in `exits`, which are to die of it.
+
+        Raises:
+            WorkerError: a worker raised, died, lived on although it was to die, or did not answer in time.
+        """
+        self.start()
+        message = pickle.dumps((job.__module__, job.__name__, seed, args))
+        try:
+            for worker in self._workers:
+                # One that died since its last job is found below.
+                with contextlib.suppress(OSError):
+                    worker.connection.send_bytes(message)
+            answers = self._answers(timeout, exits)
+        except BaseException:
+            # An interrupt among them.
+            self.close()
+            raise
+        if exits:
+            self.close()
+        failures = {rank: value for rank, (good, value) in answers.items() if not good}
+        if failures:
+            # All have answered, so that none waits for another, and they can go on.
+            raise WorkerError("\n".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items())))
+        return [answers[rank][1] if rank in answers else None for rank in range(self.size)]
+
+    def close(self) -> None:
+        """Ends the workers, whatever they are doing."""
+        workers, self._workers = self._workers, []
+        for worker in workers:
+            worker.kill()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def pids(self) -> list[int]:
+        return [worker.process.pid for worker in self._workers]
+
+    def _answers(self, timeout: float, exits: Collection[int] = ()) -> dict[int, tuple[bool, Any]]:
+        """(whether it went well, the result or the traceback) of each rank that answered."""
+        deadline = time.monotonic() + timeout
+        answers: dict[int, tuple[bool, Any]] = {}
+        dead: dict[int, str] = {}
+        pending = {worker.connection: worker for worker in self._workers}
+        while pending and (left := deadline - time.monotonic()) > 0:
+            for connection in wait(list(pending), left):
+                worker = pending.pop(connection)
+                try:
+                    answers[worker.rank] = pickle.loads(connection.recv_bytes())
+                    failed = not answers[worker.rank][0]
+                except (EOFError, OSError):
+                    dead[worker.rank] = f"died, exit code {worker.process.wait(GRACE)}\n{worker.printed()}"
+                    failed = worker.rank not in exits
+                if failed:
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        problems = {rank: text for rank, text in dead.items() if rank not in exits}
+        problems |= {rank: "lives, although it was to die" for rank in exits if rank not in dead}
+        problems |= {worker.rank: f"did not answer\n{worker.where()}" for worker in pending.values()}
+        if not problems:
+            return answers
+        problems |= {rank: text for rank, (good, text) in answers.items() if not good}
+        raise WorkerError("\n".join(f"rank {rank}: {text}" for rank, text in sorted(problems.items())))
+
+
+def _die_with_the_tests() -> None:
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+def _run(world: World, message: bytes) -> tuple[bool, Any]:
+    import torch
+
+    module, name, seed, arguments = pickle.loads(message)
+    try:
+        job = getattr(importlib.import_module(module), name)
+        torch.manual_seed(seed)
+        with warnings.catch_warnings():
+            # As the suite's own, see pyproject.toml and conftest.py.
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+            return True, job(world, **arguments)
+    except BaseException:  # pytest's own failures are no Exception
+        return False, traceback.format_exc()
+
+
+def _serve(rank: int, size: int, descriptor: int, folder: str, group_timeout: float) -> None:
+    threading.Thread(target=_die_with_the_tests, daemon=True).start()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+
+    import torch
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=group_timeout),
+    )
+    connection = Connection(descriptor)
+    connection.send_bytes(pickle.dumps((True, None)))
+    while True:
+        answer = _run(World(rank, size), connection.recv_bytes())
+        connection.send_bytes(pickle.dumps(answer))
+
+
+if __name__ == "__main__":
+    rank, size, descriptor, folder, group_timeout = sys.argv[1:]
+    _serve(int(rank), int(size), int(descriptor), folder, float(group_timeout))

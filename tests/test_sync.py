@@ -1,0 +1,338 @@
+"""The contract's section 4: SyncBatchNorm in several real processes, over gloo and loopback.
+
+What the processes do and assert is in sync_jobs.py; here are the cases.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sync_jobs as jobs
+import torch
+from cases import ACTS, LOW_PRECISION, name
+from processes import Pool, WorkerError
+from reference import Act
+
+Run = Callable[..., list[Any]]
+
+EACH_WORLD = pytest.mark.parametrize("size", [2, 3], ids="world={}".format)
+EACH_ACT = pytest.mark.parametrize("act", ACTS, ids=name)
+
+# The shares of a batch: uneven; one empty; one of a single image; all empty.
+SHARES = ((5, 2), (4, 0, 3), (1, 3), (2, 1, 1), (0, 6))
+EACH_SHARES = pytest.mark.parametrize("sizes", SHARES, ids=lambda sizes: "+".join(map(str, sizes)))
+
+# An image with its layout.
+IMAGES = (
+    ((5,), "contiguous"),
+    ((5, 7), "contiguous"),
+    ((5, 3, 3), "contiguous"),
+    ((5, 3, 3), "channels_last"),
+    ((5, 4, 4), "transposed"),
+    ((17, 2, 3, 2), "contiguous"),
+    ((17, 2, 3, 2), "channels_last_3d"),
+)
+EACH_IMAGE = pytest.mark.parametrize(("shape", "layout"), IMAGES, ids=lambda v: name(v) if isinstance(v, str) else None)
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[Callable[[int], Pool]]:
+    """Workers that the whole session shares."""
+    made: dict[int, Pool] = {}
+    try:
+        yield lambda size: made.setdefault(size, Pool(size))
+    finally:
+        for pool in made.values():
+            pool.close()
+
+
+@pytest.fixture
+def run(pools: Callable[[int], Pool]) -> Run:
+    """Runs a job in as many processes as there are shares, or as `size` says."""
+
+    def start(job: Callable[..., Any], *, size: int = 0, **arguments: Any) -> list[Any]:
+        return pools(size or len(arguments["sizes"])).run(job, seed=torch.initial_seed(), **arguments)
+
+    return start
+
+
+@EACH_SHARES
+@EACH_ACT
+def test_equals_one_process_with_the_whole_batch(act: Act, sizes: tuple[int, ...], run: Run) -> None:
+    run(jobs.equals_the_whole_batch, sizes=sizes, shape=(5, 3, 3), acts=[act], offset=1e4)
+
+
+@EACH_SHARES
+@EACH_IMAGE
+def test_shapes_and_layouts(shape: tuple[int, ...], layout: str, sizes: tuple[int, ...], run: Run) -> None:
+    acts = [None, "relu", "gelu"]
+    run(jobs.equals_the_whole_batch, sizes=sizes, shape=shape, layout=layout, acts=acts, offset=1e4)
+
+
+@pytest.mark.parametrize("parameters", ["own", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION], ids=name)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("sizes", SHARES[:2], ids=lambda sizes: "+".join(map(str, sizes)))
+def test_dtypes(sizes: tuple[int, ...], layout: str, dtype: torch.dtype, parameters: str, run: Run) -> None:
+    run(
+        jobs.equals_the_whole_batch,
+        sizes=sizes,
+        shape=(5, 7, 6),
+        layout=layout,
+        dtype=dtype,
+        parameters=dtype if parameters == "own" else torch.float32,
+        acts=ACTS,
+    )
+
+
+OPTIONS = (
+    {"momentum": None},
+    {"momentum": 0.3, "eps": 1e-3},
+    {"affine": False},
+    {"track_running_stats": False},
+    {"affine": False, "track_running_stats": False, "momentum": None},
+)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()))
+@pytest.mark.parametrize("sizes", SHARES[:2], ids=lambda sizes: "+".join(map(str, sizes)))
+def test_options_over_several_steps(sizes: tuple[int, ...], options: dict[str, Any], run: Run) -> None:
+    for dtype in (torch.float64, torch.float32):
+        run(
+            jobs.equals_the_whole_batch,
+            sizes=sizes,
+            shape=(5, 3, 4),
+            acts=[None, "relu"],
+            dtype=dtype,
+            options=options,
+            steps=3,
+        )
+
+
+@pytest.mark.parametrize("sizes", SHARES[:2], ids=lambda sizes: "+".join(map(str, sizes)))
+def test_any_subset_of_gradients(sizes: tuple[int, ...], run: Run) -> None:
+    needs = [tuple(bool(bits >> i & 1) for i in range(4)) for bits in range(1, 16)]
+    for residuals in ([True], [False]):
+        some = needs if residuals == [True] else [need for need in needs if any(need[:3]) and not need[3]]
+        run(
+            jobs.equals_the_whole_batch,
+            sizes=sizes,
+            shape=(5, 3, 2),
+            acts=[None, "relu", "silu"],
+            residuals=residuals,
+            needs=some,
+        )
+
+
+@pytest.mark.parametrize("sizes", [(0, 0), (0, 0, 0), (1, 0), (0, 1, 0), (1, 1)], ids=lambda s: "+".join(map(str, s)))
+def test_hardly_a_value(sizes: tuple[int, ...], run: Run) -> None:
+    # Nothing leaves the statistics as they are, but is counted; one value has no variance to take in, and is the mean.
+    for shape in ((5,), (5, 1, 1)):
+        run(jobs.equals_the_whole_batch, sizes=sizes, shape=shape, acts=[None, "relu"], offset=3.0, steps=2)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("sizes", [(11, 5), (7, 0, 9)], ids=lambda sizes: "+".join(map(str, sizes)))
+def test_offset_does_not_cost_accuracy(sizes: tuple[int, ...], layout: str, run: Run) -> None:
+    run(jobs.is_accurate_far_from_zero, sizes=sizes, layout=layout)
+
+
+def test_groups_of_some_processes(run: Run) -> None:
+    run(jobs.merges_groups_by_themselves, size=3)
+
+
+def test_a_group_of_one_equals_batch_norm(run: Run) -> None:
+    run(jobs.equals_batch_norm_alone, size=2)
+
+
+def test_no_group_equals_batch_norm() -> None:
+    assert not torch.distributed.is_initialized()
+    jobs.check_equals_batch_norm()
+
+
+@EACH_WORLD
+def test_one_collective_a_direction(size: int, run: Run) -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        run(jobs.exchanges_once_a_direction, size=size, dtype=dtype)
+
+
+@EACH_WORLD
+def test_no_collective_in_eval(size: int, run: Run) -> None:
+    run(jobs.exchanges_nothing_in_eval, size=size)
+
+
+@pytest.mark.parametrize("sizes", SHARES[:2], ids=lambda sizes: "+".join(map(str, sizes)))
+def test_called_twice_before_backward(sizes: tuple[int, ...], run: Run) -> None:
+    run(jobs.is_called_twice_before_backward, sizes=sizes)
+
+
+@EACH_WORLD
+def test_second_derivatives_and_forward_mode_are_refused(size: int, run: Run) -> None:
+    run(jobs.refuses_what_is_not_implemented, size=size)
+
+
+def test_second_derivatives_of_chosen_inputs_are_refused(run: Run) -> None:
+    run(jobs.refuses_second_derivatives_of_chosen_inputs, size=2)
+
+
+def test_second_derivatives_of_parameter_gradients_are_refused(run: Run) -> None:
+    run(jobs.refuses_second_derivatives_of_parameter_gradients, size=2)
+
+
+@pytest.mark.parametrize("wrong", jobs.WRONG)
+def test_wrong_arguments_raise_before_anything_is_exchanged(wrong: str, run: Run) -> None:
+    run(jobs.raises_before_it_exchanges, size=2, wrong=wrong)
+
+
+def test_unknown_activation(run: Run) -> None:
+    run(jobs.refuses_an_unknown_activation, size=2)
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("sizes", [(5, 2), (4, 0, 3)], ids=lambda sizes: "+".join(map(str, sizes)))
+def test_trains_in_distributed_data_parallel(sizes: tuple[int, ...], fuse: bool, run: Run) -> None:
+    run(jobs.trains_as_one_process_does, sizes=sizes, options={"fuse": fuse})
+
+
+@pytest.mark.parametrize("how", ["compiled", "compiled inside"])
+def test_trains_in_distributed_data_parallel_compiled(how: str, run: Run) -> None:
+    run(jobs.trains_as_one_process_does, sizes=(5, 2), how=how, options={"fuse": True}, steps=2)
+
+
+def test_distributed_data_parallel_refuses_torchs_layer(run: Run) -> None:
+    run(jobs.lets_torch_refuse_its_own, size=2)
+
+
+COMPILED = (
+    (None, False, False, {}),
+    ("relu", True, False, {"momentum": None}),
+    ("silu", True, True, {}),
+    (("leaky_relu", 0.3), False, True, {"momentum": None, "affine": False}),
+    ("gelu", False, True, {"track_running_stats": False}),
+)
+
+
+@pytest.mark.parametrize(("act", "has_residual", "dynamic", "options"), COMPILED, ids=lambda v: str(v) or "none")
+def test_compiled_equals_eager(act: Act, has_residual: bool, dynamic: bool, options: dict[str, Any], run: Run) -> None:
+    run(
+        jobs.equals_eager_when_compiled,
+        size=2,
+        act=act,
+        has_residual=has_residual,
+        dynamic=dynamic,
+        options=options,
+    )
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor_equals_eager(run: Run) -> None:
+    run(
+        jobs.equals_eager_when_compiled,
+        size=2,
+        act="relu",
+        has_residual=True,
+        dynamic=False,
+        options={},
+        backend="inductor",
+        timeout=120,
+    )
+
+
+# Deaths. Processes of their own, and a group that waits for less time than the suite's.
+
+
+@pytest.fixture
+def short_lived() -> Iterator[Callable[..., Pool]]:
+    made: list[Pool] = []
+
+    def make(size: int, group_timeout: float = 30.0) -> Pool:
+        made.append(Pool(size, group_timeout))
+        return made[-1]
+
+    yield make
+    for pool in made:
+        pool.close()
+
+
+@pytest.mark.parametrize("job", [jobs.survives_a_death_in_forward, jobs.survives_a_death_in_backward])
+def test_a_rank_that_dies_is_an_error_for_the_others(job: Callable[..., Any], short_lived: Callable[..., Pool]) -> None:
+    group_timeout = 10.0
+    waited = short_lived(3, group_timeout).run(job, dying=1, exits=[1])
+    assert waited[1] is None
+    assert all(seconds < group_timeout + 1 for seconds in (waited[0], waited[2]))
+
+
+def test_a_rank_that_does_not_come_is_an_error_for_the_others(run: Run) -> None:
+    waited = run(jobs.waits_for_one_that_does_not_come, size=2)
+    assert 1.5 <= waited[1] < 5
+
+
+# The pool itself: nothing that happens in a process may hang the suite or be lost.
+
+
+def alive(pids: list[int]) -> list[int]:
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_failure_comes_back_with_its_traceback_and_the_pool_goes_on(pools: Callable[[int], Pool]) -> None:
+    pool = pools(2)
+    answers = pool.run(jobs.answers, seed=3, value=7)
+    before = pool.pids()
+    assert [answer[:2] for answer in answers] == [(0, 7), (1, 7)]
+    assert torch.equal(answers[0][2], answers[1][2])
+    with pytest.raises(WorkerError, match=r"rank 1: Traceback(.|\n)*KeyError: 'what the job said'"):
+        pool.run(jobs.raises, rank=1)
+    with pytest.raises(WorkerError, match=r"rank 0(.|\n)*UserWarning: in a worker"):
+        pool.run(jobs.warns)
+    assert len(pool.run(jobs.answers, value=7)) == 2
+    assert pool.pids() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_dead_or_hanging_process_ends_the_pool(short_lived: Callable[..., Pool]) -> None:
+    pool = short_lived(1)
+    pool.start()
+    first = pool.pids()
+    with pytest.raises(WorkerError, match="rank 0: died, exit code 5\nlast words"):
+        pool.run(jobs.exits, rank=0)
+    assert alive(first) == pool.pids() == []
+    pool.start()
+    second = pool.pids()
+    start = time.monotonic()
+    with pytest.raises(WorkerError, match=r"rank 0: did not answer(.|\n)*in hangs"):
+        pool.run(jobs.hangs, rank=0, timeout=1)
+    assert time.monotonic() - start < 10
+    assert alive(second) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_no_process_outlives_the_tests(tmp_path: Path) -> None:
+    script = (
+        "import processes, types\n"
+        "pool = processes.Pool(1)\n"
+        "pool.start()\n"
+        "print(*pool.pids(), flush=True)\n"
+        "pool.run(types.SimpleNamespace(__module__='sync_jobs', __name__='hangs'), rank=0, timeout=600)\n"
+    )
+    path = os.pathsep.join(str(folder) for folder in (Path(__file__).parent, Path(jobs.bnext.__file__).parents[1]))
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(tmp_path)},
+    ) as tests:
+        pids = [int(pid) for pid in tests.stdout.readline().split()]
+        assert alive(pids) == pids
+        assert len(pids) == 1
+        tests.kill()
+    deadline = time.monotonic() + 10
+    while alive(pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert alive(pids) == []

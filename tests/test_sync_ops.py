@@ -1,0 +1,536 @@
+"""What batch_norm_sync is made of, in one process: the moments of shares, their merge, and gradients by given means."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import pytest
+import reference
+import tolerances
+import torch
+from cases import (
+    ACTS,
+    DTYPES,
+    FEW_CASES,
+    Case,
+    make_grad,
+    make_input,
+    make_parameters,
+    make_residual,
+    name,
+    parameter_dtype,
+    same_bits,
+    to_layout,
+)
+from checks import output_strides, significant_strides
+from reference import Act, named, reduced_dims, widen
+from sync_jobs import Batch, make_batch, merged, share_of
+from test_errors import (
+    CHANNELS,
+    SHAPE,
+    WORDS,
+    WRONG_COUNTERS,
+    WRONG_INPUTS,
+    WRONG_VECTORS,
+    Wrong,
+    arguments,
+    assert_raises_and_leaves_alone,
+)
+from test_fused_errors import WRONG_RESIDUALS
+from tolerances import assert_within
+from torch import Tensor, distributed
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+pytestmark = pytest.mark.kernels
+
+EPS = 1e-5
+moments_of = torch.ops.bnext.batch_norm_moments
+merge = torch.ops.bnext.batch_norm_merged
+train = torch.ops.bnext.batch_norm_train
+backward = torch.ops.bnext.batch_norm_backward
+sync = torch.ops.bnext.batch_norm_sync
+
+# Uneven, with an empty one, and with one of a single image.
+SIZES = ((3, 2), (2, 0, 3), (1, 4))
+EACH_SIZES = pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "+".join(map(str, sizes)))
+EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=name)
+LAYOUTS = pytest.mark.parametrize(
+    ("shape", "layout"),
+    [((5, 3, 3), "contiguous"), ((5, 3, 3), "channels_last"), ((5,), "contiguous"), ((5, 3, 4), "transposed")],
+    ids=["contiguous", "channels_last", "rows", "transposed"],
+)
+
+
+def gathered(shares: Sequence[Tensor]) -> Tensor:
+    return torch.stack([moments_of(share, EPS) for share in shares])
+
+
+def check_shares(
+    batch: Batch, sizes: Sequence[int], layout: str, act: Act = None, with_mask: bool = False, device: str = "cpu"
+) -> None:
+    """What all processes would do together, one after the other, against the reference of the whole batch."""
+    dtype, (activation, slope) = batch.input.dtype, named(act)
+    parameters = make_parameters(batch.input.shape[1], parameter_dtype(dtype), device)
+    weight, bias = parameters.weight, parameters.bias
+    kept = [t if t is None else t.clone() for t in batch]
+    shares = [
+        Batch(*(t if t is None else t.to(device) for t in batch.rows(share_of(sizes, i), layout)))
+        for i in range(len(sizes))
+    ]
+    moments = gathered([share.input for share in shares])
+    forwards, counters, stats = [], [], []
+    for share in shares:
+        running, counter = parameters.clone(), torch.tensor(3, device=device)
+        epilogue = (share.residual, activation, slope, with_mask)
+        vectors = (weight, bias, running.running_mean, running.running_var, counter, 0.1, EPS)
+        forwards.append(merge(share.input, moments, *vectors, *epilogue))
+        stats.append((running.running_mean, running.running_var))
+        counters.append(int(counter))
+    assert counters == [4] * len(sizes)
+    for other in stats[1:]:
+        assert all(map(same_bits, other, stats[0])), "the running statistics differ between the shares"
+    saved = [save_stats for (_, save_stats, _), size in zip(forwards, sizes, strict=True) if size]
+    assert all(same_bits(save_stats, saved[0]) for save_stats in saved)
+
+    def differentiate(i: int, output_mask: list[bool], mean_grads: Tensor | None) -> tuple[Tensor, ...]:
+        share, (_, save_stats, mask) = shares[i], forwards[i]
+        again = (None, None, mask) if with_mask else (bias, share.residual, None)
+        return backward(
+            share.grad_output, share.input, weight, save_stats, True, EPS, output_mask, *again, activation, slope,
+            mean_grads,
+        )  # fmt: skip
+
+    sums = [differentiate(i, [False, True, True, False], None)[1:3] for i in range(len(sizes))]
+    count = sum(sizes) * batch.input[0, 0].numel()
+    means = sum(torch.stack(pair) for pair in sums) / count
+    wants_residual = activation != "identity"
+    maps = [differentiate(i, [True, False, False, wants_residual], means) for i in range(len(sizes))]
+
+    about = {"training": True, "has_residual": batch.residual is not None, "act": act}
+    fwd = reference.forward(batch.input, weight, bias, residual=batch.residual, act=act)
+    expected = reference.backward(batch.grad_output, fwd, weight, training=True, act=act)
+    reaching = expected.residual
+    with merged(fwd, len(sizes)):
+        limit = tolerances.output(fwd, weight, bias, dtype, **about)
+        assert_within(torch.cat([y for y, *_ in forwards]), fwd.output, limit, "output")
+        updated = reference.updated_running_stats(parameters.running_mean, parameters.running_var, fwd, 0.1)
+        limits = tolerances.running_stats(updated, fwd, 0.1, dtype, stats[0][0].dtype, stats[0][1].dtype)
+        assert_within(stats[0][0], updated[0], limits[0], "running_mean")
+        assert_within(stats[0][1], updated[1], limits[1], "running_var")
+        slack = tolerances.slack(batch.grad_output, fwd, weight, bias, dtype, **about)
+        limit = tolerances.grad_input(reaching, fwd, weight, dtype, training=True, slack=slack)
+        assert_within(torch.cat([m[0] for m in maps]), expected.input, limit, "grad_input")
+        if wants_residual:
+            limit = tolerances.grad_residual(reaching, slack, dtype, act)
+            assert_within(torch.cat([m[3] for m in maps]), reaching, limit, "grad_residual")
+        for i, (grad_weight, grad_bias) in enumerate(sums):
+            rows = share_of(sizes, i)
+            g, off, xhat = reaching[rows], slack[rows], fwd.xhat[rows]
+            local = fwd._replace(xhat=xhat)
+            limit = tolerances.grad_weight(g, local, dtype, grad_weight.dtype, training=True, slack=off)
+            assert_within(grad_weight, (g * xhat).sum(reduced_dims(g.ndim)), limit, f"grad_weight of share {i}")
+            limit = tolerances.grad_bias(g, dtype, grad_bias.dtype, off)
+            assert_within(grad_bias, g.sum(reduced_dims(g.ndim)), limit, f"grad_bias of share {i}")
+    for share, (y, save_stats, _), (grad_input, *_, grad_residual) in zip(shares, forwards, maps, strict=True):
+        assert (y.dtype, save_stats.dtype, grad_input.dtype) == (dtype, torch.float64, dtype)
+        if share.input.numel():
+            assert y.stride() == output_strides(share.input)
+            assert significant_strides(grad_input) == significant_strides(y)
+            assert not wants_residual or significant_strides(grad_residual) == significant_strides(y)
+    assert all(t is None or torch.equal(t, before) for t, before in zip(batch, kept, strict=True)), "written to"
+
+
+@EACH_SIZES
+@EACH_DTYPE
+@LAYOUTS
+def test_shares_make_the_whole(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, sizes: tuple[int, ...], device: str
+) -> None:
+    offset = 1e4 if dtype == torch.float64 else 0.0
+    check_shares(make_batch((5, *shape), dtype, offset), sizes, layout, device=device)
+
+
+@pytest.mark.parametrize("has_residual", [True, False], ids=["residual", "plain"])
+@pytest.mark.parametrize("act", ACTS, ids=name)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_activations(layout: str, act: Act, has_residual: bool, device: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        batch = make_batch((5, 5, 3, 3), dtype, has_residual=has_residual)
+        for with_mask in (False, True) if named(act)[0] in ("relu", "leaky_relu") else (False,):
+            check_shares(batch, SIZES[1], layout, act, with_mask, device)
+
+
+@pytest.mark.too_large_for_simt
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name)
+def test_shares_across_chunks(dtype: torch.dtype, layout: str, device: str) -> None:
+    check_shares(make_batch((23, 70, 13, 11), dtype, has_residual=True), (5, 0, 17, 1), layout, "relu", device=device)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("case", FEW_CASES, ids=name)
+def test_moments(case: Case, dtype: torch.dtype, device: str) -> None:
+    x = make_input(*case, dtype, device)
+    channels = case.shape[1]
+    moments = moments_of(x, EPS)
+    fwd = reference.forward(x)
+    assert (moments.shape, moments.dtype) == ((2 * channels + 1,), torch.float64)
+    assert moments[-1].item() == fwd.count
+    stat = tolerances.statistics(fwd.count, dtype)
+    limit = stat * fwd.var.sqrt() + tolerances.ulp(fwd.mean.abs(), torch.float64)
+    assert_within(moments[:channels], fwd.mean, limit, "means")
+    m2 = fwd.var * fwd.count
+    assert_within(moments[channels:-1], m2, 2 * stat * m2, "sums of squared deviations")
+    for shape in ((0, 3, 2, 2), (2, 3, 0)):
+        assert same_bits(moments_of(torch.ones(shape, dtype=dtype, device=device), EPS), moments.new_zeros(7))
+    if len(case.shape) == 4:  # one value has a mean, and deviates from it by nothing
+        one = moments_of(x[:1, :, :1, :1], EPS)
+        assert torch.equal(one[:channels], x[0, :, 0, 0].double())
+        assert torch.equal(one[channels:], one.new_tensor([0.0] * channels + [1.0]))
+
+
+def test_the_variance_is_never_a_difference_of_squares(device: str) -> None:
+    # Means of 1e8 differ by 1e-3 in the shares, which their squares in float64 would not show.
+    moments = torch.tensor([[1e8, 2.0, 4.0], [1e8 + 1e-3, 3.0, 6.0], [5.0, 0.0, 0.0]], dtype=torch.float64)
+    x = torch.full((2, 1), 1e8, dtype=torch.float64, device=device)
+    _, stats, _ = merge(x, moments.to(device), None, None, None, None, None, 0.1, EPS)
+    delta = moments[1, 0] - moments[0, 0]
+    var = (5.0 + delta**2 * 4 * 6 / 10) / 10
+    assert_within(stats[0].cpu(), (1e8 + delta * 0.6).reshape(1), 2**-26, "mean")
+    assert_within(stats[1].cpu(), (var + EPS).rsqrt().reshape(1), 1e-15, "invstd")
+
+
+@pytest.mark.parametrize("momentum", [None, 0.25], ids=str)
+@pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
+def test_running_statistics_over_steps(strided: bool, momentum: float | None, device: str) -> None:
+    # Every second element of a longer tensor; what lies between is not the operator's.
+    memory = torch.full((2, 10), 7.0, device=device)
+    mean, var = memory[:, ::2] if strided else memory[:, ::2].contiguous()
+    counter = torch.tensor(0, device=device)
+    for step in range(3):
+        batch = make_batch((5, 5, 2, 2), torch.float32)
+        x = batch.input.to(device)
+        versions = [t._version for t in (mean, var, counter)]
+        fwd = reference.forward(x)
+        factor = 1 / (step + 1) if momentum is None else momentum
+        expected = reference.updated_running_stats(mean, var, fwd, factor)
+        merge(x[:2], gathered([x[:2], x[2:]]), None, None, mean, var, counter, momentum, EPS)
+        limits = tolerances.running_stats(expected, fwd, factor, x.dtype, mean.dtype, var.dtype)
+        assert_within(mean, expected[0], limits[0], "running_mean")
+        assert_within(var, expected[1], limits[1], "running_var")
+        assert counter.item() == step + 1
+        assert all(t._version > before for t, before in zip((mean, var, counter), versions, strict=True))
+    assert torch.equal(memory[:, 1::2], torch.full((2, 5), 7.0, device=device))
+    # Nothing in any share is counted, and changes nothing else; one value has no variance.
+    before = (mean.clone(), var.clone())
+    empty = torch.ones(0, 5, device=device)
+    merge(empty, gathered([empty, empty]), None, None, mean, var, counter, momentum, EPS)
+    assert all(map(same_bits, (mean, var), before))
+    one = torch.ones(1, 5, device=device)
+    y, *_ = merge(one, gathered([empty, one]), None, torch.full_like(mean, 0.5), mean, var, counter, 0.5, EPS)
+    assert torch.equal(y, torch.full_like(y, 0.5))
+    assert same_bits(var, before[1])
+    assert_within(mean, (widen(before[0]) + 1) / 2, 1e-6, "running_mean")
+    assert counter.item() == 5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_channel_that_is_not_finite_leaves_the_others_alone(layout: str, value: float, device: str) -> None:
+    shape = (4, 5, 3, 3)
+    clean, g = make_input(shape, layout, device=device), make_grad(shape, device=device)
+    spoilt = clean.clone(memory_format=torch.preserve_format)
+    spoilt[0, 2, 1, 1] = value
+    results = []
+    for x in (clean, spoilt):
+        moments = gathered([x[:1], x[1:]])
+        mean, var = torch.zeros(5, device=device), torch.ones(5, device=device)
+        y, stats, _ = merge(x[1:], moments, None, None, mean, var, None, 0.1, EPS)
+        means = torch.ones(2, 5, device=device)
+        if x is spoilt:
+            means[:, 2] = value
+        grad, *_ = backward(g[1:], x[1:], None, stats, True, EPS, [True, False, False, False], mean_grads=means)
+        results.append((moments[:, :-1].unflatten(1, (2, 5)), stats[None], mean[None], var[None], y, grad))
+    others = [0, 1, 3, 4]
+    for a, b in zip(*results, strict=True):
+        at = a.ndim - 1 if a.ndim <= 3 else 1
+        index = torch.tensor(others, device=device)
+        assert same_bits(a.index_select(at, index), b.index_select(at, index))
+    assert not results[1][4][:, 2].isfinite().all()
+
+
+@pytest.mark.parametrize("magnitude", [1e30, 1e-30], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_ends_of_the_range(layout: str, magnitude: float, device: str) -> None:
+    x = to_layout((torch.randn(5, 5, 3, 3, dtype=torch.float64) * magnitude).float().to(device), layout)
+    eps = 1e-5 * magnitude if magnitude > 1 else 1e-5 * magnitude**2
+    moments = torch.stack([moments_of(share, eps) for share in (x[:2], x[2:])])
+    y, stats, _ = merge(x, moments, None, None, None, None, None, 0.1, eps)
+    fwd = reference.forward(x, eps=eps)
+    assert moments.isfinite().all()
+    assert stats.isfinite().all()
+    assert_within(y, fwd.output, tolerances.output(fwd, None, None, x.dtype, training=True), "output")
+
+
+@pytest.mark.parametrize("strides", ["dense", "strided"])
+def test_given_means_are_used_whatever_the_share_holds(strides: str, device: str) -> None:
+    # Against the formula, with means that have nothing to do with this share.
+    for dtype in (torch.float32, torch.float64):
+        x, g = make_input((4, 5, 3, 3), dtype=dtype, device=device), make_grad((4, 5, 3, 3), dtype=dtype, device=device)
+        weight = make_parameters(5, dtype, device).weight
+        means = torch.randn(5, 2, dtype=dtype, device=device).T
+        if strides == "dense":
+            means = means.contiguous()
+        fwd = reference.forward(x)
+        _, stats, _ = train(x, weight, None, None, None, None, 0.1, EPS)
+        wanted = [True, False, True, False]
+        grad, none, grad_bias, _ = backward(g, x, weight, stats, True, EPS, wanted, mean_grads=means)
+        xmean, gmean = (reference.along_channels(widen(row), 4) for row in means)
+        scale = reference.along_channels(fwd.invstd * widen(weight), 4)
+        expected = scale * (widen(g) - gmean - fwd.xhat * xmean)
+        # Three terms, each rounded up to four times, and xhat's error.
+        size = scale.abs() * (widen(g).abs() + gmean.abs() + fwd.xhat.abs() * xmean.abs())
+        off = scale.abs() * xmean.abs() * (1 + fwd.xhat.abs()) + size
+        limit = 4 * tolerances.unit(dtype) * size + tolerances.statistics(fwd.count, dtype) * off
+        limit = limit + tolerances.half_ulp(expected.abs() + limit, dtype)
+        assert_within(grad, expected, limit, "grad_input")
+        assert none.numel() == 0
+        assert_within(grad_bias, widen(g).sum((0, 2, 3)), tolerances.grad_bias(g, dtype, dtype), "grad_bias")
+
+
+# Errors.
+
+
+def moments_op(args: dict[str, object]) -> object:
+    return moments_of(args["input"], EPS)
+
+
+def merged_op(args: dict[str, object]) -> object:
+    return merge(**args, momentum=0.1, eps=EPS)
+
+
+def sync_op(args: dict[str, object]) -> object:
+    """Whatever is wrong is found before the group, which does not exist, is looked for."""
+    args = {key: value for key, value in args.items() if key != "moments"}
+    return sync(**args, momentum=0.1, eps=EPS, group_size=2, group_name="no such group")
+
+
+def merged_arguments() -> dict[str, object]:
+    args = arguments()
+    halves = args["input"][:1], args["input"][1:]
+    return {**args, "moments": gathered(halves), "residual": make_residual(SHAPE)}
+
+
+WRONG_MOMENTS = [
+    Wrong("float32", "moments", lambda: torch.ones(2, 7), (WORDS[torch.float64], WORDS[torch.float32])),
+    Wrong("int64", "moments", lambda: torch.ones(2, 7, dtype=torch.int64), (WORDS[torch.float64], WORDS[torch.int64])),
+    Wrong("1d", "moments", lambda: torch.ones(7, dtype=torch.float64), (r"shares, 7", r"\[7\]")),
+    Wrong("3d", "moments", lambda: torch.ones(1, 2, 7, dtype=torch.float64), (r"shares, 7", "1, 2, 7")),
+    Wrong("short", "moments", lambda: torch.ones(2, 6, dtype=torch.float64), (r"shares, 7", "2, 6")),
+    Wrong("long", "moments", lambda: torch.ones(2, 8, dtype=torch.float64), (r"shares, 7", "2, 8")),
+    Wrong("meta", "moments", lambda: torch.ones(2, 7, dtype=torch.float64, device="meta"), ("cpu", "meta")),
+]
+WRONG_ARGUMENTS = [*WRONG_INPUTS, *WRONG_VECTORS, *WRONG_COUNTERS, *WRONG_RESIDUALS]
+
+
+@pytest.mark.parametrize("row", WRONG_INPUTS, ids=str)
+def test_wrong_argument_of_moments(row: Wrong) -> None:
+    assert_raises_and_leaves_alone(moments_op, {"input": row.value()}, r"\binput\b", *row.message)
+
+
+@pytest.mark.parametrize("row", [*WRONG_ARGUMENTS, *WRONG_MOMENTS], ids=str)
+def test_wrong_argument_of_merged(row: Wrong) -> None:
+    args = {**merged_arguments(), row.argument: row.value()}
+    assert_raises_and_leaves_alone(merged_op, args, rf"\b{row.argument}\b", *row.message)
+
+
+@pytest.mark.parametrize("row", WRONG_ARGUMENTS, ids=str)
+def test_wrong_argument_of_sync(row: Wrong) -> None:
+    args = {**merged_arguments(), row.argument: row.value()}
+    assert_raises_and_leaves_alone(sync_op, args, rf"\b{row.argument}\b", *row.message)
+
+
+@pytest.mark.parametrize("eps", [0.0, -1e-5], ids=str)
+def test_eps_is_positive(eps: float) -> None:
+    args = merged_arguments()
+    moments = args.pop("moments")
+    for call in (
+        lambda args: moments_of(args["input"], eps),
+        lambda args: merge(**args, moments=moments, momentum=0.1, eps=eps),
+        lambda args: sync(**args, momentum=0.1, eps=eps, group_size=2, group_name="none"),
+    ):
+        assert "eps must be positive" in assert_raises_and_leaves_alone(call, args)
+
+
+def test_an_activation_that_is_none_and_a_mask_of_one_that_has_none() -> None:
+    args = merged_arguments()
+    assert_raises_and_leaves_alone(lambda args: merge(**args, momentum=0.1, eps=EPS, act="swish"), args, "leaky_relu")
+    call = lambda args: merge(**args, momentum=0.1, eps=EPS, act="silu", with_mask=True)  # noqa: E731
+    assert_raises_and_leaves_alone(call, args, "with_mask")
+
+
+def test_cumulative_average_needs_a_counter() -> None:
+    args = {**merged_arguments(), "num_batches_tracked": None}
+    call = lambda args: merge(**args, momentum=None, eps=EPS)  # noqa: E731
+    assert_raises_and_leaves_alone(call, args, "momentum=None", "num_batches_tracked")
+
+
+WRONG_MEANS = [
+    Wrong("float64", "mean_grads", lambda: torch.ones(2, 3, dtype=torch.float64), ("Float|float32", "Double|float64")),
+    Wrong("1d", "mean_grads", lambda: torch.ones(6), (r"2, 3", r"\[6\]")),
+    Wrong("3d", "mean_grads", lambda: torch.ones(2, 3, 1), (r"2, 3", "2, 3, 1")),
+    Wrong("short", "mean_grads", lambda: torch.ones(2, 2), (r"2, 3", "2, 2")),
+    Wrong("transposed", "mean_grads", lambda: torch.ones(3, 2), (r"2, 3", "3, 2")),
+    Wrong("meta", "mean_grads", lambda: torch.ones(2, 3, device="meta"), ("cpu", "meta")),
+]
+
+
+def backward_arguments() -> dict[str, object]:
+    x = make_input(SHAPE)
+    _, stats, _ = train(x, None, None, None, None, None, 0.1, EPS)
+    return {"grad_output": make_grad(SHAPE), "input": x, "weight": torch.ones(CHANNELS), "save_stats": stats}
+
+
+def backward_op(args: dict[str, object]) -> object:
+    return backward(**args, training=True, eps=EPS, output_mask=[True, True, True, False])
+
+
+@pytest.mark.parametrize("row", WRONG_MEANS, ids=str)
+def test_wrong_mean_grads(row: Wrong) -> None:
+    args = {**backward_arguments(), "mean_grads": row.value()}
+    assert_raises_and_leaves_alone(backward_op, args, rf"\b{row.argument}\b", *row.message)
+
+
+@pytest.mark.parametrize("argument", ["grad_output", "input", "weight"])
+def test_given_means_have_no_derivative(argument: str) -> None:
+    args = {**backward_arguments(), "mean_grads": torch.ones(2, CHANNELS)}
+    args[argument].requires_grad_()
+    assert_raises_and_leaves_alone(backward_op, args, "mean_grads", "require grad")
+    with torch.no_grad():
+        backward_op(args)
+
+
+# As torch sees the operators.
+
+
+def merged_args(
+    case: Case, dtype: torch.dtype, *, with_mask: bool = False, optional: bool = True
+) -> tuple[object, ...]:
+    p = make_parameters(case.shape[1], parameter_dtype(dtype))
+    x = make_input(*case, dtype)
+    moments = torch.stack([moments_of(make_input(*case, dtype), EPS) for _ in range(2)])
+    vectors = (p.weight, p.bias, p.running_mean, p.running_var, torch.tensor(3)) if optional else (None,) * 5
+    residual = make_residual(case.shape, dtype=dtype) if optional else None
+    return x, moments, *vectors, None if optional else 0.1, EPS, residual, "relu", 0.0, with_mask
+
+
+def backward_args(case: Case, dtype: torch.dtype) -> tuple[object, ...]:
+    x, g = make_input(*case, dtype), make_grad(case.shape, dtype=dtype)
+    _, stats, _ = train(x, None, None, None, None, None, 0.1, EPS)
+    weight = make_parameters(case.shape[1], parameter_dtype(dtype)).weight
+    means = torch.randn(2, case.shape[1], dtype=parameter_dtype(dtype))
+    mask = [True, False, False, False]
+    return g, x, weight, stats, True, EPS, mask, None, None, None, "identity", 0.0, means
+
+
+def test_schemas_mark_what_is_written() -> None:
+    written = {"running_mean", "running_var", "num_batches_tracked"}
+    for op, mutates in ((moments_of, set()), (merge, written), (sync, written)):
+        schema = op.default._schema
+        marked = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+        assert marked == mutates, schema.name
+        assert not any(r.alias_info for r in schema.returns), schema.name
+
+
+@pytest.mark.parametrize("case", [FEW_CASES[0], FEW_CASES[3], FEW_CASES[5]], ids=name)
+def test_opcheck(case: Case) -> None:
+    torch.library.opcheck(moments_of.default, (make_input(*case), EPS))
+    for optional, with_mask in ((True, False), (False, True)):
+        args = merged_args(case, torch.float32, optional=optional, with_mask=with_mask)
+        torch.library.opcheck(merge.default, args)
+    torch.library.opcheck(backward.default, backward_args(case, torch.float32))
+
+
+EMPTY_CASES = [Case((0, 3), "contiguous"), Case((0, 3, 4, 5), "contiguous"), Case((2, 3, 0), "contiguous")]
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("case", [*FEW_CASES, *EMPTY_CASES], ids=name)
+def test_fake_kernels_predict_shape_dtype_and_strides(case: Case, dtype: torch.dtype) -> None:
+    calls = [(moments_of, (make_input(*case, dtype), EPS)), (backward, backward_args(case, dtype))]
+    for optional, with_mask in itertools.product((True, False), repeat=2):
+        calls.append((merge, merged_args(case, dtype, optional=optional, with_mask=with_mask)))
+    for op, args in calls:
+        with FakeTensorMode() as mode:
+            fake = op(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
+        real = op(*args)
+        pairs = [(fake, real)] if isinstance(real, Tensor) else zip(fake, real, strict=True)
+        for predicted, result in pairs:
+            assert predicted.shape == result.shape, op
+            assert predicted.dtype == result.dtype, op
+            assert significant_strides(predicted) == significant_strides(result), op
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[tuple[int, str]]:
+    """A group of this process alone: its collectives run, and give back what goes in."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield 1, distributed.group.WORLD.group_name
+    distributed.destroy_process_group()
+
+
+def sync_args(case: Case, dtype: torch.dtype, group: tuple[int, str], *, grad: bool = False) -> tuple[object, ...]:
+    p = make_parameters(case.shape[1], parameter_dtype(dtype))
+    x, residual = (make(*case, dtype).detach().requires_grad_(grad) for make in (make_input, make_residual))
+    weight, bias = (t.requires_grad_(grad) for t in (p.weight, p.bias))
+    vectors = (weight, bias, p.running_mean, p.running_var, torch.tensor(3))
+    return x, *vectors, None, EPS, *group, residual, "silu", 0.0
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["nograd", "grad"])
+@pytest.mark.parametrize("case", [FEW_CASES[3], FEW_CASES[5]], ids=name)
+def test_opcheck_of_sync(case: Case, grad: bool, group: tuple[int, str]) -> None:
+    # Without test_schema and test_faketensor: they look into the operator and find torch's own wait_tensor, which gives
+    # back its argument although schema and fake kernel say otherwise.
+    tests = ("test_autograd_registration", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(sync.default, sync_args(case, torch.float32, group, grad=grad), test_utils=tests)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("case", [*FEW_CASES, *EMPTY_CASES], ids=name)
+def test_fake_kernel_of_sync(case: Case, dtype: torch.dtype, group: tuple[int, str]) -> None:
+    args = sync_args(case, dtype, group)
+    with FakeTensorMode() as mode:
+        fake = sync(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
+    real = sync(*args)
+    assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
+    assert significant_strides(fake) == significant_strides(real)
+    meta = sync(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
+    assert (meta.shape, meta.dtype, meta.device.type) == (real.shape, real.dtype, "meta")
+
+
+@pytest.mark.parametrize("act", ["identity", "relu", "gelu"])
+def test_sync_is_made_of_the_other_operators(act: str, group: tuple[int, str], device: str) -> None:
+    # Bit for bit, in a group of one process; on the emulated device it is the only test of the whole.
+    batch = Batch(*(t.to(device) for t in make_batch((5, 5, 3, 3), torch.float32, has_residual=True)))
+    x, residual = (t.detach().requires_grad_() for t in (batch.input, batch.residual))
+    p = make_parameters(5, device=device)
+    weight, bias = (t.detach().clone().requires_grad_() for t in (p.weight, p.bias))
+    mine, theirs = ((*p.clone()[2:], torch.tensor(3, device=device), None, EPS) for _ in range(2))
+    y = sync(x, weight, bias, *mine, *group, residual, act)
+    grads = torch.autograd.grad(y, [x, weight, bias, residual], batch.grad_output)
+
+    masked = act == "relu"
+    values = (batch.input, gathered([batch.input]), p.weight, p.bias)
+    output, stats, mask = merge(*values, *theirs, batch.residual, act, 0.0, masked)
+    epilogue = (None, None, mask, act, 0.0) if masked else (p.bias, batch.residual, None, act, 0.0)
+    call = (batch.grad_output, batch.input, p.weight, stats, True, EPS)
+    _, grad_weight, grad_bias, _ = backward(*call, [False, True, True, False], *epilogue)
+    means = torch.stack([grad_weight, grad_bias]) / 45
+    activated = act != "identity"
+    grad_input, *_, grad_residual = backward(*call, [True, False, False, activated], *epilogue, means)
+    expected = [grad_input, grad_weight, grad_bias, grad_residual if activated else batch.grad_output]
+    assert same_bits(y, output)
+    assert all(map(same_bits, grads, expected))
+    assert all(map(same_bits, mine[:3], theirs[:3]))
