@@ -11,6 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from benchmarks.model_report import of_tensors
+from benchmarks.model_suites import (
+    MODEL_SUITES,
+    STEP,
+    ModelCase,
+    default_model_seconds,
+    model_case_work,
+    select_model_cases,
+)
 from benchmarks.rows import InputError, load_rows, save_rows
 from benchmarks.suites import (
     DEFAULT_DTYPES,
@@ -63,23 +72,24 @@ def make_parser() -> OneLineParser:
     parser = OneLineParser(
         prog=PROGRAM,
         description="Compare bnext with torch and with a copy of the same bytes.",
-        epilog="Without a command: measure, with measure's options.",
+        epilog="Without a command: measure, with measure's options. "
+        "The study of tuning by grid search has its own: tuning --help.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
     measure = commands.add_parser("measure", help="check, time and report (the default)")
     measure.set_defaults(run=run_measure)
     measure.add_argument("--device", choices=tuple(DEVICE_SUITES), default="cpu", help="default: %(default)s")
-    suites = {name: None for device in DEVICE_SUITES.values() for name in device}
+    suites = {name: None for device in DEVICE_SUITES for name in suite_names(device)}
     for option, choices, default in (
-        ("--suite", suites, "all of the device but the fused ones"),
+        ("--suite", suites, "the device's of batch norm alone"),
         (
             "--dtype",
             ITEM_BYTES,
             "; ".join(f"{device}: {','.join(dtypes)}" for device, dtypes in DEFAULT_DTYPES.items()),
         ),
         ("--layout", LAYOUTS, "all"),
-        ("--op", TENSOR_PASSES, "all"),
+        ("--op", (*TENSOR_PASSES, STEP), "all"),
     ):
         measure.add_argument(
             option,
@@ -100,7 +110,7 @@ def make_parser() -> OneLineParser:
         metavar="SECONDS",
         help="rounds as many as fit (5 to 25; default: "
         + ", ".join(f"{device} {seconds:g}" for device, seconds in DEFAULT_SECONDS.items())
-        + " seconds, and more with a fused suite)",
+        + " seconds, and more with a suite that has to be named)",
     )
     measure.add_argument(
         "--no-compile", action="store_true", help="leave torch.compile out, which takes a minute or two"
@@ -120,23 +130,31 @@ def make_parser() -> OneLineParser:
     return parser
 
 
+def suite_names(device: str) -> list[str]:
+    return [*DEVICE_SUITES[device], *MODEL_SUITES[device]]
+
+
 def run_measure(arguments: argparse.Namespace) -> int:
     device = arguments.device
     suites = arguments.suite or default_suites(device)
-    foreign = [name for name in suites if name not in DEVICE_SUITES[device]]
+    foreign = [name for name in suites if name not in suite_names(device)]
     if foreign:
-        raise InputError(f"suite {foreign[0]!r} is not one of {device}'s: {', '.join(DEVICE_SUITES[device])}")
+        raise InputError(f"suite {foreign[0]!r} is not one of {device}'s: {', '.join(suite_names(device))}")
     if arguments.touched and device != "cpu":
         raise InputError("--touched is about the CPU's memory")
+    tensor_suites = [name for name in suites if name in DEVICE_SUITES[device]]
     cases = select_cases(
-        suites=suites,
+        suites=tensor_suites,
         dtypes=arguments.dtype or DEFAULT_DTYPES[device],
         layouts=arguments.layout or LAYOUTS,
         operations=arguments.op or TENSOR_PASSES,
         quick=arguments.quick,
         device=device,
     )
-    if not cases:
+    model_cases = select_model_cases(
+        suites, device, arguments.dtype, arguments.layout, arguments.op, arguments.quick, not arguments.no_compile
+    )
+    if not cases and not model_cases:
         raise InputError("nothing to measure: no chosen suite has the chosen layout, operation and size")
     make_writable(arguments.output)
     if arguments.touched and not is_touched(os.environ):
@@ -146,7 +164,11 @@ def run_measure(arguments: argparse.Namespace) -> int:
     try:
         from benchmarks.measure import Outcome
 
-        measure, work = measuring(device, cases, not arguments.no_compile)
+        runs = []
+        if cases:
+            runs.append((*measuring(device, cases, not arguments.no_compile), default_seconds(device, tensor_suites)))
+        if model_cases:
+            runs.append((*measuring_models(device, model_cases), default_model_seconds(device, suites)))
     except ImportError as error:
         raise InputError(f"cannot measure: {error} (build bnext first: make build)") from None
     from benchmarks.progress import ProgressBar
@@ -154,10 +176,12 @@ def run_measure(arguments: argparse.Namespace) -> int:
     outcome = Outcome()
     interrupted = False
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else None)
-    seconds = arguments.budget or default_seconds(device, suites)
+    # A budget is for all of it.
+    share = arguments.budget / sum(seconds for _, _, seconds in runs) if arguments.budget else 1.0
     try:
-        with ProgressBar(work) as progress:
-            measure(cases, outcome, progress.advance, seconds, rounds, arguments.threads)
+        with ProgressBar(sum(work for _, work, _ in runs)) as progress:
+            for measure, _, seconds in runs:
+                measure(outcome, progress.advance, share * seconds, rounds, arguments.threads)
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -175,14 +199,24 @@ def measuring(device: str, cases: Sequence[Case], with_compile: bool) -> tuple[C
         from benchmarks.measure import measure
 
         work = sum(case_work(case, with_compile) for case in cases)
-        return partial(measure, with_compile=with_compile), work
+        return partial(measure, cases, with_compile=with_compile), work
     from benchmarks.cuda.device import require
 
     require()
     from benchmarks.cuda import measure as cuda
 
     work = sum(cuda.case_work(case, with_compile) for case in cases)
-    return partial(cuda.measure, with_compile=with_compile), work
+    return partial(cuda.measure, cases, with_compile=with_compile), work
+
+
+def measuring_models(device: str, cases: Sequence[ModelCase]) -> tuple[Callable[..., None], int]:
+    if device == "cuda":
+        from benchmarks.cuda.device import require
+
+        require()
+    from benchmarks.model_measure import measure_models
+
+    return partial(measure_models, cases, device=device), sum(model_case_work(case, device) for case in cases)
 
 
 def make_writable(folder: Path) -> None:
@@ -210,18 +244,20 @@ def finish(output: Path, mismatches: Sequence[str], measured: bool, interrupted:
 
 
 def show(file: Path) -> None:
-    """Draw the plot of a file beside it and print its tables."""
+    """Draw the plot of a file beside it, where it has batch norms, and print its tables."""
     from benchmarks.plot import save_plot
     from benchmarks.table import print_tables
 
     rows = load_rows(file)
+    tensors = of_tensors(rows)
     picture = file.with_suffix(".png")
     try:
-        save_plot(picture, rows)
+        if tensors:
+            save_plot(picture, tensors)
     except OSError as error:
         raise InputError(f"cannot write {picture}: {error.strerror}") from None
     print_tables(rows)
-    print(f"{file}\n{picture}")
+    print(f"{file}\n{picture}" if tensors else file)
 
 
 def run_report(arguments: argparse.Namespace) -> int:
@@ -243,6 +279,10 @@ def run_report(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["tuning"]:
+        from benchmarks.tuning.__main__ import main as tuning  # what it needs is needed by nothing else
+
+        return tuning(arguments[1:])
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments.insert(0, "measure")
     parsed = make_parser().parse_args(arguments)

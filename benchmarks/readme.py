@@ -16,6 +16,7 @@ from benchmarks.bars import (
     verdicts,
 )
 from benchmarks.bars import summary as bars_summary
+from benchmarks.model_table import model_markdown
 from benchmarks.report import (
     LARGE_CLASS,
     TORCH_COMPILE,
@@ -37,23 +38,28 @@ END = "<!-- benchmark:end -->"
 CUDA_BEGIN = "<!-- benchmark:cuda:begin -->"
 CUDA_END = "<!-- benchmark:cuda:end -->"
 
-# What a table is of: the device, whether an activation is in the same call, and whether memory was touched before.
-Kind = tuple[str, bool, bool]
+# What a table is of: the device; nothing for a batch norm, "fused" for one with an activation in the same call, or the
+# suite of whole models; and whether memory was touched before.
+Kind = tuple[str, str, bool]
 MARKERS: dict[Kind, tuple[str, str]] = {
-    ("cpu", False, False): (BEGIN, END),
-    ("cuda", False, False): (CUDA_BEGIN, CUDA_END),
-    ("cpu", True, False): ("<!-- benchmark:fused:begin -->", "<!-- benchmark:fused:end -->"),
-    ("cuda", True, False): ("<!-- benchmark:cuda:fused:begin -->", "<!-- benchmark:cuda:fused:end -->"),
-    ("cpu", False, True): ("<!-- benchmark:touched:begin -->", "<!-- benchmark:touched:end -->"),
+    ("cpu", "", False): (BEGIN, END),
+    ("cuda", "", False): (CUDA_BEGIN, CUDA_END),
+    ("cpu", "", True): ("<!-- benchmark:touched:begin -->", "<!-- benchmark:touched:end -->"),
 }
+for _what in ("fused", "training", "compiled"):
+    MARKERS["cpu", _what, False] = (f"<!-- benchmark:{_what}:begin -->", f"<!-- benchmark:{_what}:end -->")
+    MARKERS["cuda", _what, False] = (f"<!-- benchmark:cuda:{_what}:begin -->", f"<!-- benchmark:cuda:{_what}:end -->")
 
 
 def kind(row: Row) -> Kind:
-    return row.device, row.epilogue != PLAIN, is_touched(row.environment)
+    what = row.suite if row.model else "fused" if row.epilogue != PLAIN else ""
+    return row.device, what, is_touched(row.environment)
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The block of rows that are all of one kind."""
+    if rows[0].model:
+        return model_markdown(rows)
     rows = device_times(rows)
     fused = rows[0].epilogue != PLAIN
     held = ["", *_held(rows)] if fused else []
@@ -160,10 +166,11 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def rewritten(text: str, block: str, of: Kind = ("cpu", False, False)) -> str:
+def rewritten(text: str, block: str, of: Kind = ("cpu", "", False)) -> str:
     """The text with what is between two markers replaced; InputError unless each is there once, in order."""
     if of not in MARKERS:
-        raise InputError("there is no table for activations in memory already touched")
+        where = "in memory already touched" if of[2] else f"of {of[0]}"
+        raise InputError(f"there is no table for {of[1] or 'batch norm'} {where}")
     begin, end = MARKERS[of]
     head, found_begin, rest = text.partition(begin)
     _, found_end, tail = rest.partition(end)

@@ -35,7 +35,7 @@ class Measurement:
     p20_s: float
     p80_s: float
     rounds: int
-    bytes: int  # of the single-pass model: suites.model_bytes
+    bytes: int  # of the single-pass model: suites.model_bytes; of whole models 0, as is the rate
     gb_per_s: float  # bytes / median_s / 1e9
     # What came after the first results has a default, so that older files can be read.
     mode: str = CLOCK
@@ -48,6 +48,10 @@ class Measurement:
     held_arguments_bytes: int | None = None
     held_result_bytes: int | None = None
     held_bytes: int | None = None
+    # Of the suites of whole models: its name; in training, what peak.py measures, and training.Trainer.curve.
+    model: str = ""
+    peak_bytes: int | None = None
+    losses: tuple[float, ...] = ()
 
     @property
     def epilogue(self) -> Epilogue:
@@ -116,7 +120,7 @@ def load_rows(path: Path) -> list[Row]:
 
 def _row(path: Path, number: int, fields: Any) -> Row:
     try:
-        row = Row(**{**fields, "shape": tuple(fields["shape"])})
+        row = Row(**{**fields, "shape": tuple(fields["shape"]), "losses": tuple(fields.get("losses", ()))})
         valid = row.median_s > 0 and len(row.shape) >= 2
     except (TypeError, KeyError) as error:
         raise InputError(f"{path}: row {number} is not a benchmark row: {error}") from None

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.bars import BARS, Verdict, has_bars, mean_verdicts, on_gpu, summary, verdicts
+from benchmarks.model_report import of_models, of_tensors
+from benchmarks.model_table import model_notes, model_tables
 from benchmarks.report import (
     NO_CUDNN,
     TORCH_COMPILE,
@@ -27,9 +29,20 @@ MIN_WIDTH = 140
 
 
 def print_tables(rows: Sequence[Row]) -> None:
+    """Of batch norms, then of whole models."""
+    console = Console(width=max(Console().width, MIN_WIDTH))
+    tensors, models = of_tensors(rows), of_models(rows)
+    if tensors:
+        print_tensor_tables(console, tensors)
+    if models:
+        for table in model_tables(models):
+            console.print(table)
+        print("\n".join(model_notes(models)))
+
+
+def print_tensor_tables(console: Console, rows: Sequence[Row]) -> None:
     """Every shape, a table a group; then the geometric means and the memory; then how it was measured, and the bars."""
     comparisons = compare(rows)
-    console = Console(width=max(Console().width, MIN_WIDTH))
     for group in groups(comparisons):
         members = [c for c in comparisons if c.group == group]
         make_table = measurement_table if has_bars(members[0]) else shape_table

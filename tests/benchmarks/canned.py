@@ -134,3 +134,44 @@ def imagined_fused_gpu_run(torch_s: float = 2.0, compile_s: float = 1.3) -> list
         fields = {**listed, "shape": (256, 128, 28, 28), **other}
         rows += on_gpu(0.5, 1.0, 0.5, {"torch-no-cudnn": 9.0}, **fields)
     return [*rows, *on_gpu(0.5, 1.0, 0.5, {}, **{**listed, "shape": (8, 64, 14, 14)})]
+
+
+def trained(torch_s: float, seconds: dict[str, float], **changes: Any) -> list[Row]:
+    """A model in training: a row a provider."""
+    fields: dict[str, Any] = {
+        "suite": "training",
+        "model": "resnet50",
+        "op": "step",
+        "shape": (8, 3, 64, 64),
+        "bytes": 0,
+        "gb_per_s": 0.0,
+        "peak_bytes": 500_000_000,
+        "losses": (7.0, 6.0, 5.0, 6.5),
+    }
+    return [row(name, median_s, **{**fields, **changes}) for name, median_s in {"torch": torch_s, **seconds}.items()]
+
+
+def imagined_training(**changes: Any) -> list[Row]:
+    """Twice as fast as torch eager, three times compiled."""
+    compiled = {"torch-compile": 0.3, "bnext-compile": 0.1}
+    rows = trained(0.4, {"bnext": 0.2, **compiled}, **changes)
+    return [replace(row, losses=(7.0, 6.0, 5.0, 6.501)) if row.provider == "bnext" else row for row in rows]
+
+
+def imagined_calls(**changes: Any) -> list[Row]:
+    """A model that is faster in training and slower in evaluation, and one in training only."""
+    fields: dict[str, Any] = {
+        "suite": "compiled",
+        "model": "bottleneck",
+        "shape": (8, 256, 28, 28),
+        "bytes": 0,
+        "gb_per_s": 0.0,
+    }
+    times = {"forward_backward": (0.4, 0.1), "eval": (0.1, 0.2)}
+    rows = []
+    for model in ("bottleneck", "bn"):
+        for op, seconds in times.items():
+            for provider, median_s in zip(("torch-compile", "bnext-compile"), seconds, strict=True):
+                if (model, op) != ("bn", "eval"):
+                    rows.append(row(provider, median_s, **{**fields, "op": op, "model": model, **changes}))
+    return rows

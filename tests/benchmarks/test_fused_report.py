@@ -16,7 +16,7 @@ from benchmarks.report import Group, HeldKey, HeldShare, MeanKey, compare, geome
 from benchmarks.rows import Row, load_rows, save_rows
 from benchmarks.suites import BN_ADD_RELU
 
-FUSED_BEGIN, FUSED_END = MARKERS["cpu", True, False]
+FUSED_BEGIN, FUSED_END = MARKERS["cpu", "fused", False]
 
 
 def test_rows_survive_the_file_and_old_rows_are_plain(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_each_kind_has_its_own_block_of_the_readme(tmp_path: Path) -> None:
 
 
 def test_the_blocks_of_a_gpu_are_others(tmp_path: Path) -> None:
-    begin, end = MARKERS["cuda", True, False]
+    begin, end = MARKERS["cuda", "fused", False]
     file, readme = tmp_path / "run.json", tmp_path / "README.md"
     save_rows(file, [*imagined_gpu_run(), *imagined_fused_gpu_run()])
     readme.write_text(f"{CUDA_BEGIN}\n{CUDA_END}\n{begin}\n{end}\n")

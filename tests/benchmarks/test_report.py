@@ -159,7 +159,7 @@ def test_readme_without_markers_is_one_line_and_status_2(
 
 def test_touched_memory_has_a_table_of_its_own(tmp_path: Path) -> None:
     rows = rows_of(4.0, 1.0, 0.5, environment=dict(VARIABLES))
-    begin, end = MARKERS["cpu", False, True]
+    begin, end = MARKERS["cpu", "", True]
     readme = tmp_path / "README.md"
     readme.write_text(f"{BEGIN}\nas the user calls it\n{END}\n{begin}\n{end}\n")
     assert not update_readme(readme, rows, check=False)

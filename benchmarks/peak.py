@@ -1,0 +1,113 @@
+"""The memory that training takes at its peak, measured in a process that does nothing else.
+
+On a CPU that is resident memory, as the system counts it: whatever an allocator keeps is in it. The process trains
+until all is compiled and allocated, gives back to the system what is free, and resets its high-water mark; so the
+peak of compiling is not in it, but what the compiler leaves behind is. From the mark of the next steps goes what was
+resident before there was a model: the interpreter and the libraries. On a GPU it is torch's own peak.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.model_suites import ModelCase
+
+WARM_STEPS = 2  # the first makes gradients and the optimiser's buffers
+STEPS = 2
+TIMEOUT_S = 600
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class PeakError(Exception):
+    """There is no number; the message is one line."""
+
+
+def measure_peak(case: ModelCase, provider: str, device: str, threads: int) -> int:
+    """The peak in bytes; raises PeakError. What is running when this is interrupted is ended with all it started."""
+    request = json.dumps({**asdict(case), "provider": provider, "device": device, "threads": threads})
+    # Compiling is a matter of looking into the cache that this process has filled: no workers for it.
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.peak", request],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a group of its own: a compiler that it runs can be ended too
+    )
+    try:
+        output, errors = child.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise PeakError(f"not done after {TIMEOUT_S} s") from None
+    finally:
+        end_group(child)
+    lines = output.split()
+    if child.returncode or not lines:
+        reason = errors.strip().splitlines() or [f"exit status {child.returncode}"]
+        raise PeakError(reason[-1][:200])
+    return int(lines[-1])
+
+
+def end_group(child: subprocess.Popen[str]) -> None:
+    """End what is left of a process and its children, if anything is."""
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+
+
+def status_bytes(name: str) -> int:
+    """A line of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        key, _, value = line.partition(":")
+        if key == name:
+            return 1024 * int(value.split()[0])
+    raise PeakError(f"the system does not tell {name}")
+
+
+def reset_high_water() -> None:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # man 5 proc: the peak is what is resident now
+
+
+def peak_here(case: ModelCase, provider: str, device: str) -> int:
+    """What ``measure_peak`` returns, of this process."""
+    import torch
+
+    from benchmarks.models import build, make_model
+    from benchmarks.training import Trainer
+
+    before = status_bytes("VmRSS")
+    trainer = Trainer(case, build(case, provider, make_model(case, device), device), device)
+    for _ in range(WARM_STEPS):
+        trainer.step()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        reset_high_water()
+    for _ in range(STEPS):
+        trainer.step()
+    return torch.cuda.max_memory_allocated() if device == "cuda" else status_bytes("VmHWM") - before
+
+
+def main(request: str) -> None:
+    # Nobody is there to read the answer once the parent has ended, however it did.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    fields = json.loads(request)
+    provider, device, threads = (fields.pop(name) for name in ("provider", "device", "threads"))
+    import torch
+
+    torch.set_num_threads(threads)
+    lists = {name: tuple(fields[name]) for name in ("shape", "operations", "providers")}
+    print(peak_here(ModelCase(**{**fields, **lists}), provider, device))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,217 @@
+"""The report of a tuning study from stored results, and the command's answers to bad input."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tuning_canned import SETTINGS, curve, imagined_study, trial
+
+from benchmarks.tuning.__main__ import RESULTS, main, make_parser, settings_of, study_name
+from benchmarks.tuning.conclusion import BEGIN, END, conclusion
+from benchmarks.tuning.display import Display, Running, spark
+from benchmarks.tuning.pictures import PICTURES, heat_maps, inputs, losses, moves
+from benchmarks.tuning.results import Results, load_results, save_results
+from benchmarks.tuning.settings import Point, Settings
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.json"
+    save_results(path, imagined_study())
+    return path
+
+
+def test_results_survive_the_file(file: Path) -> None:
+    assert load_results(file) == imagined_study()
+
+
+def test_file_does_not_depend_on_the_order_of_the_trials(file: Path, tmp_path: Path) -> None:
+    study = imagined_study()
+    save_results(tmp_path / "other.json", Results.of(study.settings, study.machines, study.trials[::-1]))
+    assert (tmp_path / "other.json").read_bytes() == file.read_bytes()
+
+
+def test_report_from_the_file_alone(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(file)]) == 0
+    printed = capsys.readouterr().out
+    for line in conclusion(imagined_study()):
+        assert line in printed
+    assert "8 of 8" in printed
+    assert "4 of 8" in printed
+    page = (tmp_path / "README.md").read_text()
+    assert "| without | 4 of 8 | 50 % | 4 | 4 | 92.0 % | 0.1, 0.9 | 3 | 3 |" in page
+    assert "| with batch norm | 8 of 8 | 100 % | 8 | 0 | 97.5 % | 0.1, 0.9 | 2 | 2 |" in page
+    assert "| 0.999 → 0.9995 | 0.1 | 20.00 | 0.50 | 0.00 | 0.25 |" in page
+    assert "Imagined CPU (avx2)" in page
+    for name in PICTURES:
+        assert name in page
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_heat_maps_show_the_cells() -> None:
+    without, with_it, *_ = heat_maps(imagined_study()).axes
+    assert without.images[0].get_array().tolist() == [[92, 92], [0, 0]]
+    assert with_it.images[0].get_array().tolist() == [[97.5, 97.5], [97.5, 97.5]]
+    assert [text.get_text() for text in without.texts] == ["92", "92", "0 ×", "0 ×"]  # noqa: RUF001
+    assert without.images[0].get_clim() == with_it.images[0].get_clim() == (0, 100)
+
+
+def test_curves_end_where_a_trial_diverged() -> None:
+    without, with_it = losses(imagined_study()).axes
+    lengths = sorted(len(line.get_xdata()) for line in without.lines)
+    assert lengths == [1, 1, 2, 2, 4, 4]  # two crosses, two that diverged, two that did not
+    assert {tuple(line.get_xdata()) for line in with_it.lines} == {(1, 2, 3, 4)}
+
+
+def test_percentiles_are_drawn_at_the_best_without_batch_norm() -> None:
+    study = imagined_study()
+    panels = inputs(study).axes
+    assert len(panels) == 2  # seeds
+    for seed, axes in enumerate(panels):
+        for line, batch_norm in zip(axes.lines, (False, True), strict=True):
+            kept = study.at(Point(0.1, 0.9, batch_norm, seed))
+            assert kept is not None
+            assert list(line.get_ydata()) == kept.percentiles[1]
+
+
+def test_bars_are_the_effects_of_the_moves() -> None:
+    small, large = moves(imagined_study()).axes
+    assert [bar.get_height() for bar in small.patches] == [0, 0, 0, 0]
+    assert [bar.get_height() for bar in large.patches] == [20, 0, 0, 0]
+
+
+@pytest.mark.parametrize("keep", [0, 3])
+def test_a_report_of_part_of_the_grid(keep: int, tmp_path: Path) -> None:
+    study = imagined_study()
+    part = Settings(steps=4, alphas=(0.1,), betas=(0.99,), seeds=(0,)) if keep == 0 else study.settings
+    save_results(tmp_path / "part.json", Results.of(part, study.machines, study.trials[:keep]))
+    assert main(["report", str(tmp_path / "part.json")]) == 0
+
+
+def test_readme_is_checked_then_rewritten(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = tmp_path / "R.md"
+    readme.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
+    command = ["report", str(file), "--readme", str(readme)]
+    assert main([*command, "--check"]) == 1
+    assert "out of date" in capsys.readouterr().err
+    assert readme.read_text() == f"before\n{BEGIN}\n{END}\nafter\n"
+    assert main(command) == 0
+    lines = "\n".join(f"* {line}" for line in conclusion(imagined_study()))
+    assert readme.read_text() == f"before\n{BEGIN}\n{lines}\n{END}\nafter\n"
+    assert main([*command, "--check"]) == 0
+    assert not (tmp_path / "README.md").exists(), "--readme only rewrites the README"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--jobs", "0"], "expected a positive whole number, got '0'"),
+        (["--jobs", "-2"], "expected a positive whole number, got '-2'"),
+        (["--jobs", "two"], "got 'two'"),
+        (["--optimizer", "lbfgs"], "invalid choice: 'lbfgs'"),
+        (["--model", "vgg"], "invalid choice: 'vgg'"),
+        (["--alphas", "0.1,nan"], "expected positive numbers, got 'nan'"),
+        (["--alphas", "0"], "expected positive numbers, got '0'"),
+        (["--betas", "1"], "expected numbers from 0 to below 1, got '1'"),
+        (["--betas", ""], "got ''"),
+        (["--seeds", "0.5"], "got '0.5'"),
+        (["--steps", "0"], "got '0'"),
+        (["--storage", "sqlite:////no/such/folder/study.db"], "cannot use the storage sqlite:////no/such/folder"),
+        (["--storage", "nonsense"], "cannot use the storage nonsense"),
+        (["--storage", "nosuch://host/study"], "cannot use the storage nosuch://host/study"),
+        (["--output", "/proc/x"], "cannot make the folder /proc/x"),
+        (["report", "/no/such.json"], "cannot read /no/such.json"),
+        (["report", "x.json", "--storage", "sqlite://"], "not of both"),
+        (["report", "--storage", "sqlite:////no/such.db"], "no such file"),
+        (["report", "--check"], "--check needs --readme"),
+        (["frobnicate"], "invalid choice: 'frobnicate'"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if arguments[0] != "report" and "--output" not in arguments:
+        arguments = [*arguments, *(["--output", str(tmp_path)] if arguments[0].startswith("-") else [])]
+    try:
+        status: object = main(arguments)
+    except SystemExit as stopped:
+        status = stopped.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert said in error
+    assert error.startswith("python -m benchmarks tuning: error: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"settings": {"x": 1}, "machines": [], "trials": []}', "trial"])
+def test_foreign_file_is_one_line_and_status_2(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content == "trial":
+        content = json.dumps({"settings": SETTINGS.to_json(), "machines": [], "trials": [{"alpha": 1}]})
+    path = tmp_path / "foreign.json"
+    path.write_text(content)
+    assert main(["report", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "foreign.json" in error
+    assert error.count("\n") == 1
+
+
+def test_different_studies_have_different_names() -> None:
+    def named(*arguments: str) -> str:
+        return study_name(settings_of(make_parser().parse_args(["run", *arguments])))
+
+    assert named() == "default"
+    names = [
+        named(*arguments.split())
+        for arguments in (
+            "--quick",
+            "--model cnn",
+            "--activation relu",
+            "--optimizer adam",
+            "--optimizer average",
+            "--init torch",
+            "--steps 5",
+            "--seeds 7",
+            "--model cnn --quick",
+        )
+    ]
+    assert len({*names, "default"}) == len(names) + 1
+
+
+def test_committed_results_are_the_default_study() -> None:
+    file = RESULTS / "results.json"
+    results = load_results(file)
+    assert results.settings == Settings()
+    assert [t.point for t in results.trials] == sorted(Settings().points)
+    assert file.stat().st_size < 300_000
+    for name in PICTURES:
+        assert (RESULTS / name).stat().st_size < 150_000
+
+
+def test_display_shows_point_step_and_loss() -> None:
+    display = Display(total=240, steps=2000)
+    running = Running(Point(0.01, 0.9995, True, 2), step=150, losses=[2.0, 1.0, 0.25])
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    with console.file:
+        console.print(display.picture([running]))
+        shown = console.export_text()
+    for part in ("0.01", "0.9995", "with", "150/2000", "0.25", "█▄▁", "0/240"):
+        assert part in shown
+
+
+def test_spark_of_equal_or_no_values_is_flat() -> None:
+    assert spark([]) == ""
+    assert spark([3.0, 3.0]) == "▁▁"
+    assert len(spark([float(n) for n in range(100)])) == 36
+
+
+def test_curves_are_rounded_for_the_file_and_counts_are_not() -> None:
+    point = Point(0.1, 0.9, True, 0)
+    kept = trial(point, curve(point), loss=[1.23456789] * 4).rounded()
+    assert kept.loss == [1.235] * 4
+    assert kept == replace(kept, correct=curve(point))

@@ -1,0 +1,170 @@
+"""One trial of the tuning study: what it depends on, what it keeps, and how it ends when it diverges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.tuning.digits import split
+from benchmarks.tuning.networks import build
+from benchmarks.tuning.results import Trial
+from benchmarks.tuning.settings import ACTIVATIONS, INITS, MODELS, OPTIMIZERS, Point, Settings
+from benchmarks.tuning.training import make_optimizer, percentiles, train, travel
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in a worker."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def silent(_step: int, _loss: float) -> None:
+    """Nobody listens."""
+
+
+def without_time(trial: Trial) -> dict[str, object]:
+    fields = trial.to_json()
+    del fields["cpu_s"]
+    return fields
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("model", MODELS)
+def test_same_seed_same_result_bit_for_bit(model: str, batch_norm: bool) -> None:
+    settings = Settings(model=model, steps=12)
+    point = Point(0.1, 0.9, batch_norm, 1)
+    first = train(settings, point, silent)
+    # Whoever runs it: other trials before it, another state of the global generator.
+    torch.manual_seed(1234)
+    train(settings, Point(0.1, 0.9, batch_norm, 0), silent)
+    assert without_time(train(settings, point, silent)) == without_time(first)
+    other = train(settings, Point(0.1, 0.9, batch_norm, 2), silent)
+    assert other.loss != first.loss
+
+
+# Looked at after each step, or only after the tenth: then the loss of the second says it.
+@pytest.mark.parametrize(("steps", "diverged_at"), [(12, 1), (1000, 2)])
+def test_a_diverging_trial_is_a_result(steps: int, diverged_at: int) -> None:
+    heard: list[int] = []
+    settings = Settings(activation="relu", steps=steps)
+    trial = train(settings, Point(1e30, 0.9, False, 0), lambda step, _loss: heard.append(step))
+    assert trial.diverged_at == diverged_at
+    assert heard == trial.loss == trial.correct == []
+    assert trial.percentiles == [[], [], []]
+    assert trial.travel is None
+
+
+def test_what_came_before_it_diverged_is_kept() -> None:
+    settings = Settings(activation="relu", steps=12)
+    trial = train(settings, Point(30.0, 0.99, False, 0), silent)
+    assert trial.diverged_at is not None
+    assert 0 < len(trial.loss) == len(trial.correct) < len(settings.evaluations)
+    assert all(math.isfinite(value) for value in trial.loss)
+    assert [len(curve) for curve in trial.percentiles] == [len(trial.loss)] * 3
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("model", MODELS)
+def test_weights_are_the_same_with_and_without_batch_norm(model: str, init: str, activation: str) -> None:
+    settings = Settings(model=model, init=init, activation=activation)
+    plain, normed = (
+        [
+            layer.weight
+            for layer in build(settings, batch_norm, seed=3).module
+            if isinstance(layer, nn.Linear | nn.Conv2d)
+        ]
+        for batch_norm in (False, True)
+    )
+    assert len(plain) > 2
+    for a, b in zip(plain, normed, strict=True):
+        assert torch.equal(a, b)
+    assert plain[0].std() > 0
+
+
+def test_batch_norm_is_between_the_linear_map_and_the_activation() -> None:
+    names = [type(layer).__name__ for layer in build(Settings(), True, 0).module]
+    assert names == ["Flatten", *["Linear", "BatchNorm1d", "Sigmoid"] * 3, "Linear"]
+    network = build(Settings(), True, 0)
+    assert type(network.module[2]).__module__.startswith("bnext")
+    assert network.watched is network.module[9]
+
+
+def test_split_depends_on_the_seed_and_shares_nothing() -> None:
+    a, b = split(0), split(1)
+    assert (len(a.images), len(a.test_images)) == (1437, 360)
+    assert not torch.equal(a.targets, b.targets)
+    assert a.images.min() == 0
+    assert a.images.max() == 1
+    rows = torch.cat([a.images, a.test_images]).flatten(1)
+    everything = torch.cat([b.images, b.test_images]).flatten(1)
+    # The same 1,797 images, in another order.
+    assert torch.equal(rows.sum(1).sort().values, everything.sum(1).sort().values)
+
+
+def test_percentiles_of_a_known_case() -> None:
+    ascending = torch.arange(101.0)
+    values = torch.stack([ascending, 10 * ascending.flip(0)], dim=1)[torch.randperm(101)]
+    assert percentiles(values).tolist() == [[15.0, 150.0], [50.0, 500.0], [85.0, 850.0]]
+    # Between neighbours linearly: 0.15 of the way from 0 to 2, and so on.
+    assert percentiles(torch.tensor([[2.0], [0.0]])).flatten().tolist() == pytest.approx([0.3, 1.0, 1.7])
+
+
+def test_travel_is_the_medians_way_in_widths() -> None:
+    median = torch.tensor([0.0, 3.0, 1.0])  # 3 there, 2 back
+    still, moving = torch.zeros(3), median
+    history = torch.stack([torch.stack([still, moving]) + shift for shift in (-1.0, 0.0, 1.0)]).movedim(2, 0)
+    assert history.shape == (3, 3, 2)
+    assert travel(history.double()) == pytest.approx((0 + 5 / 2) / 2)
+    assert travel(history[:1].double()) is None
+    assert travel(torch.zeros(3, 3, 2).double()) is None
+
+
+def test_percentiles_kept_are_those_of_the_last_hidden_layers_input() -> None:
+    settings = Settings(steps=1)
+    point = Point(1e-30, 0.0, False, 0)  # a step that changes nothing
+    module = build(settings, False, 0).module
+    with torch.no_grad():
+        before_last_sigmoid = module[:6](split(0).test_images)
+    expected = percentiles(before_last_sigmoid)[:, 0]
+    assert torch.tensor(train(settings, point, silent).percentiles).flatten().tolist() == pytest.approx(
+        expected.tolist(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("sgd", [-0.1, -0.1 - 0.1 * 1.5]), ("average", [-0.1, -0.1 - 0.1 * (0.5 + 0.5)])],
+)
+def test_momentum_is_the_sum_or_the_average(name: str, expected: list[float]) -> None:
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(module.weight)
+    optimizer = make_optimizer(name, module, alpha=0.1, beta=0.5)
+    found = []
+    for _ in range(2):
+        module.weight.grad = torch.ones_like(module.weight)
+        optimizer.step()
+        found.append(module.weight.item())
+    assert found == pytest.approx(expected)
+
+
+def test_beta_is_adams_second() -> None:
+    optimizer = make_optimizer("adam", nn.Linear(1, 1), alpha=0.1, beta=0.5)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.5)
+    assert set(OPTIMIZERS) == {"sgd", "average", "adam"}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimiser_trains(optimizer: str) -> None:
+    alpha = 0.01 if optimizer == "adam" else 0.1
+    settings = Settings(optimizer=optimizer, activation="relu", steps=100)
+    trial = train(settings, Point(alpha, 0.9, True, 0), silent)
+    assert trial.correct[-1] > 0.8 * trial.tests
+    assert trial.loss[-1] < trial.loss[0]
