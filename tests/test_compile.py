@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 from collections.abc import Callable
 
@@ -15,6 +16,9 @@ import bnext
 from bnext.functional import batch_norm
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
+# Since torch 2.13.
+BIAS = {"bias": False} if "bias" in inspect.signature(torch.nn.BatchNorm2d).parameters else {}
 
 COMPILED_CASES = [
     Case((7, 5), "contiguous"),
@@ -66,8 +70,12 @@ def test_training_steps_equal_eager(case: Case, momentum: float | None) -> None:
     assert_same_steps(module, twin, run, case)
 
 
-@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}], ids=lambda o: next(iter(o)))
-def test_training_steps_without_parameters_or_stats(options: dict[str, bool]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"affine": False}, {"track_running_stats": False}, {"eps": 1e-2}, {"momentum": 1.0}, BIAS],
+    ids=lambda options: next(iter(options), "default"),
+)
+def test_training_steps_with_every_option(options: dict[str, object]) -> None:
     case = COMPILED_CASES[2]
     module = module_for(case, **options)
     twin, run = twins(module)
