@@ -22,7 +22,8 @@ BNEXT_INLINE void broadcast_coefficients(Vec<acc_t> (&c)[kMax], const void* cons
 }
 
 // What is worth unrolling: the way that nearly all data takes. The rest is a good part of the code, and compiles in a
-// fraction of the time without.
+// fraction of the time without. Not where it would change a sum's order: a gradient's bits must not depend on which
+// others are asked for, and so on the form.
 template <typename scalar_t, typename acc_t, typename Op, Form kForm>
 constexpr bool kCommon = std::is_same_v<acc_t, Natural<scalar_t>> && (!Op::kActivated || kForm != kAny);
 
@@ -130,7 +131,7 @@ struct SegmentSums {
 struct ReduceSegments {
   template <typename scalar_t, typename acc_t, typename Op, Form kForm>
   static void run(const ReduceArgs& args) {
-    using Sums = SegmentSums<acc_t, scalar_t, Op, kCommon<scalar_t, acc_t, Op, kForm> ? 4 : 1>;
+    using Sums = SegmentSums<acc_t, scalar_t, Op, std::is_same_v<acc_t, Natural<scalar_t>> ? 4 : 1>;
     constexpr std::int64_t kRun = kInner * Sums::kStep;
     const std::int64_t len = args.block.len;
     Sums sums(args, known_setup<Op, kForm>(args));

@@ -50,6 +50,7 @@ BNEXT_INLINE Setup setup_of(const ReduceArgs& args) {
   Setup setup;
   if constexpr (Op::kActivated) {
     setup.epilogue = args.epilogue;
+    setup.epilogue.differentiates_statistics = false;  // of no concern to sums
     setup.input = args.block.in[0] != nullptr;
   }
   return setup;
