@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
+from benchmarks.command import OneLineParser, make_writable, run_command
 from benchmarks.model_report import of_tensors
 from benchmarks.model_suites import (
     MODEL_SUITES,
@@ -41,11 +41,8 @@ LATEST = Path(__file__).parent / "results" / "latest"
 QUICK_ROUNDS = 5
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{PROGRAM}: error: {message}\n")
+class Parser(OneLineParser):
+    program = PROGRAM
 
 
 def names(choices: Collection[str], text: str) -> list[str]:
@@ -68,8 +65,8 @@ def positive(number: Callable[[str], float], text: str) -> float:
     return value
 
 
-def make_parser() -> OneLineParser:
-    parser = OneLineParser(
+def make_parser() -> Parser:
+    parser = Parser(
         prog=PROGRAM,
         description="Compare bnext with torch and with a copy of the same bytes.",
         epilog="Without a command: measure, with measure's options. "
@@ -219,16 +216,6 @@ def measuring_models(device: str, cases: Sequence[ModelCase]) -> tuple[Callable[
     return partial(measure_models, cases, device=device), sum(model_case_work(case, device) for case in cases)
 
 
-def make_writable(folder: Path) -> None:
-    """Find out before the minutes of measuring, not after, that the results have no place."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"cannot write to the folder {folder}")
-
-
 def finish(output: Path, mismatches: Sequence[str], measured: bool, interrupted: bool) -> int:
     """Report on what was saved, say what went wrong, and choose the exit status."""
     file = output / "results.json"
@@ -283,23 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from benchmarks.tuning.__main__ import main as tuning  # what it needs is needed by nothing else
 
         return tuning(arguments[1:])
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
-        arguments.insert(0, "measure")
-    parsed = make_parser().parse_args(arguments)
-    parsed.argv = arguments
-    try:
-        status: int = parsed.run(parsed)
-    except InputError as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of a pipe, such as head, has seen enough; what is buffered for it has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return status
+    return run_command(make_parser(), arguments, default="measure")
 
 
 if __name__ == "__main__":

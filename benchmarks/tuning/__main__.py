@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
 
+from benchmarks.command import OneLineParser, make_writable, run_command
 from benchmarks.rows import InputError
 from benchmarks.tuning.results import Results, load_results, save_results
 from benchmarks.tuning.settings import ACTIVATIONS, INITS, MODELS, OPTIMIZERS, QUICK_SEEDS, QUICK_STEPS, Settings
@@ -24,11 +24,8 @@ RESULTS = Path(__file__).parents[1] / "results" / "tuning"
 DEFAULT = Settings()
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{PROGRAM}: error: {message}\n")
+class Parser(OneLineParser):
+    program = PROGRAM
 
 
 @dataclass(frozen=True)
@@ -57,8 +54,8 @@ MOMENTUM = Number(float, "numbers from 0 to below 1", lambda value: 0 <= value <
 SEED = Number(int, "whole numbers from 0 to below 2^31", lambda value: 0 <= value < 2**31)
 
 
-def make_parser() -> OneLineParser:
-    parser = OneLineParser(
+def make_parser() -> Parser:
+    parser = Parser(
         prog=PROGRAM,
         description="Train over a grid of learning rates α and momenta β, with batch norm and without.",
         epilog="Without a command: run, with run's options. The same command goes on with a study that was stopped, "
@@ -134,15 +131,6 @@ def study_name(settings: Settings) -> str:
     elif settings.steps != DEFAULT.steps:
         parts.append(f"{settings.steps}-steps")
     return "-".join(parts) or "other-grid"
-
-
-def make_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"cannot write to the folder {folder}")
 
 
 def run_study(arguments: argparse.Namespace) -> int:
@@ -226,23 +214,7 @@ def run_report(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
-        arguments.insert(0, "run")
-    parsed = make_parser().parse_args(arguments)
-    try:
-        status: int = parsed.run(parsed)
-    except InputError as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of a pipe, such as head, has seen enough; what is buffered for it has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return status
+    return run_command(make_parser(), sys.argv[1:] if argv is None else argv, default="run")
 
 
 if __name__ == "__main__":
