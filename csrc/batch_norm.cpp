@@ -63,11 +63,60 @@ Tensor allocate_stats(const Tensor& input, const Problem& problem) {
   return problem.numel() == 0 ? at::zeros({2, problem.C}, options) : at::empty({2, problem.C}, options);
 }
 
-ForwardEpilogue epilogue_of(const Activation& activation, const Tensor& dense_residual, const Tensor& mask,
-                            bool with_mask) {
-  return {activation, dense_residual.defined() ? dense_residual.const_data_ptr() : nullptr,
-          with_mask ? mask.mutable_data_ptr<std::uint8_t>() : nullptr};
-}
+// What every forward pass writes, and what of its arguments the kernels read: dense, in the input's memory format.
+class ForwardTensors {
+ public:
+  ForwardTensors(const Tensor& input, const optional<Tensor>& weight, const optional<Tensor>& bias,
+                 const optional<Tensor>& residual, const Activation& activation, bool with_mask, bool reduces)
+      : device_(input.device()),
+        backend_(backend_of(input)),
+        problem_(problem_of(input, format_of(input))),
+        activation_(activation),
+        with_mask_(with_mask),
+        output_(backend_.allocate_output(input, format_of(input), problem_, reduces)),
+        stats_(allocate_stats(input, problem_)),
+        mask_(allocate_mask(input, problem_, backend_, with_mask)) {
+    if (empty()) return;
+    input_ = kernel_input(input, format_of(input), backend_);
+    if (is_given(residual)) residual_ = kernel_input(*residual, format_of(input), backend_);
+    weight_ = densely(weight);
+    bias_ = densely(bias);
+  }
+
+  bool empty() const { return problem_.numel() == 0; }
+  const Backend& backend() const { return backend_; }
+
+  // Runs Forward, TrainingForward or EvalForward, which holds what these have of their own.
+  template <typename Forward>
+  void run(Forward args) {
+    auto* stats = stats_.mutable_data_ptr<double>();
+    args.input = input_.const_data_ptr();
+    args.weight = channels(weight_);
+    args.bias = channels(bias_);
+    args.output = output_.mutable_data_ptr();
+    args.save_mean = stats;
+    args.save_invstd = stats + problem_.C;
+    args.epilogue = {activation_, residual_.defined() ? residual_.const_data_ptr() : nullptr,
+                     with_mask_ ? mask_.mutable_data_ptr<std::uint8_t>() : nullptr};
+    backend_.run(problem_, args, device_);
+  }
+
+  std::tuple<Tensor, Tensor, Tensor> results() const { return {output_, stats_, mask_}; }
+
+ private:
+  const at::Device device_;
+  const Backend& backend_;
+  const Problem problem_;
+  const Activation activation_;
+  const bool with_mask_;
+  Tensor output_;
+  Tensor stats_;
+  Tensor mask_;
+  Tensor input_;
+  Tensor residual_;
+  optional<Tensor> weight_;
+  optional<Tensor> bias_;
+};
 
 // y by statistics that are known.
 std::tuple<Tensor, Tensor, Tensor> normalize_by(const Tensor& input, const ChannelVector& mean,
@@ -75,31 +124,9 @@ std::tuple<Tensor, Tensor, Tensor> normalize_by(const Tensor& input, const Chann
                                                 const optional<Tensor>& bias, double eps,
                                                 const optional<Tensor>& residual, const Activation& activation,
                                                 bool with_mask) {
-  const auto format = format_of(input);
-  const Problem problem = problem_of(input, format);
-  const Backend& backend = backend_of(input);
-  Tensor output = backend.allocate_output(input, format, problem, /*reduces=*/false);
-  Tensor save_stats = allocate_stats(input, problem);
-  Tensor mask = allocate_mask(input, problem, backend, with_mask);
-  if (problem.numel() == 0) return {output, save_stats, mask};
-  const Tensor dense_input = kernel_input(input, format, backend);
-  const Tensor dense_residual = is_given(residual) ? kernel_input(*residual, format, backend) : Tensor();
-  const auto dense_weight = densely(weight);
-  const auto dense_bias = densely(bias);
-  auto* stats = save_stats.mutable_data_ptr<double>();
-  backend.run(problem,
-              EvalForward{.input = dense_input.const_data_ptr(),
-                          .weight = channels(dense_weight),
-                          .bias = channels(dense_bias),
-                          .running_mean = mean,
-                          .running_var = var,
-                          .eps = eps,
-                          .output = output.mutable_data_ptr(),
-                          .save_mean = stats,
-                          .save_invstd = stats + problem.C,
-                          .epilogue = epilogue_of(activation, dense_residual, mask, with_mask)},
-              input.device());
-  return {output, save_stats, mask};
+  ForwardTensors tensors(input, weight, bias, residual, activation, with_mask, /*reduces=*/false);
+  if (!tensors.empty()) tensors.run(EvalForward{.running_mean = mean, .running_var = var, .eps = eps});
+  return tensors.results();
 }
 
 }  // namespace
@@ -114,39 +141,19 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input, const o
   const Activation activation = parse_activation(act, slope);
   check_training(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, residual,
                  activation, with_mask);
-  const auto format = format_of(input);
-  const Problem problem = problem_of(input, format);
-  TORCH_CHECK_VALUE(problem.count() != 1, "Expected more than 1 value per channel when training, got input size ",
-                    size_of(input));
+  TORCH_CHECK_VALUE(problem_of(input, format_of(input)).count() != 1,
+                    "Expected more than 1 value per channel when training, got input size ", size_of(input));
 
-  const Backend& backend = backend_of(input);
-  Tensor output = backend.allocate_output(input, format, problem, /*reduces=*/true);
-  Tensor save_stats = allocate_stats(input, problem);
-  Tensor mask = allocate_mask(input, problem, backend, with_mask);
+  ForwardTensors tensors(input, weight, bias, residual, activation, with_mask, /*reduces=*/true);
   const RunningTensors running(running_mean, running_var, num_batches_tracked);
-  if (problem.numel() == 0) {
-    if (running.counter() != nullptr) backend.count_batch(running.counter(), input.device());
+  if (tensors.empty()) {
+    if (running.counter() != nullptr) tensors.backend().count_batch(running.counter(), input.device());
     running.counted();
-    return {output, save_stats, mask};
+  } else {
+    tensors.run(TrainingForward{.running = running.pointers(momentum), .eps = eps});
+    running.updated();
   }
-  const Tensor dense_input = kernel_input(input, format, backend);
-  const Tensor dense_residual = is_given(residual) ? kernel_input(*residual, format, backend) : Tensor();
-  const auto dense_weight = densely(weight);
-  const auto dense_bias = densely(bias);
-  auto* stats = save_stats.mutable_data_ptr<double>();
-  backend.run(problem,
-              TrainingForward{.input = dense_input.const_data_ptr(),
-                              .weight = channels(dense_weight),
-                              .bias = channels(dense_bias),
-                              .running = running.pointers(momentum),
-                              .eps = eps,
-                              .output = output.mutable_data_ptr(),
-                              .save_mean = stats,
-                              .save_invstd = stats + problem.C,
-                              .epilogue = epilogue_of(activation, dense_residual, mask, with_mask)},
-              input.device());
-  running.updated();
-  return {output, save_stats, mask};
+  return tensors.results();
 }
 
 Tensor batch_norm_moments(const Tensor& input, double eps) {

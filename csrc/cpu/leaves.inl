@@ -25,7 +25,7 @@ BNEXT_INLINE void broadcast_coefficients(Vec<acc_t> (&c)[kMax], const void* cons
 // fraction of the time without. Not where it would change a sum's order: a gradient's bits must not depend on which
 // others are asked for, and so on the form.
 template <typename scalar_t, typename acc_t, typename Op, Form kForm>
-constexpr bool kCommon = std::is_same_v<acc_t, Natural<scalar_t>> && (!Op::kActivated || kForm != kAny);
+constexpr bool kCommon = kNaturally<scalar_t, acc_t> && (!Op::kActivated || kForm != kAny);
 
 // The two sums of a channel: kUnroll registers each, so that additions do not wait for one another.
 template <typename acc_t, typename scalar_t, typename Op, int kUnroll>
@@ -131,7 +131,7 @@ struct SegmentSums {
 struct ReduceSegments {
   template <typename scalar_t, typename acc_t, typename Op, Form kForm>
   static void run(const ReduceArgs& args) {
-    using Sums = SegmentSums<acc_t, scalar_t, Op, std::is_same_v<acc_t, Natural<scalar_t>> ? 4 : 1>;
+    using Sums = SegmentSums<acc_t, scalar_t, Op, kNaturally<scalar_t, acc_t> ? 4 : 1>;
     constexpr std::int64_t kRun = kInner * Sums::kStep;
     const std::int64_t len = args.block.len;
     Sums sums(args, known_setup<Op, kForm>(args));
@@ -165,7 +165,7 @@ struct RowMap {
         setup(setup),
         open(open),
         dense(args.block.len == args.block.stride),
-        streams(kStreamable<scalar_t, acc_t> && args.streams && args.block.len >= kMinStreamed &&
+        streams(kNaturally<scalar_t, acc_t> && args.streams && args.block.len >= kMinStreamed &&
                 Outputs<scalar_t, Op>(args, setup, 0).can_stream(setup, args.block.stride)) {}
 
   template <typename Lanes>
@@ -222,7 +222,7 @@ struct RowMap {
     const Inputs<scalar_t, Op> inputs(args.block, setup, r);
     Outputs<scalar_t, Op> outputs(args, setup, r);
     std::int64_t i = 0;
-    if constexpr (kStreamable<scalar_t, acc_t>) {
+    if constexpr (kNaturally<scalar_t, acc_t>) {
       if (streams) {
         i = outputs.before_lines(setup);
         const bool is_open = open.filled != 0;
@@ -385,7 +385,7 @@ struct MapColumns {
     const Setup setup = known_setup<Op, kForm>(args);
     const bool rows_alike = args.block.stride * static_cast<std::int64_t>(sizeof(scalar_t)) % kLineBytes == 0;
     std::int64_t r = 0;
-    if constexpr (kStreamable<scalar_t, acc_t>) {
+    if constexpr (kNaturally<scalar_t, acc_t>) {
       const Outputs<scalar_t, Op> outputs(args, setup, 0);
       if (args.streams && rows_alike && outputs.can_stream(setup, args.block.stride) &&
           outputs.before_lines(setup) == 0) {

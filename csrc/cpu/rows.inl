@@ -5,9 +5,9 @@
 template <typename acc_t>
 using Vec = Vector<acc_t, kWidth<acc_t>>;
 
-// Streaming is for the way that data of any size takes.
+// The way that nearly all data takes: what it gains by streaming and unrolling is worth its code.
 template <typename scalar_t, typename acc_t>
-constexpr bool kStreamable = std::is_same_v<acc_t, Natural<scalar_t>>;
+constexpr bool kNaturally = std::is_same_v<acc_t, Natural<scalar_t>>;
 
 template <typename Op>
 constexpr int kInputs = int{Op::kReadsInput} + int{Op::kReadsGrad} + int{Op::kActivated};

@@ -327,34 +327,42 @@ BNEXT_INLINE std::uint32_t open_bits(const V& z) {
   return bits;
 }
 
+// Where a row's mask holds the bit of element i, which is not negative: a quotient of what could be takes instructions.
+BNEXT_INLINE std::uint64_t mask_byte(std::int64_t i) { return static_cast<std::uint64_t>(i) / 8; }
+
 // The bits of elements i, i + 1, ... of a row's mask, i a multiple of a register's lanes kN.
 template <int kN>
 BNEXT_INLINE std::uint32_t load_mask(const std::uint8_t* mask, std::int64_t i, Whole = {}) {
   if constexpr (kN == 16) {
     std::uint16_t bits;
-    __builtin_memcpy(&bits, mask + i / 8, sizeof bits);
+    __builtin_memcpy(&bits, mask + mask_byte(i), sizeof bits);
     return bits;
+  } else if constexpr (kN == 8) {
+    return mask[mask_byte(i)];
   } else {
-    return mask[i / 8] >> (i % 8);
+    return mask[mask_byte(i)] >> (i % 8);
   }
 }
 
 // The row may end with the byte that holds the last of them.
 template <int kN>
 BNEXT_INLINE std::uint32_t load_mask(const std::uint8_t* mask, std::int64_t i, Part part) {
-  if (kN == 16 && part.n <= 8) return mask[i / 8];
+  if (kN == 16 && part.n <= 8) return mask[mask_byte(i)];
   return load_mask<kN>(mask, i);
 }
 
 // A row is written from its first element to its last.
 template <int kN>
 BNEXT_INLINE void store_mask(std::uint8_t* mask, std::int64_t i, std::uint32_t bits, Whole = {}) {
+  std::uint8_t* to = mask + mask_byte(i);
   if constexpr (kN == 16) {
     const auto word = static_cast<std::uint16_t>(bits);
-    __builtin_memcpy(mask + i / 8, &word, sizeof word);
+    __builtin_memcpy(to, &word, sizeof word);
+  } else if constexpr (kN == 8) {
+    *to = static_cast<std::uint8_t>(bits);
   } else {
-    const std::uint32_t before = i % 8 == 0 ? 0u : mask[i / 8];
-    mask[i / 8] = static_cast<std::uint8_t>(before | bits << (i % 8));
+    const std::uint32_t before = i % 8 == 0 ? 0u : *to;
+    *to = static_cast<std::uint8_t>(before | bits << (i % 8));
   }
 }
 
@@ -362,7 +370,7 @@ template <int kN>
 BNEXT_INLINE void store_mask(std::uint8_t* mask, std::int64_t i, std::uint32_t bits, Part part) {
   const std::uint32_t named = bits & lane_bits(part);
   if (kN == 16 && part.n <= 8) {
-    mask[i / 8] = static_cast<std::uint8_t>(named);
+    mask[mask_byte(i)] = static_cast<std::uint8_t>(named);
   } else {
     store_mask<kN>(mask, i, named);
   }
