@@ -29,9 +29,12 @@ SOURCES = [
     "csrc/cpu/channels_last.cpp",
     "csrc/cpu/large_blocks.cpp",
     "csrc/cpu/isa.cpp",
-    "csrc/cpu/isa_default.cpp",
-    "csrc/cpu/isa_avx2.cpp",
-    "csrc/cpu/isa_avx512.cpp",
+    # An instruction set's leaves, the longest to compile first.
+    *(
+        f"csrc/cpu/isa/{isa}_{leaves}.cpp"
+        for leaves in ("map_columns", "map_segments", "reduce_segments", "reduce_columns", "leaf_table")
+        for isa in ("avx512", "avx2", "default")
+    ),
 ]
 CUDA_SOURCES = [
     "csrc/backend_cuda.cpp",

@@ -1,5 +1,6 @@
 torch_version: str
 compiler: str
+activations: tuple[str, ...]
 cuda: bool
 cuda_architectures: str
 

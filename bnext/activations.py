@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-NAMES = ("identity", "relu", "leaky_relu", "silu", "gelu", "hardswish")
+from . import _C
+
+NAMES = _C.activations
 LEAKY_SLOPE = 0.01
 
 Act = str | tuple[str, float] | None

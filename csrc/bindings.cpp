@@ -5,6 +5,7 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <iterator>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -13,6 +14,7 @@
 #include "autograd.h"
 #include "backend.h"
 #include "batch_norm.h"
+#include "common/activation.h"
 #include "cpu/isa.h"
 #include "cpu/large_blocks.h"
 
@@ -116,6 +118,12 @@ void cap_cuda_device(std::optional<int> sms, std::optional<int> shared_per_block
 #endif
 }
 
+pybind11::tuple activations() {
+  pybind11::tuple names(std::size(bnext::kActs));
+  for (std::size_t i = 0; i < names.size(); ++i) names[i] = bnext::kActs[i].name;
+  return names;
+}
+
 void set_cpu_isa(const std::string& name) {
   std::string known;
   for (const auto isa : bnext::cpu::available_isas()) {
@@ -131,6 +139,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of bnext. Importing it registers the operators torch.ops.bnext.*.";
   m.attr("torch_version") = TORCH_VERSION;  // that this was compiled against
   m.attr("compiler") = __VERSION__;
+  m.attr("activations") = activations();
   m.attr("cuda") = kCuda;
   m.attr("cuda_architectures") = kCudaArchitectures;  // 8.0,9.0
   m.def("cap_cuda_device", &cap_cuda_device, pybind11::arg("sms") = pybind11::none(),

@@ -11,14 +11,6 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-struct NamedActivation {
-  std::string_view name;
-  Act act;
-};
-constexpr NamedActivation kActivations[] = {
-    {"identity", Act::kIdentity}, {"relu", Act::kRelu}, {"leaky_relu", Act::kLeakyRelu},
-    {"silu", Act::kSilu},         {"gelu", Act::kGelu}, {"hardswish", Act::kHardswish}};
-
 void check_updated(const char* name, const optional<Tensor>& tensor, const Tensor& input) {
   if (!is_given(tensor)) return;
   check_channels(name, *tensor, input);
@@ -125,15 +117,15 @@ void check_training(const Tensor& input, const optional<Tensor>& weight, const o
 
 Activation parse_activation(std::string_view act, double slope) {
   std::string known;
-  for (const auto& each : kActivations) {
+  for (const auto& each : kActs) {
     if (act == each.name) return {each.act, slope};
-    known += (known.empty() ? "" : ", ") + std::string(each.name);
+    known += std::string(known.empty() ? "" : ", ") + each.name;
   }
   TORCH_CHECK_VALUE(false, "batch_norm: expected act to be one of ", known, ", but got ", std::string(act));
 }
 
 std::string_view activation_name(Act act) {
-  for (const auto& each : kActivations) {
+  for (const auto& each : kActs) {
     if (act == each.act) return each.name;
   }
   TORCH_INTERNAL_ASSERT(false, "an activation without a name");

@@ -14,6 +14,15 @@ namespace bnext {
 
 enum class Act : std::uint8_t { kIdentity, kRelu, kLeakyRelu, kSilu, kGelu, kHardswish };
 
+// As users name them.
+struct NamedAct {
+  const char* name;
+  Act act;
+};
+inline constexpr NamedAct kActs[] = {
+    {"identity", Act::kIdentity}, {"relu", Act::kRelu}, {"leaky_relu", Act::kLeakyRelu},
+    {"silu", Act::kSilu},         {"gelu", Act::kGelu}, {"hardswish", Act::kHardswish}};
+
 struct Activation {
   Act act = Act::kIdentity;
   double slope = 0.0;  // kLeakyRelu, for negative values

@@ -144,7 +144,10 @@ struct BackwardOp {
       normalization(c, normalize, access);
       for (int k = 0; k < kMaxReduceCoefficients; ++k) coefficients[k] = normalize[k];
     } else {
-      coefficients[0] = SplitMean<V>(dtype, access.load(args.save_mean, c)).high;
+      const V high = SplitMean<V>(dtype, access.load(args.save_mean, c)).high;
+      const V size = rounded_to_float32(8.0 / access.load(args.save_invstd, c));
+      const V sum = high + size;
+      coefficients[0] = coarse_shift(high, size, dtype == DType::kFloat64 ? sum : rounded_to_float32(sum));
     }
   }
 

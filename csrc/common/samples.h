@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "inline.h"
+#include "statistics.h"
 
 namespace bnext {
 
@@ -26,6 +27,19 @@ struct SamplePositions {
 template <typename V, typename acc_t>
 BNEXT_INLINE V average(const V& a, const V& b, acc_t half) {
   return a * half + b * half;
+}
+
+// The distance of a sample that is `off` the mean, or of the farthest before it.
+template <typename V>
+BNEXT_INLINE V farthest(const V& distance, const V& off) {
+  const V size = off < static_cast<scalar_of<V>>(0) ? -off : off;
+  return size > distance ? size : distance;
+}
+
+template <typename V>
+BNEXT_INLINE V shift_of_samples(const V& mean, const V& distance) {
+  const V size = distance * static_cast<scalar_of<V>>(4);
+  return coarse_shift<V>(mean, size, mean + size);
 }
 
 }  // namespace bnext

@@ -30,6 +30,17 @@ BNEXT_INLINE V rounded_to_float32(const V& x) {
     return static_cast<double>(static_cast<float>(x));
 }
 
+// A shift with no finer bits than numbers of `size` have, where it is smaller than these; `size` is a few times the
+// spread of the values to be shifted, `sum` is shift + size as their type holds it. Values minus a number with finer
+// bits are rounded, all that share an exponent by the same amount, and their sum is off by that times their count.
+template <typename V>
+BNEXT_INLINE V coarse_shift(const V& shift, const V& size, const V& sum) {
+  using T = scalar_of<V>;
+  const V magnitude = shift < static_cast<T>(0) ? -shift : shift;
+  const V coarse = sum - size;
+  return (magnitude < size) & (size < static_cast<T>(1e37)) ? coarse : shift;
+}
+
 // A channel's two sums, and the value its elements were shifted by.
 template <typename V>
 struct SumsOf {

@@ -1,4 +1,6 @@
-// The per-channel mathematics for a register of channels at a time. Included by leaves.inl alone.
+// The per-channel mathematics for a register of channels at a time.
+
+#include "rows.inl"
 
 // Channels c, c + 1, ... as the lanes of a register (an Access of common/channel_ops.h).
 template <typename Lanes>

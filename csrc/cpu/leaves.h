@@ -44,6 +44,7 @@ constexpr int map_coefficients_of(MapOp op) {
 
 // The type that elements are widened to before they are computed with.
 enum class Compute { kFloat32, kFloat64 };
+constexpr int kComputes = 2;
 
 constexpr Compute natural_compute(DType dtype) {
   return dtype == DType::kFloat64 ? Compute::kFloat64 : Compute::kFloat32;
@@ -126,10 +127,10 @@ using NarrowLeaf = void (*)(const double* wide, std::int64_t n, float* single, s
 
 // Indexed [dtype][compute][op]; float64 data has no float32 compute, and those entries are null.
 struct LeafTable {
-  ReduceLeaf reduce_segments[kDTypes][2][kReduceOps];
-  ReduceLeaf reduce_columns[kDTypes][2][kReduceOps];
-  MapLeaf map_segments[kDTypes][2][kMapOps];
-  MapLeaf map_columns[kDTypes][2][kMapOps];
+  ReduceLeaf reduce_segments[kDTypes][kComputes][kReduceOps];
+  ReduceLeaf reduce_columns[kDTypes][kComputes][kReduceOps];
+  MapLeaf map_segments[kDTypes][kComputes][kMapOps];
+  MapLeaf map_columns[kDTypes][kComputes][kMapOps];
   SampleLeaf sample[kDTypes];
   NarrowLeaf narrow;
   ChannelLeaves<TrainingForwardOp> training;
@@ -137,7 +138,7 @@ struct LeafTable {
   ChannelLeaves<BackwardOp> backward;
 };
 
-// One for each translation unit isa_*.cpp.
+// One for each instruction set (isa/).
 namespace isa_default {
 LeafTable leaf_table();
 }

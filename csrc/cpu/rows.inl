@@ -1,4 +1,8 @@
-// A row of a block, as a functor reads and writes it. Included by leaves.inl alone, as vec.h is by this file.
+// A row of a block, as a functor reads and writes it: what all leaves share. Each file of leaves includes it, inside
+// the namespace of an instruction set and under its target pragma (isa/). Nothing of the standard library is
+// instantiated in these files, so that no function compiled for a newer processor can be merged with a copy that an
+// older one calls.
+#pragma once
 
 #include "vec.h"
 
@@ -119,6 +123,23 @@ void run_form(const Args& args) {
   } else {
     Leaf::template run<scalar_t, acc_t, Op, kAny>(args);
   }
+}
+
+// What is worth unrolling: the way that nearly all data takes. The rest is a good part of the code, and compiles in a
+// fraction of the time without. Not where it would change a sum's order: a gradient's bits must not depend on which
+// others are asked for, and so on the form.
+template <typename scalar_t, typename acc_t, typename Op, Form kForm>
+constexpr bool kCommon = kNaturally<scalar_t, acc_t> && (!Op::kActivated || kForm != kAny);
+
+// The coefficients of the lanes from element j on; of all alike, where they belong to one channel.
+template <typename acc_t, typename Op, int kMax, typename Lanes>
+BNEXT_INLINE void load_coefficients(Vec<acc_t> (&c)[kMax], const void* const (&from)[kMax], std::int64_t j,
+                                    Lanes lanes) {
+  for (int k = 0; k < Op::kCoefficients; ++k) c[k] = load_vector<acc_t>(static_cast<const acc_t*>(from[k]) + j, lanes);
+}
+template <typename acc_t, typename Op, int kMax>
+BNEXT_INLINE void broadcast_coefficients(Vec<acc_t> (&c)[kMax], const void* const (&from)[kMax], std::int64_t j) {
+  for (int k = 0; k < Op::kCoefficients; ++k) c[k] = broadcast(static_cast<const acc_t*>(from[k])[j]);
 }
 
 // What Op reads of row r of a block.

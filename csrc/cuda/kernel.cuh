@@ -162,10 +162,17 @@ class BlockTask {
     for (int first = 0; first < span_.channels; first += step) {
       const int channel = first + static_cast<int>(threadIdx.x) / kMaxSamples;
       if (first > 0) value = load_sample(first);
+      Acc mean = value;
       for (int lanes = 1; lanes < plan_.samples; lanes *= 2) {
-        value = average(value, __shfl_xor_sync(0xffffffffu, value, lanes), static_cast<Acc>(0.5));
+        mean = average(mean, __shfl_xor_sync(0xffffffffu, mean, lanes), static_cast<Acc>(0.5));
       }
-      if (stores && channel < span_.channels) shared_.shift[channel] = static_cast<double>(value);
+      Acc distance = farthest(Acc{}, value - mean);
+      for (int lanes = 1; lanes < plan_.samples; lanes *= 2) {
+        distance = farthest(distance, __shfl_xor_sync(0xffffffffu, distance, lanes));
+      }
+      if (stores && channel < span_.channels) {
+        shared_.shift[channel] = static_cast<double>(shift_of_samples(mean, distance));
+      }
     }
     __syncthreads();
   }

@@ -1,4 +1,4 @@
-// The leaves compiled for the processor's baseline: SSE2 on x86-64, Neon on aarch64.
+// Compiles BNEXT_LEAVES, the name of a file of leaves, for the processor's baseline: SSE2 on x86-64, Neon on aarch64.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -7,10 +7,10 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../common/half.h"
-#include "leaves.h"
+#include "../../common/half.h"
+#include "../leaves.h"
 
 namespace bnext::cpu::isa_default {
 constexpr int kVectorBytes = 16;
-#include "leaves.inl"
+#include BNEXT_LEAVES
 }  // namespace bnext::cpu::isa_default

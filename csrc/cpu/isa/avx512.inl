@@ -1,4 +1,4 @@
-// The leaves compiled for x86-64-v4 (AVX-512 F, BW, CD, DQ, VL).
+// Compiles BNEXT_LEAVES, the name of a file of leaves, for x86-64-v4 (AVX-512 F, BW, CD, DQ, VL).
 #if defined(__x86_64__)
 
 #include <immintrin.h>
@@ -15,12 +15,12 @@
 #pragma GCC target("arch=x86-64-v4", "prfchw", "prefer-vector-width=512")
 #endif
 
-#include "../common/half.h"
-#include "leaves.h"
+#include "../../common/half.h"
+#include "../leaves.h"
 
 namespace bnext::cpu::isa_avx512 {
 constexpr int kVectorBytes = 64;
-#include "leaves.inl"
+#include BNEXT_LEAVES
 }  // namespace bnext::cpu::isa_avx512
 
 #if defined(__clang__)

@@ -1,4 +1,4 @@
-// The leaves compiled for x86-64-v3 (AVX2, FMA, F16C).
+// Compiles BNEXT_LEAVES, the name of a file of leaves, for x86-64-v3 (AVX2, FMA, F16C).
 #if defined(__x86_64__)
 
 #include <immintrin.h>
@@ -15,12 +15,12 @@
 #pragma GCC target("arch=x86-64-v3")
 #endif
 
-#include "../common/half.h"
-#include "leaves.h"
+#include "../../common/half.h"
+#include "../leaves.h"
 
 namespace bnext::cpu::isa_avx2 {
 constexpr int kVectorBytes = 32;
-#include "leaves.inl"
+#include BNEXT_LEAVES
 }  // namespace bnext::cpu::isa_avx2
 
 #if defined(__clang__)

@@ -1,0 +1,2 @@
+#define BNEXT_LEAVES "../map_segments.inl"
+#include "default.inl"

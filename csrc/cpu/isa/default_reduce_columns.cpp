@@ -1,0 +1,2 @@
+#define BNEXT_LEAVES "../reduce_columns.inl"
+#include "default.inl"

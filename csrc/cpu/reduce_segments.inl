@@ -1,0 +1,126 @@
+// Sums of a block that belongs to one channel.
+
+#include "chains.inl"
+#include "rows.inl"
+#include "table.inl"
+
+// The two sums of a channel: kUnroll registers each, so that additions do not wait for one another.
+template <typename acc_t, typename scalar_t, typename Op, int kUnroll>
+struct SegmentSums {
+  static_assert(kUnroll == 4 || kUnroll == 1);
+  static constexpr std::int64_t kN = kWidth<acc_t>;
+  static constexpr std::int64_t kStep = kUnroll * kN;
+
+  Vec<acc_t> first[kUnroll] = {};
+  Vec<acc_t> second[kUnroll] = {};
+  Vec<acc_t> first_outer[kUnroll] = {};
+  Vec<acc_t> second_outer[kUnroll] = {};
+  double first_total = 0.0;
+  double second_total = 0.0;
+  std::int64_t inner = 0;
+  std::int64_t outer = 0;
+
+  Vec<acc_t> c[kMaxReduceCoefficients] = {};
+  const Setup setup;
+  const std::int64_t ahead;
+
+  BNEXT_INLINE SegmentSums(const ReduceArgs& args, const Setup& setup) : setup(setup), ahead(args.ahead) {
+    broadcast_coefficients<acc_t, Op>(c, args.coefficients, 0);
+  }
+
+  BNEXT_INLINE void add_vector(int u, const Inputs<scalar_t, Op>& inputs, std::int64_t i) {
+    Vec<acc_t> in[kMaxInputs];
+    inputs.template load<acc_t>(in, setup, i, Whole{});
+    Op::template add<scalar_t>(first[u], second[u], in, c, setup.epilogue);
+  }
+
+  // What is added to which lane makes no difference, but to the last bit.
+  BNEXT_INLINE void add_two(int u, const Inputs<scalar_t, Op>& inputs, std::int64_t i) {
+    if (setup.epilogue.has_mask) {
+      add_vector(u, inputs, i);
+      add_vector(u + 1, inputs, i + kN);
+      return;
+    }
+    Vec<acc_t> in[2][kMaxInputs];
+    inputs.template load_two<acc_t>(in, setup, i);
+    Op::template add<scalar_t>(first[u], second[u], in[0], c, setup.epilogue);
+    Op::template add<scalar_t>(first[u + 1], second[u + 1], in[1], c, setup.epilogue);
+  }
+
+  BNEXT_INLINE void add_part(int u, const Inputs<scalar_t, Op>& inputs, std::int64_t i, Part part) {
+    Vec<acc_t> in[kMaxInputs];
+    Vec<acc_t> a = {};
+    Vec<acc_t> b = {};
+    inputs.template load<acc_t>(in, setup, i, part);
+    Op::template add<scalar_t>(a, b, in, c, setup.epilogue);
+    first[u] += keep<acc_t>(a, part);
+    second[u] += keep<acc_t>(b, part);
+  }
+
+  // Elements [i, n), at most kInner * kStep of them.
+  BNEXT_INLINE void add_run(const Inputs<scalar_t, Op>& inputs, std::int64_t i, std::int64_t n) {
+    inner += (n - i) / kStep + 1;
+    if (ahead != 0) {
+      for (std::int64_t j = i; j < n; j += kLineBytes / static_cast<std::int64_t>(sizeof(scalar_t))) {
+        inputs.prefetch(setup, j + ahead);
+      }
+    }
+    if constexpr (kUnroll == 4) {
+      for (; i + kStep <= n; i += kStep) {
+#pragma GCC unroll 2
+        for (int u = 0; u < kUnroll; u += 2) add_two(u, inputs, i + u * kN);
+      }
+      // What is left fills fewer than kUnroll registers; each goes to a register of its own.
+      if (i + kN <= n) add_vector(0, inputs, i), i += kN;
+      if (i + kN <= n) add_vector(1, inputs, i), i += kN;
+      if (i + kN <= n) add_vector(2, inputs, i), i += kN;
+    } else {
+      for (; i + kN <= n; i += kN) add_vector(0, inputs, i);
+    }
+    if (i < n) add_part(kUnroll - 1, inputs, i, Part{static_cast<int>(n - i)});
+    if (inner >= kInner) settle();
+  }
+
+  BNEXT_INLINE void settle() {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) {
+      first_outer[u] += first[u];
+      second_outer[u] += second[u];
+      first[u] = second[u] = Vec<acc_t>{};
+    }
+    inner = 0;
+    if (++outer == kOuter) flush();
+  }
+
+  // Kept out of the loops: it would take their registers.
+  __attribute__((noinline)) void flush() {
+    for (int u = 0; u < kUnroll; ++u) {
+      for (int l = 0; l < kN; ++l) {
+        first_total += static_cast<double>(first_outer[u][l]);
+        second_total += static_cast<double>(second_outer[u][l]);
+      }
+      first_outer[u] = second_outer[u] = Vec<acc_t>{};
+    }
+    outer = 0;
+  }
+};
+
+struct ReduceSegments {
+  template <typename scalar_t, typename acc_t, typename Op, Form kForm>
+  static void run(const ReduceArgs& args) {
+    using Sums = SegmentSums<acc_t, scalar_t, Op, kNaturally<scalar_t, acc_t> ? 4 : 1>;
+    constexpr std::int64_t kRun = kInner * Sums::kStep;
+    const std::int64_t len = args.block.len;
+    Sums sums(args, known_setup<Op, kForm>(args));
+    for (std::int64_t r = 0; r < args.block.rows; ++r) {
+      const Inputs<scalar_t, Op> inputs(args.block, sums.setup, r);
+      for (std::int64_t i = 0; i < len; i += kRun) sums.add_run(inputs, i, len - i < kRun ? len : i + kRun);
+    }
+    sums.settle();
+    sums.flush();
+    *args.first += sums.first_total;
+    *args.second += sums.second_total;
+  }
+};
+
+void add_reduce_segments(LeafTable& table) { fill<ReduceSegments>(table.reduce_segments); }
