@@ -52,7 +52,7 @@ stop_if = $(if $(strip $(1)),$(error $(strip $(1))))
 base    = $(if $(wildcard $(PY)),$(PY) have-venv,$(PYTHON) $(if $(SYSTEM_SITE),need-venv,need-venv-pip))
 
 .DEFAULT_GOAL := help
-.PHONY: help build test bench mutants instructions cuda-check gpu lint format clean tools FORCE
+.PHONY: help build test bench numerics sanitize package mutants instructions cuda-check gpu lint format clean tools FORCE
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -67,6 +67,9 @@ test: tools $(BUILT) ## set up, build, run the tests
 	@$(PY) tests/simt/build.py >/dev/null
 	@$(PY) -m pytest $(PYTEST_ARGS)
 
+mutation: tools $(BUILT) ## plant faults in the C++ and Python sources, one at a time; the tests must fail; a minute or two
+	@$(PY) tests/mutation/run.py
+
 mutants: tools $(BUILT) ## take each synchronisation out of the CUDA kernels; the emulated tests must fail
 	@$(PY) tests/simt/mutants.py
 
@@ -76,8 +79,17 @@ instructions: tools $(BUILT) ## count the CPU kernels' instructions in valgrind,
 cuda-check: tools $(DEPS) ## compile the CUDA sources for three architectures, read registers and machine code
 	@$(PY) .ci/cuda_check.py
 
+sanitize: tools $(DEPS) ## the operators and the CPU kernels under AddressSanitizer and UBSan; a quarter of an hour
+	@.ci/sanitize $(PY) $(PYTEST_ARGS)
+
+package: tools $(DEPS) ## sdist and wheel, and a smoke test of the wheel in an empty environment
+	@.ci/package $(PY) $(TORCH)
+
 bench: tools $(BUILT) ## set up, build, run the benchmark
 	@$(PY) -m benchmarks $(BENCH_ARGS)
+
+numerics: tools $(BUILT) ## set up, build, print the errors of bnext and of torch against float64
+	@$(PY) -m benchmarks numerics
 
 # The packages are PYTHON's; the kernels are built for the GPU that is there alone.
 gpu: ## on a machine with a GPU, without a network: build, test, sanitise, measure

@@ -1,7 +1,7 @@
 """Build of the extension bnext._C. Everything else about the package is in pyproject.toml.
 
 BNEXT_CUDA=1 demands the CUDA kernels, 0 leaves them out; by default they are built where torch has CUDA and there is
-an nvcc. Whether a GPU is there does not matter.
+an nvcc. Whether a GPU is there does not matter. BNEXT_SANITIZE=1 is for .ci/sanitize.
 """
 
 import os
@@ -52,6 +52,12 @@ if sys.platform == "linux":
     # Without it torch's parallel_for, a template in a header, silently compiles to a serial loop.
     CXX_FLAGS.append("-fopenmp")
     LINK_FLAGS.append("-fopenmp")
+
+if os.environ.get("BNEXT_SANITIZE") == "1":
+    # The last -O counts; optimised further, the vector code takes minutes to compile and names the wrong lines.
+    SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    CXX_FLAGS += [*SANITIZERS, "-O1", "-g1", "-D_GLIBCXX_ASSERTIONS"]
+    LINK_FLAGS += SANITIZERS
 
 NVCC_FLAGS = ["-O3", "-Xcompiler=-fvisibility=hidden", "-Xptxas=-warn-spills"]
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"

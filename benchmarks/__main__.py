@@ -1,6 +1,7 @@
 """``python -m benchmarks``: measure (without a command), or report on what was measured.
 
-Exit status: 0; 1 where a result is wrong or a README is out of date; 2 on bad input; 130 on Ctrl-C.
+Exit status: 0; 1 where a result is wrong, misses the bar of numerics, or a README is out of date; 2 on bad input; 130
+on Ctrl-C.
 """
 
 import argparse
@@ -20,7 +21,8 @@ from benchmarks.model_suites import (
     model_case_work,
     select_model_cases,
 )
-from benchmarks.rows import InputError, load_rows, save_rows
+from benchmarks.numerics_results import FILE, Results, is_numerics, load_results, save_results
+from benchmarks.rows import InputError, load_rows, save_rows, write_atomically
 from benchmarks.suites import (
     DEFAULT_DTYPES,
     DEFAULT_SECONDS,
@@ -116,6 +118,12 @@ def make_parser() -> Parser:
         "--quick", action="store_true", help=f"only small shapes, {QUICK_ROUNDS} rounds: a look, not a result"
     )
     measure.add_argument(
+        "--output", type=Path, default=LATEST, metavar="DIR", help="default: benchmarks/results/latest"
+    )
+
+    numerics = commands.add_parser("numerics", help="errors of bnext and of torch on hard cases, against float64")
+    numerics.set_defaults(run=run_numerics)
+    numerics.add_argument(
         "--output", type=Path, default=LATEST, metavar="DIR", help="default: benchmarks/results/latest"
     )
 
@@ -247,15 +255,56 @@ def show(file: Path) -> None:
     print(f"{file}\n{picture}" if tensors else file)
 
 
+def run_numerics(arguments: argparse.Namespace) -> int:
+    make_writable(arguments.output)
+    try:
+        from benchmarks.numerics import measure
+        from benchmarks.numerics_cases import CASES
+    except ImportError as error:
+        raise InputError(f"cannot measure: {error} (build bnext first: make build)") from None
+    from benchmarks.progress import ProgressBar
+
+    with ProgressBar(len(CASES)) as progress:
+        results = measure(CASES, progress.advance)
+    save_results(arguments.output / FILE, results)
+    return show_numerics(arguments.output / FILE, results)
+
+
+def show_numerics(file: Path, results: Results) -> int:
+    """Write the page beside the file, print the table, name the rows that miss the bar, and choose the exit status."""
+    from benchmarks.numerics_table import page, print_table
+
+    table = file.with_suffix(".md")
+    try:
+        write_atomically(table, page(results).encode())
+    except OSError as error:
+        raise InputError(f"cannot write {table}: {error.strerror}") from None
+    print_table(results)
+    print(f"{file}\n{table}", flush=True)
+    for row in results.failing:
+        print(f"{PROGRAM}: error: {row}: bnext {row.bnext:.3g}, torch {row.torch:.3g}", file=sys.stderr)
+    print(results.summary)
+    return 1 if results.failing else 0
+
+
 def run_report(arguments: argparse.Namespace) -> int:
     if arguments.check and not arguments.readme:
         raise InputError("--check needs --readme")
+    of_numerics = is_numerics(arguments.file)
     if not arguments.readme:
+        if of_numerics:
+            return show_numerics(arguments.file, load_results(arguments.file))
         show(arguments.file)
         return 0
-    from benchmarks.readme import update_readme
+    from benchmarks.readme import NUMERICS, blocks, update_blocks
 
-    current = update_readme(arguments.readme, load_rows(arguments.file), check=arguments.check)
+    if of_numerics:
+        from benchmarks.numerics_table import readme_block
+
+        new = {NUMERICS: readme_block(load_results(arguments.file))}
+    else:
+        new = blocks(load_rows(arguments.file))
+    current = update_blocks(arguments.readme, new, check=arguments.check)
     if arguments.check and not current:
         remedy = f"run {PROGRAM} report {arguments.file} --readme {arguments.readme}"
         print(f"{PROGRAM}: {arguments.readme} is out of date; {remedy}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """The measured tables of a README, each rewritten between two markers of its own."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.bars import (
@@ -49,6 +49,9 @@ MARKERS: dict[Kind, tuple[str, str]] = {
 for _what in ("fused", "training", "compiled"):
     MARKERS["cpu", _what, False] = (f"<!-- benchmark:{_what}:begin -->", f"<!-- benchmark:{_what}:end -->")
     MARKERS["cuda", _what, False] = (f"<!-- benchmark:cuda:{_what}:begin -->", f"<!-- benchmark:cuda:{_what}:end -->")
+# Not of measurements: the errors of numerics_results.
+NUMERICS: Kind = ("cpu", "numerics", False)
+MARKERS[NUMERICS] = ("<!-- numerics:begin -->", "<!-- numerics:end -->")
 
 
 def kind(row: Row) -> Kind:
@@ -179,12 +182,21 @@ def rewritten(text: str, block: str, of: Kind = ("cpu", "", False)) -> str:
     return f"{head}{begin}\n{block}\n{end}{tail}"
 
 
+def blocks(rows: Sequence[Row]) -> dict[Kind, str]:
+    """A block for each kind of rows that occurs."""
+    return {of: markdown([row for row in rows if kind(row) == of]) for of in dict.fromkeys(map(kind, rows))}
+
+
 def update_readme(path: Path, rows: Sequence[Row], check: bool) -> bool:
     """Bring the README up to date, or with ``check`` only look; tells whether it was current."""
+    return update_blocks(path, blocks(rows), check)
+
+
+def update_blocks(path: Path, blocks: Mapping[Kind, str], check: bool) -> bool:
     try:
         text = new = path.read_text(encoding="utf-8")
-        for of in dict.fromkeys(map(kind, rows)):
-            new = rewritten(new, markdown([row for row in rows if kind(row) == of]), of)
+        for of, block in blocks.items():
+            new = rewritten(new, block, of)
         if new != text and not check:
             write_atomically(path, new.encode())
     except OSError as error:

@@ -10,20 +10,18 @@ lies in a header that the forward and the backward kernels share: only the forwa
 
 from __future__ import annotations
 
-import argparse
-import os
+import contextlib
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mutation.runner import failed_test, main
 from simt.build import BUILD, ROOT, build
 
 KERNELS = ROOT / "csrc" / "cuda"
@@ -86,40 +84,26 @@ def compiled(mutant: Mutant, folder: Path) -> Path:
     return build(folder / "build", kernels={"csrc/cuda/forward.cu": folder}, objects=BUILD)
 
 
+def noticed_by(library: Path) -> str | None:
+    """The test that fails with it. They need a process of their own: torch keeps what it has loaded."""
+    return failed_test(*TESTS, timeout=3600, BNEXT_SIMT_LIBRARY=str(library), PYTHONPATH=str(ROOT))
+
+
 def survives(library: Path) -> bool:
-    """Whether the tests pass with it. They need a process of their own: torch keeps what it has loaded."""
-    environment = {**os.environ, "BNEXT_SIMT_LIBRARY": str(library), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode not in (0, 1):
-        raise RuntimeError(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stdout}{done.stderr}")
-    return done.returncode == 0
+    """Whether the tests pass with it."""
+    return noticed_by(library) is None
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
-    parser.add_argument("--list", action="store_true", help="print the mutants and stop")
-    arguments = parser.parse_args()
-    mutants = [mutant for mutant in all_mutants() if not arguments.names or mutant.name in arguments.names]
-    if unknown := set(arguments.names) - {mutant.name for mutant in mutants}:
-        parser.error(f"no such mutant: {', '.join(sorted(unknown))}")
-    if arguments.list:
-        print("\n".join(map(str, mutants)))
-        return 0
+def judge(mutant: Mutant) -> str | None:
+    with tempfile.TemporaryDirectory() as name:
+        return noticed_by(compiled(mutant, Path(name)))
+
+
+@contextlib.contextmanager
+def prepare(_: Sequence[Mutant]) -> Iterator[Callable[[Mutant], str | None]]:
     build()
-    survivors = []
-    for number, mutant in enumerate(mutants, 1):
-        started = time.monotonic()
-        with tempfile.TemporaryDirectory() as name:
-            alive = survives(compiled(mutant, Path(name)))
-        if alive:
-            survivors.append(mutant)
-        verdict = "SURVIVED" if alive else "caught"
-        print(f"[{number}/{len(mutants)}] {verdict:<8} {time.monotonic() - started:3.0f} s  {mutant}", flush=True)
-    print(f"{len(mutants) - len(survivors)} of {len(mutants)} mutants caught")
-    return 1 if survivors else 0
+    yield judge
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, list(all_mutants()), prepare))

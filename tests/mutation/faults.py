@@ -1,0 +1,169 @@
+"""The faults: each is what a careless change would make, and a user would notice late."""
+
+from __future__ import annotations
+
+from mutation.edits import Fault
+
+STATISTICS = "csrc/common/statistics.h"
+CHANNELS = "csrc/common/channel_ops.h"
+ACTIVATION = "csrc/common/activation.h"
+AUTOGRAD = "csrc/autograd.cpp"
+TENSORS = "csrc/batch_norm.cpp"
+CHECKS = "csrc/checks.cpp"
+
+PLAIN_TRAINING = "train_batch_norm(input, running_mean, running_var, None, weight, bias, momentum, eps)"
+
+FAULTS: tuple[Fault, ...] = (
+    # The statistics.
+    Fault(
+        "running_var-is-biased",
+        CHANNELS,
+        "unbiased_var(batch.var, count)",
+        "batch.var",
+        ("tests/test_forward.py::test_momentum_and_eps",),
+    ),
+    Fault(
+        "momentum-is-swapped",
+        STATISTICS,
+        "(1.0 - momentum) * running + momentum * batch",
+        "momentum * running + (1.0 - momentum) * batch",
+        ("tests/test_forward.py::test_momentum_and_eps",),
+    ),
+    Fault(
+        "batch-is-not-counted",
+        "csrc/cpu/batch_norm.cpp",
+        "running.num_batches_tracked != nullptr",
+        "false",
+        ("tests/test_forward.py::test_counter_with_momentum_only_counts",),
+    ),
+    Fault(
+        "batch-variance-is-unbiased",
+        STATISTICS,
+        "m2 / count",
+        "m2 / (count - 1.0)",
+        ("tests/test_forward.py::test_save_stats_are_mean_and_invstd_in_float64",),
+    ),
+    Fault(
+        "eps-is-outside-the-root",
+        STATISTICS,
+        "1.0 / lane_by_lane(var + eps, [](double lane) { return std::sqrt(lane); })",
+        "1.0 / (lane_by_lane(var, [](double lane) { return std::sqrt(lane); }) + eps)",
+        ("tests/test_forward.py::test_momentum_and_eps",),
+    ),
+    Fault(
+        "cancelled-sums-are-good-enough",
+        STATISTICS,
+        "delta * delta <= 4.0 * var",
+        "delta * delta <= INFINITY + var",
+        ("tests/test_numerics.py::test_outliers_in_pairs[cpu-16384x3-contiguous-1e+15]",),
+    ),
+    Fault(
+        "mean-has-no-low-part",
+        STATISTICS,
+        "is_finite(high) ? mean - high : V{}",
+        "V{}",
+        ("tests/test_numerics.py::test_offset_does_not_cost_accuracy[cpu-16384x3-contiguous-mean=100]",),
+    ),
+    Fault(
+        "shares-have-each-others-weight",
+        STATISTICS,
+        "delta * (other.count / total)",
+        "delta * (count / total)",
+        ("tests/test_sync_ops.py::test_running_statistics_over_steps",),
+    ),
+    # The gradients.
+    Fault(
+        "mean-gradient-has-the-wrong-sign",
+        STATISTICS,
+        "-scale * mean_dy - split.low * slope",
+        "scale * mean_dy - split.low * slope",
+        ("tests/test_backward.py::test_grad_output_expanded_from_one_number",),
+    ),
+    Fault(
+        "residual-has-no-gradient",
+        AUTOGRAD,
+        "needs(3) && !activated",
+        "false",
+        ("tests/test_fused_backward.py::test_identity_has_the_bits_of_plain_batch_norm",),
+    ),
+    # The activations.
+    Fault(
+        "relu-is-open-at-zero",
+        ACTIVATION,
+        "z <= static_cast<scalar_of<V>>(0) ? closed : open",
+        "z < static_cast<scalar_of<V>>(0) ? closed : open",
+        ("tests/test_fused_backward.py::test_at_a_kink_the_derivative_is_torchs",),
+    ),
+    Fault(
+        "leaky_relu-has-the-default-slope-in-backward",
+        ACTIVATION,
+        "dy * static_cast<T>(a.slope)",
+        "dy * static_cast<T>(0.01)",
+        ("tests/test_fused_backward.py::test_any_finite_slope",),
+    ),
+    Fault(
+        "gelu-is-by-tanh",
+        ACTIVATION,
+        "(z <= static_cast<T>(0) ? z - z : z) - normal.distance * normal.beyond",
+        "lane_by_lane(z, [](T x) { return x / 2 * (1 + std::tanh(T(0.7978845608) * (x + T(0.044715) * x * x * x))); })",
+        ("tests/test_fused_modules.py::test_every_activation_behaves_as_torchs[gelu-residual-1d]",),
+    ),
+    # The arguments.
+    Fault(
+        "any-dtype-of-a-parameter-is-taken",
+        CHECKS,
+        "type == at::kFloat || type == input.scalar_type()",
+        "type == type",
+        ("tests/test_errors.py::test_only_the_dtype_of_the_input_or_float32",),
+    ),
+    Fault(
+        "empty-batch-is-refused",
+        TENSORS,
+        "problem_of(input, format_of(input)).count() != 1",
+        "problem_of(input, format_of(input)).count() > 1",
+        ("tests/test_forward.py::test_empty_batch_does_not_spoil_the_cumulative_average",),
+    ),
+    # The Python layers.
+    Fault(
+        "eval-updates-the-statistics",
+        "bnext/functional.py",
+        f"if training:\n        return {PLAIN_TRAINING}\n",
+        f"if training is not None:\n        return {PLAIN_TRAINING}\n",
+        ("tests/test_forward.py::test_one_value_a_channel_is_fine_in_eval",),
+    ),
+    Fault(
+        "activation-adds-a-key-to-the-state_dict",
+        "bnext/modules.py",
+        "self.act = act if apply_act else None\n",
+        'self.act = act if apply_act else None\n        self.register_buffer("slope", torch.zeros(()))\n',
+        ("tests/test_fused_modules.py::test_state_dict_is_torchs_and_loads_both_ways",),
+    ),
+    Fault(
+        "convert-loses-hooks",
+        "bnext/convert.py",
+        "m.__class__ = replacement\n",
+        "m.__class__ = replacement\n            m._forward_hooks = type(m._forward_hooks)()\n",
+        ("tests/test_convert.py::test_parameters_buffers_hooks_and_flags_are_kept",),
+    ),
+    Fault(
+        "convert-loses-the-training-flag",
+        "bnext/convert.py",
+        "m.__class__ = replacement\n",
+        "m.__class__ = replacement\n            m.train()\n",
+        ("tests/test_convert.py::test_parameters_buffers_hooks_and_flags_are_kept",),
+    ),
+    Fault(
+        "fusing-ignores-autocast",
+        "bnext/forwards.py",
+        "residual.shape == input.shape and residual.dtype == input.dtype",
+        "residual.shape == input.shape",
+        ("tests/test_patterns.py::test_a_residual_that_is_broadcast_or_promoted_is_added_as_before",),
+    ),
+    Fault(
+        "fake-save_stats-are-float32",
+        "bnext/ops.py",
+        "save_stats = input.new_empty((2, input.shape[1]), dtype=torch.float64)",
+        "save_stats = input.new_empty((2, input.shape[1]), dtype=torch.float32)",
+        ("tests/test_ops.py::test_fake_kernels_predict_shape_dtype_and_strides[7x5-contiguous-float32]",),
+    ),
+)

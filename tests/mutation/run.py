@@ -1,0 +1,86 @@
+"""Proof that the tests bite: plant faults that a careless change would make, and expect the tests to fail.
+
+    python tests/mutation/run.py              all, a minute on two idle cores; exit status 1 if one survives
+    python tests/mutation/run.py --list       their names
+    python tests/mutation/run.py NAME...      these
+
+The faults are in faults.py. Those of the C++ sources are compiled once, all together, and turned on one at a time; one
+of the Python files is written into a copy of the package. A fault is met by the tests named beside it, which have to
+pass without it first. tests/simt/mutants.py does the same to the CUDA kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mutation import schemata
+from mutation.edits import Fault, planted
+from mutation.faults import FAULTS
+from mutation.runner import ROOT, failed_test, in_parallel, main
+
+JOBS = os.cpu_count() or 1
+LIBRARY = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def copy_package(library: Path, folder: Path) -> Path:
+    """Puts the package into the folder, with this extension."""
+    package = folder / "bnext"
+    shutil.copytree(ROOT / "bnext", package, ignore=shutil.ignore_patterns("_C*.so", "__pycache__"))
+    (package / LIBRARY).symlink_to(library)
+    return folder
+
+
+def failed(folder: Path, tests: Sequence[str], number: int) -> str | None:
+    """The first of the tests that the package in this folder fails, with the compiled fault of this number; 0: none."""
+    return failed_test(
+        *("-o", f"pythonpath={folder}", "-m", "not slow and not simt", *tests),
+        timeout=120,
+        PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",  # hypothesis alone takes longer to import than most tests run
+        OMP_NUM_THREADS="1",  # as many runs at a time as cores
+        BNEXT_CPU_ISA="default",
+        BNEXT_FAULT=str(number),
+    )
+
+
+@contextlib.contextmanager
+def prepare(faults: Sequence[Fault]) -> Iterator[Callable[[Fault], str | None]]:
+    compiled = [fault for fault in faults if fault.file.startswith("csrc/")]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        library = ROOT / "bnext" / LIBRARY
+        if compiled:
+            library = folder / LIBRARY
+            print(f"build: {len(compiled)} faults in {', '.join(schemata.sources_of(compiled))}", flush=True)
+            schemata.build(compiled, folder, library, JOBS)
+        sound = copy_package(library, folder / "sound")
+
+        def passes(tests: Sequence[str]) -> None:
+            if (test := failed(sound, tests, 0)) is not None:
+                raise RuntimeError(f"{test} fails without a fault, too")
+
+        tests = sorted({test for fault in faults for test in fault.tests})
+        print(f"test: {len(tests)} tests without a fault", flush=True)
+        in_parallel(JOBS, passes, [part for i in range(JOBS) if (part := tests[i::JOBS])])
+
+        def judge(fault: Fault) -> str | None:
+            if fault in compiled:
+                return failed(sound, fault.tests, compiled.index(fault) + 1)
+            faulty = copy_package(library, folder / fault.name)
+            path = faulty / fault.file
+            path.write_text(planted(path.read_text(), [fault], lambda it: it.after))
+            return failed(faulty, fault.tests, 0)
+
+        yield judge
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, FAULTS, prepare, JOBS))

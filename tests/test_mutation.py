@@ -1,0 +1,85 @@
+"""The mutation runs: every planted fault still has its place and its tests, and only a failed test catches one."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from mutation.edits import Fault, planted
+from mutation.faults import FAULTS
+from mutation.runner import ROOT, failed_test
+
+FILES = sorted({fault.file for fault in FAULTS})
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_fault_can_be_planted(file: str) -> None:
+    faults = [fault for fault in FAULTS if fault.file == file]
+    source = (ROOT / file).read_text()
+    for fault in faults:
+        changed = planted(source, [fault], lambda it: it.after)
+        assert changed != source, fault.name
+        if file.endswith(".py"):
+            compile(changed, file, "exec")
+    if not file.endswith(".py"):
+        planted(source, faults, str)  # all at once
+
+
+def test_every_fault_has_a_name_of_its_own_and_tests_that_are_there() -> None:
+    assert [name for name, times in Counter(fault.name for fault in FAULTS).items() if times > 1] == []
+    for fault in FAULTS:
+        assert fault.tests, fault.name
+        for test in fault.tests:
+            path, name = re.fullmatch(r"(tests/test_\w+\.py)::(\w+)(?:\[.*\])?", test).groups()
+            assert f"\ndef {name}(" in (ROOT / path).read_text(), test
+
+
+def fault(before: str) -> Fault:
+    return Fault(f"no {before}", "file", before, "?", ())
+
+
+@pytest.mark.parametrize(
+    ("befores", "message"),
+    [
+        (["d"], "no d: 'd' is 0 times in file, not once"),
+        (["a"], "no a: 'a' is 2 times in file, not once"),
+        (["ab", "bc"], "no ab: what it replaces in file is part of what another fault replaces"),
+        (["bc", "c"], "no bc: what it replaces in file is part of what another fault replaces"),
+    ],
+    ids=["gone", "twice", "overlapping", "within"],
+)
+def test_a_fault_without_a_place_of_its_own_is_an_error(befores: list[str], message: str) -> None:
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        planted("abca", [fault(before) for before in befores], lambda it: it.after)
+
+
+def test_faults_are_planted_side_by_side() -> None:
+    assert planted("abca", [fault("c"), fault("ab")], lambda it: f"<{it.before}>") == "<ab><c>a"
+
+
+def outcome(content: str, folder: Path) -> str | None:
+    file = folder / "test_it.py"
+    file.write_text(content)
+    return failed_test(str(file), timeout=60, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+
+
+def test_a_failed_test_catches_a_fault(tmp_path: Path) -> None:
+    assert outcome("def test_a(): pass\ndef test_b(): assert False\n", tmp_path).endswith("test_it.py::test_b")
+    assert outcome("def test_a(): pass\n", tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "import nothing_of_this_name\ndef test_a(): pass\n",
+        "import os\ndef test_a(): os.abort()\n",
+        "import pytest\n@pytest.fixture\ndef broken(): raise ValueError\ndef test_a(broken): pass\n",
+        "",
+    ],
+    ids=["import error", "crash", "broken fixture", "no test"],
+)
+def test_what_ends_otherwise_is_no_verdict(content: str, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"test_it\.py ended with status"):
+        outcome(content, tmp_path)
