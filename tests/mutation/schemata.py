@@ -20,7 +20,12 @@ from mutation.runner import ROOT, in_parallel, run
 BUILT = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 
 # Which objects hold a source's code; without an entry its own.
-USERS = {"csrc/common/": ("csrc/cpu/isa_default.cpp", "csrc/cpu/batch_norm.cpp")}
+USERS = {
+    "csrc/common/": (
+        *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc" / "cpu" / "isa").glob("default_*.cpp"))),
+        "csrc/cpu/batch_norm.cpp",
+    )
+}
 
 SWITCH = """#pragma once
 #include <cstdlib>
@@ -52,7 +57,16 @@ def sources_of(faults: Sequence[Fault]) -> list[str]:
         users = [files for prefix, files in USERS.items() if fault.file.startswith(prefix)]
         found.update(users[0] if users else (fault.file,))
     # The largest first, so that no core waits for it in the end.
-    return sorted(found, key=lambda source: ("isa" not in source, "checks" in source, "cpu/" in source, source))
+    return sorted(
+        found,
+        key=lambda source: (
+            "columns" not in source,
+            "segments" not in source,
+            "checks" in source,
+            "cpu/" in source,
+            source,
+        ),
+    )
 
 
 def build(faults: Sequence[Fault], folder: Path, library: Path, jobs: int) -> None:
