@@ -87,17 +87,24 @@ def of_layer(act_layer: Any, act_kwargs: dict[str, Any] | None = None) -> Act:
     Raises:
         ValueError: anything else.
     """
+    if act_kwargs is not None and not isinstance(act_kwargs, dict):
+        raise ValueError(f"expected act_kwargs to be a dict or None, but got {act_kwargs!r}")
     if act_layer is None:
         return None
-    if isinstance(act_layer, str):
-        name = _ALIASES.get(act_layer, act_layer)
-        slope = (act_kwargs or {}).get("negative_slope")
-        act: Act = name if slope is None else (name, slope)
-        parse(act)
-        return act
+    name = _ALIASES.get(act_layer, act_layer) if isinstance(act_layer, str) else None
     kind = act_layer.func if isinstance(act_layer, functools.partial) else act_layer
-    if isinstance(kind, type) and kind in _MODULES:
-        return of_module(act_layer(**(act_kwargs or {})))
+    if name in NAMES or (isinstance(kind, type) and kind in _MODULES):
+        try:
+            slope = (act_kwargs or {}).get("negative_slope")
+            act: Act = name if slope is None or name is None else (name, slope)
+            if name is None:
+                act = of_module(act_layer(**(act_kwargs or {})))
+            parse(act)
+            return act
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"expected act_kwargs that {act_layer!r} can have, but got {act_kwargs!r}: {error}"
+            ) from error
     raise ValueError(
         f"expected act_layer to be one of {_known_modules()}, one of {', '.join(NAMES)} or None, but got {act_layer!r}"
     )

@@ -78,8 +78,11 @@ def convert(
         The same module.
 
     Raises:
-        TypeError: ``module`` is not a ``torch.nn.Module``.
+        TypeError: ``module`` is not a ``torch.nn.Module``, or ``fuse``, ``sync`` or ``verbose`` not a bool.
     """
+    for name, flag in (("fuse", fuse), ("sync", sync), ("verbose", verbose)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"expected {name} to be a bool, but got {type(flag).__name__}")
     _swap(module, _TO_BNEXT)
     left = [
         f"{name or '(the module itself)'} ({type(m).__module__}.{type(m).__qualname__})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from bnext import activations, ops
 from bnext.activations import Act, Activation
@@ -11,6 +11,8 @@ from bnext.activations import Act, Activation
 # What follows the normalisation: the residual, and the activation's name and slope; or nothing.
 Epilogue = tuple[Tensor | None, str, float] | tuple[()]
 PLAIN: Epilogue = ()
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 # Processes that share a batch: how many, and the name of their torch.distributed group.
 Group = tuple[int, str]
@@ -57,13 +59,14 @@ def batch_norm(
     Raises:
         ValueError: the input has fewer than 2 dimensions, or one value a channel in training; eps is out of
             range; a length-C tensor has another rank.
-        TypeError: a dtype is none of the above.
+        TypeError: a dtype is none of the above; training is no bool, or momentum no number.
         RuntimeError: a length-C tensor has another length or device; evaluation lacks a running statistic.
         Nothing is read or written before the arguments are found good.
 
     Source: Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
     Covariate Shift", 2015, https://arxiv.org/abs/1502.03167.
     """
+    _check_settings(training, momentum)
     if training:
         return train_batch_norm(input, running_mean, running_var, None, weight, bias, momentum, eps)
     return eval_batch_norm(input, running_mean, running_var, weight, bias, eps)
@@ -115,10 +118,19 @@ def batch_norm_act(
         RuntimeError: the residual is on another device. And what :func:`batch_norm` raises.
         Nothing is read or written before the arguments are found good.
     """
+    _check_settings(training, momentum)
     epilogue = (residual, *activations.parse(act))
     if training:
         return train_batch_norm(input, running_mean, running_var, None, weight, bias, momentum, eps, epilogue)
     return eval_batch_norm(input, running_mean, running_var, weight, bias, eps, epilogue)
+
+
+def _check_settings(training: object, momentum: object) -> None:
+    """As torch does, also of what an operator is not given: training, and the momentum of an evaluation."""
+    if not isinstance(training, bool):
+        raise TypeError(f"expected training to be a bool, but got {type(training).__name__}")
+    if not isinstance(momentum, (float, int, fx.Proxy)) and not hasattr(type(momentum), "__float__"):
+        raise TypeError(f"expected momentum to be a float, but got {type(momentum).__name__}")
 
 
 def train_batch_norm(
@@ -164,10 +176,25 @@ def eval_batch_norm(
         missing = "running_mean" if running_mean is None else "running_var"
         raise RuntimeError(f"{missing} must be defined in evaluation mode, but got None")
     output: Tensor
-    if torch.compiler.is_compiling() and _is_arithmetic(input, weight, bias, epilogue):
+    if (
+        torch.compiler.is_compiling()
+        and _is_good(input, (weight, bias, running_mean, running_var), eps)
+        and _is_arithmetic(input, weight, bias, epilogue)
+    ):
         return _composed_eval(input, running_mean, running_var, weight, bias, eps, epilogue)
     output, _, _ = ops.batch_norm_eval(input, weight, bias, running_mean, running_var, eps, *epilogue)
     return output
+
+
+def _is_good(input: Tensor, vectors: tuple[Tensor | None, ...], eps: float) -> bool:
+    """Whether arithmetic gives what the operator does, and not, by broadcasting or promotion, what that refuses."""
+    if input.dim() < 2 or input.dtype not in _DTYPES or eps < 0:
+        return False
+    return all(
+        t is None
+        or (t.shape == input.shape[1:2] and t.dtype in (torch.float32, input.dtype) and t.device == input.device)
+        for t in vectors
+    )
 
 
 def _is_arithmetic(input: Tensor, weight: Tensor | None, bias: Tensor | None, epilogue: Epilogue) -> bool:

@@ -36,6 +36,13 @@ def _check_devices(reference: str, like: Tensor, **others: Tensor | None) -> Non
             )
 
 
+def _check_rank(name: str, tensor: Tensor) -> None:
+    if tensor.dim() < 2:
+        raise ValueError(
+            f"batch_norm: expected {name} to have at least 2 dimensions (N, C, ...), but got {tensor.shape}"
+        )
+
+
 def _memory_format(tensor: Tensor) -> torch.memory_format:
     """As format_of in csrc/batch_norm.cpp."""
     suggested: torch.memory_format = suggest_memory_format(tensor)
@@ -79,6 +86,7 @@ def _fake_train(
     slope: float = 0.0,
     with_mask: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_rank("input", input)
     _check_devices(
         "input",
         input,
@@ -109,6 +117,7 @@ def _fake_eval(
 
 
 def _fake_moments(input: Tensor, eps: float) -> Tensor:
+    _check_rank("input", input)
     return input.new_empty((2 * input.shape[1] + 1,), dtype=torch.float64)
 
 
@@ -164,6 +173,8 @@ def _fake_backward(
         mean_grads=mean_grads,
     )
     like = grad_output if input is None else input
+    _check_rank("grad_output", grad_output)
+    _check_rank("input", like)
     sums = torch.float64 if like.dtype == torch.float64 else torch.float32
     channels = like.shape[1]
     # A mask is tied to the forward call's memory format.

@@ -18,6 +18,9 @@ def _group_of(process_group: Any) -> Group | None:
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
     group: Any = distributed.group.WORLD if process_group is None else process_group
+    outsider = group is distributed.GroupMember.NON_GROUP_MEMBER
+    if not (outsider or isinstance(group, distributed.ProcessGroup)):
+        raise TypeError(f"expected process_group to be a process group or None, but got {type(group).__name__}")
     size = distributed.get_world_size(group)
     return (size, group.group_name) if size > 1 else None
 
@@ -79,6 +82,8 @@ class SyncBatchNorm(modules.Activated, torch.nn.SyncBatchNorm):
     @classmethod
     def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:
         """As :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm`, in place: :func:`synchronize`."""
+        if not isinstance(module, torch.nn.Module):
+            raise TypeError(f"expected module to be a torch.nn.Module, but got {type(module).__name__}")
         synchronize(module, process_group)
         return module
 

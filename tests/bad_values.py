@@ -1,0 +1,401 @@
+"""Calls with arguments of every kind, and what is wrong for each of them.
+
+A :class:`Target` is a call, with good values for all of its arguments; :func:`bad_values` are the wrong ones of one of
+them, by the argument's name and its good value. An argument that is not in ``KINDS`` has none, which a test notices.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from cases import make_grad, make_input, make_parameters, make_residual, same_bits
+from torch import Tensor
+
+import bnext
+from bnext import _C
+
+CHANNELS = 3
+SHAPE = (4, CHANNELS, 5, 5)
+Arguments = dict[str, object]
+
+ORDINARY = (RuntimeError, ValueError, TypeError)
+INTERNAL = ("INTERNAL ASSERT", "report a bug", "Exception raised from", "undefined Tensor")
+
+
+class Bad(NamedTuple):
+    id: str
+    make: Callable[[], object]
+
+
+class Target(NamedTuple):
+    """Something to call by keywords; and what torch has in its place, where its own first look is taken over."""
+
+    name: str
+    call: Callable[..., object]
+    arguments: tuple[str, ...]
+    good: Callable[[], Arguments]
+    reference: Callable[..., object] | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+# What is not a tensor, a number, a string, and so on. A list has the length and the values that would be right.
+
+
+def _constants(**values: object) -> list[Bad]:
+    return [Bad(key, lambda v=value: v) for key, value in values.items()]
+
+
+NONSENSE = [*_constants(str="five", list=[1.0, 1.0, 1.0], dict={}, type=int), Bad("object", object)]
+NOT_A_TENSOR = [*NONSENSE, *_constants(int=1, float=1.0, bool=True, array=np.ones(3, dtype=np.float32))]
+# A bool is a number, and a tensor of one element too, as in torch.
+NOT_A_NUMBER = [*NONSENSE, *_constants(complex=1j, huge=10**400), Bad("vector", lambda: torch.ones(2))]
+NOT_A_STRING = [*_constants(int=1, float=0.5, bool=True, list=["relu"], dict={}), Bad("object", object)]
+NOT_A_BOOL = [*NONSENSE, Bad("vector", lambda: torch.ones(2))]
+IS_NONE = _constants(none=None)
+
+DTYPES = (
+    *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e5m2),
+    *(torch.uint8, torch.int32, torch.int64, torch.bool, torch.complex64),
+)
+FLOATING = DTYPES[:4]
+
+
+def _cast(dtypes: tuple[torch.dtype, ...], good: Callable[[], Tensor]) -> list[Bad]:
+    return [Bad(str(d).removeprefix("torch."), lambda d=d: good().to(d)) for d in dtypes]
+
+
+def _elsewhere(good: Callable[[], Tensor]) -> list[Bad]:
+    """On another device, or in another layout. A CSR tensor of one dimension there is none."""
+    rows = [Bad("meta", lambda: good().to("meta")), Bad("coo", lambda: good().to_sparse())]
+    return rows if good().dim() < 2 else [*rows, Bad("csr", lambda: good().flatten(1).to_sparse_csr())]
+
+
+def _reshaped(good: Callable[[], Tensor]) -> list[Bad]:
+    changes: dict[str, Callable[[Tensor], Tensor]] = {
+        "scalar": lambda t: t.flatten()[0],
+        "longer": lambda t: torch.cat([t, t[..., :1]], -1),
+        "shorter": lambda t: t[..., :-1],
+        "empty": lambda t: t[:0],
+        "deeper": lambda t: t.unsqueeze(0),
+        "column": lambda t: t.unsqueeze(-1),
+    }
+    if good().dim() > 1:
+        changes |= {"flat": torch.flatten, "repeated": lambda t: torch.cat([t, t[:1]])}
+    return [Bad(key, lambda change=change: change(good())) for key, change in changes.items()]
+
+
+def _data(t: Target, name: str) -> list[Bad]:
+    """input, or grad_output: anything floating of two dimensions or more, but for what lies beside it."""
+    good = lambda: t.good()[name]  # noqa: E731
+    rows = [Bad("scalar", lambda: torch.tensor(1.0)), Bad("vector", lambda: torch.ones(CHANNELS))]
+    rows += _cast(DTYPES[4:], good) + _elsewhere(good) + NOT_A_TENSOR + IS_NONE
+    others = set(t.arguments) - {name}
+    if t.name.startswith("layer"):
+        rows.append(Bad("deeper", lambda: good().unsqueeze(0)))
+    if (t.name.startswith("layer") and "Lazy" not in t.name) or others & {"weight", "save_stats", "moments"}:
+        rows += [Bad("channels", lambda: good()[:, :-1]), Bad("no_channels", lambda: good()[:, :0])]
+    if others & {"residual", "input"}:
+        rows += [row for row in _alongside(t, name) if row.id not in {bad.id for bad in rows}]
+    # Alone, it may be on a device of its own.
+    return rows if others - {"eps"} or t.name.startswith("layer") else [row for row in rows if row.id != "meta"]
+
+
+def _alongside(t: Target, name: str) -> list[Bad]:
+    good = lambda: t.good()[name]  # noqa: E731
+    others = tuple(d for d in DTYPES if d != torch.float32)
+    return _reshaped(good) + _cast(others, good) + _elsewhere(good) + NOT_A_TENSOR
+
+
+def _input(t: Target, name: str) -> list[Bad]:
+    return _alongside(t, name) + IS_NONE if "grad_output" in t.arguments else _data(t, name)
+
+
+def _exactly(t: Target, name: str, optional: bool = True) -> list[Bad]:
+    """A tensor of one shape and one dtype."""
+    good = lambda: t.good()[name]  # noqa: E731
+    others = tuple(d for d in DTYPES if d != good().dtype)
+    return _reshaped(good) + _cast(others, good) + _elsewhere(good) + NOT_A_TENSOR + ([] if optional else IS_NONE)
+
+
+def _running(t: Target, name: str) -> list[Bad]:
+    """A statistic; one that is written to has memory of its own."""
+    written = "eval" not in t.name
+    rows = _exactly(t, name, optional=written)
+    if not t.name.endswith("merged"):  # of which autograd knows nothing
+        rows.append(Bad("requires_grad", lambda: t.good()[name].requires_grad_()))
+    return [*rows, Bad("expanded", lambda: torch.ones(1).expand(CHANNELS))] if written else rows
+
+
+def _counter(t: Target, name: str) -> list[Bad]:
+    good = lambda: t.good()[name]  # noqa: E731
+    rows = _cast(tuple(d for d in DTYPES if d != torch.int64), good) + _elsewhere(good) + NOT_A_TENSOR
+    return rows + [Bad(f"of_{n}", lambda n=n: torch.zeros(n, dtype=torch.int64)) for n in (0, 2)]
+
+
+def _moments(t: Target, name: str) -> list[Bad]:
+    # The number of shares is free: those of more or fewer processes.
+    return [row for row in _exactly(t, name, optional=False) if row.id not in {"empty", "repeated"}]
+
+
+def _eps(t: Target, name: str) -> list[Bad]:
+    rows = NOT_A_NUMBER + IS_NONE
+    if t.name.endswith("backward"):
+        return rows  # whose kernel has no use for it
+    rows = rows + _constants(negative=-1e-5, minus_infinite=-math.inf)
+    return rows if "eval" in t.name else rows + _constants(zero=0.0)
+
+
+def _momentum(t: Target, name: str) -> list[Bad]:
+    # In functions it is a number, as torch's; for operators and layers None is the cumulative average. An evaluation
+    # never makes a double of it.
+    rows = [row for row in NOT_A_NUMBER if not ("evaluation" in t.name and row.id in {"huge", "vector"})]
+    return rows + (IS_NONE if "function" in t.name else [])
+
+
+def _strict_bool(t: Target, name: str) -> list[Bad]:
+    # As operators take them, None and numbers are bools, says torch.
+    rows = NOT_A_BOOL
+    return rows + IS_NONE + _constants(int=1, float=0.0) if "function" in t.name or t.name == "convert" else rows
+
+
+def _act(t: Target, name: str) -> list[Bad]:
+    unknown = _constants(unknown="swish", empty="", upper="RELU", nul="relu\0", surrogate="\ud800", bytes=b"swish")
+    return unknown + NOT_A_STRING + ([] if "operator" not in t.name else IS_NONE)
+
+
+def _mask(t: Target, name: str) -> list[Bad]:
+    return [*_exactly(t, name), Bad("of_channels_last", lambda: t.good()[name].flatten(0, 1))]
+
+
+def _list_of_bools(t: Target, name: str) -> list[Bad]:
+    lengths: dict[str, object] = {f"of_{n}": [True] * n for n in (0, 1, 3, 5)}
+    return _constants(str="five", int=1, bool=True, strings=["yes"] * 4, **lengths) + IS_NONE + [Bad("object", object)]
+
+
+def _group(t: Target, name: str) -> list[Bad]:
+    if name == "group_name":
+        return _constants(unknown="nobody", empty="", nul="0\0") + NOT_A_STRING + IS_NONE
+    return NOT_A_NUMBER + _constants(none=None, float=1.5, zero=0, negative=-1, too_many=2, int64=2**63)
+
+
+def _process_group(t: Target, name: str) -> list[Bad]:
+    return [*NONSENSE, *_constants(int=1, empty=[], name="0"), Bad("tensor", lambda: torch.ones(2))]
+
+
+def _module(t: Target, name: str) -> list[Bad]:
+    return NOT_A_TENSOR + IS_NONE + [Bad("tensor", lambda: torch.ones(2)), Bad("class", lambda: torch.nn.BatchNorm2d)]
+
+
+def _cpu_isa(t: Target, name: str) -> list[Bad]:
+    return (
+        _constants(unknown="mmx", empty="", upper="AVX2", nul="default\0", surrogate="\ud800") + NOT_A_STRING + IS_NONE
+    )
+
+
+def _cap(t: Target, name: str) -> list[Bad]:
+    return [*NONSENSE, *_constants(float=1.5, int64=2**40, negative=-1)]
+
+
+def _act_layer(t: Target, name: str) -> list[Bad]:
+    others = _constants(unknown="swosh", function=torch.nn.functional.relu, module=torch.nn.Tanh, base=torch.nn.Module)
+    return others + NOT_A_STRING + [Bad("instance", torch.nn.ReLU)]
+
+
+def _act_kwargs(t: Target, name: str) -> list[Bad]:
+    return _constants(str="slope", int=1, list=[("negative_slope", 0.1)], unknown={"slop": 0.1}) + [
+        Bad(f"slope_{value}", lambda v=value: {"negative_slope": v}) for value in ("x", math.nan, math.inf, [0.1])
+    ]
+
+
+def _drop_layer(t: Target, name: str) -> list[Bad]:
+    return NONSENSE + _constants(bool=True, dropout=torch.nn.Dropout)
+
+
+KINDS: dict[str, Callable[[Target, str], list[Bad]]] = {
+    "input": _input,
+    "grad_output": _data,
+    "residual": _alongside,
+    "weight": _exactly,
+    "bias": _exactly,
+    "running_mean": _running,
+    "running_var": _running,
+    "num_batches_tracked": _counter,
+    "moments": _moments,
+    "save_stats": functools.partial(_exactly, optional=False),
+    "mean_grads": _exactly,
+    "mask": _mask,
+    "momentum": _momentum,
+    "eps": _eps,
+    "slope": lambda t, name: NOT_A_NUMBER + IS_NONE,
+    "training": _strict_bool,
+    "with_mask": _strict_bool,
+    "output_mask": _list_of_bools,
+    "act": _act,
+    "group_size": _group,
+    "group_name": _group,
+    "module": _module,
+    "fuse": _strict_bool,
+    "sync": _strict_bool,
+    "verbose": _strict_bool,
+    "process_group": _process_group,
+    "name": _cpu_isa,
+    "sms": _cap,
+    "shared_per_block": _cap,
+    "max_cluster": _cap,
+    "act_layer": _act_layer,
+    "act_kwargs": _act_kwargs,
+    "drop_layer": _drop_layer,
+}
+
+
+def bad_values(target: Target, argument: str) -> list[Bad]:
+    kind = KINDS.get(argument)
+    return [] if kind is None else kind(target, argument)
+
+
+# The calls.
+
+
+def forward_arguments() -> Arguments:
+    torch.manual_seed(0)
+    p = make_parameters(CHANNELS)
+    return {
+        "input": make_input(SHAPE),
+        **p._asdict(),
+        "num_batches_tracked": torch.tensor(5),
+        "momentum": 0.1,
+        "eps": 1e-5,
+        "residual": make_residual(SHAPE),
+        "act": "relu",
+        "slope": 0.0,
+        "with_mask": True,
+        "moments": torch.ops.bnext.batch_norm_moments(make_input(SHAPE), 1e-5).repeat(2, 1),
+        "group_size": 1,
+        "group_name": "0",
+        "training": True,
+    }
+
+
+def backward_arguments() -> Arguments:
+    forward = forward_arguments()
+    values = [forward[key] for key in ("input", "weight", "bias", "residual")]
+    x, weight, bias, residual = values
+    settings = (0.1, 1e-5, residual, "relu", 0.0, True)
+    _, stats, mask = torch.ops.bnext.batch_norm_train(x, weight, bias, None, None, None, *settings)
+    return {
+        **{key: forward[key] for key in ("input", "weight", "bias", "residual", "training", "eps", "act", "slope")},
+        "grad_output": make_grad(SHAPE),
+        "save_stats": stats,
+        "output_mask": [True] * 4,
+        "mask": mask,
+        "mean_grads": torch.ones(2, CHANNELS),
+    }
+
+
+def operators() -> list[Target]:
+    """Each of those that torch knows, with the arguments that torch knows."""
+    targets = []
+    for schema in sorted(torch._C._jit_get_all_schemas(), key=lambda schema: schema.name):
+        if schema.name.startswith("bnext::"):
+            name = schema.name.removeprefix("bnext::")
+            arguments = tuple(argument.name for argument in schema.arguments)
+            make = backward_arguments if "grad_output" in arguments else forward_arguments
+            good = lambda make=make, arguments=arguments: {k: v for k, v in make().items() if k in arguments}  # noqa: E731
+            targets.append(Target(f"operator_{name}", getattr(torch.ops.bnext, name), arguments, good))
+    return targets
+
+
+def functions() -> list[Target]:
+    """Public functions, those for layers in both modes."""
+    targets = []
+    for function in (bnext.functional.batch_norm, bnext.functional.batch_norm_act):
+        arguments = tuple(inspect.signature(function).parameters)
+        for mode in ("training", "evaluation"):
+
+            def good(arguments: tuple[str, ...] = arguments, mode: str = mode) -> Arguments:
+                values = {**forward_arguments(), "training": mode == "training"}
+                return {k: v for k, v in values.items() if k in arguments}
+
+            targets.append(Target(f"function_{function.__name__}_{mode}", function, arguments, good))
+    return targets
+
+
+LAYERS = [getattr(bnext, name) for name in bnext.__all__ if isinstance(getattr(bnext, name), type)]
+RANKS = {"1d": (4, CHANNELS, 6), "2d": SHAPE, "3d": (2, CHANNELS, 2, 3, 2), "rm": SHAPE}
+
+
+def layers() -> list[Target]:
+    """The forward of a new layer of each class."""
+    return [_layer(cls, mode) for cls in LAYERS for mode in ("training", "eval")]
+
+
+def _layer(cls: type, mode: str) -> Target:
+    is_lazy = "Lazy" in cls.__name__
+    takes = tuple(inspect.signature(cls.forward).parameters)[1:]
+
+    def good() -> Arguments:
+        torch.manual_seed(0)
+        return {key: make_input(RANKS[cls.__name__[-2:]]) for key in takes}
+
+    def new(cls: type) -> torch.nn.Module:
+        return cls(*[] if is_lazy else [CHANNELS]).train(mode == "training")
+
+    def call(**values: object) -> object:
+        module, checks = new(cls), []
+        # Behind the hook of a lazy one, which takes its size from what it is given before anything is checked.
+        module.register_forward_pre_hook(lambda m, _: checks.append(remember(m.state_dict(keep_vars=True))))
+        try:
+            return module(**values)
+        except Exception:
+            for check in checks:
+                check()
+            raise
+
+    def reference(**values: object) -> object:
+        return new(torchs(cls))(values["input"])
+
+    return Target(f"layer_{cls.__name__}_{mode}", call, takes, good, reference)
+
+
+def torchs(cls: type) -> type:
+    """The class of torch that a layer stands for."""
+    return getattr(torch.nn, cls.__name__.replace("Act", ""))
+
+
+# Signatures of the extension's functions are in its stub alone; a test of test_architecture.py keeps it true.
+EXTENSION = [
+    Target("set_cpu_isa", _C.set_cpu_isa, ("name",), lambda: {"name": _C.cpu_isa()}),
+    Target("cap_cuda_device", _C.cap_cuda_device, ("sms", "shared_per_block", "max_cluster"), dict),
+]
+
+
+# What must not change.
+
+
+def is_readable(value: object) -> bool:
+    return isinstance(value, Tensor) and value.device.type == "cpu" and value.layout == torch.strided
+
+
+def remember(values: Mapping[str, object]) -> Callable[[], None]:
+    """A check that bits and version of each tensor, whose bits can be looked at, are what they are now."""
+
+    def bits(tensor: Tensor) -> Tensor:
+        return tensor.detach().resolve_neg().clone()
+
+    tensors = {key: value for key, value in values.items() if is_readable(value)}
+    before = {key: (bits(t), None if t.is_inference() else t._version) for key, t in tensors.items()}
+
+    def check() -> None:
+        for key, (value, version) in before.items():
+            assert same_bits(bits(tensors[key]), value), f"{key} was written to"
+            assert version is None or tensors[key]._version == version, f"the version of {key} has changed"
+
+    return check

@@ -1,0 +1,175 @@
+"""Every argument of everything public, with every value that is wrong for it: an ordinary exception that names the
+argument, and nothing is changed. The pairs are generated, from the operators' schemas and the functions' signatures.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import bad_values
+import pytest
+from bad_values import (
+    EXTENSION,
+    INTERNAL,
+    LAYERS,
+    ORDINARY,
+    Arguments,
+    Bad,
+    Target,
+    functions,
+    layers,
+    operators,
+    remember,
+)
+from test_sync_ops import group  # noqa: F401 - a fixture
+
+import bnext
+from bnext import _C
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning"),
+]
+
+CALLED = [*operators(), *functions(), *layers(), *EXTENSION]
+
+SPARSE = r"with arguments from the '(Sparse|SparseCsr)CPU' backend"
+HONEST = {
+    # (of target, of argument, of value): what the message says in place of the argument's name, and why.
+    # torch looks for a kernel of the sparse backends before any of ours is asked, and names the backend.
+    (".*", ".*", "coo|csr"): SPARSE,
+    # Without a tensor there is no backend to look for a kernel in.
+    ("operator_batch_norm_moments", "input", "none"): "no tensor arguments",
+    # torch makes a std::array of the list.
+    (".*", "output_mask", "of_."): "List with . elements to a fixed-size array of size 4",
+    # torch's registry of groups, and gloo, which alone knows how many processes there are.
+    (".*", "group_name", ".*"): "Could not resolve the process group",
+    (".*", "group_size", "too_many"): "invalid size of output tensor",
+    (".*", ".*", "negative"): "cap_cuda_device: bnext was built without CUDA",
+}
+
+
+def honest(target: str, argument: str, row: str) -> str:
+    """A regular expression of what a message may say instead of the name."""
+    found = [
+        text
+        for (targets, arguments, rows), text in HONEST.items()
+        if all(map(re.fullmatch, (targets, arguments, rows), (target, argument, row)))
+    ]
+    return "|".join([rf"\b{argument}\b", *found])
+
+
+def error_of(call: Callable[..., object], values: Arguments) -> Exception | None:
+    try:
+        call(**values)
+    except Exception as error:
+        return error
+    return None
+
+
+def refused(target: Target, argument: str, row: Bad, values: Arguments) -> str:
+    """What is wrong with the way in which the call refuses the values; nothing, if all is well."""
+    unchanged = remember(values)
+    error = error_of(target.call, values)
+    try:
+        unchanged()
+    except AssertionError as changed:
+        return str(changed)
+    if error is None:
+        return "not refused"
+    if isinstance(error, AssertionError):
+        return f"of the layer, {error}"
+    message = str(error).split("Declaration:")[0]
+    if any(text in message for text in INTERNAL):
+        return f"an internal text: {message}"
+    if isinstance(error, ORDINARY) and re.search(honest(target.name, argument, row.id), message):
+        return ""
+    theirs = target.reference and error_of(target.reference, values)
+    return "" if same_error(error, theirs) else f"not named: {error!r}"
+
+
+def same_error(ours: Exception | None, theirs: Exception | None) -> bool:
+    return type(ours) is type(theirs) and str(ours) == str(theirs)
+
+
+def pairs(targets: list[Target]) -> list[object]:
+    return [
+        pytest.param(target, argument, id=f"{target.name}-{argument}")
+        for target in targets
+        for argument in target.arguments
+    ]
+
+
+@pytest.mark.parametrize("target", CALLED, ids=str)
+def test_every_argument_is_covered(target: Target) -> None:
+    missing = [argument for argument in target.arguments if not bad_values.bad_values(target, argument)]
+    assert missing == [], "no bad values in bad_values.KINDS"
+
+
+# What layers have of their own, and the arguments' names that do not need a check.
+NOT_CALLED = {"train_batch_norm", "eval_batch_norm"}  # the layers' way into the operators, which check
+
+
+def test_everything_public_is_covered() -> None:
+    assert {*(cls.__name__ for cls in LAYERS), "convert", "revert", "functional", "__version__"} == set(bnext.__all__)
+    module = bnext.functional
+    public = {name for name, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
+    called = {target.call.__name__ for target in functions()}
+    assert {name for name in public if not name.startswith("_")} == called | NOT_CALLED
+    stub = ast.parse((Path(bnext.__file__).parent / "_C.pyi").read_text()).body
+    taking = {f.name: tuple(a.arg for a in f.args.args) for f in stub if isinstance(f, ast.FunctionDef) and f.args.args}
+    assert taking == {target.name: target.arguments for target in EXTENSION}
+
+
+@pytest.mark.parametrize("target", CALLED, ids=str)
+def test_the_good_values_are_good(target: Target, group: tuple[int, str]) -> None:  # noqa: F811
+    values = target.good()
+    if target.name == "cap_cuda_device" and not _C.cuda:
+        with pytest.raises(RuntimeError, match="built without CUDA"):
+            target.call(**values)
+        return
+    target.call(**values | ({"group_name": group[1]} if "group_name" in values else {}))
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["nograd", "grad"])
+@pytest.mark.parametrize(("target", "argument"), pairs(CALLED))
+def test_bad_argument(target: Target, argument: str, grad: bool, group: tuple[int, str]) -> None:  # noqa: F811
+    isa = _C.cpu_isa()
+    wrong = {}
+    for row in bad_values.bad_values(target, argument):
+        values = target.good() | ({"group_name": group[1]} if "group_name" in target.arguments else {})
+        if grad and argument != "mean_grads":
+            values.pop("mean_grads", None)  # only without these there is a second derivative
+        values[argument] = row.make()
+        for leaf in {"input", "weight"} & set(values) if grad else ():
+            if leaf != argument:
+                values[leaf].requires_grad_()
+        complaint = refused(target, argument, row, values)
+        if complaint:
+            wrong[row.id] = complaint
+    assert wrong == {}
+    assert _C.cpu_isa() == isa
+
+
+@pytest.mark.parametrize("target", CALLED, ids=str)
+def test_missing_and_unknown_arguments(target: Target) -> None:
+    values = target.good()
+    required = [key for key in values if not has_default(target, key)]
+    for key in required:
+        with pytest.raises(ORDINARY, match=rf"\b{key}\b"):
+            target.call(**{k: v for k, v in values.items() if k != key})
+    with pytest.raises(ORDINARY, match=r"nonsense|at most"):
+        target.call(**values, nonsense=1)
+    with pytest.raises(ORDINARY, match=r"argument|without CUDA"):
+        target.call(*values.values(), *[1] * (1 + len(target.arguments)))
+
+
+def has_default(target: Target, argument: str) -> bool:
+    if target.name.startswith("operator"):
+        return next(a for a in target.call.default._schema.arguments if a.name == argument).has_default_value()
+    if target.name.startswith("function"):
+        return inspect.signature(target.call).parameters[argument].default is not inspect.Parameter.empty
+    return argument in ("residual", "sms", "shared_per_block", "max_cluster")
