@@ -244,19 +244,23 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<T
     // all it takes; else a bit an element is less than a residual, or an input that nothing else asks for.
     with_mask |= activation.rectifies() && (r.defined() || !keeps_input);
   }
-  auto [output, save_stats, mask] = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return run(with_mask, node.get());
-  }();
+  const bool reads_preactivation = activation.act != Act::kIdentity && !with_mask;
   if (node) {
+    // Before the kernel runs, too: torch refuses to save tensors made in inference mode.
     SavedCall& call = node->call;
-    const bool reads_preactivation = activation.act != Act::kIdentity && !with_mask;
     if (keeps_input || reads_preactivation) call.input = saved(input);
     if (grad_input || reads_preactivation) call.weight = saved(w);
     if (reads_preactivation) {
       call.bias = saved(b);
       call.residual = saved(r);
     }
+  }
+  auto [output, save_stats, mask] = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return run(with_mask, node.get());
+  }();
+  if (node) {
+    SavedCall& call = node->call;
     if (with_mask) call.mask = saved(mask);
     call.save_stats = saved(save_stats);
     call.training = training;
@@ -278,6 +282,13 @@ void check_constant(const char* name, const optional<Tensor>& tensor) {
               "batch_norm: expected ", name, " not to require grad, since it has no derivative, but it does");
 }
 
+// torch's fallback for these finds out only when the statistics have been written.
+void check_updated(const char* name, const optional<Tensor>& tensor) {
+  check_constant(name, tensor);
+  TORCH_CHECK(!(tensor.has_value() && tensor->defined() && tensor->is_neg()), "batch_norm: expected ", name,
+              " not to be a lazily negated view, since it is updated in place (see torch.Tensor.resolve_neg)");
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input, const optional<Tensor>& weight,
@@ -287,8 +298,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input, const o
                                                     optional<double> momentum, double eps,
                                                     const optional<Tensor>& residual, std::string_view act,
                                                     double slope, bool with_mask) {
-  check_constant("running_mean", running_mean);
-  check_constant("running_var", running_var);
+  check_updated("running_mean", running_mean);
+  check_updated("running_var", running_var);
   return forward(input, weight, bias, /*training=*/true, eps, residual, parse_activation(act, slope), with_mask,
                  [&](bool masked, BatchNormBackward*) {
                    return train_op().call(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum,
@@ -315,8 +326,8 @@ Tensor batch_norm_sync(const Tensor& input, const optional<Tensor>& weight, cons
                        const optional<Tensor>& num_batches_tracked, optional<double> momentum, double eps,
                        std::int64_t group_size, std::string_view group_name, const optional<Tensor>& residual,
                        std::string_view act, double slope) {
-  check_constant("running_mean", running_mean);
-  check_constant("running_var", running_var);
+  check_updated("running_mean", running_mean);
+  check_updated("running_var", running_var);
   for (const Tensor& each : {input, or_undefined(weight), or_undefined(bias), or_undefined(residual)}) {
     TORCH_CHECK(!isFwGradDefined(each), "batch_norm: over several processes there is no forward mode");
   }

@@ -183,6 +183,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_merged(
   check_training(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, residual,
                  activation, with_mask);
   const std::int64_t C = input.size(1);
+  check_given("moments", moments);
   TORCH_CHECK(moments.device() == input.device(), "batch_norm: expected moments on the device of input, ",
               input.device(), ", but got ", moments.device());
   TORCH_CHECK_TYPE(moments.scalar_type() == at::kDouble, "batch_norm: expected moments to be float64, but got ",
@@ -219,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_eval(const Tensor& input, const op
   check_channels("running_var", running_var, input);
   const Activation activation = parse_activation(act, slope);
   check_epilogue(input, residual, activation, with_mask);
-  TORCH_CHECK_VALUE(eps >= 0.0, "batch_norm eps must be non-negative, but got ", python_float(eps));
+  TORCH_CHECK_VALUE(!(eps < 0.0), "batch_norm eps must be non-negative, but got ", python_float(eps));
   const Tensor dense_mean = running_mean.contiguous();
   const Tensor dense_var = running_var.contiguous();
   return normalize_by(input, channels(dense_mean), channels(dense_var), weight, bias, eps, residual, activation,
@@ -253,6 +254,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   check_channels("bias", bias, grad_output);
   check_alongside("residual", residual, "grad_output", grad_output);
   const std::int64_t C = grad_output.size(1);
+  check_given("save_stats", save_stats);
   TORCH_CHECK(save_stats.device() == grad_output.device(),
               "batch_norm: expected save_stats on the device of grad_output, ", grad_output.device(), ", but got ",
               save_stats.device());

@@ -109,9 +109,15 @@ constexpr const char* kCudaArchitectures = "";
 
 void cap_cuda_device(std::optional<int> sms, std::optional<int> shared_per_block, std::optional<int> max_cluster) {
 #if defined(BNEXT_CUDA)
+  const auto checked = [](const char* name, std::optional<int> value, int none) {
+    if (value.value_or(none) > 0) return value.value_or(none);
+    throw std::invalid_argument("cap_cuda_device: expected " + std::string(name) + " to be positive, but got " +
+                                std::to_string(*value));
+  };
   const bnext::CudaCap none;
-  bnext::cap_cuda_device({sms.value_or(none.sms), shared_per_block.value_or(none.shared_per_block),
-                          max_cluster.value_or(none.max_cluster)});
+  bnext::cap_cuda_device({checked("sms", sms, none.sms),
+                          checked("shared_per_block", shared_per_block, none.shared_per_block),
+                          checked("max_cluster", max_cluster, none.max_cluster)});
 #else
   (void)sms, (void)shared_per_block, (void)max_cluster;
   throw std::runtime_error("cap_cuda_device: bnext was built without CUDA");

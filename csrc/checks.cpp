@@ -23,6 +23,8 @@ void check_counter(const optional<Tensor>& counter, const Tensor& input) {
   if (!is_given(counter)) return;
   TORCH_CHECK(counter->device() == input.device(), "batch_norm: expected num_batches_tracked on the device of input, ",
               input.device(), ", but got ", counter->device());
+  TORCH_CHECK(counter->layout() == at::kStrided, "batch_norm: expected num_batches_tracked to be strided, but got ",
+              counter->layout());
   TORCH_CHECK_TYPE(counter->scalar_type() == at::kLong,
                    "batch_norm: expected num_batches_tracked to be int64, but got ", counter->scalar_type());
   TORCH_CHECK_VALUE(counter->numel() == 1, "batch_norm: expected num_batches_tracked to hold 1 element, but got ",
@@ -40,6 +42,11 @@ std::string python_float(double value) {
   return whole ? c10::str(static_cast<std::int64_t>(value), ".0") : c10::str(value);
 }
 
+// Where an operator's argument is no option, torch makes an undefined tensor of None.
+void check_given(const char* name, const Tensor& tensor) {
+  TORCH_CHECK_TYPE(tensor.defined(), "batch_norm: expected ", name, " to be a tensor, but got None");
+}
+
 void check_data(const char* name, const Tensor& tensor) {
   TORCH_CHECK_VALUE(tensor.dim() >= 2, "batch_norm: expected ", name,
                     " to have at least 2 dimensions (N, C, ...), but got ", size_of(tensor));
@@ -51,6 +58,7 @@ void check_data(const char* name, const Tensor& tensor) {
 // A parameter or running statistic of `input`.
 void check_channels(const char* name, const Tensor& tensor, const Tensor& input) {
   const std::int64_t C = input.size(1);
+  check_given(name, tensor);
   TORCH_CHECK(tensor.device() == input.device(), "batch_norm: expected ", name, " on the device of input, ",
               input.device(), ", but got ", tensor.device());
   TORCH_CHECK(tensor.layout() == at::kStrided, "batch_norm: expected ", name, " to be strided, but got ",
@@ -100,7 +108,7 @@ void check_epilogue(const Tensor& input, const optional<Tensor>& residual, const
 }
 
 void check_eps(double eps) {
-  TORCH_CHECK_VALUE(eps > 0.0, "batch_norm eps must be positive during training, but got ", python_float(eps));
+  TORCH_CHECK_VALUE(!(eps <= 0.0), "batch_norm eps must be positive during training, but got ", python_float(eps));
 }
 
 void check_training(const Tensor& input, const optional<Tensor>& weight, const optional<Tensor>& bias,

@@ -18,6 +18,9 @@ inline bool is_given(const std::optional<at::Tensor>& tensor) { return tensor.ha
 std::string size_of(const at::Tensor& tensor);
 std::string python_float(double value);
 
+// A tensor that is no option.
+void check_given(const char* name, const at::Tensor& tensor);
+
 // An input or gradient: at least (N, C), of a floating dtype that the kernels know.
 void check_data(const char* name, const at::Tensor& tensor);
 

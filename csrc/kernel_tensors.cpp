@@ -20,19 +20,16 @@ DType dtype_of(const Tensor& tensor) {
   }
 }
 
-// The kernels write past autograd's eyes.
+// The kernels write past autograd's eyes. Tensors made in inference mode have no version.
 void bump_version(const optional<Tensor>& tensor) {
-  if (is_given(tensor)) tensor->unsafeGetTensorImpl()->bump_version();
+  if (is_given(tensor) && !tensor->is_inference()) tensor->unsafeGetTensorImpl()->bump_version();
 }
 
 // The kernels write to dense memory; a strided statistic is updated by way of a copy.
 void write_back(const optional<Tensor>& tensor, const optional<Tensor>& dense) {
   if (!is_given(tensor)) return;
-  if (tensor->is_same(*dense)) {
-    bump_version(tensor);
-  } else {
-    tensor->copy_(*dense);
-  }
+  if (!tensor->is_same(*dense)) tensor->copy_(*dense);
+  bump_version(tensor);
 }
 
 }  // namespace

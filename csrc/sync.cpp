@@ -15,6 +15,7 @@ SyncForward sync_forward(const Tensor& input, const optional<Tensor>& weight, co
                          const optional<Tensor>& num_batches_tracked, optional<double> momentum, double eps,
                          const optional<Tensor>& residual, std::string_view act, double slope, bool with_mask,
                          const ProcessGroup& group) {
+  TORCH_CHECK_VALUE(group.size > 0, "batch_norm: expected group_size to be positive, but got ", group.size);
   // Before the others are told of this share. Traced shapes are not checked: they may be symbols.
   if (!input.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
     check_training(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, residual,
