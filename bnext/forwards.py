@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import linecache
 import sys
 import types
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -104,8 +106,7 @@ def functional_add_act(
     return activations.compose(add(normalized, residual, changed), activations.parse(act))
 
 
-# (original class, source of the forward, what its global names mean) → the class that has it.
-_classes: dict[tuple[object, ...], type[torch.nn.Module]] = {}
+_made = itertools.count()
 
 
 def is_generated(cls: type) -> bool:
@@ -120,17 +121,18 @@ def original(cls: type[torch.nn.Module]) -> type[torch.nn.Module]:
 
 def with_forward(cls: type[torch.nn.Module], source: str, names: Mapping[str, object]) -> type[torch.nn.Module]:
     """A subclass of ``cls`` whose ``forward`` is that of the source, in which ``names`` are global."""
-    key = (cls, source, *((name, names[name]) for name in sorted(names)))
-    found = _classes.get(key)
-    if found is None:
-        found = _classes[key] = _make(cls, source, names)
-    return found
+    # A class knows its subclasses without keeping them, so that a model's class can go with the last of its models.
+    for found in cls.__subclasses__():
+        own = vars(found)
+        if own.get("_bnext_original") is cls and own["_bnext_source"] == source and own["_bnext_names"] == dict(names):
+            return found
+    return _make(cls, source, names)
 
 
 def _make(cls: type[torch.nn.Module], source: str, names: Mapping[str, object]) -> type[torch.nn.Module]:
     digest = hashlib.sha256(f"{cls.__module__}.{cls.__qualname__}\n{source}".encode()).hexdigest()[:16]
     # torch.compile looks the globals of a function up by the name of its module, hence a module that can be imported.
-    module = types.ModuleType(f"bnext._forward_{digest}_{len(_classes)}")
+    module = types.ModuleType(f"bnext._forward_{digest}_{next(_made)}")
     module.__dict__.update(names)
     sys.modules[module.__name__] = module
     filename = f"<{module.__name__} of {cls.__qualname__}>"
@@ -147,7 +149,14 @@ def _make(cls: type[torch.nn.Module], source: str, names: Mapping[str, object]) 
         "_bnext_names": dict(names),
         "forward": module.__dict__["forward"],
     }
-    return type(cls.__name__, (cls,), members)
+    made = type(cls.__name__, (cls,), members)
+    weakref.finalize(made, _forget, module.__name__, filename).atexit = False
+    return made
+
+
+def _forget(module: str, filename: str) -> None:
+    sys.modules.pop(module, None)
+    linecache.cache.pop(filename, None)
 
 
 def _init(self: torch.nn.Module, *args: Any, **kwargs: Any) -> None:

@@ -23,10 +23,22 @@ DEVICES = ("cpu", "cuda") if bnext._C.cuda and torch.cuda.is_available() else ("
 SIMT = pytest.param("simt", marks=pytest.mark.simt)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the tests that take minutes, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes; --long runs it"))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kernels: its `device` is also the emulated one")
     config.addinivalue_line("markers", "too_large_for_simt: although its file is marked `kernels`")
     config.addinivalue_line("markers", "simt: runs CUDA kernels in emulation (deselect with -m 'not simt')")
+    config.addinivalue_line("markers", "long: one of a dozen that take minutes together; only with --long")
     config.addinivalue_line("markers", "slow: takes several seconds (deselect with -m 'not slow')")
     # torch itself still scripts its forward-mode rules when the first of them is needed.
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit:DeprecationWarning")

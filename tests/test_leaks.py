@@ -67,13 +67,13 @@ def test_nothing_is_left_behind(calls_of: str, worker: Pool) -> None:
     check_calls(worker, calls_of, CALLS[calls_of])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("calls_of", [calls_of for calls_of, calls in CALLS.items() if calls < 10_000])
 def test_nothing_is_left_behind_by_many_calls(calls_of: str, worker: Pool) -> None:
     check_calls(worker, calls_of, 1_000 if calls_of == "traced_conversions" else 10_000)
 
 
-@pytest.mark.parametrize("calls", [35, pytest.param(490, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("calls", [35, pytest.param(490, marks=pytest.mark.long)])
 def test_large_outputs_leave_what_is_kept(
     calls: int, run_python: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
