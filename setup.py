@@ -54,8 +54,8 @@ if sys.platform == "linux":
     LINK_FLAGS.append("-fopenmp")
 
 if os.environ.get("BNEXT_SANITIZE") == "1":
-    # The last -O counts. Optimised further, or with every check of a pointer that AddressSanitizer makes in its own way,
-    # the vector code takes a quarter of an hour to compile.
+    # The last -O counts. Optimised further, or with checks of pointers that AddressSanitizer makes in its own way, the
+    # vector code takes a quarter of an hour to compile.
     SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=null,pointer-overflow,object-size,vptr"]
     SANITIZERS += ["-fno-sanitize-recover=all"]
     CXX_FLAGS += [*SANITIZERS, "-O1", "-g1", "-D_GLIBCXX_ASSERTIONS"]

@@ -9,6 +9,6 @@ Whole models likewise: model_suites.py says what is measured, models.py and resn
 compiled.py what is called and checked, closeness.py when it is right, peak.py how much memory training takes;
 model_measure.py runs them, model_report.py and model_table.py show them.
 
-Errors: numerics.py runs numerics_cases.py and measures as numerics_error.py says; numerics_results.py holds the rows and
-their bar, numerics_table.py shows them.
+Errors: numerics.py runs numerics_cases.py and measures as numerics_error.py says; numerics_results.py holds the rows
+and their bar, numerics_table.py shows them.
 """
