@@ -30,8 +30,8 @@ class Adapter final : public ChannelOp {
 };
 
 // Of all that a call reads and writes. What is streamed is not read only to be overwritten, which is a third of the
-// traffic, and leaves the caches to inputs that are read twice. Where they are read once, outputs that a third-level
-// cache may hold are left there for whoever reads them next.
+// traffic, and leaves the caches to inputs that are read twice. Planes that are read once keep their outputs in a
+// third-level cache that may hold them; rows of channels do not gain by it.
 constexpr std::int64_t kFarBytes = std::int64_t{4} << 20;
 constexpr std::int64_t kStreamedBytes = std::int64_t{18} << 20;
 constexpr std::int64_t kStreamedOnceBytes = std::int64_t{28} << 20;
@@ -39,7 +39,8 @@ constexpr std::int64_t kStreamedOnceBytes = std::int64_t{28} << 20;
 void run(const Problem& problem, ChannelOp& op, const Parallel& parallel) {
   const std::int64_t bytes = problem.numel() * element_size(problem.dtype) * (op.inputs() + op.outputs());
   op.far = bytes >= kFarBytes;
-  op.streams = bytes >= (op.reduces ? kStreamedBytes : kStreamedOnceBytes);
+  const bool once = !op.reduces && problem.layout == Layout::kChannelsFirst;
+  op.streams = bytes >= (once ? kStreamedOnceBytes : kStreamedBytes);
   if (problem.layout == Layout::kChannelsFirst) {
     run_channels_first(problem, op, parallel);
   } else {
