@@ -191,6 +191,22 @@ def test_same_module_twice_before_backward(thread: str) -> None:
         assert_within(x.grad, expected, tolerances.grad_input(g, fwd, None, x.dtype, training=True), "grad_input")
 
 
+@threads("ATen's SyncBatchNorm, read in its source")
+def test_counts_that_bfloat16_does_not_hold(thread: str) -> None:
+    # In bfloat16 257 is 256, and adding 3 to 1000 changes nothing.
+    rows = (257, 1000, 3)
+    x = make_input((sum(rows), 5, 3), dtype=torch.bfloat16)
+    moments = torch.stack([torch.ops.bnext.batch_norm_moments(share, 1e-5) for share in x.split(rows)])
+    assert moments[:, -1].tolist() == [3 * n for n in rows]
+    running = torch.zeros(5), torch.ones(5)
+    torch.ops.bnext.batch_norm_merged(x, moments, None, None, *running, None, 1.0, 1e-5)
+    fwd = reference.forward(x)
+    expected = reference.updated_running_stats(torch.zeros(5), torch.ones(5), fwd, 1.0)
+    limits = tolerances.running_stats(expected, fwd, 1.0, x.dtype, torch.float32, torch.float32)
+    for got, value, limit, what in zip(running, expected, limits, ("running_mean", "running_var"), strict=True):
+        assert_within(got, value, limit, what)
+
+
 @threads("inplace_abn#155")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_expanded_grad_output(thread: str, layout: str) -> None:
