@@ -70,6 +70,19 @@ def test_only_the_tensor_level_knows_both_torch_and_the_kernels() -> None:
     assert set(mixed) == {"backend_cpu.cpp", "backend_cuda.cpp", "bindings.cpp", "output_memory.cpp"}
 
 
+# Each may include those before it.
+TENSOR_LEVEL = ["backend", "kernel_tensors", "batch_norm", "sync", "autograd", "bindings"]
+
+
+@pytest.mark.parametrize("name", TENSOR_LEVEL)
+def test_the_tensor_level_points_one_way(name: str) -> None:
+    later = TENSOR_LEVEL[TENSOR_LEVEL.index(name) + 1 :]
+    files = [path for path in sorted(CSRC.iterdir()) if path.stem == name and path.suffix in SOURCES]
+    assert files, f"csrc/{name}.* is gone"
+    for path in files:
+        assert {Path(i).stem for bracket, i in includes(path) if bracket == '"'}.isdisjoint(later), path.name
+
+
 MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 
 
@@ -109,7 +122,7 @@ def test_python_imports_have_no_circle() -> None:
 
 
 def test_python_imports_point_from_convert_to_functional() -> None:
-    order = ["functional", "modules", "convert"]
+    order = ["functional", "modules", "sync", "convert"]
     assert set(order) <= set(MODULES)
     for position, name in enumerate(order):
         assert imported_modules(MODULES[name]).isdisjoint({*order[position + 1 :], "__init__", "__main__"}), name
