@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark.utils.common import set_torch_threads
 
-from benchmarks.numerics_cases import PATHS, Arguments, Case, in_path, make_arguments
+from benchmarks.numerics_cases import PATHS, Case, in_path, make_arguments
 from benchmarks.numerics_error import Exact, error_of, exact_results
 from benchmarks.numerics_results import QUANTITIES, Results, Row
-from benchmarks.operations import BatchNorm
+from benchmarks.operations import BatchNorm, Tensors
 from benchmarks.provenance import provenance
 from benchmarks.providers import functions
 
@@ -18,7 +18,7 @@ from benchmarks.providers import functions
 EXACT_IF_CONSTANT = ("output", "grad_weight", "running_var")
 
 
-def results_of(function: BatchNorm, case: Case, arguments: Arguments, path: str) -> dict[str, Tensor]:
+def results_of(function: BatchNorm, case: Case, arguments: Tensors, path: str) -> dict[str, Tensor]:
     """What a call and its backward pass return and update, by quantity."""
     a = arguments
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (in_path(a.input, path), a.weight, a.bias)]
@@ -42,7 +42,7 @@ def rows_of(case: Case, providers: Mapping[str, BatchNorm]) -> list[Row]:
 
 
 def _rows_of_path(
-    case: Case, arguments: Arguments, path: str, exact: Mapping[str, Exact], providers: Mapping[str, BatchNorm]
+    case: Case, arguments: Tensors, path: str, exact: Mapping[str, Exact], providers: Mapping[str, BatchNorm]
 ) -> list[Row]:
     errors = {}
     for name, function in providers.items():

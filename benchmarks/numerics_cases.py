@@ -8,7 +8,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from benchmarks.operations import EPS, MEMORY_FORMATS
+from benchmarks.operations import EPS, MEMORY_FORMATS, Tensors
 from benchmarks.suites import PLAIN, Epilogue, Shape
 
 # 16,384 values a channel, as the accuracy bars of the tests have them.
@@ -36,19 +36,6 @@ class Case:
     training: bool = True
     epilogue: Epilogue = PLAIN
     constant: bool = False  # each channel has one value: xhat is exactly 0
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """Of a call. Data are (N, C, H, W) and contiguous, or what ``in_path`` makes of them; the rest (C,)."""
-
-    input: Tensor
-    weight: Tensor
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
-    grad_output: Tensor
-    residual: tuple[Tensor, ...] = ()  # one, or none
 
 
 def normal(shape: Shape, generator: torch.Generator, *, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -105,8 +92,8 @@ CASES = (
 )
 
 
-def make_arguments(case: Case) -> Arguments:
-    """The same at every call, on any number of threads.
+def make_arguments(case: Case) -> Tensors:
+    """The same at every call, on any number of threads; none asks for a gradient. Data are (N, C, H, W), contiguous.
 
     Parameters and running statistics are float32. In evaluation the latter are those of the data, roughly, as after
     training. The mean of grad_output is not 0, so that its sum does not vanish.
@@ -125,7 +112,7 @@ def make_arguments(case: Case) -> Arguments:
     if not case.training:
         running_mean += values.double().mean((0, 2, 3)).float() + vector(-0.1, 0.1)
         running_var = vector(0.5, 2)
-    return Arguments(
+    return Tensors(
         input=values.contiguous(),
         weight=weight,
         bias=bias,

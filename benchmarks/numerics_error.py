@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from benchmarks.numerics_cases import KINK, Arguments, Case, by_channel
+from benchmarks.numerics_cases import KINK, Case, by_channel
 from benchmarks.numerics_results import FLOOR, RELATIVE, ULP
+from benchmarks.operations import Tensors
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Error:
     unit: str
 
 
-def exact_results(case: Case, arguments: Arguments) -> tuple[dict[str, Exact], Arguments]:
+def exact_results(case: Case, arguments: Tensors) -> tuple[dict[str, Exact], Tensors]:
     """Each quantity; and the arguments with a grad_output that is 0 near a kink."""
     weight, bias = (vector.double()[:, None] for vector in (arguments.weight, arguments.bias))
     x = by_channel(arguments.input).double()

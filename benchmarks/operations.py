@@ -21,7 +21,7 @@ MOMENTUM, EPS = 0.1, 1e-5
 
 @dataclass(frozen=True)
 class Tensors:
-    """The arguments of a case; input, weight, bias and residual are leaves that require gradients, as in training."""
+    """The arguments of a case; where these are timed, input, weight, bias and residual require gradients."""
 
     input: Tensor
     weight: Tensor
