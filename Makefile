@@ -52,7 +52,8 @@ stop_if = $(if $(strip $(1)),$(error $(strip $(1))))
 base    = $(if $(wildcard $(PY)),$(PY) have-venv,$(PYTHON) $(if $(SYSTEM_SITE),need-venv,need-venv-pip))
 
 .DEFAULT_GOAL := help
-.PHONY: help build test bench numerics sanitize package mutants instructions cuda-check gpu lint format clean tools FORCE
+.PHONY: help build test bench numerics sanitize package mutation mutants instructions cuda-check gpu lint format clean tools \
+        FORCE
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -83,7 +84,7 @@ sanitize: tools $(DEPS) ## the operators and the CPU kernels under AddressSaniti
 	@.ci/sanitize $(PY) $(PYTEST_ARGS)
 
 package: tools $(DEPS) ## sdist and wheel, and a smoke test of the wheel in an empty environment
-	@.ci/package $(PY) $(TORCH)
+	@.ci/package $(PY) '$(TORCH)'
 
 bench: tools $(BUILT) ## set up, build, run the benchmark
 	@$(PY) -m benchmarks $(BENCH_ARGS)

@@ -187,20 +187,16 @@ def blocks(rows: Sequence[Row]) -> dict[Kind, str]:
     return {of: markdown([row for row in rows if kind(row) == of]) for of in dict.fromkeys(map(kind, rows))}
 
 
-def update_readme(path: Path, rows: Sequence[Row], check: bool) -> bool:
-    """Bring the README up to date, or with ``check`` only look; tells whether it was current."""
-    return update_blocks(path, blocks(rows), check)
-
-
-def update_blocks(path: Path, blocks: Mapping[Kind, str], check: bool) -> bool:
+def update_blocks(path: Path, new: Mapping[Kind, str], check: bool) -> bool:
+    """Bring the README's blocks up to date, or with ``check`` only look; tells whether they were current."""
     try:
-        text = new = path.read_text(encoding="utf-8")
-        for of, block in blocks.items():
-            new = rewritten(new, block, of)
-        if new != text and not check:
-            write_atomically(path, new.encode())
+        text = changed = path.read_text(encoding="utf-8")
+        for of, block in new.items():
+            changed = rewritten(changed, block, of)
+        if changed != text and not check:
+            write_atomically(path, changed.encode())
     except OSError as error:
         raise InputError(f"cannot rewrite {path}: {error.strerror}") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    return new == text
+    return changed == text

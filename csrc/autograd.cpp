@@ -283,7 +283,7 @@ void check_constant(const char* name, const optional<Tensor>& tensor) {
 }
 
 // torch's fallback for these finds out only when the statistics have been written.
-void check_updated(const char* name, const optional<Tensor>& tensor) {
+void check_written(const char* name, const optional<Tensor>& tensor) {
   check_constant(name, tensor);
   TORCH_CHECK(!(tensor.has_value() && tensor->defined() && tensor->is_neg()), "batch_norm: expected ", name,
               " not to be a lazily negated view, since it is updated in place (see torch.Tensor.resolve_neg)");
@@ -298,8 +298,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input, const o
                                                     optional<double> momentum, double eps,
                                                     const optional<Tensor>& residual, std::string_view act,
                                                     double slope, bool with_mask) {
-  check_updated("running_mean", running_mean);
-  check_updated("running_var", running_var);
+  check_written("running_mean", running_mean);
+  check_written("running_var", running_var);
+  check_written("num_batches_tracked", num_batches_tracked);
   return forward(input, weight, bias, /*training=*/true, eps, residual, parse_activation(act, slope), with_mask,
                  [&](bool masked, BatchNormBackward*) {
                    return train_op().call(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum,
@@ -326,8 +327,9 @@ Tensor batch_norm_sync(const Tensor& input, const optional<Tensor>& weight, cons
                        const optional<Tensor>& num_batches_tracked, optional<double> momentum, double eps,
                        std::int64_t group_size, std::string_view group_name, const optional<Tensor>& residual,
                        std::string_view act, double slope) {
-  check_updated("running_mean", running_mean);
-  check_updated("running_var", running_var);
+  check_written("running_mean", running_mean);
+  check_written("running_var", running_var);
+  check_written("num_batches_tracked", num_batches_tracked);
   for (const Tensor& each : {input, or_undefined(weight), or_undefined(bias), or_undefined(residual)}) {
     TORCH_CHECK(!isFwGradDefined(each), "batch_norm: over several processes there is no forward mode");
   }

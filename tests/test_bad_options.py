@@ -259,6 +259,15 @@ def test_statistics_that_are_lazily_negated(negated: str) -> None:
     assert re.search(rf"\b{negated}\b", str(error)), error
 
 
+def test_a_counter_that_is_lazily_negated() -> None:
+    args = {**values(), "num_batches_tracked": torch._neg_view(torch.tensor(-5))}
+    unchanged = remember(args)
+    error = error_of(torch.ops.bnext.batch_norm_train, {**args, "momentum": 0.1, "eps": 1e-5})
+    unchanged()
+    assert isinstance(error, ORDINARY)
+    assert re.search(r"\bnum_batches_tracked\b", str(error)), error
+
+
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
 @pytest.mark.parametrize("grad", [False, True], ids=["nograd", "grad"])
 def test_statistics_that_were_written_to_have_a_new_version(grad: bool, strided: bool) -> None:

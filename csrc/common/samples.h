@@ -36,6 +36,7 @@ BNEXT_INLINE V farthest(const V& distance, const V& off) {
   return size > distance ? size : distance;
 }
 
+// The mean of the samples, the farthest of which is `distance` from it, as a shift (coarse_shift).
 template <typename V>
 BNEXT_INLINE V shift_of_samples(const V& mean, const V& distance) {
   const V size = distance * static_cast<scalar_of<V>>(4);

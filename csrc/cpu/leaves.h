@@ -87,8 +87,9 @@ struct MapArgs {
   std::int64_t reserve = 0;  // segments: storing element i, ask for the memory of output i + reserve, unless 0
 };
 
-// shift[j] = mean of in[offsets[i] + j] over i, for j < len, rounded to the dtype's natural compute type. Averaged
-// in pairs, which neither overflows nor rounds equal values; `samples` is a power of two, at most kMaxSamples.
+// shift[j] = shift_of_samples() (common/samples.h) of in[offsets[i] + j] over i, for j < len: their mean in the dtype's
+// natural compute type, with no finer bits than their spread has. Averaged in pairs, which neither overflows nor rounds
+// equal values; `samples` is a power of two, at most kMaxSamples.
 struct SampleArgs {
   const void* in;
   const std::int64_t* offsets;

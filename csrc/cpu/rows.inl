@@ -96,13 +96,13 @@ BNEXT_INLINE Form form_of(const Setup& setup) {
 template <typename Op>
 constexpr Form kForms[] = {kAny};
 template <>
-constexpr Form kForms<ActivatedNormalize>[] = {
+inline constexpr Form kForms<ActivatedNormalize>[] = {
     kRelu, kRelu | kResidual, kRelu | kMask, kRelu | kResidual | kMask, kSilu, kGelu, kHardswish};
 template <>
-constexpr Form kForms<ActivatedGradSums>[] = {kRelu, kRelu | kMask, kSilu, kGelu, kHardswish};
+inline constexpr Form kForms<ActivatedGradSums>[] = {kRelu, kRelu | kMask, kSilu, kGelu, kHardswish};
 template <>
-constexpr Form kForms<ActivatedGrad>[] = {kRelu | kStatistics, kRelu | kStatistics | kMask | kSecond,
-                                          kSilu | kStatistics, kGelu | kStatistics, kHardswish | kStatistics};
+inline constexpr Form kForms<ActivatedGrad>[] = {kRelu | kStatistics, kRelu | kStatistics | kMask | kSecond,
+                                                 kSilu | kStatistics, kGelu | kStatistics, kHardswish | kStatistics};
 
 template <typename Leaf, typename scalar_t, typename acc_t, typename Op, int kIndex, typename Args>
 BNEXT_INLINE void run_known(const Args& args, Form form) {

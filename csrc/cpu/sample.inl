@@ -1,4 +1,4 @@
-// The mean of a few rows, which is a channel's shift.
+// A channel's shift: the mean of a few rows, no finer than these are apart.
 
 #include "rows.inl"
 

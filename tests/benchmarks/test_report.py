@@ -9,7 +9,7 @@ import pytest
 from canned import imagined_run, row, rows_of
 
 from benchmarks.__main__ import main
-from benchmarks.readme import BEGIN, END, MARKERS, markdown, rewritten, update_readme
+from benchmarks.readme import BEGIN, END, MARKERS, blocks, markdown, rewritten, update_blocks
 from benchmarks.report import Group, MeanKey, compare, geometric_means, how_measured
 from benchmarks.rows import InputError, load_rows, save_rows, write_atomically
 from benchmarks.touched import VARIABLES
@@ -162,7 +162,7 @@ def test_touched_memory_has_a_table_of_its_own(tmp_path: Path) -> None:
     begin, end = MARKERS["cpu", "", True]
     readme = tmp_path / "README.md"
     readme.write_text(f"{BEGIN}\nas the user calls it\n{END}\n{begin}\n{end}\n")
-    assert not update_readme(readme, rows, check=False)
+    assert not update_blocks(readme, blocks(rows), check=False)
     text = readme.read_text()
     assert text.startswith(f"{BEGIN}\nas the user calls it\n{END}\n{begin}\n| dtype |")
     assert "`python -m benchmarks --touched`" in text
