@@ -80,7 +80,7 @@ instructions: tools $(BUILT) ## count the CPU kernels' instructions in valgrind,
 cuda-check: tools $(DEPS) ## compile the CUDA sources for three architectures, read registers and machine code
 	@$(PY) .ci/cuda_check.py
 
-sanitize: tools $(DEPS) ## the operators and the CPU kernels under AddressSanitizer and UBSan; a quarter of an hour
+sanitize: tools $(DEPS) ## the operators and the CPU kernels under AddressSanitizer and UBSan; ten minutes
 	@.ci/sanitize $(PY) $(PYTEST_ARGS)
 
 package: tools $(DEPS) ## sdist and wheel, and a smoke test of the wheel in an empty environment
