@@ -25,6 +25,7 @@ from cases import (
 )
 from checks import check_backward, significant_strides
 from reference import Act
+from tolerances import assert_within
 from torch import Tensor
 
 from bnext.functional import batch_norm, batch_norm_act
@@ -291,7 +292,8 @@ def test_frozen_parameters_get_no_gradient(act: Act, training: bool, device: str
 @pytest.mark.too_large_for_simt
 @MODES
 def test_relu_equals_a_relu_that_follows(training: bool, device: str) -> None:
-    # Where the pre-activation is computed alike, relu only selects: the same bits, forward and backward.
+    # Where the pre-activation is computed alike, relu only selects: the same bits, forward and backward. But training's
+    # sums are of values shifted otherwise (coarse_shift in csrc/common), and their means differ by roundings.
     for case in FEW_CASES:
         x, g = make_input(*case, device=device).requires_grad_(), make_grad(*case, device=device)
         p = make_parameters(case.shape[1], device=device)
@@ -300,6 +302,8 @@ def test_relu_equals_a_relu_that_follows(training: bool, device: str) -> None:
         plain = batch_norm(x, stats[1].running_mean, stats[1].running_var, p.weight, p.bias, training)
         expected = torch.nn.functional.relu(plain)
         assert torch.equal(y, expected)
-        assert all(
-            same_bits(*pair) for pair in zip(*(torch.autograd.grad(t, x, g) for t in (y, expected)), strict=True)
-        )
+        (got,), (selected,) = (torch.autograd.grad(t, x, g) for t in (y, expected))
+        if training:
+            assert_within(got, selected, 2.0**-22 * float(selected.abs().max()), "grad_input")
+        else:
+            assert same_bits(got, selected)
