@@ -70,15 +70,16 @@ class ForwardTensors {
                  const optional<Tensor>& residual, const Activation& activation, bool with_mask, bool reduces)
       : device_(input.device()),
         backend_(backend_of(input)),
-        problem_(problem_of(input, format_of(input))),
+        format_(format_of(input)),
+        problem_(problem_of(input, format_)),
         activation_(activation),
         with_mask_(with_mask),
-        output_(backend_.allocate_output(input, format_of(input), problem_, reduces)),
+        output_(backend_.allocate_output(input, format_, problem_, reduces)),
         stats_(allocate_stats(input, problem_)),
         mask_(allocate_mask(input, problem_, backend_, with_mask)) {
     if (empty()) return;
-    input_ = kernel_input(input, format_of(input), backend_);
-    if (is_given(residual)) residual_ = kernel_input(*residual, format_of(input), backend_);
+    input_ = kernel_input(input, format_, backend_);
+    if (is_given(residual)) residual_ = kernel_input(*residual, format_, backend_);
     weight_ = densely(weight);
     bias_ = densely(bias);
   }
@@ -106,6 +107,7 @@ class ForwardTensors {
  private:
   const at::Device device_;
   const Backend& backend_;
+  const at::MemoryFormat format_;
   const Problem problem_;
   const Activation activation_;
   const bool with_mask_;
