@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _C
+from bnext import _C
 
 NAMES = _C.activations
 LEAKY_SLOPE = 0.01
@@ -95,10 +95,11 @@ def of_layer(act_layer: Any, act_kwargs: dict[str, Any] | None = None) -> Act:
     kind = act_layer.func if isinstance(act_layer, functools.partial) else act_layer
     if name in NAMES or (isinstance(kind, type) and kind in _MODULES):
         try:
-            slope = (act_kwargs or {}).get("negative_slope")
-            act: Act = name if slope is None or name is None else (name, slope)
             if name is None:
                 act = of_module(act_layer(**(act_kwargs or {})))
+            else:
+                slope = (act_kwargs or {}).get("negative_slope")
+                act = name if slope is None else (name, slope)
             parse(act)
             return act
         except (TypeError, ValueError) as error:
