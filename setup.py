@@ -6,11 +6,15 @@ an nvcc. Whether a GPU is there does not matter. BNEXT_SANITIZE=1 is for .ci/san
 
 import os
 import re
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+from torch.utils import cpp_extension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
 SOURCES = [
     "csrc/bindings.cpp",
@@ -65,6 +69,22 @@ NVCC_FLAGS = ["-O3", "-Xcompiler=-fvisibility=hidden", "-Xptxas=-warn-spills"]
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 
 
+def find_toolkit() -> None:
+    """Correct torch's guess of where the CUDA toolkit is.
+
+    It takes the folder above the one that nvcc lies in. Where that nvcc is a script that calls another, no header is
+    there; nvcc itself says where they are.
+    """
+    nvcc = shutil.which("nvcc")
+    guess = cpp_extension.CUDA_HOME
+    if guess is None or nvcc is None or Path(guess, "include", "cuda_runtime.h").exists():
+        return
+    dry_run = subprocess.run([nvcc, "--dryrun", "-c", "none.cu"], capture_output=True, text=True, check=False)
+    found = re.search(r"^#\$ TOP=(.+)$", dry_run.stderr, re.MULTILINE)
+    if found and Path(found[1], "include", "cuda_runtime.h").exists():
+        cpp_extension.CUDA_HOME = str(Path(found[1]).resolve())
+
+
 def builds_cuda() -> bool:
     """What BNEXT_CUDA says, or else what is there; a demand that cannot be met is an error with its remedy."""
     wish = os.environ.get("BNEXT_CUDA", "")
@@ -73,13 +93,14 @@ def builds_cuda() -> bool:
     lacking = []
     if torch.version.cuda is None:
         lacking.append(f"a torch with CUDA (torch {torch.__version__} has none; see https://pytorch.org)")
-    if CUDA_HOME is None:
+    if cpp_extension.CUDA_HOME is None:
         lacking.append("nvcc (install the CUDA toolkit, or set CUDA_HOME)")
     if wish == "1" and lacking:
         sys.exit(f"BNEXT_CUDA=1 needs {' and '.join(lacking)}")
     return wish != "0" and not lacking
 
 
+find_toolkit()
 if builds_cuda():
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         # Without a GPU in sight torch's own choice of architectures fails.
