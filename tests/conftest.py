@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch_warnings
 from simt.device import emulated
 
 import bnext
@@ -40,8 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "simt: runs CUDA kernels in emulation (deselect with -m 'not simt')")
     config.addinivalue_line("markers", "long: one of a dozen that take minutes together; only with --long")
     config.addinivalue_line("markers", "slow: takes several seconds (deselect with -m 'not slow')")
-    # torch itself still scripts its forward-mode rules when the first of them is needed.
-    config.addinivalue_line("filterwarnings", "ignore:`torch.jit:DeprecationWarning")
+    for line in torch_warnings.pytest_lines():
+        config.addinivalue_line("filterwarnings", line)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

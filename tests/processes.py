@@ -31,6 +31,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch_warnings import all_but_torchs_own_are_errors
+
 START_TIMEOUT = 120.0
 # What the other workers are given to finish once one has failed, and to say where they hang.
 GRACE = 3.0
@@ -204,9 +206,7 @@ def _run(world: World, message: bytes) -> tuple[bool, Any]:
         job = getattr(importlib.import_module(module), name)
         torch.manual_seed(seed)
         with warnings.catch_warnings():
-            # As the suite's own, see pyproject.toml and conftest.py.
-            warnings.simplefilter("error")
-            warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+            all_but_torchs_own_are_errors()
             return True, job(world, **arguments)
     except BaseException:  # pytest's own failures are no Exception
         return False, traceback.format_exc()
