@@ -197,11 +197,19 @@ def _is_good(input: Tensor, vectors: tuple[Tensor | None, ...], eps: float) -> b
     )
 
 
+# Before 2.13 torch.compiler.is_exporting() is true of whatever dynamo traces.
+_KNOWS_EXPORT = torch.__version__ >= "2.13"
+
+
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting() if _KNOWS_EXPORT else not torch.compiler.is_dynamo_compiling()
+
+
 def _is_arithmetic(input: Tensor, weight: Tensor | None, bias: Tensor | None, epilogue: Epilogue) -> bool:
     """Whether a compiler would do well to see what an evaluation computes: no gradient will be asked for, whose sums
     are the operator's, nothing is exported, and no residual is there that the operator refuses."""
     residual = epilogue[0] if epilogue else None
-    if torch.compiler.is_exporting():
+    if _is_exporting():
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias, residual)):
         return False

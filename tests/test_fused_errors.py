@@ -19,6 +19,7 @@ from test_errors import (
     Wrong,
     arguments,
     assert_raises_and_leaves_alone,
+    needs_todays_rule_for_eps,
 )
 
 import bnext
@@ -166,6 +167,7 @@ def test_eval_needs_both_running_stats(missing: str) -> None:
     assert_raises_and_leaves_alone(functional(False), args, missing, "evaluation|eval", "defined|expected")
 
 
+@needs_todays_rule_for_eps
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("eps", [-1e-5, float("-inf")], ids=str)
 def test_eps_as_in_torch(eps: float, training: bool) -> None:
