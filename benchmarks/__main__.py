@@ -115,6 +115,9 @@ def make_parser() -> Parser:
         "--no-compile", action="store_true", help="leave torch.compile out, which takes a minute or two"
     )
     measure.add_argument(
+        "--plans", action="store_true", help="on a GPU, bnext as it would be planned for lesser devices, too"
+    )
+    measure.add_argument(
         "--quick", action="store_true", help=f"only small shapes, {QUICK_ROUNDS} rounds: a look, not a result"
     )
     measure.add_argument(
@@ -147,6 +150,8 @@ def run_measure(arguments: argparse.Namespace) -> int:
         raise InputError(f"suite {foreign[0]!r} is not one of {device}'s: {', '.join(suite_names(device))}")
     if arguments.touched and device != "cpu":
         raise InputError("--touched is about the CPU's memory")
+    if arguments.plans and device != "cuda":
+        raise InputError("--plans is about CUDA kernels: it needs --device cuda")
     tensor_suites = [name for name in suites if name in DEVICE_SUITES[device]]
     cases = select_cases(
         suites=tensor_suites,
@@ -171,7 +176,8 @@ def run_measure(arguments: argparse.Namespace) -> int:
 
         runs = []
         if cases:
-            runs.append((*measuring(device, cases, not arguments.no_compile), default_seconds(device, tensor_suites)))
+            measure_cases = measuring(device, cases, not arguments.no_compile, arguments.plans)
+            runs.append((*measure_cases, default_seconds(device, tensor_suites)))
         if model_cases:
             runs.append((*measuring_models(device, model_cases), default_model_seconds(device, suites)))
     except ImportError as error:
@@ -198,7 +204,9 @@ def run_measure(arguments: argparse.Namespace) -> int:
     return finish(arguments.output, outcome.mismatches, bool(outcome.rows), interrupted)
 
 
-def measuring(device: str, cases: Sequence[Case], with_compile: bool) -> tuple[Callable[..., None], int]:
+def measuring(
+    device: str, cases: Sequence[Case], with_compile: bool, with_plans: bool
+) -> tuple[Callable[..., None], int]:
     """What measures the cases on a device, and how much work that is."""
     if device == "cpu":
         from benchmarks.measure import measure
@@ -211,7 +219,7 @@ def measuring(device: str, cases: Sequence[Case], with_compile: bool) -> tuple[C
     from benchmarks.cuda import measure as cuda
 
     work = sum(cuda.case_work(case, with_compile) for case in cases)
-    return partial(cuda.measure, cases, with_compile=with_compile), work
+    return partial(cuda.measure, cases, with_compile=with_compile, with_plans=with_plans), work
 
 
 def measuring_models(device: str, cases: Sequence[ModelCase]) -> tuple[Callable[..., None], int]:

@@ -13,6 +13,7 @@ MB = 1_000_000
 # Providers that are not measured everywhere.
 NO_CUDNN = "torch-no-cudnn"
 TORCH_COMPILE = "torch-compile"
+PLANNED = "bnext-"  # bnext as planned for a lesser device; benchmarks/cuda/providers.py
 
 # On a CPU the C library maps every output above 32 MB afresh; below 1 MB a core's own cache holds the tensor.
 LARGE_CLASS = "> 32 MB"

@@ -41,6 +41,7 @@ class Measurement:
     mode: str = CLOCK
     buffer_sets: int = 1  # how many sets of tensors the calls went round, so that caches are cold
     note: str = ""  # what was done otherwise than mode says, and why
+    plan: str = ""  # the way that bnext's kernels took on a GPU
     # What follows the batch norm in the same call: suites.Epilogue.
     act: str = ""
     residual: bool = False

@@ -11,6 +11,7 @@ from benchmarks.model_report import of_models, of_tensors
 from benchmarks.model_table import model_notes, model_tables
 from benchmarks.report import (
     NO_CUDNN,
+    PLANNED,
     TORCH_COMPILE,
     Comparison,
     Group,
@@ -52,7 +53,7 @@ def print_tensor_tables(console: Console, rows: Sequence[Row]) -> None:
         console.print(held_table(rows))
     print("x torch: torch's time / bnext's. x copy: bnext's time / that of a copy of the same bytes.")
     if any(map(on_gpu, comparisons)):
-        print("no cuDNN, compile: the time of torch without cuDNN, of torch.compile, / bnext's.")
+        print("no cuDNN, compile, and bnext planned as said: the time of torch without cuDNN, ... / bnext's.")
         print("bars: bnext's time is at most so many times the copy's, that of torch with or without cuDNN.")
     elif any(map(has_bars, comparisons)):
         print("compile: the time of torch.compile / bnext's. bars: bnext is at least so many times faster.")
@@ -92,11 +93,15 @@ def measurement_table(group: Group, comparisons: Sequence[Comparison]) -> Table:
     endings = [{verdict.bar: _ending(verdict) for verdict in verdicts([c])} for c in comparisons]
     bars = [bar for bar in BARS if any(bar in ending for ending in endings)]
     others = {"no cuDNN": NO_CUDNN, "compile": TORCH_COMPILE}
+    planned = dict.fromkeys(name for c in comparisons for name in c.others if name.startswith(PLANNED))
+    others |= {name.removeprefix(PLANNED): name for name in planned}
     others = {header: name for header, name in others.items() if any(name in c.others for c in comparisons)}
     for header in ("suite", "shape", "operation"):
         table.add_column(header, no_wrap=True)
     for header in ("MB", "us", "GB/s", "x torch", *others, "x copy", *(f"{bar} bar" for bar in bars)):
         table.add_column(header, justify="right", no_wrap=True)
+    if any(c.bnext.plan for c in comparisons):
+        table.add_column("plan", no_wrap=True)
     previous = None
     for comparison, ending in zip(comparisons, endings, strict=True):
         row = comparison.bnext
@@ -114,6 +119,7 @@ def measurement_table(group: Group, comparisons: Sequence[Comparison]) -> Table:
             *("" if over is None else coloured(over) for over in overs),
             ratio(comparison.over_copy),
             *(ending.get(bar, "") for bar in bars),
+            *([row.plan] if row.plan else []),
         )
         previous = tensor
     return table

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <string>
 
 #include "common/arguments.h"
 #include "common/problem.h"
@@ -46,6 +47,9 @@ struct CudaCap {
   int max_cluster = std::numeric_limits<int>::max();
 };
 void cap_cuda_device(const CudaCap& cap);
+
+// How the last launch of any thread was planned; empty before the first. For benchmarks.
+std::string last_cuda_plan();
 #endif
 
 }  // namespace bnext

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <optional>
 
 #include "backend.h"
 #include "cuda/batch_norm.h"
@@ -37,6 +38,28 @@ cuda::DeviceLimits limits_of_current_device() {
   limits.shared_per_block = std::min(limits.shared_per_block, cap.shared_per_block);
   limits.max_cluster = std::min(limits.max_cluster, cap.max_cluster);
   return limits;
+}
+
+// Backward calls run on threads of autograd's own.
+class LastPlan {
+ public:
+  void set(const cuda::Plan& plan) {
+    const std::lock_guard lock(mutex_);
+    plan_ = plan;
+  }
+  std::string description() {
+    const std::lock_guard lock(mutex_);
+    return plan_ ? cuda::description(*plan_) : std::string();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::optional<cuda::Plan> plan_;
+};
+
+LastPlan& last_plan() {
+  static LastPlan plan;
+  return plan;
 }
 
 // Freed when it goes out of scope: the caching allocator hands it out again only to what follows on the stream.
@@ -85,12 +108,15 @@ class CudaBackend final : public Backend {
     void* const scratch = workspace.defined() ? workspace.mutable_data_ptr() : nullptr;
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
     C10_CUDA_CHECK(launch(problem, args, plan, scratch, stream));
+    last_plan().set(plan);
   }
 };
 
 }  // namespace
 
 void cap_cuda_device(const CudaCap& wanted) { cap = wanted; }
+
+std::string last_cuda_plan() { return last_plan().description(); }
 
 const Backend& cuda_backend() {
   static const CudaBackend backend;

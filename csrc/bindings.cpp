@@ -124,6 +124,14 @@ void cap_cuda_device(std::optional<int> sms, std::optional<int> shared_per_block
 #endif
 }
 
+std::string last_cuda_plan() {
+#if defined(BNEXT_CUDA)
+  return bnext::last_cuda_plan();
+#else
+  return {};
+#endif
+}
+
 pybind11::tuple activations() {
   pybind11::tuple names(std::size(bnext::kActs));
   for (std::size_t i = 0; i < names.size(); ++i) names[i] = bnext::kActs[i].name;
@@ -151,6 +159,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cap_cuda_device", &cap_cuda_device, pybind11::arg("sms") = pybind11::none(),
         pybind11::arg("shared_per_block") = pybind11::none(), pybind11::arg("max_cluster") = pybind11::none(),
         "Plan as for a device with no more than this, for tests; without arguments, for the real one.");
+  m.def("last_cuda_plan", &last_cuda_plan, "How the last CUDA launch was planned; empty before the first.");
   m.def("cpu_isas", &cpu_isas, "Instruction sets the kernels can use on this machine, slowest first.");
   m.def("cpu_isa", [] { return bnext::cpu::isa_name(bnext::cpu::current_isa()); }, "The one in use.");
   m.def("set_cpu_isa", &set_cpu_isa, pybind11::arg("name"), "Use another of cpu_isas(), for tests and comparisons.");

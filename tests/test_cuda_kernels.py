@@ -37,6 +37,11 @@ KB = 1024
 SEEDS = (0, 1)  # of the order in which the emulator runs blocks and threads
 
 
+# Contiguous: planes of whole vectors and of others, and planes of which a tile takes several. The last two in
+# channels_last: a number of channels that fills vectors, and one for which pixels are folded.
+LAYOUTS = ("contiguous", "contiguous", "contiguous", "channels_last", "channels_last")
+
+
 class Path(NamedTuple):
     """A way through the kernels, and a device whose plans take it."""
 
@@ -44,13 +49,17 @@ class Path(NamedTuple):
     two_reads: bool
     limits: Limits
     shapes: tuple[tuple[int, ...], ...]
+    layouts: tuple[str, ...] = LAYOUTS
 
     def __str__(self) -> str:
-        return f"{self.team}-two-reads" if self.two_reads else self.team
+        return self.team + "-of-16" * self.large_cluster + "-two-reads" * self.two_reads
+
+    @property
+    def large_cluster(self) -> bool:
+        """Of more blocks than a kernel gets unless it asks."""
+        return self.team == "cluster" and self.limits.max_cluster > 8
 
 
-# Contiguous: planes of whole vectors and of others, and planes of which a tile takes several. The last two in
-# channels_last: a number of channels that fills vectors, and one for which pixels are folded.
 # test_the_ways_lead_everywhere says whether they do.
 PATHS = (
     Path("block", False, Limits(sms=1), ((2, 4, 24, 24), (3, 5, 19, 27), (5, 24, 7, 7), (6, 48, 5, 5), (7, 9, 5, 5))),
@@ -59,6 +68,13 @@ PATHS = (
         False,
         Limits(sms=16),
         ((16, 2, 32, 32), (9, 3, 41, 43), (64, 8, 7, 7), (40, 16, 11, 11), (40, 9, 11, 11)),
+    ),
+    Path(
+        "cluster",
+        False,
+        Limits(sms=32, max_cluster=16),
+        ((53, 2, 41, 43), (80, 9, 11, 11)),  # the size of the cluster is all that is new
+        ("contiguous", "channels_last"),
     ),
     Path(
         "grid",
@@ -73,11 +89,10 @@ PATHS = (
         ((48, 2, 32, 32), (24, 3, 41, 43), (200, 8, 7, 7), (60, 16, 11, 11), (90, 9, 11, 11)),
     ),
 )
-LAYOUTS = ("contiguous", "contiguous", "contiguous", "channels_last", "channels_last")
 WAYS = [
     pytest.param(path, Case(shape, layout), id=f"{path}-{'x'.join(map(str, shape))}-{layout}")
     for path in PATHS
-    for shape, layout in zip(path.shapes, LAYOUTS, strict=True)
+    for shape, layout in zip(path.shapes, path.layouts, strict=True)
 ]
 
 
@@ -212,13 +227,14 @@ def test_the_ways_lead_everywhere() -> None:
                     batch, channels, height * width, last, dtype, inputs, True, *path.limits[:3]
                 )
                 kind = "folded" if last and plan["row_width"] > channels else layout
-                way_taken = (TEAMS[plan["team"]], plan["ring"] > 0)
+                large_cluster = TEAMS[plan["team"]] == "cluster" and plan["team_blocks"] > 8
+                way_taken = (TEAMS[plan["team"]], large_cluster, plan["ring"] > 0)
                 seen.add((*way_taken, TILES[plan["tile"]], kind, dtype, inputs))
     tiles = (("channel", "contiguous"), ("columns", "contiguous"), ("columns", "channels_last"), ("columns", "folded"))
     wanted = {
-        (path.team, path.two_reads, *tile, dtype, inputs)
+        (path.team, path.large_cluster, path.two_reads, *tile, dtype, inputs)
         for path in PATHS
-        for tile in tiles
+        for tile in (tiles if path.layouts == LAYOUTS else (tiles[0], tiles[3]))
         for dtype in DTYPES
         for inputs in (1, 2, 3)
         if (dtype, inputs) != (torch.float64, 3)  # too much for some of these devices to read once
@@ -313,6 +329,22 @@ def test_how_often_memory_is_read(path: Path, case: Case) -> None:
     if plan["ring"] == 0:
         assert counted["global_load_bytes"] <= bytes_of_x + beside
     assert bytes_of_x <= counted["global_store_bytes"] <= bytes_of_x + beside
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_a_plan_is_described(path: Path) -> None:
+    x = make_input(path.shapes[0], dtype=torch.float32)
+    describe = torch.ops.bnext_simt.last_description
+    with emulated(path.limits, check=False):
+        y, mean, var = batch_norm(x, None, None, training=True), torch.zeros(x.shape[1]), torch.ones(x.shape[1])
+        plan = last_plan()
+        team = "block" if path.team == "block" else f"{path.team} of {plan['team_blocks']}"
+        steps = -(-plan["rows"] * plan["parts"] // (plan["threads_y"] * plan["team_blocks"]))
+        reads = f"{plan['kept']} of {steps} kept" if path.two_reads else "read once"
+        assert describe() == f"{team}, {reads}"
+        batch_norm(y, mean, var)
+        assert describe() == "no sums"
 
 
 @pytest.mark.simt

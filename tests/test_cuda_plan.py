@@ -24,11 +24,12 @@ class Device(NamedTuple):
     max_cluster: int
 
 
-H200 = Device(132, 227 * KB, 8)
+H200 = Device(132, 227 * KB, 16)
+RTX5090 = Device(170, 99 * KB, 8)
 A100 = Device(108, 163 * KB, 1)
 L4 = Device(58, 99 * KB, 1)
 TINY = Device(1, 99 * KB, 1)
-GPUS = (H200, A100, L4, TINY)
+GPUS = (H200, RTX5090, A100, L4, TINY)
 
 # (N, C, HW) of ResNet-50 at N = 256, and the shapes at the edges of the index types.
 RESNET = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7))
@@ -131,7 +132,8 @@ def test_what_an_h200_reads_once(channels: int, side: int, last: bool, inputs: i
         ((256, 64, 3136), True, torch.bfloat16, "grid", "columns"),
         ((64, 512, 1), True, torch.float32, "block", "columns"),
         # 17 channels are no multiple of a vector: eight pixels are one row.
-        ((64, 17, 784), True, torch.bfloat16, "grid", "columns"),
+        ((64, 17, 784), True, torch.bfloat16, "cluster", "columns"),
+        ((256, 17, 784), True, torch.bfloat16, "grid", "columns"),
     ],
     ids=str,
 )

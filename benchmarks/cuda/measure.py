@@ -58,6 +58,7 @@ def measure(
     rounds: int | None = None,
     threads: int | None = None,
     with_compile: bool = True,
+    with_plans: bool = False,
     runtime: Runtime | None = None,
 ) -> None:
     """Check and time the cases within about ``seconds``, or with a fixed number of rounds.
@@ -67,7 +68,7 @@ def measure(
     """
     runtime = runtime or CudaRuntime()
     with set_torch_threads(threads or torch.get_num_threads()), runtime.stream():
-        run = Run(runtime, outcome, runtime.provenance(torch.get_num_threads()), with_compile)
+        run = Run(runtime, outcome, runtime.provenance(torch.get_num_threads()), with_compile, with_plans)
         runtime.warm_up()
         budget = Budget(seconds, sum(case_work(case, with_compile) for case in cases), rounds)
         for case in cases:
@@ -77,11 +78,14 @@ def measure(
 class Run:
     """What all cases of a run have in common."""
 
-    def __init__(self, runtime: Runtime, outcome: Outcome, source: Provenance, with_compile: bool) -> None:
+    def __init__(
+        self, runtime: Runtime, outcome: Outcome, source: Provenance, with_compile: bool, with_plans: bool
+    ) -> None:
         self._runtime = runtime
         self._outcome = outcome
         self._source = source
         self._with_compile = with_compile
+        self._with_plans = with_plans
 
     def measure_case(self, case: Case, budget: Budget, progress: Progress) -> None:
         progress(f"{case} check", 0)
@@ -112,7 +116,7 @@ class Run:
         except Exception as error:  # no memory, or whatever torch raises: the next case may be fine
             self._fail(f"{case}: torch failed: {summary(error)}")
             return [], []
-        makers = provider_makers(case, self._with_compile)
+        makers = provider_makers(case, self._with_compile, self._with_plans)
         return sets, checked_providers(case, makers, checker, self._fail)
 
     def _measure_operation(
@@ -128,10 +132,11 @@ class Run:
         makers = {p.name: partial(provider_rotation, operation, p, sets) for p in providers}
         makers[FLOOR] = partial(copy_rotation, operation, case, self._runtime.device, len(sets))
         calls = calls_per_graph(model_bytes(operation, case.shape, case.dtype, case.epilogue), len(sets))
-        stopwatches, notes = {}, {}
+        stopwatches, notes, plans = {}, {}, {}
         for name, make in makers.items():
             try:
                 stopwatches[name], notes[name] = self._stopwatch(mode, make(), calls)
+                plans[name] = self._runtime.last_plan() if name.startswith("bnext") else ""
             except Exception as error:  # a kernel that refuses, no memory: whatever it is, others can be measured
                 required = name in (*PROVIDERS, FLOOR)
                 self._fail(f"{case} {operation}: {name} failed: {summary(error)}", required)
@@ -141,7 +146,8 @@ class Run:
         timings = time_in_turn(stopwatches, partial(budget.rounds, 1))
         held = held_by_provider(operation, case, sets[0], providers)
         for name, timing in timings.items():
-            details = {"mode": mode, "buffer_sets": len(sets), "note": notes[name], **held.get(name, {})}
+            details = {"mode": mode, "buffer_sets": len(sets), "note": notes[name], "plan": plans[name]}
+            details.update(held.get(name, {}))
             self._outcome.rows.append(make_row(case, operation, name, timing, self._source, **details))
 
     def _stopwatch(self, mode: str, rotation: Rotation, calls: int) -> tuple[EventStopwatch, str]:

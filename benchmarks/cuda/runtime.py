@@ -1,4 +1,4 @@
-"""All that is asked of torch.cuda while measuring: streams, events, graphs and memory."""
+"""All that is asked of the device while measuring: streams, events, graphs and memory, and how bnext planned."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -9,6 +9,7 @@ import torch
 from benchmarks.cuda.device import cuda_provenance
 from benchmarks.rows import Provenance
 from benchmarks.timing import Call
+from bnext import _C
 
 Result = TypeVar("Result")
 
@@ -50,6 +51,9 @@ class Runtime(Protocol):
         """Give the device something to do that leaves nothing of use in its caches."""
 
     def warm_up(self) -> None: ...
+
+    def last_plan(self) -> str:
+        """The way that the last launch of bnext's took."""
 
     def capture(self, run: Callable[[], Result]) -> tuple[Call, Result]:
         """A call that replays what ``run`` enqueues, and what ``run`` returned: where the replays write."""
@@ -94,6 +98,9 @@ class CudaRuntime:
         for _ in range(WARM_FILLS):
             self._scratch.zero_()
         torch.cuda.synchronize()
+
+    def last_plan(self) -> str:
+        return _C.last_cuda_plan()
 
     def capture(self, run: Callable[[], Result]) -> tuple[Call, Result]:
         graph = torch.cuda.CUDAGraph()

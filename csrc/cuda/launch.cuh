@@ -8,21 +8,25 @@
 
 namespace bnext::cuda {
 
-// A kernel's limit of dynamic shared memory is set once a device, to all there is: set to what a launch needs, it could
-// be lowered by another thread before this one has launched.
+// What a kernel may use is set once a device, to all there is: set to what a launch needs, it could be lowered by
+// another thread before this one has launched.
 template <auto kKernel>
-cudaError_t allow_all_shared_memory() {
+cudaError_t allow_all() {
   static std::atomic<std::uint64_t> done{0};
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
   const std::uint64_t bit = device < 64 ? std::uint64_t{1} << device : 0;
   if ((done.load(std::memory_order_acquire) & bit) != 0) return cudaSuccess;
-  int bytes = 0;
-  error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess) return error;
-  error =
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  DeviceLimits limits = {};
+  error = current_limits(&limits);
+  const auto allow = [&](cudaFuncAttribute attribute, int value) {
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(kKernel, attribute, value);
+  };
+  allow(cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_per_block);
+  // The plan counts on two blocks an SM; of the first-level cache only a few reads have any use.
+  allow(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (limits.max_cluster > 1) allow(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_release);
   return error;
 }
@@ -30,7 +34,7 @@ cudaError_t allow_all_shared_memory() {
 template <auto kKernel, typename Op>
 cudaError_t launch(const KernelArgs& args, const Op& op, cudaStream_t stream) {
   const Plan& plan = args.plan;
-  cudaError_t error = allow_all_shared_memory<kKernel>();
+  cudaError_t error = allow_all<kKernel>();
   if (error != cudaSuccess) return error;
 
   cudaLaunchAttribute attribute = {};

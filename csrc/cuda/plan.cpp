@@ -108,28 +108,30 @@ void choose_threads(Plan& plan, const Problem& problem) {
   const std::int64_t y = std::min<std::int64_t>(kMaxThreads / x, plan.rows * plan.parts);
   plan.threads_x = static_cast<int>(x);
   plan.threads_y = static_cast<int>(y);
+  plan.workers = static_cast<int>(x * y);
   plan.threads = static_cast<int>(round_up(x * y, 32));
+  // More at a time would be fewer barriers; the memory keeps vectors.
+  plan.merge_rows = static_cast<int>(divide_up(y, 8));
   plan.whole = plan.row_width % V == 0 && plan.row_width % plan.tile_width == 0 &&
                plan.numel == plan.rows * plan.row_width && plan.tile_width == x * plan.parts * V;
 }
 
 // ---- shared memory
 
-// The buffer in which a block's threads merge their sums: half of the threads' sums at a time, then the columns'.
+// The buffer in which a block's threads merge their sums: those of some rows of threads at a time, then the columns'.
 std::int64_t merge_bytes(const Plan& plan, const Problem& problem, bool reduces) {
   if (!reduces) return 0;
   const std::int64_t V = kVectorBytes / element_size(problem.dtype);
-  const std::int64_t pairs =
-      plan.tile == Tile::kColumns ? plan.threads_x * V * std::max(1, plan.threads_y / 2) : plan.threads / 32;
+  const std::int64_t pairs = plan.tile == Tile::kColumns ? plan.threads_x * V * plan.merge_rows : plan.threads / 32;
   // The grid's partial sums pass through it too, one value a thread.
   return std::max<std::int64_t>(pairs * 2, plan.threads) * static_cast<std::int64_t>(sizeof(double));
 }
 
 constexpr std::int64_t kMaskWordBytes = 4;  // the least that an asynchronous copy moves
 
-// One slot of every thread, for a vector of each input and its mask.
+// One slot of every worker, for a vector of each input and its mask.
 std::int64_t slot_bytes(const Plan& plan) {
-  return std::int64_t{plan.threads} * (plan.inputs * kVectorBytes + (plan.reads_mask ? kMaskWordBytes : 0));
+  return std::int64_t{plan.workers} * (plan.inputs * kVectorBytes + (plan.reads_mask ? kMaskWordBytes : 0));
 }
 
 void lay_out_shared(Plan& plan, const Problem& problem, const Demand& demand) {
@@ -152,7 +154,7 @@ void lay_out_shared(Plan& plan, const Problem& problem, const Demand& demand) {
   const std::int64_t compute_bytes = problem.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
   const bool spreads = demand.activated && plan.tile == Tile::kColumns;
   shared.columns = take(spreads ? kMaxCoefficients * lanes * plan.threads_x * compute_bytes : 0);
-  const std::int64_t slots = std::int64_t{plan.kept + plan.ring} * plan.threads;
+  const std::int64_t slots = std::int64_t{plan.kept + plan.ring} * plan.workers;
   shared.slab = take(slots * plan.inputs * kVectorBytes);
   shared.mask = take(plan.reads_mask ? slots * kMaskWordBytes : 0);
   shared.bytes = static_cast<int>(offset);
@@ -199,7 +201,7 @@ void choose_team(Plan& plan, const DeviceLimits& limits) {
   const std::int64_t half = capacity(plan, limits, kBlocksPerSM);
   const std::int64_t whole = capacity(plan, limits, 1);
   const int per_sm = half >= kRingSlots ? kBlocksPerSM : 1;
-  const std::int64_t resident = std::int64_t{limits.sms} * per_sm;
+  std::int64_t resident = std::int64_t{limits.sms} * per_sm;
 
   const std::int64_t most = std::max<std::int64_t>(1, items(plan, 1) / kMinItems);
   const std::int64_t to_fill = std::min(divide_up(resident, plan.tiles), most);
@@ -226,6 +228,12 @@ void choose_team(Plan& plan, const DeviceLimits& limits) {
   if (plan.team == Team::kCluster) blocks = power_of_two_from(blocks);
   std::int64_t teams = limits.max_grid / blocks;
   if (plan.team == Team::kGrid) {
+    // An SM's memory undivided holds a little more: there is one set of sums and coefficients beside it.
+    if (items(plan, resident) > slots && items(plan, limits.sms) <= whole) {
+      resident = limits.sms;
+      slots = whole;
+      blocks = blocks_with(whole);
+    }
     teams = balanced_teams(plan, std::min(blocks, resident), resident);
     blocks = resident / teams;
   }
@@ -284,6 +292,7 @@ Plan make_plan(const Problem& problem, const Demand& demand, const DeviceLimits&
   Plan plan = {};
   plan.inputs = demand.inputs;
   plan.reads_mask = demand.reads_mask;
+  plan.reduces = demand.reduces;
   plan.C = problem.C;
   plan.numel = problem.numel();
   if (problem.layout == Layout::kChannelsFirst) {
@@ -304,6 +313,16 @@ Plan make_plan(const Problem& problem, const Demand& demand, const DeviceLimits&
   choose_workspace(plan);
   choose_samples(plan, problem);
   return plan;
+}
+
+std::string description(const Plan& plan) {
+  if (!plan.reduces) return "no sums";
+  const std::string blocks = std::to_string(plan.team_blocks);
+  const std::string team = plan.team == Team::kBlock     ? "block"
+                           : plan.team == Team::kCluster ? "cluster of " + blocks
+                                                         : "grid of " + blocks;
+  if (plan.ring == 0) return team + ", read once";
+  return team + ", " + std::to_string(plan.kept) + " of " + std::to_string(items(plan, plan.team_blocks)) + " kept";
 }
 
 }  // namespace bnext::cuda

@@ -14,6 +14,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "../common/problem.h"
 #include "../common/samples.h"
@@ -24,7 +25,7 @@ constexpr int kVectorBytes = 16;
 // Two blocks an SM need at most 128 registers a thread and half of the shared memory each.
 constexpr int kMaxThreads = 256;
 constexpr int kBlocksPerSM = 2;
-constexpr int kMaxCluster = 8;  // blocks; every device with clusters has as many
+constexpr int kMaxCluster = 16;  // blocks; a device with clusters has 8 at least
 // What is kept is waited for in this many stages; what is not passes through this many slots a thread.
 constexpr int kLoadStages = 4;
 constexpr int kRingSlots = 4;
@@ -44,8 +45,8 @@ enum class Tile : std::uint8_t { kChannel, kColumns };
 
 // Offsets into a block's dynamic shared memory, bytes.
 struct SharedLayout {
-  int slab;          // [kept + ring][input][thread] vectors
-  int mask;          // [kept + ring][thread] words: the one that holds the byte of the thread's vector
+  int slab;          // [kept + ring][input][worker] vectors
+  int mask;          // [kept + ring][worker] words: the one that holds the byte of the thread's vector
   int merge;         // doubles; the block's threads add up in it
   int own;           // double [2: parity][2][channels]: this block's sums, read by the others of its cluster
   int total;         // double [2][channels]: the team's
@@ -75,7 +76,9 @@ struct Plan {
   int team_blocks;  // gridDim.x = teams*team_blocks
   int threads_x;
   int threads_y;
-  int threads;         // blockDim.x: threads_x*threads_y and idle ones up to a whole warp
+  int workers;         // threads_x*threads_y
+  int threads;         // blockDim.x: the workers, and idle threads up to a whole warp
+  int merge_rows;      // of threads, whose sums pass through the merge buffer at a time
   std::int64_t parts;  // of a row, a step each: more than 1 if it has more than threads_x vectors
   // from one step of a thread to its next: `step` parts of rows, which are so many elements of whole rows and so many
   // parts
@@ -83,6 +86,7 @@ struct Plan {
   std::int64_t row_step;
   int part_step;
   bool whole;       // every vector of every thread lies in the tile and on a 16-byte boundary
+  bool reduces;     // there are sums
   int inputs;       // tensors that are read
   bool reads_mask;  // beside them, the masks of their vectors
   int kept;         // vectors of each input that a thread keeps in shared memory
@@ -109,5 +113,8 @@ struct Demand {
 };
 
 Plan make_plan(const Problem& problem, const Demand& demand, const DeviceLimits& limits);
+
+// Which way through the kernel it is, for people: "cluster of 16, read once".
+std::string description(const Plan& plan);
 
 }  // namespace bnext::cuda

@@ -102,25 +102,25 @@ __device__ __forceinline__ void merge_channel(const Plan& plan, const double (&f
   }
 }
 
-// Columns: first the threads that share them, the upper half of the rows giving to the lower, again and again; then
-// the columns of each channel. own: double [2][tile_channels].
+// Columns: first the threads that share them, upper rows giving to lower ones, again and again: half of them, as far as
+// the buffer has room; then the columns of each channel. own: double [2][tile_channels].
 template <int kP>
 __device__ __forceinline__ void merge_columns(const Plan& plan, double (&first)[kP], double (&second)[kP],
                                               double* merge, double* own) {
   const int t = static_cast<int>(threadIdx.x);
   const int y = t / plan.threads_x;
-  const int slots = plan.threads_x * (plan.threads_y / 2 > 1 ? plan.threads_y / 2 : 1);
+  const int slots = plan.threads_x * plan.merge_rows;
   for (int rows = plan.threads_y; rows > 1;) {
-    const int half = (rows + 1) / 2;
-    if (y >= half && y < rows) {
+    const int left = rows / 2 < plan.merge_rows ? (rows + 1) / 2 : rows - plan.merge_rows;
+    if (y >= left && y < rows) {
 #pragma unroll
       for (int p = 0; p < kP; ++p) {
-        merge[2 * p * slots + t - half * plan.threads_x] = first[p];
-        merge[(2 * p + 1) * slots + t - half * plan.threads_x] = second[p];
+        merge[2 * p * slots + t - left * plan.threads_x] = first[p];
+        merge[(2 * p + 1) * slots + t - left * plan.threads_x] = second[p];
       }
     }
     __syncthreads();
-    if (y < rows - half) {
+    if (y < rows - left) {
 #pragma unroll
       for (int p = 0; p < kP; ++p) {
         first[p] += merge[2 * p * slots + t];
@@ -128,7 +128,7 @@ __device__ __forceinline__ void merge_columns(const Plan& plan, double (&first)[
       }
     }
     __syncthreads();
-    rows = half;
+    rows = left;
   }
   const int columns = plan.threads_x * kP;
   if (y == 0) {

@@ -44,7 +44,7 @@ class Slab {
       : tensors_(tensors),
         slots_(slots + threadIdx.x * kVectorBytes),
         mask_slots_(reinterpret_cast<unsigned*>(mask_slots) + threadIdx.x),
-        threads_(plan.threads),
+        workers_(plan.workers),
         inputs_(plan.inputs) {}
 
   // Begins to fill slot k; it may be read when the copy has been committed and waited for.
@@ -52,7 +52,7 @@ class Slab {
   __device__ __forceinline__ void request(int k, const Segment& segment) {
     if (reads_mask<Functor>() && segment.low < segment.high) {
       // The word that the byte lies in, as less cannot be copied. A row of a mask is a whole number of words.
-      __pipeline_memcpy_async(mask_slots_ + k * threads_, tensors_.mask + (segment.mask & ~std::int64_t{3}),
+      __pipeline_memcpy_async(mask_slots_ + k * workers_, tensors_.mask + (segment.mask & ~std::int64_t{3}),
                               sizeof(unsigned));
     }
 #pragma unroll
@@ -72,7 +72,7 @@ class Slab {
     Item<scalar_t> item;
     item.bits = 0;
     if (reads_mask<Functor>() && segment.low < segment.high) {
-      item.bits = mask_slots_[k * threads_] >> (8 * static_cast<int>(segment.mask & 3));
+      item.bits = mask_slots_[k * workers_] >> (8 * static_cast<int>(segment.mask & 3));
     }
 #pragma unroll
     for (int i = 0; i < kMaxInputs; ++i) {
@@ -139,13 +139,13 @@ class Slab {
       constexpr int kInputs = (Either::kReadsInput ? 1 : 0) + (Either::kReadsGrad ? 1 : 0);
       index = kInputs == 2 ? 2 * k + input : k;
     }
-    return reinterpret_cast<uint4*>(slots_ + index * threads_ * kVectorBytes);
+    return reinterpret_cast<uint4*>(slots_ + index * workers_ * kVectorBytes);
   }
 
   const Tensors& tensors_;
   unsigned char* slots_;
   unsigned* mask_slots_;
-  int threads_;
+  int workers_;
   int inputs_;
 };
 

@@ -54,6 +54,9 @@ class HostRuntime:
     def free_bytes(self) -> int:
         return 2**30
 
+    def last_plan(self) -> str:
+        return "cluster of 8, read once"
+
     def event(self) -> HostEvent:
         return HostEvent()
 

@@ -83,6 +83,30 @@ def test_every_provider_is_timed_in_graphs_and_eagerly() -> None:
     assert "warm up" in runtime.log
 
 
+def test_the_way_that_kernels_took_is_in_the_row() -> None:
+    plans = {(row.provider, row.plan) for row in run(tiny_cases(), HostRuntime()).rows}
+    assert plans == {
+        ("torch", ""),
+        ("torch-no-cudnn", ""),
+        ("copy", ""),
+        ("bnext", "cluster of 8, read once"),
+    }
+
+
+def test_plans_for_lesser_devices_are_timed_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    caps: list[dict[str, int]] = []
+    monkeypatch.setattr(_C, "cap_cuda_device", lambda **cap: caps.append(cap))
+    rows = run(tiny_cases(), HostRuntime(), with_plans=True).rows
+    assert {row.provider for row in rows} - {"torch", "torch-no-cudnn", "copy", "bnext"} == {
+        "bnext-clusters-of-8",
+        "bnext-no-clusters",
+        "bnext-half-memory",
+    }
+    # Each cap is lifted before anything else is called.
+    assert caps[1::2] == [{}] * (len(caps) // 2)
+    assert {tuple(cap) for cap in caps[::2]} == {("max_cluster",), ("shared_per_block",)}
+
+
 def test_large_tensors_are_timed_in_graphs_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "EAGER_MAX_BYTES", 200)
     outcome = run(tiny_cases(), HostRuntime())

@@ -171,6 +171,11 @@ def test_touched_run_is_one_in_an_environment_of_its_own(tmp_path: Path) -> None
     assert all(is_touched(row.environment) for row in load_rows(tmp_path / "results.json"))
 
 
+def test_plans_are_for_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--plans"]) == 2
+    assert "--plans" in capsys.readouterr().err
+
+
 def test_touched_is_for_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--touched", "--device", "cuda"]) == 2
     assert "--touched" in capsys.readouterr().err

@@ -203,6 +203,7 @@ Facts facts_of(const cuda::Plan& plan) {
   facts.insert("team_blocks", plan.team_blocks);
   facts.insert("threads_x", plan.threads_x);
   facts.insert("threads_y", plan.threads_y);
+  facts.insert("workers", plan.workers);
   facts.insert("threads", plan.threads);
   facts.insert("parts", plan.parts);
   facts.insert("whole", plan.whole);
@@ -292,5 +293,6 @@ TORCH_LIBRARY(bnext_simt, m) {
       "int shared_per_block, int max_cluster) -> Dict(str, int)",
       &bnext::plan);
   m.def("last_plan() -> Dict(str, int)", [] { return bnext::facts_of(bnext::last_plan); });
+  m.def("last_description() -> str", [] { return bnext::cuda::description(bnext::last_plan); });
   m.def("counters() -> Dict(str, int)", &bnext::counters);
 }

@@ -67,6 +67,11 @@ bool is_plausible(const LaunchShape& shape) {
          shape.grid.y % shape.cluster.y == 0 && shape.grid.z % shape.cluster.z == 0;
 }
 
+int max_cluster(const FunctionState& state) {
+  const int most = device().limits.max_cluster;
+  return state.non_portable_cluster ? most : std::min(kPortableCluster, most);
+}
+
 cudaError_t refusal(const LaunchShape& shape, const FunctionState& state) {
   const DeviceLimits& limits = device().limits;
   if (!is_plausible(shape)) return cudaErrorInvalidConfiguration;
@@ -77,8 +82,7 @@ cudaError_t refusal(const LaunchShape& shape, const FunctionState& state) {
   if (shape.dynamic_shared > static_cast<std::size_t>(state.max_dynamic_shared)) return cudaErrorInvalidValue;
   const auto cluster = static_cast<int>(shape.cluster_blocks());
   if (cluster > 1 && limits.cc_major < 9) return cudaErrorNotSupported;
-  const int most = state.non_portable_cluster ? limits.max_cluster : std::min(kPortableCluster, limits.max_cluster);
-  if (cluster > most) return cudaErrorInvalidClusterSize;
+  if (cluster > max_cluster(state)) return cudaErrorInvalidClusterSize;
   const int resident = limits.sms * blocks_per_sm(shape.threads(), shape.dynamic_shared);
   if (resident < cluster) return cudaErrorLaunchOutOfResources;
   if (shape.cooperative && shape.blocks() > static_cast<std::uint32_t>(resident / cluster * cluster)) {
@@ -127,6 +131,17 @@ cudaError_t max_active_clusters(int* clusters, const void*, const cudaLaunchConf
   if (!is_plausible(shape)) return noted(cudaErrorInvalidConfiguration);
   const int resident = device().limits.sms * blocks_per_sm(shape.threads(), shape.dynamic_shared);
   *clusters = resident / static_cast<int>(shape.cluster_blocks());
+  return cudaSuccess;
+}
+
+cudaError_t max_potential_cluster(int* blocks, const void* function, const cudaLaunchConfig_t* config) {
+  const HostLock lock;
+  const LaunchShape shape = shape_of(*config);
+  const FunctionState& state = state_of(function);
+  if (!is_plausible(shape)) return noted(cudaErrorInvalidConfiguration);
+  if (shape.dynamic_shared > static_cast<std::size_t>(state.max_dynamic_shared)) return noted(cudaErrorInvalidValue);
+  const int resident = device().limits.sms * blocks_per_sm(shape.threads(), shape.dynamic_shared);
+  *blocks = std::min(resident, max_cluster(state));
   return cudaSuccess;
 }
 

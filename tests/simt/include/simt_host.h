@@ -45,6 +45,8 @@ enum cudaFuncAttribute {
   cudaFuncAttributeNonPortableClusterSizeAllowed = 13,
 };
 
+enum { cudaSharedmemCarveoutMaxShared = 100 };
+
 enum cudaMemcpyKind {
   cudaMemcpyHostToHost = 0,
   cudaMemcpyHostToDevice = 1,
@@ -117,6 +119,7 @@ cudaError_t set_function_attribute(const void* function, cudaFuncAttribute attri
 cudaError_t function_attributes(cudaFuncAttributes* attributes, const void* function);
 cudaError_t max_active_blocks(int* blocks, const void* function, int block_threads, std::size_t dynamic_shared);
 cudaError_t max_active_clusters(int* clusters, const void* function, const cudaLaunchConfig_t* config);
+cudaError_t max_potential_cluster(int* blocks, const void* function, const cudaLaunchConfig_t* config);
 cudaError_t launch(const cudaLaunchConfig_t& config, const Kernel& kernel);
 
 template <typename T>
@@ -142,6 +145,10 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, T* functi
 template <typename T>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, T* function, const cudaLaunchConfig_t* config) {
   return simt::max_active_clusters(clusters, simt::function_address(function), config);
+}
+template <typename T>
+cudaError_t cudaOccupancyMaxPotentialClusterSize(int* blocks, T* function, const cudaLaunchConfig_t* config) {
+  return simt::max_potential_cluster(blocks, simt::function_address(function), config);
 }
 
 template <typename... Expected, typename... Actual>

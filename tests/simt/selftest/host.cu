@@ -71,6 +71,19 @@ void occupancy() {
   const cudaLaunchConfig_t config{4, 512, 100 * 1024, nullptr, &cluster, 1};
   int clusters = 0;
   require(cudaOccupancyMaxActiveClusters(&clusters, do_nothing, &config) == cudaSuccess && clusters == 4, "clusters");
+  int largest = 0;
+  const cudaLaunchConfig_t small{16, 32, 0, nullptr, nullptr, 0};
+  require(cudaOccupancyMaxPotentialClusterSize(&largest, do_nothing, &small) == cudaSuccess && largest == 8,
+          "the largest cluster");
+  cudaFuncSetAttribute(do_nothing_in_large_clusters, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  require(cudaOccupancyMaxPotentialClusterSize(&largest, do_nothing_in_large_clusters, &small) == cudaSuccess &&
+              largest == 16,
+          "the largest that a kernel asked for");
+  cudaFuncSetAttribute(do_nothing_in_large_clusters, cudaFuncAttributeNonPortableClusterSizeAllowed, 0);
+  const cudaLaunchConfig_t large{16, 32, 49152, nullptr, nullptr, 0};
+  simt::set_device({.sms = 1});
+  require(cudaOccupancyMaxPotentialClusterSize(&largest, do_nothing, &large) == cudaSuccess && largest == 4,
+          "the largest that fits");
 }
 
 void attributes() {
