@@ -107,15 +107,14 @@ if builds_cuda():
         found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
         visible = ";".join(sorted({f"{major}.{minor}" for major, minor in found}))
         os.environ["TORCH_CUDA_ARCH_LIST"] = visible or DEFAULT_ARCHITECTURES
+    # Without quotes, spaces or semicolons, which shells and build files take for their own; not for nvcc, which takes
+    # what follows a comma for another macro.
+    architectures = re.sub("[ ;]+", ",", os.environ["TORCH_CUDA_ARCH_LIST"])
     extension = CUDAExtension(
         "bnext._C",
         SOURCES + CUDA_SOURCES,
-        define_macros=[
-            ("BNEXT_CUDA", None),
-            # Without quotes, spaces or semicolons, which shells and build files take for their own.
-            ("BNEXT_CUDA_ARCHITECTURES", re.sub("[ ;]+", ",", os.environ["TORCH_CUDA_ARCH_LIST"])),
-        ],
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        define_macros=[("BNEXT_CUDA", None)],
+        extra_compile_args={"cxx": [*CXX_FLAGS, f"-DBNEXT_CUDA_ARCHITECTURES={architectures}"], "nvcc": NVCC_FLAGS},
         extra_link_args=LINK_FLAGS,
     )
 else:
