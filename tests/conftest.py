@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch_warnings
+from processes import Pool
 from simt.device import emulated
+from torch import distributed
 
 import bnext
 
@@ -101,3 +103,35 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[Callable[[int], Pool]]:
+    """Workers that the whole session shares."""
+    made: dict[int, Pool] = {}
+    try:
+        yield lambda size: made.setdefault(size, Pool(size))
+    finally:
+        for pool in made.values():
+            pool.close()
+
+
+@pytest.fixture
+def short_lived() -> Iterator[Callable[..., Pool]]:
+    made: list[Pool] = []
+
+    def make(size: int, group_timeout: float = 30.0) -> Pool:
+        made.append(Pool(size, group_timeout))
+        return made[-1]
+
+    yield make
+    for pool in made:
+        pool.close()
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[tuple[int, str]]:
+    """A group of this process alone: its collectives run, and give back what goes in."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield 1, distributed.group.WORLD.group_name
+    distributed.destroy_process_group()

@@ -12,7 +12,6 @@ import torch
 from bad_values import DTYPES, INTERNAL, ORDINARY, Arguments, Bad, Target, bad_values, operators, remember
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_sync_ops import group  # noqa: F401 - a fixture
 from torch import Tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
@@ -132,7 +131,7 @@ def check_results(target: Target, values: Arguments, results: object) -> None:
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
-def test_any_arguments(target: Target, data: st.DataObject, group: tuple[int, str]) -> None:  # noqa: F811
+def test_any_arguments(target: Target, data: st.DataObject, group: tuple[int, str]) -> None:
     values = data.draw(calls(target))
     if values.get("group_name") == "0":
         values["group_name"] = group[1]

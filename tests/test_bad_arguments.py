@@ -25,7 +25,6 @@ from bad_values import (
     operators,
     remember,
 )
-from test_sync_ops import group  # noqa: F401 - a fixture
 
 import bnext
 from bnext import _C
@@ -125,7 +124,7 @@ def test_everything_public_is_covered() -> None:
 
 
 @pytest.mark.parametrize("target", CALLED, ids=str)
-def test_the_good_values_are_good(target: Target, group: tuple[int, str]) -> None:  # noqa: F811
+def test_the_good_values_are_good(target: Target, group: tuple[int, str]) -> None:
     values = target.good()
     if target.name == "cap_cuda_device" and not _C.cuda:
         with pytest.raises(RuntimeError, match="built without CUDA"):
@@ -136,7 +135,7 @@ def test_the_good_values_are_good(target: Target, group: tuple[int, str]) -> Non
 
 @pytest.mark.parametrize("grad", [False, True], ids=["nograd", "grad"])
 @pytest.mark.parametrize(("target", "argument"), pairs(CALLED))
-def test_bad_argument(target: Target, argument: str, grad: bool, group: tuple[int, str]) -> None:  # noqa: F811
+def test_bad_argument(target: Target, argument: str, grad: bool, group: tuple[int, str]) -> None:
     isa = _C.cpu_isa()
     wrong = {}
     for row in bad_values.bad_values(target, argument):

@@ -15,7 +15,6 @@ from bad_values import CHANNELS, LAYERS, ORDINARY, RANKS, SHAPE, Target, remembe
 from cases import make_input, same_bits
 from test_bad_arguments import error_of, refused, same_error
 from test_errors import needs_todays_rule_for_eps
-from test_sync_ops import group  # noqa: F401 - a fixture
 from torch import Tensor, nn
 
 import bnext
@@ -147,7 +146,7 @@ def test_wrong_argument_of_whole_model_calls(function: Callable[..., object], ar
 
 
 @pytest.mark.parametrize("how", ["constructor", "convert"])
-def test_wrong_process_group(how: str, group: tuple[int, str]) -> None:  # noqa: F811
+def test_wrong_process_group(how: str, group: tuple[int, str]) -> None:
     # torch takes anything, and looks at it when there is something to exchange; so a layer is made, and refuses to run.
     target = Target("process_group", lambda process_group: None, ("process_group",), dict)
     for row in bad_values.bad_values(target, "process_group"):

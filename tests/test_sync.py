@@ -1,23 +1,20 @@
 """The contract's section 4: SyncBatchNorm in several real processes, over gloo and loopback.
 
-What the processes do and assert is in sync_jobs.py; here are the cases.
+What the processes do and assert is in sync_jobs.py, sync_model_jobs.py and pool_jobs.py; here are the cases.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
+import pool_jobs
 import pytest
 import sync_jobs as jobs
+import sync_model_jobs as model_jobs
 import torch
 from cases import ACTS, LOW_PRECISION, name
-from processes import Pool, WorkerError
+from processes import Pool
 from reference import Act
 
 Run = Callable[..., list[Any]]
@@ -40,17 +37,6 @@ IMAGES = (
     ((17, 2, 3, 2), "channels_last_3d"),
 )
 EACH_IMAGE = pytest.mark.parametrize(("shape", "layout"), IMAGES, ids=lambda v: name(v) if isinstance(v, str) else None)
-
-
-@pytest.fixture(scope="session")
-def pools() -> Iterator[Callable[[int], Pool]]:
-    """Workers that the whole session shares."""
-    made: dict[int, Pool] = {}
-    try:
-        yield lambda size: made.setdefault(size, Pool(size))
-    finally:
-        for pool in made.values():
-            pool.close()
 
 
 @pytest.fixture
@@ -198,16 +184,16 @@ def test_unknown_activation(run: Run) -> None:
 @pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("sizes", [(5, 2), (4, 0, 3)], ids=lambda sizes: "+".join(map(str, sizes)))
 def test_trains_in_distributed_data_parallel(sizes: tuple[int, ...], fuse: bool, run: Run) -> None:
-    run(jobs.trains_as_one_process_does, sizes=sizes, options={"fuse": fuse})
+    run(model_jobs.trains_as_one_process_does, sizes=sizes, options={"fuse": fuse})
 
 
 @pytest.mark.parametrize("how", ["compiled", "compiled inside"])
 def test_trains_in_distributed_data_parallel_compiled(how: str, run: Run) -> None:
-    run(jobs.trains_as_one_process_does, sizes=(5, 2), how=how, options={"fuse": True}, steps=2)
+    run(model_jobs.trains_as_one_process_does, sizes=(5, 2), how=how, options={"fuse": True}, steps=2)
 
 
 def test_distributed_data_parallel_refuses_torchs_layer(run: Run) -> None:
-    run(jobs.lets_torch_refuse_its_own, size=2)
+    run(model_jobs.lets_torch_refuse_its_own, size=2)
 
 
 COMPILED = (
@@ -222,7 +208,7 @@ COMPILED = (
 @pytest.mark.parametrize(("act", "has_residual", "dynamic", "options"), COMPILED, ids=lambda v: str(v) or "none")
 def test_compiled_equals_eager(act: Act, has_residual: bool, dynamic: bool, options: dict[str, Any], run: Run) -> None:
     run(
-        jobs.equals_eager_when_compiled,
+        model_jobs.equals_eager_when_compiled,
         size=2,
         act=act,
         has_residual=has_residual,
@@ -234,7 +220,7 @@ def test_compiled_equals_eager(act: Act, has_residual: bool, dynamic: bool, opti
 @pytest.mark.slow
 def test_compiled_by_inductor_equals_eager(run: Run) -> None:
     run(
-        jobs.equals_eager_when_compiled,
+        model_jobs.equals_eager_when_compiled,
         size=2,
         act="relu",
         has_residual=True,
@@ -248,20 +234,7 @@ def test_compiled_by_inductor_equals_eager(run: Run) -> None:
 # Deaths. Processes of their own, and a group that waits for less time than the suite's.
 
 
-@pytest.fixture
-def short_lived() -> Iterator[Callable[..., Pool]]:
-    made: list[Pool] = []
-
-    def make(size: int, group_timeout: float = 30.0) -> Pool:
-        made.append(Pool(size, group_timeout))
-        return made[-1]
-
-    yield make
-    for pool in made:
-        pool.close()
-
-
-@pytest.mark.parametrize("job", [jobs.survives_a_death_in_forward, jobs.survives_a_death_in_backward])
+@pytest.mark.parametrize("job", [pool_jobs.survives_a_death_in_forward, pool_jobs.survives_a_death_in_backward])
 def test_a_rank_that_dies_is_an_error_for_the_others(job: Callable[..., Any], short_lived: Callable[..., Pool]) -> None:
     group_timeout = 10.0
     waited = short_lived(3, group_timeout).run(job, dying=1, exits=[1])
@@ -270,69 +243,5 @@ def test_a_rank_that_dies_is_an_error_for_the_others(job: Callable[..., Any], sh
 
 
 def test_a_rank_that_does_not_come_is_an_error_for_the_others(run: Run) -> None:
-    waited = run(jobs.waits_for_one_that_does_not_come, size=2)
+    waited = run(pool_jobs.waits_for_one_that_does_not_come, size=2)
     assert 1.5 <= waited[1] < 5
-
-
-# The pool itself: nothing that happens in a process may hang the suite or be lost.
-
-
-def alive(pids: list[int]) -> list[int]:
-    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
-
-
-def test_a_failure_comes_back_with_its_traceback_and_the_pool_goes_on(pools: Callable[[int], Pool]) -> None:
-    pool = pools(2)
-    answers = pool.run(jobs.answers, seed=3, value=7)
-    before = pool.pids()
-    assert [answer[:2] for answer in answers] == [(0, 7), (1, 7)]
-    assert torch.equal(answers[0][2], answers[1][2])
-    with pytest.raises(WorkerError, match=r"rank 1: Traceback(.|\n)*KeyError: 'what the job said'"):
-        pool.run(jobs.raises, rank=1)
-    with pytest.raises(WorkerError, match=r"rank 0(.|\n)*UserWarning: in a worker"):
-        pool.run(jobs.warns)
-    assert len(pool.run(jobs.answers, value=7)) == 2
-    assert pool.pids() == before
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_a_dead_or_hanging_process_ends_the_pool(short_lived: Callable[..., Pool]) -> None:
-    pool = short_lived(1)
-    pool.start()
-    first = pool.pids()
-    with pytest.raises(WorkerError, match="rank 0: died, exit code 5\nlast words"):
-        pool.run(jobs.exits, rank=0)
-    assert alive(first) == pool.pids() == []
-    pool.start()
-    second = pool.pids()
-    start = time.monotonic()
-    with pytest.raises(WorkerError, match=r"rank 0: did not answer(.|\n)*in hangs"):
-        pool.run(jobs.hangs, rank=0, timeout=1)
-    assert time.monotonic() - start < 10
-    assert alive(second) == []
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_no_process_outlives_the_tests(tmp_path: Path) -> None:
-    script = (
-        "import processes, types\n"
-        "pool = processes.Pool(1)\n"
-        "pool.start()\n"
-        "print(*pool.pids(), flush=True)\n"
-        "pool.run(types.SimpleNamespace(__module__='sync_jobs', __name__='hangs'), rank=0, timeout=600)\n"
-    )
-    path = os.pathsep.join(str(folder) for folder in (Path(__file__).parent, Path(jobs.bnext.__file__).parents[1]))
-    with subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(tmp_path)},
-    ) as tests:
-        pids = [int(pid) for pid in tests.stdout.readline().split()]
-        assert alive(pids) == pids
-        assert len(pids) == 1
-        tests.kill()
-    deadline = time.monotonic() + 10
-    while alive(pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert alive(pids) == []

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import reference
@@ -17,7 +16,6 @@ from cases import (
     make_grad,
     make_input,
     make_parameters,
-    make_residual,
     name,
     parameter_dtype,
     same_bits,
@@ -25,22 +23,9 @@ from cases import (
 )
 from checks import output_strides, significant_strides
 from reference import Act, named, reduced_dims, widen
-from sync_jobs import Batch, make_batch, merged, share_of
-from test_errors import (
-    CHANNELS,
-    SHAPE,
-    WORDS,
-    WRONG_COUNTERS,
-    WRONG_INPUTS,
-    WRONG_VECTORS,
-    Wrong,
-    arguments,
-    assert_raises_and_leaves_alone,
-)
-from test_fused_errors import WRONG_RESIDUALS
+from sync_shares import Batch, gathered, make_batch, merged, share_of
 from tolerances import assert_within
-from torch import Tensor, distributed
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 
 pytestmark = pytest.mark.kernels
 
@@ -60,10 +45,6 @@ LAYOUTS = pytest.mark.parametrize(
     [((5, 3, 3), "contiguous"), ((5, 3, 3), "channels_last"), ((5,), "contiguous"), ((5, 3, 4), "transposed")],
     ids=["contiguous", "channels_last", "rows", "transposed"],
 )
-
-
-def gathered(shares: Sequence[Tensor]) -> Tensor:
-    return torch.stack([moments_of(share, EPS) for share in shares])
 
 
 def check_shares(
@@ -297,217 +278,6 @@ def test_given_means_are_used_whatever_the_share_holds(strides: str, device: str
         assert_within(grad, expected, limit, "grad_input")
         assert none.numel() == 0
         assert_within(grad_bias, widen(g).sum((0, 2, 3)), tolerances.grad_bias(g, dtype, dtype), "grad_bias")
-
-
-# Errors.
-
-
-def moments_op(args: dict[str, object]) -> object:
-    return moments_of(args["input"], EPS)
-
-
-def merged_op(args: dict[str, object]) -> object:
-    return merge(**args, momentum=0.1, eps=EPS)
-
-
-def sync_op(args: dict[str, object]) -> object:
-    """Whatever is wrong is found before the group, which does not exist, is looked for."""
-    args = {key: value for key, value in args.items() if key != "moments"}
-    return sync(**args, momentum=0.1, eps=EPS, group_size=2, group_name="no such group")
-
-
-def merged_arguments() -> dict[str, object]:
-    args = arguments()
-    halves = args["input"][:1], args["input"][1:]
-    return {**args, "moments": gathered(halves), "residual": make_residual(SHAPE)}
-
-
-WRONG_MOMENTS = [
-    Wrong("float32", "moments", lambda: torch.ones(2, 7), (WORDS[torch.float64], WORDS[torch.float32])),
-    Wrong("int64", "moments", lambda: torch.ones(2, 7, dtype=torch.int64), (WORDS[torch.float64], WORDS[torch.int64])),
-    Wrong("1d", "moments", lambda: torch.ones(7, dtype=torch.float64), (r"shares, 7", r"\[7\]")),
-    Wrong("3d", "moments", lambda: torch.ones(1, 2, 7, dtype=torch.float64), (r"shares, 7", "1, 2, 7")),
-    Wrong("short", "moments", lambda: torch.ones(2, 6, dtype=torch.float64), (r"shares, 7", "2, 6")),
-    Wrong("long", "moments", lambda: torch.ones(2, 8, dtype=torch.float64), (r"shares, 7", "2, 8")),
-    Wrong("meta", "moments", lambda: torch.ones(2, 7, dtype=torch.float64, device="meta"), ("cpu", "meta")),
-]
-WRONG_ARGUMENTS = [*WRONG_INPUTS, *WRONG_VECTORS, *WRONG_COUNTERS, *WRONG_RESIDUALS]
-
-
-@pytest.mark.parametrize("row", WRONG_INPUTS, ids=str)
-def test_wrong_argument_of_moments(row: Wrong) -> None:
-    assert_raises_and_leaves_alone(moments_op, {"input": row.value()}, r"\binput\b", *row.message)
-
-
-@pytest.mark.parametrize("row", [*WRONG_ARGUMENTS, *WRONG_MOMENTS], ids=str)
-def test_wrong_argument_of_merged(row: Wrong) -> None:
-    args = {**merged_arguments(), row.argument: row.value()}
-    assert_raises_and_leaves_alone(merged_op, args, rf"\b{row.argument}\b", *row.message)
-
-
-@pytest.mark.parametrize("row", WRONG_ARGUMENTS, ids=str)
-def test_wrong_argument_of_sync(row: Wrong) -> None:
-    args = {**merged_arguments(), row.argument: row.value()}
-    assert_raises_and_leaves_alone(sync_op, args, rf"\b{row.argument}\b", *row.message)
-
-
-@pytest.mark.parametrize("eps", [0.0, -1e-5], ids=str)
-def test_eps_is_positive(eps: float) -> None:
-    args = merged_arguments()
-    moments = args.pop("moments")
-    for call in (
-        lambda args: moments_of(args["input"], eps),
-        lambda args: merge(**args, moments=moments, momentum=0.1, eps=eps),
-        lambda args: sync(**args, momentum=0.1, eps=eps, group_size=2, group_name="none"),
-    ):
-        assert "eps must be positive" in assert_raises_and_leaves_alone(call, args)
-
-
-def test_an_activation_that_is_none_and_a_mask_of_one_that_has_none() -> None:
-    args = merged_arguments()
-    assert_raises_and_leaves_alone(lambda args: merge(**args, momentum=0.1, eps=EPS, act="swish"), args, "leaky_relu")
-    call = lambda args: merge(**args, momentum=0.1, eps=EPS, act="silu", with_mask=True)  # noqa: E731
-    assert_raises_and_leaves_alone(call, args, "with_mask")
-
-
-def test_cumulative_average_needs_a_counter() -> None:
-    args = {**merged_arguments(), "num_batches_tracked": None}
-    call = lambda args: merge(**args, momentum=None, eps=EPS)  # noqa: E731
-    assert_raises_and_leaves_alone(call, args, "momentum=None", "num_batches_tracked")
-
-
-WRONG_MEANS = [
-    Wrong("float64", "mean_grads", lambda: torch.ones(2, 3, dtype=torch.float64), ("Float|float32", "Double|float64")),
-    Wrong("1d", "mean_grads", lambda: torch.ones(6), (r"2, 3", r"\[6\]")),
-    Wrong("3d", "mean_grads", lambda: torch.ones(2, 3, 1), (r"2, 3", "2, 3, 1")),
-    Wrong("short", "mean_grads", lambda: torch.ones(2, 2), (r"2, 3", "2, 2")),
-    Wrong("transposed", "mean_grads", lambda: torch.ones(3, 2), (r"2, 3", "3, 2")),
-    Wrong("meta", "mean_grads", lambda: torch.ones(2, 3, device="meta"), ("cpu", "meta")),
-]
-
-
-def backward_arguments() -> dict[str, object]:
-    x = make_input(SHAPE)
-    _, stats, _ = train(x, None, None, None, None, None, 0.1, EPS)
-    return {"grad_output": make_grad(SHAPE), "input": x, "weight": torch.ones(CHANNELS), "save_stats": stats}
-
-
-def backward_op(args: dict[str, object]) -> object:
-    return backward(**args, training=True, eps=EPS, output_mask=[True, True, True, False])
-
-
-@pytest.mark.parametrize("row", WRONG_MEANS, ids=str)
-def test_wrong_mean_grads(row: Wrong) -> None:
-    args = {**backward_arguments(), "mean_grads": row.value()}
-    assert_raises_and_leaves_alone(backward_op, args, rf"\b{row.argument}\b", *row.message)
-
-
-@pytest.mark.parametrize("argument", ["grad_output", "input", "weight"])
-def test_given_means_have_no_derivative(argument: str) -> None:
-    args = {**backward_arguments(), "mean_grads": torch.ones(2, CHANNELS)}
-    args[argument].requires_grad_()
-    assert_raises_and_leaves_alone(backward_op, args, "mean_grads", "require grad")
-    with torch.no_grad():
-        backward_op(args)
-
-
-# As torch sees the operators.
-
-
-def merged_args(
-    case: Case, dtype: torch.dtype, *, with_mask: bool = False, optional: bool = True
-) -> tuple[object, ...]:
-    p = make_parameters(case.shape[1], parameter_dtype(dtype))
-    x = make_input(*case, dtype)
-    moments = torch.stack([moments_of(make_input(*case, dtype), EPS) for _ in range(2)])
-    vectors = (p.weight, p.bias, p.running_mean, p.running_var, torch.tensor(3)) if optional else (None,) * 5
-    residual = make_residual(case.shape, dtype=dtype) if optional else None
-    return x, moments, *vectors, None if optional else 0.1, EPS, residual, "relu", 0.0, with_mask
-
-
-def backward_args(case: Case, dtype: torch.dtype) -> tuple[object, ...]:
-    x, g = make_input(*case, dtype), make_grad(case.shape, dtype=dtype)
-    _, stats, _ = train(x, None, None, None, None, None, 0.1, EPS)
-    weight = make_parameters(case.shape[1], parameter_dtype(dtype)).weight
-    means = torch.randn(2, case.shape[1], dtype=parameter_dtype(dtype))
-    mask = [True, False, False, False]
-    return g, x, weight, stats, True, EPS, mask, None, None, None, "identity", 0.0, means
-
-
-def test_schemas_mark_what_is_written() -> None:
-    written = {"running_mean", "running_var", "num_batches_tracked"}
-    for op, mutates in ((moments_of, set()), (merge, written), (sync, written)):
-        schema = op.default._schema
-        marked = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
-        assert marked == mutates, schema.name
-        assert not any(r.alias_info for r in schema.returns), schema.name
-
-
-@pytest.mark.parametrize("case", [FEW_CASES[0], FEW_CASES[3], FEW_CASES[5]], ids=name)
-def test_opcheck(case: Case) -> None:
-    torch.library.opcheck(moments_of.default, (make_input(*case), EPS))
-    for optional, with_mask in ((True, False), (False, True)):
-        args = merged_args(case, torch.float32, optional=optional, with_mask=with_mask)
-        torch.library.opcheck(merge.default, args)
-    torch.library.opcheck(backward.default, backward_args(case, torch.float32))
-
-
-EMPTY_CASES = [Case((0, 3), "contiguous"), Case((0, 3, 4, 5), "contiguous"), Case((2, 3, 0), "contiguous")]
-
-
-@EACH_DTYPE
-@pytest.mark.parametrize("case", [*FEW_CASES, *EMPTY_CASES], ids=name)
-def test_fake_kernels_predict_shape_dtype_and_strides(case: Case, dtype: torch.dtype) -> None:
-    calls = [(moments_of, (make_input(*case, dtype), EPS)), (backward, backward_args(case, dtype))]
-    for optional, with_mask in itertools.product((True, False), repeat=2):
-        calls.append((merge, merged_args(case, dtype, optional=optional, with_mask=with_mask)))
-    for op, args in calls:
-        with FakeTensorMode() as mode:
-            fake = op(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
-        real = op(*args)
-        pairs = [(fake, real)] if isinstance(real, Tensor) else zip(fake, real, strict=True)
-        for predicted, result in pairs:
-            assert predicted.shape == result.shape, op
-            assert predicted.dtype == result.dtype, op
-            assert significant_strides(predicted) == significant_strides(result), op
-
-
-@pytest.fixture(scope="module")
-def group() -> Iterator[tuple[int, str]]:
-    """A group of this process alone: its collectives run, and give back what goes in."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield 1, distributed.group.WORLD.group_name
-    distributed.destroy_process_group()
-
-
-def sync_args(case: Case, dtype: torch.dtype, group: tuple[int, str], *, grad: bool = False) -> tuple[object, ...]:
-    p = make_parameters(case.shape[1], parameter_dtype(dtype))
-    x, residual = (make(*case, dtype).detach().requires_grad_(grad) for make in (make_input, make_residual))
-    weight, bias = (t.requires_grad_(grad) for t in (p.weight, p.bias))
-    vectors = (weight, bias, p.running_mean, p.running_var, torch.tensor(3))
-    return x, *vectors, None, EPS, *group, residual, "silu", 0.0
-
-
-@pytest.mark.parametrize("grad", [False, True], ids=["nograd", "grad"])
-@pytest.mark.parametrize("case", [FEW_CASES[3], FEW_CASES[5]], ids=name)
-def test_opcheck_of_sync(case: Case, grad: bool, group: tuple[int, str]) -> None:
-    # Without test_schema and test_faketensor: they look into the operator and find torch's own wait_tensor, which gives
-    # back its argument although schema and fake kernel say otherwise.
-    tests = ("test_autograd_registration", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(sync.default, sync_args(case, torch.float32, group, grad=grad), test_utils=tests)
-
-
-@EACH_DTYPE
-@pytest.mark.parametrize("case", [*FEW_CASES, *EMPTY_CASES], ids=name)
-def test_fake_kernel_of_sync(case: Case, dtype: torch.dtype, group: tuple[int, str]) -> None:
-    args = sync_args(case, dtype, group)
-    with FakeTensorMode() as mode:
-        fake = sync(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
-    real = sync(*args)
-    assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
-    assert significant_strides(fake) == significant_strides(real)
-    meta = sync(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
-    assert (meta.shape, meta.dtype, meta.device.type) == (real.shape, real.dtype, "meta")
 
 
 @pytest.mark.parametrize("act", ["identity", "relu", "gelu"])
