@@ -26,8 +26,13 @@ cudaError_t allow_all() {
   allow(cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_per_block);
   // The plan counts on two blocks an SM; of the first-level cache only a few reads have any use.
   allow(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  if (limits.max_cluster > 1) allow(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_release);
+  if (error != cudaSuccess) return error;
+  // Where that is refused it was refused to current_limits() too, and no plan has larger clusters.
+  if (limits.max_cluster > 1 &&
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) {
+    cudaGetLastError();
+  }
+  done.fetch_or(bit, std::memory_order_release);
   return error;
 }
 

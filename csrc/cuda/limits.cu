@@ -6,17 +6,9 @@ namespace {
 // Compiled as all kernels are: says for which generation.
 __global__ void witness_kernel() {}
 
-constexpr int kPortableCluster = 8;  // blocks; every device with clusters has as many
-
 // Blocks of the largest cluster that is worth having. A cluster lies in one group of SMs, whose number need not be a
 // multiple of the large ones: these may leave no more than a quarter of the device idle, with a block an SM.
-cudaError_t largest_cluster(int* blocks, const DeviceLimits& limits) {
-  *blocks = kPortableCluster;
-  const auto allow = [](cudaFuncAttribute attribute, int value) {
-    return cudaFuncSetAttribute(&witness_kernel, attribute, value);
-  };
-  cudaError_t error = allow(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  if (error == cudaSuccess) error = allow(cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_per_block);
+int largest_cluster(const DeviceLimits& limits) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = kMaxCluster;
@@ -25,15 +17,26 @@ cudaError_t largest_cluster(int* blocks, const DeviceLimits& limits) {
   config.gridDim = dim3(kMaxCluster);
   config.blockDim = dim3(kMaxThreads);
   config.dynamicSmemBytes = static_cast<std::size_t>(limits.shared_per_block);
-  int possible = 0;
-  if (error == cudaSuccess) error = cudaOccupancyMaxPotentialClusterSize(&possible, &witness_kernel, &config);
-  if (error != cudaSuccess || possible < kMaxCluster) return error;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  int most = 0;
   int at_once = 0;
-  error = cudaOccupancyMaxActiveClusters(&at_once, &witness_kernel, &config);
-  if (4 * at_once * kMaxCluster >= 3 * limits.sms) *blocks = kMaxCluster;
-  return error;
+  cudaError_t error = cudaSuccess;
+  const auto go_on = [&](auto&& call) {
+    if (error == cudaSuccess) error = call();
+  };
+  go_on([&] { return cudaFuncSetAttribute(&witness_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1); });
+  go_on([&] {
+    return cudaFuncSetAttribute(&witness_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_per_block);
+  });
+  go_on([&] { return cudaOccupancyMaxPotentialClusterSize(&most, &witness_kernel, &config); });
+  if (error == cudaSuccess && most >= kMaxCluster) {
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    error = cudaOccupancyMaxActiveClusters(&at_once, &witness_kernel, &config);
+    if (error == cudaSuccess && 4 * at_once * kMaxCluster >= 3 * limits.sms) return kMaxCluster;
+  }
+  // A device that cannot answer has the others all the same.
+  cudaGetLastError();
+  return kPortableCluster;
 }
 
 }  // namespace
@@ -55,9 +58,8 @@ cudaError_t current_limits(DeviceLimits* limits) {
   cudaFuncAttributes code = {};
   error = cudaFuncGetAttributes(&code, &witness_kernel);
   // A device with clusters may be running code for one without, translated by the driver.
-  limits->max_cluster = 1;
-  if (error != cudaSuccess || clusters == 0 || code.ptxVersion < 90) return error;
-  return largest_cluster(&limits->max_cluster, *limits);
+  limits->max_cluster = error == cudaSuccess && clusters != 0 && code.ptxVersion >= 90 ? largest_cluster(*limits) : 1;
+  return error;
 }
 
 }  // namespace bnext::cuda

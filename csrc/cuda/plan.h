@@ -25,7 +25,8 @@ constexpr int kVectorBytes = 16;
 // Two blocks an SM need at most 128 registers a thread and half of the shared memory each.
 constexpr int kMaxThreads = 256;
 constexpr int kBlocksPerSM = 2;
-constexpr int kMaxCluster = 16;  // blocks; a device with clusters has 8 at least
+constexpr int kPortableCluster = 8;  // blocks; every device with clusters has as many
+constexpr int kMaxCluster = 16;      // where a kernel asks for it and the device has it
 // What is kept is waited for in this many stages; what is not passes through this many slots a thread.
 constexpr int kLoadStages = 4;
 constexpr int kRingSlots = 4;
