@@ -42,6 +42,7 @@ SOURCES = [
 ]
 CUDA_SOURCES = [
     "csrc/backend_cuda.cpp",
+    "csrc/cuda/backward_activated.cu",
     "csrc/cuda/backward.cu",
     "csrc/cuda/forward.cu",
     "csrc/cuda/limits.cu",

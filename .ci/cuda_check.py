@@ -26,6 +26,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("80", "90", "100")
 SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+LONGEST = ("backward_activated", "backward", "forward")  # to compile, so they are the first
 TENSOR_LEVEL = ROOT / "csrc" / "backend_cuda.cpp"
 # torch compiles its extensions with these: conversions of half types have to be written out.
 TORCH_MACROS = (
@@ -202,7 +203,7 @@ def main() -> int:
         folder = Path(name)
         waiting = [
             (source, architecture, pool.submit(compile_one, nvcc, disassembler, source, architecture, folder))
-            for source in sorted(SOURCES, key=lambda s: -s.stat().st_size)
+            for source in sorted(SOURCES, key=lambda s: s.stem not in LONGEST)
             for architecture in ARCHITECTURES
         ]
         tensor_level = pool.submit(compile_tensor_level, nvcc, folder)

@@ -2,6 +2,11 @@
 
 namespace bnext::cuda {
 
+// In backward_activated.cu.
+extern template cudaError_t launch_dtype<ActivatedGradSums, ActivatedGrad>(const KernelArgs&, const BackwardOp&,
+                                                                           cudaStream_t);
+extern template cudaError_t launch_dtype<NoSums, ActivatedGrad>(const KernelArgs&, const BackwardOp&, cudaStream_t);
+
 Plan plan_for(const Problem& problem, const Backward& args, const DeviceLimits& limits) {
   const bool reads_residual = args.reads_preactivation() && args.residual != nullptr;
   Demand demand;

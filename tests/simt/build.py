@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SIMT = ROOT / "tests" / "simt"
 BUILD = ROOT / "build" / "simt"
 
-KERNELS = ("csrc/cuda/forward.cu", "csrc/cuda/backward.cu")
+KERNELS = ("csrc/cuda/backward_activated.cu", "csrc/cuda/backward.cu", "csrc/cuda/forward.cu")
 HOST = ("csrc/cuda/limits.cu", "csrc/cuda/plan.cpp")
 TENSOR_LEVEL = (
     "csrc/batch_norm.cpp",
