@@ -208,8 +208,8 @@ def test_threads_end_while_those_of_autograd_live() -> None:
         return layer(plain(value, levels - 1)) if levels else value
 
     def nested(value: Tensor, levels: int) -> Tensor:
-        # torch reads its generator's state holding a lock and the GIL; where a garbage collection runs Python code there,
-        # as hypothesis' does, two threads wait for each other for ever.
+        # torch reads its generator's state holding a lock and the GIL; where a garbage collection runs Python code
+        # there, as hypothesis' does, two threads wait for each other for ever.
         options = {"use_reentrant": True, "preserve_rng_state": False}
         return checkpoint(lambda v: layer(nested(v, levels - 1)), value, **options) if levels else value
 
