@@ -29,6 +29,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnext
 
+# batch_norm_sync, and what it is made of.
+EPS = 1e-5
+moments_of = torch.ops.bnext.batch_norm_moments
+merge = torch.ops.bnext.batch_norm_merged
+train = torch.ops.bnext.batch_norm_train
+backward = torch.ops.bnext.batch_norm_backward
+sync = torch.ops.bnext.batch_norm_sync
+
 gather_op = torch.ops._c10d_functional.all_gather_into_tensor.default
 reduce_op = torch.ops._c10d_functional.all_reduce.default
 
@@ -82,7 +90,7 @@ def share_of(sizes: Sequence[int], index: int) -> slice:
 
 def gathered(shares: Sequence[Tensor]) -> Tensor:
     """The moments that processes with these shares give one another."""
-    return torch.stack([torch.ops.bnext.batch_norm_moments(share, 1e-5) for share in shares])
+    return torch.stack([moments_of(share, EPS) for share in shares])
 
 
 def make_layer(channels: int, dtype: torch.dtype = torch.float64, **options: Any) -> bnext.SyncBatchNorm:

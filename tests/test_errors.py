@@ -19,7 +19,7 @@ import bnext
 from bnext.functional import batch_norm
 
 
-def _torch_takes_no_eps_at_all() -> bool:
+def _eps_may_be_zero_in_evaluation() -> bool:
     try:
         torch.nn.functional.batch_norm(torch.ones(2, 1), torch.zeros(1), torch.ones(1), eps=0.0)
     except ValueError:
@@ -29,7 +29,7 @@ def _torch_takes_no_eps_at_all() -> bool:
 
 # torch 2.13's rule, and ours.
 needs_todays_rule_for_eps = pytest.mark.skipif(
-    not _torch_takes_no_eps_at_all(), reason="this torch refuses eps=0 in evaluation, too"
+    not _eps_may_be_zero_in_evaluation(), reason="this torch refuses eps=0 in evaluation, too"
 )
 
 RAISES = (RuntimeError, ValueError, TypeError)

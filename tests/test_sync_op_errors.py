@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import (
-    make_grad,
-    make_input,
-    make_residual,
-)
-from sync_shares import gathered
+from cases import make_grad, make_input, make_residual
+from sync_shares import EPS, backward, gathered, merge, moments_of, sync, train
 from test_errors import (
     CHANNELS,
     SHAPE,
@@ -22,13 +18,6 @@ from test_errors import (
     assert_raises_and_leaves_alone,
 )
 from test_fused_errors import WRONG_RESIDUALS
-
-EPS = 1e-5
-moments_of = torch.ops.bnext.batch_norm_moments
-merge = torch.ops.bnext.batch_norm_merged
-train = torch.ops.bnext.batch_norm_train
-backward = torch.ops.bnext.batch_norm_backward
-sync = torch.ops.bnext.batch_norm_sync
 
 
 def moments_op(args: dict[str, object]) -> object:

@@ -23,18 +23,12 @@ from cases import (
 )
 from checks import output_strides, significant_strides
 from reference import Act, named, reduced_dims, widen
-from sync_shares import Batch, gathered, make_batch, merged, share_of
+from sync_shares import EPS, Batch, backward, gathered, make_batch, merge, merged, moments_of, share_of, sync, train
 from tolerances import assert_within
 from torch import Tensor
 
 pytestmark = pytest.mark.kernels
 
-EPS = 1e-5
-moments_of = torch.ops.bnext.batch_norm_moments
-merge = torch.ops.bnext.batch_norm_merged
-train = torch.ops.bnext.batch_norm_train
-backward = torch.ops.bnext.batch_norm_backward
-sync = torch.ops.bnext.batch_norm_sync
 
 # Uneven, with an empty one, and with one of a single image.
 SIZES = ((3, 2), (2, 0, 3), (1, 4))

@@ -18,15 +18,9 @@ from cases import (
     parameter_dtype,
 )
 from checks import significant_strides
+from sync_shares import EPS, backward, merge, moments_of, sync, train
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-EPS = 1e-5
-moments_of = torch.ops.bnext.batch_norm_moments
-merge = torch.ops.bnext.batch_norm_merged
-train = torch.ops.bnext.batch_norm_train
-backward = torch.ops.bnext.batch_norm_backward
-sync = torch.ops.bnext.batch_norm_sync
 
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=name)
 

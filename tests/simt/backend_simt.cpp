@@ -203,7 +203,6 @@ Facts facts_of(const cuda::Plan& plan) {
   facts.insert("team_blocks", plan.team_blocks);
   facts.insert("threads_x", plan.threads_x);
   facts.insert("threads_y", plan.threads_y);
-  facts.insert("workers", plan.workers);
   facts.insert("threads", plan.threads);
   facts.insert("parts", plan.parts);
   facts.insert("whole", plan.whole);
