@@ -2,7 +2,7 @@
 
 from bnext import functional
 from bnext._version import __version__
-from bnext.convert import convert, revert
+from bnext.convert import convert, fusion_report, revert
 from bnext.modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -30,5 +30,6 @@ __all__ = [
     "__version__",
     "convert",
     "functional",
+    "fusion_report",
     "revert",
 ]

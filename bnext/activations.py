@@ -12,6 +12,7 @@ from bnext import _C
 
 NAMES = _C.activations
 LEAKY_SLOPE = 0.01
+SLOPES = {"leaky_relu": LEAKY_SLOPE}
 
 Act = str | tuple[str, float] | None
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnext import fuse as fusion
-from bnext import modules
+from bnext import known, modules
 from bnext import sync as synchronization
+from bnext.attached import detach
+from bnext.modules import Activated
 from bnext.sync import SyncBatchNorm
+
+if TYPE_CHECKING:
+    from bnext.fusion.report import Report
 
 _logger = logging.getLogger("bnext")
 
@@ -41,38 +45,39 @@ def convert(
     names stay the same objects, shared layers stay shared, and optimisers keep what they hold. So a state_dict
     saved before loads after, and the reverse.
 
-    Only layers whose type is exactly ``torch.nn.BatchNorm1d/2d/3d``, ``torch.nn.LazyBatchNorm1d/2d/3d`` or
-    ``torch.nn.SyncBatchNorm`` are changed. Other batch norms (a subclass may have a forward of its own) are left
-    alone, and listed in one warning of the logger ``"bnext"``.
+    Changed are layers whose type is exactly ``torch.nn.BatchNorm1d/2d/3d``, ``torch.nn.LazyBatchNorm1d/2d/3d`` or
+    ``torch.nn.SyncBatchNorm``.
+    Layers of other libraries keep their class and are given bnext's forward, where theirs is known: timm's
+    ``BatchNormAct2d``, with its drop layer and activation, and the frozen batch norms of torchvision, timm and
+    detectron2. Other batch norms (a subclass may have a forward of its own) are left alone, and listed in one warning
+    of the logger ``"bnext"``.
 
-    With ``fuse=True`` a batch norm also takes over the activation behind it, and the sum with a residual between
-    them, and becomes a :class:`bnext.BatchNormAct2d` (1d, 3d): ``act(batch_norm(input) + residual)`` in one pass.
-    Known are ReLU, LeakyReLU, SiLU, GELU (exact) and Hardswish, as modules, functions and methods.
+    With ``fuse=True`` calls of the model are captured by ``torch._dynamo``, as by ``torch.compile``, and in the
+    captured graph a batch norm takes over the activation behind it, and the sum with a residual between them; the
+    graph is then run as it is, operator by operator. No compiler is needed, and the first call of a new shape or mode
+    takes about as long as with ``torch.compile(backend="eager")``.
 
-    - In an ``nn.Sequential`` the place of the activation is kept by an identity.
-    - Any other module that calls batch norms has its forward traced with ``torch.fx`` and, where something is
-      fused, gets a generated one by way of a subclass of its class. Calls of
-      ``torch.nn.functional.batch_norm`` become bnext's there. ``isinstance``, names, state_dicts, copies, pickles
-      and ``torch.compile`` keep working.
-    - A forward whose trace would not be the whole truth is left as it is: one that depends on its inputs or on
-      whether an argument is None, has defaults, changes state, draws random numbers, or uses ``with`` or ``try``.
-      So is a layer that has hooks, or that is called in places which want different activations.
+    - Known are ReLU, ReLU6, LeakyReLU, SiLU, GELU (exact), Hardswish, Mish and ELU, as modules, functions and methods.
+    - What is done to the model afterwards (layers replaced, wrapped, hooked, frozen, folded) is seen, as by
+      ``torch.compile``; the class, names and state_dict of every module are untouched, and copies and pickles fuse too.
+    - A part of the model that is called by itself is not fused; nor are calls under ``torch.export``, tracers,
+      ``torch.func`` transforms or torch's modes, which see the layers as they are.
+    - A model that dynamo cannot capture runs unfused, with one warning of the logger ``"bnext"``.
+    - :func:`bnext.fusion_report` says, after a call, what was fused and why the rest was not.
 
     With ``sync=True`` every layer, fused ones too, becomes a :class:`bnext.SyncBatchNorm`: in training, statistics are
     those of the batches of all processes of a group. To be called before the model is wrapped in
     ``DistributedDataParallel``, which it needs not be on the CPU either. Lazy layers stay as they are, and are listed.
 
-    A result never changes by more than rounding. What does change: a fused layer, called or hooked by itself, gives
-    the activated value; settings that a traced forward reads (``self.drop_rate``) count as they are now; layers may
-    be replaced only after :func:`revert`.
+    A result never changes by more than rounding.
 
     Args:
         module: a model, or a single layer.
         fuse: whether to fuse.
         sync: whether to synchronise. Layers that are synchronised already stay so without it.
         process_group: of ``sync``; None: all processes.
-        verbose: whether to print what was done, and what was left and why. Otherwise that of ``fuse`` is
-            logged by ``"bnext"`` at level INFO.
+        verbose: whether to print what was done and, with ``fuse``, after each call that captured a graph, what was
+            fused, and what was left and why. Otherwise that is logged by ``"bnext"`` at level INFO.
 
     Returns:
         The same module.
@@ -83,22 +88,17 @@ def convert(
     for name, flag in (("fuse", fuse), ("sync", sync), ("verbose", verbose)):
         if not isinstance(flag, bool):
             raise TypeError(f"expected {name} to be a bool, but got {type(flag).__name__}")
+    _check(module)
     _swap(module, _TO_BNEXT)
-    left = [
-        f"{name or '(the module itself)'} ({type(m).__module__}.{type(m).__qualname__})"
-        for name, m in module.named_modules()
-        if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and type(m) not in _OURS
-    ]
+    ours = [m for m in module.modules() if type(m) in _OURS or known.adopt(m)]
+    left = [(name, m) for name, m in module.named_modules() if _is_unknown(m)]
     if left:
-        _logger.warning("convert left alone %d batch norm(s) of other classes: %s", len(left), ", ".join(left))
-    lines = [f"{sum(type(m) in _OURS for m in module.modules())} batch norm(s) are bnext's"]
-    if fuse:
-        separated = synchronization.separate(module)
-        report = str(fusion.fuse(module))
-        for layer, group in separated:
-            synchronization.synchronize(layer, group)
-        _logger.info("%s", report)
-        lines.append(report)
+        classes = sorted({f"{type(m).__module__}.{type(m).__qualname__}" for _, m in left})
+        names = ", ".join(name or "(the module itself)" for name, _ in left)
+        _logger.warning(
+            "convert left alone %d batch norm(s) of other classes (%s): %s", len(left), ", ".join(classes), names
+        )
+    lines = [f"{len(ours)} batch norm(s) are bnext's"]
     if sync:
         synchronization.synchronize(module, process_group)
         lazy = [name for name, m in module.named_modules() if type(m) in _LAZY]
@@ -107,6 +107,10 @@ def convert(
                 "convert left %d batch norm(s) without sync until they are initialised: %s", len(lazy), ", ".join(lazy)
             )
         lines.append(f"{sum(type(m) is SyncBatchNorm for m in module.modules())} batch norm(s) are synchronised")
+    if fuse:
+        from bnext.fusion import eager  # imports torch._dynamo, which takes a second
+
+        eager.install(module, verbose)
     if verbose:
         print("\n".join(lines))
     return module
@@ -129,14 +133,40 @@ def revert(module: _Module) -> _Module:
     """
     _check(module)
     synchronization.separate(module)
-    left = set(fusion.undo(module))
+    left = []
+    for name, m in module.named_modules():
+        detach(m)
+        if isinstance(m, Activated) and m.act is not None:
+            left.append(name or "(the module itself)")
+        else:
+            m.__class__ = _TO_TORCH.get(type(m), type(m))
     if left:
-        names = ", ".join(name or "(the module itself)" for name in sorted(left))
         _logger.warning(
-            "revert left alone %d batch norm(s) with activations that have no counterpart: %s", len(left), names
+            "revert left alone %d batch norm(s) with activations that have no counterpart: %s",
+            len(left),
+            ", ".join(left),
         )
-    _swap(module, _TO_TORCH, left)
     return module
+
+
+def fusion_report(module: torch.nn.Module) -> Report:
+    """What ``convert(fuse=True)`` has fused in the calls of a model so far, and what it has left and why.
+
+    Args:
+        module: a converted model, or what holds one.
+
+    Returns:
+        ``fused``, a list of (name, what), and ``left``, of (name, why not); as a string, a line for each. A batch norm that is
+        fused in one graph and left in another is in both; one that no graph has seen is in ``left``.
+
+    Raises:
+        TypeError: ``module`` is not a ``torch.nn.Module``.
+        ValueError: nothing in it was converted with ``fuse=True``.
+    """
+    _check(module)
+    from bnext.fusion.eager import report_of
+
+    return report_of(module)
 
 
 def _check(module: object) -> None:
@@ -144,9 +174,10 @@ def _check(module: object) -> None:
         raise TypeError(f"expected module to be a torch.nn.Module, but got {type(module).__name__}")
 
 
-def _swap(module: torch.nn.Module, classes: _Classes, left: Container[str] = ()) -> None:
-    _check(module)
-    for name, m in module.named_modules():
-        replacement = classes.get(type(m))
-        if replacement is not None and name not in left:
-            m.__class__ = replacement
+def _is_unknown(m: torch.nn.Module) -> bool:
+    return isinstance(m, _BatchNorm) and type(m) not in _OURS and not known.is_adopted(m)
+
+
+def _swap(module: torch.nn.Module, classes: _Classes) -> None:
+    for m in module.modules():
+        m.__class__ = classes.get(type(m), type(m))

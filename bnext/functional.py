@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor, fx
 
@@ -178,12 +180,27 @@ def eval_batch_norm(
     output: Tensor
     if (
         torch.compiler.is_compiling()
+        and not keeps_operators()
         and _is_good(input, (weight, bias, running_mean, running_var), eps)
         and _is_arithmetic(input, weight, bias, epilogue)
     ):
         return _composed_eval(input, running_mean, running_var, weight, bias, eps, epilogue)
     output, _, _ = ops.batch_norm_eval(input, weight, bias, running_mean, running_var, eps, *epilogue)
     return output
+
+
+class _Capture(threading.local):
+    """What a graph that is being captured in this thread is for."""
+
+    eager = False  # to run as it is, operator by operator
+
+
+capture = _Capture()
+
+
+def keeps_operators() -> bool:
+    """Whether an operator of bnext is worth more in the graph than arithmetic."""
+    return capture.eager
 
 
 def _is_good(input: Tensor, vectors: tuple[Tensor | None, ...], eps: float) -> bool:

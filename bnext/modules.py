@@ -39,7 +39,8 @@ def normalize(
     )
 
 
-def _traces(input: Tensor) -> bool:
+def is_traced(input: object) -> bool:
+    """Whether a ``torch.fx`` tracer is at work."""
     return isinstance(input, fx.Proxy) and isinstance(input.tracer, fx.Tracer)
 
 
@@ -57,7 +58,7 @@ def _forward(self: torch.nn.modules.batchnorm._BatchNorm, input: Tensor) -> Tens
     In training the running statistics and ``num_batches_tracked`` are updated in the same operator, once every
     argument has been checked. ``momentum=None`` is the cumulative average, its factor computed on the device.
     """
-    if _traces(input):
+    if is_traced(input):
         return _leaf(self, input)
     return normalize(self, input)
 
@@ -124,7 +125,7 @@ class Activated(torch.nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """act(batch_norm(input) + residual); see :func:`bnext.functional.batch_norm_act`."""
-        if _traces(input):
+        if is_traced(input):
             return _leaf(self, input, *([] if residual is None else [residual]))
         # A layer that became one by a change of class has no activation yet.
         activation: Activation = self.__dict__.get("_activation", activations.IDENTITY)

@@ -1,0 +1,95 @@
+"""Objects in a module's ``__dict__`` that act for that module: they keep its class, and go where it goes.
+
+A module that is copied, pickled or replicated must not be left with an object that acts for the original. So each knows
+its owner by a weak reference, puts a successor into a copy, and is pickled as a call that attaches another one.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class Attached:
+    """Acts for one module, which owns it."""
+
+    def __init__(self, owner: torch.nn.Module) -> None:
+        self._owner = weakref.ref(owner)
+
+    def follow(self, copy: torch.nn.Module) -> Attached:
+        """Attach what acts for a copy of the owner."""
+        raise NotImplementedError
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attached:
+        # The owner's state is copied after its copy has been made.
+        copy = memo.get(id(self._owner()))
+        return self if copy is None else self.follow(copy)
+
+
+class Forward(Attached):
+    """Takes the place of the forward of the owner's class: a function of the owner and its arguments."""
+
+    def __init__(self, owner: torch.nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__(owner)
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(self._owner(), *args, **kwargs)
+
+    def follow(self, copy: torch.nn.Module) -> Attached:
+        return attach_forward(copy, self._function)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return attach_forward, (self._owner(), self._function)
+
+
+class _Replicate(Attached):
+    """Takes the place of ``_replicate_for_data_parallel``, which copies ``__dict__`` as it is."""
+
+    def __call__(self) -> torch.nn.Module:
+        owner = self._owner()
+        assert owner is not None
+        replica: torch.nn.Module = type(owner)._replicate_for_data_parallel(owner)  # type: ignore[no-untyped-call]
+        for key, value in list(replica.__dict__.items()):
+            if isinstance(value, Attached):
+                del replica.__dict__[key]
+                if isinstance(value, Forward):
+                    value.follow(replica)
+        return replica
+
+    def follow(self, copy: torch.nn.Module) -> Attached:
+        return attach(copy, _Replicate(copy), _REPLICATE)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _attach_replicate, (self._owner(),)
+
+
+_REPLICATE = "_replicate_for_data_parallel"
+
+
+def attach(owner: torch.nn.Module, attached: Attached, *keys: str) -> Attached:
+    """Put an object into its owner's ``__dict__``, where replicas of the owner do not take it for theirs."""
+    for key in keys:
+        owner.__dict__[key] = attached
+    if _REPLICATE not in keys:
+        _attach_replicate(owner)
+    return attached
+
+
+def attach_forward(owner: torch.nn.Module, function: Callable[..., Any]) -> Attached:
+    """Let a module compute a function of itself and its arguments in place of its class's forward."""
+    return attach(owner, Forward(owner, function), "forward")
+
+
+def detach(owner: torch.nn.Module) -> None:
+    """Take everything attached out of a module."""
+    for key, value in list(owner.__dict__.items()):
+        if isinstance(value, Attached):
+            del owner.__dict__[key]
+
+
+def _attach_replicate(owner: torch.nn.Module) -> Attached:
+    return attach(owner, _Replicate(owner), _REPLICATE)

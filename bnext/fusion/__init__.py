@@ -1,0 +1,1 @@
+"""Fusing batch norms with what follows them, on the graph that a model really runs: see docs/design.md."""

@@ -1,0 +1,56 @@
+"""Activation checkpointing inside a graph that runs as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import checkpoint
+
+from bnext.fusion.effects import memory, written
+
+_TAG = torch.ops.higher_order.tag_activation_checkpoint
+
+
+def run_checkpoints(module: fx.GraphModule) -> None:
+    """Replace dynamo's checkpoint, made for compilers that keep random states themselves, by torch's own.
+
+    Run as it is, dynamo's does not give dropout the same numbers when it computes a region again.
+    """
+    for part in module.modules():
+        if not isinstance(part, fx.GraphModule):
+            continue
+        tagged = [node for node in part.graph.nodes if node.target is _TAG]
+        for node in tagged:
+            body = getattr(part, node.args[0].target)
+            node.target = partial(_checkpoint, _written_inputs(body.graph))
+            node.target.__name__ = "checkpoint"  # by which the code that is generated calls it
+        if tagged:
+            part.recompile()
+
+
+def _written_inputs(body: fx.Graph) -> frozenset[int]:
+    """The positions of the inputs that a region writes to: running statistics and counters."""
+    touched: frozenset[int] = frozenset()
+    for node in body.nodes:
+        touched = touched.union(*map(memory, written(node) or ()))
+    inputs = [node for node in body.nodes if node.op == "placeholder"]
+    return frozenset(i for i, node in enumerate(inputs) if memory(node) & touched)
+
+
+def _checkpoint(held: frozenset[int], body: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+    """torch's checkpoint of a region. What the region writes to is no argument of it: found changed when the region is
+    computed again, it would be an error."""
+
+    def call(*others: Any) -> Any:
+        given = iter(others)
+        return body(*(args[i] if i in held else next(given) for i in range(len(args))))
+
+    kwargs["use_reentrant"] = False
+    context: Callable[[], Any] | None = body.meta.get("_checkpoint_context_fn")
+    if context is not None:
+        kwargs["context_fn"] = context
+    return checkpoint(call, *(a for i, a in enumerate(args) if i not in held), **kwargs)

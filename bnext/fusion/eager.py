@@ -1,0 +1,188 @@
+"""Eager fusing of a model: its call is captured by ``torch._dynamo``, fused, and run as it is.
+
+Installed as an object in the model's ``_compiled_call_impl``, which ``nn.Module.__call__`` asks first: class, names and
+state_dict stay untouched, and whatever is done to the model afterwards is seen by dynamo's guards.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import types
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnext import functional, known
+from bnext.attached import Attached, attach
+from bnext.fusion import backend
+from bnext.fusion.report import Report
+
+_logger = logging.getLogger("bnext")
+
+_CALL = "_compiled_call_impl"
+_KEPT = "_bnext_fusing"  # where __getstate__, which drops _compiled_call_impl, keeps it
+
+# Of our calls alone. An exception while capturing leaves a frame as it is; late hooks count; a graph is not cut for
+# DistributedDataParallel, whose buckets are none of our concern; counters of a module are no constants; and programs in
+# training, evaluation and inference with several sizes have more graphs than eight.
+_SETTINGS: dict[str, Any] = {
+    "suppress_errors": True,
+    "recompile_limit": 32,
+    "skip_nnmodule_hook_guards": False,
+    "optimize_ddp": False,
+    "allow_unspec_int_on_nn_module": True,
+    "trace_numpy": False,
+}
+
+
+class _Settings:
+    """Puts dynamo's settings in place for a call. Where they are those of the whole process, as before torch 2.13, the
+    first of several calls sets them, and the last sets them back."""
+
+    def __init__(self) -> None:
+        config: Any = torch._dynamo.config
+        self._change = config._make_closure_patcher(**_SETTINGS)
+        self._per_thread = isinstance(config._config["suppress_errors"].user_override, ContextVar)
+        self._lock = threading.Lock()
+        self._calls = 0
+
+    def __call__(self) -> Callable[[], None]:
+        if self._per_thread:
+            revert: Callable[[], None] = self._change()
+            return revert
+        with self._lock:
+            if self._calls == 0:
+                self._revert = self._change()
+            self._calls += 1
+        return self._leave
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._calls -= 1
+            if self._calls == 0:
+                self._revert()
+
+
+_settings = _Settings()
+torch.compiler.assume_constant_result(functional.keeps_operators)
+
+
+def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return module._call_impl(*args, **kwargs)
+
+
+class _Captured:
+    """The graphs of a model and its copies, and what was fused in them."""
+
+    def __init__(self, verbose: bool = False) -> None:
+        self.report = Report()
+        self.verbose = verbose
+        # Dynamo keeps graphs, and counts them, by code object: each model has one of its own.
+        function = types.FunctionType(_call.__code__.replace(), _call.__globals__, _call.__name__)
+        optimize = torch._dynamo.optimize(backend=backend.eager)
+        optimize.enter_exit_hooks.append(_settings)
+        self.run: Callable[..., Any] = optimize(function)
+
+
+class Fusing(Attached):
+    """Calls its owner by way of dynamo, or plainly where something else wants to see or change what is called."""
+
+    def __init__(self, owner: nn.Module, captured: _Captured) -> None:
+        super().__init__(owner)
+        self.captured = captured
+        self._warned = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self._owner()
+        assert module is not None
+        if _stands_aside():
+            return module._call_impl(*args, **kwargs)
+        running, report = backend.running, self.captured.report
+        before, graphs = (running.report, running.names, functional.capture.eager), report.graphs
+        running.report, running.names, functional.capture.eager = report, self._names, True
+        try:
+            output = self.captured.run(module, args, kwargs)
+        finally:
+            running.report, running.names, functional.capture.eager = before
+        if report.graphs != graphs or not report.graphs:
+            self._tell(module)
+        return output
+
+    def _names(self) -> dict[int, str]:
+        module = self._owner()
+        return {id(m): name or "(the module itself)" for name, m in module.named_modules()} if module else {}
+
+    def _tell(self, module: nn.Module) -> None:
+        """After a call that captured graphs, or none."""
+        report = self.captured.report
+        if report.graphs:
+            _logger.info("%s", report)
+            if self.captured.verbose:
+                print(report)
+        elif not self._warned:
+            self._warned = True
+            _logger.warning("nothing of %s could be captured by torch._dynamo: it runs unfused", type(module).__name__)
+
+    def follow(self, copy: nn.Module) -> Attached:
+        return attach(copy, Fusing(copy, self.captured), _CALL, _KEPT)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return install, (self._owner(), self.captured.verbose)
+
+
+def install(module: nn.Module, verbose: bool = False) -> None:
+    """Let calls of a module be fused. A compilation of the user's own stays."""
+    installed = module.__dict__.get(_KEPT)
+    if isinstance(installed, Fusing):
+        installed.captured.verbose = verbose
+        return
+    if module.__dict__.get(_CALL) is not None:
+        _logger.warning("%s is compiled already, which stays; nothing is fused", type(module).__name__)
+        return
+    attach(module, Fusing(module, _Captured(verbose)), _CALL, _KEPT)
+
+
+def report_of(model: nn.Module) -> Report:
+    """What was fused in a model and in parts of it that were set up by themselves.
+
+    Raises:
+        ValueError: nothing was set up.
+    """
+    found = {name: m.__dict__.get(_KEPT) for name, m in model.named_modules()}
+    reports = {f"{name}." if name else "": f.captured.report for name, f in found.items() if isinstance(f, Fusing)}
+    if not reports:
+        raise ValueError("expected a module that was converted with fuse=True, but nothing in it was")
+    total = Report()
+    for prefix, report in reports.items():
+        total.merge(report, prefix)
+    seen = {name for name, _ in (*total.fused, *total.left)}
+    unseen = "no graph has it: it has not been called, or dynamo could not capture its call"
+    total.left += [
+        (name, unseen)
+        for name, m in model.named_modules()
+        if (isinstance(m, _BatchNorm) or known.is_adopted(m)) and name not in seen
+    ]
+    return total
+
+
+def _stands_aside() -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
+        or torch.nn.modules.module._has_any_global_hook()
+        or (torch._C._len_torch_function_stack() > 0 and _has_foreign_mode())
+    )
+
+
+def _has_foreign_mode() -> bool:
+    modes = torch.overrides._get_current_function_mode_stack()
+    return not all(isinstance(mode, torch.utils._device.DeviceContext) for mode in modes)

@@ -1,0 +1,42 @@
+"""What became of the batch norms of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from bnext.fusion.rewrite import Outcome
+
+
+@dataclass
+class Report:
+    """What fusing did: (name, what) of what was fused, and (name, why not) of each batch norm that was not.
+
+    A batch norm that is fused in one graph and left in another, in training and in evaluation, say, is in both.
+    """
+
+    fused: list[tuple[str, str]] = field(default_factory=list)
+    left: list[tuple[str, str]] = field(default_factory=list)
+    graphs: int = 0  # that were captured
+
+    def add(self, outcomes: list[Outcome], names: Mapping[int, str]) -> None:
+        """Those of a graph; ``names``: of the model's layers, by id."""
+        self.graphs += 1
+        for outcome in outcomes:
+            entry = (names.get(outcome.module or 0, outcome.path), outcome.text)
+            entries = self.fused if outcome.fused else self.left
+            if entry not in entries:
+                entries.append(entry)
+
+    def merge(self, other: Report, prefix: str) -> None:
+        """Those of a part, whose names get a prefix."""
+        self.graphs += other.graphs
+        self.fused += [(prefix + name, what) for name, what in other.fused]
+        self.left += [(prefix + name, why) for name, why in other.left]
+
+    def __str__(self) -> str:
+        lines = [f"{len({name for name, _ in self.fused})} batch norm(s) fused, in {self.graphs} graph(s)"]
+        lines += [f"  {name}: {what}" for name, what in self.fused]
+        if self.left:
+            lines += ["left as they are:", *(f"  {name}: {why}" for name, why in self.left)]
+        return "\n".join(lines)

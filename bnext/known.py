@@ -1,0 +1,80 @@
+"""Batch norms of other libraries: the classes that convert knows the forward of, found by name and structure.
+
+Such a layer keeps its class, so that whoever asks for it finds it; bnext's operator takes the place of its forward alone.
+Nothing is imported for it: a layer that is there has brought its library along.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bnext import functional, modules
+from bnext.attached import Forward, attach_forward
+
+_STATISTICS = ("weight", "bias", "running_mean", "running_var")
+
+
+def adopt(layer: nn.Module) -> bool:
+    """Give a layer of a known class bnext's forward; whether it has it now."""
+    own = layer.__dict__.get("forward")
+    if own is not None:
+        return isinstance(own, Forward)
+    function = _normalize_act if _is_timm_act(layer) else _frozen if _is_frozen(layer) else None
+    if function is not None:
+        attach_forward(layer, function)
+    return function is not None
+
+
+def is_adopted(layer: nn.Module) -> bool:
+    return isinstance(layer.__dict__.get("forward"), Forward)
+
+
+def _library(layer: nn.Module) -> str:
+    return type(layer).__module__.partition(".")[0]
+
+
+def _is_timm_act(layer: nn.Module) -> bool:
+    return type(layer).__name__ == "BatchNormAct2d" and _library(layer) == "timm" and isinstance(layer, nn.BatchNorm2d)
+
+
+def _is_frozen(layer: nn.Module) -> bool:
+    """Whether it computes (x - running_mean)/sqrt(running_var + eps)*weight + bias of buffers, and perhaps timm's drop
+    layer and activation of that. The class has been copied from one project to the next; so it is tried."""
+    act = type(layer).__name__ == "FrozenBatchNormAct2d" and _library(layer) == "timm"
+    buffers = [layer._buffers.get(name) for name in _STATISTICS]
+    if type(layer).__name__ != "FrozenBatchNorm2d" and not act:
+        return False
+    if not isinstance(getattr(layer, "eps", None), float) or any(b is None or b.dim() != 1 for b in buffers):
+        return False
+    if act:
+        return True
+    weight = buffers[0]
+    assert weight is not None
+    if weight.device.type == "meta":
+        return False
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn((2, len(weight), 1, 2), generator=generator).to(weight)
+    with torch.no_grad():
+        return bool(torch.allclose(type(layer).forward(layer, probe), _frozen(layer, probe), rtol=1e-2, atol=1e-2))
+
+
+def _normalize_act(self: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """timm.layers.BatchNormAct2d"""
+    if modules.is_traced(x):
+        return type(self).forward(self, x)
+    output: Tensor = self.act(self.drop(modules.normalize(self, x)))  # type: ignore[operator]
+    return output
+
+
+def _frozen(self: nn.Module, x: Tensor) -> Tensor:
+    """FrozenBatchNorm2d of torchvision and detectron2, FrozenBatchNormAct2d of timm"""
+    weight, bias, mean, var = (self._buffers[name] for name in _STATISTICS)
+    if modules.is_traced(x) or x.dim() != 4 or weight is None or x.dtype != weight.dtype:
+        output: Tensor = type(self).forward(self, x)  # whose result has another dtype
+        return output
+    output = functional.eval_batch_norm(x, mean, var, weight, bias, self.eps)  # type: ignore[arg-type]
+    for name in ("drop", "act"):
+        if name in self._modules:
+            output = getattr(self, name)(output)
+    return output
