@@ -52,7 +52,7 @@ class _Replicate(Attached):
     def __call__(self) -> torch.nn.Module:
         owner = self._owner()
         assert owner is not None
-        replica: torch.nn.Module = type(owner)._replicate_for_data_parallel(owner)  # type: ignore[no-untyped-call]
+        replica: torch.nn.Module = type(owner)._replicate_for_data_parallel(owner)
         for key, value in list(replica.__dict__.items()):
             if isinstance(value, Attached):
                 del replica.__dict__[key]

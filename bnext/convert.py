@@ -156,8 +156,8 @@ def fusion_report(module: torch.nn.Module) -> Report:
         module: a converted model, or what holds one.
 
     Returns:
-        ``fused``, a list of (name, what), and ``left``, of (name, why not); as a string, a line for each. A batch norm that is
-        fused in one graph and left in another is in both; one that no graph has seen is in ``left``.
+        ``fused``, a list of (name, what), and ``left``, of (name, why not); as a string, a line for each. A batch norm
+        that is fused in one graph and left in another is in both; one that no graph has seen is in ``left``.
 
     Raises:
         TypeError: ``module`` is not a ``torch.nn.Module``.

@@ -179,6 +179,13 @@ def eval_batch_norm(
         raise RuntimeError(f"{missing} must be defined in evaluation mode, but got None")
     output: Tensor
     if (
+        isinstance(input, Tensor) and input.layout != torch.strided
+    ):  # a block format of to_mkldnn's, for which torch has kernels
+        output = torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
+        residual, name, slope = epilogue or (None, "identity", 0.0)
+        output = activations.compose(output if residual is None else output + residual, Activation(name, slope))
+        return output
+    if (
         torch.compiler.is_compiling()
         and not keeps_operators()
         and _is_good(input, (weight, bias, running_mean, running_var), eps)

@@ -1,7 +1,7 @@
 """Batch norms of other libraries: the classes that convert knows the forward of, found by name and structure.
 
-Such a layer keeps its class, so that whoever asks for it finds it; bnext's operator takes the place of its forward alone.
-Nothing is imported for it: a layer that is there has brought its library along.
+Such a layer keeps its class, so that whoever asks for it finds it; its forward alone is replaced. Nothing is imported
+for it: a layer that is there has brought its library along.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def _is_frozen(layer: nn.Module) -> bool:
     """Whether it computes (x - running_mean)/sqrt(running_var + eps)*weight + bias of buffers, and perhaps timm's drop
     layer and activation of that. The class has been copied from one project to the next; so it is tried."""
     act = type(layer).__name__ == "FrozenBatchNormAct2d" and _library(layer) == "timm"
-    buffers = [layer._buffers.get(name) for name in _STATISTICS]
-    if type(layer).__name__ != "FrozenBatchNorm2d" and not act:
+    if not (act or type(layer).__name__ == "FrozenBatchNorm2d") or not isinstance(getattr(layer, "eps", None), float):
         return False
-    if not isinstance(getattr(layer, "eps", None), float) or any(b is None or b.dim() != 1 for b in buffers):
+    buffers = [layer._buffers.get(name) for name in _STATISTICS]
+    if any(b is None or b.dim() != 1 for b in buffers):
         return False
     if act:
         return True

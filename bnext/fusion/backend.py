@@ -24,7 +24,7 @@ def inductor(
     An entry point of the group ``torch_dynamo_backends``, so that bnext need not be imported. What was fused is logged
     by the logger ``"bnext"`` at level INFO.
     """
-    from torch._inductor import list_mode_options  # type: ignore[attr-defined]
+    from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     report = Report()
@@ -43,8 +43,29 @@ class Running(threading.local):
 running = Running()
 
 
+class _Suppressed(logging.Filter):
+    """Takes what dynamo says, a stack trace each time, of frames that it fails on and leaves as they are; the model says
+    it once."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if running.report is None or not record.exc_info or record.exc_info[1] is None:
+            return True
+        error = record.exc_info[1]
+        running.report.errors.append(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+        return False
+
+
+logging.getLogger("torch._dynamo.convert_frame").addFilter(_Suppressed())
+
+
 def eager(module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     """Fuse, and run the graph operator by operator, autograd as ever."""
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for node, input in zip(placeholders, inputs, strict=True):
+        if isinstance(input, Tensor) and input.layout != node.meta["example_value"].layout:
+            raise RuntimeError(
+                f"dynamo took an input of layout {input.layout} for a dense one"
+            )  # then it runs uncaptured
     outcomes = fuse(module)
     if running.report is not None:
         running.report.add(outcomes, running.names())

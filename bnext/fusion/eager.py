@@ -85,7 +85,7 @@ class _Captured:
         self.verbose = verbose
         # Dynamo keeps graphs, and counts them, by code object: each model has one of its own.
         function = types.FunctionType(_call.__code__.replace(), _call.__globals__, _call.__name__)
-        optimize = torch._dynamo.optimize(backend=backend.eager)
+        optimize: Any = torch._dynamo.optimize(backend=backend.eager)
         optimize.enter_exit_hooks.append(_settings)
         self.run: Callable[..., Any] = optimize(function)
 
@@ -110,24 +110,22 @@ class Fusing(Attached):
             output = self.captured.run(module, args, kwargs)
         finally:
             running.report, running.names, functional.capture.eager = before
-        if report.graphs != graphs or not report.graphs:
-            self._tell(module)
+        if report.graphs != graphs:
+            _logger.info("%s", report)
+            if self.captured.verbose:
+                print(report)
+        if (report.errors or not report.graphs) and not self._warned:
+            self._warned = True
+            why = report.errors[0] if report.errors else "nothing in it that dynamo compiles"
+            some = "part of the" if report.graphs else "the"
+            _logger.warning(
+                "%s calls of %s could not be captured and run unfused: %s", some, type(module).__name__, why
+            )
         return output
 
     def _names(self) -> dict[int, str]:
         module = self._owner()
         return {id(m): name or "(the module itself)" for name, m in module.named_modules()} if module else {}
-
-    def _tell(self, module: nn.Module) -> None:
-        """After a call that captured graphs, or none."""
-        report = self.captured.report
-        if report.graphs:
-            _logger.info("%s", report)
-            if self.captured.verbose:
-                print(report)
-        elif not self._warned:
-            self._warned = True
-            _logger.warning("nothing of %s could be captured by torch._dynamo: it runs unfused", type(module).__name__)
 
     def follow(self, copy: nn.Module) -> Attached:
         return attach(copy, Fusing(copy, self.captured), _CALL, _KEPT)
@@ -177,7 +175,7 @@ def _stands_aside() -> bool:
         or torch._C._get_tracing_state() is not None
         or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
+        or torch._C._functorch.maybe_current_level() is not None
         or torch.nn.modules.module._has_any_global_hook()
         or (torch._C._len_torch_function_stack() > 0 and _has_foreign_mode())
     )

@@ -31,7 +31,14 @@ _WRITES_BY_NATURE: dict[Any, tuple[tuple[int, str], ...]] = {
     operator.setitem: ((0, ""),),
 }
 # Of these modules it is known that a function which writes says so.
-_TRUSTED = ("torch", "torch.nn.functional", "torch.functional", "torch._C._nn", "torch._C._fft", "torch._C._linalg")
+_TRUSTED: tuple[str, ...] = (
+    "torch",
+    "torch.nn.functional",
+    "torch.functional",
+    "torch._C._nn",
+    "torch._C._fft",
+    "torch._C._linalg",
+)
 _TRUSTED += ("torch._C._special", "_operator", "operator", "math", "builtins")
 
 
@@ -108,7 +115,7 @@ def written(node: fx.Node) -> list[fx.Node] | None:
 
 def _says_in_place(name: str, target: Any) -> bool:
     if name.startswith("__"):
-        return name.startswith("__i") and name not in ("__index__", "__int__", "__invert__") or name == "__setitem__"
+        return (name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")) or name == "__setitem__"
     if _is_operator(target):
         return name.startswith("i") and hasattr(operator, f"__{name}__") and name not in ("index", "inv", "invert")
     return name.endswith("_")
@@ -117,7 +124,7 @@ def _says_in_place(name: str, target: Any) -> bool:
 def _inplace_argument(node: fx.Node) -> bool:
     if node.kwargs.get("inplace"):
         return True
-    position = None if isinstance(node.target, str) else _inplace_position(node.target)  # type: ignore[arg-type]
+    position = None if isinstance(node.target, str) else _inplace_position(node.target)
     return position is not None and len(node.args) > position and node.args[position] is not False
 
 

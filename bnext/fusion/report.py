@@ -18,6 +18,7 @@ class Report:
     fused: list[tuple[str, str]] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
     graphs: int = 0  # that were captured
+    errors: list[str] = field(default_factory=list)  # for which dynamo left code as it is
 
     def add(self, outcomes: list[Outcome], names: Mapping[int, str]) -> None:
         """Those of a graph; ``names``: of the model's layers, by id."""
@@ -31,6 +32,7 @@ class Report:
     def merge(self, other: Report, prefix: str) -> None:
         """Those of a part, whose names get a prefix."""
         self.graphs += other.graphs
+        self.errors += other.errors
         self.fused += [(prefix + name, what) for name, what in other.fused]
         self.left += [(prefix + name, why) for name, why in other.left]
 

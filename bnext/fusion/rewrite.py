@@ -7,7 +7,6 @@ of a pair that does not.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from typing import NamedTuple
 
