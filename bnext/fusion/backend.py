@@ -7,11 +7,11 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from bnext.fusion.checkpoints import run_checkpoints
 from bnext.fusion.report import Report
-from bnext.fusion.rewrite import fuse
+from bnext.fusion.rewrite import Outcome, fuse
 
 _logger = logging.getLogger("bnext")
 
@@ -28,29 +28,29 @@ def inductor(
     from torch._inductor.compile_fx import compile_fx
 
     report = Report()
-    report.add(fuse(module, for_compiler=True), {})
+    report.add(fuse(module, for_compiler=True), lambda outcome: outcome.call)
     _logger.info("%s", report)
     return compile_fx(module, inputs, config_patches={**list_mode_options(mode), **(options or {})})
 
 
 class Running(threading.local):
-    """The model whose call of this thread captures a graph: its report, and its names by the id of a module."""
+    """The model that is being called in this thread, and the report of what is captured of it."""
 
+    model: nn.Module | None = None
     report: Report | None = None
-    names: Callable[[], dict[int, str]] = dict
 
 
 running = Running()
 
 
 class _Suppressed(logging.Filter):
-    """Takes what dynamo says, a stack trace each time, of frames that it fails on and leaves as they are; the model says
-    it once."""
+    """Takes what dynamo says, with a stack trace each time, of frames that it fails on and leaves as they are: the model
+    says it once."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if running.report is None or not record.exc_info or record.exc_info[1] is None:
             return True
-        error = record.exc_info[1]
+        error = getattr(record.exc_info[1], "inner_exception", record.exc_info[1])  # of a back end
         running.report.errors.append(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
         return False
 
@@ -67,7 +67,25 @@ def eager(module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
                 f"dynamo took an input of layout {input.layout} for a dense one"
             )  # then it runs uncaptured
     outcomes = fuse(module)
-    if running.report is not None:
-        running.report.add(outcomes, running.names())
+    if running.model is not None and running.report is not None:
+        running.report.add(
+            outcomes, _namer(running.model, {node.name: id(t) for node, t in zip(placeholders, inputs, strict=True)})
+        )
     run_checkpoints(module)
     return module.forward
+
+
+def _namer(model: nn.Module, inputs: dict[str, int]) -> Callable[[Outcome], str]:
+    """What finds the name of a batch norm: by its layer or, in a graph of that layer's forward alone, by its vectors."""
+    names, layers = {}, {}
+    for name, module in model.named_modules():
+        names[id(module)] = name or "(the module itself)"
+        layers |= {
+            id(t): id(module) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
+        }
+
+    def find(outcome: Outcome) -> str:
+        candidates = (outcome.module, *(layers.get(inputs.get(vector, 0)) for vector in outcome.vectors))
+        return next((names[layer] for layer in candidates if layer in names), outcome.call)
+
+    return find

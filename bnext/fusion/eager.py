@@ -104,12 +104,12 @@ class Fusing(Attached):
         if _stands_aside():
             return module._call_impl(*args, **kwargs)
         running, report = backend.running, self.captured.report
-        before, graphs = (running.report, running.names, functional.capture.eager), report.graphs
-        running.report, running.names, functional.capture.eager = report, self._names, True
+        before, graphs = (running.model, running.report, functional.capture.eager), report.graphs
+        running.model, running.report, functional.capture.eager = module, report, True
         try:
             output = self.captured.run(module, args, kwargs)
         finally:
-            running.report, running.names, functional.capture.eager = before
+            running.model, running.report, functional.capture.eager = before
         if report.graphs != graphs:
             _logger.info("%s", report)
             if self.captured.verbose:
@@ -122,10 +122,6 @@ class Fusing(Attached):
                 "%s calls of %s could not be captured and run unfused: %s", some, type(module).__name__, why
             )
         return output
-
-    def _names(self) -> dict[int, str]:
-        module = self._owner()
-        return {id(m): name or "(the module itself)" for name, m in module.named_modules()} if module else {}
 
     def follow(self, copy: nn.Module) -> Attached:
         return attach(copy, Fusing(copy, self.captured), _CALL, _KEPT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from bnext.fusion.rewrite import Outcome
@@ -20,12 +20,11 @@ class Report:
     graphs: int = 0  # that were captured
     errors: list[str] = field(default_factory=list)  # for which dynamo left code as it is
 
-    def add(self, outcomes: list[Outcome], names: Mapping[int, str]) -> None:
-        """Those of a graph; ``names``: of the model's layers, by id."""
+    def add(self, outcomes: list[Outcome], name_of: Callable[[Outcome], str]) -> None:
+        """Those of a graph."""
         self.graphs += 1
         for outcome in outcomes:
-            entry = (names.get(outcome.module or 0, outcome.path), outcome.text)
-            entries = self.fused if outcome.fused else self.left
+            entry, entries = (name_of(outcome), outcome.text), self.fused if outcome.fused else self.left
             if entry not in entries:
                 entries.append(entry)
 

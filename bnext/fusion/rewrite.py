@@ -26,8 +26,9 @@ _RECTIFIERS = ("relu", "relu6", "leaky_relu")
 class Outcome(NamedTuple):
     """What the pass did with a batch norm, or why it did nothing."""
 
-    module: int | None  # id() of the layer, if one called it
-    path: str  # how the captured code names the layer, or the call
+    module: int | None  # id() of the layer, if the graph knows it
+    vectors: tuple[str, ...]  # the names of the graph's inputs that the call reads
+    call: str  # how the captured code names the layer, or the function
     fused: bool
     text: str
 
@@ -213,7 +214,7 @@ def _is_collective(node: fx.Node) -> bool:
 
 def _outcome(node: fx.Node, fused: bool, text: str) -> Outcome:
     # Dynamo's key for a layer is its id, perhaps with the number of its call.
-    stack = node.meta.get("nn_module_stack") or {}
-    key, (path, _) = list(stack.items())[-1] if stack else ("", ("", None))
+    key, (path, _) = list((node.meta.get("nn_module_stack") or {"": ("", None)}).items())[-1]
     identity = key.partition("@")[0]
-    return Outcome(int(identity) if identity.isdecimal() else None, path or name_of(node), fused, text)
+    vectors = tuple(n.name for n in node.all_input_nodes if n.op == "placeholder")
+    return Outcome(int(identity) if identity.isdecimal() else None, vectors, path or name_of(node), fused, text)
