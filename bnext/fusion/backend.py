@@ -44,8 +44,8 @@ running = Running()
 
 
 class _Suppressed(logging.Filter):
-    """Takes what dynamo says, with a stack trace each time, of frames that it fails on and leaves as they are: the model
-    says it once."""
+    """Takes what dynamo says, each time with a stack trace, of frames that it cannot capture: the model says
+    it once."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if running.report is None or not record.exc_info or record.exc_info[1] is None:
@@ -76,8 +76,9 @@ def eager(module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
 
 
 def _namer(model: nn.Module, inputs: dict[str, int]) -> Callable[[Outcome], str]:
-    """What finds the name of a batch norm: by its layer or, in a graph of that layer's forward alone, by its vectors."""
-    names, layers = {}, {}
+    """What finds the name of a batch norm: by its layer or, in a graph of the layer's forward alone, by its vectors."""
+    names: dict[int, str] = {}
+    layers: dict[int, int] = {}
     for name, module in model.named_modules():
         names[id(module)] = name or "(the module itself)"
         layers |= {
