@@ -30,7 +30,8 @@ def inductor(
     report = Report()
     report.add(fuse(module, for_compiler=True), lambda outcome: outcome.call)
     _logger.info("%s", report)
-    return compile_fx(module, inputs, config_patches={**list_mode_options(mode), **(options or {})})
+    patches = list_mode_options(mode) if mode else {}
+    return compile_fx(module, inputs, config_patches={**patches, **(options or {})})
 
 
 class Running(threading.local):
