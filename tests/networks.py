@@ -3,7 +3,6 @@ fused one is compared with its original."""
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,10 +12,6 @@ import torch.nn.functional as F  # noqa: N812
 from cases import make_grad, make_input
 from tolerances import assert_within
 from torch import Tensor, nn
-
-import bnext
-from bnext.fuse import Report
-from bnext.fuse import fuse as fuse_converted
 
 
 def conv(channels: int, kernel: int = 3) -> nn.Conv2d:
@@ -267,7 +262,7 @@ IMAGE = (3, 3, 5, 4)
 
 class Network(NamedTuple):
     make: Callable[[], nn.Module]
-    fused: dict[str, str]  # the name of each batch norm that is fused, and how
+    fused: set[tuple[str, str]]  # the name of each batch norm that is fused, and how
     shape: tuple[int, ...] = IMAGE
 
 
@@ -275,46 +270,34 @@ NETWORKS = {
     "resnet": Network(
         ResNet,
         {
-            "bn1": "bn -> relu",
-            "layer1.0.bn1": "bn -> relu",
-            "layer1.0.bn2": "bn -> add -> relu",
-            "layer1.1.bn1": "bn -> relu",
-            "layer1.1.bn2": "bn -> add -> relu",
-            "layer2.0.bn1": "bn -> relu",
-            "layer2.0.bn2": "bn -> relu",
-            "layer2.0.bn3": "bn -> add -> relu",
+            ("bn1", "batch norm -> relu"),
+            ("layer1.0.bn1", "batch norm -> relu"),
+            ("layer1.0.bn2", "batch norm + residual -> relu"),
+            ("layer1.1.bn1", "batch norm -> relu"),
+            ("layer1.1.bn2", "batch norm + residual -> relu"),
+            ("layer2.0.bn1", "batch norm -> relu"),
+            ("layer2.0.bn2", "batch norm -> relu"),
+            ("layer2.0.downsample.1", "batch norm + residual -> relu"),
         },
     ),
-    "sides": Network(Sides, {"left.1": "bn -> relu", "left.4": "bn -> add -> relu"}),
-    "two norms": Network(TwoNorms, {"down_bn": "bn -> add -> silu"}),
-    "pre-activation": Network(PreActivation, {"bn1": "bn -> relu", "bn2": "bn -> relu"}),
-    "dense": Network(Dense, {"norm1": "bn -> relu", "norm2": "bn -> relu", "norm3": "bn -> relu"}),
-    "mobile": Network(Mobile, {"block.0.1": "bn -> hardswish", "block.1.1": "bn -> hardswish"}),
-    "shared, same": Network(SharedSame, {"bn": "bn -> relu"}),
-    "shared, different": Network(SharedDifferent, {}),
+    "sides": Network(Sides, {("left.1", "batch norm -> relu"), ("left.4", "batch norm + residual -> relu")}),
+    "two norms": Network(TwoNorms, {("bn", "batch norm + residual -> silu")}),
+    "pre-activation": Network(PreActivation, {("bn1", "batch norm -> relu"), ("bn2", "batch norm -> relu")}),
+    "dense": Network(
+        Dense, {("norm1", "batch norm -> relu"), ("norm2", "batch norm -> relu"), ("norm3", "batch norm -> relu")}
+    ),
+    "mobile": Network(Mobile, {("block.0.1", "batch norm -> hardswish"), ("block.1.1", "batch norm -> hardswish")}),
+    "shared, same": Network(SharedSame, {("bn", "batch norm -> relu")}),
+    "shared, different": Network(SharedDifferent, {("bn", "batch norm -> relu"), ("bn", "batch norm -> gelu")}),
     "functional": Network(
         Functional,
-        {
-            "(the module itself)": "F.batch_norm -> leaky_relu(0.2), F.batch_norm -> add -> relu, "
-            "F.batch_norm -> bnext.functional.batch_norm"
-        },
+        {("batch_norm", "batch norm -> leaky_relu(0.2)"), ("batch_norm", "batch norm + residual -> relu")},
     ),
-    "branching": Network(Branching, {"body.1": "bn -> leaky_relu(0.1)"}),
-    "own norm": Network(WithOwnNorm, {"bn": "bn -> relu"}),
-    "line": Network(Line, {"bn1": "bn -> gelu", "bn2": "bn -> add -> relu"}, (4, 3, 5)),
-    "volume": Network(Volume, {"bn": "bn -> add -> hardswish"}, (2, 3, 3, 2, 2)),
+    "branching": Network(Branching, {("body.1", "batch norm -> leaky_relu(0.1)"), ("bn", "batch norm -> relu")}),
+    "own norm": Network(WithOwnNorm, {("bn", "batch norm -> relu")}),
+    "line": Network(Line, {("bn1", "batch norm -> gelu"), ("bn2", "batch norm + residual -> relu")}, (4, 3, 5)),
+    "volume": Network(Volume, {("bn", "batch norm + residual -> hardswish")}, (2, 3, 3, 2, 2)),
 }
-
-
-def fuse(model: nn.Module) -> Report:
-    return fuse_converted(bnext.convert(model))
-
-
-def pair(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module, Report]:
-    """A model in float64, its fused copy, and what was done to that."""
-    original = make().double()
-    fused = copy.deepcopy(original)
-    return original, fused, fuse(fused)
 
 
 def assert_close(actual: object, expected: object, what: str) -> None:

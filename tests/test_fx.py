@@ -41,13 +41,14 @@ def test_a_traced_model_computes_and_learns_the_same(fuse: bool, x: Tensor) -> N
         traced.train(training)
         twin.train(training)
         a, b = traced(x), twin(x)
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)  # what is traced is the plain forward
         if training:
             a.square().sum().backward()
             b.square().sum().backward()
     for p, q in zip(traced.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(p.grad, q.grad)
-    assert all(torch.equal(a, b) for a, b in zip(traced.buffers(), twin.buffers(), strict=True))
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-11, atol=1e-11)
+    for a, b in zip(traced.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
@@ -56,30 +57,11 @@ def test_layers_are_leaves(fuse: bool) -> None:
     graph = fx.symbolic_trace(model).graph
     called = {str(node.target): node for node in graph.nodes if node.op == "call_module"}
     assert {"1", "3.bn", "4.bn"} <= called.keys()
-    assert len(called["3.bn"].args) == (2 if fuse else 1)  # the residual
 
 
 def test_a_synchronised_model_is_traced_too(x: Tensor) -> None:
     model = bnext.convert(network(), fuse=True, sync=True).eval()
-    assert torch.equal(fx.symbolic_trace(model)(x), model(x))
-
-
-def test_a_residual_that_does_not_fit_raises_in_a_traced_model(x: Tensor) -> None:
-    class Broadcasting(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bn = nn.BatchNorm2d(3)
-
-        def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            return torch.relu(self.bn(x) + y)
-
-    model = bnext.convert(Broadcasting().double(), fuse=True).eval()
-    traced = fx.symbolic_trace(model)
-    y = torch.randn(3, 1, 1, dtype=torch.float64)
-    model(x, y)
-    assert torch.equal(traced(x, x), model(x, x))
-    with pytest.raises(ValueError, match="residual to have input's shape"):
-        traced(x, y)
+    torch.testing.assert_close(fx.symbolic_trace(model)(x), model(x), rtol=1e-12, atol=1e-12)
 
 
 def test_a_proxy_outside_of_a_trace_is_no_leaf() -> None:

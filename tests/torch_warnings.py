@@ -11,6 +11,8 @@ TORCHS_OWN: tuple[tuple[str, type[Warning], str], ...] = (
     ("`torch.jit", FutureWarning, ""),  # since 2.14
     # opcheck, since 2.14, looks at the gradient of whatever tensor it is given.
     ("The .grad attribute of a Tensor that is not a leaf", UserWarning, "torch._subclasses.meta_utils"),
+    # Dynamo does, and hides the warning from who does not make it an error.
+    ("The .grad attribute of a Tensor that is not a leaf", UserWarning, "torch._dynamo.variables.builder"),
     # 2.11's torch.export.load and profiler.
     ("The given buffer is not writable", UserWarning, "torch.export.pt2_archive._package"),
     ("Warning. Profiler clears events", UserWarning, "torch.profiler.profiler"),

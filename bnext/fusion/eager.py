@@ -130,16 +130,16 @@ class Fusing(Attached):
         return install, (self._owner(), self.captured.verbose)
 
 
-def install(module: nn.Module, verbose: bool = False) -> None:
-    """Let calls of a module be fused. A compilation of the user's own stays."""
+def install(module: nn.Module, verbose: bool = False) -> Attached | None:
+    """Let calls of a module be fused; what does it. A compilation of the user's own stays, and is not touched."""
     installed = module.__dict__.get(_KEPT)
     if isinstance(installed, Fusing):
         installed.captured.verbose = verbose
-        return
+        return installed
     if module.__dict__.get(_CALL) is not None:
         _logger.warning("%s is compiled already, which stays; nothing is fused", type(module).__name__)
-        return
-    attach(module, Fusing(module, _Captured(verbose)), _CALL, _KEPT)
+        return None
+    return attach(module, Fusing(module, _Captured(verbose)), _CALL, _KEPT)
 
 
 def report_of(model: nn.Module) -> Report:
