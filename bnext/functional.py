@@ -178,19 +178,13 @@ def eval_batch_norm(
         missing = "running_mean" if running_mean is None else "running_var"
         raise RuntimeError(f"{missing} must be defined in evaluation mode, but got None")
     output: Tensor
-    if (
-        isinstance(input, Tensor) and input.layout != torch.strided
-    ):  # a block format of to_mkldnn's, for which torch has kernels
-        output = torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
+    if isinstance(input, Tensor) and input.layout != torch.strided:  # a block format of to_mkldnn's
         residual, name, slope = epilogue or (None, "identity", 0.0)
+        output = torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, eps=eps)
         output = activations.compose(output if residual is None else output + residual, Activation(name, slope))
         return output
-    if (
-        torch.compiler.is_compiling()
-        and not keeps_operators()
-        and _is_good(input, (weight, bias, running_mean, running_var), eps)
-        and _is_arithmetic(input, weight, bias, epilogue)
-    ):
+    compiled = torch.compiler.is_compiling() and not keeps_operators()
+    if compiled and _is_arithmetic(input, (weight, bias, running_mean, running_var), eps, epilogue):
         return _composed_eval(input, running_mean, running_var, weight, bias, eps, epilogue)
     output, _, _ = ops.batch_norm_eval(input, weight, bias, running_mean, running_var, eps, *epilogue)
     return output
@@ -210,17 +204,6 @@ def keeps_operators() -> bool:
     return capture.eager
 
 
-def _is_good(input: Tensor, vectors: tuple[Tensor | None, ...], eps: float) -> bool:
-    """Whether arithmetic gives what the operator does, and not, by broadcasting or promotion, what that refuses."""
-    if input.dim() < 2 or input.dtype not in _DTYPES or eps < 0:
-        return False
-    return all(
-        t is None
-        or (t.shape == input.shape[1:2] and t.dtype in (torch.float32, input.dtype) and t.device == input.device)
-        for t in vectors
-    )
-
-
 # Before 2.13 torch.compiler.is_exporting() is true of whatever dynamo traces.
 _KNOWS_EXPORT = torch.__version__ >= "2.13"
 
@@ -229,15 +212,22 @@ def _is_exporting() -> bool:
     return torch.compiler.is_exporting() if _KNOWS_EXPORT else not torch.compiler.is_dynamo_compiling()
 
 
-def _is_arithmetic(input: Tensor, weight: Tensor | None, bias: Tensor | None, epilogue: Epilogue) -> bool:
+def _is_arithmetic(input: Tensor, vectors: tuple[Tensor | None, ...], eps: float, epilogue: Epilogue) -> bool:
     """Whether a compiler would do well to see what an evaluation computes: no gradient will be asked for, whose sums
-    are the operator's, nothing is exported, and no residual is there that the operator refuses."""
+    are the operator's; nothing is exported; and arithmetic gives what the operator does, and not, by broadcasting or
+    promotion, what that refuses."""
     residual = epilogue[0] if epilogue else None
-    if _is_exporting():
+    if _is_exporting() or input.dim() < 2 or input.dtype not in _DTYPES or eps < 0:
         return False
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias, residual)):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, *vectors[:2], residual)):
         return False
-    return residual is None or (residual.shape == input.shape and residual.dtype == input.dtype)
+    if residual is not None and (residual.shape != input.shape or residual.dtype != input.dtype):
+        return False
+    return all(
+        t is None
+        or (t.shape == input.shape[1:2] and t.dtype in (torch.float32, input.dtype) and t.device == input.device)
+        for t in vectors
+    )
 
 
 def _composed_eval(

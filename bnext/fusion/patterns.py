@@ -93,10 +93,7 @@ def read_batch_norm(node: fx.Node) -> BatchNorm:
 
 
 def _of_operator(node: fx.Node) -> BatchNorm:
-    schema: Any = node.target._schema  # type: ignore[union-attr]
-    names = [a.name for a in schema.arguments]
-    given = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    given |= dict(zip(names, node.args, strict=False)) | node.kwargs
+    given = ops.bind(node.target, node.args, node.kwargs)
     plain = given["residual"] is None and given["act"] == "identity" and not given.get("with_mask")
     require(plain, "it has an activation already")
     output = node
@@ -107,7 +104,7 @@ def _of_operator(node: fx.Node) -> BatchNorm:
         users = list(node.users)
         require(len(users) == 1 and users[0].args[1:] == (0,), "its statistics are used")
         output = users[0]
-    return BatchNorm(node, output, node.target, tuple(given[name] for name in names[: names.index("residual")]))
+    return BatchNorm(node, output, node.target, tuple(given.values())[: list(given).index("residual")])
 
 
 def _of_function(node: fx.Node) -> BatchNorm:

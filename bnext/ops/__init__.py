@@ -1,0 +1,29 @@
+"""The operators ``torch.ops.bnext.*``: what torch must know of them besides their C++ kernels.
+
+Importing this package loads the extension, which registers the operators and their derivatives, and then their fake
+kernels (shapes and strides without data, for torch.compile and torch.export) and their batching rules for
+``torch.func.vmap``.
+"""
+
+from bnext.ops import fake, vmap
+from bnext.ops.operators import (
+    batch_norm_backward,
+    batch_norm_eval,
+    batch_norm_merged,
+    batch_norm_moments,
+    batch_norm_sync,
+    batch_norm_train,
+    bind,
+)
+
+__all__ = [
+    "batch_norm_backward",
+    "batch_norm_eval",
+    "batch_norm_merged",
+    "batch_norm_moments",
+    "batch_norm_sync",
+    "batch_norm_train",
+    "bind",
+    "fake",
+    "vmap",
+]

@@ -1,0 +1,111 @@
+"""Fake kernels: shapes, strides and dtypes of the results, and the checks that can be made without data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from bnext.ops import operators as ops
+from bnext.ops.operators import bind
+
+_RECTIFIERS = ("relu", "leaky_relu")
+_Results = tuple[Tensor, ...]
+
+
+def _check(name: str, data: Tensor, given: dict[str, Any]) -> None:
+    """The C++ kernels check this too, but a tensor on the meta device brings the call here instead of there."""
+    if data.dim() < 2:
+        raise ValueError(f"batch_norm: expected {name} to have at least 2 dimensions (N, C, ...), but got {data.shape}")
+    for other, tensor in given.items():
+        if isinstance(tensor, Tensor) and tensor.device != data.device:
+            raise RuntimeError(
+                f"batch_norm: expected {other} on the device of {name}, {data.device}, but got {tensor.device}"
+            )
+
+
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    """As format_of in csrc/batch_norm.cpp."""
+    suggested: torch.memory_format = suggest_memory_format(tensor)
+    if suggested != torch.contiguous_format or tensor.dim() not in (4, 5) or tensor.is_contiguous():
+        return suggested
+    last = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
+    return last if tensor.is_contiguous(memory_format=last) else suggested
+
+
+def _empty_mask(input: Tensor, act: str, with_mask: bool) -> Tensor:
+    """As csrc/common/mask.h reserves it, without a branch on a size."""
+    if not with_mask:
+        return input.new_empty((0,), dtype=torch.uint8)
+    if act not in _RECTIFIERS:
+        raise ValueError("batch_norm: expected with_mask=False, since only relu and leaky_relu have a mask")
+    n, c, *spatial = input.shape
+    positions = math.prod(spatial)
+    planes = _memory_format(input) == torch.contiguous_format and positions != 1
+    elements = positions if planes else c
+    lanes = 8 if input.device.type == "cpu" else 16 // input.element_size()
+    touched = (elements + lanes - 1) // lanes
+    row = (touched + touched - elements // lanes + 3) // 4 * 4
+    return input.new_empty((n, c, row) if planes else (n * positions, row), dtype=torch.uint8)
+
+
+def _forward(given: dict[str, Any]) -> _Results:
+    """Output, statistics and mask of training, evaluation and merged moments; of a sync only the first is real."""
+    input = given["input"]
+    _check("input", input, given)
+    output = torch.empty_like(input, memory_format=_memory_format(input))
+    save_stats = input.new_empty((2, input.shape[1]), dtype=torch.float64)
+    return output, save_stats, _empty_mask(input, given["act"], given.get("with_mask", False))
+
+
+def _sync(given: dict[str, Any]) -> Tensor:
+    return _forward(given)[0]
+
+
+def _moments(given: dict[str, Any]) -> Tensor:
+    input: Tensor = given["input"]
+    _check("input", input, {})
+    moments: Tensor = input.new_empty((2 * input.shape[1] + 1,), dtype=torch.float64)
+    return moments
+
+
+def _backward(given: dict[str, Any]) -> _Results:
+    mask, wanted = given["mask"], given["output_mask"]
+    _check("grad_output", given["grad_output"], given)
+    like: Tensor = given["grad_output"] if given["input"] is None else given["input"]
+    _check("input", like, {})
+    sums = torch.float64 if like.dtype == torch.float64 else torch.float32
+    channels = like.shape[1]
+    # A mask is tied to the forward call's memory format.
+    memory_format = _memory_format(like)
+    if mask is not None:
+        planes = mask.dim() == 3 or like.dim() < 4
+        last = torch.channels_last if like.dim() == 4 else torch.channels_last_3d
+        memory_format = torch.contiguous_format if planes else last
+
+    def data(wanted: bool) -> Tensor:
+        return torch.empty_like(like, memory_format=memory_format) if wanted else like.new_empty((0,))
+
+    def vector(wanted: bool) -> Tensor:
+        return like.new_empty((channels if wanted else 0,), dtype=sums)
+
+    return data(wanted[0]), vector(wanted[1]), vector(wanted[2]), data(wanted[3])
+
+
+def _register(op: Any, fake: Callable[[dict[str, Any]], Any]) -> None:
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        return fake(bind(op, args, kwargs))
+
+    torch.library.register_fake(op.name(), kernel)
+
+
+_register(ops.batch_norm_train, _forward)
+_register(ops.batch_norm_eval, _forward)
+_register(ops.batch_norm_merged, _forward)
+_register(ops.batch_norm_sync, _sync)
+_register(ops.batch_norm_moments, _moments)
+_register(ops.batch_norm_backward, _backward)

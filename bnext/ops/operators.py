@@ -1,0 +1,24 @@
+"""The operators, and the arguments of their calls by name, as the schemas say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from bnext import _C  # noqa: F401  (registers the operators)
+
+batch_norm_train = torch.ops.bnext.batch_norm_train.default
+batch_norm_eval = torch.ops.bnext.batch_norm_eval.default
+batch_norm_backward = torch.ops.bnext.batch_norm_backward.default
+batch_norm_moments = torch.ops.bnext.batch_norm_moments.default
+batch_norm_merged = torch.ops.bnext.batch_norm_merged.default
+batch_norm_sync = torch.ops.bnext.batch_norm_sync.default
+
+
+def bind(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Every argument of a call, those left at their defaults included, in the schema's order."""
+    schema = op._schema.arguments
+    given = dict(zip((a.name for a in schema), args, strict=False)) | dict(kwargs)
+    return {a.name: given.get(a.name, a.default_value) for a in schema}
