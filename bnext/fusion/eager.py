@@ -83,6 +83,10 @@ class _Captured:
     def __init__(self, verbose: bool = False) -> None:
         self.report = Report()
         self.verbose = verbose
+        self.start_again()
+
+    def start_again(self) -> None:
+        """Without graphs."""
         # Dynamo keeps graphs, and counts them, by code object: each model has one of its own.
         function = types.FunctionType(_call.__code__.replace(), _call.__globals__, _call.__name__)
         optimize: Any = torch._dynamo.optimize(backend=backend.eager)
@@ -104,10 +108,20 @@ class Fusing(Attached):
         if _stands_aside():
             return module._call_impl(*args, **kwargs)
         running, report = backend.running, self.captured.report
-        before, graphs = (running.model, running.report, functional.capture.eager), report.graphs
+        before, graphs, errors = (
+            (running.model, running.report, functional.capture.eager),
+            report.graphs,
+            len(report.errors),
+        )
         running.model, running.report, functional.capture.eager = module, report, True
         try:
             output = self.captured.run(module, args, kwargs)
+        except BaseException:
+            if len(report.errors) > errors:
+                # Dynamo failed because the call fails, and would now leave what is called as it is.
+                del report.errors[errors:]
+                self.captured.start_again()
+            raise
         finally:
             running.model, running.report, functional.capture.eager = before
         if report.graphs != graphs:

@@ -212,6 +212,15 @@ def same(a: fx.Node, b: fx.Node) -> bool:
     return all(statically_known_true(i == j) for i, j in zip(x.shape, y.shape, strict=True))
 
 
+def same_layout(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two values of the same shape are known to have the same strides."""
+    x, y = tensor(a), tensor(b)
+    assert x is not None
+    assert y is not None
+    strides = zip(x.shape, x.stride(), y.stride(), strict=True)
+    return all(statically_known_true(size == 1) or statically_known_true(i == j) for size, i, j in strides)
+
+
 def name_of(node: fx.Node) -> str:
     """What a node calls, as a user would."""
     target: Any = node.target

@@ -100,6 +100,7 @@ class _Pass:
             self._check_residual(added, applied, last, reader)
         require(applied.in_place or self._readers(names) == [reader], "its value is used elsewhere, too")
         require(patterns.same(reader, norm.output), "the activation has another dtype")
+        require(patterns.same_layout(reader, norm.output), "the result has another memory format")
         modes = {self.mode[node] for node in (norm.node, last, reader)}
         require(len(modes) == 1, "autocast or the grad mode changes in between")
         self._rewrite(norm, added, applied, last, reader, names)
