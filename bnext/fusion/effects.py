@@ -6,10 +6,8 @@ memory of a value is that of the fake tensor which dynamo computed for it (``met
 
 from __future__ import annotations
 
-import inspect
 import operator
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -108,7 +106,8 @@ def written(node: fx.Node) -> list[fx.Node] | None:
     if node.op == "call_function" and getattr(target, "__module__", "") not in _TRUSTED:
         return None
     found = [node.kwargs.get("out")]
-    if _says_in_place(name, target) or _inplace_argument(node):
+    # Of a function in Python the last arguments may be flags, of which `inplace` is one: any that is set counts as it.
+    if _says_in_place(name, target) or node.kwargs.get("inplace") or any(flag is True for flag in node.args[1:]):
         found.append(node.args[0] if node.args else node.kwargs.get("input"))
     return _nodes(found)
 
@@ -119,22 +118,6 @@ def _says_in_place(name: str, target: Any) -> bool:
     if _is_operator(target):
         return name.startswith("i") and hasattr(operator, f"__{name}__") and name not in ("index", "inv", "invert")
     return name.endswith("_")
-
-
-def _inplace_argument(node: fx.Node) -> bool:
-    if node.kwargs.get("inplace"):
-        return True
-    position = None if isinstance(node.target, str) else _inplace_position(node.target)
-    return position is not None and len(node.args) > position and node.args[position] is not False
-
-
-@lru_cache(maxsize=1024)
-def _inplace_position(function: Callable[..., Any]) -> int | None:
-    try:
-        parameters = list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        return None  # of a function in C, whose name says it
-    return parameters.index("inplace") if "inplace" in parameters else None
 
 
 def _is_operator(target: Any) -> bool:
