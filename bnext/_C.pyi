@@ -1,6 +1,7 @@
 torch_version: str
 compiler: str
 activations: tuple[str, ...]
+rectifiers: tuple[str, ...]
 cuda: bool
 cuda_architectures: str
 

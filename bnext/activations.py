@@ -11,27 +11,27 @@ import torch
 from bnext import _C
 
 NAMES = _C.activations
-LEAKY_SLOPE = 0.01
-SLOPES = {"leaky_relu": LEAKY_SLOPE}
+# Of those that have a slope just below zero to choose; elu's is its alpha.
+SLOPES = {"leaky_relu": 0.01, "elu": 1.0}
 
 Act = str | tuple[str, float] | None
 
 
 class Activation(NamedTuple):
-    """``name`` is one of :data:`NAMES`; ``slope`` is leaky_relu's for negative values, and 0 for all others."""
+    """``name`` is one of :data:`NAMES`; ``slope`` is leaky_relu's for negative values, elu's alpha, else 0."""
 
     name: str
     slope: float = 0.0
 
     def __str__(self) -> str:
-        return f"{self.name}({self.slope})" if self.name == "leaky_relu" else self.name
+        return f"{self.name}({self.slope})" if self.name in SLOPES else self.name
 
 
 IDENTITY = Activation("identity")
 
 
 def parse(act: Act) -> Activation:
-    """What ``act`` means: a name, ``("leaky_relu", slope)``, or None for the identity.
+    """What ``act`` means: a name, ``("leaky_relu", slope)``, ``("elu", alpha)``, or None for the identity.
 
     Raises:
         ValueError: anything else; the message lists what is known.
@@ -39,31 +39,38 @@ def parse(act: Act) -> Activation:
     if act is None:
         return IDENTITY
     if isinstance(act, str) and act in NAMES:
-        return Activation(act, LEAKY_SLOPE if act == "leaky_relu" else 0.0)
-    if isinstance(act, tuple) and len(act) == 2 and act[0] == "leaky_relu":
-        slope = act[1]
+        return Activation(act, SLOPES.get(act, 0.0))
+    if isinstance(act, tuple) and len(act) == 2 and isinstance(act[0], str) and act[0] in SLOPES:
+        name, slope = act
         if isinstance(slope, (int, float)) and not isinstance(slope, bool) and math.isfinite(slope):
-            return Activation("leaky_relu", float(slope))
-    raise ValueError(f'expected act to be one of {", ".join(NAMES)}, ("leaky_relu", slope) or None, but got {act!r}')
+            return Activation(name, float(slope))
+    raise ValueError(
+        f'expected act to be one of {", ".join(NAMES)}, ("leaky_relu", slope), ("elu", alpha) or None, but got {act!r}'
+    )
 
 
 def compose(value: Any, activation: Activation) -> Any:
     """act(value), of torch's functions."""
     if activation.name == "identity":
         return value
-    if activation.name == "leaky_relu":
-        return torch.nn.functional.leaky_relu(value, activation.slope)
-    return getattr(torch.nn.functional, activation.name)(value)
+    slope = (activation.slope,) if activation.name in SLOPES else ()
+    return getattr(torch.nn.functional, activation.name)(value, *slope)
 
 
 _MODULES: dict[type[torch.nn.Module], str] = {
     torch.nn.Identity: "identity",
     torch.nn.ReLU: "relu",
+    torch.nn.ReLU6: "relu6",
+    torch.nn.Hardtanh: "relu6",  # between 0 and 6
     torch.nn.LeakyReLU: "leaky_relu",
     torch.nn.SiLU: "silu",
     torch.nn.GELU: "gelu",
     torch.nn.Hardswish: "hardswish",
+    torch.nn.Mish: "mish",
+    torch.nn.ELU: "elu",
 }
+# What torch's modules and timm's act_kwargs call the slope.
+_SLOPE_NAMES = {"leaky_relu": "negative_slope", "elu": "alpha"}
 # timm's names, where they differ.
 _ALIASES = {"swish": "silu", "hard_swish": "hardswish"}
 
@@ -72,12 +79,13 @@ def of_module(module: torch.nn.Module) -> Act:
     """The activation that a module of torch computes.
 
     Raises:
-        ValueError: it is of another class (a subclass may compute something else), or an approximation.
+        ValueError: it is of another class (a subclass may compute something else), an approximation, or cut elsewhere.
     """
     name = _MODULES.get(type(module))
-    if isinstance(module, torch.nn.LeakyReLU) and name is not None:
-        return (name, float(module.negative_slope))
-    if name is None or getattr(module, "approximate", "none") != "none":
+    if name in SLOPES:
+        return (name, float(getattr(module, _SLOPE_NAMES[name])))
+    cut = (getattr(module, "min_val", 0), getattr(module, "max_val", 6))
+    if name is None or getattr(module, "approximate", "none") != "none" or cut != (0, 6):
         raise ValueError(f"expected an activation that batch norm can apply ({_known_modules()}), but got {module!r}")
     return name
 
@@ -99,7 +107,7 @@ def of_layer(act_layer: Any, act_kwargs: dict[str, Any] | None = None) -> Act:
             if name is None:
                 act = of_module(act_layer(**(act_kwargs or {})))
             else:
-                slope = (act_kwargs or {}).get("negative_slope")
+                slope = (act_kwargs or {}).get(_SLOPE_NAMES.get(name, ""))
                 act = name if slope is None else (name, slope)
             parse(act)
             return act

@@ -98,18 +98,19 @@ def batch_norm_act(
     activation                without residual     with residual
     ========================  ===================  ======================================================
     identity                  nothing              nothing
-    relu, leaky_relu          nothing              a bit an element (CUDA: a byte for every 16 bytes)
-    silu, gelu, hardswish     nothing              the residual
+    relu, relu6, leaky_relu   nothing              a bit an element (CUDA: a byte for every 16 bytes)
+    all others                nothing              the residual
     ========================  ===================  ======================================================
 
-    In evaluation with frozen weight, relu and leaky_relu hold the bits and no input.
+    In evaluation with frozen weight, relu, relu6 and leaky_relu hold the bits and no input.
 
     Args:
         input, running_mean, running_var, weight, bias, training, momentum, eps: as in :func:`batch_norm`.
         residual: of the input's shape, dtype and device, any strides; None: 0.
-        act: ``"identity"``, ``"relu"``, ``"leaky_relu"`` (slope 0.01) or ``("leaky_relu", slope)``, ``"silu"``,
-            ``"gelu"`` (the exact one, by erf), ``"hardswish"``; None: the identity. At the kink of relu and leaky_relu
-            the derivative is the negative side's.
+        act: ``"identity"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"`` (slope 0.01) or ``("leaky_relu", slope)``,
+            ``"silu"``, ``"gelu"`` (the exact one, by erf), ``"hardswish"``, ``"mish"``, ``"elu"`` (alpha 1) or
+            ``("elu", alpha)``; None: the identity. At a kink the derivative is torch's: 0 at both of relu6's, and at
+            zero the negative side's.
 
     Returns:
         A tensor of the input's shape.

@@ -171,8 +171,9 @@ _ACT_DOC = """act(batch_norm(input) + residual) in one operator; see :func:`bnex
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as in :class:`{base}`.
-        act: ``"identity"``, ``"relu"``, ``"leaky_relu"`` or ``("leaky_relu", slope)``, ``"silu"``, ``"gelu"``,
-            ``"hardswish"``, or None for the identity; the attribute ``act`` may be set later.
+        act: ``"identity"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"`` or ``("leaky_relu", slope)``, ``"silu"``,
+            ``"gelu"``, ``"hardswish"``, ``"mish"``, ``"elu"`` or ``("elu", alpha)``, or None for the identity; the
+            attribute ``act`` may be set later.
         apply_act, act_layer, act_kwargs, inplace, drop_layer: how timm configures what it is given as ``norm_layer``.
             ``apply_act=False`` is the identity; ``act_layer``, a class, a name or None, takes precedence over ``act``;
             ``inplace`` changes nothing; ``drop_layer`` has to be None.

@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor> plain_backward(const Point& at, const Tensor&
   return {std::move(dx), std::move(dweight), std::move(dbias)};
 }
 
-// Of an activation whose pre-activation is gone, but for its sign: the second derivative is zero.
+// Of a rectifier whose pre-activation is gone, but for its mask: the second derivative is zero.
 Slopes mask_slopes(const Activation& activation, const Point& at, const Tensor& mask) {
   const auto results = backward_op().call(at::ones_like(at.like), /*input=*/{}, /*weight=*/{}, at.save_stats,
                                           at.training, at.eps, {false, false, false, true}, /*bias=*/{},
@@ -240,8 +240,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<T
     grad_input = node->should_compute_output(0);
     // Evaluation with frozen parameters needs no activation for its gradient, and keeps none.
     keeps_input = node->should_compute_output(1) || (grad_input && training);
-    // A rectifier's backward needs the pre-activation's sign. It is made from the input again where that is kept and is
-    // all it takes; else a bit an element is less than a residual, or an input that nothing else asks for.
+    // A rectifier's backward needs to know where it was open. That is made from the input again where that is kept and
+    // is all it takes; else a bit an element is less than a residual, or an input that nothing else asks for.
     with_mask |= activation.rectifies() && (r.defined() || !keeps_input);
   }
   const bool reads_preactivation = activation.act != Act::kIdentity && !with_mask;

@@ -47,7 +47,7 @@ at::MemoryFormat backward_format(const Tensor& like, const optional<Tensor>& mas
 void check_mask(const optional<Tensor>& mask, const Activation& activation, const Tensor& like, const Problem& problem,
                 const Backend& backend) {
   if (!is_given(mask)) return;
-  TORCH_CHECK_VALUE(activation.rectifies(), "batch_norm: expected no mask, which only relu and leaky_relu have");
+  TORCH_CHECK_VALUE(activation.rectifies(), "batch_norm: expected no mask, which only relu, relu6 and leaky_relu have");
   TORCH_CHECK(mask->device() == like.device(), "batch_norm: expected mask on the device of grad_output, ",
               like.device(), ", but got ", mask->device());
   TORCH_CHECK_TYPE(mask->scalar_type() == at::kByte, "batch_norm: expected mask to be uint8, but got ",

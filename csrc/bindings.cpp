@@ -18,7 +18,7 @@
 #include "cpu/isa.h"
 #include "cpu/large_blocks.h"
 
-// output = act(batch_norm(input) + residual); slope is leaky_relu's.
+// output = act(batch_norm(input) + residual); slope is leaky_relu's, or elu's just below zero: alpha.
 // save_stats: (2, C) float64, the mean and 1/sqrt(var + eps) that the output was normalised with.
 // mask: uint8, with_mask only: what a rectifier's backward needs of the pre-activation; (N, C, bytes) for
 // channels-first memory, else (N*spatial, bytes); common/mask.h. Autograd asks for it by itself. momentum=None: the
@@ -132,9 +132,12 @@ std::string last_cuda_plan() {
 #endif
 }
 
-pybind11::tuple activations() {
-  pybind11::tuple names(std::size(bnext::kActs));
-  for (std::size_t i = 0; i < names.size(); ++i) names[i] = bnext::kActs[i].name;
+// The names of all activations, or of those that rectify.
+pybind11::tuple activations(bool rectifiers_alone) {
+  pybind11::list names;
+  for (const auto& each : bnext::kActs) {
+    if (!rectifiers_alone || bnext::Activation{each.act}.rectifies()) names.append(each.name);
+  }
   return names;
 }
 
@@ -153,7 +156,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of bnext. Importing it registers the operators torch.ops.bnext.*.";
   m.attr("torch_version") = TORCH_VERSION;  // that this was compiled against
   m.attr("compiler") = __VERSION__;
-  m.attr("activations") = activations();
+  m.attr("activations") = activations(/*rectifiers_alone=*/false);
+  m.attr("rectifiers") = activations(/*rectifiers_alone=*/true);  // whose operators have a mask
   m.attr("cuda") = kCuda;
   m.attr("cuda_architectures") = kCudaArchitectures;  // 8.0,9.0
   m.def("cap_cuda_device", &cap_cuda_device, pybind11::arg("sms") = pybind11::none(),

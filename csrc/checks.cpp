@@ -104,7 +104,7 @@ void check_epilogue(const Tensor& input, const optional<Tensor>& residual, const
                     bool with_mask) {
   check_alongside("residual", residual, "input", input);
   TORCH_CHECK_VALUE(!with_mask || activation.rectifies(),
-                    "batch_norm: expected with_mask=False, since only relu and leaky_relu have a mask");
+                    "batch_norm: expected with_mask=False, since only relu, relu6 and leaky_relu have a mask");
 }
 
 void check_eps(double eps) {

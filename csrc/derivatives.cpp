@@ -115,6 +115,7 @@ Slopes activation_slopes(const Activation& activation, const Point& at, const Te
   switch (activation.act) {
     case Act::kIdentity: break;
     case Act::kRelu: return {where(z <= 0, 0.0, 1.0), {}};
+    case Act::kRelu6: return {where((z <= 0).logical_or(z >= 6), 0.0, 1.0), {}};
     case Act::kLeakyRelu: return {where(z <= 0, activation.slope, 1.0), {}};
     case Act::kSilu: {
       const Tensor s = at::sigmoid(z);
@@ -129,6 +130,17 @@ Slopes activation_slopes(const Activation& activation, const Point& at, const Te
       const Tensor inside = (z > -3).logical_and(z < 3);
       const Tensor beyond = where(z >= 3, 1.0, 0.0);
       return {at::where(inside, z * (1.0 / 3.0) + 0.5, beyond), where(inside, 1.0 / 3.0, 0.0)};
+    }
+    case Act::kMish: {
+      const Tensor s = at::sigmoid(z);
+      const Tensor t = at::tanh(at::softplus(z));
+      const Tensor bend = s * (1 - t * t);  // dt/dz
+      return {t + z * bend, bend * (2 + z * (at::sigmoid(-z) - 2 * t * s))};
+    }
+    case Act::kElu: {
+      // Clamped, so that no infinity waits where the other side is taken: its derivatives would be NaN.
+      const Tensor below = at::exp(z.clamp_max(0)) * activation.slope;
+      return {at::where(z <= 0, below, at::ones_like(z)), at::where(z <= 0, below, at::zeros_like(z))};
     }
   }
   return {};

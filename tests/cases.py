@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -79,8 +81,25 @@ DENSE_CASES = [Case(shape, layout) for shape in SHAPES for layout in DENSE_LAYOU
 STRIDED_CASES = [Case(shape, layout) for shape in STRIDED_SHAPES for layout in STRIDED_LAYOUTS[len(shape)]]
 CASES = DENSE_CASES + STRIDED_CASES
 
-# Each activation, and leaky_relu with a slope that hides the sign of the pre-activation from the output.
-ACTS: tuple[Act, ...] = ("identity", "relu", "leaky_relu", ("leaky_relu", -0.5), "silu", "gelu", "hardswish")
+# Each activation; leaky_relu with a slope that hides the pre-activation's sign from the output, and elu with a kink.
+ACTS: tuple[Act, ...] = (
+    "identity",
+    "relu",
+    "relu6",
+    "leaky_relu",
+    ("leaky_relu", -0.5),
+    "silu",
+    "gelu",
+    "hardswish",
+    "mish",
+    "elu",
+    ("elu", 0.5),
+)
+# One of each kind, for tests whose subject is not the activation: none; one that has compiled forms; others with
+# a mask, of one kink and of two; smooth; smooth but for a kink.
+FEW_ACTS: tuple[Act, ...] = ("identity", "relu", ("leaky_relu", -0.5), "relu6", "gelu", ("elu", 0.5))
+# Those that keep a mask beside a residual.
+RECTIFIERS = ("relu", "relu6", "leaky_relu")
 
 # Every rank and dense layout once, for tests whose subject is not the shape.
 FEW_CASES = [
@@ -91,6 +110,13 @@ FEW_CASES = [
     Case((2, 3, 2, 3, 5), "channels_last_3d"),
     Case((6, 5, 7, 3), "sliced"),
 ]
+
+
+def crossed(cases: Sequence[Case]) -> list[tuple[Case, Act]]:
+    """Every case with an activation of each kind, and every activation with one case."""
+    rest = [act for act in ACTS if act not in FEW_ACTS]
+    return [*itertools.product(cases, FEW_ACTS), *((cases[len(cases) // 2], act) for act in rest)]
+
 
 # Large enough to cross any internal chunk: a channel of more than 300,000 values; 5,000 rows of 70 channels; few
 # channels with many values each, so that threads share a channel; and more channels than a tile is wide.
@@ -185,8 +211,8 @@ def make_residual(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Tensor:
-    """Normal values of standard deviation 2: with those of batch norm they fall on every side of every kink."""
-    values = torch.randn(shape, dtype=torch.float64) * 2
+    """Normal values of standard deviation 3: with those of batch norm they fall on every side of every kink."""
+    values = torch.randn(shape, dtype=torch.float64) * 3
     return to_layout(values.to(device=device, dtype=dtype), layout)
 
 

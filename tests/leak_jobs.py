@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import networks
 import torch
-from cases import ACTS, make_grad, make_input, make_parameters, make_residual
+from cases import FEW_ACTS, RECTIFIERS, make_grad, make_input, make_parameters, make_residual
 from leaks import Step, Usage, Watch, growth, lasting_growth
 from processes import World
 from reference import named
@@ -81,7 +81,7 @@ def activations() -> list[Step]:
 
     return [
         step(bnext.BatchNormAct2d(4, act=act).train(mode), leaf(*SHAPE), residual)
-        for act in ACTS
+        for act in FEW_ACTS
         for residual in (None, make_residual(SHAPE).requires_grad_())
         for mode in (True, False)
     ]
@@ -94,9 +94,9 @@ def operators() -> list[Step]:
     running = (p.running_mean, p.running_var)
 
     def train_and_back() -> None:
-        for act in ACTS:
+        for act in FEW_ACTS:
             name, slope = named(act)
-            rectifies = name in ("relu", "leaky_relu")
+            rectifies = name in RECTIFIERS
             _, save_stats, mask = ops.batch_norm_train(
                 x, p.weight, p.bias, *running, counter, 0.1, EPS, r, name, slope, rectifies
             )

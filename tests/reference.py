@@ -13,10 +13,13 @@ g*act'(z) takes the place of g above, and is the residual's own gradient. s is t
 distribution function and the density of the standard normal:
 
     relu        max(z, 0)               act' = 1 where z > 0, else 0
+    relu6       clamp(z, 0, 6)          act' = 1 where 0 < z < 6, else 0
     leaky_relu  z or slope*z            act' = 1 where z > 0, else slope
     silu        z*s(z)                  act' = s + z*s*(1 - s)
     gelu        z*P(z)                  act' = P + z*p
     hardswish   z*clamp(z + 3, 0, 6)/6  act' = (2z + 3)/6 within (-3, 3), 0 below, 1 above
+    mish        z*tanh(log(1 + e^z))    act' = tanh(q) + z*s/cosh(q)^2 with q = log(1 + e^z)
+    elu         z or alpha*(e^z - 1)    act' = 1 where z > 0, else alpha*e^z
 
 Inputs of a narrower type are widened first, so the reference sees the very values that bnext sees. Nothing here
 calls torch's own batch norm, nor one of its activations.
@@ -70,10 +73,10 @@ def reduced_dims(ndim: int) -> list[int]:
 
 
 def named(act: Act) -> tuple[str, float]:
-    """The activation's name, and the slope of a leaky_relu."""
+    """The activation's name, and the slope of a leaky_relu or the alpha of an elu."""
     if isinstance(act, tuple):
         return act
-    return act or "identity", 0.01
+    return act or "identity", {"leaky_relu": 0.01, "elu": 1.0}.get(act or "", 0.0)
 
 
 def activate(z: Tensor, act: Act) -> Tensor:
@@ -83,6 +86,8 @@ def activate(z: Tensor, act: Act) -> Tensor:
         return z
     if name == "relu":
         return torch.where(z > 0, z, 0 * z)
+    if name == "relu6":
+        return torch.where(z > 6, 6 + 0 * z, torch.where(z > 0, z, 0 * z))
     if name == "leaky_relu":
         return torch.where(z > 0, z, slope * z)
     if name == "silu":
@@ -91,6 +96,10 @@ def activate(z: Tensor, act: Act) -> Tensor:
         return z * distribution(z)
     if name == "hardswish":
         return z * (z + 3).clamp(0, 6) / 6
+    if name == "mish":
+        return z * torch.tanh(softplus(z))
+    if name == "elu":  # the side that is not taken is finite, or its derivative would be NaN
+        return torch.where(z > 0, z, slope * z.clamp(max=0).expm1())
     raise ValueError(f"act: unknown {act!r}")
 
 
@@ -99,13 +108,20 @@ def distribution(z: Tensor) -> Tensor:
     return torch.special.erfc(z * -math.sqrt(0.5)) / 2
 
 
+def softplus(z: Tensor) -> Tensor:
+    """log(1 + e^z)"""
+    return torch.logaddexp(z, torch.zeros_like(z))
+
+
 def slope_at(z: Tensor, act: Act) -> Tensor:
-    """act'(z); at a kink the value of the lower side, but 1 at hardswish's upper one, as in torch."""
+    """act'(z); at a kink the value of the lower side, at the upper one that of the upper, as in torch."""
     name, slope = named(act)
     if name == "identity":
         return torch.ones_like(z)
     if name in ("relu", "leaky_relu"):
         return torch.where(z > 0, torch.ones_like(z), slope if name == "leaky_relu" else 0.0)
+    if name == "relu6":
+        return torch.where((z > 0) & (z < 6), 1.0, 0.0).to(z.dtype)
     if name == "silu":
         sigmoid = 1 / (1 + (-z).exp())
         return sigmoid + z * sigmoid / (1 + z.exp())
@@ -113,6 +129,12 @@ def slope_at(z: Tensor, act: Act) -> Tensor:
         return distribution(z) + z * (-z.square() / 2).exp() / math.sqrt(2 * math.pi)
     if name == "hardswish":
         return torch.where(z <= -3, 0.0, torch.where(z >= 3, 1.0, (2 * z + 3) / 6))
+    if name == "mish":
+        # Beyond 300, where cosh overflows, the second term is 0.
+        bend = z / (1 + (-z).exp()) / softplus(z).clamp(max=300).cosh().square()
+        return torch.tanh(softplus(z)) + torch.where(z.abs() < 300, bend, 0.0)
+    if name == "elu":
+        return torch.where(z > 0, torch.ones_like(z), slope * z.exp())
     raise ValueError(f"act: unknown {act!r}")
 
 

@@ -10,9 +10,10 @@ import reference
 import tolerances
 import torch
 from cases import (
-    ACTS,
+    FEW_ACTS,
     FEW_CASES,
     Case,
+    crossed,
     make_grad,
     make_input,
     make_parameters,
@@ -32,7 +33,7 @@ from bnext.functional import batch_norm_act
 
 MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 RESIDUAL = pytest.mark.parametrize("has_residual", [True, False], ids=["residual", "plain"])
-EVERY_ACT = pytest.mark.parametrize("act", ACTS, ids=name)
+FEW = pytest.mark.parametrize("act", FEW_ACTS, ids=name)
 
 # Small, since the numerical derivative runs the forward pass twice for each element.
 CHECKED_CASES = [
@@ -92,8 +93,7 @@ class Problem:
 
 @MODES
 @RESIDUAL
-@EVERY_ACT
-@pytest.mark.parametrize("case", CHECKED_CASES, ids=name)
+@pytest.mark.parametrize(("case", "act"), crossed(CHECKED_CASES), ids=name)
 def test_gradcheck_in_every_layout(case: Case, act: Act, has_residual: bool, training: bool) -> None:
     problem = Problem(case, act, training, has_residual)
     assert gradcheck(
@@ -107,8 +107,7 @@ def test_gradcheck_in_every_layout(case: Case, act: Act, has_residual: bool, tra
 
 @MODES
 @RESIDUAL
-@EVERY_ACT
-@pytest.mark.parametrize("case", CHECKED_CASES, ids=name)
+@pytest.mark.parametrize(("case", "act"), crossed(CHECKED_CASES), ids=name)
 def test_gradgradcheck_in_every_layout(case: Case, act: Act, has_residual: bool, training: bool) -> None:
     problem = Problem(case, act, training, has_residual)
     assert gradgradcheck(problem.run, problem.leaves(), check_fwd_over_rev=True, check_batched_grad=True)
@@ -126,7 +125,7 @@ def test_every_subset_of_needs_input_grad(needs: tuple[bool, ...], act: Act, tra
 
 @MODES
 @RESIDUAL
-@EVERY_ACT
+@FEW
 @pytest.mark.parametrize("given", ["neither", "weight", "bias"])
 def test_derivatives_without_weight_or_bias(given: str, act: Act, has_residual: bool, training: bool) -> None:
     problem = Problem(Case((2, 3, 2, 2), "channels_last"), act, training, has_residual)
@@ -148,8 +147,7 @@ def test_derivatives_without_weight_or_bias(given: str, act: Act, has_residual: 
 
 @MODES
 @RESIDUAL
-@EVERY_ACT
-@pytest.mark.parametrize("case", FEW_CASES, ids=name)
+@pytest.mark.parametrize(("case", "act"), crossed(FEW_CASES), ids=name)
 def test_three_derivatives_equal_those_of_the_formula(case: Case, act: Act, has_residual: bool, training: bool) -> None:
     problem = Problem(case, act, training, has_residual)
     inputs = problem.leaves()
@@ -161,7 +159,7 @@ def test_three_derivatives_equal_those_of_the_formula(case: Case, act: Act, has_
 
 
 @MODES
-@EVERY_ACT
+@FEW
 def test_derivatives_where_the_input_is_its_own_residual(act: Act, training: bool) -> None:
     problem = Problem(Case((2, 3, 2, 2), "contiguous"), act, training, has_residual=False, own=True)
     assert gradcheck(problem.run, problem.leaves(), check_forward_ad=True, check_batched_grad=True)
@@ -169,7 +167,7 @@ def test_derivatives_where_the_input_is_its_own_residual(act: Act, training: boo
 
 
 @MODES
-@EVERY_ACT
+@FEW
 @pytest.mark.parametrize("moving", SUBSETS, ids=subset_name)
 def test_forward_mode(moving: tuple[bool, ...], act: Act, training: bool) -> None:
     problem = Problem(Case((3, 4, 3, 2), "channels_last"), act, training)
@@ -191,7 +189,7 @@ def test_forward_mode(moving: tuple[bool, ...], act: Act, training: bool) -> Non
 
 
 @MODES
-@EVERY_ACT
+@FEW
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
 def test_forward_mode_keeps_the_dtype(dtype: torch.dtype, act: Act, training: bool) -> None:
     x, t, residual = (make((6, 5, 7, 3), dtype=dtype) for make in (make_input, make_grad, make_residual))
@@ -210,7 +208,7 @@ def test_forward_mode_keeps_the_dtype(dtype: torch.dtype, act: Act, training: bo
     assert_within(tangent, expected, 4 * slack + 4 * tolerances.ulp(expected.abs().max(), dtype), "tangent")
 
 
-@EVERY_ACT
+@FEW
 def test_same_module_twice_before_backward(act: Act, device: str) -> None:
     # What the first call keeps (statistics, a mask) must outlive the second.
     module = bnext.BatchNormAct2d(5, act=act, device=device)
@@ -238,7 +236,7 @@ def test_same_module_twice_before_backward(act: Act, device: str) -> None:
 
 @MODES
 @RESIDUAL
-@EVERY_ACT
+@FEW
 def test_backward_twice_gives_the_same_bits(act: Act, has_residual: bool, training: bool, device: str) -> None:
     x = make_input((6, 5, 7, 3), device=device).requires_grad_()
     residual = make_residual((6, 5, 7, 3), device=device).requires_grad_() if has_residual else None
@@ -254,7 +252,7 @@ def test_backward_twice_gives_the_same_bits(act: Act, has_residual: bool, traini
 
 
 @MODES
-@EVERY_ACT
+@FEW
 @pytest.mark.parametrize("changed", ["input", "weight"])
 def test_in_place_change_of_a_saved_tensor_raises(changed: str, act: Act, training: bool, device: str) -> None:
     x = make_input((6, 5, 7, 3), device=device).requires_grad_()
@@ -269,7 +267,7 @@ def test_in_place_change_of_a_saved_tensor_raises(changed: str, act: Act, traini
 
 
 @MODES
-@EVERY_ACT
+@FEW
 def test_later_updates_of_the_running_stats_do_not_reach_backward(act: Act, training: bool, device: str) -> None:
     x, residual, g = (make((6, 5, 7, 3), device=device) for make in (make_input, make_residual, make_grad))
     p = make_parameters(5, device=device)
@@ -286,7 +284,7 @@ def test_later_updates_of_the_running_stats_do_not_reach_backward(act: Act, trai
     assert all(map(same_bits, gradients(True), gradients(False)))
 
 
-@EVERY_ACT
+@FEW
 def test_activation_checkpointing(act: Act, device: str) -> None:
     x, residual, g = (make((6, 5, 7, 3), device=device) for make in (make_input, make_residual, make_grad))
 

@@ -26,7 +26,7 @@ import bnext
 from bnext.functional import batch_norm_act
 
 Arguments = dict[str, object]
-KNOWN = (r"\bact\b", "identity", "relu", "leaky_relu", "silu", "gelu", "hardswish")
+KNOWN = (r"\bact\b", "identity, relu, relu6, leaky_relu, silu, gelu, hardswish, mish, elu")
 
 WRONG_RESIDUALS = [
     Wrong("batch", "residual", lambda: make_residual((3, *SHAPE[1:])), (r"4, 3, 5, 5", r"3, 3, 5, 5")),
@@ -136,6 +136,8 @@ WRONG_ACTS = [
     ("leaky_relu", True),
     ("leaky_relu", 0.1, 0.2),
     ["leaky_relu", 0.1],
+    ("relu6", 1),
+    ("elu", float("nan")),
     (),
     ["relu"],
     {"relu"},

@@ -6,10 +6,11 @@ import copy
 import inspect
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
-from cases import ACTS, make_grad, make_input, make_residual, name, same_bits
+from cases import ACTS, FEW_ACTS, make_grad, make_input, make_residual, name, same_bits
 from reference import Act
 from test_modules import (
     DIMS,
@@ -32,14 +33,19 @@ FUSED_OPTIONS = [{k: v for k, v in o.items() if k != "bias"} for o in OPTIONS if
 TORCH_ACTS = {
     "identity": nn.Identity(),
     "relu": nn.ReLU(),
+    "relu6": nn.ReLU6(),
     "leaky_relu": nn.LeakyReLU(),
     ("leaky_relu", -0.5): nn.LeakyReLU(-0.5),
     "silu": nn.SiLU(),
     "gelu": nn.GELU(),
     "hardswish": nn.Hardswish(),
+    "mish": nn.Mish(),
+    "elu": nn.ELU(),
+    ("elu", 0.5): nn.ELU(0.5),
 }
-WORDS = {act: name(act) for act in ACTS} | {"leaky_relu": "leaky_relu(0.01)"}  # in a repr
+WORDS = {act: name(act) for act in ACTS} | {"leaky_relu": "leaky_relu(0.01)", "elu": "elu(1.0)"}  # in a repr
 EVERY_ACT = pytest.mark.parametrize("act", ACTS, ids=name)
+FEW = pytest.mark.parametrize("act", FEW_ACTS, ids=name)
 RESIDUAL = pytest.mark.parametrize("has_residual", [True, False], ids=["residual", "plain"])
 
 
@@ -155,7 +161,7 @@ def test_state_dict_is_torchs_and_loads_both_ways(dim: int) -> None:
 
 
 @DIMS
-@EVERY_ACT
+@FEW
 def test_pickle_and_deepcopy(act: Act, dim: int) -> None:
     module = fused(dim)(5, act=act)
     module(make_input(SHAPES[dim][-1]))
@@ -172,7 +178,7 @@ def test_pickle_and_deepcopy(act: Act, dim: int) -> None:
     assert module.act == act
 
 
-@EVERY_ACT
+@FEW
 def test_activation_may_be_set(act: Act) -> None:
     module, expected = bnext.BatchNormAct2d(5, act="silu"), bnext.BatchNormAct2d(5, act=act)
     module.act = act
@@ -182,16 +188,17 @@ def test_activation_may_be_set(act: Act) -> None:
     assert same_bits(module(x, residual), expected(x, residual))
 
 
-WRONG_ACTS = ["swish", "ReLU", "", 5, True, 0.1, ("relu", 1), ("leaky_relu",), ("leaky_relu", float("nan")), nn.ReLU]
+LISTED = "identity, relu, relu6, leaky_relu, silu, gelu, hardswish, mish, elu"
+WRONG_ACTS = ["swish", "ReLU", "", 5, True, 0.1, ("relu", 1), ("leaky_relu",), ("elu", float("nan")), nn.ReLU]
 
 
 @DIMS
 @pytest.mark.parametrize("act", WRONG_ACTS, ids=str)
 def test_unknown_activation_is_refused(act: object, dim: int) -> None:
-    with pytest.raises(ValueError, match=r"identity.*relu.*leaky_relu.*silu.*gelu.*hardswish"):
+    with pytest.raises(ValueError, match=LISTED):
         fused(dim)(5, act=act)
     module = fused(dim)(5, act="silu")
-    with pytest.raises(ValueError, match=r"identity.*relu.*leaky_relu.*silu.*gelu.*hardswish"):
+    with pytest.raises(ValueError, match=LISTED):
         module.act = act
     assert module.act == "silu"
     assert "act=silu" in repr(module)
@@ -282,16 +289,16 @@ class TestTimmKeywords:
         ("layer", "act"),
         [
             (nn.ReLU, "relu"),
+            (nn.ReLU6, "relu6"),
+            (partial(nn.Hardtanh, 0, 6), "relu6"),
             (nn.LeakyReLU, "leaky_relu"),
             (nn.SiLU, "silu"),
             (nn.GELU, "gelu"),
             (nn.Hardswish, "hardswish"),
+            (nn.Mish, "mish"),
+            (nn.ELU, "elu"),
             (nn.Identity, "identity"),
-            ("relu", "relu"),
-            ("leaky_relu", "leaky_relu"),
-            ("silu", "silu"),
-            ("gelu", "gelu"),
-            ("hardswish", "hardswish"),
+            *((word, word) for word in ACTS if isinstance(word, str) and word != "identity"),
             (None, "identity"),
         ],
         ids=lambda v: getattr(v, "__name__", str(v)),
@@ -304,10 +311,12 @@ class TestTimmKeywords:
         assert same_bits(module(x, residual), expected(x, residual))
 
     def test_act_kwargs_are_the_layers(self) -> None:
-        module = self.build(act_layer=nn.LeakyReLU, act_kwargs={"negative_slope": 0.3})
-        assert repr(module) == repr(self.build(act=("leaky_relu", 0.3)))
+        for layer, word, option in ((nn.LeakyReLU, "leaky_relu", "negative_slope"), (nn.ELU, "elu", "alpha")):
+            for act_layer in (layer, word):
+                module = self.build(act_layer=act_layer, act_kwargs={option: 0.3})
+                assert repr(module) == repr(self.build(act=(word, 0.3)))
 
-    @EVERY_ACT
+    @FEW
     def test_apply_act_false_is_the_identity(self, act: Act) -> None:
         for module in (self.build(act=act, apply_act=False), self.build(act_layer=nn.SiLU, apply_act=False)):
             assert repr(module) == repr(self.build(act=None))
@@ -323,6 +332,11 @@ class TestTimmKeywords:
     def test_unknown_act_layer_is_named(self, layer: object) -> None:
         with pytest.raises(ValueError, match=getattr(layer, "__name__", str(layer))):
             self.build(act_layer=layer)
+
+    @pytest.mark.parametrize("options", [{}, {"min_val": 0.0}, {"min_val": -1e-3, "max_val": 6.0}], ids=str)
+    def test_hardtanh_that_is_not_relu6_is_refused(self, options: dict[str, float]) -> None:
+        with pytest.raises(ValueError, match="Hardtanh"):
+            self.build(act_layer=nn.Hardtanh, act_kwargs=options)
 
     def test_gelu_by_tanh_is_refused(self) -> None:
         # It is another function: taking the exact one in its stead would change a model's results.

@@ -12,9 +12,11 @@ import torch
 from cases import (
     ACTS,
     DTYPES,
+    FEW_ACTS,
     FEW_CASES,
     LARGE_CASES,
     MEDIUM_CASES,
+    RECTIFIERS,
     STRIDED_CASES,
     Case,
     make_grad,
@@ -39,13 +41,14 @@ backward = torch.ops.bnext.batch_norm_backward
 
 MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 EVERY_ACT = pytest.mark.parametrize("act", ACTS, ids=name)
-ONE_SIDED = pytest.mark.parametrize("act", ["relu", "leaky_relu", ("leaky_relu", -0.5)], ids=name)
+FEW = pytest.mark.parametrize("act", FEW_ACTS, ids=name)
+ONE_SIDED = pytest.mark.parametrize("act", ["relu", "relu6", ("leaky_relu", -0.5)], ids=name)
 
 
 def act_args(act: Act) -> dict[str, object]:
     """The activation as the ops take it."""
     known, slope = reference.named(act)
-    return {"act": known, "slope": slope if known == "leaky_relu" else 0.0}
+    return {"act": known, "slope": slope}
 
 
 class Call:
@@ -188,12 +191,12 @@ def test_mask_has_the_same_bits_for_any_number_of_threads(case: Case, training: 
 
 
 @MODES
-@EVERY_ACT
+@FEW
 @pytest.mark.parametrize("with_mask", [True, False], ids=["mask", "residual"])
 def test_output_mask_computes_what_is_asked_and_nothing_else(with_mask: bool, act: Act, training: bool) -> None:
     for case in FEW_CASES:
         call = Call(case, torch.float32, training, act)
-        kept = with_mask and reference.named(act)[0] in ("relu", "leaky_relu")
+        kept = with_mask and reference.named(act)[0] in RECTIFIERS
         _, stats, bits = call.forward(with_mask=kept)
         mask = bits if kept else None
         everything = call.backward(stats, call.wanted(), mask)
@@ -222,7 +225,7 @@ def test_with_a_mask_eval_needs_neither_input_nor_residual(case: Case, act: Act)
 @EVERY_ACT
 def test_opcheck_forward(act: Act, training: bool) -> None:
     op = (train if training else evaluate).default
-    bits = reference.named(act)[0] in ("relu", "leaky_relu")
+    bits = reference.named(act)[0] in RECTIFIERS
     for case, grad, with_mask in ((FEW_CASES[0], True, False), (FEW_CASES[3], True, bits), (FEW_CASES[5], False, bits)):
         call = Call(case, torch.float32, training, act, grad=grad)
         options = {**act_args(act), "residual": call.residual, "with_mask": with_mask}
@@ -230,11 +233,11 @@ def test_opcheck_forward(act: Act, training: bool) -> None:
 
 
 @MODES
-@EVERY_ACT
+@FEW
 def test_opcheck_backward(act: Act, training: bool) -> None:
     for case, with_mask in ((FEW_CASES[3], False), (FEW_CASES[2], True)):
         call = Call(case, torch.float32, training, act)
-        kept = with_mask and reference.named(act)[0] in ("relu", "leaky_relu")
+        kept = with_mask and reference.named(act)[0] in RECTIFIERS
         _, stats, mask = call.forward(with_mask=kept)
         args = (call.g, call.x, call.weight, stats, training, 1e-5, list(call.wanted()), call.bias)
         torch.library.opcheck(
@@ -264,7 +267,7 @@ def test_fake_kernels_predict_shape_dtype_and_strides(case: Case, dtype: torch.d
 
 
 @MODES
-@EVERY_ACT
+@FEW
 @pytest.mark.parametrize("case", EMPTY_CASES, ids=name)
 def test_empty_batch_counts_and_has_zero_parameter_gradients(case: Case, act: Act, training: bool) -> None:
     call = Call(case, torch.float32, training, act)

@@ -13,14 +13,14 @@ import pytest
 import sync_jobs as jobs
 import sync_model_jobs as model_jobs
 import torch
-from cases import ACTS, LOW_PRECISION, name
+from cases import FEW_ACTS, LOW_PRECISION, name
 from processes import Pool
 from reference import Act
 
 Run = Callable[..., list[Any]]
 
 EACH_WORLD = pytest.mark.parametrize("size", [2, 3], ids="world={}".format)
-EACH_ACT = pytest.mark.parametrize("act", ACTS, ids=name)
+EACH_ACT = pytest.mark.parametrize("act", FEW_ACTS, ids=name)
 
 # The shares of a batch: uneven; one empty; one of a single image; all empty.
 SHARES = ((5, 2), (4, 0, 3), (1, 3), (2, 1, 1), (0, 6))
@@ -74,7 +74,7 @@ def test_dtypes(sizes: tuple[int, ...], layout: str, dtype: torch.dtype, paramet
         layout=layout,
         dtype=dtype,
         parameters=dtype if parameters == "own" else torch.float32,
-        acts=ACTS,
+        acts=FEW_ACTS,
     )
 
 

@@ -9,9 +9,10 @@ import reference
 import tolerances
 import torch
 from cases import (
-    ACTS,
     DTYPES,
+    FEW_ACTS,
     FEW_CASES,
+    RECTIFIERS,
     Case,
     make_grad,
     make_input,
@@ -127,12 +128,12 @@ def test_shares_make_the_whole(
 
 
 @pytest.mark.parametrize("has_residual", [True, False], ids=["residual", "plain"])
-@pytest.mark.parametrize("act", ACTS, ids=name)
+@pytest.mark.parametrize("act", FEW_ACTS, ids=name)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_activations(layout: str, act: Act, has_residual: bool, device: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         batch = make_batch((5, 5, 3, 3), dtype, has_residual=has_residual)
-        for with_mask in (False, True) if named(act)[0] in ("relu", "leaky_relu") else (False,):
+        for with_mask in (False, True) if named(act)[0] in RECTIFIERS else (False,):
             check_shares(batch, SIZES[1], layout, act, with_mask, device)
 
 

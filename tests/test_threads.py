@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from cases import (
-    ACTS,
     DTYPES,
+    FEW_ACTS,
     FEW_CASES,
     LARGE_CASES,
     MEDIUM_CASES,
@@ -73,7 +73,7 @@ def test_same_bits_for_any_number_of_threads(
 
 
 @pytest.mark.parametrize("has_residual", [True, False], ids=["residual", "plain"])
-@pytest.mark.parametrize("act", ACTS, ids=name)
+@pytest.mark.parametrize("act", FEW_ACTS, ids=name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
 @pytest.mark.parametrize("case", [*FEW_CASES, *MEDIUM_CASES, LARGE_CASES[2]], ids=name)
 def test_fused_same_bits_for_any_number_of_threads(

@@ -29,14 +29,18 @@ Activations, of a pre-activation z that is off by e. The output is off by L*e, L
 is evaluated to 4u|y| + 4u|z|: a few ulp of the result, or, as in z*(1 + erf(...)) far below zero, of its factors.
 In the gradients act' stands at the wrong z: |act''|_max * e, and is evaluated to 4u(1 + |z|), since a 1 - s(z) that
 cancels is off by u and is multiplied by z. Beyond |z| = 40 neither s nor P differs from 0 and 1, in any dtype. For
-data of 16 bits silu and gelu are evaluated more coarsely: y to 2^-16 of itself, act' to 2^-18.
+data of 16 bits silu, gelu and mish are evaluated more coarsely, y to 2^-16 of itself and act' to 2^-18, and so is elu's
+act', which is alpha + y below zero.
 
     act         L                     |act''|_max   kinks: jump of act'
     relu        1                     0             0: 1
+    relu6       1                     0             0: 1, 6: 1
     leaky_relu  max(1, |slope|)       0             0: |1 - slope|
     silu        1.0999 at z = 2.400   1/2 at 0      none
     gelu        1.1290 at z = sqrt 2  0.798 at 0    none
     hardswish   1.5 at 3              1/3           -3: 1/2, 3: 1/2
+    mish        1.0885 at z = 1.491   0.6443        none
+    elu         max(1, |alpha|)       |alpha|       0: |1 - alpha|
 
 An element whose z lies within e of a kink may take the derivative of either side: at such elements, and at no
 others, |g| times the jump is allowed. Together this is the slack of g*act'(z), `slack`. It enters the channel's sums
@@ -133,23 +137,27 @@ def shape(act: Act) -> Shape:
     name, slope = reference.named(act)
     if name == "leaky_relu":
         return Shape(max(1.0, abs(slope)), 0.0, {0.0: abs(1 - slope)})
+    if name == "elu":
+        return Shape(max(1.0, abs(slope)), abs(slope), {0.0: abs(1 - slope)})
     return {
         "identity": Shape(1.0, 0.0, {}),
         "relu": Shape(1.0, 0.0, {0.0: 1.0}),
+        "relu6": Shape(1.0, 0.0, {0.0: 1.0, 6.0: 1.0}),
         "silu": Shape(1.0999, 0.5, {}),
         "gelu": Shape(1.1290, 0.7979, {}),
         "hardswish": Shape(1.5, 1 / 3, {-3.0: 0.5, 3.0: 0.5}),
+        "mish": Shape(1.0885, 0.6443, {}),
     }[name]
 
 
 def only_selects(act: Act) -> bool:
     """Whether the activation passes or drops a value, and so rounds none."""
-    return reference.named(act)[0] in ("identity", "relu")
+    return reference.named(act)[0] in ("identity", "relu", "relu6")
 
 
 def coarseness(act: Act, dtype: torch.dtype) -> float:
     """Of act(z), relative; of act'(z) a quarter of it, absolute."""
-    return 2.0**-16 if dtype.itemsize == 2 and reference.named(act)[0] in ("silu", "gelu") else 0.0
+    return 2.0**-16 if dtype.itemsize == 2 and reference.named(act)[0] in ("silu", "gelu", "mish", "elu") else 0.0
 
 
 def output(

@@ -13,14 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from bnext import ops
+from bnext import _C, ops
 from bnext.fusion import effects, patterns
 from bnext.fusion.effects import between, memory, written
 from bnext.fusion.patterns import Applied, BatchNorm, Left, Sum, name_of, require
 
 _SHAPE_METHODS = ("size", "dim", "numel", "ndimension")
-# Backward of these reads the residual; see bnext.functional.batch_norm_act.
-_RECTIFIERS = ("relu", "relu6", "leaky_relu")
 
 
 class Outcome(NamedTuple):
@@ -142,7 +140,7 @@ class _Pass:
 
     def _check_residual(self, added: Sum, applied: Applied, place: fx.Node, activation: fx.Node) -> None:
         """Backward of a smooth activation reads the residual, which torch's sum does not keep."""
-        if applied.activation.name in _RECTIFIERS:
+        if applied.activation.name in _C.rectifiers:
             return
         kept = memory(added.residual)
         for node in between(place, self.graph.output_node()):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from bnext import _C
 from bnext.ops import operators as ops
 from bnext.ops.operators import bind
 
-_RECTIFIERS = ("relu", "leaky_relu")
 _Results = tuple[Tensor, ...]
 
 
@@ -41,8 +41,8 @@ def _empty_mask(input: Tensor, act: str, with_mask: bool) -> Tensor:
     """As csrc/common/mask.h reserves it, without a branch on a size."""
     if not with_mask:
         return input.new_empty((0,), dtype=torch.uint8)
-    if act not in _RECTIFIERS:
-        raise ValueError("batch_norm: expected with_mask=False, since only relu and leaky_relu have a mask")
+    if act not in _C.rectifiers:
+        raise ValueError("batch_norm: expected with_mask=False, since only relu, relu6 and leaky_relu have a mask")
     n, c, *spatial = input.shape
     positions = math.prod(spatial)
     planes = _memory_format(input) == torch.contiguous_format and positions != 1

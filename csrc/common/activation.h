@@ -12,23 +12,34 @@
 
 namespace bnext {
 
-enum class Act : std::uint8_t { kIdentity, kRelu, kLeakyRelu, kSilu, kGelu, kHardswish };
+enum class Act : std::uint8_t { kIdentity, kRelu, kRelu6, kLeakyRelu, kSilu, kGelu, kHardswish, kMish, kElu };
 
 // As users name them.
 struct NamedAct {
   const char* name;
   Act act;
 };
-inline constexpr NamedAct kActs[] = {
-    {"identity", Act::kIdentity}, {"relu", Act::kRelu}, {"leaky_relu", Act::kLeakyRelu},
-    {"silu", Act::kSilu},         {"gelu", Act::kGelu}, {"hardswish", Act::kHardswish}};
+inline constexpr NamedAct kActs[] = {{"identity", Act::kIdentity},    {"relu", Act::kRelu}, {"relu6", Act::kRelu6},
+                                     {"leaky_relu", Act::kLeakyRelu}, {"silu", Act::kSilu}, {"gelu", Act::kGelu},
+                                     {"hardswish", Act::kHardswish},  {"mish", Act::kMish}, {"elu", Act::kElu}};
+inline constexpr unsigned kActCount = sizeof kActs / sizeof kActs[0];
+
+constexpr bool acts_are_in_order() {
+  for (unsigned i = 0; i < kActCount; ++i) {
+    if (kActs[i].act != static_cast<Act>(i)) return false;
+  }
+  return true;
+}
+static_assert(acts_are_in_order(), "kActCount bounds the values of Act");
 
 struct Activation {
   Act act = Act::kIdentity;
-  double slope = 0.0;  // kLeakyRelu, for negative values
+  double slope = 0.0;  // kLeakyRelu: for negative values; kElu: just below zero, which is its alpha
 
-  // Whether the sign of the pre-activation is all that its slope depends on.
-  BNEXT_INLINE constexpr bool rectifies() const { return act == Act::kRelu || act == Act::kLeakyRelu; }
+  // Whether its slope has two values, which one bit tells apart: the rectifier is open, or closed.
+  BNEXT_INLINE constexpr bool rectifies() const {
+    return act == Act::kRelu || act == Act::kRelu6 || act == Act::kLeakyRelu;
+  }
 };
 
 // The type of V's lanes, and signed integers as wide as V's.
@@ -70,30 +81,75 @@ BNEXT_INLINE V clamp(const V& x, scalar_of<V> low, scalar_of<V> high) {
 // squares on Chebyshev points, reweighted to the maximum.
 enum class Digits { kFloat32, kFloat16, kBFloat16 };
 
-// 2^x for |x| <= 126, where x = z*unit and `rest` is what the float `unit` lacks of it. Not for a NaN, whose bits do
-// not survive the scaling.
+// 2^x = 2^n*(1 + quotient*f) for |x| <= 126, where x = z*unit and `rest` is what the float `unit` lacks of it.
 template <Digits kDigits, typename V>
-BNEXT_INLINE V power_of_two(const V& z, float unit = 1.0f, [[maybe_unused]] float rest = 0.0f) {
+struct PowerOfTwo {
   using Bits = typename LanesOf<V>::Bits;
-  // x = n + f with |f| <= 1/2. Adding 1.5*2^23 rounds to a whole number and leaves it in the low bits.
-  constexpr float kRound = 12582912.0f;
-  const V shifted = z * unit + kRound;
-  V f = z * unit - (shifted - kRound);
-  V power;  // 2^f
-  if constexpr (kDigits == Digits::kFloat32) {
-    f = z * rest + f;
-    power = f * 1.53533096e-4f + 1.3398939e-3f;  // relative error 2e-9
-    power = power * f + 9.61843785e-3f;
-    power = power * f + 5.55033237e-2f;
-    power = power * f + 0.240226477f;
-    power = power * f + 0.693147182f;
-  } else {
-    power = f * 9.58281476e-3f + 5.59068173e-2f;  // 3e-6
-    power = power * f + 0.240241021f;
-    power = power * f + 0.693124175f;
+
+  V f;         // x - n, |f| <= 1/2
+  V quotient;  // (2^f - 1)/f
+  Bits n;      // in a float's exponent
+
+  BNEXT_INLINE explicit PowerOfTwo(const V& z, float unit, [[maybe_unused]] float rest) {
+    // Adding 1.5*2^23 rounds to a whole number and leaves it in the low bits.
+    constexpr float kRound = 12582912.0f;
+    const V shifted = z * unit + kRound;
+    f = z * unit - (shifted - kRound);
+    if constexpr (kDigits == Digits::kFloat32) {
+      f = z * rest + f;
+      quotient = f * 1.53533096e-4f + 1.3398939e-3f;  // relative error of 2^f: 2e-9
+      quotient = quotient * f + 9.61843785e-3f;
+      quotient = quotient * f + 5.55033237e-2f;
+      quotient = quotient * f + 0.240226477f;
+      quotient = quotient * f + 0.693147182f;
+    } else {
+      quotient = f * 9.58281476e-3f + 5.59068173e-2f;  // 3e-6
+      quotient = quotient * f + 0.240241021f;
+      quotient = quotient * f + 0.693124175f;
+    }
+    n = __builtin_bit_cast(Bits, shifted) << 23;
   }
-  power = power * f + 1.0f;
-  return __builtin_bit_cast(V, __builtin_bit_cast(Bits, power) + (__builtin_bit_cast(Bits, shifted) << 23));
+};
+
+// 2^x. Not for a NaN, whose bits do not survive the scaling.
+template <Digits kDigits, typename V>
+BNEXT_INLINE V power_of_two(const V& z, float unit = 1.0f, float rest = 0.0f) {
+  using Bits = typename LanesOf<V>::Bits;
+  const PowerOfTwo<kDigits, V> x(z, unit, rest);
+  const V power = x.quotient * x.f + 1.0f;
+  return __builtin_bit_cast(V, __builtin_bit_cast(Bits, power) + x.n);
+}
+
+// log2(e), and what the float lacks of it.
+constexpr float kLog2E = 1.44269502f;
+constexpr float kLog2ERest = 1.92596303e-8f;
+
+// Beyond these e^z is no float32 with all its digits.
+constexpr float kExpMost = 87.0f;
+
+// e^z for z up to `most`, and e^most beyond. Not for a NaN.
+template <Digits kDigits, typename V>
+BNEXT_INLINE V exponential(const V& z, scalar_of<V> most) {
+  if constexpr (std::is_same_v<scalar_of<V>, double>) {
+    return lane_by_lane(z, [most](double lane) { return std::exp(lane > most ? most : lane); });
+  } else {
+    const V e = power_of_two<kDigits>(clamp<V>(z, -kExpMost, most), kLog2E, kLog2ERest);
+    return z < -kExpMost ? V{} : e;
+  }
+}
+
+// e^z - 1 for z up to 0, and 0 beyond: with relative accuracy near 0, where e^z - 1 cancels. Not for a NaN.
+template <typename V>
+BNEXT_INLINE V exponential_minus_one(const V& z) {
+  if constexpr (std::is_same_v<scalar_of<V>, double>) {
+    return lane_by_lane(z, [](double lane) { return std::expm1(lane > 0.0 ? 0.0 : lane); });
+  } else {
+    using Bits = typename LanesOf<V>::Bits;
+    // 2^n*(1 + p) - 1 as 2^n*p + (2^n - 1). The shorter polynomials are too far from (2^f - 1)/f for small f.
+    const PowerOfTwo<Digits::kFloat32, V> x(clamp<V>(z, -kExpMost, 0), kLog2E, kLog2ERest);
+    const V scale = __builtin_bit_cast(V, __builtin_bit_cast(Bits, V{} + 1.0f) + x.n);
+    return x.quotient * x.f * scale + (scale - 1.0f);
+  }
 }
 
 // The logistic function at z and at -z, neither of which is taken as 1 minus the other.
@@ -110,10 +166,9 @@ struct Logistic {
       at = kOne / (e + kOne);
       opposite = lane_by_lane(z, [](double lane) { return 1.0 / (1.0 + std::exp(lane)); });
     } else {
-      constexpr float kMost = 87.0f;
-      const V e = power_of_two<kDigits>(clamp<V>(z, -kMost, kMost), -1.44269502f, -1.92596303e-8f);
-      at = z < -kMost ? V{} : kOne / (e + kOne);
-      opposite = z > kMost ? V{} : e * at;
+      const V e = power_of_two<kDigits>(clamp<V>(z, -kExpMost, kExpMost), -kLog2E, -kLog2ERest);
+      at = z < -kExpMost ? V{} : kOne / (e + kOne);
+      opposite = z > kExpMost ? V{} : e * at;
     }
   }
 };
@@ -172,10 +227,33 @@ struct Normal {
   }
 };
 
+// mish(z) = z*tanh(log(1 + e^z)) = z*n/(n + 2) with n = e^z*(e^z + 2), which neither cancels nor, from where the
+// fraction is 1, overflows.
+template <Digits kDigits, typename V>
+struct Mish {
+  static constexpr int kMost = 40;
+
+  V e;
+  V n;
+
+  BNEXT_INLINE explicit Mish(const V& z) {
+    constexpr scalar_of<V> kTwo = 2;
+    e = exponential<kDigits>(z, kMost);
+    n = e * (e + kTwo);
+  }
+};
+
 // What a rectifier makes of z: `open` above zero, and for a NaN; else `closed`.
 template <typename V>
 BNEXT_INLINE V rectified(const V& z, const V& open, const V& closed) {
   return z <= static_cast<scalar_of<V>>(0) ? closed : open;
+}
+
+// A number above zero, or a NaN, where the rectifier is open at z, and no other: what a mask's bit stands for. The bit
+// itself is such a number, too.
+template <typename V>
+BNEXT_INLINE V opening(const Activation& a, const V& z) {
+  return a.act == Act::kRelu6 ? (z >= static_cast<scalar_of<V>>(6) ? V{} : z) : z;
 }
 
 // act(z)
@@ -185,6 +263,7 @@ BNEXT_INLINE V activate(const Activation& a, const V& z) {
   switch (a.act) {
     case Act::kIdentity: return z;
     case Act::kRelu: return rectified(z, z, V{});
+    case Act::kRelu6: return clamp<V>(z, 0, 6);
     case Act::kLeakyRelu: return rectified(z, z, z * static_cast<T>(a.slope));
     case Act::kSilu: return z * Logistic<kDigits, V>(z).at;
     case Act::kGelu: {
@@ -192,6 +271,11 @@ BNEXT_INLINE V activate(const Activation& a, const V& z) {
       return (z <= static_cast<T>(0) ? z - z : z) - normal.distance * normal.beyond;
     }
     case Act::kHardswish: return z * (clamp<V>(z + static_cast<T>(3), 0, 6) * static_cast<T>(1.0 / 6.0));
+    case Act::kMish: {
+      const Mish<kDigits, V> mish(z);
+      return z * (mish.n / (mish.n + static_cast<T>(2)));
+    }
+    case Act::kElu: return rectified(z, z, exponential_minus_one(z) * static_cast<T>(a.slope));
   }
   __builtin_unreachable();
 }
@@ -204,6 +288,7 @@ BNEXT_INLINE V activation_grad(const Activation& a, const V& z, const V& dy) {
   switch (a.act) {
     case Act::kIdentity: return dy;
     case Act::kRelu: return rectified(z, dy, V{});
+    case Act::kRelu6: return rectified(opening(a, z), dy, V{});
     case Act::kLeakyRelu: return rectified(z, dy, dy * static_cast<T>(a.slope));
     case Act::kSilu: {
       const Logistic<kDigits, V> logistic(z);
@@ -218,6 +303,14 @@ BNEXT_INLINE V activation_grad(const Activation& a, const V& z, const V& dy) {
       const V inside = dy * (z * static_cast<T>(1.0 / 3.0) + static_cast<T>(0.5));
       return z <= static_cast<T>(-3) ? V{} : z >= static_cast<T>(3) ? dy : inside;
     }
+    case Act::kMish: {
+      // n/(n + 2) + z*4*e*(e + 1)/(n + 2)^2, whose second term is 0 where z is clamped.
+      const Mish<kDigits, V> mish(z);
+      const V inverse = kOne / (mish.n + static_cast<T>(2));
+      const V bend = clamp<V>(z, -1000, mish.kMost) * (mish.e * (mish.e + kOne) * static_cast<T>(4));
+      return dy * (inverse * (bend * inverse + mish.n));
+    }
+    case Act::kElu: return rectified(z, dy, dy * (exponential<kDigits>(z, 0) * static_cast<T>(a.slope)));
   }
   __builtin_unreachable();
 }

@@ -5,7 +5,7 @@
 // with, a scalar or a SIMD vector; in[] is
 //   in[0]  the input x
 //   in[1]  the incoming gradient dy
-//   in[2]  the residual; or, where a mask stands for the pre-activation, a number of its sign
+//   in[2]  the residual; or, where a mask stands for the pre-activation, its bit: 1 where the rectifier is open, else 0
 // each read only by the functors that say so, and by an activated one only if the call has it. Elements are shifted by
 // a value near the channel's mean before anything else, because that subtraction is exact or nearly so, while the sums
 // of what is left are free of cancellation.
@@ -120,8 +120,8 @@ struct NoSums {
   BNEXT_INLINE static void add(V&, V&, const V (&)[kMaxInputs], const V (&)[kMaxReduceCoefficients], const Epilogue&) {}
 };
 
-// A map's results: `first` is the output or grad_input. An activated map has a `second`: the pre-activation, whose sign
-// makes the mask, in forward; grad_residual in backward.
+// A map's results: `first` is the output or grad_input. An activated map has a `second`: in forward a number that is
+// above zero, or a NaN, where the mask's bit is to be 1; grad_residual in backward.
 template <typename V>
 struct Mapped {
   V first;
@@ -165,7 +165,7 @@ struct ScaleGrad {
 };
 
 // The same with an activation, and perhaps a residual. In backward dz = dy*act'(z) takes the place of dy, where the
-// pre-activation z is computed again, or a mask knows its sign.
+// pre-activation z is computed again, or a mask knows what the rectifier made of it.
 
 // z = (x - shift)*scale + offset + residual: in forward and in backward the same operations, hence the same bits.
 template <typename V>
@@ -202,7 +202,7 @@ struct ActivatedNormalize {
   BNEXT_INLINE static Mapped<V> apply(const V (&in)[kMaxInputs], const V (&c)[kMaxCoefficients],
                                       const Epilogue& epilogue) {
     const V z = preactivation(in, c[0], c[1], c[2], epilogue);
-    return {epilogue.activate<T>(z), z};
+    return {epilogue.activate<T>(z), opening(epilogue.activation, z)};
   }
 };
 

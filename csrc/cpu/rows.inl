@@ -25,12 +25,20 @@ struct Setup {
   bool writes_mask = false;
 };
 
-// Common forms are compiled with a Setup of constants, all the rest with what the call says: an activation, and flags.
+// Common forms are compiled with a Setup of constants, all the rest with what the call says: an activation, and flags
+// above it.
 using Form = unsigned;
-constexpr Form kResidual = 8;
-constexpr Form kMask = 16;
-constexpr Form kSecond = 32;
-constexpr Form kStatistics = 64;
+constexpr Form flags_above(Form values) {
+  Form flag = 1;
+  while (flag < values) flag *= 2;
+  return flag;
+}
+constexpr Form kResidual = flags_above(kActCount);
+static_assert(kActCount <= kResidual, "an activation must not be taken for a flag");
+constexpr Form kMask = 2 * kResidual;
+constexpr Form kSecond = 2 * kMask;
+constexpr Form kStatistics = 2 * kSecond;
+constexpr Form kIncomplete = 2 * kStatistics;
 constexpr Form kAny = ~0u;
 constexpr Form kRelu = static_cast<Form>(Act::kRelu);
 constexpr Form kSilu = static_cast<Form>(Act::kSilu);
@@ -90,7 +98,7 @@ BNEXT_INLINE Form form_of(const Setup& setup) {
   form |= epilogue.has_mask || setup.writes_mask ? kMask : 0;
   form |= setup.second ? kSecond : 0;
   form |= epilogue.differentiates_statistics ? kStatistics : 0;
-  return setup.input && setup.first ? form : form | 2 * kStatistics;
+  return setup.input && setup.first ? form : form | kIncomplete;
 }
 
 template <typename Op>

@@ -306,12 +306,12 @@ BNEXT_INLINE V from_bits(std::uint32_t bits) {
   return named != 0 ? V{} + static_cast<T>(1) : V{};
 }
 
-// Whether each lane is above zero or a NaN: what a rectifier lets through.
+// Whether each lane is above zero or a NaN: where a rectifier is open, by its opening().
 template <typename V>
-BNEXT_INLINE std::uint32_t open_bits(const V& z) {
+BNEXT_INLINE std::uint32_t open_bits(const V& opening) {
   using T = scalar_of<V>;
   [[maybe_unused]] constexpr std::uint32_t kAll = (1u << kWidth<T>)-1u;
-  const auto closed = z <= static_cast<T>(0);
+  const auto closed = opening <= static_cast<T>(0);
 #if defined(__x86_64__)
   if constexpr (kVectorBytes == 64 && sizeof(T) == 4)
     return _mm512_movepi32_mask(__builtin_bit_cast(__m512i, closed)) ^ kAll;
