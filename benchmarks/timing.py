@@ -20,7 +20,7 @@ class Stopwatch(Protocol):
 
 
 MIN_ROUND_S = 2e-3  # the clock and the loop must not show in a measurement of microseconds
-MIN_ROUNDS = 5
+MIN_ROUNDS = 6
 GOOD_ROUNDS = 9  # from here the median no longer moves by one outlier on each side
 GOOD_ROUNDS_S = 0.5  # that many are always affordable when they take no longer than this
 MAX_ROUNDS = 25
