@@ -19,6 +19,7 @@ from benchmarks.model_suites import (
     ModelCase,
     default_model_seconds,
     model_case_work,
+    model_names,
     select_model_cases,
 )
 from benchmarks.numerics_results import FILE, Results, is_numerics, load_results, save_results
@@ -89,6 +90,7 @@ def make_parser() -> Parser:
         ),
         ("--layout", LAYOUTS, "all"),
         ("--op", (*TENSOR_PASSES, STEP), "all"),
+        ("--model", model_names(), "all of the suite"),
     ):
         measure.add_argument(
             option,
@@ -107,7 +109,7 @@ def make_parser() -> Parser:
         "--budget",
         type=partial(positive, float),
         metavar="SECONDS",
-        help="rounds as many as fit (5 to 25; default: "
+        help="rounds as many as fit (6 to 25; default: "
         + ", ".join(f"{device} {seconds:g}" for device, seconds in DEFAULT_SECONDS.items())
         + " seconds, and more with a suite that has to be named)",
     )
@@ -118,7 +120,9 @@ def make_parser() -> Parser:
         "--plans", action="store_true", help="on a GPU, bnext as it would be planned for lesser devices, too"
     )
     measure.add_argument(
-        "--quick", action="store_true", help=f"only small shapes, {QUICK_ROUNDS} rounds: a look, not a result"
+        "--quick",
+        action="store_true",
+        help=f"only small shapes or few models, {QUICK_ROUNDS} rounds: a look, not a result",
     )
     measure.add_argument(
         "--output", type=Path, default=LATEST, metavar="DIR", help="default: benchmarks/results/latest"
@@ -162,10 +166,17 @@ def run_measure(arguments: argparse.Namespace) -> int:
         device=device,
     )
     model_cases = select_model_cases(
-        suites, device, arguments.dtype, arguments.layout, arguments.op, arguments.quick, not arguments.no_compile
+        suites,
+        device,
+        arguments.dtype,
+        arguments.layout,
+        arguments.op,
+        arguments.quick,
+        not arguments.no_compile,
+        arguments.model,
     )
     if not cases and not model_cases:
-        raise InputError("nothing to measure: no chosen suite has the chosen layout, operation and size")
+        raise InputError("nothing to measure: no chosen suite has the chosen layout, operation, model and size")
     make_writable(arguments.output)
     if arguments.touched and not is_touched(os.environ):
         start_again(arguments.argv)

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from timeit import Timer
 from typing import Any, Protocol, TypeVar
@@ -17,6 +17,7 @@ from benchmarks.cuda.stopwatch import EventStopwatch
 from benchmarks.measure import Outcome, Progress, warm_memory
 from benchmarks.model_suites import (
     COMPILE,
+    MODEL_SUITES,
     STEP,
     ModelCase,
     check_work,
@@ -56,7 +57,8 @@ def measure_models(
         run = Run(device, chosen, outcome, torch.get_num_threads())
         budget = Budget(seconds, sum(model_case_work(case, device) for case in cases), rounds)
         for case in cases:
-            run.measure_case(case, budget, progress)
+            with set_torch_threads(threads or MODEL_SUITES[device][case.suite].threads or run.threads):
+                run.measure_case(case, budget, progress)
 
 
 @contextmanager
@@ -103,10 +105,11 @@ class Run:
         self._device = runtime.device if runtime else suites
         self._runtime = runtime
         self._outcome = outcome
-        self._threads = threads
+        self.threads = threads
         self._source = runtime.provenance(threads) if runtime else provenance(threads)
 
     def measure_case(self, case: ModelCase, budget: Budget, progress: Progress) -> None:
+        source = replace(self._source, threads=torch.get_num_threads())
         checked = self._check(case, progress)
         peaks = self._peaks(case, checked, progress)
         budget.skip(check_work(case, self._suites) + peak_work(case, self._suites))
@@ -117,7 +120,7 @@ class Run:
                 calls = {name: self._stopwatch(provider.prepared(operation)) for name, provider in checked.items()}
                 for name, timing in time_in_turn(calls, partial(budget.rounds, work)).items():
                     losses = getattr(checked[name], "losses", ())
-                    row = model_row(case, operation, name, timing, self._source, peaks.get(name), losses)
+                    row = model_row(case, operation, name, timing, source, peaks.get(name), losses)
                     self._outcome.rows.append(row)
             else:
                 budget.skip(work)
@@ -132,7 +135,11 @@ class Run:
         try:
             checker = make_checker(case, self._device)
         except Exception as error:  # no memory, or whatever torch raises: the next case may be fine
-            self._outcome.report(f"{case}: torch failed: {summary(error)}", True)
+            if isinstance(error, ModuleNotFoundError):
+                note = f"{case.suite} {case.model} is left out: {error}"
+                self._outcome.notes += [] if note in self._outcome.notes else [note]
+            else:
+                self._outcome.report(f"{case}: torch failed: {summary(error)}", True)
             progress(f"{case} check", sum(shares))
             return checked
         for provider, share in zip(case.providers, shares, strict=True):
@@ -172,9 +179,9 @@ class Run:
             torch.cuda.empty_cache()  # the other process needs as much of the device as this one did
         for provider, share in zip(case.providers, shares, strict=True):
             progress(f"{case} memory {provider}", 0)
-            if STEP in case.operations and provider in checked:
+            if share and provider in checked:
                 try:
-                    peaks[provider] = measure_peak(case, provider, self._device, self._threads)
+                    peaks[provider] = measure_peak(case, provider, self._device, torch.get_num_threads())
                 except PeakError as error:
                     self._outcome.report(f"{case}: no peak memory of {provider}: {error}", False)
             progress(f"{case} memory {provider}", share)

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import bnext
-from benchmarks.model_suites import COMPILE, ModelCase
+from benchmarks import networks, packages
+from benchmarks.model_suites import COMPILE, WITHOUT, ModelCase
 from benchmarks.operations import MEMORY_FORMATS, SEED
 from benchmarks.resnet import EXPANSION, Bottleneck, ResNet50, conv
 from benchmarks.suites import Shape
 
-BACKEND = "inductor"
+# Of torch.compile, by the provider whose it is: bnext's fuses what it finds in torch's own layers.
+BACKENDS = {"torch-compile": "inductor", "bnext-compile": "bnext"}
 
 # In which the reference of a dtype is computed.
 REFERENCE_DTYPES = {"float32": torch.float64, "bfloat16": torch.float32}
@@ -26,12 +29,16 @@ def conv_bn_relu(shape: Shape) -> nn.Module:
     return nn.Sequential(*(layer for block in layers for layer in block))
 
 
-# By name, told the shape of the input.
+# By name, told the shape of the input; "package/name" is what packages.py makes.
 MODELS: dict[str, Callable[[Shape], nn.Module]] = {
     "resnet50": lambda _: ResNet50(),
     "bn": lambda shape: nn.BatchNorm2d(shape[1]),
     "conv-bn-relu": conv_bn_relu,
     "bottleneck": lambda shape: Bottleneck(shape[1], shape[1] // EXPANSION),
+    "resnet20": lambda _: networks.ResNet20(),
+    "unet": lambda _: networks.UNet(),
+    "dcgan-discriminator": lambda _: networks.discriminator(),
+    "pointnet": lambda _: networks.PointNet(),
 }
 
 
@@ -52,7 +59,8 @@ def make_model(case: ModelCase, device: str) -> nn.Module:
     """torch's layers, the same values at every call; the caller's random numbers are left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = MODELS[case.model](case.shape)
+        package, _, name = case.model.rpartition("/")
+        model = packages.make(package, name) if package else MODELS[name](case.shape)
     return model.to(device, memory_format=MEMORY_FORMATS[case.layout])
 
 
@@ -63,15 +71,23 @@ def make_data(case: ModelCase, device: str, shape: Shape, seed: int = SEED) -> T
     return values.to(device).contiguous(memory_format=MEMORY_FORMATS[case.layout])
 
 
+def remove_batch_norms(model: nn.Module) -> None:
+    """Each becomes nothing, or the activation that is in it, as in timm's BatchNormAct2d."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, _BatchNorm):
+            model.set_submodule(name, getattr(module, "act", nn.Identity()))
+
+
 def build(case: ModelCase, provider: str, model: nn.Module, device: str) -> Built:
-    """A copy of the model with a provider's layers."""
-    layers = provider.removesuffix(COMPILE)
+    """A copy of the model with a provider's layers, or for its back end."""
     module = copy.deepcopy(model)
-    if layers != "torch":
-        bnext.convert(module, fuse=layers == "bnext-fused")
+    if provider == WITHOUT:
+        remove_batch_norms(module)
+    elif provider in ("bnext", "bnext-fused"):
+        bnext.convert(module, fuse=provider == "bnext-fused")
     call: Callable[[Tensor], Tensor] = module
     if provider.endswith(COMPILE):
-        call = torch.compile(module, backend=BACKEND, dynamic=False, fullgraph=True)
+        call = torch.compile(module, backend=BACKENDS[provider], dynamic=False, fullgraph=True)
     enabled = case.dtype == "bfloat16"
     return Built(module, call, lambda: torch.autocast(device, torch.bfloat16, enabled=enabled))
 

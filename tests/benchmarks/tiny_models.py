@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from torch import nn
 
-from benchmarks import measure, model_measure, models, timing, training
+from benchmarks import measure, model_measure, models, timing
 from benchmarks.__main__ import main
 from benchmarks.model_suites import COMPILED_PROVIDERS, EAGER_PROVIDERS, MODEL_SUITES, STEP, ModelSuite
 from benchmarks.resnet import Bottleneck, conv
 
 SHAPE = (4, 3, 8, 8)
-SIX = (*EAGER_PROVIDERS, *COMPILED_PROVIDERS)
+FIVE = (*EAGER_PROVIDERS, *COMPILED_PROVIDERS)
 CLASSES = 10
 
 
@@ -26,7 +26,7 @@ def classifier(_: object) -> nn.Module:
 TRAINING = ModelSuite(
     models=(("tiny", (SHAPE,)),),
     operations=(STEP,),
-    providers=SIX,
+    providers=FIVE,
     dtypes=("float32",),
     layouts=("contiguous", "channels_last"),
     seconds=1,
@@ -36,7 +36,7 @@ TRAINING = ModelSuite(
 CALLS = ModelSuite(
     models=(("bn", ((4, 8, 6, 6),)), ("bottleneck", ((4, 16, 6, 6),))),
     operations=("forward_backward", "eval"),
-    providers=COMPILED_PROVIDERS[:2],
+    providers=COMPILED_PROVIDERS,
     dtypes=("float32", "bfloat16"),
     layouts=("channels_last",),
     seconds=1,
@@ -50,8 +50,7 @@ def make_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(MODEL_SUITES[device], "training", TRAINING)
         monkeypatch.setitem(MODEL_SUITES[device], "compiled", CALLS)
     monkeypatch.setitem(models.MODELS, "tiny", classifier)
-    monkeypatch.setattr(models, "BACKEND", "eager")
-    monkeypatch.setattr(training, "NUM_CLASSES", CLASSES)
+    monkeypatch.setattr(models, "BACKENDS", dict.fromkeys(COMPILED_PROVIDERS, "eager"))
     monkeypatch.setattr(model_measure, "measure_peak", lambda *_: 5_000_000)
     monkeypatch.setattr(timing, "MIN_ROUND_S", 1e-5)
     monkeypatch.setattr(measure, "WARM_BYTES", 1)
