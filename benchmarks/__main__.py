@@ -258,20 +258,22 @@ def finish(output: Path, mismatches: Sequence[str], measured: bool, interrupted:
 
 
 def show(file: Path) -> None:
-    """Draw the plot of a file beside it, where it has batch norms, and print its tables."""
-    from benchmarks.plot import save_plot
+    """Draw the plot of a file beside it, of batch norms or else of what they cost models, and print its tables."""
+    from benchmarks.cost_plot import draw_costs
+    from benchmarks.plot import draw, save_plot
     from benchmarks.table import print_tables
 
     rows = load_rows(file)
     tensors = of_tensors(rows)
+    figure = draw(tensors) if tensors else draw_costs(rows)
     picture = file.with_suffix(".png")
     try:
-        if tensors:
-            save_plot(picture, tensors)
+        if figure:
+            save_plot(picture, figure)
     except OSError as error:
         raise InputError(f"cannot write {picture}: {error.strerror}") from None
     print_tables(rows)
-    print(f"{file}\n{picture}" if tensors else file)
+    print(f"{file}\n{picture}" if figure else file)
 
 
 def run_numerics(arguments: argparse.Namespace) -> int:

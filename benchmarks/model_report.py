@@ -3,13 +3,22 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
+from typing import NamedTuple
 
 from benchmarks.model_suites import COMPILE, STEP
 from benchmarks.rows import InputError, Row
 from benchmarks.suites import shape_label
 
-COMPILED_SUITE = "compiled"
-LIMIT = 1.0  # with bnext's layers a compiled model is not slower
+COMPILED_SUITE, SMALL_SUITE = "compiled", "small-models"
+LIMIT = 1.0  # a compiled model is not slower with bnext, nor a small one for fusing
+
+
+class Sheet(NamedTuple):
+    """A table: the first columns are text, the others numbers."""
+
+    labels: int
+    heads: list[str]
+    lines: list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,23 @@ def speedup_mean(comparisons: Sequence[ModelComparison]) -> float:
     return geometric_mean(c.speedup for c in comparisons)
 
 
+def fused_bar(comparisons: Iterable[ModelComparison]) -> str:
+    """A line, or nothing where no small model was measured."""
+    small = {(c.case, c.row.provider): c for c in comparisons if c.row.suite == SMALL_SUITE}
+    ratios = [
+        small[case, "bnext"].row.median_s / c.row.median_s
+        for (case, provider), c in small.items()
+        if provider == "bnext-fused" and (case, "bnext") in small
+    ]
+    if not ratios:
+        return ""
+    passed = sum(ratio >= LIMIT for ratio in ratios)
+    return (
+        "Bar: a small model is not slower fused than with bnext's layers alone. bnext's time / bnext-fused's: "
+        f"{', '.join(f'{ratio:.3f}' for ratio in ratios)}. {passed} of {len(ratios)} pass."
+    )
+
+
 def bar_summary(comparisons: Iterable[ModelComparison]) -> str:
     """A line, or nothing where there is no bar."""
     found = [c for c in comparisons if c.has_bar]
@@ -99,7 +125,7 @@ def bar_summary(comparisons: Iterable[ModelComparison]) -> str:
         return ""
     passed = sum(c.passed for c in found)
     return (
-        "Bar: a compiled model is with bnext's layers not slower than with torch's. "
+        "Bar: a compiled model is with bnext not slower than with torch alone. "
         f"{passed} of {len(found)} pass; geometric mean {speedup_mean(found):.2f}."
     )
 

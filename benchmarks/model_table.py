@@ -5,19 +5,23 @@ from collections.abc import Iterable, Sequence
 from rich import box
 from rich.table import Table
 
+from benchmarks.cost import LEGEND as COST_LEGEND
+from benchmarks.cost import compare_costs, cost_lines, cost_means
 from benchmarks.model_report import (
     ModelComparison,
+    Sheet,
     bar_summary,
     by_operation,
     compare_models,
     curves_line,
+    fused_bar,
     images_per_s,
     in_training,
 )
 from benchmarks.report import MB, how_measured
 from benchmarks.rows import Row
 
-Cells = list[str]
+FOLDED_LINES = 24  # a longer table is for those who ask for it
 MODEL_HEADS = ("model", "input", "dtype", "layout")
 
 TRAINING_LEGEND = (
@@ -26,14 +30,15 @@ TRAINING_LEGEND = (
 )
 CPU_PEAK = "Peak: resident memory of a process that does nothing else, beyond what it had before there was a model."
 GPU_PEAK = "Peak: allocated memory of a process that does nothing else."
-CALLS_LEGEND = "x torch: the time with torch's layers / that with bnext's, both compiled."
+CALLS_LEGEND = "x torch: the time with torch alone / that with bnext, both compiled."
 
 
-def training_lines(comparisons: Iterable[ModelComparison]) -> tuple[Cells, list[Cells]]:
-    """Header and lines, the numbers from the sixth column on."""
-    heads = [*MODEL_HEADS, "layers", "ms a step", "20-80 %", "images/s", "x torch", "peak MB", "last loss"]
+def training_lines(comparisons: Iterable[ModelComparison]) -> Sheet:
+    found = in_training(comparisons)
+    peaks = any(c.row.peak_bytes is not None for c in found)
+    heads = [*MODEL_HEADS, "layers", "ms a step", "20-80 %", "images/s", "x torch", *["peak MB"][:peaks], "last loss"]
     lines = []
-    for c in in_training(comparisons):
+    for c in found:
         row = c.row
         lines.append(
             [
@@ -43,14 +48,14 @@ def training_lines(comparisons: Iterable[ModelComparison]) -> tuple[Cells, list[
                 f"{row.p20_s * 1e3:.1f}-{row.p80_s * 1e3:.1f}",
                 f"{images_per_s(row):.1f}",
                 f"{c.speedup:.2f}",
-                "" if row.peak_bytes is None else f"{row.peak_bytes / MB:.0f}",
+                *["" if row.peak_bytes is None else f"{row.peak_bytes / MB:.0f}"][:peaks],
                 f"{row.losses[-2]:.4f}" if row.losses else "",
             ]
         )
-    return heads, lines
+    return Sheet(5, heads, lines)
 
 
-def call_lines(comparisons: Sequence[ModelComparison]) -> tuple[Cells, list[Cells]]:
+def call_lines(comparisons: Sequence[ModelComparison]) -> Sheet:
     """The same of calls: for each operation torch's time, bnext's, and how many times faster that is."""
     by_case = by_operation(comparisons)
     ops = list(dict.fromkeys(op for members in by_case.values() for op in members))
@@ -66,18 +71,28 @@ def call_lines(comparisons: Sequence[ModelComparison]) -> tuple[Cells, list[Cell
                 [f"{c.torch.median_s * 1e3:.3f}", f"{c.row.median_s * 1e3:.3f}", f"{c.speedup:.2f}"] if c else [""] * 3
             )
         lines.append(cells)
-    return heads, lines
+    return Sheet(5, heads, lines)
+
+
+def sheets(comparisons: Sequence[ModelComparison]) -> list[Sheet]:
+    """Those that have lines, means first."""
+    costs, others = compare_costs(comparisons)
+    found = (cost_means(costs), cost_lines(costs), training_lines(others), call_lines(others))
+    return [sheet for sheet in found if sheet.lines]
 
 
 def notes(comparisons: Sequence[ModelComparison]) -> list[str]:
     """What the tables mean, and what follows from them."""
-    found = []
-    if in_training(comparisons):
-        peak = GPU_PEAK if comparisons[0].row.device == "cuda" else CPU_PEAK
-        found.append(f"{TRAINING_LEGEND} {peak} {curves_line(comparisons)}".strip())
-    if by_operation(comparisons):
+    costs, others = compare_costs(comparisons)
+    trained = in_training(others)
+    found = [COST_LEGEND] if costs else []
+    if trained:
+        peak = GPU_PEAK if trained[0].row.device == "cuda" else CPU_PEAK
+        measured = any(c.row.peak_bytes is not None for c in trained)
+        found.append(" ".join(filter(None, [TRAINING_LEGEND, peak if measured else "", curves_line(trained)])))
+    if by_operation(others):
         found.append(CALLS_LEGEND)
-    return [*found, *filter(None, [bar_summary(comparisons)])]
+    return [*found, *filter(None, [bar_summary(others), fused_bar(others)])]
 
 
 def model_tables(rows: Sequence[Row]) -> list[Table]:
@@ -86,16 +101,14 @@ def model_tables(rows: Sequence[Row]) -> list[Table]:
     comparisons = compare_models(rows)
     for suite in dict.fromkeys(c.row.suite for c in comparisons):
         members = [c for c in comparisons if c.row.suite == suite]
-        for heads, lines in (training_lines(members), call_lines(members)):
-            if not lines:
-                continue
+        for labels, heads, lines in sheets(members):
             table = Table(title=suite, title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1))
             for index, head in enumerate(heads):
-                table.add_column(head.replace(", ", "\n"), justify="left" if index < 5 else "right", no_wrap=True)
+                table.add_column(head.replace(", ", "\n"), justify="left" if index < labels else "right", no_wrap=True)
             for cells in lines:
-                ratios = [index for index, head in enumerate(heads) if head == "x torch"]
+                ratios = [index for index, head in enumerate(heads) if head.startswith("x torch")]
                 for index in ratios:
-                    if cells[index] and float(cells[index]) < 1:
+                    if cells[index] and float(cells[index].split()[0]) < 1:
                         cells[index] = f"[red]{cells[index]}[/red]"
                 table.add_row(*cells)
             tables.append(table)
@@ -110,10 +123,11 @@ def model_markdown(rows: Sequence[Row]) -> str:
     """The block of a README, of one suite's rows."""
     comparisons = compare_models(rows)
     blocks = []
-    for heads, lines in (training_lines(comparisons), call_lines(comparisons)):
-        if lines:
-            rule = ["---"] * 5 + ["--:"] * (len(heads) - 5)
-            blocks.append("\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rule, *lines)))
+    for labels, heads, lines in sheets(comparisons):
+        rule = ["---"] * labels + ["--:"] * (len(heads) - labels)
+        table = "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rule, *lines))
+        folded = f"<details><summary>Every model</summary>\n\n{table}\n\n</details>"
+        blocks.append(folded if len(lines) > FOLDED_LINES else table)
     device = "--device cuda " if rows[0].device == "cuda" else ""
     command = f"python -m benchmarks {device}--suite {rows[0].suite}"
     measured = f"Measured by `{command}` on {how_measured(rows)}."

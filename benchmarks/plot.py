@@ -63,7 +63,7 @@ def draw_panel(axes: Axes, comparisons: Sequence[Comparison]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def save_plot(path: Path, rows: Sequence[Row]) -> None:
+def save_plot(path: Path, figure: Figure) -> None:
     buffer = io.BytesIO()
-    draw(rows).savefig(buffer, format="png", dpi=DOTS_PER_INCH)
+    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
     write_atomically(path, buffer.getvalue())

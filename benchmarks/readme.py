@@ -15,6 +15,7 @@ from benchmarks.bars import (
     verdicts,
 )
 from benchmarks.bars import summary as bars_summary
+from benchmarks.model_suites import MODEL_SUITES
 from benchmarks.model_table import model_markdown
 from benchmarks.report import (
     LARGE_CLASS,
@@ -45,7 +46,7 @@ MARKERS: dict[Kind, tuple[str, str]] = {
     ("cuda", "", False): (CUDA_BEGIN, CUDA_END),
     ("cpu", "", True): ("<!-- benchmark:touched:begin -->", "<!-- benchmark:touched:end -->"),
 }
-for _what in ("fused", "training", "compiled"):
+for _what in ("fused", *MODEL_SUITES["cpu"]):
     MARKERS["cpu", _what, False] = (f"<!-- benchmark:{_what}:begin -->", f"<!-- benchmark:{_what}:end -->")
     MARKERS["cuda", _what, False] = (f"<!-- benchmark:cuda:{_what}:begin -->", f"<!-- benchmark:cuda:{_what}:end -->")
 # Not of measurements: the errors of numerics_results.

@@ -70,6 +70,7 @@ def test_without_batch_norm_a_model_is_timed_and_has_no_losses(tmp_path: Path, m
     ]
     assert [bool(row.losses) for row in rows] == [True, True, True, False] * 2
     assert {row.peak_bytes for row in rows} == {None}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "results.png"]
 
 
 def test_without_batch_norm_a_step_leaves_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
