@@ -179,7 +179,7 @@ def eval_batch_norm(
         missing = "running_mean" if running_mean is None else "running_var"
         raise RuntimeError(f"{missing} must be defined in evaluation mode, but got None")
     output: Tensor
-    if isinstance(input, Tensor) and input.layout != torch.strided:  # a block format of to_mkldnn's
+    if isinstance(input, Tensor) and input.is_mkldnn:  # of torch.utils.mkldnn, for which torch has kernels
         residual, name, slope = epilogue or (None, "identity", 0.0)
         output = torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, eps=eps)
         output = activations.compose(output if residual is None else output + residual, Activation(name, slope))

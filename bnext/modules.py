@@ -15,8 +15,6 @@ from bnext import activations, functional
 from bnext.activations import Act, Activation
 from bnext.functional import PLAIN, Epilogue, Group
 
-_UNSET = object()
-
 
 def normalize(
     self: torch.nn.modules.batchnorm._BatchNorm, input: Tensor, epilogue: Epilogue = PLAIN, group: Group | None = None
@@ -145,19 +143,9 @@ class _BatchNormAct(Activated):
         act: Act = "relu",
         device: Any = None,
         dtype: Any = None,
-        *,
-        apply_act: bool = True,
-        act_layer: Any = _UNSET,
-        act_kwargs: dict[str, Any] | None = None,
-        inplace: bool = True,
-        drop_layer: None = None,
     ) -> None:
-        if drop_layer is not None:
-            raise ValueError(f"expected drop_layer to be None, since no dropout is fused, but got {drop_layer!r}")
-        if act_layer is not _UNSET:
-            act = activations.of_layer(act_layer, act_kwargs)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        self.act = act if apply_act else None
+        self.act = act
 
     def extra_repr(self) -> str:
         plain: str = super().extra_repr()  # type: ignore[no-untyped-call]
@@ -174,12 +162,9 @@ _ACT_DOC = """act(batch_norm(input) + residual) in one operator; see :func:`bnex
         act: ``"identity"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"`` or ``("leaky_relu", slope)``, ``"silu"``,
             ``"gelu"``, ``"hardswish"``, ``"mish"``, ``"elu"`` or ``("elu", alpha)``, or None for the identity; the
             attribute ``act`` may be set later.
-        apply_act, act_layer, act_kwargs, inplace, drop_layer: how timm configures what it is given as ``norm_layer``.
-            ``apply_act=False`` is the identity; ``act_layer``, a class, a name or None, takes precedence over ``act``;
-            ``inplace`` changes nothing; ``drop_layer`` has to be None.
 
     Raises:
-        ValueError: an unknown activation, or a ``drop_layer``.
+        ValueError: an unknown activation.
 
     ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` takes it for a plain batch norm and drops the activation.
     """

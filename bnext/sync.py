@@ -91,7 +91,7 @@ class SyncBatchNorm(modules.Activated, torch.nn.SyncBatchNorm):
 # What a layer was before it was synchronised.
 _BEFORE = "_before_sync"
 
-_SYNCHRONIZABLE = {
+_SYNCHRONIZABLE: set[type[torch.nn.Module]] = {
     torch.nn.BatchNorm1d,
     torch.nn.BatchNorm2d,
     torch.nn.BatchNorm3d,

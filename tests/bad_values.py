@@ -204,21 +204,6 @@ def _cap(t: Target, name: str) -> list[Bad]:
     return [*NONSENSE, *_constants(float=1.5, int64=2**40, negative=-1)]
 
 
-def _act_layer(t: Target, name: str) -> list[Bad]:
-    others = _constants(unknown="swosh", function=torch.nn.functional.relu, module=torch.nn.Tanh, base=torch.nn.Module)
-    return others + NOT_A_STRING + [Bad("instance", torch.nn.ReLU)]
-
-
-def _act_kwargs(t: Target, name: str) -> list[Bad]:
-    return _constants(str="slope", int=1, list=[("negative_slope", 0.1)], unknown={"slop": 0.1}) + [
-        Bad(f"slope_{value}", lambda v=value: {"negative_slope": v}) for value in ("x", math.nan, math.inf, [0.1])
-    ]
-
-
-def _drop_layer(t: Target, name: str) -> list[Bad]:
-    return NONSENSE + _constants(bool=True, dropout=torch.nn.Dropout)
-
-
 KINDS: dict[str, Callable[[Target, str], list[Bad]]] = {
     "input": _input,
     "grad_output": _data,
@@ -250,9 +235,6 @@ KINDS: dict[str, Callable[[Target, str], list[Bad]]] = {
     "sms": _cap,
     "shared_per_block": _cap,
     "max_cluster": _cap,
-    "act_layer": _act_layer,
-    "act_kwargs": _act_kwargs,
-    "drop_layer": _drop_layer,
 }
 
 

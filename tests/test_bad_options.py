@@ -20,9 +20,8 @@ from torch import Tensor, nn
 import bnext
 from bnext.functional import batch_norm
 
-# Of a constructor, beside what torch's takes. Any object is one of the last two, by its truth, as affine is in torch.
-OWN = {"act", "act_layer", "act_kwargs", "drop_layer"}
-TRUTH_VALUES = {"apply_act", "inplace"}
+# Of a constructor, beside what torch's takes.
+OWN = {"act"}
 
 ODD: dict[str, list[object]] = {
     "num_features": ["five", None, -1, 0, 2, 1.5, [3], True, object, 2**63, math.nan],
@@ -58,9 +57,8 @@ def each(of: Callable[[str], bool]) -> pytest.MarkDecorator:
 
 @each(lambda option: True)
 def test_every_option_is_covered(cls: type, option: str) -> None:
-    if option not in TRUTH_VALUES:
-        assert option in (bad_values.KINDS if option in OWN else ODD)
-    assert (option in OWN | TRUTH_VALUES) != (option in inspect.signature(torchs(cls)).parameters)
+    assert option in (bad_values.KINDS if option in OWN else ODD)
+    assert (option in OWN) != (option in inspect.signature(torchs(cls)).parameters)
 
 
 # What a message says in place of the option: what came of it are tensors of that length, dtype or device.
@@ -101,20 +99,10 @@ def test_wrong_option_of_its_own(cls: type, option: str) -> None:
     target = Target(f"options_{cls.__name__}", lambda **values: cls(CHANNELS, **values), (option,), dict)
     wrong = {}
     for row in bad_values.bad_values(target, option):
-        values = {option: row.make()}
-        if option == "act_kwargs":
-            values["act_layer"] = nn.LeakyReLU
-        complaint = refused(target, option, row, values)
+        complaint = refused(target, option, row, {option: row.make()})
         if complaint:
             wrong[row.id] = complaint
     assert wrong == {}
-
-
-@pytest.mark.parametrize("value", [True, False, 1, 0, None, "no", "", [], [1]], ids=repr)
-def test_options_that_are_truth_values(value: object) -> None:
-    for option in TRUTH_VALUES:
-        layer = bnext.BatchNormAct2d(CHANNELS, **{option: value})
-        assert repr(layer) == repr(bnext.BatchNormAct2d(CHANNELS, **{option: bool(value)}))
 
 
 def model() -> nn.Module:

@@ -229,7 +229,7 @@ def test_a_model_without_batch_norm_passes_through() -> None:
     assert [type(m) for m in model.modules()] == types
 
 
-@pytest.mark.parametrize("function", [bnext.convert, bnext.revert], ids=["convert", "revert"])
+@pytest.mark.parametrize("function", [bnext.convert, bnext.revert, bnext.fusion_report], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("wrong", [None, [nn.BatchNorm2d(3)], nn.BatchNorm2d], ids=["None", "list", "class"])
 def test_what_is_no_module_raises(function: object, wrong: object) -> None:
     with pytest.raises(TypeError, match="module"):

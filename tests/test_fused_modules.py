@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import io
 import pickle
-from functools import partial
 
 import pytest
 import torch
@@ -260,95 +258,3 @@ def test_autocast_gives_the_dtype_of_the_input() -> None:
             y = module(x, residual)
         assert y.dtype == dtype
         assert same_bits(bnext.BatchNormAct2d(5)(x, residual), y)
-
-
-class TestTimmKeywords:
-    """The constructor of timm's BatchNormAct2d, whose keywords a model definition passes on."""
-
-    def build(self, dim: int = 2, **options: object) -> nn.Module:
-        return fused(dim)(5, **options)
-
-    @DIMS
-    def test_they_are_keywords_only_and_off_by_default(self, dim: int) -> None:
-        parameters = inspect.signature(fused(dim)).parameters
-        defaults = {
-            "apply_act": True,
-            "act_layer": nn.ReLU,
-            "act_kwargs": None,
-            "inplace": True,
-            "drop_layer": None,
-        }
-        for key in defaults:
-            assert parameters[key].kind is inspect.Parameter.KEYWORD_ONLY, key
-        assert {key: parameters[key].default for key in defaults if key != "act_layer"} == {
-            key: value for key, value in defaults.items() if key != "act_layer"
-        }
-        assert repr(self.build(dim, act="silu")) == repr(self.build(dim, act="silu", drop_layer=None, inplace=True))
-
-    @pytest.mark.parametrize(
-        ("layer", "act"),
-        [
-            (nn.ReLU, "relu"),
-            (nn.ReLU6, "relu6"),
-            (partial(nn.Hardtanh, 0, 6), "relu6"),
-            (nn.LeakyReLU, "leaky_relu"),
-            (nn.SiLU, "silu"),
-            (nn.GELU, "gelu"),
-            (nn.Hardswish, "hardswish"),
-            (nn.Mish, "mish"),
-            (nn.ELU, "elu"),
-            (nn.Identity, "identity"),
-            *((word, word) for word in ACTS if isinstance(word, str) and word != "identity"),
-            (None, "identity"),
-        ],
-        ids=lambda v: getattr(v, "__name__", str(v)),
-    )
-    def test_act_layer_wins_over_act(self, layer: object, act: Act) -> None:
-        other = "gelu" if act != "gelu" else "silu"
-        module, expected = self.build(act=other, act_layer=layer), self.build(act=act)
-        assert repr(module) == repr(expected)
-        x, residual = make_input((3, 5, 4, 3)), make_residual((3, 5, 4, 3))
-        assert same_bits(module(x, residual), expected(x, residual))
-
-    def test_act_kwargs_are_the_layers(self) -> None:
-        for layer, word, option in ((nn.LeakyReLU, "leaky_relu", "negative_slope"), (nn.ELU, "elu", "alpha")):
-            for act_layer in (layer, word):
-                module = self.build(act_layer=act_layer, act_kwargs={option: 0.3})
-                assert repr(module) == repr(self.build(act=(word, 0.3)))
-
-    @FEW
-    def test_apply_act_false_is_the_identity(self, act: Act) -> None:
-        for module in (self.build(act=act, apply_act=False), self.build(act_layer=nn.SiLU, apply_act=False)):
-            assert repr(module) == repr(self.build(act=None))
-
-    @pytest.mark.parametrize("inplace", [True, False])
-    def test_inplace_changes_nothing(self, inplace: bool) -> None:
-        x = make_input((3, 5, 4, 3))
-        kept = x.clone()
-        assert same_bits(self.build(inplace=inplace)(x), self.build()(x))
-        assert same_bits(x, kept)
-
-    @pytest.mark.parametrize("layer", [nn.Tanh, "tanh", nn.Linear, 5], ids=lambda v: getattr(v, "__name__", str(v)))
-    def test_unknown_act_layer_is_named(self, layer: object) -> None:
-        with pytest.raises(ValueError, match=getattr(layer, "__name__", str(layer))):
-            self.build(act_layer=layer)
-
-    @pytest.mark.parametrize("options", [{}, {"min_val": 0.0}, {"min_val": -1e-3, "max_val": 6.0}], ids=str)
-    def test_hardtanh_that_is_not_relu6_is_refused(self, options: dict[str, float]) -> None:
-        with pytest.raises(ValueError, match="Hardtanh"):
-            self.build(act_layer=nn.Hardtanh, act_kwargs=options)
-
-    def test_gelu_by_tanh_is_refused(self) -> None:
-        # It is another function: taking the exact one in its stead would change a model's results.
-        with pytest.raises(ValueError, match=r"act_kwargs|approximate"):
-            self.build(act_layer=nn.GELU, act_kwargs={"approximate": "tanh"})
-
-    @pytest.mark.parametrize("layer", [nn.Dropout, nn.Dropout2d, nn.Identity()], ids=str)
-    def test_drop_layer_is_refused_by_name(self, layer: object) -> None:
-        with pytest.raises(ValueError, match="drop_layer"):
-            self.build(drop_layer=layer)
-
-    def test_copies_keep_the_activation(self) -> None:
-        module = self.build(act_layer=nn.SiLU)
-        for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-            assert repr(twin) == repr(module)

@@ -251,3 +251,14 @@ def test_gradient_of_relu_at_nan_is_torchs(has_residual: bool, device: str) -> N
         limit = tolerances.grad_bias(reaching, x.dtype, x.dtype)
         assert_within(ours[0], reference.widen(theirs[0]), 2 * limit, "grad_bias")
         assert all(map(same_bits, ours[1:], theirs[1:]))
+
+
+@RESIDUAL
+def test_gradient_of_relu6_passes_at_nan(has_residual: bool, device: str) -> None:
+    # torch passes it or not, as its vectors end; ours do as relu does, whether a mask says so or the pre-activation.
+    x = torch.tensor([torch.nan, 6.0, 3.0, 7.0, -1.0, 0.0], device=device).repeat(7, 1).requires_grad_()
+    zero, one = torch.zeros(6, device=device), torch.ones(6, device=device)
+    args = (torch.zeros_like(x), zero, one, zero, None, x) if has_residual else (x, zero, one)
+    y = batch_norm_act(*args, act="relu6", eps=0.0)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(grad, torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 0.0], device=device).expand(7, 6))

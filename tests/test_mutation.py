@@ -32,7 +32,7 @@ def test_every_fault_has_a_name_of_its_own_and_tests_that_are_there() -> None:
     for fault in FAULTS:
         assert fault.tests, fault.name
         for test in fault.tests:
-            path, name = re.fullmatch(r"(tests/test_\w+\.py)::(\w+)(?:\[.*\])?", test).groups()
+            path, name = re.fullmatch(r"(tests/(?:\w+/)*test_\w+\.py)::(\w+)(?:\[.*\])?", test).groups()
             assert f"\ndef {name}(" in (ROOT / path).read_text(), test
 
 

@@ -6,6 +6,7 @@ state_dict stay untouched, and whatever is done to the model afterwards is seen 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import types
@@ -77,6 +78,9 @@ def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return module._call_impl(*args, **kwargs)
 
 
+_numbers = itertools.count()
+
+
 class _Captured:
     """The graphs of a model and its copies, and what was fused in them."""
 
@@ -87,8 +91,10 @@ class _Captured:
 
     def start_again(self) -> None:
         """Without graphs."""
-        # Dynamo keeps graphs, and counts them, by code object: each model has one of its own.
-        function = types.FunctionType(_call.__code__.replace(), _call.__globals__, _call.__name__)
+        # Dynamo keeps graphs, and counts them, by code object, and what has changed from call to call by a code's name:
+        # each model has its own.
+        code = _call.__code__.replace(co_name=f"call_{next(_numbers)}")
+        function = types.FunctionType(code, _call.__globals__, code.co_name)
         optimize: Any = torch._dynamo.optimize(backend=backend.eager)
         optimize.enter_exit_hooks.append(_settings)
         self.run: Callable[..., Any] = optimize(function)

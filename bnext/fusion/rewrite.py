@@ -7,6 +7,7 @@ of a pair that does not.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from bnext import _C, ops
 from bnext.fusion import effects, patterns
 from bnext.fusion.effects import between, memory, written
 from bnext.fusion.patterns import Applied, BatchNorm, Left, Sum, name_of, require
+
+_logger = logging.getLogger("bnext")
 
 _SHAPE_METHODS = ("size", "dim", "numel", "ndimension")
 
@@ -71,6 +74,9 @@ class _Pass:
                 outcomes.append(_outcome(node, False, str(reason)))
                 if norm.node.target is not norm.operator:
                     self._replace(norm)
+            except Exception as error:  # a model runs unfused, whatever it holds that nobody thought of
+                _logger.warning("a batch norm was left for an error of bnext's own, please report it", exc_info=True)
+                outcomes.append(_outcome(node, False, f"an error of bnext's own, {error!r}"))
         self.graph.lint()
         return outcomes
 

@@ -5,7 +5,7 @@
 #include "table.inl"
 
 // The two sums of a channel: kUnroll registers each, so that additions do not wait for one another.
-template <typename acc_t, typename scalar_t, typename Op, int kUnroll>
+template <typename acc_t, typename scalar_t, typename Op, Form kForm, int kUnroll>
 struct SegmentSums {
   static_assert(kUnroll == 4 || kUnroll == 1);
   static constexpr std::int64_t kN = kWidth<acc_t>;
@@ -21,38 +21,47 @@ struct SegmentSums {
   std::int64_t outer = 0;
 
   Vec<acc_t> c[kMaxReduceCoefficients] = {};
-  const Setup setup;
+  const Setup given;
   const std::int64_t ahead;
 
-  BNEXT_INLINE SegmentSums(const ReduceArgs& args, const Setup& setup) : setup(setup), ahead(args.ahead) {
+  BNEXT_INLINE explicit SegmentSums(const ReduceArgs& args) : given(setup_of<Op>(args)), ahead(args.ahead) {
     broadcast_coefficients<acc_t, Op>(c, args.coefficients, 0);
+  }
+
+  // Read from the member, constants would be no constants: flush() is called with the address of all members.
+  BNEXT_INLINE Setup setup() const {
+    if constexpr (kForm == kAny) {
+      return given;
+    } else {
+      return form_setup<Op>(kForm);
+    }
   }
 
   BNEXT_INLINE void add_vector(int u, const Inputs<scalar_t, Op>& inputs, std::int64_t i) {
     Vec<acc_t> in[kMaxInputs];
-    inputs.template load<acc_t>(in, setup, i, Whole{});
-    Op::template add<scalar_t>(first[u], second[u], in, c, setup.epilogue);
+    inputs.template load<acc_t>(in, setup(), i, Whole{});
+    Op::template add<scalar_t>(first[u], second[u], in, c, setup().epilogue);
   }
 
   // What is added to which lane makes no difference, but to the last bit.
   BNEXT_INLINE void add_two(int u, const Inputs<scalar_t, Op>& inputs, std::int64_t i) {
-    if (setup.epilogue.has_mask) {
+    if (setup().epilogue.has_mask) {
       add_vector(u, inputs, i);
       add_vector(u + 1, inputs, i + kN);
       return;
     }
     Vec<acc_t> in[2][kMaxInputs];
-    inputs.template load_two<acc_t>(in, setup, i);
-    Op::template add<scalar_t>(first[u], second[u], in[0], c, setup.epilogue);
-    Op::template add<scalar_t>(first[u + 1], second[u + 1], in[1], c, setup.epilogue);
+    inputs.template load_two<acc_t>(in, setup(), i);
+    Op::template add<scalar_t>(first[u], second[u], in[0], c, setup().epilogue);
+    Op::template add<scalar_t>(first[u + 1], second[u + 1], in[1], c, setup().epilogue);
   }
 
   BNEXT_INLINE void add_part(int u, const Inputs<scalar_t, Op>& inputs, std::int64_t i, Part part) {
     Vec<acc_t> in[kMaxInputs];
     Vec<acc_t> a = {};
     Vec<acc_t> b = {};
-    inputs.template load<acc_t>(in, setup, i, part);
-    Op::template add<scalar_t>(a, b, in, c, setup.epilogue);
+    inputs.template load<acc_t>(in, setup(), i, part);
+    Op::template add<scalar_t>(a, b, in, c, setup().epilogue);
     first[u] += keep<acc_t>(a, part);
     second[u] += keep<acc_t>(b, part);
   }
@@ -62,7 +71,7 @@ struct SegmentSums {
     inner += (n - i) / kStep + 1;
     if (ahead != 0) {
       for (std::int64_t j = i; j < n; j += kLineBytes / static_cast<std::int64_t>(sizeof(scalar_t))) {
-        inputs.prefetch(setup, j + ahead);
+        inputs.prefetch(setup(), j + ahead);
       }
     }
     if constexpr (kUnroll == 4) {
@@ -108,12 +117,12 @@ struct SegmentSums {
 struct ReduceSegments {
   template <typename scalar_t, typename acc_t, typename Op, Form kForm>
   static void run(const ReduceArgs& args) {
-    using Sums = SegmentSums<acc_t, scalar_t, Op, kNaturally<scalar_t, acc_t> ? 4 : 1>;
+    using Sums = SegmentSums<acc_t, scalar_t, Op, kForm, kNaturally<scalar_t, acc_t> ? 4 : 1>;
     constexpr std::int64_t kRun = kInner * Sums::kStep;
     const std::int64_t len = args.block.len;
-    Sums sums(args, known_setup<Op, kForm>(args));
+    Sums sums(args);
     for (std::int64_t r = 0; r < args.block.rows; ++r) {
-      const Inputs<scalar_t, Op> inputs(args.block, sums.setup, r);
+      const Inputs<scalar_t, Op> inputs(args.block, sums.setup(), r);
       for (std::int64_t i = 0; i < len; i += kRun) sums.add_run(inputs, i, len - i < kRun ? len : i + kRun);
     }
     sums.settle();

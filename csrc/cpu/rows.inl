@@ -41,6 +41,7 @@ constexpr Form kStatistics = 2 * kSecond;
 constexpr Form kIncomplete = 2 * kStatistics;
 constexpr Form kAny = ~0u;
 constexpr Form kRelu = static_cast<Form>(Act::kRelu);
+constexpr Form kRelu6 = static_cast<Form>(Act::kRelu6);
 constexpr Form kSilu = static_cast<Form>(Act::kSilu);
 constexpr Form kGelu = static_cast<Form>(Act::kGelu);
 constexpr Form kHardswish = static_cast<Form>(Act::kHardswish);
@@ -105,12 +106,13 @@ template <typename Op>
 constexpr Form kForms[] = {kAny};
 template <>
 inline constexpr Form kForms<ActivatedNormalize>[] = {
-    kRelu, kRelu | kResidual, kRelu | kMask, kRelu | kResidual | kMask, kSilu, kGelu, kHardswish};
+    kRelu, kRelu | kResidual, kRelu | kMask, kRelu | kResidual | kMask, kRelu6, kSilu, kGelu, kHardswish};
 template <>
-inline constexpr Form kForms<ActivatedGradSums>[] = {kRelu, kRelu | kMask, kSilu, kGelu, kHardswish};
+inline constexpr Form kForms<ActivatedGradSums>[] = {kRelu, kRelu | kMask, kRelu6, kSilu, kGelu, kHardswish};
 template <>
-inline constexpr Form kForms<ActivatedGrad>[] = {kRelu | kStatistics, kRelu | kStatistics | kMask | kSecond,
-                                                 kSilu | kStatistics, kGelu | kStatistics, kHardswish | kStatistics};
+inline constexpr Form kForms<ActivatedGrad>[] = {kRelu | kStatistics,  kRelu | kStatistics | kMask | kSecond,
+                                                 kRelu6 | kStatistics, kSilu | kStatistics,
+                                                 kGelu | kStatistics,  kHardswish | kStatistics};
 
 template <typename Leaf, typename scalar_t, typename acc_t, typename Op, int kIndex, typename Args>
 BNEXT_INLINE void run_known(const Args& args, Form form) {

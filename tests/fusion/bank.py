@@ -1,0 +1,83 @@
+"""Many patterns in one model, so that all of them cost the capture of one graph: each has layers and inputs of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from observe import ACTIVATIONS, MODES, QUICK, SUMS, Net, assert_same_step, backward, count, values, why_left
+from torch import Tensor, nn
+
+import bnext
+
+
+class Pattern(NamedTuple):
+    """A forward of `Net` of two tensors, or a module, and what is saved when it is fused: activations and sums."""
+
+    forward: Callable[..., Any] | nn.Module
+    pairs: int = 1
+    sums: int = 0
+
+
+class Bank(nn.Module):
+    def __init__(self, patterns: Iterable[Pattern], layers: type[Net] = Net) -> None:
+        super().__init__()
+        forwards = [pattern.forward for pattern in patterns]
+        self.nets = nn.ModuleList([f if isinstance(f, nn.Module) else layers.of(f)() for f in forwards])
+
+    def forward(self, inputs: list[list[Tensor]]) -> list[Any]:
+        return [net(*given) for net, given in zip(self.nets, inputs, strict=True)]
+
+
+def step(bank: Bank, shape: tuple[int, ...], mode: str) -> list[dict[str, Any]]:
+    """For each pattern all that a call does: results, gradients, buffers, and the arguments afterwards."""
+    training, context = MODES[mode]
+    bank.train(training).zero_grad()
+    torch.manual_seed(17)
+    with context():
+        leaves = [[torch.randn(shape, dtype=torch.float64) for _ in range(2)] for _ in bank.nets]
+        if torch.is_grad_enabled():
+            leaves = [[leaf.requires_grad_() for leaf in pair] for pair in leaves]
+        given = [[leaf.clone() for leaf in pair] for pair in leaves]
+        outputs = bank(given)
+    steps = []
+    for net, pair, output, after in zip(bank.nets, leaves, outputs, given, strict=True):
+        nodes = {"activations": count(output, ACTIVATIONS), "sums": count(output, SUMS)}
+        found = {"output": values(output), "arguments": values(after), **backward(output, pair)}
+        if "gradients" in found:
+            found["parameters"] = [p.grad for p in net.parameters()]
+        found["buffers"] = [b.clone() for b in net.buffers()]
+        steps.append({**found, "nodes": nodes})
+    return steps
+
+
+def failures(
+    patterns: dict[str, Pattern],
+    modes: Sequence[str] = QUICK,
+    other_size: bool = False,
+    layers: type[Net] = Net,
+) -> dict[str, str]:
+    """What is wrong with which pattern: its results, in any of the modes and perhaps another size, or what is fused."""
+    original = Bank(patterns.values(), layers).double()
+    fused = bnext.convert(copy.deepcopy(original), fuse=True)
+    wrong: dict[str, str] = {}
+    for size, mode in [*((5, mode) for mode in modes), *[(7, modes[0]), (5, modes[0])] * other_size]:
+        steps = zip(
+            patterns.items(), step(original, (2, 3, size, 4), mode), step(fused, (2, 3, size, 4), mode), strict=True
+        )
+        for i, ((name, pattern), expected, actual) in enumerate(steps):
+            try:
+                before, after = expected.pop("nodes"), actual.pop("nodes")
+                if mode == "training":
+                    saved = before["activations"] - after["activations"], before["sums"] - after["sums"]
+                    why = why_left(fused, f"nets.{i}.bn")
+                    assert saved == (pattern.pairs, pattern.sums), f"fused {saved}: {why}"
+                    if mode == modes[0]:
+                        names = [name for name, _ in bnext.fusion_report(fused).fused if name.startswith(f"nets.{i}.")]
+                        assert bool(names) == (pattern.pairs > 0), f"fused {saved}, but the report has {names}"
+                assert_same_step(expected, actual, f"{mode}, size {size}")
+            except AssertionError as error:
+                wrong.setdefault(name, str(error).partition("\n")[0])
+    return wrong

@@ -1,0 +1,188 @@
+"""How a test sees that a batch norm was fused, and that nothing else has changed.
+
+Seen twice, by independent witnesses: the autograd graph of the output, in which an activation that was fused has no node of
+its own and neither has its sum, and the report.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from networks import assert_close, conv, random_input
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import bnext
+
+# Nodes of torch's graph: of activations that bnext has kernels for, and of sums.
+ACTIVATIONS = ("Relu", "Hardtanh", "LeakyRelu", "Silu", "Gelu", "Hardswish", "Mish", "Elu")
+SUMS = ("Add",)
+
+Pair = tuple[nn.Module, nn.Module]
+
+
+class Net(nn.Module):
+    """What the patterns are made of; a subclass is one forward of these layers, which keep shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.bn2 = conv(3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.relu, self.silu = nn.ReLU(), nn.SiLU()
+        for layer in (self.bn, self.bn2):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias)
+
+    @classmethod
+    def of(cls, forward: Callable[..., Any]) -> type[Net]:
+        return type("Net", (cls,), {"forward": forward})
+
+
+def pair(make: Callable[[], nn.Module]) -> Pair:
+    """A model in float64, of torch's layers, and its fused copy."""
+    original = make().double()
+    return original, bnext.convert(copy.deepcopy(original), fuse=True)
+
+
+def sequential(*more: nn.Module, act: nn.Module | None = None) -> nn.Sequential:
+    """One pair that is fused, "1" and "2", between a convolution and what else is given."""
+    return nn.Sequential(conv(3, 1), nn.BatchNorm2d(3), nn.ReLU() if act is None else act, *more)
+
+
+def nodes(output: Any) -> Counter[str]:
+    """The names of the nodes that a result hangs on, without "Backward0"."""
+    found: Counter[str] = Counter()
+    waiting = [t.grad_fn for t in tree_leaves(output) if isinstance(t, Tensor)]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found[node.name().partition("Backward")[0]] += 1
+            waiting += [following for following, _ in node.next_functions]
+    return found
+
+
+def count(output: Any, names: tuple[str, ...] = ACTIVATIONS) -> int:
+    found = nodes(output)
+    return sum(found[name] for name in names)
+
+
+def fused_names(model: nn.Module) -> list[str]:
+    """Names of the batch norms that are fused in some graph."""
+    return sorted({name for name, _ in bnext.fusion_report(model).fused})
+
+
+def why_left(model: nn.Module, name: str) -> str:
+    return "; ".join(why for layer, why in bnext.fusion_report(model).left if layer == name)
+
+
+def assert_fuses(original: nn.Module, fused: nn.Module, *inputs: Any, pairs: int = 1, sums: int = 0) -> None:
+    """One call more of both: the fused graph has `pairs` activations less, and `sums` sums."""
+    expected, actual = (model(*cloned(inputs, grad=True)) for model in (original, fused))
+    assert count(expected) - count(actual) == pairs, f"activations: {nodes(expected)}, {nodes(actual)}"
+    assert count(expected, SUMS) - count(actual, SUMS) == sums, f"sums: {nodes(expected)}, {nodes(actual)}"
+    assert_close(actual, expected, "output")
+
+
+def cloned(inputs: tuple[Any, ...], grad: bool) -> list[Any]:
+    """No leaves, so that a model may write to them."""
+    return [x.detach().clone().requires_grad_(grad).clone() if isinstance(x, Tensor) else x for x in inputs]
+
+
+# How a model may be called: training or not, with what around it.
+MODES: dict[str, tuple[bool, Callable[[], contextlib.AbstractContextManager[Any]]]] = {
+    "training": (True, contextlib.nullcontext),
+    "evaluation": (False, contextlib.nullcontext),
+    "training, no_grad": (True, torch.no_grad),
+    "evaluation, no_grad": (False, torch.no_grad),
+    "evaluation, inference_mode": (False, torch.inference_mode),
+}
+QUICK = ("training", "evaluation, no_grad")
+
+
+def step(model: nn.Module, inputs: tuple[Any, ...], mode: str = "training") -> dict[str, Any]:
+    """All that one call does: results, gradients, buffers, and the arguments afterwards."""
+    training, context = MODES[mode]
+    model.train(training).zero_grad()
+    torch.manual_seed(17)
+    with context():
+        leaves = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
+        if context is contextlib.nullcontext:
+            for leaf in leaves:
+                if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                    leaf.requires_grad_()
+        given = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+        output = model(*given)
+    found = {"output": values(output), "arguments": values(given), **backward(output, leaves)}
+    gradients = {"parameters": [p.grad for p in model.parameters()]} if "gradients" in found else {}
+    return {**found, **gradients, "buffers": [b.clone() for b in model.buffers()]}
+
+
+def backward(output: Any, leaves: list[Any]) -> dict[str, Any]:
+    """The leaves' gradients; or the error, where a pattern overwrote what backward needs."""
+    differentiable = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+    if not differentiable:
+        return {}
+    try:
+        torch.autograd.backward(differentiable, [grad_of(t) for t in differentiable])
+    except RuntimeError as error:
+        return {"error": str(error)}
+    return {"gradients": [0 if t.grad is None else t.grad for t in leaves if isinstance(t, Tensor)]}
+
+
+def grad_of(output: Tensor) -> Tensor:
+    """Of every element another."""
+    return torch.linspace(-1, 1, output.numel(), dtype=output.dtype).reshape(output.shape).cos()
+
+
+def values(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output.detach().clone()
+    if isinstance(output, dict):
+        return {key: values(v) for key, v in output.items()}
+    return [values(v) for v in output] if isinstance(output, (list, tuple)) else output
+
+
+def assert_same_steps(
+    original: nn.Module, fused: nn.Module, *inputs: Any, modes: Iterable[str] = QUICK, steps: int = 2
+) -> None:
+    for mode in modes:
+        for _ in range(steps):
+            assert_same_step(step(original, inputs, mode), step(fused, inputs, mode), mode)
+
+
+def assert_same_step(expected: dict[str, Any], actual: dict[str, Any], what: str) -> None:
+    """Where torch has no backward, because a pattern overwrote what it needs, a fused model may have one."""
+    if "error" in expected:
+        for found in (expected, actual):
+            for key in ("error", "gradients", "parameters"):
+                found.pop(key, None)
+    assert actual.keys() == expected.keys(), (what, actual.get("error"))
+    for key, value in expected.items():
+        assert_close(actual[key], value, f"{what}: {key}")
+
+
+def small(size: int = 5) -> Tensor:
+    return random_input(2, 3, size, 4)
+
+
+def assert_close_loosely(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """To some roundings of a narrow type, where a sum and its terms are rounded one by one, or together."""
+    scale = expected.double().abs().max().item() + 1
+    error = (actual.double() - expected.double()).abs().max().item()
+    assert error <= 4 * torch.finfo(dtype).eps * scale, f"{error} > 4 roundings of {dtype}"
+    assert math.isfinite(error)
+
+
+@contextlib.contextmanager
+def counted_graphs() -> Iterator[Callable[[], int]]:
+    """How many graphs dynamo has made since."""
+    counters = torch._dynamo.utils.counters["stats"]
+    before = counters["unique_graphs"]
+    yield lambda: counters["unique_graphs"] - before

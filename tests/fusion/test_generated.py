@@ -1,0 +1,125 @@
+"""Patterns that nobody thought of: forwards put together at random of the steps that a batch norm, a sum and an activation
+may be surrounded by, in place and through views. Fused or not, they compute what they did, and leave in every argument what
+they left. A failure prints the forward."""
+
+from __future__ import annotations
+
+import random
+import textwrap
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from bank import Bank, Pattern, step
+from observe import assert_same_step
+from torch import Tensor
+
+import bnext
+
+# Of the names y (the normalised value), s (a residual), h (the norm's input), x and r (arguments), v (a view).
+BEFORE = ("h = self.conv(x)", "h = x", "h = x * 2", "h = x[:]", "h = self.conv(x).relu_()")
+RESIDUALS = (
+    "s = r",
+    "s = r * 2",
+    "s = self.conv(r)",
+    "s = r.view(r.shape)",
+    "s = h",
+    "s = self.bn2(r)",
+    "s = r.detach()",
+)
+ADDS = ("y = y + s", "y = s + y", "y += s", "s += y; y = s", "y.add_(s)", "y = s.add_(y)", "y = torch.add(y, s)", "")
+ACTS = (
+    "z = F.relu(y)",
+    "z = F.relu_(y)",
+    "z = F.silu(y)",
+    "z = F.silu(y, inplace=True)",
+    "z = y.relu_()",
+    "z = F.gelu(y)",
+)
+# At most two, anywhere.
+OTHERS = (
+    "v = y[:, :1]",
+    "v = s[:, :1]",
+    "v = h.detach()",
+    "v = v * 2",
+    "v.mul_(2)",
+    "h.mul_(2)",
+    "s.mul_(2)",
+    "y.mul_(2)",
+    "r.mul_(2)",
+    "x.add_(1)",
+    "s = s.clone()",
+    "v = self.bn.running_mean.view(1, 3, 1, 1) * 2",
+    "v = self.bn.running_var.view(1, 3, 1, 1).mul_(1.5)",
+    "v = self.bn(r)",
+    "v = F.relu(self.bn2(h))",
+    "v = self.bn.num_batches_tracked.double().view(1, 1, 1, 1)",
+    "s[0] = 0",
+    "v = y.sum()",
+    "v = s.sum()",
+    "torch.set_grad_enabled(torch.is_grad_enabled())",
+)
+RETURNS = ("z", "z, v", "z, s", "z, y", "z + v", "z * s")
+COUNT = 120
+
+
+def forward_of(generator: random.Random) -> str:
+    steps = [generator.choice(BEFORE), "v = h.sin()", generator.choice(RESIDUALS), "y = self.bn(h)"]
+    later = [generator.choice(ADDS), generator.choice(ACTS)]
+    if generator.random() < 0.3:
+        steps[2:] = reversed(steps[2:])  # the residual is made behind the norm
+    for _ in range(generator.randrange(3)):
+        place = generator.randrange(len(later) + 1)
+        later.insert(place, generator.choice(OTHERS) if place < len(later) else generator.choice(OTHERS[2:]))
+    lines = [line for line in (*steps, *later, f"return {generator.choice(RETURNS)}") if line]
+    return "def forward(self, x, r):\n" + textwrap.indent("\n".join(lines), "    ")
+
+
+def compiled(source: str) -> object:
+    names: dict[str, object] = {"torch": torch, "F": F, "Tensor": Tensor}
+    exec(source, names)
+    return names["forward"]
+
+
+def runs(source: str) -> bool:
+    """Some break a rule of torch's: that of tensors which backward needs is met in backward, and is no reason."""
+    bank = Bank([Pattern(compiled(source))]).double()
+    try:
+        step(bank, (2, 3, 3, 2), "training")
+    except RuntimeError:
+        return False
+    return True
+
+
+def check(seed: int, modes: tuple[str, ...]) -> None:
+    generator = random.Random(seed)
+    sources: dict[str, None] = {}
+    while len(sources) < COUNT // 4:
+        source = forward_of(generator)
+        if runs(source):
+            sources[source] = None
+    torch.manual_seed(seed)
+    original = Bank([Pattern(compiled(source)) for source in sources]).double()
+    fused = bnext.convert(Bank([Pattern(compiled(source)) for source in sources]).double(), fuse=True)
+    fused.load_state_dict(original.state_dict())
+    some = 0
+    for mode in modes:
+        steps = [step(bank, (2, 3, 4, 3), mode) for bank in (original, fused)]
+        for source, expected, actual in zip(sources, *steps, strict=True):
+            some += actual.pop("nodes") != expected.pop("nodes")
+            try:
+                assert_same_step(expected, actual, mode)
+            except AssertionError as error:
+                raise AssertionError(f"{error}\n{source}") from error
+    assert some > COUNT // 20, "hardly anything was fused"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_forwards_compute_the_same(seed: int) -> None:
+    check(seed, ("training", "evaluation, no_grad") if seed else ("training", "training, no_grad", "evaluation"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(10, 60))
+def test_many_random_forwards_compute_the_same(seed: int) -> None:
+    check(seed, ("training", "evaluation, no_grad"))

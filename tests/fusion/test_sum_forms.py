@@ -1,0 +1,256 @@
+"""The ways a sum between a batch norm and its activation is written: operands, operators, what is written to, and the
+residual's origin. Each is compared in results, gradients, buffers and in what the call's arguments are afterwards."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from bank import Pattern, failures
+from observe import MODES, Net, assert_fuses, assert_same_steps, fused_names, pair, small, why_left
+from torch import Tensor, nn
+
+import bnext
+
+
+def in_place(y: Tensor, r: Tensor) -> Tensor:
+    y += r
+    return y
+
+
+def in_place_of_the_residual(y: Tensor, r: Tensor) -> Tensor:
+    r += y
+    return r
+
+
+# Of the normalised value and a residual that only this forward holds.
+SUMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
+    "y + r": (lambda y, r: y + r, True),
+    "r + y": (lambda y, r: r + y, True),
+    "y += r": (in_place, True),
+    "r += y": (in_place_of_the_residual, True),
+    "y.add(r)": (lambda y, r: y.add(r), True),
+    "r.add(y)": (lambda y, r: r.add(y), True),
+    "y.add_(r)": (lambda y, r: y.add_(r), True),
+    "r.add_(y)": (lambda y, r: r.add_(y), True),
+    "torch.add(y, r)": (lambda y, r: torch.add(y, r), True),
+    "torch.add(r, y)": (lambda y, r: torch.add(r, y), True),
+    "operator.add": (lambda y, r: operator.add(y, r), True),
+    "operator.iadd": (lambda y, r: operator.iadd(y, r), True),
+    "__radd__": (lambda y, r: y.__radd__(r), True),
+    "alpha=2": (lambda y, r: torch.add(y, r, alpha=2), False),
+    "method, alpha=2": (lambda y, r: y.add(r, alpha=2), False),
+    "in place, alpha=2": (lambda y, r: y.add_(r, alpha=2), False),
+    "of three": (lambda y, r: y + r + r.sin(), False),
+    "of three, from the left": (lambda y, r: r.sin() + r + y, True),
+    "in place, of three": (lambda y, r: y.add_(r).add_(r.sin()), False),
+    "y - r": (lambda y, r: y - r, False),
+    "y * r": (lambda y, r: y * r, False),
+    "y + 1": (lambda y, r: y + 1, False),
+    "1 + y": (lambda y, r: 1.0 + y, False),
+    "y + a number in a tensor": (lambda y, r: y + torch.tensor(1.0, dtype=torch.float64), False),
+    "y + y": (lambda y, r: y + y, False),
+    "y += y": (lambda y, r: y.add_(y), False),
+    "y + view of y": (lambda y, r: y + y.view(y.shape), False),
+    "y + a transpose of y": (lambda y, r: y + y.flip(0), False),
+    "sum of a list": (lambda y, r: sum([y, r]), False),
+    "a mean": (lambda y, r: y + r.mean((2, 3), keepdim=True), False),
+    "per channel": (lambda y, r: y + r[0, :, :1, :1], False),
+    "a broadcast y": (lambda y, r: y + r.unsqueeze(0), False),
+    "an expanded residual": (lambda y, r: y + r[:, :, :1, :1].expand_as(r), True),
+    "a transposed residual": (lambda y, r: y + r.transpose(2, 3).contiguous().transpose(2, 3), True),
+    "a narrower residual": (lambda y, r: y + r.float(), False),
+    "an integer residual": (lambda y, r: y + r.long(), False),
+    "residual detached": (lambda y, r: y + r.detach(), True),
+    "residual of the same values": (lambda y, r: y + y.detach().clone(), False),
+}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu_": lambda y: y.relu_(),
+    "silu": F.silu,
+    "gelu": F.gelu,
+}
+
+
+def behind(function: Callable[[Tensor, Tensor], Tensor], act: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda self, x, r: act(function(self.bn(self.conv(x)), r * 2))
+
+
+def test_each_form_of_a_sum() -> None:
+    patterns = {
+        name: Pattern(behind(function, ACTIVATIONS["relu_"]), fusible, fusible)
+        for name, (function, fusible) in SUMS.items()
+    }
+    assert failures(patterns, other_size=True) == {}
+
+
+def test_each_form_of_a_sum_before_a_smooth_activation() -> None:
+    patterns = {
+        name: Pattern(behind(function, ACTIVATIONS["silu"]), 1, 1)
+        for name, (function, fusible) in SUMS.items()
+        if fusible
+    }
+    assert failures(patterns, modes=("training",)) == {}
+
+
+def test_in_place_forms_before_every_activation_in_every_mode() -> None:
+    patterns = {
+        f"{name}, {act}": Pattern(behind(SUMS[name][0], function), 1, 1)
+        for name in ("y += r", "r.add_(y)")
+        for act, function in ACTIVATIONS.items()
+    }
+    assert failures(patterns, modes=tuple(MODES)) == {}
+
+
+# Where the residual comes from. Nobody but the forward may hold what is written to.
+def argument(self: Net, x: Tensor, r: Tensor) -> Tensor:
+    return F.relu(self.bn(x) + r)
+
+
+def argument_written_to(self: Net, x: Tensor, r: Tensor) -> Tensor:
+    r += self.bn(x)
+    return F.relu(r)
+
+
+def argument_written_to_and_activated(self: Net, x: Tensor, r: Tensor) -> Tensor:
+    r += self.bn(x)
+    return F.relu_(r)
+
+
+def view_of_an_argument_written_to(self: Net, x: Tensor, r: Tensor) -> Tensor:
+    v = r.view(r.shape)
+    v += self.bn(x)
+    return F.relu(v)
+
+
+def detached_argument_written_to(self: Net, x: Tensor, r: Tensor) -> Tensor:
+    v = r.detach()
+    v += self.bn(x).detach()
+    return F.relu(v + self.bn2(x))
+
+
+def input_itself(self: Net, x: Tensor, r: Tensor) -> Tensor:
+    return F.relu(self.bn(x) + x)
+
+
+def input_itself_written_to(self: Net, x: Tensor, r: Tensor) -> Tensor:
+    x = x * 2
+    x += self.bn(x)
+    return F.relu(x)
+
+
+def parameter_written_to(self: Net, x: Tensor, r: Tensor) -> Tensor:
+    shortcut = self.conv.weight.detach().view(1, 9, 1, 1)[:, :3].expand_as(x).clone()
+    shortcut += self.bn(x)
+    return F.relu(shortcut)
+
+
+def sum_of_two_norms(self: Net, x: Tensor, r: Tensor) -> Tensor:
+    return F.silu(self.bn(self.conv(x)) + self.bn2(r))
+
+
+def sum_of_two_norms_in_place(self: Net, x: Tensor, r: Tensor) -> Tensor:
+    y = self.bn(self.conv(x))
+    y += self.bn2(r)
+    return F.relu_(y)
+
+
+def activated_residual(self: Net, x: Tensor, r: Tensor) -> Tensor:
+    return F.relu(self.bn(self.conv(x)) + F.relu(self.bn2(r)))
+
+
+def residual_of_its_own_activation(self: Net, x: Tensor, r: Tensor) -> Tensor:
+    y = F.relu(self.bn(x))
+    return F.relu(self.bn2(self.conv(y)) + y)
+
+
+def residual_made_in_between(self: Net, x: Tensor, r: Tensor) -> Tensor:
+    y = self.bn(x)
+    return F.silu(y + self.conv(r).sin())
+
+
+def two_names_of_the_residual(self: Net, x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    s = self.conv(r)
+    t = s
+    s += self.bn(x)
+    return F.relu(s), t.sum()
+
+
+def view_of_the_residual_read_later(self: Net, x: Tensor, r: Tensor) -> Tensor:
+    s = self.conv(r)
+    other = s[:, :1]
+    s += self.bn(x)
+    return F.relu(s) + other
+
+
+def view_of_the_residual_read_before(self: Net, x: Tensor, r: Tensor) -> Tensor:
+    s = self.conv(r)
+    other = s[:, :1].sin()
+    s += self.bn(x)
+    return F.relu(s) + other
+
+
+ORIGINS = {
+    "an argument": Pattern(argument, 1, 1),
+    "an argument, written to": Pattern(argument_written_to, 0, 0),
+    "an argument, written to and activated": Pattern(argument_written_to_and_activated, 0, 0),
+    "a view of an argument, written to": Pattern(view_of_an_argument_written_to, 0, 0),
+    "an argument, detached and written to": Pattern(detached_argument_written_to, 1, 1),
+    "the input itself": Pattern(input_itself, 1, 1),
+    "the input itself, written to": Pattern(input_itself_written_to, 1, 1),
+    "made of a parameter": Pattern(parameter_written_to, 1, 1),
+    "another norm": Pattern(sum_of_two_norms, 1, 1),
+    "another norm, in place": Pattern(sum_of_two_norms_in_place, 1, 1),
+    "another pair": Pattern(activated_residual, 2, 1),
+    "the pair before": Pattern(residual_of_its_own_activation, 2, 1),
+    "made in between": Pattern(residual_made_in_between, 1, 1),
+    "two names, written to": Pattern(two_names_of_the_residual, 0, 0),
+    "a view read later": Pattern(view_of_the_residual_read_later, 0, 0),
+    "a view read before": Pattern(view_of_the_residual_read_before, 1, 1),
+}
+
+
+def test_where_the_residual_comes_from() -> None:
+    assert failures(ORIGINS, modes=tuple(MODES)) == {}
+
+
+class TwoInputs(Net):
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)) + residual)
+
+
+def test_a_residual_that_does_not_fit_this_time_is_added_as_before() -> None:
+    original, fused = pair(TwoInputs)
+    x = small()
+    for residual in (small(), small()[:1, :, :1, :1], small().float(), 0.5, small(), 2, True, x):
+        assert_same_steps(original, fused, x, residual, modes=("training",), steps=1)
+    assert_fuses(original, fused, x, small(), sums=1)
+    assert fused_names(fused) == ["bn"]
+    for reason in ("shape, dtype or device", "number"):
+        assert reason in why_left(fused, "bn")
+
+
+def test_two_sizes_that_happen_to_be_equal_are_not_taken_for_one() -> None:
+    """With dynamic sizes, a first call in which a residual fits must not decide for one in which it is broadcast."""
+    original, fused = pair(TwoInputs)
+    for n, m in ((4, 4), (5, 5), (6, 1), (1, 1), (1, 6), (7, 7), (2, 2)):
+        x, residual = (torch.randn(k, 3, 4, 4, dtype=torch.float64) for k in (n, m))
+        assert_same_steps(original, fused, x, residual, modes=("training",), steps=1)
+
+
+def test_the_callers_tensor_is_written_to_as_before() -> None:
+    def forward(self: Net, x: Tensor, r: Tensor) -> Tensor:
+        r += self.bn(x)
+        return self.relu(r)
+
+    _, fused = pair(Net.of(forward))
+    x, r = small(), small()
+    expected = r + bnext.convert(nn.BatchNorm2d(3)).double()(x) * 0
+    with torch.no_grad():
+        before = r.clone()
+        y = fused(x, r)
+    assert not torch.equal(r, before)
+    assert torch.equal(y, r.relu())
+    assert expected.shape == r.shape
