@@ -11,11 +11,10 @@ OURS = EAGER_PROVIDERS[1:]
 ALL = "all"
 
 LEGEND = (
-    "A step is forward, loss, backward and SGD with momentum, on one batch; before it is timed, the losses of a few "
-    "are held against torch's. x torch: the time with torch's layers / the provider's, in the geometric mean, and "
-    "the range over the models. Without: every batch norm replaced by nothing (activations stay). Cost gone: how "
-    "much of what batch norm costs torch is gone, (torch - provider) / (torch - without); of several models the sum "
-    "of each's share of its step."
+    "Before it is timed, the losses of a few are held against torch's. x torch: the time with torch's layers / the "
+    "provider's, in the geometric mean, and the range over the models. Without: every batch norm replaced by nothing "
+    "(activations stay). Cost gone: how much of what batch norm costs torch is gone, (torch - provider) / (torch - "
+    "without); of several models the sum of each's share of its step."
 )
 
 

@@ -24,9 +24,9 @@ from benchmarks.rows import Row
 FOLDED_LINES = 24  # a longer table is for those who ask for it
 MODEL_HEADS = ("model", "input", "dtype", "layout")
 
+STEP_LEGEND = "A step is forward, loss, backward and SGD with momentum, on one batch."
 TRAINING_LEGEND = (
-    "A step is forward, loss, backward and SGD with momentum, on one batch. x torch: the time with torch's layers / "
-    "the provider's, eager against eager, compiled against compiled."
+    "x torch: the time with torch's layers / the provider's, eager against eager, compiled against compiled."
 )
 CPU_PEAK = "Peak: resident memory of a process that does nothing else, beyond what it had before there was a model."
 GPU_PEAK = "Peak: allocated memory of a process that does nothing else."
@@ -85,11 +85,12 @@ def notes(comparisons: Sequence[ModelComparison]) -> list[str]:
     """What the tables mean, and what follows from them."""
     costs, others = compare_costs(comparisons)
     trained = in_training(others)
-    found = [COST_LEGEND] if costs else []
+    found = [f"{STEP_LEGEND} {COST_LEGEND}"] if costs else []
     if trained:
         peak = GPU_PEAK if trained[0].row.device == "cuda" else CPU_PEAK
         measured = any(c.row.peak_bytes is not None for c in trained)
-        found.append(" ".join(filter(None, [TRAINING_LEGEND, peak if measured else "", curves_line(trained)])))
+        parts = ("" if costs else STEP_LEGEND, TRAINING_LEGEND, peak if measured else "", curves_line(trained))
+        found.append(" ".join(filter(None, parts)))
     if by_operation(others):
         found.append(CALLS_LEGEND)
     return [*found, *filter(None, [bar_summary(others), fused_bar(others)])]
