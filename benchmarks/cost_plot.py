@@ -42,7 +42,7 @@ def draw_panel(axes: Axes, models: Sequence[str], costs: Sequence[Cost]) -> None
         position = models.index(cost.case[0])
         fused, plain = cost.gone(FUSED), cost.gone(PLAIN)
         if fused is not None:
-            axes.barh(position, fused, color=FASTER if fused >= 0 else SLOWER, height=0.7)
+            axes.barh(position, min(max(fused, LOWEST), HIGHEST), color=FASTER if fused >= 0 else SLOWER, height=0.7)
             axes.text(min(max(fused, plain or 0, 0), HIGHEST) + 0.03, position, f"{fused:.0%}", va="center", fontsize=7)
         if plain is not None:
             axes.plot([plain, plain], [position - 0.35, position + 0.35], color="black", linewidth=1.5)

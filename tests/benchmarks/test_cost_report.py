@@ -101,7 +101,7 @@ def test_report_draws_a_bar_a_model(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert figure
     panels = {axes.get_title(): axes for axes in figure.axes}
     widths = {title: [bar.get_width() for bar in axes.patches] for title, axes in panels.items()}
-    assert widths == {"float32, contiguous": pytest.approx([1, -0.4]), "float32, channels_last": []}
+    assert widths == {"float32, contiguous": pytest.approx([1, -0.25]), "float32, channels_last": []}
     assert draw_costs(trained(0.4, {"bnext": 0.2})) is None
 
     readme.write_text("{}\n{}\n".format(*MARKERS["cpu", "models", False]))
