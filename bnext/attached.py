@@ -23,10 +23,24 @@ class Attached:
         """Attach what acts for a copy of the owner."""
         raise NotImplementedError
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Attached:
-        # The owner's state is copied after its copy has been made.
+    def remake(self) -> tuple[Any, ...]:
+        """A function, and its arguments, that attaches what acts for the owner, whose state is yet to be unpickled."""
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        kind = type(self._owner())
+        if kind.__reduce__ is object.__reduce__ and kind.__reduce_ex__ is object.__reduce_ex__:
+            return self.remake()
+        return type(None), ()  # a class that pickles itself, as torch.fx's, does so before it is known
+
+    def acts_for(self, module: torch.nn.Module) -> bool:
+        """No: it came with a shallow copy of its owner's state."""
+        return self._owner() is module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attached | None:
+        # The owner's state is copied after its copy has been made. Where that is not known, nothing acts for the copy.
         copy = memo.get(id(self._owner()))
-        return self if copy is None else self.follow(copy)
+        return None if copy is None else self.follow(copy)
 
 
 class Forward(Attached):
@@ -42,7 +56,7 @@ class Forward(Attached):
     def follow(self, copy: torch.nn.Module) -> Attached:
         return attach_forward(copy, self._function)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def remake(self) -> tuple[Any, ...]:
         return attach_forward, (self._owner(), self._function)
 
 
@@ -63,7 +77,7 @@ class _Replicate(Attached):
     def follow(self, copy: torch.nn.Module) -> Attached:
         return attach(copy, _Replicate(copy), _REPLICATE)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def remake(self) -> tuple[Any, ...]:
         return _attach_replicate, (self._owner(),)
 
 

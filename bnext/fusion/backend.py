@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from bnext.fusion.checkpoints import run_checkpoints
-from bnext.fusion.report import Report
+from bnext.fusion.report import ITSELF, Report
 from bnext.fusion.rewrite import Outcome, fuse
 
 _logger = logging.getLogger("bnext")
@@ -28,7 +28,7 @@ def inductor(
     from torch._inductor.compile_fx import compile_fx
 
     report = Report()
-    report.add(fuse(module, for_compiler=True), lambda outcome: outcome.call)
+    report.add(id(module), fuse(module, for_compiler=True), lambda outcome: outcome.call)
     _logger.info("%s", report)
     patches = list_mode_options(mode) if mode else {}
     return compile_fx(module, inputs, config_patches={**patches, **(options or {})})
@@ -68,12 +68,18 @@ def eager(module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
                 f"dynamo took an input of layout {input.layout} for a dense one"
             )  # then it runs uncaptured
     outcomes = fuse(module)
-    if running.model is not None and running.report is not None:
-        running.report.add(
-            outcomes, _namer(running.model, {node.name: id(t) for node, t in zip(placeholders, inputs, strict=True)})
-        )
     run_checkpoints(module)
-    return module.forward
+    forward = module.forward
+
+    def run(*args: Any) -> Any:
+        # Behind a break of its graph, a model may be run by graphs that were captured of another one.
+        model, report = running.model, running.report
+        if model is not None and report is not None and id(forward) not in report.graphs:
+            vectors = {node.name: id(arg) for node, arg in zip(placeholders, args, strict=True)}
+            report.add(id(forward), outcomes, _namer(model, vectors))
+        return forward(*args)
+
+    return run
 
 
 def _namer(model: nn.Module, inputs: dict[str, int]) -> Callable[[Outcome], str]:
@@ -81,7 +87,7 @@ def _namer(model: nn.Module, inputs: dict[str, int]) -> Callable[[Outcome], str]
     names: dict[int, str] = {}
     layers: dict[int, int] = {}
     for name, module in model.named_modules():
-        names[id(module)] = name or "(the module itself)"
+        names[id(module)] = name or ITSELF
         layers |= {
             id(t): id(module) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
         }

@@ -26,18 +26,21 @@ def run_checkpoints(module: fx.GraphModule) -> None:
         tagged = [node for node in part.graph.nodes if node.target is _TAG]
         for node in tagged:
             body = getattr(part, node.args[0].target)
-            node.target = partial(_checkpoint, _written_inputs(body.graph))
+            node.target = partial(_checkpoint, _written_inputs(body))
             node.target.__name__ = "checkpoint"  # by which the code that is generated calls it
         if tagged:
             part.recompile()
 
 
-def _written_inputs(body: fx.Graph) -> frozenset[int]:
+def _written_inputs(body: fx.GraphModule) -> frozenset[int]:
     """The positions of the inputs that a region writes to: running statistics and counters."""
     touched: frozenset[int] = frozenset()
-    for node in body.nodes:
-        touched = touched.union(*map(memory, written(node) or ()))
-    inputs = [node for node in body.nodes if node.op == "placeholder"]
+    for node in body.graph.nodes:
+        writes = written(node) or []
+        if node.target is _TAG:
+            writes = [node.args[1 + i] for i in _written_inputs(getattr(body, node.args[0].target))]
+        touched = touched.union(*map(memory, writes))
+    inputs = [node for node in body.graph.nodes if node.op == "placeholder"]
     return frozenset(i for i, node in enumerate(inputs) if memory(node) & touched)
 
 

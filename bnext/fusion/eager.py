@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnext import functional, known
 from bnext.attached import Attached, attach
 from bnext.fusion import backend
-from bnext.fusion.report import Report
+from bnext.fusion.report import ITSELF, Report
 
 _logger = logging.getLogger("bnext")
 
@@ -79,6 +79,7 @@ def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 _numbers = itertools.count()
+_RESTARTS = 3  # a forward that is always left by an exception, as by some feature extractors, is not captured for ever
 
 
 class _Captured:
@@ -87,6 +88,7 @@ class _Captured:
     def __init__(self, verbose: bool = False) -> None:
         self.report = Report()
         self.verbose = verbose
+        self.restarts = 0
         self.start_again()
 
     def start_again(self) -> None:
@@ -114,23 +116,21 @@ class Fusing(Attached):
         if _stands_aside():
             return module._call_impl(*args, **kwargs)
         running, report = backend.running, self.captured.report
-        before, graphs, errors = (
-            (running.model, running.report, functional.capture.eager),
-            report.graphs,
-            len(report.errors),
-        )
+        before = running.model, running.report, functional.capture.eager
+        graphs, errors = len(report.graphs), len(report.errors)
         running.model, running.report, functional.capture.eager = module, report, True
         try:
             output = self.captured.run(module, args, kwargs)
-        except BaseException:
-            if len(report.errors) > errors:
-                # Dynamo failed because the call fails, and would now leave what is called as it is.
+        except Exception:
+            # If dynamo failed because the call does, it would now leave the model as it is.
+            if self.captured.restarts < _RESTARTS:
                 del report.errors[errors:]
+                self.captured.restarts += 1
                 self.captured.start_again()
             raise
         finally:
             running.model, running.report, functional.capture.eager = before
-        if report.graphs != graphs:
+        if len(report.graphs) != graphs:
             _logger.info("%s", report)
             if self.captured.verbose:
                 print(report)
@@ -146,20 +146,32 @@ class Fusing(Attached):
     def follow(self, copy: nn.Module) -> Attached:
         return attach(copy, Fusing(copy, self.captured), _CALL, _KEPT)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return install, (self._owner(), self.captured.verbose)
+    def remake(self) -> tuple[Any, ...]:
+        return _attach, (self._owner(), self.captured.verbose)
 
 
-def install(module: nn.Module, verbose: bool = False) -> Attached | None:
-    """Let calls of a module be fused; what does it. A compilation of the user's own stays, and is not touched."""
+def _attach(owner: nn.Module, verbose: bool) -> Attached:
+    return attach(owner, Fusing(owner, _Captured(verbose)), _CALL, _KEPT)
+
+
+def install(module: nn.Module, verbose: bool = False) -> None:
+    """Let calls of a module be fused. A compilation of the user's own stays, and is not touched."""
     installed = module.__dict__.get(_KEPT)
-    if isinstance(installed, Fusing):
+    if isinstance(installed, Fusing) and installed.acts_for(module):
         installed.captured.verbose = verbose
-        return installed
+        return
     if module.__dict__.get(_CALL) is not None:
         _logger.warning("%s is compiled already, which stays; nothing is fused", type(module).__name__)
-        return None
-    return attach(module, Fusing(module, _Captured(verbose)), _CALL, _KEPT)
+        return
+    compiled = [name for name, m in module.named_modules() if _is_compiled(m)]
+    if compiled:
+        _logger.warning("compiled parts are captured with the rest, and not compiled: %s", ", ".join(compiled))
+    _attach(module, verbose)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    own = module.__dict__.get(_CALL)
+    return isinstance(module, torch._dynamo.OptimizedModule) or not (own is None or isinstance(own, Fusing))
 
 
 def report_of(model: nn.Module) -> Report:
@@ -177,11 +189,9 @@ def report_of(model: nn.Module) -> Report:
         total.merge(report, prefix)
     seen = {name for name, _ in (*total.fused, *total.left)}
     unseen = "no graph has it: it has not been called, or dynamo could not capture its call"
-    total.left += [
-        (name, unseen)
-        for name, m in model.named_modules()
-        if (isinstance(m, _BatchNorm) or known.is_adopted(m)) and name not in seen
-    ]
+    for name, m in model.named_modules():
+        if (isinstance(m, _BatchNorm) or known.is_adopted(m)) and (name or ITSELF) not in seen:
+            total.left.append((name or ITSELF, unseen))
     return total
 
 

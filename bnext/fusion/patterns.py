@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from bnext import _C, ops
 from bnext.activations import NAMES, SLOPES, Activation
-from bnext.fusion.effects import tensor
+from bnext.fusion.effects import tensor, value
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _DEVICES = ("cpu", "cuda") if _C.cuda else ("cpu",)
@@ -112,14 +112,19 @@ def _of_function(node: fx.Node) -> BatchNorm:
     given |= node.kwargs
     training, momentum, eps = given["training"], given["momentum"], given["eps"]
     require(isinstance(training, bool), "whether it trains is not known")
-    require(isinstance(eps, float) and (eps > 0 or not training), "its eps is not known")
+    require(_is_number(eps), "its eps is not known")
     vectors = tuple(given.get(name) for name in ("weight", "bias", "running_mean", "running_var"))
     if training:
-        require(isinstance(momentum, int | float), "its momentum is not known")
-        arguments = (given["input"], *vectors, None, float(momentum), eps)  # type: ignore[arg-type]
+        require(_is_number(momentum), "its momentum is not known")
+        arguments = (given["input"], *vectors, None, momentum, eps)
         return BatchNorm(node, node, ops.batch_norm_train, arguments)
     require(None not in vectors[2:], "it evaluates without statistics")
     return BatchNorm(node, node, ops.batch_norm_eval, (given["input"], *vectors, eps))
+
+
+def _is_number(setting: Any) -> bool:
+    """Or a node of one: dynamo makes a number that has changed an input of the graph."""
+    return isinstance(setting, int | float) or isinstance(value(setting), torch.SymFloat)
 
 
 class Applied(NamedTuple):
@@ -175,7 +180,7 @@ def _activation(name: str, given: dict[str, Any]) -> Activation | None:
     if name not in SLOPES:
         return Activation(name)
     slope = given.get(_PARAMETERS[name][0], SLOPES[name])
-    return Activation(name, float(slope)) if isinstance(slope, int | float) else None
+    return Activation(name, slope) if _is_number(slope) else None
 
 
 class Sum(NamedTuple):

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from bnext.fusion.rewrite import Outcome
 
+ITSELF = "(the module itself)"  # in place of a name
+
 
 @dataclass
 class Report:
@@ -17,12 +19,11 @@ class Report:
 
     fused: list[tuple[str, str]] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
-    graphs: int = 0  # that were captured
+    graphs: set[int] = field(default_factory=set)  # that were captured and have run
     errors: list[str] = field(default_factory=list)  # for which dynamo left code as it is
 
-    def add(self, outcomes: list[Outcome], name_of: Callable[[Outcome], str]) -> None:
-        """Those of a graph."""
-        self.graphs += 1
+    def add(self, graph: int, outcomes: list[Outcome], name_of: Callable[[Outcome], str]) -> None:
+        self.graphs.add(graph)
         for outcome in outcomes:
             entry, entries = (name_of(outcome), outcome.text), self.fused if outcome.fused else self.left
             if entry not in entries:
@@ -30,13 +31,13 @@ class Report:
 
     def merge(self, other: Report, prefix: str) -> None:
         """Those of a part, whose names get a prefix."""
-        self.graphs += other.graphs
+        self.graphs |= other.graphs
         self.errors += other.errors
         self.fused += [(prefix + name, what) for name, what in other.fused]
         self.left += [(prefix + name, why) for name, why in other.left]
 
     def __str__(self) -> str:
-        lines = [f"{len({name for name, _ in self.fused})} batch norm(s) fused, in {self.graphs} graph(s)"]
+        lines = [f"{len({name for name, _ in self.fused})} batch norm(s) fused, in {len(self.graphs)} graph(s)"]
         lines += [f"  {name}: {what}" for name, what in self.fused]
         if self.left:
             lines += ["left as they are:", *(f"  {name}: {why}" for name, why in self.left)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -61,22 +62,23 @@ class _Pass:
     def run(self) -> list[Outcome]:
         outcomes = []
         for node in [node for node in self.graph.nodes if patterns.is_batch_norm(node)]:
+            outcome = partial(Outcome, *_place_of(node))
             try:
                 norm = patterns.read_batch_norm(node)
                 if self._is_for_compiler(norm):
                     raise Left("an evaluation without gradients, which the compiler fuses as arithmetic")
             except Left as reason:
-                outcomes.append(_outcome(node, False, str(reason)))
+                outcomes.append(outcome(False, str(reason)))
                 continue
             try:
-                outcomes.append(_outcome(node, True, self._fuse(norm)))
+                outcomes.append(outcome(True, self._fuse(norm)))
             except Left as reason:
-                outcomes.append(_outcome(node, False, str(reason)))
+                outcomes.append(outcome(False, str(reason)))
                 if norm.node.target is not norm.operator:
                     self._replace(norm)
             except Exception as error:  # a model runs unfused, whatever it holds that nobody thought of
                 _logger.warning("a batch norm was left for an error of bnext's own, please report it", exc_info=True)
-                outcomes.append(_outcome(node, False, f"an error of bnext's own, {error!r}"))
+                outcomes.append(outcome(False, f"an error of bnext's own, {error!r}"))
         self.graph.lint()
         return outcomes
 
@@ -217,9 +219,10 @@ def _is_collective(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and "c10d" in node.target.namespace
 
 
-def _outcome(node: fx.Node, fused: bool, text: str) -> Outcome:
+def _place_of(node: fx.Node) -> tuple[int | None, tuple[str, ...], str]:
+    """The first fields of an :class:`Outcome`."""
     # Dynamo's key for a layer is its id, perhaps with the number of its call.
     key, (path, _) = list((node.meta.get("nn_module_stack") or {"": ("", None)}).items())[-1]
     identity = key.partition("@")[0]
     vectors = tuple(n.name for n in node.all_input_nodes if n.op == "placeholder")
-    return Outcome(int(identity) if identity.isdecimal() else None, vectors, path or name_of(node), fused, text)
+    return int(identity) if identity.isdecimal() else None, vectors, path or name_of(node)

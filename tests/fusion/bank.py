@@ -1,4 +1,4 @@
-"""Many patterns in one model, so that all of them cost the capture of one graph: each has layers and inputs of its own."""
+"""Many patterns in one model, so that all cost the capture of one graph: each has layers and inputs of its own."""
 
 from __future__ import annotations
 

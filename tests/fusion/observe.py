@@ -1,7 +1,7 @@
 """How a test sees that a batch norm was fused, and that nothing else has changed.
 
-Seen twice, by independent witnesses: the autograd graph of the output, in which an activation that was fused has no node of
-its own and neither has its sum, and the report.
+Seen twice, by independent witnesses: the autograd graph of the output, in which an activation that was fused has no
+node of its own and neither has its sum, and the report.
 """
 
 from __future__ import annotations

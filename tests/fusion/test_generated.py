@@ -1,6 +1,6 @@
-"""Patterns that nobody thought of: forwards put together at random of the steps that a batch norm, a sum and an activation
-may be surrounded by, in place and through views. Fused or not, they compute what they did, and leave in every argument what
-they left. A failure prints the forward."""
+"""Patterns that nobody thought of: forwards put together at random of the steps that a batch norm, a sum and an
+activation may be surrounded by, in place and through views. Fused or not, they compute what they did, and leave in
+every argument what they left. A failure prints the forward."""
 
 from __future__ import annotations
 

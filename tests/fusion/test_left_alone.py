@@ -1,5 +1,6 @@
-"""What must be left, or may be fused only if nothing moves: values that somebody else reads, and what is written, counted
-or switched between a batch norm and its sum. Each is compared with the unfused model in all that a call does."""
+"""What must be left, or may be fused only if nothing moves: values that somebody else reads, and what is written,
+counted or switched between a batch norm and its sum. Each is compared with the unfused model in all that a call
+does."""
 
 from __future__ import annotations
 

@@ -1,0 +1,188 @@
+"""Activation checkpointing, around a fused model and inside, with dropout in the region: outputs, gradients,
+statistics and random numbers are those of the unfused model under the same checkpoint."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from networks import assert_close, conv
+from observe import Net, count, fused_names, pair, sequential, small, values
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+)
+
+import bnext
+
+
+def saves(word: str) -> Callable[[], Any]:
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if word in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return functools.partial(create_selective_checkpoint_contexts, policy)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "reentrant": {"use_reentrant": True},
+    "not reentrant": {"use_reentrant": False},
+    "save convolutions": {"use_reentrant": False, "context_fn": saves("conv")},
+    "save batch norms": {"use_reentrant": False, "context_fn": saves("batch_norm")},
+}
+
+
+class Region(nn.Module):
+    """With dropout, a sum and statistics that count how often they are updated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.drop, self.last = sequential(act=nn.SiLU()), nn.Dropout(0.4), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(self.body(x))
+        return F.relu(self.last(self.body[0](x)) + x)
+
+
+class Inside(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.region, self.kind, self.bn = Region(), kind, nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(checkpoint(self.region, x * 2, **KINDS[self.kind]))) + x
+
+
+def steps(call: Callable[[Tensor], Tensor], model: nn.Module) -> list[Any]:
+    found = []
+    for n in range(3):
+        torch.manual_seed(3 + n)
+        model.zero_grad()
+        x = torch.linspace(-2, 3, 120, dtype=torch.float64).sin().view(2, 3, 5, 4).requires_grad_()
+        y = call(x)
+        y.square().sum().backward()
+        found += [
+            y.detach(),
+            x.grad,
+            *(p.grad for p in model.parameters()),
+            *map(values, model.buffers()),
+            torch.rand(2),
+        ]
+    return found
+
+
+def assert_all_close(actual: list[Any], expected: list[Any]) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        assert_close(a, b, "results")
+
+
+def comparable(kind: str, make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
+    """A batch norm that is saved, and not computed again, counts once with bnext, whose operator counts; twice with
+    torch's, which counts beside it."""
+    original, fused = pair(make)
+    return bnext.convert(original) if kind == "save batch norms" else original, fused
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_around(kind: str) -> None:
+    original, fused = comparable(kind, Region)
+    expected, actual = (steps(lambda x, m=m: checkpoint(m, x, **KINDS[kind]), m) for m in (original, fused))
+    assert_all_close(actual, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inside(kind: str) -> None:
+    original, fused = comparable(kind, lambda: Inside(kind))
+    expected, actual = (steps(model, model) for model in (original, fused))
+    assert_all_close(actual, expected)
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "not reentrant"])
+def test_inside_is_fused_and_keeps_no_more(kind: str) -> None:
+    """But for a residual, which a smooth activation would keep."""
+    original, fused = pair(lambda: Inside(kind))
+    x = small().requires_grad_()
+    assert count(fused(x)) == 0
+    assert fused_names(fused) == ["bn", "region.body.1", "region.last"]
+    if kind == "not reentrant":
+        assert saved_bytes(fused, x) <= saved_bytes(bnext.convert(original), x)
+
+
+def saved_bytes(model: nn.Module, x: Tensor) -> int:
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        return t
+
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = model(x)
+    del y
+    return sum(size for storage, size in kept.items() if storage not in own)
+
+
+def test_parts_of_a_sequential() -> None:
+    original, fused = pair(lambda: nn.Sequential(sequential(), sequential(), sequential(conv(3, 1))))
+    expected, actual = (
+        steps(lambda x, m=m: checkpoint_sequential(m, 2, x, use_reentrant=False), m) for m in (original, fused)
+    )
+    assert_all_close(actual, expected)
+
+
+def test_random_state_is_not_kept_if_it_is_not_to_be() -> None:
+    class Careless(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(lambda z: F.relu(self.bn(self.conv(z))), x, use_reentrant=False, preserve_rng_state=False)
+
+    original, fused = pair(Careless)
+    expected, actual = (steps(model, model) for model in (original, fused))
+    assert_all_close(actual, expected)
+
+
+def test_a_region_with_more_than_tensors() -> None:
+    class Mixed(Net):
+        def region(self, x: Tensor, scale: float, other: Tensor | None, flag: bool = True) -> tuple[Tensor, Tensor]:
+            y = F.relu(self.bn(self.conv(x) * scale))
+            return (y, F.dropout(y, 0.5)) if flag and other is None else (x, x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = checkpoint(self.region, x, 2.0, None, flag=True, use_reentrant=False)
+            return a + b
+
+    original, fused = pair(Mixed)
+    expected, actual = (steps(model, model) for model in (original, fused))
+    assert_all_close(actual, expected)
+
+
+def test_a_region_that_writes_to_its_argument() -> None:
+    class Writes(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            scale = torch.ones((), dtype=torch.float64)
+            return checkpoint(lambda z: F.relu(self.bn(self.conv(z)) + z) * scale, x * 1, use_reentrant=False)
+
+    original, fused = pair(Writes)
+    expected, actual = (steps(model, model) for model in (original, fused))
+    assert_all_close(actual, expected)
+
+
+def test_checkpointing_inside_checkpointing() -> None:
+    class Nested(Net):
+        def inner(self, x: Tensor) -> Tensor:
+            return F.dropout(F.relu(self.bn(self.conv(x))), 0.3)
+
+        def outer(self, x: Tensor) -> Tensor:
+            return F.silu(self.bn2(checkpoint(self.inner, x, use_reentrant=False)) + x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.outer, x, use_reentrant=False)
+
+    original, fused = pair(Nested)
+    expected, actual = (steps(model, model) for model in (original, fused))
+    assert_all_close(actual, expected)

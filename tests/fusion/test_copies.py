@@ -1,0 +1,279 @@
+"""Copies, pickles, files, other processes and replicas of a fused model: with their own parameters, and fused."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import NETWORKS, Basic, assert_close, random_input
+from observe import assert_fuses, assert_same_steps, count, counted_graphs, fused_names, pair, sequential, small
+from torch import Tensor, fx, nn
+
+import bnext
+
+
+def saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def in_a_list(model: nn.Module) -> nn.Module:
+    return copy.deepcopy({"models": [model, model]})["models"][1]
+
+
+def by_hand(model: nn.Module) -> nn.Module:
+    """As some write `__deepcopy__`: attribute by attribute, without telling copy of the copy."""
+    twin = type(model).__new__(type(model))
+    for key, value in model.__dict__.items():
+        twin.__dict__[key] = copy.deepcopy(value)
+    return twin
+
+
+WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "torch.save": saved,
+    "within a list": in_a_list,
+    "of a copy": lambda m: pickle.loads(pickle.dumps(copy.deepcopy(m))),
+    "averaged": lambda m: torch.optim.swa_utils.AveragedModel(m).module,
+}
+
+
+def changed(model: nn.Module) -> None:
+    """So that a copy which computes with the original's parameters is found out."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.add_(0.5)
+
+
+@pytest.mark.parametrize(
+    ("way", "called"), [*((way, True) for way in WAYS), ("deepcopy", False), ("torch.save", False)]
+)
+def test_a_copy_has_its_own_parameters_and_fuses(way: str, called: bool) -> None:
+    original, fused = pair(lambda: Basic(3))
+    x = small()
+    if called:
+        assert_same_steps(original, fused, x, modes=("training",), steps=1)
+    twin, reference = WAYS[way](fused), copy.deepcopy(original)
+    assert [type(m) for m in twin.modules()] == [type(m) for m in fused.modules()]
+    changed(fused)
+    assert_same_steps(reference, twin, x, steps=1)
+    assert_fuses(reference.train(), twin.train(), x, pairs=2, sums=1)
+    changed(original)
+    assert_same_steps(original, fused, x, modes=("training",), steps=1)
+    bnext.revert(twin)
+    assert all(type(m).__module__.startswith(("torch", "networks")) for m in twin.modules())
+    assert not any(
+        "bnext" in key or "bnext" in type(v).__module__ for m in twin.modules() for key, v in vars(m).items()
+    )
+    assert_same_steps(reference, twin, x, modes=("training",), steps=1)
+
+
+def test_a_deep_copy_shares_the_graphs() -> None:
+    fused = bnext.convert(sequential(nn.Flatten()), fuse=True)
+    x = torch.randn(2, 3, 4, 4)
+    fused(x)
+    with counted_graphs() as graphs:
+        twins = [copy.deepcopy(fused) for _ in range(3)]
+        for twin in (*twins, copy.deepcopy(twins[0])):
+            assert count(twin(x)) == 0
+        assert graphs() == 0
+
+
+@pytest.mark.parametrize("name", ["functional", "own norm", "branching", "shared, different"])
+def test_networks(name: str) -> None:
+    original, fused = pair(NETWORKS[name].make)
+    x = random_input(*NETWORKS[name].shape)
+    assert_same_steps(original, fused, x, modes=("training",), steps=1)
+    for way in ("deepcopy", "torch.save"):
+        twin, reference = WAYS[way](fused), copy.deepcopy(original)
+        assert_same_steps(reference, twin, x, modes=("training",), steps=1)
+        original(x)
+        assert count(twin(x)) == count(fused(x))
+
+
+def test_the_report_of_a_second_model_of_a_class_whose_graph_breaks() -> None:
+    """Parts behind a break are kept by dynamo for all models of a class."""
+    for _ in range(2):
+        original, fused = pair(NETWORKS["branching"].make)
+        assert_same_steps(original, fused, small(), modes=("training",), steps=1)
+        assert fused_names(fused) == ["bn", "body.1"]
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_copy_that_does_not_know_its_copy_is_no_original(called: bool) -> None:
+    original, fused = pair(lambda: sequential(nn.Conv2d(3, 2, 1)))
+    x = small()
+    if called:
+        assert_same_steps(original, fused, x, modes=("training",))
+    twin, reference = by_hand(fused), copy.deepcopy(original)
+    changed(fused)
+    assert_same_steps(reference, twin, x, modes=("training",))
+
+
+class Modal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.scale = nn.BatchNorm2d(3), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.bn(x) * self.scale)
+
+
+def test_a_shallow_copy_is_no_original() -> None:
+    original, fused = pair(Modal)
+    x = small()
+    assert_same_steps(original, fused, x, modes=("training",), steps=1)
+    twins = [copy.copy(model) for model in (original, fused)]
+    for twin in twins:
+        twin.scale = 3.0
+    assert_same_steps(*twins, x, modes=("training",), steps=1)
+    del fused
+    assert_same_steps(*twins, x, modes=("training",), steps=1)
+    bnext.convert(twins[1], fuse=True)
+    assert_same_steps(*twins, x, modes=("training",), steps=1)
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_replica_computes_with_its_own_parameters(called: bool) -> None:
+    """What nn.DataParallel does on each device: a replica, whose parameters are replaced by plain tensors."""
+    original, fused = pair(lambda: nn.Sequential(sequential(), Basic(3)))
+    x = small()
+    if called:
+        assert_same_steps(original, fused, x, modes=("training",))
+    outputs = []
+    for model in (original, fused):
+        replica = model._replicate_for_data_parallel()
+        replica._modules = {}
+        for key, child in model._modules.items():
+            copied = child._replicate_for_data_parallel()
+            copied._modules = {k: self_replica(m) for k, m in child._modules.items()}
+            replica._modules[key] = copied
+        first = replica._modules["0"]._modules["0"]
+        first._parameters = {"weight": torch.ones(3, 3, 1, 1, dtype=torch.float64), "bias": None}
+        outputs.append(replica(x))
+    assert_close(outputs[1], outputs[0], "output")
+    assert not torch.equal(fused(x), outputs[1])
+
+
+def self_replica(module: nn.Module) -> nn.Module:
+    replica = module._replicate_for_data_parallel()
+    replica._parameters = {k: None if p is None else p.detach() * 1.5 for k, p in module._parameters.items()}
+    replica._modules = {k: self_replica(m) for k, m in module._modules.items()}
+    return replica
+
+
+class KeepsItsDict(Basic):
+    """A __getstate__ of one's own, as older code has it."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+
+class MakesAnother(nn.Module):
+    """A __deepcopy__ of one's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = sequential(nn.Conv2d(3, 2, 1)).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MakesAnother:
+        twin = MakesAnother()
+        bnext.convert(twin)
+        twin.load_state_dict(self.state_dict())
+        return twin
+
+
+@pytest.mark.parametrize("make", [lambda: KeepsItsDict(3), MakesAnother])
+def test_classes_that_copy_themselves(make: Callable[[], nn.Module]) -> None:
+    original = make().double()
+    fused = make().double()
+    fused.load_state_dict(original.state_dict())
+    bnext.convert(fused, fuse=True)
+    x = small()
+    assert_same_steps(original, fused, x, modes=("training",))
+    for way in ("deepcopy", "pickle"):
+        twin, reference = WAYS[way](fused), copy.deepcopy(original)
+        changed(fused)
+        changed(original)
+        assert_same_steps(reference, twin, x, modes=("training",))
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_graph_module(called: bool) -> None:
+    """torch.fx's own class pickles and copies itself in its own way."""
+    original = fx.symbolic_trace(sequential(nn.Conv2d(3, 2, 1)).double())
+    fused = bnext.convert(copy.deepcopy(original), fuse=True)
+    x = small()
+    if called:
+        assert_same_steps(original, fused, x, modes=("training",))
+        assert_fuses(original, fused, x)
+    for way in ("deepcopy", "pickle"):
+        twin, reference = WAYS[way](fused), copy.deepcopy(original)
+        changed(fused)
+        changed(original)
+        assert_same_steps(reference, twin, x, modes=("training",))
+
+
+def test_a_saved_model_loads_in_another_process(
+    tmp_path: Path, run_python: Callable[..., subprocess.CompletedProcess[str]], request: pytest.FixtureRequest
+) -> None:
+    model = nn.Sequential(*sequential(nn.Conv2d(3, 2, 1))).double()
+    bnext.convert(model, fuse=True)
+    x = small()
+    torch.save(
+        {"model": model, "x": x, "y": model(x).detach(), "eval": model.eval()(x).detach()}, tmp_path / "saved.pt"
+    )
+    code = (
+        f"import torch; saved = torch.load({str(tmp_path / 'saved.pt')!r}, weights_only=False)\n"
+        "model, x = saved['model'], saved['x']\n"
+        "print((model(x) - saved['eval']).abs().max().item(), (model.train()(x) - saved['y']).abs().max().item())\n"
+        "import bnext; print(bnext.fusion_report(model).fused)\n"
+    )
+    result = run_python("-W", "error", "-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["0.0 0.0", "[('1', 'batch norm -> relu')]"]
+
+
+def train_and_report(model: nn.Module, x: Tensor, queue: Any) -> None:
+    torch.set_num_threads(1)
+    model(x).square().sum().backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= 0.1 * p.grad
+    queue.put(fused_names(model))
+
+
+@pytest.mark.slow
+def test_a_spawned_process_trains_a_shared_model() -> None:
+    model = bnext.convert(sequential(nn.Conv2d(3, 2, 1)).double(), fuse=True)
+    twin = bnext.revert(copy.deepcopy(model))
+    x = small()
+    model.share_memory()
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=train_and_report, args=(model, x, queue))
+    process.start()
+    assert queue.get(timeout=120) == ["1"]
+    process.join(timeout=60)
+    assert process.exitcode == 0
+
+    class Answers:
+        def put(self, names: Any) -> None: ...
+
+    with pytest.raises(ValueError, match="fuse=True"):
+        train_and_report(twin, x, Answers())
+    assert_close(list(model.state_dict().values()), list(twin.state_dict().values()), "the shared state")

@@ -1,0 +1,297 @@
+"""What convert(fuse=True) puts into a model, which is little, and that nothing of it is left where it should not be."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from networks import NETWORKS, Basic, assert_close, random_input
+from observe import assert_fuses, assert_same_steps, count, fused_names, pair, sequential, small, step
+from torch import Tensor, nn
+
+import bnext
+
+SOME = pytest.mark.parametrize("name", ["resnet", "functional", "own norm", "branching", "mobile"])
+
+
+def record(model: nn.Module) -> list[Any]:
+    return [(m, type(m), dict(m.__dict__), dict(m._modules)) for m in model.modules()]
+
+
+def same(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(
+        (m, t, modules) == (n, u, others) and d.keys() == e.keys() and all(d[key] is e[key] for key in d)
+        for (m, t, d, modules), (n, u, e, others) in zip(a, b, strict=True)
+    )
+
+
+@SOME
+def test_classes_names_and_tensors_are_kept(name: str) -> None:
+    model = NETWORKS[name].make()
+    plain = bnext.convert(copy.deepcopy(model))
+    tensors = [id(t) for t in (*model.parameters(), *model.buffers())]
+    names, hooks = [n for n, _ in model.named_modules()], [len(m._forward_hooks) for m in model.modules()]
+    state, text = model.state_dict(), repr(plain)
+    assert bnext.convert(model, fuse=True) is model
+    assert [id(t) for t in (*model.parameters(), *model.buffers())] == tensors
+    assert [n for n, _ in model.named_modules()] == names
+    assert [len(m._forward_hooks) for m in model.modules()] == hooks
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    assert repr(model) == text
+    assert list(model.state_dict()) == list(state)
+    assert model.state_dict()._metadata == state._metadata
+    inner = [m.__dict__.keys() for m in list(model.modules())[1:]]
+    assert inner == [m.__dict__.keys() for m in list(plain.modules())[1:]], "only the model itself is touched"
+
+
+@pytest.mark.parametrize("name", ["sides", "functional"])
+def test_state_dicts_are_interchangeable(name: str) -> None:
+    original, fused = pair(NETWORKS[name].make)
+    x = random_input(*NETWORKS[name].shape)
+    step(fused, (x,))
+    original.load_state_dict(fused.state_dict(), strict=True)
+    assert_same_steps(original, fused, x, modes=("training",), steps=1)
+    fused.load_state_dict(original.state_dict(), strict=True)
+    assert_same_steps(original, fused, x, modes=("training",), steps=1)
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_revert_leaves_nothing_behind(name: str, called: bool) -> None:
+    model = NETWORKS[name].make().double()
+    before = record(model)
+    bnext.convert(model, fuse=True)
+    if called and name in ("resnet", "functional", "own norm"):
+        with torch.no_grad():
+            model(random_input(*NETWORKS[name].shape))
+    assert bnext.revert(model) is model
+    assert same(record(model), before)
+    with pytest.raises(ValueError, match="fuse=True"):
+        bnext.fusion_report(model)
+
+
+def test_reverted_and_converted_again() -> None:
+    original, fused = pair(lambda: sequential(nn.Conv2d(3, 2, 1)))
+    x = small()
+    for _ in range(2):
+        assert_fuses(original, fused, x)
+        bnext.revert(fused)
+        assert_fuses(original, fused, x, pairs=0)
+        bnext.convert(fused, fuse=True)
+    assert_same_steps(original, fused, x)
+
+
+def test_converting_twice_changes_nothing_more() -> None:
+    original, fused = pair(lambda: sequential(nn.Conv2d(3, 2, 1)))
+    assert_same_steps(original, fused, small(), steps=1)
+    before, report = record(fused), bnext.fusion_report(fused).fused
+    for keywords in ({"fuse": True}, {}):
+        bnext.convert(fused, **keywords)
+        assert same(record(fused), before)
+        assert bnext.fusion_report(fused).fused == report
+    assert_fuses(original.train(), fused.train(), small())
+
+
+class Awkward(nn.Module):
+    """Something in it raises when it is looked at."""
+
+    def __init__(self, raises: bool = True) -> None:
+        super().__init__()
+        self.bn, self.relu, self.raises = nn.BatchNorm2d(3), nn.ReLU(), raises
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        if self.raises:
+            raise RuntimeError("not now")
+        return super().named_modules(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("make", "keywords", "error"),
+    [
+        (sequential, {"fuse": 1}, TypeError),
+        (sequential, {"fuse": "yes"}, TypeError),
+        (sequential, {"fuse": True, "sync": 1}, TypeError),
+        (sequential, {"fuse": True, "verbose": None}, TypeError),
+        (lambda: nn.Sequential(Awkward()), {"fuse": True}, RuntimeError),
+    ],
+)
+def test_nothing_has_changed_when_convert_raises(
+    make: Callable[[], nn.Module], keywords: dict[str, Any], error: type[Exception]
+) -> None:
+    model = make()
+    modules = list(nn.Module.modules(model)) if isinstance(model[0], nn.Conv2d) else [model, model[0], model[0].bn]
+    before = [(type(m), dict(m.__dict__)) for m in modules]
+    with pytest.raises(error):
+        bnext.convert(model, **keywords)
+    assert [(type(m), dict(m.__dict__)) for m in modules] == before
+
+
+@pytest.mark.parametrize("what", [None, 3, nn.BatchNorm2d, lambda x: x])
+def test_only_modules_are_converted(what: Any) -> None:
+    for function in (lambda m: bnext.convert(m, fuse=True), bnext.fusion_report):
+        with pytest.raises(TypeError, match="Module"):
+            function(what)
+
+
+def test_the_report_before_a_call_and_of_an_unconverted_model() -> None:
+    fused = bnext.convert(sequential(), fuse=True)
+    report = bnext.fusion_report(fused)
+    assert report.fused == []
+    assert [name for name, _ in report.left] == ["1"]
+    for model in (sequential(), bnext.convert(sequential())):
+        with pytest.raises(ValueError, match="fuse=True"):
+            bnext.fusion_report(model)
+
+
+def test_the_report_of_what_holds_a_fused_model() -> None:
+    model = nn.Sequential(nn.Identity(), bnext.convert(sequential(nn.Flatten()), fuse=True))
+    model(torch.randn(2, 3, 4, 4))
+    assert bnext.fusion_report(model).fused == [("1.1", "batch norm -> relu")]
+
+
+def test_what_was_fused_is_logged_or_printed(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    x = torch.randn(2, 3, 4, 4)
+    with caplog.at_level(logging.INFO, "bnext"):
+        model = bnext.convert(sequential(nn.Flatten()), fuse=True)
+        caplog.clear()
+        model(x)
+        model(x)
+    (entry,) = [r for r in caplog.records if r.name == "bnext"]
+    assert entry.levelno == logging.INFO
+    assert capsys.readouterr().out == ""
+    bnext.convert(sequential(nn.Flatten()), fuse=True, verbose=True)(x)
+    printed = capsys.readouterr().out
+    for text in (entry.getMessage(), printed, str(bnext.fusion_report(model))):
+        assert "1: batch norm -> relu" in text
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_model_is_freed_by_reference_count(called: bool) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        model = bnext.convert(nn.Sequential(sequential(), Basic(3), nn.Flatten()), fuse=True)
+        if called:
+            for training in (True, False):
+                model.train(training)(torch.randn(2, 3, 4, 4)).sum().backward()
+            with torch.no_grad():
+                model(torch.randn(3, 3, 4, 4))
+        found = [weakref.ref(m) for m in model.modules()] + [weakref.ref(p) for p in model.parameters()]
+        del model
+        assert [ref() for ref in found if ref() is not None] == []
+    finally:
+        gc.enable()
+
+
+def test_copies_and_a_replica_are_freed_too() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        model = bnext.convert(sequential(nn.Flatten()), fuse=True)
+        x = torch.randn(2, 3, 4, 4)
+        model(x)
+        found = []
+        for twin in (copy.deepcopy(model), model._replicate_for_data_parallel()):
+            twin(x)
+            found.append(weakref.ref(twin))
+            del twin
+        assert [ref() for ref in found if ref() is not None] == []
+        bnext.revert(model)
+        ref = weakref.ref(model)
+        del model
+        assert ref() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("order", ["before", "after", "after a call"])
+def test_a_compilation_of_the_users_own_wins(order: str, caplog: pytest.LogCaptureFixture) -> None:
+    graphs: list[Any] = []
+
+    def own(graph: Any, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    original = sequential(nn.Flatten()).double()
+    model = copy.deepcopy(original)
+    if order == "before":
+        model.compile(backend=own)
+    bnext.convert(model, fuse=True)
+    if order == "after a call":
+        model(small())
+        original(small())
+        model.load_state_dict(original.state_dict())
+    if order != "before":
+        model.compile(backend=own)
+    assert_close(model(small() * 0 + 1), original(small() * 0 + 1), "output")
+    assert len(graphs) == 1
+    if order == "before":
+        assert any("compiled" in r.getMessage() for r in caplog.records if r.name == "bnext")
+    installed = model._compiled_call_impl
+    bnext.revert(model)
+    assert model._compiled_call_impl is installed
+    assert type(model[1]) is nn.BatchNorm2d
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("called", [False, True])
+def test_torch_compile_on_top(called: bool) -> None:
+    """The compiler sees the layers; with bnext's back end it fuses them."""
+    original, fused = pair(lambda: sequential(nn.Conv2d(3, 2, 1)))
+    if called:
+        assert_same_steps(original, fused, small(), modes=("training",))
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    assert_same_steps(original, compiled, small())
+    assert_fuses(original, fused, small())
+
+
+def test_a_compiled_submodule_is_swallowed_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    graphs: list[Any] = []
+
+    def own(graph: Any, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    original = nn.Sequential(sequential(), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten()).double()
+    for compile in (lambda m: m[0].compile(backend=own), lambda m: m.__setitem__(0, torch.compile(m[0], backend=own))):
+        model = copy.deepcopy(original)
+        compile(model)
+        caplog.clear()
+        bnext.convert(model, fuse=True)
+        said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        x = small()
+        assert_close(model(x), original(x), "output")
+        original.load_state_dict({k.replace("_orig_mod.", ""): v for k, v in model.state_dict().items()})
+        assert len(said) == 1
+        assert "compile" in said[0]
+    assert graphs == []
+
+
+def test_fused_parts_in_a_fused_whole() -> None:
+    original = nn.Sequential(sequential(), sequential(), nn.Conv2d(3, 2, 1)).double()
+    fused = copy.deepcopy(original)
+    bnext.convert(fused[0], fuse=True)
+    assert_same_steps(original, fused, small(), modes=("training",))
+    assert_fuses(original, fused, small(), pairs=1)
+    bnext.convert(fused, fuse=True)
+    assert_same_steps(original, fused, small())
+    assert_fuses(original.train(), fused.train(), small(), pairs=2)
+    assert set(fused_names(fused)) == {"0.1", "1.1"}
+    bnext.revert(fused)
+    assert count(fused(small())) == 2
+
+
+def test_a_user_made_layer_stays() -> None:
+    model = nn.Sequential(bnext.BatchNormAct2d(3, act="silu"), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten())
+    bnext.convert(model, fuse=True)
+    model(torch.randn(2, 3, 4, 4))
+    assert [type(m) for m in model[:3]] == [bnext.BatchNormAct2d, bnext.BatchNorm2d, nn.ReLU]
+    assert fused_names(model) == ["1"]
