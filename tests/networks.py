@@ -291,7 +291,10 @@ NETWORKS = {
     "shared, different": Network(SharedDifferent, {("bn", "batch norm -> relu"), ("bn", "batch norm -> gelu")}),
     "functional": Network(
         Functional,
-        {("batch_norm", "batch norm -> leaky_relu(0.2)"), ("batch_norm", "batch norm + residual -> relu")},
+        {
+            ("(the module itself)", "batch norm -> leaky_relu(0.2)"),
+            ("(the module itself)", "batch norm + residual -> relu"),
+        },
     ),
     "branching": Network(Branching, {("body.1", "batch norm -> leaky_relu(0.1)"), ("bn", "batch norm -> relu")}),
     "own norm": Network(WithOwnNorm, {("bn", "batch norm -> relu")}),

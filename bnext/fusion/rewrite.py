@@ -150,11 +150,18 @@ class _Pass:
         """Backward of a smooth activation reads the residual, which torch's sum does not keep."""
         if applied.activation.name in _C.rectifiers:
             return
-        kept = memory(added.residual)
+        kept, residual = memory(added.residual), effects.tensor(added.residual)
+        external = residual is not None and not self._is_fresh(added.residual)
         for node in between(place, self.graph.output_node()):
             writes = written(node) if node is not activation else []
             suspects = node.all_input_nodes if writes is None else writes
             require(not any(memory(n) & kept for n in suspects), "the residual is written to later")
+            if external and not patterns.is_batch_norm(node):
+                like = [t for n in writes or () if not self._is_fresh(n) and (t := effects.tensor(n)) is not None]
+                require(
+                    not any(t.dtype == residual.dtype for t in like),  # type: ignore[union-attr]
+                    "an input of the graph, which may be the residual, is written to later",
+                )
 
     def _first_reader(self, names: set[fx.Node], what: str) -> fx.Node:
         readers = self._readers(names)

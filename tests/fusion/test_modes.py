@@ -31,11 +31,11 @@ import bnext
 
 
 def test_modes_in_any_order() -> None:
-    original, fused = pair(lambda: nn.Sequential(sequential(), Basic(3)))
+    original, fused = pair(lambda: Basic(3))
     modes = ("evaluation, inference_mode", "training", "evaluation", "training, no_grad", "training")
     for mode in (*modes, "evaluation, no_grad", *modes):
         assert_same_steps(original, fused, small(), modes=(mode,), steps=1)
-    assert_fuses(original.train(), fused.train(), small(), pairs=3, sums=1)
+    assert_fuses(original.train(), fused.train(), small(), pairs=2, sums=1)
 
 
 def test_inference_tensors_and_then_training() -> None:
@@ -58,7 +58,7 @@ def test_a_program_compiles_no_more_often_than_torch_does() -> None:
     graphs = []
     for fuse in (False, True):
         torch._dynamo.reset()
-        model = nn.Sequential(sequential(), Basic(3))
+        model = Basic(3)
         called = bnext.convert(model, fuse=True) if fuse else torch.compile(model, backend="eager")
         with counted_graphs() as made:
             for training, grad, n in calls():
@@ -70,11 +70,11 @@ def test_a_program_compiles_no_more_often_than_torch_does() -> None:
 
 
 def test_sizes_compute_the_same() -> None:
-    original, fused = pair(lambda: nn.Sequential(sequential(), Basic(3)))
+    original, fused = pair(lambda: Basic(3))
     for n, h in ((2, 5), (3, 5), (7, 6), (1, 8), (2, 5), (0, 4)):
         x = torch.randn(n, 3, h, 4, dtype=torch.float64)
-        assert_same_steps(original, fused, x, steps=1)
-    assert_fuses(original.train(), fused.train(), torch.randn(9, 3, 3, 3, dtype=torch.float64), pairs=3, sums=1)
+        assert_same_steps(original, fused, x, modes=("training",), steps=1)
+    assert_fuses(original.train(), fused.train(), torch.randn(9, 3, 3, 3, dtype=torch.float64), pairs=2, sums=1)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -92,7 +92,7 @@ def test_sizes_of_one_model_are_nothing_to_the_next() -> None:
 
 def test_beyond_the_limit_there_is_one_warning_and_right_results(caplog: pytest.LogCaptureFixture) -> None:
     """A momentum that changes each step is another graph each time."""
-    original, fused = pair(lambda: sequential(nn.Flatten()))
+    original, fused = pair(lambda: nn.Sequential(nn.Identity(), nn.BatchNorm2d(3), nn.ReLU()))
     x = small()
     with caplog.at_level(logging.WARNING):
         for n in range(40):
@@ -108,15 +108,14 @@ def test_beyond_the_limit_there_is_one_warning_and_right_results(caplog: pytest.
 
 AUTOCAST = {
     "around": lambda model, x: autocast(lambda: model(x)),
-    "around, disabled": lambda model, x: autocast(lambda: model(x), enabled=False),
     "entered and left by turns": lambda model, x: torch.cat(
         [autocast(lambda: model(x)).float(), model(x), autocast(lambda: model(x)).float()]
     ),
 }
 
 
-def autocast(call: Any, enabled: bool = True) -> Any:
-    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+def autocast(call: Any) -> Any:
+    with torch.autocast("cpu", torch.bfloat16):
         return call()
 
 
