@@ -238,7 +238,7 @@ def test_a_compilation_of_the_users_own_wins(order: str, caplog: pytest.LogCaptu
     installed = model._compiled_call_impl
     bnext.revert(model)
     assert model._compiled_call_impl is installed
-    assert type(model[1]) is nn.BatchNorm2d
+    assert type(model.bn1) is nn.BatchNorm2d
 
 
 @pytest.mark.usefixtures("fresh_compiler")
