@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -109,6 +109,9 @@ class _Pass:
         require(patterns.same_layout(reader, norm.output), "the result has another memory format")
         modes = {self.mode[node] for node in (norm.node, last, reader)}
         require(len(modes) == 1, "autocast or the grad mode changes in between")
+        slope: Any = applied.activation.slope  # a node, if it has changed from one call to another
+        known = not isinstance(slope, fx.Node) or slope < (last if added else norm.node)
+        require(known, "the activation's slope is computed behind it")
         self._rewrite(norm, added, applied, last, reader, names)
         return f"batch norm{' + residual' if added else ''} -> {applied.activation}"
 

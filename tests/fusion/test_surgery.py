@@ -4,6 +4,7 @@ frozen. It computes what the unconverted model would, and goes on being fused wh
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -273,3 +274,11 @@ def test_fully_shard_and_revert(part: int | None) -> None:
     assert_close(fused(x), original(x), "output")
     bnext.revert(fused)
     assert_close(fused(x), original(x), "output")
+
+
+def test_a_slope_that_changes_from_call_to_call_is_left_and_right(caplog: pytest.LogCaptureFixture) -> None:
+    original, fused = pair(lambda: nn.Sequential(nn.BatchNorm2d(3), nn.LeakyReLU(0.1)))
+    for slope in (0.1, 0.2, 0.3):
+        original[1].negative_slope = fused[1].negative_slope = slope
+        assert_same_steps(original, fused, small(), modes=("training",), steps=1)
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
