@@ -7,25 +7,26 @@ its owner by a weak reference, puts a successor into a copy, and is pickled as a
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 
-class Attached:
+class Attached(ABC):
     """Acts for one module, which owns it."""
 
     def __init__(self, owner: torch.nn.Module) -> None:
         self._owner = weakref.ref(owner)
 
+    @abstractmethod
     def follow(self, copy: torch.nn.Module) -> Attached:
         """Attach what acts for a copy of the owner."""
-        raise NotImplementedError
 
+    @abstractmethod
     def remake(self) -> tuple[Any, ...]:
         """A function, and its arguments, that attaches what acts for the owner, whose state is yet to be unpickled."""
-        raise NotImplementedError
 
     def __reduce__(self) -> tuple[Any, ...]:
         kind = type(self._owner())
