@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -50,6 +51,10 @@ class SyncBatchNorm(modules.Activated, torch.nn.SyncBatchNorm):
 
     Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> SyncBatchNorm:
+        _let_ddp_accept_cpu()
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -106,6 +111,7 @@ _SYNCHRONIZABLE: set[type[torch.nn.Module]] = {
 
 def synchronize(module: torch.nn.Module, process_group: Any = None) -> None:
     """Turn every batch norm of a known class into a :class:`SyncBatchNorm` of this group, in place."""
+    _let_ddp_accept_cpu()
     for m in module.modules():
         if type(m) in _SYNCHRONIZABLE:
             m.__dict__[_BEFORE] = type(m)
@@ -135,9 +141,13 @@ class _Others:
         return [m for m in self._module.modules() if not isinstance(m, SyncBatchNorm)]
 
 
-def _accept_on_cpu() -> None:
-    # DistributedDataParallel refuses every torch.nn.SyncBatchNorm on the CPU, as torch's own forward does not work
-    # there: it asks isinstance, to which a subclass cannot say no.
+@functools.cache
+def _let_ddp_accept_cpu() -> None:
+    """Let ``DistributedDataParallel`` accept bnext's layers on the CPU, from the first of them on.
+
+    It refuses every ``torch.nn.SyncBatchNorm`` there, because torch's forward needs CUDA. It asks ``isinstance``, to
+    which a subclass cannot say no; so its check is replaced by one that does not see bnext's layers.
+    """
     check = getattr(DistributedDataParallel, "_passing_sync_batchnorm_handle", None)
     if check is None:
         return
@@ -146,6 +156,3 @@ def _accept_on_cpu() -> None:
         check(self, _Others(module))
 
     DistributedDataParallel._passing_sync_batchnorm_handle = check_others  # type: ignore[method-assign]
-
-
-_accept_on_cpu()

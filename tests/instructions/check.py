@@ -45,7 +45,12 @@ def compiler() -> str:
 def build() -> Path:
     """The driver, linked with the objects of the extension's own build."""
     # The folder keeps objects of sources that are gone.
-    objects = [o for o in ROOT.glob("build/temp.*/csrc/cpu/*.o") if (ROOT / f"csrc/cpu/{o.stem}.cpp").exists()]
+    objects = [
+        o
+        for temporary in ROOT.glob("build/temp.*")
+        for o in sorted(temporary.glob("csrc/cpu/**/*.o"))
+        if (ROOT / o.relative_to(temporary)).with_suffix(".cpp").exists()
+    ]
     if not objects:
         sys.exit("check.py: the extension is not built: make build")
     BUILD.mkdir(parents=True, exist_ok=True)
