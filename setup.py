@@ -17,36 +17,37 @@ from torch.utils import cpp_extension
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
 SOURCES = [
-    "csrc/bindings.cpp",
-    "csrc/autograd.cpp",
-    "csrc/derivatives.cpp",
-    "csrc/batch_norm.cpp",
-    "csrc/kernel_tensors.cpp",
-    "csrc/checks.cpp",
-    "csrc/collectives.cpp",
-    "csrc/sync.cpp",
-    "csrc/backend.cpp",
-    "csrc/backend_cpu.cpp",
-    "csrc/output_memory.cpp",
+    "csrc/tensor/module.cpp",
+    "csrc/tensor/autograd.cpp",
+    "csrc/tensor/derivatives.cpp",
+    "csrc/tensor/forward.cpp",
+    "csrc/tensor/backward.cpp",
+    "csrc/tensor/tensors.cpp",
+    "csrc/tensor/checks.cpp",
+    "csrc/tensor/collectives.cpp",
+    "csrc/tensor/sync.cpp",
+    "csrc/tensor/backend.cpp",
+    "csrc/tensor/cpu_backend.cpp",
+    "csrc/tensor/output_memory.cpp",
     "csrc/cpu/batch_norm.cpp",
     "csrc/cpu/channels_first.cpp",
     "csrc/cpu/channels_last.cpp",
-    "csrc/cpu/large_blocks.cpp",
-    "csrc/cpu/isa.cpp",
-    # An instruction set's leaves, the longest to compile first.
+    "csrc/cpu/huge_page_cache.cpp",
+    "csrc/cpu/isa/dispatch.cpp",
+    # An instruction set's kernels, the longest to compile first.
     *(
-        f"csrc/cpu/isa/{isa}_{leaves}.cpp"
-        for leaves in ("map_columns", "map_segments", "reduce_segments", "reduce_columns", "leaf_table")
+        f"csrc/cpu/isa/{isa}_{kernels}.cpp"
+        for kernels in ("map_columns", "map_segments", "reduce_segments", "reduce_columns", "kernel_table")
         for isa in ("avx512", "avx2", "default")
     ),
 ]
 CUDA_SOURCES = [
-    "csrc/backend_cuda.cpp",
+    "csrc/tensor/cuda_backend.cpp",
     "csrc/cuda/backward_activated.cu",
     "csrc/cuda/backward.cu",
     "csrc/cuda/forward.cu",
     "csrc/cuda/limits.cu",
-    "csrc/cuda/plan.cpp",
+    "csrc/cuda/launch_plan.cpp",
 ]
 
 # The kernels read no errno and unmask no floating-point trap: no result changes. Debug information, which Python's own
@@ -104,7 +105,7 @@ def builds_cuda() -> bool:
 find_toolkit()
 if builds_cuda():
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        # Without a GPU in sight torch's own choice of architectures fails.
+        # Without a visible GPU torch's own choice of architectures fails.
         found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
         visible = ";".join(sorted({f"{major}.{minor}" for major, minor in found}))
         os.environ["TORCH_CUDA_ARCH_LIST"] = visible or DEFAULT_ARCHITECTURES

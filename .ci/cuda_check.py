@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("80", "90", "100")
 SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
 LONGEST = ("backward_activated", "backward", "forward")  # to compile, so they are the first
-TENSOR_LEVEL = ROOT / "csrc" / "backend_cuda.cpp"
+TENSOR_LEVEL = ROOT / "csrc" / "tensor" / "cuda_backend.cpp"
 # torch compiles its extensions with these: conversions of half types have to be written out.
 TORCH_MACROS = (
     "-D__CUDA_NO_HALF_OPERATORS__",
@@ -218,7 +218,7 @@ def main() -> int:
             print(f"cuda-check failed: {error}", file=sys.stderr)
             return 1
     print("\n".join(table(kernels, ARCHITECTURES)))
-    print("Static shared memory: none. Dynamic: what csrc/cuda/plan.cpp lays out, half an SM's at most for two blocks.")
+    print("Static shared memory: none. Dynamic: csrc/cuda/launch_plan.cpp, half an SM at most for two blocks.")
     broken = [f"{k.name} sm_{k.architecture}: {fault}" for k in kernels for fault in k.faults]
     for line in broken:
         print(f"cuda-check failed: {line}", file=sys.stderr)

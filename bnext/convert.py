@@ -67,7 +67,7 @@ def convert(
 
     With ``sync=True`` every layer, fused ones too, becomes a :class:`bnext.SyncBatchNorm`: in training, statistics are
     those of the batches of all processes of a group. To be called before the model is wrapped in
-    ``DistributedDataParallel``, which it needs not be on the CPU either. Lazy layers stay as they are, and are listed.
+    ``DistributedDataParallel``, which accepts it on the CPU, too. Lazy layers stay as they are, and are listed.
 
     A result never changes by more than rounding.
 

@@ -14,7 +14,7 @@ from bnext.activations import Act, Activation
 Epilogue = tuple[Tensor | None, str, float] | tuple[()]
 PLAIN: Epilogue = ()
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 # Processes that share a batch: how many, and the name of their torch.distributed group.
 Group = tuple[int, str]
@@ -218,7 +218,7 @@ def _is_arithmetic(input: Tensor, vectors: tuple[Tensor | None, ...], eps: float
     are the operator's; nothing is exported; and arithmetic gives what the operator does, and not, by broadcasting or
     promotion, what that refuses."""
     residual = epilogue[0] if epilogue else None
-    if _is_exporting() or input.dim() < 2 or input.dtype not in _DTYPES or eps < 0:
+    if _is_exporting() or input.dim() < 2 or input.dtype not in DTYPES or eps < 0:
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, *vectors[:2], residual)):
         return False

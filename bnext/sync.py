@@ -15,7 +15,7 @@ from bnext.functional import PLAIN, Epilogue, Group
 
 
 def _group_of(process_group: Any) -> Group | None:
-    """None where there is nobody to share a batch with."""
+    """The group that shares a batch; None where that is one process alone."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
     group: Any = distributed.group.WORLD if process_group is None else process_group

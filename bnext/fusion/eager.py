@@ -165,7 +165,7 @@ def install(module: nn.Module, verbose: bool = False) -> None:
         return
     compiled = [name for name, m in module.named_modules() if _is_compiled(m)]
     if compiled:
-        _logger.warning("compiled parts are captured with the rest, and not compiled: %s", ", ".join(compiled))
+        _logger.warning("compiled parts are captured with the whole model, and not compiled: %s", ", ".join(compiled))
     _attach(module, verbose)
 
 

@@ -13,9 +13,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from bnext import _C, ops
 from bnext.activations import NAMES, SLOPES, Activation
+from bnext.functional import DTYPES
 from bnext.fusion.effects import tensor, value
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _DEVICES = ("cpu", "cuda") if _C.cuda else ("cpu",)
 
 OPERATORS = (ops.batch_norm_train, ops.batch_norm_eval, ops.batch_norm_sync)
@@ -83,7 +83,7 @@ def read_batch_norm(node: fx.Node) -> BatchNorm:
     require(input is not None, "its input is no dense tensor")
     assert input is not None
     require(input.device.type in _DEVICES, f"bnext has no kernels for {input.device.type}")
-    require(input.dim() >= 2 and input.dtype in _DTYPES, f"its input is {input.dim()}-dimensional, {input.dtype}")
+    require(input.dim() >= 2 and input.dtype in DTYPES, f"its input is {input.dim()}-dimensional, {input.dtype}")
     for argument_ in found.arguments[1:5]:
         if argument_ is not None:
             vector = tensor(argument_)
@@ -98,7 +98,7 @@ def _of_operator(node: fx.Node) -> BatchNorm:
     require(plain, "it has an activation already")
     output = node
     if node.target is not ops.batch_norm_sync:
-        # The bodies of higher-order operators keep what nobody uses.
+        # The bodies of higher-order operators keep nodes without users.
         for user in [user for user in node.users if not user.users and user.target is operator.getitem]:
             node.graph.erase_node(user)
         users = list(node.users)

@@ -38,7 +38,7 @@ class Outcome(NamedTuple):
 def fuse(module: fx.GraphModule, for_compiler: bool = False) -> list[Outcome]:
     """Rewrite a captured graph in place, and those of its higher-order operators.
 
-    ``for_compiler``: the graph is going to be compiled, so that an evaluation nobody differentiates is left to the
+    ``for_compiler``: the graph is going to be compiled, so that an evaluation without gradients is left to the
     compiler as arithmetic, which it fuses with more than an activation.
     """
     outcomes = []
@@ -76,7 +76,7 @@ class _Pass:
                 outcomes.append(outcome(False, str(reason)))
                 if norm.node.target is not norm.operator:
                     self._replace(norm)
-            except Exception as error:  # a model runs unfused, whatever it holds that nobody thought of
+            except Exception as error:  # an unforeseen model runs unfused
                 _logger.warning("a batch norm was left for an error of bnext's own, please report it", exc_info=True)
                 outcomes.append(outcome(False, f"an error of bnext's own, {error!r}"))
         self.graph.lint()

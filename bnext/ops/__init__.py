@@ -5,5 +5,25 @@ kernels (shapes and strides without data, for torch.compile and torch.export) an
 ``torch.func.vmap``.
 """
 
-from bnext.ops import fake, vmap  # noqa: F401  (which register what is in them)
-from bnext.ops.operators import *  # noqa: F403
+from bnext.ops import fake, vmap
+from bnext.ops.operators import (
+    batch_norm_backward,
+    batch_norm_eval,
+    batch_norm_merged,
+    batch_norm_moments,
+    batch_norm_sync,
+    batch_norm_train,
+    bind,
+)
+
+__all__ = [
+    "batch_norm_backward",
+    "batch_norm_eval",
+    "batch_norm_merged",
+    "batch_norm_moments",
+    "batch_norm_sync",
+    "batch_norm_train",
+    "bind",
+    "fake",
+    "vmap",
+]

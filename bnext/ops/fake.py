@@ -29,7 +29,7 @@ def _check(name: str, data: Tensor, given: dict[str, Any]) -> None:
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:
-    """As format_of in csrc/batch_norm.cpp."""
+    """As format_of in csrc/tensor/tensors.cpp."""
     suggested: torch.memory_format = suggest_memory_format(tensor)
     if suggested != torch.contiguous_format or tensor.dim() not in (4, 5) or tensor.is_contiguous():
         return suggested
@@ -47,7 +47,7 @@ def _empty_mask(input: Tensor, act: str, with_mask: bool) -> Tensor:
     positions = math.prod(spatial)
     planes = _memory_format(input) == torch.contiguous_format and positions != 1
     elements = positions if planes else c
-    lanes = 8 if input.device.type == "cpu" else 16 // input.element_size()
+    lanes = _C.mask_lanes(input.device.type != "cpu", input.element_size())
     touched = (elements + lanes - 1) // lanes
     row = (touched + touched - elements // lanes + 3) // 4 * 4
     return input.new_empty((n, c, row) if planes else (n * positions, row), dtype=torch.uint8)

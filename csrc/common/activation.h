@@ -1,5 +1,5 @@
-// The activations that batch norm applies on the way out, and their slopes. One copy for every device: V is a scalar or
-// a SIMD vector of float or double.
+// The activations that batch norm applies on the way out, and their derivatives. One copy for every device: V is a
+// scalar or a SIMD vector of float or double.
 //
 // float32 uses the polynomials below; float64 the C library, a lane at a time.
 #pragma once
@@ -36,7 +36,7 @@ struct Activation {
   Act act = Act::kIdentity;
   double slope = 0.0;  // kLeakyRelu: for negative values; kElu: just below zero, which is its alpha
 
-  // Whether its slope has two values, which one bit tells apart: the rectifier is open, or closed.
+  // Whether its derivative takes two values, which one bit tells apart: the rectifier is open, or closed.
   BNEXT_INLINE constexpr bool rectifies() const {
     return act == Act::kRelu || act == Act::kRelu6 || act == Act::kLeakyRelu;
   }
@@ -81,7 +81,7 @@ BNEXT_INLINE V clamp(const V& x, scalar_of<V> low, scalar_of<V> high) {
 // squares on Chebyshev points, reweighted to the maximum.
 enum class Digits { kFloat32, kFloat16, kBFloat16 };
 
-// 2^x = 2^n*(1 + quotient*f) for |x| <= 126, where x = z*unit and `rest` is what the float `unit` lacks of it.
+// 2^x = 2^n*(1 + quotient*f) for |x| <= 126, where x = z*unit and `low` is what the float `unit` lacks of it.
 template <Digits kDigits, typename V>
 struct PowerOfTwo {
   using Bits = typename LanesOf<V>::Bits;
@@ -90,13 +90,13 @@ struct PowerOfTwo {
   V quotient;  // (2^f - 1)/f
   Bits n;      // in a float's exponent
 
-  BNEXT_INLINE explicit PowerOfTwo(const V& z, float unit, [[maybe_unused]] float rest) {
+  BNEXT_INLINE explicit PowerOfTwo(const V& z, float unit, [[maybe_unused]] float low) {
     // Adding 1.5*2^23 rounds to a whole number and leaves it in the low bits.
     constexpr float kRound = 12582912.0f;
     const V shifted = z * unit + kRound;
     f = z * unit - (shifted - kRound);
     if constexpr (kDigits == Digits::kFloat32) {
-      f = z * rest + f;
+      f = z * low + f;
       quotient = f * 1.53533096e-4f + 1.3398939e-3f;  // relative error of 2^f: 2e-9
       quotient = quotient * f + 9.61843785e-3f;
       quotient = quotient * f + 5.55033237e-2f;
@@ -113,16 +113,16 @@ struct PowerOfTwo {
 
 // 2^x. Not for a NaN, whose bits do not survive the scaling.
 template <Digits kDigits, typename V>
-BNEXT_INLINE V power_of_two(const V& z, float unit = 1.0f, float rest = 0.0f) {
+BNEXT_INLINE V power_of_two(const V& z, float unit = 1.0f, float low = 0.0f) {
   using Bits = typename LanesOf<V>::Bits;
-  const PowerOfTwo<kDigits, V> x(z, unit, rest);
+  const PowerOfTwo<kDigits, V> x(z, unit, low);
   const V power = x.quotient * x.f + 1.0f;
   return __builtin_bit_cast(V, __builtin_bit_cast(Bits, power) + x.n);
 }
 
 // log2(e), and what the float lacks of it.
 constexpr float kLog2E = 1.44269502f;
-constexpr float kLog2ERest = 1.92596303e-8f;
+constexpr float kLog2ELow = 1.92596303e-8f;
 
 // Beyond these e^z is no float32 with all its digits.
 constexpr float kExpMost = 87.0f;
@@ -133,7 +133,7 @@ BNEXT_INLINE V exponential(const V& z, scalar_of<V> most) {
   if constexpr (std::is_same_v<scalar_of<V>, double>) {
     return lane_by_lane(z, [most](double lane) { return std::exp(lane > most ? most : lane); });
   } else {
-    const V e = power_of_two<kDigits>(clamp<V>(z, -kExpMost, most), kLog2E, kLog2ERest);
+    const V e = power_of_two<kDigits>(clamp<V>(z, -kExpMost, most), kLog2E, kLog2ELow);
     return z < -kExpMost ? V{} : e;
   }
 }
@@ -146,7 +146,7 @@ BNEXT_INLINE V exponential_minus_one(const V& z) {
   } else {
     using Bits = typename LanesOf<V>::Bits;
     // 2^n*(1 + p) - 1 as 2^n*p + (2^n - 1). The shorter polynomials are too far from (2^f - 1)/f for small f.
-    const PowerOfTwo<Digits::kFloat32, V> x(clamp<V>(z, -kExpMost, 0), kLog2E, kLog2ERest);
+    const PowerOfTwo<Digits::kFloat32, V> x(clamp<V>(z, -kExpMost, 0), kLog2E, kLog2ELow);
     const V scale = __builtin_bit_cast(V, __builtin_bit_cast(Bits, V{} + 1.0f) + x.n);
     return x.quotient * x.f * scale + (scale - 1.0f);
   }
@@ -166,7 +166,7 @@ struct Logistic {
       at = kOne / (e + kOne);
       opposite = lane_by_lane(z, [](double lane) { return 1.0 / (1.0 + std::exp(lane)); });
     } else {
-      const V e = power_of_two<kDigits>(clamp<V>(z, -kExpMost, kExpMost), -kLog2E, -kLog2ERest);
+      const V e = power_of_two<kDigits>(clamp<V>(z, -kExpMost, kExpMost), -kLog2E, -kLog2ELow);
       at = z < -kExpMost ? V{} : kOne / (e + kOne);
       opposite = z > kExpMost ? V{} : e * at;
     }

@@ -35,17 +35,17 @@ struct TrainingForward {
   ChannelVector bias;    // absent: 0
   Running running;
   double eps;
-  void* output;  // null: only the moments are wanted
+  void* output;  // null: only the statistics are wanted
   double* save_mean;
   double* save_invstd;
   ForwardEpilogue epilogue;
   double* save_m2 = nullptr;  // instead of save_invstd: sum of (x - mean)^2
 };
 
-// The statistics of a batch that lies on several processes, from the moments of their shares.
-struct Merge {
-  const double* moments;  // (shares, 2*C + 1): the means, the sums of (x - mean)^2, and the count of values a channel
-  std::int64_t shares;
+// The statistics of a batch that is spread over several processes, from those of the local batches.
+struct GatherStats {
+  const double* local_stats;  // (processes, 2*C + 1): means, sums of (x - mean)^2, and the count of values a channel
+  std::int64_t processes;
   std::int64_t C;
   Running running;
   double* mean;
@@ -87,7 +87,7 @@ struct Backward {
 
   BNEXT_INLINE bool activated() const { return activation.act != Act::kIdentity; }
   BNEXT_INLINE bool reads_preactivation() const { return activated() && mask == nullptr; }
-  // Whether grad_input takes the detour by the statistics.
+  // Whether the statistics depend on the input: grad_input has terms for the mean and the variance.
   BNEXT_INLINE bool differentiates_statistics() const { return training && grad_input != nullptr; }
   BNEXT_INLINE bool reads_input() const {
     return grad_weight.data != nullptr || differentiates_statistics() || reads_preactivation();

@@ -53,7 +53,7 @@ struct TrainingForwardOp {
     return sums_are_accurate(sums, count, args.eps);
   }
 
-  BNEXT_INLINE double better_shift(const ChannelSums& sums) const {
+  BNEXT_INLINE double refined_shift(const ChannelSums& sums) const {
     const double mean = sums.shift + sums.first / count;
     return is_finite(mean) ? mean : sums.shift;
   }
@@ -81,14 +81,14 @@ struct TrainingForwardOp {
   }
 };
 
-// Shares in the order of their processes, so that all of these find the same bits.
-struct MergeOp {
-  Merge args;
+// Merged in the order of the processes, so that all of them get the same bits.
+struct GatherStatsOp {
+  GatherStats args;
 
   BNEXT_INLINE void finish(std::int64_t c) const {
-    ShareMoments all;
-    for (std::int64_t share = 0; share < args.shares; ++share) {
-      const double* row = args.moments + share * (2 * args.C + 1);
+    LocalStats all;
+    for (std::int64_t p = 0; p < args.processes; ++p) {
+      const double* row = args.local_stats + p * (2 * args.C + 1);
       all.merge({row[2 * args.C], row[c], row[args.C + c]});
     }
     const Moments<double> moments{all.mean, all.count > 0.0 ? all.m2 / all.count : 0.0};
@@ -106,7 +106,7 @@ struct EvalForwardOp {
   BNEXT_INLINE auto accurate(const SumsOf<V>&) const {
     return V{} == V{};
   }
-  BNEXT_INLINE double better_shift(const ChannelSums& sums) const { return sums.shift; }
+  BNEXT_INLINE double refined_shift(const ChannelSums& sums) const { return sums.shift; }
   template <typename V, typename Access = OneChannel>
   BNEXT_INLINE void reduce_coefficients(std::int64_t, V (&)[kMaxReduceCoefficients], Access = {}) const {}
 
@@ -133,7 +133,7 @@ struct BackwardOp {
   BNEXT_INLINE auto accurate(const SumsOf<V>& sums) const {
     return is_finite(sums.first) & is_finite(sums.second);
   }
-  BNEXT_INLINE double better_shift(const ChannelSums& sums) const { return sums.shift; }
+  BNEXT_INLINE double refined_shift(const ChannelSums& sums) const { return sums.shift; }
 
   // The shift; with an activation also what the pre-activation is computed with.
   template <typename V, typename Access = OneChannel>

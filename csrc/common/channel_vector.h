@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "dispatch.h"
 #include "half.h"
 #include "problem.h"
 
@@ -20,24 +21,14 @@ struct MutableChannelVector {
 };
 
 BNEXT_INLINE double load(const ChannelVector& vector, std::int64_t c) {
-  switch (vector.dtype) {
-    case DType::kFloat32: return static_cast<const float*>(vector.data)[c];
-    case DType::kFloat64: return static_cast<const double*>(vector.data)[c];
-    case DType::kFloat16: return to_float(static_cast<const Half*>(vector.data)[c]);
-    case DType::kBFloat16: return to_float(static_cast<const BFloat16*>(vector.data)[c]);
-  }
-  __builtin_unreachable();
+  return dispatch(vector.dtype, [&](auto tag) {
+    return to_double(static_cast<const typename decltype(tag)::Type*>(vector.data)[c]);
+  });
 }
 
 BNEXT_INLINE void store(const MutableChannelVector& vector, std::int64_t c, double value) {
-  const auto single = static_cast<float>(value);
-  switch (vector.dtype) {
-    case DType::kFloat32: static_cast<float*>(vector.data)[c] = single; return;
-    case DType::kFloat64: static_cast<double*>(vector.data)[c] = value; return;
-    case DType::kFloat16: static_cast<Half*>(vector.data)[c] = to_half(single); return;
-    case DType::kBFloat16: static_cast<BFloat16*>(vector.data)[c] = to_bfloat16(single); return;
-  }
-  __builtin_unreachable();
+  dispatch(vector.dtype,
+           [&](auto tag) { from_double(value, static_cast<typename decltype(tag)::Type*>(vector.data)[c]); });
 }
 
 }  // namespace bnext

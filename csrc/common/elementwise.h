@@ -23,7 +23,7 @@ constexpr int kMaxCoefficients = 5;
 
 // The type that elements of type T are computed in, unless float32 proves too narrow.
 template <typename T>
-using Natural = std::conditional_t<sizeof(T) == sizeof(double), double, float>;
+using opmath_t = std::conditional_t<sizeof(T) == sizeof(double), double, float>;
 
 template <typename T>
 constexpr Digits kDigits = Digits::kFloat32;
@@ -39,31 +39,31 @@ struct Epilogue {
   bool has_mask = false;                   // to be read, in backward
   bool differentiates_statistics = false;  // in backward: training
 
-  // Activations are evaluated in the natural type also where float32 proved too narrow for the coefficients and V is of
+  // Activations are evaluated in opmath_t also where float32 proved too narrow for the coefficients and V is of
   // doubles: the pre-activation has the size of normalised values again.
   template <typename T, typename V>
   BNEXT_INLINE V activate(const V& z) const {
-    if constexpr (std::is_same_v<Natural<T>, scalar_of<V>>) {
+    if constexpr (std::is_same_v<opmath_t<T>, scalar_of<V>>) {
       return bnext::activate<kDigits<T>>(activation, z);
     } else {
       return lane_by_lane(z, [this](auto lane) {
-        return static_cast<scalar_of<V>>(bnext::activate<kDigits<T>>(activation, static_cast<Natural<T>>(lane)));
+        return static_cast<scalar_of<V>>(bnext::activate<kDigits<T>>(activation, static_cast<opmath_t<T>>(lane)));
       });
     }
   }
 
-  // The slope at z, times dy.
+  // act'(z)*dy
   template <typename T, typename V>
   BNEXT_INLINE V grad(const V& z, const V& dy) const {
-    if constexpr (std::is_same_v<Natural<T>, scalar_of<V>>) {
+    if constexpr (std::is_same_v<opmath_t<T>, scalar_of<V>>) {
       return activation_grad<kDigits<T>>(activation, z, dy);
     } else {
-      const V slope = lane_by_lane(z, [this](auto lane) {
-        constexpr Natural<T> kOne = 1;
-        return static_cast<scalar_of<V>>(activation_grad<kDigits<T>>(activation, static_cast<Natural<T>>(lane), kOne));
+      const V derivative = lane_by_lane(z, [this](auto lane) {
+        constexpr opmath_t<T> kOne = 1;
+        return static_cast<scalar_of<V>>(activation_grad<kDigits<T>>(activation, static_cast<opmath_t<T>>(lane), kOne));
       });
-      // A gradient that a rectifier keeps back must not turn into a NaN.
-      return slope == static_cast<scalar_of<V>>(0) ? V{} : dy * slope;
+      // Where the derivative is 0 an infinite dy gives 0, not a NaN.
+      return derivative == static_cast<scalar_of<V>>(0) ? V{} : dy * derivative;
     }
   }
 };
@@ -97,7 +97,7 @@ struct GradSums {
   }
 };
 
-// sum of dy alone, where nobody asks for more and x may be gone
+// sum of dy alone: grad_bias, for which x need not be there
 struct BiasGradSum {
   static constexpr bool kReadsInput = false;
   static constexpr bool kReadsGrad = true;

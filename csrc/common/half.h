@@ -37,7 +37,7 @@ template <typename F, typename U>
 BNEXT_INLINE F float16_to_float(U bits) {
   const U magnitude = bits & 0x7fffu;
   // Moving the exponent field up by 13 bits leaves it 112 too small; the multiplication corrects it exactly, and
-  // normalises a subnormal half on the way.
+  // normalises a subnormal half, too.
   const F scaled = __builtin_bit_cast(F, magnitude << 13) * 0x1p112f;
   const U finite = __builtin_bit_cast(U, scaled);
   const U result = magnitude >= 0x7c00u ? finite | 0x7f800000u : finite;
@@ -61,9 +61,24 @@ BNEXT_INLINE U float_to_float16(F value) {
 BNEXT_INLINE float to_float(Half h) { return float16_to_float<float>(std::uint32_t{h.bits}); }
 BNEXT_INLINE float to_float(BFloat16 b) { return bfloat16_to_float<float>(std::uint32_t{b.bits}); }
 
+// An element of any type as a double; from_double is the inverse, and rounds to half precision through float32.
+template <typename T>
+BNEXT_INLINE double to_double(T value) {
+  if constexpr (sizeof(T) == sizeof(std::uint16_t)) {
+    return to_float(value);
+  } else {
+    return value;
+  }
+}
+
 BNEXT_INLINE Half to_half(float value) { return {static_cast<std::uint16_t>(float_to_float16<std::uint32_t>(value))}; }
 BNEXT_INLINE BFloat16 to_bfloat16(float value) {
   return {static_cast<std::uint16_t>(float_to_bfloat16<std::uint32_t>(value))};
 }
+
+BNEXT_INLINE void from_double(double value, double& to) { to = value; }
+BNEXT_INLINE void from_double(double value, float& to) { to = static_cast<float>(value); }
+BNEXT_INLINE void from_double(double value, Half& to) { to = to_half(static_cast<float>(value)); }
+BNEXT_INLINE void from_double(double value, BFloat16& to) { to = to_bfloat16(static_cast<float>(value)); }
 
 }  // namespace bnext

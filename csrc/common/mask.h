@@ -1,9 +1,8 @@
 // One bit an element that says whether a rectifier was open: all that its backward pass needs of the pre-activation.
 //
 // Elements lie in rows: a channel's plane of an image (channels first) or the channels of a pixel (channels last). A
-// row begins with a byte of its own, so that what works on one row does not share bytes with what works on another.
-// Forward and backward agree on where a bit lies, and nobody else looks: a device may pack rows closer, or align them
-// to vectors.
+// row begins with a byte of its own, so that two threads never write to the same byte.
+// Only a device's own forward and backward passes read a mask: a device may pack rows closer, or align them to vectors.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +10,11 @@
 #include "problem.h"
 
 namespace bnext {
+
+// Elements that share a byte, by device: as many as it has bits on the CPU; on CUDA those of a 16-byte vector, so that
+// a thread writes its vector's byte alone.
+constexpr std::int64_t kCpuMaskLanes = 8;
+constexpr std::int64_t cuda_mask_lanes(std::int64_t element_bytes) { return 16 / element_bytes; }
 
 // Bytes reserved for a row of `elements`, where a byte holds `lanes` of them. A row that is no multiple of a byte may
 // begin inside one, hence one more; rows are whole words.
@@ -20,7 +24,7 @@ constexpr std::int64_t mask_row_bytes(std::int64_t elements, std::int64_t lanes)
   return (touched + ragged + 3) / 4 * 4;
 }
 
-// Whether rows have bits that belong to no element: nobody writes those.
+// Whether rows have bits that belong to no element, which no kernel writes.
 constexpr bool mask_has_padding(std::int64_t elements, std::int64_t lanes) {
   return mask_row_bytes(elements, lanes) * lanes != elements;
 }

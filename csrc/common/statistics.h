@@ -82,15 +82,15 @@ BNEXT_INLINE V invstd_from_var(const V& var, double eps) {
   return 1.0 / lane_by_lane(var + eps, [](double lane) { return std::sqrt(lane); });
 }
 
-// The moments of a share of a batch, and of what several shares make together.
-struct ShareMoments {
+// The statistics of a local batch, or of several together.
+struct LocalStats {
   double count = 0.0;
   double mean = 0.0;
   double m2 = 0.0;  // sum of (x - mean)^2
 
   // By Chan's formula. Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
   // Sample Variances", 1979.
-  BNEXT_INLINE void merge(const ShareMoments& other) {
+  BNEXT_INLINE void merge(const LocalStats& other) {
     if (other.count == 0.0) return;
     const double total = count + other.count;
     const double delta = other.mean - mean;

@@ -14,7 +14,7 @@ namespace bnext::cpu {
 
 void forward(const Problem& problem, const TrainingForward& args, const Parallel& parallel);
 void forward(const Problem& problem, const EvalForward& args, const Parallel& parallel);
-void merge(const Merge& args);
+void gather_stats(const GatherStats& args);
 void backward(const Problem& problem, const Backward& args, const Parallel& parallel);
 
 }  // namespace bnext::cpu

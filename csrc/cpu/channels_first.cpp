@@ -10,7 +10,7 @@
 
 #include "../common/mask.h"
 #include "../common/statistics.h"
-#include "isa.h"
+#include "isa/dispatch.h"
 #include "traversal.h"
 
 namespace bnext::cpu {
@@ -25,19 +25,19 @@ constexpr std::int64_t kMaxColumnPlane = 64;
 constexpr std::int64_t kMaxMomentsPlane = 256;
 constexpr std::int64_t kMinColumnRows = 8;
 
-// A channel's planes lie apart, and the processor does not foresee the jump from one to the next: so much of them is
-// asked for ahead of its use.
-constexpr std::int64_t kAheadBytes = 2048;
-constexpr std::int64_t kMaxRowsAhead = 8;
+// A channel's planes lie apart, and the hardware does not prefetch from one into the next: so much of them is
+// prefetched.
+constexpr std::int64_t kPrefetchBytes = 2048;
+constexpr std::int64_t kMaxRowsPrefetched = 8;
 
 class ChannelsFirst {
  public:
   ChannelsFirst(const Problem& problem, const ChannelOp& op)
       : problem_(problem),
         op_(op),
-        leaves_(current_leaves()),
+        kernels_(current_kernels()),
         sample_positions_(problem.count()),
-        mask_row_(mask_row_bytes(problem.HW, 8)) {
+        mask_row_(mask_row_bytes(problem.HW, kCpuMaskLanes)) {
     const std::int64_t HW = problem.HW;
     if (HW <= kChunkElements) {
       rows_per_chunk_ = kChunkElements / HW;
@@ -49,8 +49,8 @@ class ChannelsFirst {
       piece_ = kChunkElements;
     }
     chunks_ = divide_up(problem.N, rows_per_chunk_) * pieces_per_row_;
-    const std::int64_t rows = kAheadBytes / (HW * element_size(problem.dtype));
-    ahead_ = (rows < 1 ? 1 : rows > kMaxRowsAhead ? kMaxRowsAhead : rows) * problem.C * HW;
+    const std::int64_t rows = kPrefetchBytes / (HW * element_size(problem.dtype));
+    prefetch_distance_ = (rows < 1 ? 1 : rows > kMaxRowsPrefetched ? kMaxRowsPrefetched : rows) * problem.C * HW;
   }
 
   void run(const Parallel& parallel) const {
@@ -98,7 +98,7 @@ class ChannelsFirst {
           op_.block(problem_.dtype, plane * problem_.HW, rows, problem_.HW, problem_.HW, plane * mask_row_, mask_row_);
       coefficients.pass(j, compute, args.coefficients);
       args.coefficient_step = 1;
-      run_map(leaves_.map_segments, args, plane * problem_.HW, compute);
+      run_map(kernels_.map_segments, args, plane * problem_.HW, compute);
       plane += rows;
       j += rows;
     }
@@ -110,12 +110,12 @@ class ChannelsFirst {
         : sums(channels),
           reduce(std::max(1, reduce_coefficients_of(op.reduce_op)), channels),
           map(map_coefficients_of(op.map_op), channels),
-          doubtful(static_cast<std::size_t>(channels)) {}
+          needs_fp64(static_cast<std::size_t>(channels)) {}
 
     SumsTable sums;
     Coefficients reduce;
     Coefficients map;
-    std::vector<std::uint8_t> doubtful;
+    std::vector<std::uint8_t> needs_fp64;
   };
 
   void run_fused(const Parallel& parallel, std::int64_t group) const {
@@ -138,7 +138,7 @@ class ChannelsFirst {
           } else {
             for (std::int64_t j = 0; j < n; ++j) reduce_channel(c0 + j, j, of, of.reduce.compute(j));
           }
-          look_again(c0, n, of);
+          recompute_fp64(c0, n, of);
         }
         finish(c0, n, of.sums, of.map);
         if (!op_.maps()) continue;
@@ -150,7 +150,7 @@ class ChannelsFirst {
           for (std::int64_t image = 0; image < problem_.N; ++image) map_planes(image * C + c0, n, of.map, 0);
           continue;
         }
-        const std::int64_t next = op_.far && task + 1 < end ? n * problem_.HW : 0;
+        const std::int64_t next = op_.exceeds_l2 && task + 1 < end ? n * problem_.HW : 0;
         for (std::int64_t j = 0; j < n; ++j) {
           for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) map_chunk(c0 + j, chunk, of.map, j, next);
         }
@@ -175,7 +175,7 @@ class ChannelsFirst {
         of.sums.first[task / chunks_] += first[task];
         of.sums.second[task / chunks_] += second[task];
       }
-      look_again(0, C, of);
+      recompute_fp64(0, C, of);
     }
     finish(0, C, of.sums, of.map);
     if (!op_.maps()) return;
@@ -188,7 +188,7 @@ class ChannelsFirst {
 
   void finish(std::int64_t c0, std::int64_t n, const SumsTable& sums, Coefficients& coefficients) const {
     op_.finish(channels_of(c0, n, sums, coefficients, 0));
-    coefficients.settle(leaves_, problem_.dtype, n);
+    coefficients.narrow(kernels_, problem_.dtype, n);
   }
 
   // How many of n channels from j on are computed in the same type as the first.
@@ -205,7 +205,7 @@ class ChannelsFirst {
     } else {
       op_.reduce_coefficients(channels_of(c0, n, of.sums, of.reduce, 0));
     }
-    of.reduce.settle(leaves_, problem_.dtype, n);
+    of.reduce.narrow(kernels_, problem_.dtype, n);
     std::copy_n(shift, n, of.sums.shift.begin());
   }
 
@@ -217,7 +217,7 @@ class ChannelsFirst {
       offsets[i] = n * problem_.C * problem_.HW + s;
     }
     double shift = 0.0;
-    leaves_.sample[static_cast<int>(problem_.dtype)](
+    kernels_.sample[static_cast<int>(problem_.dtype)](
         {advance(op_.in[0], c * problem_.HW, problem_.dtype), offsets, sample_positions_.samples, 1, &shift});
     return shift;
   }
@@ -229,16 +229,16 @@ class ChannelsFirst {
     for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) reduce(c, chunk, of.reduce, j, compute, first, second);
   }
 
-  void look_again(std::int64_t c0, std::int64_t n, Group& of) const {
-    if (!op_.find_doubtful(channels_of(c0, n, of.sums, of.reduce, 0), of.doubtful.data())) return;
+  void recompute_fp64(std::int64_t c0, std::int64_t n, Group& of) const {
+    if (!op_.find_needs_fp64(channels_of(c0, n, of.sums, of.reduce, 0), of.needs_fp64.data())) return;
     for (std::int64_t j = 0; j < n; ++j) {
-      if (of.doubtful[j] == 0) continue;
-      of.sums.shift[j] = of.reduce.wide[j] = op_.better_shift(of.sums.of(j));
+      if (of.needs_fp64[j] == 0) continue;
+      of.sums.shift[j] = of.reduce.wide[j] = op_.refined_shift(of.sums.of(j));
       reduce_channel(c0 + j, j, of, Compute::kFloat64);
     }
   }
 
-  // Planes of a few elements would each end in a part of a register. A group of channels is also a matrix of N rows,
+  // Planes of a few elements would each end in an incomplete register. A group of channels is also a matrix of N rows,
   // whose n*HW columns each belong to one channel.
   bool takes_columns(std::int64_t max_plane = kMaxColumnPlane) const {
     return problem_.HW <= max_plane && problem_.N >= kMinColumnRows;
@@ -278,7 +278,7 @@ class ChannelsFirst {
   }
 
   void reduce_columns(std::int64_t c0, std::int64_t n, Group& of, Columns& columns) const {
-    const Compute natural = natural_compute(problem_.dtype);
+    const Compute natural = opmath_compute(problem_.dtype);
     std::fill(columns.sums.begin(), columns.sums.end(), 0.0);
     ReduceArgs args;
     args.block = columns_of(c0, n);
@@ -286,8 +286,8 @@ class ChannelsFirst {
     args.epilogue = op_.epilogue;
     args.first = columns.sums.data();
     args.second = args.first + n * problem_.HW;
-    leaves_.reduce_columns[static_cast<int>(problem_.dtype)][static_cast<int>(natural)]
-                          [static_cast<int>(op_.reduce_op)](args);
+    kernels_.reduce_columns[static_cast<int>(problem_.dtype)][static_cast<int>(natural)]
+                           [static_cast<int>(op_.reduce_op)](args);
     for (std::int64_t j = 0; j < n; ++j) {
       // A channel must not change another's bits, so what float32 does not hold is done by itself.
       if (of.reduce.compute(j) != natural) {
@@ -311,7 +311,7 @@ class ChannelsFirst {
       MapArgs args;
       args.block = columns_of(c0 + j, count);
       spread(of, j, count, of.compute(j), columns, args.coefficients);
-      run_map(leaves_.map_columns, args, (c0 + j) * problem_.HW, of.compute(j));
+      run_map(kernels_.map_columns, args, (c0 + j) * problem_.HW, of.compute(j));
       j += count;
     }
   }
@@ -324,7 +324,7 @@ class ChannelsFirst {
     const std::int64_t rows = problem_.N - n < rows_per_chunk_ ? problem_.N - n : rows_per_chunk_;
     const std::int64_t len = problem_.HW - s < piece_ ? problem_.HW - s : piece_;
     offset = plane * problem_.HW + s;
-    return op_.block(problem_.dtype, offset, rows, len, problem_.C * problem_.HW, plane * mask_row_ + s / 8,
+    return op_.block(problem_.dtype, offset, rows, len, problem_.C * problem_.HW, plane * mask_row_ + s / kCpuMaskLanes,
                      problem_.C * mask_row_);
   }
 
@@ -336,11 +336,11 @@ class ChannelsFirst {
     args.block = block_of(c, chunk, offset);
     coefficients.pass(j, compute, args.coefficients);
     args.epilogue = op_.epilogue;
-    args.ahead = ahead_;
+    args.prefetch_distance = prefetch_distance_;
     args.first = &first;
     args.second = &second;
-    leaves_.reduce_segments[static_cast<int>(problem_.dtype)][static_cast<int>(compute)]
-                           [static_cast<int>(op_.reduce_op)](args);
+    kernels_.reduce_segments[static_cast<int>(problem_.dtype)][static_cast<int>(compute)]
+                            [static_cast<int>(op_.reduce_op)](args);
   }
 
   // `next`: how far it is from a channel to the one that the caller takes next, 0 if there is none.
@@ -349,30 +349,30 @@ class ChannelsFirst {
     std::int64_t offset;
     MapArgs args;
     args.block = block_of(c, chunk, offset);
-    args.ahead = next;
-    args.reserve = ahead_;
+    args.prefetch_distance = next;
+    args.write_prefetch = prefetch_distance_;
     coefficients.pass(j, coefficients.compute(j), args.coefficients);
-    run_map(leaves_.map_segments, args, offset, coefficients.compute(j));
+    run_map(kernels_.map_segments, args, offset, coefficients.compute(j));
   }
 
   // With the arguments that are the same for every block; the first element of this one is at `offset`.
-  template <typename Leaves>
-  void run_map(const Leaves& leaves, MapArgs& args, std::int64_t offset, Compute compute) const {
+  template <typename Kernels>
+  void run_map(const Kernels& kernels, MapArgs& args, std::int64_t offset, Compute compute) const {
     op_.place(args, problem_.dtype, offset);
     args.epilogue = op_.epilogue;
-    leaves[static_cast<int>(problem_.dtype)][static_cast<int>(compute)][static_cast<int>(op_.map_op)](args);
+    kernels[static_cast<int>(problem_.dtype)][static_cast<int>(compute)][static_cast<int>(op_.map_op)](args);
   }
 
   const Problem& problem_;
   const ChannelOp& op_;
-  const LeafTable& leaves_;
+  const KernelTable& kernels_;
   SamplePositions sample_positions_;
   std::int64_t mask_row_;  // bytes of a plane's mask
   std::int64_t rows_per_chunk_;
   std::int64_t pieces_per_row_;
   std::int64_t piece_;
   std::int64_t chunks_;
-  std::int64_t ahead_;  // elements, whole images
+  std::int64_t prefetch_distance_;  // elements, whole images
 };
 
 }  // namespace

@@ -1,6 +1,6 @@
 // Channels last, and (N, C): a matrix of M = N*HW rows and C columns, a channel a column.
 //
-// Whole rows are read in order, twice: once to add up the columns, once to map them. The second pass walks the
+// Whole rows are read in order, twice: once to add up the columns, once to map them. The second pass takes the
 // row chunks backwards, so that it starts with what the first has left in the caches.
 
 #include <algorithm>
@@ -8,8 +8,9 @@
 #include <numeric>
 #include <vector>
 
+#include "../common/mask.h"
 #include "../common/statistics.h"
-#include "isa.h"
+#include "isa/dispatch.h"
 #include "traversal.h"
 
 namespace bnext::cpu {
@@ -17,20 +18,20 @@ namespace {
 
 constexpr std::int64_t kMinChunkRows = 64;      // keeps the chunks' sums small beside the chunks
 constexpr std::int64_t kMinTasks = 16;          // columns are shared out too where there are fewer row chunks
-constexpr std::int64_t kMinSlabColumns = 256;   // narrower column slabs read memory badly
-constexpr std::int64_t kMinFoldedColumns = 64;  // what the leaves' unrolled loop takes
+constexpr std::int64_t kMinColumnBlock = 256;   // narrower column blocks read memory badly
+constexpr std::int64_t kMinFoldedColumns = 64;  // what the kernels' unrolled loop takes
 constexpr std::int64_t kMaxFoldedColumns = 2048;
 constexpr std::int64_t kFinishColumns = 256;  // of one task between the passes
 
-// Where memory is far away, a reduction goes through it nearly in order: in small tiles, though of a few rows at least,
-// which share the work that a tile takes. And input is asked for ahead of its use, but in tiles of short rows, which
-// the processor foresees by itself.
+// Beyond the second-level cache a reduction reads memory nearly in order: in small tiles, though of a few rows at
+// least, which share the work that a tile takes. Its input is prefetched, but for tiles of short rows, which the
+// hardware prefetches by itself.
 constexpr std::int64_t kTileBytes = 2048;
 constexpr std::int64_t kMinTileRows = 4;
-constexpr std::int64_t kAheadBytes = 8192;
-constexpr std::int64_t kMaxForeseenBytes = 256;
+constexpr std::int64_t kPrefetchBytes = 8192;
+constexpr std::int64_t kHardwarePrefetchedBytes = 256;
 
-// How many rows to take as one: a multiple of 16 columns has no rest that would be done element by element.
+// How many rows to take as one: a multiple of 16 columns has no tail.
 // Column j of a folded row belongs to channel j % C.
 std::int64_t fold_of(std::int64_t C, std::int64_t M) {
   std::int64_t fold = 16 / std::gcd(C, std::int64_t{16});
@@ -41,23 +42,24 @@ std::int64_t fold_of(std::int64_t C, std::int64_t M) {
 class ChannelsLast {
  public:
   ChannelsLast(const Problem& problem, const ChannelOp& op)
-      : problem_(problem), op_(op), leaves_(current_leaves()), M_(problem.count()), fold_(fold_of(problem.C, M_)) {
+      : problem_(problem), op_(op), kernels_(current_kernels()), M_(problem.count()), fold_(fold_of(problem.C, M_)) {
     columns_ = problem.C * fold_;
     rows_ = M_ / fold_;
-    rest_ = M_ % fold_ * problem.C;
+    remainder_ = M_ % fold_ * problem.C;
     const std::int64_t wanted = std::min(kChunkElements / columns_, divide_up(rows_, kMinTasks));
     chunk_rows_ = std::max(wanted, divide_up(kMinChunkRows, fold_));
     chunks_ = divide_up(rows_, chunk_rows_);
-    slab_columns_ = columns_;
+    column_block_ = columns_;
     if (chunks_ < kMinTasks && fold_ == 1) {
       const std::int64_t share = divide_up(columns_, divide_up(kMinTasks, chunks_));
-      slab_columns_ = divide_up(share < kMinSlabColumns ? kMinSlabColumns : share, 64) * 64;
+      column_block_ = divide_up(share < kMinColumnBlock ? kMinColumnBlock : share, 64) * 64;
     }
-    slabs_ = divide_up(columns_, slab_columns_);
-    mask_row_ = divide_up(columns_, 8);
+    column_blocks_ = divide_up(columns_, column_block_);
+    mask_row_ = divide_up(columns_, kCpuMaskLanes);
     row_bytes_ = columns_ * element_size(problem.dtype);
-    tile_rows_ = op.far ? std::clamp(kTileBytes / row_bytes_, kMinTileRows, kMaxTileRows) : kMaxTileRows;
-    ahead_ = op.far ? std::max(kAheadBytes, tile_rows_ * row_bytes_) / element_size(problem.dtype) : 0;
+    tile_rows_ = op.exceeds_l2 ? std::clamp(kTileBytes / row_bytes_, kMinTileRows, kMaxTileRows) : kMaxTileRows;
+    prefetch_distance_ =
+        op.exceeds_l2 ? std::max(kPrefetchBytes, tile_rows_ * row_bytes_) / element_size(problem.dtype) : 0;
   }
 
   void run(const Parallel& parallel) const {
@@ -70,7 +72,7 @@ class ChannelsLast {
     }
     if (!op_.maps()) return;
     fold(coefficients);
-    coefficients.settle(leaves_, problem_.dtype, columns_);
+    coefficients.narrow(kernels_, problem_.dtype, columns_);
     map_all(parallel, coefficients);
   }
 
@@ -101,22 +103,22 @@ class ChannelsLast {
   void reduce_all(const Parallel& parallel, SumsTable& sums, Coefficients& coefficients) const {
     Coefficients start(std::max(1, reduce_coefficients_of(op_.reduce_op)), columns_);
     set_reduce_coefficients(sums, start);
-    std::vector<std::uint8_t> doubtful(static_cast<std::size_t>(problem_.C));
+    std::vector<std::uint8_t> needs_fp64(static_cast<std::size_t>(problem_.C));
     std::vector<std::uint8_t> unfinished(static_cast<std::size_t>(divide_up(problem_.C, kFinishColumns)));
     const Partial partial = reduce_chunks(parallel, start, common_compute(start));
     for_each_task(parallel, [&](std::int64_t c, std::int64_t n) {
       merge(partial, c, n, sums.first.data(), sums.second.data());
-      if (op_.find_doubtful(channels_of(c, n, sums, start, c), doubtful.data() + c)) {
+      if (op_.find_needs_fp64(channels_of(c, n, sums, start, c), needs_fp64.data() + c)) {
         unfinished[c / kFinishColumns] = 1;
       } else {
         finish(c, n, sums, coefficients);
       }
     });
     if (std::find(unfinished.begin(), unfinished.end(), 1) == unfinished.end()) return;
-    // Rows are read whole, so every channel is reduced again; only the doubtful ones take the new sums, for a
+    // Rows are read whole, so every channel is reduced again; only those that need float64 take the new sums, for a
     // channel's bits must not depend on another's values.
     for (std::int64_t c = 0; c < problem_.C; ++c) {
-      if (doubtful[c] != 0) sums.shift[c] = start.wide[c] = op_.better_shift(sums.of(c));
+      if (needs_fp64[c] != 0) sums.shift[c] = start.wide[c] = op_.refined_shift(sums.of(c));
     }
     fold(start);
     const Partial again = reduce_chunks(parallel, start, Compute::kFloat64);
@@ -125,7 +127,7 @@ class ChannelsLast {
       if (unfinished[c / kFinishColumns] == 0) return;
       merge(again, c, n, better.first.data(), better.second.data());
       for (std::int64_t j = c; j < c + n; ++j) {
-        if (doubtful[j] == 0) continue;
+        if (needs_fp64[j] == 0) continue;
         sums.first[j] = better.first[j];
         sums.second[j] = better.second[j];
       }
@@ -140,13 +142,13 @@ class ChannelsLast {
       const SamplePositions positions(M_);
       std::int64_t offsets[kMaxSamples];
       for (int i = 0; i < positions.samples; ++i) offsets[i] = positions.at[i] * C;
-      leaves_.sample[static_cast<int>(problem_.dtype)]({op_.in[0], offsets, positions.samples, C, shift});
+      kernels_.sample[static_cast<int>(problem_.dtype)]({op_.in[0], offsets, positions.samples, C, shift});
     } else {
       op_.reduce_coefficients(channels_of(0, C, sums, start, 0));
     }
     std::copy_n(shift, C, sums.shift.begin());
     fold(start);
-    start.settle(leaves_, problem_.dtype, columns_);
+    start.narrow(kernels_, problem_.dtype, columns_);
   }
 
   // Rows are computed whole, in float64 if float32 does not hold the coefficients of one channel.
@@ -159,9 +161,9 @@ class ChannelsLast {
   using Partial = std::vector<double>;
 
   Partial reduce_chunks(const Parallel& parallel, const Coefficients& coefficients, Compute compute) const {
-    const auto leaf = leaves_.reduce_columns[static_cast<int>(problem_.dtype)][static_cast<int>(compute)]
-                                            [static_cast<int>(op_.reduce_op)];
-    Partial partial(static_cast<std::size_t>(2 * columns_ * (chunks_ + (rest_ != 0 ? 1 : 0))));
+    const auto kernel = kernels_.reduce_columns[static_cast<int>(problem_.dtype)][static_cast<int>(compute)]
+                                               [static_cast<int>(op_.reduce_op)];
+    Partial partial(static_cast<std::size_t>(2 * columns_ * (chunks_ + (remainder_ != 0 ? 1 : 0))));
     const auto reduce = [&](std::int64_t chunk, std::int64_t column, std::int64_t rows, std::int64_t len) {
       ReduceArgs args;
       args.block = block_of(chunk, column, rows, len);
@@ -170,16 +172,16 @@ class ChannelsLast {
       args.first = partial.data() + 2 * chunk * columns_ + column;
       args.second = args.first + columns_;
       args.tile_rows = tile_rows_;
-      args.ahead = row_bytes_ > kMaxForeseenBytes ? ahead_ : 0;
-      leaf(args);
+      args.prefetch_distance = row_bytes_ > kHardwarePrefetchedBytes ? prefetch_distance_ : 0;
+      kernel(args);
     };
-    parallel(chunks_ * slabs_, [&](std::int64_t begin, std::int64_t end) {
+    parallel(chunks_ * column_blocks_, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t task = begin; task < end; ++task) {
-        const std::int64_t column = task % slabs_ * slab_columns_;
-        reduce(task / slabs_, column, rows_of(task / slabs_), width_of(column));
+        const std::int64_t column = task % column_blocks_ * column_block_;
+        reduce(task / column_blocks_, column, rows_of(task / column_blocks_), width_of(column));
       }
     });
-    if (rest_ != 0) reduce(chunks_, 0, 1, rest_);
+    if (remainder_ != 0) reduce(chunks_, 0, 1, remainder_);
     return partial;
   }
 
@@ -199,22 +201,22 @@ class ChannelsLast {
 
   void map_all(const Parallel& parallel, const Coefficients& coefficients) const {
     const Compute compute = common_compute(coefficients);
-    const auto leaf =
-        leaves_.map_columns[static_cast<int>(problem_.dtype)][static_cast<int>(compute)][static_cast<int>(op_.map_op)];
+    const auto kernel =
+        kernels_.map_columns[static_cast<int>(problem_.dtype)][static_cast<int>(compute)][static_cast<int>(op_.map_op)];
     const auto map = [&](std::int64_t chunk, std::int64_t column, std::int64_t rows, std::int64_t len) {
       MapArgs args;
       args.block = block_of(chunk, column, rows, len);
       op_.place(args, problem_.dtype, first_of(chunk) + column);
-      args.ahead = op_.streams ? ahead_ : 0;
+      args.prefetch_distance = op_.non_temporal ? prefetch_distance_ : 0;
       args.epilogue = op_.epilogue;
       coefficients.pass(column, compute, args.coefficients);
-      leaf(args);
+      kernel(args);
     };
-    if (rest_ != 0) map(chunks_, 0, 1, rest_);
-    parallel(chunks_ * slabs_, [&](std::int64_t begin, std::int64_t end) {
+    if (remainder_ != 0) map(chunks_, 0, 1, remainder_);
+    parallel(chunks_ * column_blocks_, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t task = end - 1; task >= begin; --task) {
-        const std::int64_t column = task % slabs_ * slab_columns_;
-        map(task / slabs_, column, rows_of(task / slabs_), width_of(column));
+        const std::int64_t column = task % column_blocks_ * column_block_;
+        map(task / column_blocks_, column, rows_of(task / column_blocks_), width_of(column));
       }
     });
   }
@@ -225,36 +227,36 @@ class ChannelsLast {
   }
 
   std::int64_t width_of(std::int64_t column) const {
-    return columns_ - column < slab_columns_ ? columns_ - column : slab_columns_;
+    return columns_ - column < column_block_ ? columns_ - column : column_block_;
   }
 
-  // The first row of a chunk. The rest, less than a folded row, counts as one chunk more.
+  // The first row of a chunk. The remainder, less than a folded row, counts as one chunk more.
   std::int64_t row_of(std::int64_t chunk) const { return chunk == chunks_ ? rows_ : chunk * chunk_rows_; }
 
   std::int64_t first_of(std::int64_t chunk) const { return row_of(chunk) * columns_; }
 
   Block block_of(std::int64_t chunk, std::int64_t column, std::int64_t rows, std::int64_t len) const {
     const std::int64_t row = row_of(chunk);
-    return op_.block(problem_.dtype, first_of(chunk) + column, rows, len, columns_, row * mask_row_ + column / 8,
-                     mask_row_);
+    return op_.block(problem_.dtype, first_of(chunk) + column, rows, len, columns_,
+                     row * mask_row_ + column / kCpuMaskLanes, mask_row_);
   }
 
   const Problem& problem_;
   const ChannelOp& op_;
-  const LeafTable& leaves_;
+  const KernelTable& kernels_;
   std::int64_t M_;
-  std::int64_t fold_;     // rows of the tensor in one row of the matrix as the leaves see it
-  std::int64_t columns_;  // C * fold_
-  std::int64_t rows_;     // M_ / fold_
-  std::int64_t rest_;     // elements in the M_ % fold_ rows of the tensor that are left over
+  std::int64_t fold_;       // rows of the tensor in one row of the matrix as the kernels see it
+  std::int64_t columns_;    // C * fold_
+  std::int64_t rows_;       // M_ / fold_
+  std::int64_t remainder_;  // elements in the M_ % fold_ rows of the tensor that are left over
   std::int64_t chunk_rows_;
   std::int64_t chunks_;
-  std::int64_t slab_columns_;
-  std::int64_t slabs_;
+  std::int64_t column_block_;
+  std::int64_t column_blocks_;
   std::int64_t row_bytes_;
   std::int64_t tile_rows_;
-  std::int64_t ahead_;     // elements
-  std::int64_t mask_row_;  // bytes of a folded row's mask; together no more than common/mask.h reserves
+  std::int64_t prefetch_distance_;  // elements
+  std::int64_t mask_row_;           // bytes of a folded row's mask; together no more than common/mask.h reserves
 };
 
 }  // namespace

@@ -1,18 +1,18 @@
 // Sums of a block each of whose columns belongs to a channel.
 
+#include "block_io.inl"
 #include "chains.inl"
-#include "rows.inl"
-#include "table.inl"
+#include "instantiate.inl"
 
-// Columns are reduced in slabs whose sums stay in the first-level cache; inside a slab a tile of a few rows at a
-// time, whose sums are made in registers and then added to the slab's.
-constexpr std::int64_t kSlabColumns = 1024;
+// Columns are reduced in blocks whose sums stay in the first-level cache; inside a block a tile of a few rows at a
+// time, whose sums are made in registers and then added to the block's.
+constexpr std::int64_t kColumnBlock = 1024;
 static_assert(kMaxTileRows == kInner);
 
 struct ReduceColumns {
-  // Adds rows [t0, t1) of kUnroll registers of columns, from column j of the block on, to the slab's sums.
+  // Adds rows [t0, t1) of kUnroll registers of columns, from column j of the block on, to the column block's sums.
   template <typename scalar_t, typename acc_t, typename Op, int kUnroll, typename Lanes>
-  BNEXT_INLINE static void add(const ReduceArgs& args, const Setup& setup, std::int64_t t0, std::int64_t t1,
+  BNEXT_INLINE static void add(const ReduceArgs& args, const Flags& flags, std::int64_t t0, std::int64_t t1,
                                std::int64_t j, acc_t* first, acc_t* second, Lanes lanes) {
     constexpr std::int64_t kN = kWidth<acc_t>;
     constexpr int kLine = kLineVectors<acc_t, scalar_t>;
@@ -21,19 +21,19 @@ struct ReduceColumns {
     Vec<acc_t> k[kUnroll][kMaxReduceCoefficients] = {};
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) load_coefficients<acc_t, Op>(k[u], args.coefficients, j + u * kN, lanes);
-    if (args.ahead != 0) {
+    if (args.prefetch_distance != 0) {
       for (std::int64_t r = t0; r < t1; ++r) {
-        const Inputs<scalar_t, Op> inputs(args.block, setup, r);
-        for (int u = 0; u < kUnroll; u += kLine) inputs.prefetch(setup, j + u * kN + args.ahead);
+        const Inputs<scalar_t, Op> inputs(args.block, flags, r);
+        for (int u = 0; u < kUnroll; u += kLine) inputs.prefetch(flags, j + u * kN + args.prefetch_distance);
       }
     }
     for (std::int64_t r = t0; r < t1; ++r) {
-      const Inputs<scalar_t, Op> inputs(args.block, setup, r);
+      const Inputs<scalar_t, Op> inputs(args.block, flags, r);
 #pragma GCC unroll 4
       for (int u = 0; u < kUnroll; ++u) {
         Vec<acc_t> in[kMaxInputs];
-        inputs.template load<acc_t>(in, setup, j + u * kN, lanes);
-        Op::template add<scalar_t>(a[u], b[u], in, k[u], setup.epilogue);
+        inputs.template load<acc_t>(in, flags, j + u * kN, lanes);
+        Op::template add<scalar_t>(a[u], b[u], in, k[u], flags.epilogue);
       }
     }
 #pragma GCC unroll 4
@@ -43,16 +43,16 @@ struct ReduceColumns {
     }
   }
 
-  template <typename scalar_t, typename acc_t, typename Op, Form kForm>
+  template <typename scalar_t, typename acc_t, typename Op, Specialization kSpecialization>
   static void run(const ReduceArgs& call) {
     constexpr std::int64_t kN = kWidth<acc_t>;
-    constexpr int kUnroll = kCommon<scalar_t, acc_t, Op, kForm> ? 4 : 1;
+    constexpr int kUnroll = kCommon<scalar_t, acc_t, Op, kSpecialization> ? 4 : 1;
     const ReduceArgs args = call;  // a copy that no store to a sum can be taken to change
-    const Setup setup = known_setup<Op, kForm>(args);
-    alignas(64) acc_t first[kSlabColumns];
-    alignas(64) acc_t second[kSlabColumns];
-    for (std::int64_t c0 = 0; c0 < args.block.len; c0 += kSlabColumns) {
-      const std::int64_t columns = args.block.len - c0 < kSlabColumns ? args.block.len - c0 : kSlabColumns;
+    const Flags flags = known_flags<Op, kSpecialization>(args);
+    alignas(64) acc_t first[kColumnBlock];
+    alignas(64) acc_t second[kColumnBlock];
+    for (std::int64_t c0 = 0; c0 < args.block.len; c0 += kColumnBlock) {
+      const std::int64_t columns = args.block.len - c0 < kColumnBlock ? args.block.len - c0 : kColumnBlock;
       const std::int64_t tile_rows = args.tile_rows;
       const std::int64_t flush_rows = tile_rows * (kInner + kOuter - tile_rows);
       for (std::int64_t r0 = 0; r0 < args.block.rows; r0 += flush_rows) {
@@ -64,15 +64,15 @@ struct ReduceColumns {
           std::int64_t c = 0;
           if constexpr (kUnroll > 1) {
             for (; c + kUnroll * kN <= columns; c += kUnroll * kN) {
-              add<scalar_t, acc_t, Op, kUnroll>(args, setup, t0, t1, c0 + c, first + c, second + c, Whole{});
+              add<scalar_t, acc_t, Op, kUnroll>(args, flags, t0, t1, c0 + c, first + c, second + c, Whole{});
             }
           }
           for (; c + kN <= columns; c += kN) {
-            add<scalar_t, acc_t, Op, 1>(args, setup, t0, t1, c0 + c, first + c, second + c, Whole{});
+            add<scalar_t, acc_t, Op, 1>(args, flags, t0, t1, c0 + c, first + c, second + c, Whole{});
           }
           if (c < columns) {
-            const Part part{static_cast<int>(columns - c)};
-            add<scalar_t, acc_t, Op, 1>(args, setup, t0, t1, c0 + c, first + c, second + c, part);
+            const Tail tail{static_cast<int>(columns - c)};
+            add<scalar_t, acc_t, Op, 1>(args, flags, t0, t1, c0 + c, first + c, second + c, tail);
           }
         }
         for (std::int64_t c = 0; c < columns; ++c) {
@@ -84,4 +84,4 @@ struct ReduceColumns {
   }
 };
 
-void add_reduce_columns(LeafTable& table) { fill<ReduceColumns>(table.reduce_columns); }
+void add_reduce_columns(KernelTable& table) { fill<ReduceColumns>(table.reduce_columns); }

@@ -1,11 +1,11 @@
 // Sums of a block that belongs to one channel.
 
+#include "block_io.inl"
 #include "chains.inl"
-#include "rows.inl"
-#include "table.inl"
+#include "instantiate.inl"
 
 // The two sums of a channel: kUnroll registers each, so that additions do not wait for one another.
-template <typename acc_t, typename scalar_t, typename Op, Form kForm, int kUnroll>
+template <typename acc_t, typename scalar_t, typename Op, Specialization kSpecialization, int kUnroll>
 struct SegmentSums {
   static_assert(kUnroll == 4 || kUnroll == 1);
   static constexpr std::int64_t kN = kWidth<acc_t>;
@@ -21,57 +21,58 @@ struct SegmentSums {
   std::int64_t outer = 0;
 
   Vec<acc_t> c[kMaxReduceCoefficients] = {};
-  const Setup given;
-  const std::int64_t ahead;
+  const Flags given;
+  const std::int64_t prefetch_distance;
 
-  BNEXT_INLINE explicit SegmentSums(const ReduceArgs& args) : given(setup_of<Op>(args)), ahead(args.ahead) {
+  BNEXT_INLINE explicit SegmentSums(const ReduceArgs& args)
+      : given(flags_of<Op>(args)), prefetch_distance(args.prefetch_distance) {
     broadcast_coefficients<acc_t, Op>(c, args.coefficients, 0);
   }
 
-  // Read from the member, constants would be no constants: flush() is called with the address of all members.
-  BNEXT_INLINE Setup setup() const {
-    if constexpr (kForm == kAny) {
+  // Read from the member, constants would be no constants: flush_outer() is called with the address of all members.
+  BNEXT_INLINE Flags flags() const {
+    if constexpr (kSpecialization == kAny) {
       return given;
     } else {
-      return form_setup<Op>(kForm);
+      return flags_of<Op>(kSpecialization);
     }
   }
 
   BNEXT_INLINE void add_vector(int u, const Inputs<scalar_t, Op>& inputs, std::int64_t i) {
     Vec<acc_t> in[kMaxInputs];
-    inputs.template load<acc_t>(in, setup(), i, Whole{});
-    Op::template add<scalar_t>(first[u], second[u], in, c, setup().epilogue);
+    inputs.template load<acc_t>(in, flags(), i, Whole{});
+    Op::template add<scalar_t>(first[u], second[u], in, c, flags().epilogue);
   }
 
   // What is added to which lane makes no difference, but to the last bit.
   BNEXT_INLINE void add_two(int u, const Inputs<scalar_t, Op>& inputs, std::int64_t i) {
-    if (setup().epilogue.has_mask) {
+    if (flags().epilogue.has_mask) {
       add_vector(u, inputs, i);
       add_vector(u + 1, inputs, i + kN);
       return;
     }
     Vec<acc_t> in[2][kMaxInputs];
-    inputs.template load_two<acc_t>(in, setup(), i);
-    Op::template add<scalar_t>(first[u], second[u], in[0], c, setup().epilogue);
-    Op::template add<scalar_t>(first[u + 1], second[u + 1], in[1], c, setup().epilogue);
+    inputs.template load_two<acc_t>(in, flags(), i);
+    Op::template add<scalar_t>(first[u], second[u], in[0], c, flags().epilogue);
+    Op::template add<scalar_t>(first[u + 1], second[u + 1], in[1], c, flags().epilogue);
   }
 
-  BNEXT_INLINE void add_part(int u, const Inputs<scalar_t, Op>& inputs, std::int64_t i, Part part) {
+  BNEXT_INLINE void add_tail(int u, const Inputs<scalar_t, Op>& inputs, std::int64_t i, Tail tail) {
     Vec<acc_t> in[kMaxInputs];
     Vec<acc_t> a = {};
     Vec<acc_t> b = {};
-    inputs.template load<acc_t>(in, setup(), i, part);
-    Op::template add<scalar_t>(a, b, in, c, setup().epilogue);
-    first[u] += keep<acc_t>(a, part);
-    second[u] += keep<acc_t>(b, part);
+    inputs.template load<acc_t>(in, flags(), i, tail);
+    Op::template add<scalar_t>(a, b, in, c, flags().epilogue);
+    first[u] += keep<acc_t>(a, tail);
+    second[u] += keep<acc_t>(b, tail);
   }
 
   // Elements [i, n), at most kInner * kStep of them.
   BNEXT_INLINE void add_run(const Inputs<scalar_t, Op>& inputs, std::int64_t i, std::int64_t n) {
     inner += (n - i) / kStep + 1;
-    if (ahead != 0) {
+    if (prefetch_distance != 0) {
       for (std::int64_t j = i; j < n; j += kLineBytes / static_cast<std::int64_t>(sizeof(scalar_t))) {
-        inputs.prefetch(setup(), j + ahead);
+        inputs.prefetch(flags(), j + prefetch_distance);
       }
     }
     if constexpr (kUnroll == 4) {
@@ -86,11 +87,11 @@ struct SegmentSums {
     } else {
       for (; i + kN <= n; i += kN) add_vector(0, inputs, i);
     }
-    if (i < n) add_part(kUnroll - 1, inputs, i, Part{static_cast<int>(n - i)});
-    if (inner >= kInner) settle();
+    if (i < n) add_tail(kUnroll - 1, inputs, i, Tail{static_cast<int>(n - i)});
+    if (inner >= kInner) flush_inner();
   }
 
-  BNEXT_INLINE void settle() {
+  BNEXT_INLINE void flush_inner() {
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
       first_outer[u] += first[u];
@@ -98,11 +99,11 @@ struct SegmentSums {
       first[u] = second[u] = Vec<acc_t>{};
     }
     inner = 0;
-    if (++outer == kOuter) flush();
+    if (++outer == kOuter) flush_outer();
   }
 
   // Kept out of the loops: it would take their registers.
-  __attribute__((noinline)) void flush() {
+  __attribute__((noinline)) void flush_outer() {
     for (int u = 0; u < kUnroll; ++u) {
       for (int l = 0; l < kN; ++l) {
         first_total += static_cast<double>(first_outer[u][l]);
@@ -115,21 +116,21 @@ struct SegmentSums {
 };
 
 struct ReduceSegments {
-  template <typename scalar_t, typename acc_t, typename Op, Form kForm>
+  template <typename scalar_t, typename acc_t, typename Op, Specialization kSpecialization>
   static void run(const ReduceArgs& args) {
-    using Sums = SegmentSums<acc_t, scalar_t, Op, kForm, kNaturally<scalar_t, acc_t> ? 4 : 1>;
+    using Sums = SegmentSums<acc_t, scalar_t, Op, kSpecialization, kIsOpmath<scalar_t, acc_t> ? 4 : 1>;
     constexpr std::int64_t kRun = kInner * Sums::kStep;
     const std::int64_t len = args.block.len;
     Sums sums(args);
     for (std::int64_t r = 0; r < args.block.rows; ++r) {
-      const Inputs<scalar_t, Op> inputs(args.block, sums.setup(), r);
+      const Inputs<scalar_t, Op> inputs(args.block, sums.flags(), r);
       for (std::int64_t i = 0; i < len; i += kRun) sums.add_run(inputs, i, len - i < kRun ? len : i + kRun);
     }
-    sums.settle();
-    sums.flush();
+    sums.flush_inner();
+    sums.flush_outer();
     *args.first += sums.first_total;
     *args.second += sums.second_total;
   }
 };
 
-void add_reduce_segments(LeafTable& table) { fill<ReduceSegments>(table.reduce_segments); }
+void add_reduce_segments(KernelTable& table) { fill<ReduceSegments>(table.reduce_segments); }

@@ -1,6 +1,6 @@
 // A channel's shift: the mean of a few rows, no finer than these are apart.
 
-#include "rows.inl"
+#include "block_io.inl"
 
 template <typename acc_t, typename scalar_t, typename Lanes>
 BNEXT_INLINE Vec<acc_t> sampled_shift(const scalar_t* x, const std::int64_t* offsets, int samples, Lanes lanes) {
@@ -28,8 +28,8 @@ void sample(const SampleArgs& args) {
     for (int l = 0; l < kN; ++l) args.shift[j + l] = static_cast<double>(shift[l]);
   }
   if (j < args.len) {
-    const Part part{static_cast<int>(args.len - j)};
-    const auto shift = sampled_shift<acc_t>(x + j, args.offsets, args.samples, part);
-    for (int l = 0; l < part.n; ++l) args.shift[j + l] = static_cast<double>(shift[l]);
+    const Tail tail{static_cast<int>(args.len - j)};
+    const auto shift = sampled_shift<acc_t>(x + j, args.offsets, args.samples, tail);
+    for (int l = 0; l < tail.n; ++l) args.shift[j + l] = static_cast<double>(shift[l]);
   }
 }

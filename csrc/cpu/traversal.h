@@ -7,7 +7,7 @@
 #include "../common/channel_ops.h"
 #include "../common/problem.h"
 #include "../common/samples.h"
-#include "leaves.h"
+#include "kernels.h"
 #include "parallel.h"
 
 namespace bnext::cpu {
@@ -21,18 +21,19 @@ inline void* advance(void* base, std::int64_t elements, DType dtype) {
 }
 
 // A forward or backward call, as a traversal sees it.
-class ChannelOp {
- public:
-  virtual ~ChannelOp() = default;
+struct ChannelOp {
+  // An Op of common/channel_ops.h, and its functions.
+  const void* op;
+  const ChannelKernels& kernels;
 
   const void* in[kMaxInputs] = {};  // input, grad_output, residual
   void* out[2] = {};                // output or grad_input, grad_residual
   std::uint8_t* mask = nullptr;     // common/mask.h
   Epilogue epilogue;
   bool reduces = false;
-  bool far = false;      // the second-level caches hold but a part of it all
-  bool streams = false;  // nor do the caches hold much of the outputs
-  bool samples = false;  // the shift is a sample of the channel's own values
+  bool exceeds_l2 = false;    // the tensors exceed the second-level caches
+  bool non_temporal = false;  // the outputs exceed the third-level cache as well
+  bool samples = false;       // the shift is a sample of the channel's own values
   ReduceOp reduce_op = ReduceOp::kMomentSums;
   MapOp map_op = MapOp::kNormalize;
 
@@ -50,22 +51,17 @@ class ChannelOp {
 
   // Where the results of that block go.
   void place(MapArgs& args, DType dtype, std::int64_t first) const {
-    args.streams = streams;
-    args.in_order = far;
+    args.non_temporal = non_temporal;
+    args.in_order = exceeds_l2;
     for (int k = 0; k < 2; ++k) args.out[k] = advance(out[k], first, dtype);
   }
 
-  // What the reduction needs besides a sampled shift.
-  virtual void reduce_coefficients(const Channels& channels) const = 0;
-
-  // Marks channels for whose sums float32 was not enough, and says whether there are any; they are then reduced again
-  // in float64, shifted by better_shift().
-  virtual bool find_doubtful(const Channels& channels, std::uint8_t* doubtful) const = 0;
-  virtual double better_shift(const ChannelSums& sums) const = 0;
-
-  // Takes channels' sums, stores what the caller asked for, and returns the map's coefficients. Called once for each
-  // channel, possibly from several threads at once.
-  virtual void finish(const Channels& channels) const = 0;
+  void reduce_coefficients(const Channels& channels) const { kernels.reduce_coefficients(op, channels); }
+  bool find_needs_fp64(const Channels& channels, std::uint8_t* needs_fp64) const {
+    return kernels.find_needs_fp64(op, channels, needs_fp64);
+  }
+  double refined_shift(const ChannelSums& sums) const { return kernels.refined_shift(op, sums); }
+  void finish(const Channels& channels) const { kernels.finish(op, channels); }
 };
 
 // Both give the same bits for any number of threads: what is added to what, and in which order, depends on the
@@ -102,12 +98,12 @@ struct Coefficients {
   Compute compute(std::int64_t j) const { return fits[j] != 0 ? Compute::kFloat32 : Compute::kFloat64; }
 
   // To be called when wide[k][j] is set for j < n.
-  void settle(const LeafTable& leaves, DType dtype, std::int64_t n) {
-    const bool natural = natural_compute(dtype) == Compute::kFloat32;
+  void narrow(const KernelTable& kernels, DType dtype, std::int64_t n) {
+    const bool natural = opmath_compute(dtype) == Compute::kFloat32;
     for (std::int64_t j = 0; j < n; ++j) fits[j] = natural ? 1 : 0;
     if (!natural) return;
     for (int k = 0; k < count; ++k) {
-      leaves.narrow(wide.data() + k * channels, n, single.data() + k * channels, fits.data());
+      kernels.narrow(wide.data() + k * channels, n, single.data() + k * channels, fits.data());
     }
   }
 

@@ -1,6 +1,6 @@
 // A register's worth of compute type, and how elements get into and out of it.
 //
-// Included by rows.inl once for each instruction set, inside that set's namespace and under its target pragma:
+// Included by block_io.inl once for each instruction set, inside that set's namespace and under its target pragma:
 // hence no include guard and no #include. kVectorBytes is the width of a register. The compiler's own vector
 // types are used at exactly that width (wider ones are split badly), with ordinary operators.
 
@@ -29,19 +29,19 @@ BNEXT_INLINE void store_raw(T* to, const V& v) {
 // Which lanes of a register an access is for: all of them, or where a row ends the first n. Lanes that are not loaded
 // are zero.
 struct Whole {};
-struct Part {
+struct Tail {
   int n;
 };
 
-BNEXT_INLINE std::uint32_t lane_bits(Part part) { return (1u << part.n) - 1u; }
+BNEXT_INLINE std::uint32_t lane_bits(Tail tail) { return (1u << tail.n) - 1u; }
 
 // Copies the first of kN elements into a register's worth of them, and back.
 template <int kN, typename T>
-BNEXT_INLINE void load_part(T (&to)[kN], const T* from, Part part) {
+BNEXT_INLINE void load_tail(T (&to)[kN], const T* from, Tail tail) {
   [[maybe_unused]] constexpr int kBytes = kN * static_cast<int>(sizeof(T));
 #if defined(__x86_64__)
   if constexpr (kVectorBytes == 64) {
-    [[maybe_unused]] const std::uint32_t lanes = lane_bits(part);
+    [[maybe_unused]] const std::uint32_t lanes = lane_bits(tail);
     if constexpr (sizeof(T) == 8) return store_raw(to, _mm512_maskz_loadu_epi64(lanes, from));
     if constexpr (sizeof(T) == 4 && kBytes == 64) return store_raw(to, _mm512_maskz_loadu_epi32(lanes, from));
     if constexpr (sizeof(T) == 4 && kBytes == 32) return store_raw(to, _mm256_maskz_loadu_epi32(lanes, from));
@@ -49,15 +49,15 @@ BNEXT_INLINE void load_part(T (&to)[kN], const T* from, Part part) {
     if constexpr (sizeof(T) == 2 && kBytes == 16) return store_raw(to, _mm_maskz_loadu_epi16(lanes, from));
   }
 #endif
-  for (int l = 0; l < kN; ++l) to[l] = l < part.n ? from[l] : T{};
+  for (int l = 0; l < kN; ++l) to[l] = l < tail.n ? from[l] : T{};
 }
 
 template <int kN, typename T>
-BNEXT_INLINE void store_part(T* to, const T (&from)[kN], Part part) {
+BNEXT_INLINE void store_tail(T* to, const T (&from)[kN], Tail tail) {
   [[maybe_unused]] constexpr int kBytes = kN * static_cast<int>(sizeof(T));
 #if defined(__x86_64__)
   if constexpr (kVectorBytes == 64) {
-    [[maybe_unused]] const std::uint32_t lanes = lane_bits(part);
+    [[maybe_unused]] const std::uint32_t lanes = lane_bits(tail);
     if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_epi64(to, lanes, load_raw<__m512i>(from));
     if constexpr (sizeof(T) == 4 && kBytes == 64) return _mm512_mask_storeu_epi32(to, lanes, load_raw<__m512i>(from));
     if constexpr (sizeof(T) == 4 && kBytes == 32) return _mm256_mask_storeu_epi32(to, lanes, load_raw<__m256i>(from));
@@ -65,10 +65,10 @@ BNEXT_INLINE void store_part(T* to, const T (&from)[kN], Part part) {
     if constexpr (sizeof(T) == 2 && kBytes == 16) return _mm_mask_storeu_epi16(to, lanes, load_raw<__m128i>(from));
   }
 #endif
-  for (int l = 0; l < part.n; ++l) to[l] = from[l];
+  for (int l = 0; l < tail.n; ++l) to[l] = from[l];
 }
 
-// The 512-bit forms below are taken with a mask of all lanes: GCC 12 warns of an uninitialised value inside those
+// The 512-bit intrinsics below are taken with a mask of all lanes: GCC 12 warns of an uninitialised value inside those
 // without one.
 constexpr unsigned short kAllLanes = 0xffff;
 
@@ -197,9 +197,9 @@ BNEXT_INLINE Vector<acc_t, kWidth<acc_t>> load_vector(const scalar_t* from, Whol
 }
 
 template <typename acc_t, typename scalar_t>
-BNEXT_INLINE Vector<acc_t, kWidth<acc_t>> load_vector(const scalar_t* from, Part part) {
+BNEXT_INLINE Vector<acc_t, kWidth<acc_t>> load_vector(const scalar_t* from, Tail tail) {
   scalar_t packed[kWidth<acc_t>];
-  load_part(packed, from, part);
+  load_tail(packed, from, tail);
   return load_vector<acc_t>(packed);
 }
 
@@ -228,10 +228,10 @@ BNEXT_INLINE void store_vector(scalar_t* to, const Vector<acc_t, kWidth<acc_t>>&
 }
 
 template <typename acc_t, typename scalar_t>
-BNEXT_INLINE void store_vector(scalar_t* to, const Vector<acc_t, kWidth<acc_t>>& v, Part part) {
+BNEXT_INLINE void store_vector(scalar_t* to, const Vector<acc_t, kWidth<acc_t>>& v, Tail tail) {
   scalar_t packed[kWidth<acc_t>];
   store_vector<acc_t>(packed, v);
-  store_part(to, packed, part);
+  store_tail(to, packed, tail);
 }
 
 template <typename acc_t>
@@ -239,14 +239,14 @@ BNEXT_INLINE Vector<acc_t, kWidth<acc_t>> broadcast(acc_t value) {
   return Vector<acc_t, kWidth<acc_t>>{} + value;
 }
 
-// v where `part` has lanes, 0 elsewhere.
+// v where `tail` has lanes, 0 elsewhere.
 template <typename acc_t>
-BNEXT_INLINE Vector<acc_t, kWidth<acc_t>> keep(const Vector<acc_t, kWidth<acc_t>>& v, Part part) {
+BNEXT_INLINE Vector<acc_t, kWidth<acc_t>> keep(const Vector<acc_t, kWidth<acc_t>>& v, Tail tail) {
   using V = Vector<acc_t, kWidth<acc_t>>;
   using Bits = typename LanesOf<V>::Bits;
   Bits lane;
   for (int l = 0; l < kWidth<acc_t>; ++l) lane[l] = l;
-  return lane < Bits{} + part.n ? v : V{};
+  return lane < Bits{} + tail.n ? v : V{};
 }
 
 // A cache line's worth of values.
@@ -270,7 +270,7 @@ constexpr int kLineElements = kLineBytes / static_cast<int>(sizeof(scalar_t));
 
 // Past the caches: for outputs that they would not hold. A line that is not written whole at once would be read first.
 template <typename scalar_t>
-BNEXT_INLINE void stream_line(scalar_t* to, const scalar_t (&packed)[kLineElements<scalar_t>]) {
+BNEXT_INLINE void store_line_non_temporal(scalar_t* to, const scalar_t (&packed)[kLineElements<scalar_t>]) {
   constexpr int kStep = kVectorBytes / static_cast<int>(sizeof(scalar_t));
 #pragma GCC unroll 4
   for (int i = 0; i < kLineElements<scalar_t>; i += kStep) {
@@ -289,7 +289,7 @@ BNEXT_INLINE void stream_line(scalar_t* to, const scalar_t (&packed)[kLineElemen
 }
 
 // Streamed stores are seen by other threads in no order, unless told to wait.
-BNEXT_INLINE void finish_streams() {
+BNEXT_INLINE void non_temporal_fence() {
 #if defined(__x86_64__)
   _mm_sfence();
 #endif
@@ -328,7 +328,10 @@ BNEXT_INLINE std::uint32_t open_bits(const V& opening) {
 }
 
 // Where a row's mask holds the bit of element i, which is not negative: a quotient of what could be takes instructions.
-BNEXT_INLINE std::uint64_t mask_byte(std::int64_t i) { return static_cast<std::uint64_t>(i) / 8; }
+BNEXT_INLINE std::uint64_t mask_byte(std::int64_t i) {
+  static_assert(kCpuMaskLanes == 8, "a bit an element");
+  return static_cast<std::uint64_t>(i) / 8;
+}
 
 // The bits of elements i, i + 1, ... of a row's mask, i a multiple of a register's lanes kN.
 template <int kN>
@@ -346,8 +349,8 @@ BNEXT_INLINE std::uint32_t load_mask(const std::uint8_t* mask, std::int64_t i, W
 
 // The row may end with the byte that holds the last of them.
 template <int kN>
-BNEXT_INLINE std::uint32_t load_mask(const std::uint8_t* mask, std::int64_t i, Part part) {
-  if (kN == 16 && part.n <= 8) return mask[mask_byte(i)];
+BNEXT_INLINE std::uint32_t load_mask(const std::uint8_t* mask, std::int64_t i, Tail tail) {
+  if (kN == 16 && tail.n <= 8) return mask[mask_byte(i)];
   return load_mask<kN>(mask, i);
 }
 
@@ -367,9 +370,9 @@ BNEXT_INLINE void store_mask(std::uint8_t* mask, std::int64_t i, std::uint32_t b
 }
 
 template <int kN>
-BNEXT_INLINE void store_mask(std::uint8_t* mask, std::int64_t i, std::uint32_t bits, Part part) {
-  const std::uint32_t named = bits & lane_bits(part);
-  if (kN == 16 && part.n <= 8) {
+BNEXT_INLINE void store_mask(std::uint8_t* mask, std::int64_t i, std::uint32_t bits, Tail tail) {
+  const std::uint32_t named = bits & lane_bits(tail);
+  if (kN == 16 && tail.n <= 8) {
     mask[mask_byte(i)] = static_cast<std::uint8_t>(named);
   } else {
     store_mask<kN>(mask, i, named);

@@ -7,17 +7,17 @@ extern template cudaError_t launch_dtype<ActivatedGradSums, ActivatedGrad>(const
                                                                            cudaStream_t);
 extern template cudaError_t launch_dtype<NoSums, ActivatedGrad>(const KernelArgs&, const BackwardOp&, cudaStream_t);
 
-Plan plan_for(const Problem& problem, const Backward& args, const DeviceLimits& limits) {
+LaunchPlan plan_for(const Problem& problem, const Backward& args, const DeviceLimits& limits) {
   const bool reads_residual = args.reads_preactivation() && args.residual != nullptr;
-  Demand demand;
-  demand.inputs = 1 + (args.reads_input() ? 1 : 0) + (reads_residual ? 1 : 0);
-  demand.reads_mask = args.mask != nullptr;
-  demand.reduces = args.reduces();
-  demand.activated = args.activated();
-  return make_plan(problem, demand, limits);
+  KernelTraits traits;
+  traits.inputs = 1 + (args.reads_input() ? 1 : 0) + (reads_residual ? 1 : 0);
+  traits.reads_mask = args.mask != nullptr;
+  traits.reduces = args.reduces();
+  traits.activated = args.activated();
+  return make_launch_plan(problem, traits, limits);
 }
 
-cudaError_t backward(const Problem& problem, const Backward& args, const Plan& plan, void* workspace,
+cudaError_t backward(const Problem& problem, const Backward& args, const LaunchPlan& plan, void* workspace,
                      cudaStream_t stream) {
   const void* input = args.reads_input() ? args.input : nullptr;
   const void* residual = args.reads_preactivation() ? args.residual : nullptr;

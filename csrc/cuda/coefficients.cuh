@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "walk.cuh"
+#include "tile_iterator.cuh"
 
 namespace bnext::cuda {
 
@@ -12,13 +12,13 @@ template <typename scalar_t, Tile kTile>
 constexpr int kSums = kTile == Tile::kChannel ? 1 : kLanes<scalar_t>;
 
 // The in-tile channel of a column. Beyond the last column that of any other: no element lies there.
-__device__ __forceinline__ int column_channel(const Plan& plan, const TileSpan& span, int column) {
+__device__ __forceinline__ int column_channel(const LaunchPlan& plan, const TileSpan& span, int column) {
   const int channel = column / static_cast<int>(plan.columns_per_channel) % plan.tile_channels;
   return channel < span.channels ? channel : 0;
 }
 
 template <typename scalar_t, Tile kTile>
-__device__ __forceinline__ int lane_channel(const Plan& plan, const TileSpan& span, int lane) {
+__device__ __forceinline__ int lane_channel(const LaunchPlan& plan, const TileSpan& span, int lane) {
   if (kTile == Tile::kChannel) return 0;
   return column_channel(plan, span, static_cast<int>(threadIdx.x) % plan.threads_x * kLanes<scalar_t> + lane);
 }
@@ -31,13 +31,13 @@ enum class Keep { kRegisters, kChannels, kColumns };
 // for each lane, and so are float64 ones in a kernel that computes in float32 but for rare channels.
 template <typename scalar_t, typename acc_t, typename Functor, Tile kTile>
 constexpr Keep kKeep = Functor::kActivated && kTile == Tile::kColumns
-                           ? (std::is_same_v<acc_t, Natural<scalar_t>> ? Keep::kColumns : Keep::kChannels)
+                           ? (std::is_same_v<acc_t, opmath_t<scalar_t>> ? Keep::kColumns : Keep::kChannels)
                            : Keep::kRegisters;
 
 // In shared memory for Keep::kColumns: [coefficient][lane][thread x], which no two threads of a warp's row read in the
 // same bank.
 template <typename acc_t>
-__device__ __forceinline__ void spread_to_columns(const Plan& plan, const TileSpan& span, int lanes, int count,
+__device__ __forceinline__ void spread_to_columns(const LaunchPlan& plan, const TileSpan& span, int lanes, int count,
                                                   const double* channels, acc_t* columns) {
   const int width = lanes * plan.threads_x;
   for (int i = static_cast<int>(threadIdx.x); i < count * width; i += plan.threads) {
@@ -54,7 +54,7 @@ class LaneCoefficients {
 
  public:
   // channels: double [kCount][tile_channels]; columns: acc_t, as above, Keep::kColumns only.
-  __device__ __forceinline__ LaneCoefficients(const Plan& plan, const TileSpan& span, const double* channels,
+  __device__ __forceinline__ LaneCoefficients(const LaunchPlan& plan, const TileSpan& span, const double* channels,
                                               const void* columns)
       : plan_(plan),
         span_(span),
@@ -86,7 +86,7 @@ class LaneCoefficients {
   }
 
  private:
-  const Plan& plan_;
+  const LaunchPlan& plan_;
   const TileSpan& span_;
   const double* channels_;
   const acc_t* columns_;

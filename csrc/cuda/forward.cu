@@ -3,12 +3,12 @@
 namespace bnext::cuda {
 namespace {
 
-constexpr int kMergeThreads = 128;
+constexpr int kGatherThreads = 128;
 
 __global__ void count_kernel(std::int64_t* counter) { ++*counter; }
 
-__global__ void merge_kernel(const __grid_constant__ MergeOp op) {
-  const std::int64_t c = std::int64_t{blockIdx.x} * kMergeThreads + threadIdx.x;
+__global__ void gather_stats_kernel(const __grid_constant__ GatherStatsOp op) {
+  const std::int64_t c = std::int64_t{blockIdx.x} * kGatherThreads + threadIdx.x;
   if (c < op.args.C) op.finish(c);
 }
 
@@ -18,13 +18,13 @@ cudaError_t count_after(cudaError_t error, const Running& running, cudaStream_t 
   return count_batch(running.num_batches_tracked, stream);
 }
 
-Demand demand(const ForwardEpilogue& epilogue, bool reduces) {
+KernelTraits traits(const ForwardEpilogue& epilogue, bool reduces) {
   return {epilogue.residual != nullptr ? 2 : 1, /*reads_mask=*/false, reduces, epilogue.present()};
 }
 
 template <typename Reduce, typename Args, typename Op>
-cudaError_t launch_forward(const Plan& plan, const Args& args, const Op& op, void* workspace, std::int64_t* counted,
-                           cudaStream_t stream) {
+cudaError_t launch_forward(const LaunchPlan& plan, const Args& args, const Op& op, void* workspace,
+                           std::int64_t* counted, cudaStream_t stream) {
   const ForwardEpilogue& after = args.epilogue;
   const KernelArgs kernel_args{plan,
                                {{args.input, nullptr, after.residual}, nullptr, {args.output, nullptr}, after.mask},
@@ -46,15 +46,15 @@ cudaError_t count_batch(std::int64_t* num_batches_tracked, cudaStream_t stream) 
   return error != cudaSuccess ? error : cudaGetLastError();
 }
 
-Plan plan_for(const Problem& problem, const TrainingForward& args, const DeviceLimits& limits) {
-  return make_plan(problem, demand(args.epilogue, /*reduces=*/true), limits);
+LaunchPlan plan_for(const Problem& problem, const TrainingForward& args, const DeviceLimits& limits) {
+  return make_launch_plan(problem, traits(args.epilogue, /*reduces=*/true), limits);
 }
 
-Plan plan_for(const Problem& problem, const EvalForward& args, const DeviceLimits& limits) {
-  return make_plan(problem, demand(args.epilogue, /*reduces=*/false), limits);
+LaunchPlan plan_for(const Problem& problem, const EvalForward& args, const DeviceLimits& limits) {
+  return make_launch_plan(problem, traits(args.epilogue, /*reduces=*/false), limits);
 }
 
-cudaError_t forward(const Problem& problem, const TrainingForward& args, const Plan& plan, void* workspace,
+cudaError_t forward(const Problem& problem, const TrainingForward& args, const LaunchPlan& plan, void* workspace,
                     cudaStream_t stream) {
   const TrainingForwardOp op{args, problem.dtype, static_cast<double>(problem.count())};
   const Running& running = args.running;
@@ -64,16 +64,16 @@ cudaError_t forward(const Problem& problem, const TrainingForward& args, const P
   return count_after(launch_forward<MomentSums>(plan, args, op, workspace, nullptr, stream), running, stream);
 }
 
-cudaError_t merge(const Merge& args, cudaStream_t stream) {
+cudaError_t gather_stats(const GatherStats& args, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>((args.C + kMergeThreads - 1) / kMergeThreads));
-  config.blockDim = dim3(kMergeThreads);
+  config.gridDim = dim3(static_cast<unsigned>((args.C + kGatherThreads - 1) / kGatherThreads));
+  config.blockDim = dim3(kGatherThreads);
   config.stream = stream;
-  const cudaError_t error = cudaLaunchKernelEx(&config, &merge_kernel, MergeOp{args});
+  const cudaError_t error = cudaLaunchKernelEx(&config, &gather_stats_kernel, GatherStatsOp{args});
   return count_after(error != cudaSuccess ? error : cudaGetLastError(), args.running, stream);
 }
 
-cudaError_t forward(const Problem& problem, const EvalForward& args, const Plan& plan, void* workspace,
+cudaError_t forward(const Problem& problem, const EvalForward& args, const LaunchPlan& plan, void* workspace,
                     cudaStream_t stream) {
   return launch_forward<NoSums>(plan, args, EvalForwardOp{args, problem.dtype}, workspace, nullptr, stream);
 }

@@ -3,15 +3,16 @@
 
 #include <atomic>
 
+#include "../common/dispatch.h"
 #include "batch_norm.h"
-#include "kernel.cuh"
+#include "batch_norm_kernel.cuh"
 
 namespace bnext::cuda {
 
 // What a kernel may use is set once a device, to all there is: set to what a launch needs, it could be lowered by
 // another thread before this one has launched.
 template <auto kKernel>
-cudaError_t allow_all() {
+cudaError_t set_kernel_attributes() {
   static std::atomic<std::uint64_t> done{0};
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -38,24 +39,24 @@ cudaError_t allow_all() {
 
 template <auto kKernel, typename Op>
 cudaError_t launch(const KernelArgs& args, const Op& op, cudaStream_t stream) {
-  const Plan& plan = args.plan;
-  cudaError_t error = allow_all<kKernel>();
+  const LaunchPlan& plan = args.plan;
+  cudaError_t error = set_kernel_attributes<kKernel>();
   if (error != cudaSuccess) return error;
 
   cudaLaunchAttribute attribute = {};
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(plan.teams) * static_cast<unsigned>(plan.team_blocks));
+  config.gridDim = dim3(static_cast<unsigned>(plan.groups) * static_cast<unsigned>(plan.group_blocks));
   config.blockDim = dim3(static_cast<unsigned>(plan.threads));
   config.dynamicSmemBytes = static_cast<std::size_t>(plan.shared.bytes);
   config.stream = stream;
   config.attrs = &attribute;
-  if (plan.team == Team::kCluster) {
+  if (plan.group == Group::kCluster) {
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(plan.team_blocks);
+    attribute.val.clusterDim.x = static_cast<unsigned>(plan.group_blocks);
     attribute.val.clusterDim.y = 1;
     attribute.val.clusterDim.z = 1;
     config.numAttrs = 1;
-  } else if (plan.team == Team::kGrid) {
+  } else if (plan.group == Group::kGrid) {
     error = cudaMemsetAsync(args.workspace, 0, static_cast<std::size_t>(plan.counter_bytes), stream);
     if (error != cudaSuccess) return error;
     attribute.id = cudaLaunchAttributeCooperative;
@@ -75,13 +76,8 @@ cudaError_t launch_tile(const KernelArgs& args, const Op& op, cudaStream_t strea
 
 template <typename Reduce, typename Map, typename Op>
 cudaError_t launch_dtype(const KernelArgs& args, const Op& op, cudaStream_t stream) {
-  switch (op.dtype) {
-    case DType::kFloat32: return launch_tile<float, Reduce, Map>(args, op, stream);
-    case DType::kFloat64: return launch_tile<double, Reduce, Map>(args, op, stream);
-    case DType::kFloat16: return launch_tile<Half, Reduce, Map>(args, op, stream);
-    case DType::kBFloat16: return launch_tile<BFloat16, Reduce, Map>(args, op, stream);
-  }
-  return cudaErrorInvalidValue;
+  return dispatch(op.dtype,
+                  [&](auto tag) { return launch_tile<typename decltype(tag)::Type, Reduce, Map>(args, op, stream); });
 }
 
 }  // namespace bnext::cuda

@@ -4,7 +4,7 @@ namespace bnext::cuda {
 namespace {
 
 // Compiled as all kernels are: says for which generation.
-__global__ void witness_kernel() {}
+__global__ void probe_kernel() {}
 
 // Blocks of the largest cluster that is worth having. A cluster lies in one group of SMs, whose number need not be a
 // multiple of the large ones: these may leave no more than a quarter of the device idle, with a block an SM.
@@ -23,15 +23,15 @@ int largest_cluster(const DeviceLimits& limits) {
   const auto go_on = [&](auto&& call) {
     if (error == cudaSuccess) error = call();
   };
-  go_on([&] { return cudaFuncSetAttribute(&witness_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1); });
+  go_on([&] { return cudaFuncSetAttribute(&probe_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1); });
   go_on([&] {
-    return cudaFuncSetAttribute(&witness_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_per_block);
+    return cudaFuncSetAttribute(&probe_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_per_block);
   });
-  go_on([&] { return cudaOccupancyMaxPotentialClusterSize(&most, &witness_kernel, &config); });
+  go_on([&] { return cudaOccupancyMaxPotentialClusterSize(&most, &probe_kernel, &config); });
   if (error == cudaSuccess && most >= kMaxCluster) {
     config.attrs = &attribute;
     config.numAttrs = 1;
-    error = cudaOccupancyMaxActiveClusters(&at_once, &witness_kernel, &config);
+    error = cudaOccupancyMaxActiveClusters(&at_once, &probe_kernel, &config);
     if (error == cudaSuccess && 4 * at_once * kMaxCluster >= 3 * limits.sms) return kMaxCluster;
   }
   // A device that cannot answer has the others all the same.
@@ -56,7 +56,7 @@ cudaError_t current_limits(DeviceLimits* limits) {
   get(&clusters, cudaDevAttrClusterLaunch);
   if (error != cudaSuccess) return error;
   cudaFuncAttributes code = {};
-  error = cudaFuncGetAttributes(&code, &witness_kernel);
+  error = cudaFuncGetAttributes(&code, &probe_kernel);
   // A device with clusters may be running code for one without, translated by the driver.
   limits->max_cluster = error == cudaSuccess && clusters != 0 && code.ptxVersion >= 90 ? largest_cluster(*limits) : 1;
   return error;

@@ -20,7 +20,7 @@ class Accumulator {
 
  public:
   // coefficients: double [Reduce::kCoefficients][tile_channels], in shared memory; columns: coefficients.cuh
-  __device__ __forceinline__ Accumulator(const Plan& plan, const TileSpan& span, const double* coefficients,
+  __device__ __forceinline__ Accumulator(const LaunchPlan& plan, const TileSpan& span, const double* coefficients,
                                          const void* columns, const Epilogue& epilogue)
       : epilogue_(epilogue), coefficients_(plan, span, coefficients, columns) {
 #pragma unroll
@@ -85,8 +85,8 @@ __device__ __forceinline__ double warp_sum(double value) {
 }
 
 // One channel: own[0], own[1] become the sums of all threads' first and second.
-__device__ __forceinline__ void merge_channel(const Plan& plan, const double (&first)[1], const double (&second)[1],
-                                              double* merge, double* own) {
+__device__ __forceinline__ void merge_channel(const LaunchPlan& plan, const double (&first)[1],
+                                              const double (&second)[1], double* merge, double* own) {
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const double a = warp_sum(first[0]);
   const double b = warp_sum(second[0]);
@@ -105,7 +105,7 @@ __device__ __forceinline__ void merge_channel(const Plan& plan, const double (&f
 // Columns: first the threads that share them, upper rows giving to lower ones, again and again: half of them, as far as
 // the buffer has room; then the columns of each channel. own: double [2][tile_channels].
 template <int kP>
-__device__ __forceinline__ void merge_columns(const Plan& plan, double (&first)[kP], double (&second)[kP],
+__device__ __forceinline__ void merge_columns(const LaunchPlan& plan, double (&first)[kP], double (&second)[kP],
                                               double* merge, double* own) {
   const int t = static_cast<int>(threadIdx.x);
   const int y = t / plan.threads_x;

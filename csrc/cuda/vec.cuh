@@ -7,7 +7,7 @@
 
 #include "../common/elementwise.h"
 #include "../common/half.h"
-#include "plan.h"
+#include "launch_plan.h"
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>

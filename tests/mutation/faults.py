@@ -7,9 +7,9 @@ from mutation.edits import Fault
 STATISTICS = "csrc/common/statistics.h"
 CHANNELS = "csrc/common/channel_ops.h"
 ACTIVATION = "csrc/common/activation.h"
-AUTOGRAD = "csrc/autograd.cpp"
-TENSORS = "csrc/batch_norm.cpp"
-CHECKS = "csrc/checks.cpp"
+AUTOGRAD = "csrc/tensor/autograd.cpp"
+TENSORS = "csrc/tensor/forward.cpp"
+CHECKS = "csrc/tensor/checks.cpp"
 
 PLAIN_TRAINING = "train_batch_norm(input, running_mean, running_var, None, weight, bias, momentum, eps)"
 
@@ -147,8 +147,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "empty-batch-is-refused",
         TENSORS,
-        "problem_of(input, format_of(input)).count() != 1",
-        "problem_of(input, format_of(input)).count() > 1",
+        "geometry.problem.count() != 1",
+        "geometry.problem.count() > 1",
         ("tests/test_forward.py::test_empty_batch_does_not_spoil_the_cumulative_average",),
     ),
     # The Python layers.

@@ -1,6 +1,6 @@
-// The tensor level on the emulated device: csrc/batch_norm.cpp as it stands, its backend replaced by one that gives
-// the CUDA launchers CPU tensors. Operators bnext_simt::*, of the same signatures as bnext::*, and some to control the
-// device and to look at plans.
+// The tensor level on the emulated device: csrc/tensor/forward.cpp and backward.cpp as they stand, their backend
+// replaced by one that gives the CUDA launchers CPU tensors. Operators bnext_simt::*, of the same signatures as
+// bnext::*, and some to control the device and to look at plans.
 
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -9,18 +9,18 @@
 #include <limits>
 #include <string>
 
-#include "../../csrc/backend.h"
-#include "../../csrc/batch_norm.h"
 #include "../../csrc/common/mask.h"
 #include "../../csrc/cuda/batch_norm.h"
+#include "../../csrc/tensor/backend.h"
+#include "../../csrc/tensor/schema.h"
 #include "emulator.h"
 
 namespace bnext {
 namespace {
 
-cuda::Plan last_plan;
+cuda::LaunchPlan last_plan;
 
-// Plans are made as if the device had no more than this, so that small tensors take the ways of large ones.
+// Plans are made as if the device had no more than this, so that small tensors take the paths of large ones.
 int shared_cap;
 int cluster_cap;
 int grid_cap;
@@ -71,8 +71,8 @@ void add_stats(Buffers& buffers, std::int64_t C, double* mean, double* invstd) {
 // A mask has bytes between its rows that nobody writes or looks at.
 std::size_t mask_bytes(const Problem& problem) {
   const std::int64_t elements = mask_row_elements(problem);
-  const std::int64_t lanes = cuda::kVectorBytes / element_size(problem.dtype);
-  return static_cast<std::size_t>(problem.numel() / elements * mask_row_bytes(elements, lanes));
+  return static_cast<std::size_t>(problem.numel() / elements *
+                                  mask_row_bytes(elements, cuda_mask_lanes(element_size(problem.dtype))));
 }
 
 void add_epilogue(Buffers& buffers, const Problem& problem, const ForwardEpilogue& epilogue) {
@@ -132,9 +132,7 @@ class SimtBackend final : public Backend {
  public:
   std::uintptr_t alignment() const override { return cuda::kVectorBytes; }
 
-  std::int64_t mask_lanes(const Problem& problem) const override {
-    return cuda::kVectorBytes / element_size(problem.dtype);
-  }
+  std::int64_t mask_lanes(DType dtype) const override { return cuda_mask_lanes(element_size(dtype)); }
 
   at::Tensor allocate_output(const at::Tensor& like, at::MemoryFormat format, const Problem&, bool) const override {
     return at::empty_like(like, like.options(), format);
@@ -146,14 +144,14 @@ class SimtBackend final : public Backend {
     buffers.finish(cuda::count_batch(num_batches_tracked, nullptr));
   }
 
-  void run(const Merge& args, at::Device) const override {
+  void run(const GatherStats& args, at::Device) const override {
     Buffers buffers;
-    buffers.add(args.moments, channel_bytes(args.shares * (2 * args.C + 1), DType::kFloat64), "moments",
+    buffers.add(args.local_stats, channel_bytes(args.processes * (2 * args.C + 1), DType::kFloat64), "local_stats",
                 simt::Access::kRead);
     add_running(buffers, args.C, args.running);
     buffers.add(args.mean, channel_bytes(args.C, DType::kFloat64), "mean", simt::Access::kUninitialised);
     buffers.add(args.var, channel_bytes(args.C, DType::kFloat64), "var", simt::Access::kUninitialised);
-    buffers.finish(cuda::merge(args, nullptr));
+    buffers.finish(cuda::gather_stats(args, nullptr));
   }
   void run(const Problem& problem, const TrainingForward& args, at::Device) const override {
     enqueue(problem, args, [](auto&&... all) { return cuda::forward(all...); });
@@ -189,18 +187,18 @@ class SimtBackend final : public Backend {
 
 using Facts = c10::Dict<std::string, std::int64_t>;
 
-Facts facts_of(const cuda::Plan& plan) {
+Facts facts_of(const cuda::LaunchPlan& plan) {
   Facts facts;
   facts.insert("tile", static_cast<std::int64_t>(plan.tile));
-  facts.insert("team", static_cast<std::int64_t>(plan.team));
+  facts.insert("team", static_cast<std::int64_t>(plan.group));
   facts.insert("rows", plan.rows);
   facts.insert("row_width", plan.row_width);
   facts.insert("columns_per_channel", plan.columns_per_channel);
   facts.insert("tiles", plan.tiles);
   facts.insert("tile_width", plan.tile_width);
   facts.insert("tile_channels", plan.tile_channels);
-  facts.insert("teams", plan.teams);
-  facts.insert("team_blocks", plan.team_blocks);
+  facts.insert("teams", plan.groups);
+  facts.insert("team_blocks", plan.group_blocks);
   facts.insert("threads_x", plan.threads_x);
   facts.insert("threads_y", plan.threads_y);
   facts.insert("threads", plan.threads);
@@ -229,8 +227,8 @@ Facts plan(std::int64_t N, std::int64_t C, std::int64_t HW, bool channels_last, 
                                   static_cast<int>(max_cluster),
                                   std::numeric_limits<int>::max()};
   // Three inputs are those of a backward call with an activation.
-  const cuda::Demand demand{static_cast<int>(inputs), /*reads_mask=*/false, reduces, /*activated=*/inputs == 3};
-  return facts_of(cuda::make_plan(problem, demand, limits));
+  const cuda::KernelTraits traits{static_cast<int>(inputs), /*reads_mask=*/false, reduces, /*activated=*/inputs == 3};
+  return facts_of(cuda::make_launch_plan(problem, traits, limits));
 }
 
 void configure(std::int64_t sms, std::int64_t shared_per_block, std::int64_t max_cluster, std::int64_t max_grid,
@@ -264,27 +262,8 @@ const Backend& backend_of(const at::Tensor&) {
 }  // namespace bnext
 
 TORCH_LIBRARY(bnext_simt, m) {
-  m.def(
-      "batch_norm_train(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "
-      "Tensor? residual=None, str act='identity', float slope=0., bool with_mask=False) -> (Tensor, Tensor, Tensor)",
-      &bnext::batch_norm_train);
-  m.def(
-      "batch_norm_eval(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
-      "float eps, Tensor? residual=None, str act='identity', float slope=0., bool with_mask=False) "
-      "-> (Tensor, Tensor, Tensor)",
-      &bnext::batch_norm_eval);
-  m.def(
-      "batch_norm_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor save_stats, bool training, "
-      "float eps, bool[4] output_mask, Tensor? bias=None, Tensor? residual=None, Tensor? mask=None, "
-      "str act='identity', float slope=0., Tensor? mean_grads=None) -> (Tensor, Tensor, Tensor, Tensor)",
-      &bnext::batch_norm_backward);
-  m.def("batch_norm_moments(Tensor input, float eps) -> Tensor", &bnext::batch_norm_moments);
-  m.def(
-      "batch_norm_merged(Tensor input, Tensor moments, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "
-      "Tensor? residual=None, str act='identity', float slope=0., bool with_mask=False) -> (Tensor, Tensor, Tensor)",
-      &bnext::batch_norm_merged);
+  bnext::define_operators(m);
+  bnext::register_kernels(m);
   m.def("configure(int sms, int shared_per_block, int max_cluster, int max_grid, int seed, bool check) -> ()",
         &bnext::configure);
   m.def(

@@ -19,11 +19,12 @@ SIMT = ROOT / "tests" / "simt"
 BUILD = ROOT / "build" / "simt"
 
 KERNELS = ("csrc/cuda/backward_activated.cu", "csrc/cuda/backward.cu", "csrc/cuda/forward.cu")
-HOST = ("csrc/cuda/limits.cu", "csrc/cuda/plan.cpp")
+HOST = ("csrc/cuda/limits.cu", "csrc/cuda/launch_plan.cpp")
 TENSOR_LEVEL = (
-    "csrc/batch_norm.cpp",
-    "csrc/kernel_tensors.cpp",
-    "csrc/checks.cpp",
+    "csrc/tensor/forward.cpp",
+    "csrc/tensor/backward.cpp",
+    "csrc/tensor/tensors.cpp",
+    "csrc/tensor/checks.cpp",
     "tests/simt/backend_simt.cpp",
 )
 

@@ -33,8 +33,8 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"^\s*(if constexpr .*)?__syncthreads\(\);", ""),
     (r"__syncthreads_or\((.*?)\) != 0", r"(\1) != 0"),
     (r"^\s*cluster_barrier\(\);", ""),
-    (r"if \(plan\.team == Team::kCluster\) cluster_barrier\(\);", ""),
-    (r"^\s*grid_team_barrier\(.*\);", ""),
+    (r"if \(plan\.team == Group::kCluster\) cluster_barrier\(\);", ""),
+    (r"^\s*grid_group_barrier\(.*\);", ""),
     (r"bnext_add_release\(counter, 1\)", "atomicAdd(counter, 1u)"),
     (r"bnext_load_acquire\(counter\)", "*static_cast<const volatile unsigned*>(counter)"),
     (r"^\s*wait_for_stage\(stage\);", ""),
@@ -44,7 +44,7 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"^\s*__pipeline_wait_prior\(kGroups\);", ""),
     (r"^\s*__pipeline_commit\(\);", ""),
     (r"& 1\) \* values", "& 0) * values"),
-    (r"\{member\.round & 1\}", "{member.round & 0}"),
+    (r"\{self\.round & 1\}", "{self.round & 0}"),
 )
 
 

@@ -1,4 +1,4 @@
-// Compiles BNEXT_LEAVES, the name of a file of leaves, for x86-64-v3 (AVX2, FMA, F16C).
+// Compiles BNEXT_KERNELS, the name of a file of kernels, for x86-64-v3 (AVX2, FMA, F16C).
 #if defined(__x86_64__)
 
 #include <immintrin.h>
@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
-// After the system's headers, before our own: what the leaves inline must be compiled for the same instructions,
+// After the system's headers, before our own: what the kernels inline must be compiled for the same instructions,
 // and nothing else may be.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("arch=x86-64-v3"))), apply_to = function)
@@ -16,11 +16,11 @@
 #endif
 
 #include "../../common/half.h"
-#include "../leaves.h"
+#include "../kernels.h"
 
 namespace bnext::cpu::isa_avx2 {
 constexpr int kVectorBytes = 32;
-#include BNEXT_LEAVES
+#include BNEXT_KERNELS
 }  // namespace bnext::cpu::isa_avx2
 
 #if defined(__clang__)

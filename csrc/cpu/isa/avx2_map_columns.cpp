@@ -1,2 +1,2 @@
-#define BNEXT_LEAVES "../map_columns.inl"
+#define BNEXT_KERNELS "../map_columns.inl"
 #include "avx2.inl"

@@ -1,2 +1,2 @@
-#define BNEXT_LEAVES "../reduce_columns.inl"
+#define BNEXT_KERNELS "../reduce_columns.inl"
 #include "avx2.inl"

@@ -1,4 +1,4 @@
-// Compiles BNEXT_LEAVES, the name of a file of leaves, for x86-64-v4 (AVX-512 F, BW, CD, DQ, VL).
+// Compiles BNEXT_KERNELS, the name of a file of kernels, for x86-64-v4 (AVX-512 F, BW, CD, DQ, VL).
 #if defined(__x86_64__)
 
 #include <immintrin.h>
@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
-// After the system's headers, before our own: what the leaves inline must be compiled for the same instructions,
+// After the system's headers, before our own: what the kernels inline must be compiled for the same instructions,
 // and nothing else may be.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("arch=x86-64-v4,prfchw"))), apply_to = function)
@@ -16,11 +16,11 @@
 #endif
 
 #include "../../common/half.h"
-#include "../leaves.h"
+#include "../kernels.h"
 
 namespace bnext::cpu::isa_avx512 {
 constexpr int kVectorBytes = 64;
-#include BNEXT_LEAVES
+#include BNEXT_KERNELS
 }  // namespace bnext::cpu::isa_avx512
 
 #if defined(__clang__)

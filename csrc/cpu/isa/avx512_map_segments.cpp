@@ -1,2 +1,2 @@
-#define BNEXT_LEAVES "../map_segments.inl"
+#define BNEXT_KERNELS "../map_segments.inl"
 #include "avx512.inl"

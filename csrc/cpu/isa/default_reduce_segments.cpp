@@ -1,2 +1,2 @@
-#define BNEXT_LEAVES "../reduce_segments.inl"
+#define BNEXT_KERNELS "../reduce_segments.inl"
 #include "default.inl"

@@ -1,0 +1,175 @@
+// A row of a block, as a functor reads and writes it: what all kernels share. Each file of kernels includes it, inside
+// the namespace of an instruction set and under its target pragma (isa/). Nothing of the standard library is
+// instantiated in these files, so that no function compiled for a newer processor can be merged with a copy that an
+// older one calls.
+#pragma once
+
+#include "specialize.inl"
+#include "vec.h"
+
+template <typename acc_t>
+using Vec = Vector<acc_t, kWidth<acc_t>>;
+
+template <typename Op>
+constexpr int kInputs = int{Op::kReadsInput} + int{Op::kReadsGrad} + int{Op::kActivated};
+
+// The coefficients of the lanes from element j on; of all alike, where they belong to one channel.
+template <typename acc_t, typename Op, int kMax, typename Lanes>
+BNEXT_INLINE void load_coefficients(Vec<acc_t> (&c)[kMax], const void* const (&from)[kMax], std::int64_t j,
+                                    Lanes lanes) {
+  for (int k = 0; k < Op::kCoefficients; ++k) c[k] = load_vector<acc_t>(static_cast<const acc_t*>(from[k]) + j, lanes);
+}
+template <typename acc_t, typename Op, int kMax>
+BNEXT_INLINE void broadcast_coefficients(Vec<acc_t> (&c)[kMax], const void* const (&from)[kMax], std::int64_t j) {
+  for (int k = 0; k < Op::kCoefficients; ++k) c[k] = broadcast(static_cast<const acc_t*>(from[k])[j]);
+}
+
+// What Op reads of row r of a block.
+template <typename scalar_t, typename Op>
+struct Inputs {
+  const scalar_t* in[kMaxInputs] = {};
+  const std::uint8_t* mask = nullptr;
+
+  BNEXT_INLINE Inputs(const Block& block, const Flags& flags, std::int64_t r) {
+    // One that is not read may be null and stays so.
+    if (Op::kReadsInput && flags.input) in[0] = static_cast<const scalar_t*>(block.in[0]) + r * block.stride;
+    if (Op::kReadsGrad) in[1] = static_cast<const scalar_t*>(block.in[1]) + r * block.stride;
+    if (Op::kActivated && flags.epilogue.has_residual) {
+      in[2] = static_cast<const scalar_t*>(block.in[2]) + r * block.stride;
+    }
+    if (Op::kActivated && flags.epilogue.has_mask) mask = block.mask + r * block.mask_stride;
+  }
+
+  // Those of the lanes from element i on, a multiple of a register's.
+  template <typename acc_t, typename Lanes>
+  BNEXT_INLINE void load(Vec<acc_t> (&v)[kMaxInputs], const Flags& flags, std::int64_t i, Lanes lanes) const {
+    using V = Vec<acc_t>;
+    if constexpr (Op::kReadsInput) v[0] = flags.input ? load_vector<acc_t>(in[0] + i, lanes) : V{};
+    if constexpr (Op::kReadsGrad) v[1] = load_vector<acc_t>(in[1] + i, lanes);
+    if constexpr (Op::kActivated) {
+      if (flags.epilogue.has_mask) {
+        v[2] = from_bits<V>(load_mask<kWidth<acc_t>>(mask, i, lanes));
+      } else if (flags.epilogue.has_residual) {
+        v[2] = load_vector<acc_t>(in[2] + i, lanes);
+      } else {
+        v[2] = V{};
+      }
+    }
+  }
+
+  // Those of two registers, in the same order for each input; there is no mask.
+  template <typename acc_t>
+  BNEXT_INLINE void load_two(Vec<acc_t> (&v)[2][kMaxInputs], const Flags& flags, std::int64_t i) const {
+    Vec<acc_t> two[kMaxInputs][2] = {};
+    if (Op::kReadsInput && flags.input) load_two_vectors<acc_t>(in[0] + i, two[0]);
+    if (Op::kReadsGrad) load_two_vectors<acc_t>(in[1] + i, two[1]);
+    if (Op::kActivated && flags.epilogue.has_residual) load_two_vectors<acc_t>(in[2] + i, two[2]);
+    for (int k = 0; k < kMaxInputs; ++k) {
+      for (int h = 0; h < 2; ++h) v[h][k] = two[k][h];
+    }
+  }
+
+  // Asks for the cache line of element i, which need not be the row's.
+  BNEXT_INLINE void prefetch(const Flags& flags, std::int64_t i) const {
+    if (Op::kReadsInput && flags.input) __builtin_prefetch(in[0] + i, 0, 2);
+    if (Op::kReadsGrad) __builtin_prefetch(in[1] + i, 0, 2);
+    if (Op::kActivated && flags.epilogue.has_residual) __builtin_prefetch(in[2] + i, 0, 2);
+  }
+};
+
+// The beginning of a line of each output, which a row begins and the next completes.
+template <typename scalar_t>
+struct OpenLine {
+  alignas(kLineBytes) scalar_t out[2][kLineElements<scalar_t>];
+  std::int64_t filled = 0;  // elements
+};
+
+// Where Op's results of row r of a block go.
+template <typename scalar_t, typename Op>
+struct Outputs {
+  scalar_t* out[2] = {};
+  std::uint8_t* mask = nullptr;
+
+  BNEXT_INLINE Outputs(const MapArgs& args, const Flags& flags, std::int64_t r) {
+    if (flags.first) out[0] = static_cast<scalar_t*>(args.out[0]) + r * args.block.stride;
+    if (flags.second) out[1] = static_cast<scalar_t*>(args.out[1]) + r * args.block.stride;
+    if (flags.writes_mask) mask = args.block.mask + r * args.block.mask_stride;
+  }
+
+  // Asks for the cache line of element i, which need not be the row's, to be written.
+  BNEXT_INLINE void write_prefetch(const Flags& flags, std::int64_t i) const {
+    if (flags.first) __builtin_prefetch(out[0] + i, 1, 3);
+    if (flags.second) __builtin_prefetch(out[1] + i, 1, 3);
+  }
+
+  // How many elements of this row come before its first whole line.
+  BNEXT_INLINE std::int64_t before_lines(const Flags& flags) const {
+    return before_line(flags.first ? out[0] : out[1]);
+  }
+
+  // Whether whole lines can be stored non-temporally, of this row and of others `stride` apart: outputs must agree on
+  // where they begin, and a mask's bits stand for elements counted from a row's beginning.
+  BNEXT_INLINE bool can_store_non_temporal(const Flags& flags, std::int64_t stride) const {
+    const bool agree = !flags.second || before_lines(flags) == before_line(out[1]);
+    const bool has_mask = flags.writes_mask || flags.epilogue.has_mask;
+    return agree && (!has_mask || (before_lines(flags) == 0 && stride % kLineElements<scalar_t> == 0));
+  }
+
+  // The results of the elements from i on into an open line instead.
+  BNEXT_INLINE Outputs into(OpenLine<scalar_t>& line, const Flags& flags, std::int64_t i) const {
+    Outputs to = *this;
+    if (flags.first) to.out[0] = line.out[0] + (line.filled - i);
+    if (flags.second) to.out[1] = line.out[1] + (line.filled - i);
+    return to;
+  }
+
+  // Streams a line that is full, and ends before element i.
+  BNEXT_INLINE void close(OpenLine<scalar_t>& line, const Flags& flags, std::int64_t i) const {
+    if (flags.first) store_line_non_temporal(out[0] + i - kLineElements<scalar_t>, line.out[0]);
+    if (flags.second) store_line_non_temporal(out[1] + i - kLineElements<scalar_t>, line.out[1]);
+    line.filled = 0;
+  }
+
+  template <typename acc_t, typename Lanes>
+  BNEXT_INLINE void store(const Mapped<Vec<acc_t>>& mapped, const Flags& flags, std::int64_t i, Lanes lanes) const {
+    if (flags.first) store_vector<acc_t>(out[0] + i, mapped.first, lanes);
+    if (flags.second) store_vector<acc_t>(out[1] + i, mapped.second, lanes);
+    if (flags.writes_mask) store_mask<kWidth<acc_t>>(mask, i, open_bits(mapped.second), lanes);
+  }
+
+  // A line's worth, perhaps past the caches.
+  template <typename acc_t, bool kNonTemporal>
+  BNEXT_INLINE void store_line_of(const Mapped<Vec<acc_t>> (&mapped)[kLineVectors<acc_t, scalar_t>], const Flags& flags,
+                                  std::int64_t i) const {
+    constexpr int kVectors = kLineVectors<acc_t, scalar_t>;
+    const auto put = [](scalar_t* to, const Vec<acc_t>(&line)[kVectors]) {
+      if constexpr (kNonTemporal) {
+        alignas(kLineBytes) scalar_t packed[kLineElements<scalar_t>];
+        store_line<acc_t>(packed, line);
+        store_line_non_temporal(to, packed);
+      } else {
+        store_line<acc_t>(to, line);
+      }
+    };
+    Vec<acc_t> line[kVectors];
+    if (flags.first) {
+      for (int u = 0; u < kVectors; ++u) line[u] = mapped[u].first;
+      put(out[0] + i, line);
+    }
+    if (flags.second) {
+      for (int u = 0; u < kVectors; ++u) line[u] = mapped[u].second;
+      put(out[1] + i, line);
+    }
+    if (flags.writes_mask) {
+      for (int u = 0; u < kVectors; ++u) {
+        store_mask<kWidth<acc_t>>(mask, i + u * kWidth<acc_t>, open_bits(mapped[u].second));
+      }
+    }
+  }
+
+ private:
+  BNEXT_INLINE static std::int64_t before_line(const scalar_t* to) {
+    const auto beyond = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(to) % kLineBytes);
+    return (kLineBytes - beyond) % kLineBytes / static_cast<std::int64_t>(sizeof(scalar_t));
+  }
+};

@@ -1,0 +1,161 @@
+// The vectorised inner loops, the microkernels of the CPU path, as a table of function pointers for each instruction
+// set. A kernel works on a block of `rows` rows of `len` elements, `stride` elements apart, of one of two kinds:
+//
+// * segments: the whole block belongs to one channel (channels first; a row is an image's plane)
+// * columns:  column j of the block belongs to channel j (channels last; a row is a pixel)
+//
+// All kernels are single-threaded, allocate nothing and read and write just the block.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/channel_ops.h"
+#include "../common/elementwise.h"
+#include "../common/mask.h"
+#include "../common/problem.h"
+#include "../common/samples.h"
+
+namespace bnext::cpu {
+
+enum class ReduceOp { kMomentSums, kGradSums, kBiasGradSum, kActivatedGradSums };
+enum class MapOp { kNormalize, kGradInput, kScaleGrad, kActivatedNormalize, kActivatedGrad };
+constexpr int kReduceOps = 4;
+constexpr int kMapOps = 5;
+
+constexpr int reduce_coefficients_of(ReduceOp op) {
+  switch (op) {
+    case ReduceOp::kMomentSums: return MomentSums::kCoefficients;
+    case ReduceOp::kGradSums: return GradSums::kCoefficients;
+    case ReduceOp::kBiasGradSum: return BiasGradSum::kCoefficients;
+    case ReduceOp::kActivatedGradSums: return ActivatedGradSums::kCoefficients;
+  }
+  return kMaxReduceCoefficients;
+}
+
+constexpr int map_coefficients_of(MapOp op) {
+  switch (op) {
+    case MapOp::kNormalize: return Normalize::kCoefficients;
+    case MapOp::kGradInput: return GradInput::kCoefficients;
+    case MapOp::kScaleGrad: return ScaleGrad::kCoefficients;
+    case MapOp::kActivatedNormalize: return ActivatedNormalize::kCoefficients;
+    case MapOp::kActivatedGrad: return ActivatedGrad::kCoefficients;
+  }
+  return kMaxCoefficients;
+}
+
+// The type that elements are widened to before they are computed with.
+enum class Compute { kFloat32, kFloat64 };
+constexpr int kComputes = 2;
+
+constexpr Compute opmath_compute(DType dtype) {
+  return dtype == DType::kFloat64 ? Compute::kFloat64 : Compute::kFloat32;
+}
+
+struct Block {
+  const void* in[kMaxInputs];  // first elements of the block, as far as the functor reads them
+  std::int64_t rows;
+  std::int64_t len;
+  std::int64_t stride;  // between rows, in elements
+  // Bit i of a row's mask belongs to its element i; null if there is none. Forward writes it, backward reads it.
+  std::uint8_t* mask;
+  std::int64_t mask_stride;  // bytes
+};
+
+// Columns are reduced a tile of rows at a time, one column of registers after the other.
+constexpr std::int64_t kMaxTileRows = 16;
+
+// Adds each channel's two sums over the block to first[j] and second[j] (j = 0 for segments).
+struct ReduceArgs {
+  Block block;
+  const void* coefficients[kMaxReduceCoefficients];  // each one value, or `len` of them, of the compute type
+  Epilogue epilogue;
+  double* first;
+  double* second;
+  std::int64_t prefetch_distance = 0;     // with element i, prefetch input i + prefetch_distance, unless 0
+  std::int64_t tile_rows = kMaxTileRows;  // columns
+};
+
+// out[...] = functor(in[...]), with the block's geometry.
+struct MapArgs {
+  Block block;
+  void* out[2];  // output or grad_input, grad_residual; an activated functor has either, a plain one the first
+  const void* coefficients[kMaxCoefficients];
+  std::int64_t coefficient_step = 0;  // segments: 0, or 1 where row r has coefficients[k][r]
+  Epilogue epilogue;
+  bool non_temporal = false;           // store past the caches, where the alignment allows
+  bool in_order = false;               // columns: one row after the other
+  std::int64_t prefetch_distance = 0;  // with element i, prefetch input i + prefetch_distance, unless 0
+  std::int64_t write_prefetch =
+      0;  // segments: with element i, prefetch output i + write_prefetch for writing, unless 0
+};
+
+// shift[j] = shift_of_samples() (common/samples.h) of in[offsets[i] + j] over i, for j < len: their mean in the dtype's
+// opmath_t, with no finer bits than their spread has. Averaged in pairs, which neither overflows nor rounds
+// equal values; `samples` is a power of two, at most kMaxSamples.
+struct SampleArgs {
+  const void* in;
+  const std::int64_t* offsets;
+  int samples;
+  std::int64_t len;
+  double* shift;
+};
+
+using ReduceKernel = void (*)(const ReduceArgs&);
+using MapKernel = void (*)(const MapArgs&);
+using SampleKernel = void (*)(const SampleArgs&);
+
+// n channels from c on, and their sums. Coefficients are [coefficient][channel], `stride` apart.
+struct Channels {
+  std::int64_t c;
+  std::int64_t n;
+  const double* shift;
+  const double* first;
+  const double* second;
+  double* coefficients;
+  int coefficient_count;
+  std::int64_t stride;
+};
+
+// The functions of an Op (common/channel_ops.h), which `op` points to, for many channels at once.
+struct ChannelKernels {
+  // What the reduction needs besides a sampled shift.
+  void (*reduce_coefficients)(const void* op, const Channels& channels);
+  // Marks channels for whose sums float32 was not enough, and says whether there are any. They are reduced again in
+  // float64, shifted by refined_shift.
+  bool (*find_needs_fp64)(const void* op, const Channels& channels, std::uint8_t* needs_fp64);
+  double (*refined_shift)(const void* op, const ChannelSums& sums);
+  // Takes channels' sums, stores what the caller asked for, and returns the map's coefficients. Called once for each
+  // channel, possibly from several threads at once.
+  void (*finish)(const void* op, const Channels& channels);
+};
+
+// single[i] = wide[i]; fits[i] becomes 0 where float32 does not hold it.
+using NarrowKernel = void (*)(const double* wide, std::int64_t n, float* single, std::uint8_t* fits);
+
+// Indexed [dtype][compute][op]; float64 data has no float32 compute, and those entries are null.
+struct KernelTable {
+  ReduceKernel reduce_segments[kDTypes][kComputes][kReduceOps];
+  ReduceKernel reduce_columns[kDTypes][kComputes][kReduceOps];
+  MapKernel map_segments[kDTypes][kComputes][kMapOps];
+  MapKernel map_columns[kDTypes][kComputes][kMapOps];
+  SampleKernel sample[kDTypes];
+  NarrowKernel narrow;
+  ChannelKernels training;
+  ChannelKernels evaluation;
+  ChannelKernels backward;
+};
+
+// One for each instruction set (isa/).
+namespace isa_default {
+KernelTable kernel_table();
+}
+#if defined(__x86_64__)
+namespace isa_avx2 {
+KernelTable kernel_table();
+}
+namespace isa_avx512 {
+KernelTable kernel_table();
+}
+#endif
+
+}  // namespace bnext::cpu

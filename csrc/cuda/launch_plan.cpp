@@ -1,0 +1,328 @@
+#include "launch_plan.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "../common/elementwise.h"
+#include "../common/mask.h"
+
+namespace bnext::cuda {
+namespace {
+
+constexpr std::int64_t kSectorBytes = 32;            // less of a row is wasted bandwidth
+constexpr std::int64_t kLineBytes = 128;             // more of a row gains nothing
+constexpr std::int64_t kSmallTensorBytes = 8 << 20;  // L2 brings the sectors of a line together
+constexpr std::int64_t kMinItems = 4;        // vectors a thread should have before a tile is shared by more blocks
+constexpr std::int64_t kMapItems = 8;        // the same where the blocks of a tile need not wait for each other
+constexpr std::int64_t kMaxExtraParts = 32;  // tried, to cut rows evenly
+constexpr std::int64_t kMaxFoldedRowBytes = 2048;  // a tile of all channels: their sums have to fit beside the slots
+
+constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
+
+std::int64_t power_of_two_from(std::int64_t n) {
+  std::int64_t power = 1;
+  while (power < n) power *= 2;
+  return power;
+}
+
+// The smallest number of things of `bytes` bytes that fill whole vectors.
+std::int64_t vector_group(std::int64_t bytes) { return kVectorBytes / std::gcd(std::int64_t{kVectorBytes}, bytes); }
+
+// ---- tiles
+
+// How much of a row to take. A group across the device wants whole lines, as long as it can keep what it reads; of a
+// small tensor, narrower tiles make more groups.
+std::int64_t row_bytes(const Problem& problem, int inputs, const DeviceLimits& limits) {
+  const std::int64_t row = problem.C * element_size(problem.dtype);
+  std::int64_t bytes = kLineBytes;
+  if (problem.count() * row * inputs <= kSmallTensorBytes) {
+    while (bytes > kSectorBytes && divide_up(row, bytes) < limits.sms) bytes /= 2;
+    return bytes;
+  }
+  // The sums and the coefficients take a fifth of shared memory at most.
+  const std::int64_t kept = std::int64_t{limits.sms} * limits.shared_per_block * 4 / 5;
+  return problem.count() * bytes * inputs <= kept ? bytes : bytes / 2;
+}
+
+void choose_channels_last(LaunchPlan& plan, const Problem& problem, const DeviceLimits& limits) {
+  const std::int64_t size = element_size(problem.dtype);
+  const std::int64_t M = problem.count();
+  const std::int64_t fold = vector_group(problem.C * size);
+  plan.tile = Tile::kColumns;
+  plan.columns_per_channel = 1;
+  if (fold > 1 && fold <= M && fold * problem.C * size <= kMaxFoldedRowBytes) {
+    // A channel's values lie in `fold` columns, which one tile has to hold: it is as wide as the row.
+    plan.rows = divide_up(M, fold);
+    plan.row_width = plan.tile_width = fold * problem.C;
+    plan.tiles = 1;
+    plan.tile_channels = static_cast<int>(problem.C);
+    return;
+  }
+  plan.rows = M;
+  plan.row_width = problem.C;
+  plan.tile_width = std::min(row_bytes(problem, plan.inputs, limits) / size, problem.C);
+  plan.tiles = divide_up(problem.C, plan.tile_width);
+  plan.tile_channels = static_cast<int>(plan.tile_width);
+}
+
+void choose_channels_first(LaunchPlan& plan, const Problem& problem) {
+  const std::int64_t size = element_size(problem.dtype);
+  const std::int64_t plane = problem.HW * size;
+  plan.rows = problem.N;
+  plan.row_width = problem.C * problem.HW;
+  plan.columns_per_channel = problem.HW;
+  // Planes that are short, or whose ends cut vectors in two, are taken several at a time, as long as every row begins
+  // with a whole vector.
+  std::int64_t channels = vector_group(plane);
+  while (channels * plane < kLineBytes) channels *= 2;
+  const bool aligned_rows = plan.row_width * size % kVectorBytes == 0;
+  if (channels > 1 && aligned_rows && channels * plane <= kMaxThreads * kVectorBytes) {
+    plan.tile = Tile::kColumns;
+    channels = std::min(channels, problem.C);
+  } else {
+    plan.tile = Tile::kChannel;
+    channels = 1;
+  }
+  plan.tile_width = channels * problem.HW;
+  plan.tile_channels = static_cast<int>(channels);
+  plan.tiles = divide_up(problem.C, channels);
+}
+
+// ---- threads
+
+void choose_threads(LaunchPlan& plan, const Problem& problem) {
+  const std::int64_t V = kVectorBytes / element_size(problem.dtype);
+  std::int64_t vectors = divide_up(plan.tile_width, V);
+  // A row that begins within a vector may touch one more.
+  if (plan.tile == Tile::kChannel && (plan.row_width % V != 0 || plan.tile_width % V != 0)) {
+    vectors = divide_up(plan.tile_width + V - 1, V);
+  }
+  // A few steps more if they make all of them equally long, so that no thread stands beyond the end of a row.
+  const std::int64_t fewest = divide_up(vectors, kMaxThreads);
+  const std::int64_t most = std::min(2 * fewest, fewest + kMaxExtraParts);
+  plan.parts = fewest;
+  while (vectors % plan.parts != 0 && plan.parts < most) ++plan.parts;
+  if (vectors % plan.parts != 0) plan.parts = fewest;
+  const std::int64_t x = divide_up(vectors, plan.parts);
+  const std::int64_t y = std::min<std::int64_t>(kMaxThreads / x, plan.rows * plan.parts);
+  plan.threads_x = static_cast<int>(x);
+  plan.threads_y = static_cast<int>(y);
+  plan.workers = static_cast<int>(x * y);
+  plan.threads = static_cast<int>(round_up(x * y, 32));
+  // More at a time would be fewer barriers; the memory keeps vectors.
+  plan.merge_rows = static_cast<int>(divide_up(y, 8));
+  plan.whole = plan.row_width % V == 0 && plan.row_width % plan.tile_width == 0 &&
+               plan.numel == plan.rows * plan.row_width && plan.tile_width == x * plan.parts * V;
+}
+
+// ---- shared memory
+
+// The buffer in which a block's threads merge their sums: those of some rows of threads at a time, then the columns'.
+std::int64_t merge_bytes(const LaunchPlan& plan, const Problem& problem, bool reduces) {
+  if (!reduces) return 0;
+  const std::int64_t V = kVectorBytes / element_size(problem.dtype);
+  const std::int64_t pairs = plan.tile == Tile::kColumns ? plan.threads_x * V * plan.merge_rows : plan.threads / 32;
+  // The grid's partial sums pass through it too, one value a thread.
+  return std::max<std::int64_t>(pairs * 2, plan.threads) * static_cast<std::int64_t>(sizeof(double));
+}
+
+constexpr std::int64_t kMaskWordBytes = 4;  // the least that an asynchronous copy moves
+
+// One slot of every worker, for a vector of each input and its mask.
+std::int64_t slot_bytes(const LaunchPlan& plan) {
+  return std::int64_t{plan.workers} * (plan.inputs * kVectorBytes + (plan.reads_mask ? kMaskWordBytes : 0));
+}
+
+void lay_out_shared(LaunchPlan& plan, const Problem& problem, const KernelTraits& traits) {
+  const bool reduces = traits.reduces;
+  std::int64_t offset = 0;
+  const auto take = [&](std::int64_t bytes) {
+    const std::int64_t begin = offset;
+    offset += round_up(bytes, kVectorBytes);
+    return static_cast<int>(begin);
+  };
+  const std::int64_t doubles = plan.tile_channels * static_cast<std::int64_t>(sizeof(double));
+  SharedLayout& shared = plan.shared;
+  shared.merge = take(merge_bytes(plan, problem, reduces));
+  shared.own = take(reduces ? 4 * doubles : 0);
+  shared.total = take(reduces ? 2 * doubles : 0);
+  shared.shift = take(reduces ? (traits.activated ? kMaxReduceCoefficients : 1) * doubles : 0);
+  shared.coefficients = take(kMaxCoefficients * doubles);
+  shared.needs_fp64 = take(reduces ? plan.tile_channels * static_cast<std::int64_t>(sizeof(int)) : 0);
+  const std::int64_t lanes = kVectorBytes / element_size(problem.dtype);
+  const std::int64_t compute_bytes = problem.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
+  const bool spreads = traits.activated && plan.tile == Tile::kColumns;
+  shared.columns = take(spreads ? kMaxCoefficients * lanes * plan.threads_x * compute_bytes : 0);
+  const std::int64_t slots = std::int64_t{plan.kept + plan.ring} * plan.workers;
+  shared.staging = take(slots * plan.inputs * kVectorBytes);
+  shared.mask = take(plan.reads_mask ? slots * kMaskWordBytes : 0);
+  shared.bytes = static_cast<int>(offset);
+}
+
+// ---- groups
+
+// Steps that a thread takes with `blocks` blocks in the group.
+std::int64_t items(const LaunchPlan& plan, std::int64_t blocks) {
+  return divide_up(plan.rows * plan.parts, plan.threads_y * blocks);
+}
+
+// Slots that a thread can have if `blocks` blocks share an SM. The plan is laid out without any.
+std::int64_t capacity(const LaunchPlan& plan, const DeviceLimits& limits, int blocks) {
+  const std::int64_t share = std::min(limits.shared_per_block, limits.shared_per_sm / blocks - limits.reserved_shared);
+  return std::max<std::int64_t>(0, (share - plan.shared.bytes) / slot_bytes(plan));
+}
+
+void choose_map_blocks(LaunchPlan& plan, const DeviceLimits& limits) {
+  plan.group = Group::kBlock;
+  plan.kept = 0;
+  plan.ring = kRingSlots;
+  plan.group_blocks = static_cast<int>(std::min<std::int64_t>(divide_up(items(plan, 1), kMapItems), limits.max_grid));
+  plan.groups = static_cast<int>(std::min(plan.tiles, std::max<std::int64_t>(1, limits.max_grid / plan.group_blocks)));
+}
+
+// Of the numbers of groups that leave each at least `fewest` of the blocks, the one that takes the fewest steps.
+std::int64_t balanced_groups(const LaunchPlan& plan, std::int64_t fewest, std::int64_t resident) {
+  std::int64_t best = 1;
+  std::int64_t best_steps = plan.tiles * items(plan, resident);
+  for (std::int64_t groups = 2; groups <= std::min(plan.tiles, resident / fewest); ++groups) {
+    const std::int64_t steps = divide_up(plan.tiles, groups) * items(plan, resident / groups);
+    // Of equals the more groups: while one waits for its sums, another moves memory.
+    if (steps <= best_steps) {
+      best = groups;
+      best_steps = steps;
+    }
+  }
+  return best;
+}
+
+void choose_group(LaunchPlan& plan, const DeviceLimits& limits) {
+  // Half of an SM's memory for each of its two blocks, if that is enough to work with at all.
+  const std::int64_t half = capacity(plan, limits, kBlocksPerSM);
+  const std::int64_t whole = capacity(plan, limits, 1);
+  const int per_sm = half >= kRingSlots ? kBlocksPerSM : 1;
+  std::int64_t resident = std::int64_t{limits.sms} * per_sm;
+
+  const std::int64_t most = std::max<std::int64_t>(1, items(plan, 1) / kMinItems);
+  const std::int64_t to_fill = std::min(divide_up(resident, plan.tiles), most);
+  // To fill the device is worth a cluster's barrier, but not the grid's, which costs more than it brings.
+  const auto blocks_with = [&](std::int64_t slots) {
+    const std::int64_t to_fit = slots == 0 ? resident + 1 : divide_up(items(plan, 1), slots);
+    return std::max(to_fit,
+                    to_fit > limits.max_cluster ? to_fill : std::min<std::int64_t>(to_fill, limits.max_cluster));
+  };
+  // A cluster's blocks run at once, so they have to fit.
+  const auto clusters = [&](std::int64_t blocks, std::int64_t at_once) {
+    return power_of_two_from(blocks) <= std::min<std::int64_t>(limits.max_cluster, at_once);
+  };
+  std::int64_t slots = per_sm == kBlocksPerSM ? half : whole;
+  std::int64_t blocks = blocks_with(slots);
+  bool cluster = clusters(blocks, resident);
+  // One block an SM with all of its memory may bring the group into a cluster, whose barrier is the cheaper one.
+  if (!cluster && clusters(blocks_with(whole), limits.sms)) {
+    slots = whole;
+    blocks = blocks_with(whole);
+    cluster = true;
+  }
+  plan.group = blocks == 1 ? Group::kBlock : cluster ? Group::kCluster : Group::kGrid;
+  if (plan.group == Group::kCluster) blocks = power_of_two_from(blocks);
+  std::int64_t groups = limits.max_grid / blocks;
+  if (plan.group == Group::kGrid) {
+    // An SM's memory undivided holds a little more: there is one set of sums and coefficients beside it.
+    if (items(plan, resident) > slots && items(plan, limits.sms) <= whole) {
+      resident = limits.sms;
+      slots = whole;
+      blocks = blocks_with(whole);
+    }
+    groups = balanced_groups(plan, std::min(blocks, resident), resident);
+    blocks = resident / groups;
+  }
+  plan.group_blocks = static_cast<int>(blocks);
+  plan.groups = static_cast<int>(std::min(plan.tiles, groups));
+  const bool all = items(plan, blocks) <= slots;
+  plan.ring = all ? 0 : kRingSlots;
+  plan.kept = static_cast<int>(all ? items(plan, blocks) : std::max<std::int64_t>(0, slots - kRingSlots));
+}
+
+// ---- workspace, samples, steps, masks
+
+// A counter for each group, then its blocks' sums: double [2: parity][block][2][channels].
+void choose_workspace(LaunchPlan& plan) {
+  plan.counter_bytes = plan.workspace_bytes = 0;
+  if (plan.group != Group::kGrid) return;
+  plan.counter_bytes = round_up(plan.groups * static_cast<std::int64_t>(sizeof(unsigned)), kVectorBytes);
+  const std::int64_t sums = std::int64_t{plan.groups} * 2 * plan.group_blocks * 2 * plan.tile_channels;
+  plan.workspace_bytes = plan.counter_bytes + sums * static_cast<std::int64_t>(sizeof(double));
+}
+
+void choose_samples(LaunchPlan& plan, const Problem& problem) {
+  const SamplePositions positions(problem.count());
+  plan.samples = positions.samples;
+  const bool first = problem.layout == Layout::kChannelsFirst;
+  plan.sample_stride = first ? problem.HW : 1;
+  for (int i = 0; i < kMaxSamples; ++i) {
+    const std::int64_t at = i < positions.samples ? positions.at[i] : 0;
+    plan.sample_offsets[i] = first ? at / problem.HW * problem.C * problem.HW + at % problem.HW : at * problem.C;
+  }
+}
+
+void choose_steps(LaunchPlan& plan) {
+  plan.step = std::int64_t{plan.threads_y} * plan.group_blocks;
+  plan.row_step = plan.step / plan.parts * plan.row_width;
+  plan.part_step = static_cast<int>(plan.step % plan.parts);
+  plan.mask_row_step = plan.step / plan.parts * plan.mask_row;
+}
+
+// A vector has a byte of its own. Where tiles are single channels, whose ends may cut vectors in two, a plane's bytes
+// are its own too.
+void choose_mask(LaunchPlan& plan, const Problem& problem) {
+  const std::int64_t lanes = cuda_mask_lanes(element_size(problem.dtype));
+  if (plan.tile == Tile::kChannel) {
+    plan.mask_tile = mask_row_bytes(problem.HW, lanes);
+    plan.mask_row = problem.C * plan.mask_tile;
+  } else {
+    plan.mask_tile = plan.tile_width / lanes;
+    plan.mask_row = divide_up(plan.row_width, lanes);
+  }
+}
+
+}  // namespace
+
+LaunchPlan make_launch_plan(const Problem& problem, const KernelTraits& traits, const DeviceLimits& limits) {
+  LaunchPlan plan = {};
+  plan.inputs = traits.inputs;
+  plan.reads_mask = traits.reads_mask;
+  plan.reduces = traits.reduces;
+  plan.C = problem.C;
+  plan.numel = problem.numel();
+  if (problem.layout == Layout::kChannelsFirst) {
+    choose_channels_first(plan, problem);
+  } else {
+    choose_channels_last(plan, problem, limits);
+  }
+  choose_threads(plan, problem);
+  choose_mask(plan, problem);
+  lay_out_shared(plan, problem, traits);
+  if (traits.reduces) {
+    choose_group(plan, limits);
+  } else {
+    choose_map_blocks(plan, limits);
+  }
+  lay_out_shared(plan, problem, traits);
+  choose_steps(plan);
+  choose_workspace(plan);
+  choose_samples(plan, problem);
+  return plan;
+}
+
+std::string description(const LaunchPlan& plan) {
+  if (!plan.reduces) return "no sums";
+  const std::string blocks = std::to_string(plan.group_blocks);
+  const std::string group = plan.group == Group::kBlock     ? "block"
+                            : plan.group == Group::kCluster ? "cluster of " + blocks
+                                                            : "grid of " + blocks;
+  if (plan.ring == 0) return group + ", read once";
+  return group + ", " + std::to_string(plan.kept) + " of " + std::to_string(items(plan, plan.group_blocks)) + " kept";
+}
+
+}  // namespace bnext::cuda

@@ -1,0 +1,121 @@
+// Launch geometry, as pure host functions: how a call's elements are dealt out to tiles, groups, blocks and threads.
+//
+// Both layouts are seen as a matrix of dense rows.
+//   channels last    row = a pixel, column j belongs to channel j % C; where C elements are no multiple of 16 bytes,
+//                    several pixels are folded into one row that is
+//   channels first   row = an image, column j belongs to channel j / HW
+// A tile is a group of columns that holds all values of its channels, and is worked on by a group of blocks:
+//   Tile::kChannel   one channel, a row of it any number of elements at any alignment (large planes)
+//   Tile::kColumns   several channels; a thread keeps to its columns in every row, so that it knows their channels
+//                    (channels last, small planes)
+// Within a tile rows are cut into vectors of 16 bytes. Thread t of a block stands at vector t % threads_x and row
+// t / threads_x; a step moves the whole group on. What a thread reads it keeps in shared memory, `kept` vectors of each
+// input: slots of its own, that no other thread looks at. What does not fit is read again, last first, from L2.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "../common/problem.h"
+#include "../common/samples.h"
+
+namespace bnext::cuda {
+
+constexpr int kVectorBytes = 16;
+// Two blocks an SM need at most 128 registers a thread and half of the shared memory each.
+constexpr int kMaxThreads = 256;
+constexpr int kBlocksPerSM = 2;
+constexpr int kPortableCluster = 8;  // blocks; every device with clusters has as many
+constexpr int kMaxCluster = 16;      // where a kernel asks for it and the device has it
+// What is kept is waited for in this many stages; what is not passes through this many slots a thread.
+constexpr int kLoadStages = 4;
+constexpr int kRingSlots = 4;
+
+// What the geometry depends on besides the problem.
+struct DeviceLimits {
+  int sms;
+  int shared_per_block;  // bytes, opted in to
+  int shared_per_sm;
+  int reserved_shared;  // of each block, by the system
+  int max_cluster;      // blocks that can share a cluster; 1: no clusters
+  int max_grid;         // gridDim.x
+};
+
+enum class Group : std::uint8_t { kBlock, kCluster, kGrid };  // how a group's blocks all-reduce their sums
+enum class Tile : std::uint8_t { kChannel, kColumns };
+
+// Offsets into a block's dynamic shared memory, bytes.
+struct SharedLayout {
+  int staging;       // [kept + ring][input][worker] vectors
+  int mask;          // [kept + ring][worker] words: the one that holds the byte of the thread's vector
+  int merge;         // doubles; the block's threads add up in it
+  int own;           // double [2: parity][2][channels]: this block's sums, read by the others of its cluster
+  int total;         // double [2][channels]: the group's
+  int shift;         // double [kMaxReduceCoefficients][channels], or just the first of them, the shift
+  int coefficients;  // double [kMaxCoefficients][channels]
+  int needs_fp64;    // int [channels]
+  int columns;       // [coefficient][lane][thread x] in the compute type, where lanes have channels of their own
+  int bytes;
+};
+
+// Passed to the kernels by value.
+struct LaunchPlan {
+  Tile tile;
+  Group group;
+  // the matrix
+  std::int64_t rows;
+  std::int64_t row_width;            // columns, and the distance between rows
+  std::int64_t numel;                // the last row of a folded matrix ends here
+  std::int64_t columns_per_channel;  // channel of column j: j / columns_per_channel % C
+  std::int64_t C;
+  // tiles
+  std::int64_t tiles;
+  std::int64_t tile_width;  // columns
+  int tile_channels;        // of the last tile perhaps fewer
+  // a group's blocks and threads
+  int groups;        // they take tiles in turn
+  int group_blocks;  // gridDim.x = groups*group_blocks
+  int threads_x;
+  int threads_y;
+  int workers;         // threads_x*threads_y
+  int threads;         // blockDim.x: the workers, and idle threads up to a whole warp
+  int merge_rows;      // of threads, whose sums pass through the merge buffer at a time
+  std::int64_t parts;  // of a row, a step each: more than 1 if it has more than threads_x vectors
+  // from one step of a thread to its next: `step` parts of rows, which are so many elements of whole rows and so many
+  // parts
+  std::int64_t step;
+  std::int64_t row_step;
+  int part_step;
+  bool whole;       // every vector of every thread lies in the tile and on a 16-byte boundary
+  bool reduces;     // there are sums
+  int inputs;       // tensors that are read
+  bool reads_mask;  // beside them, the masks of their vectors
+  int kept;         // vectors of each input that a thread keeps in shared memory
+  int ring;         // slots for all other vectors to pass through; 0 if there are none
+  SharedLayout shared;
+  // a mask (common/mask.h): the byte of a vector of row r, tile t is r*mask_row + t*mask_tile + its place in the tile
+  std::int64_t mask_row;
+  std::int64_t mask_tile;
+  std::int64_t mask_row_step;
+  std::int64_t workspace_bytes;  // global memory; its first counter_bytes zero
+  std::int64_t counter_bytes;
+  // where to take the samples of the first channel; those of channel c are c*sample_stride further on
+  std::int64_t sample_offsets[kMaxSamples];
+  int samples;
+  std::int64_t sample_stride;
+};
+
+// What of a call the geometry depends on.
+struct KernelTraits {
+  int inputs;  // 1 to 3 tensors to read
+  bool reads_mask;
+  bool reduces;  // there are sums to be known before the map
+  bool activated;
+};
+
+LaunchPlan make_launch_plan(const Problem& problem, const KernelTraits& traits, const DeviceLimits& limits);
+
+// Which path through the kernel it takes, for people: "cluster of 16, read once".
+std::string description(const LaunchPlan& plan);
+
+}  // namespace bnext::cuda

@@ -1,0 +1,418 @@
+// The autograd side of the operators, on the terms that torch's own operators have: graph nodes for backward and
+// double backward, tangents for forward mode. Because these are plain kernels for the Autograd dispatch key,
+// torch.func transforms, torch.compile and saved-tensor hooks treat them like native ones; a
+// torch::autograd::Function is refused inside torch.func, and one in Python costs every call some 10 us.
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/ones_like.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/library.h>
+
+#include <memory>
+#include <mutex>
+#include <type_traits>
+#include <utility>
+
+#include "checks.h"
+#include "derivatives.h"
+#include "dispatcher.h"
+#include "sync.h"
+
+namespace bnext::autograd {
+namespace {
+
+using at::Tensor;
+using std::optional;
+using torch::autograd::collect_next_edges;
+using torch::autograd::compute_requires_grad;
+using torch::autograd::isFwGradDefined;
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using torch::autograd::set_history;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+// Between torch 2.11 and 2.13 nodes went from shared_ptr to intrusive_ptr.
+using NodePtr = decltype(torch::autograd::Edge::function);
+constexpr bool kSharedNodes = std::is_same_v<NodePtr, std::shared_ptr<Node>>;
+
+template <typename T>
+auto make_node() {
+  if constexpr (kSharedNodes) {
+    // Found by its argument, for torch no longer declares it where it is not needed.
+    return std::shared_ptr<T>(new T(), [](auto* node) { deleteNode(node); });
+  } else {
+    return c10::make_intrusive<T>();
+  }
+}
+
+Tensor or_undefined(const optional<Tensor>& tensor) { return tensor.value_or(Tensor()); }
+
+optional<Tensor> or_none(const Tensor& tensor) { return tensor.defined() ? optional<Tensor>(tensor) : std::nullopt; }
+
+Tensor primal_of(const Tensor& tensor) { return tensor.defined() ? tensor._fw_primal(/*level=*/0) : tensor; }
+Tensor tangent_of(const Tensor& tensor) { return tensor.defined() ? tensor._fw_grad(/*level=*/0) : tensor; }
+
+void set_tangent(const Tensor& tensor, const Tensor& tangent) {
+  if (tangent.defined()) tensor._set_fw_grad(tangent.to(tensor.scalar_type()), /*level=*/0, /*is_inplace_op=*/false);
+}
+
+using OutputMask = std::array<bool, 4>;
+
+// (grad_input, grad_weight, grad_bias) without an activation, of those that the mask asks for.
+std::tuple<Tensor, Tensor, Tensor> plain_backward(const Point& at, const Tensor& dz, OutputMask wanted) {
+  wanted[3] = false;
+  auto [dx, dweight, dbias, none] = backward_op().call(
+      dz.to(at.like.scalar_type()), or_none(at.input), or_none(at.weight), at.save_stats, at.training, at.eps, wanted,
+      /*bias=*/{}, /*residual=*/{}, /*mask=*/{}, activation_name(Act::kIdentity), /*slope=*/0.0, /*mean_grads=*/{});
+  return {std::move(dx), std::move(dweight), std::move(dbias)};
+}
+
+// Of a rectifier whose pre-activation is gone, but for its mask: the second derivative is zero.
+ActivationDerivatives mask_derivatives(const Activation& activation, const Point& at, const Tensor& mask) {
+  const auto results = backward_op().call(at::ones_like(at.like), /*input=*/{}, /*weight=*/{}, at.save_stats,
+                                          at.training, at.eps, {false, false, false, true}, /*bias=*/{},
+                                          /*residual=*/{}, mask, activation_name(activation.act), activation.slope,
+                                          /*mean_grads=*/{});
+  return {std::get<3>(results), {}};
+}
+
+ActivationDerivatives derivatives_of(const Activation& activation, const Point& at, const Tensor& bias,
+                                     const Tensor& residual, const Tensor& mask) {
+  return mask.defined() ? mask_derivatives(activation, at, mask)
+                        : activation_derivatives(activation, at, bias, residual);
+}
+
+// What both nodes hold of a call, beside what it is differentiated in.
+struct SavedCall {
+  SavedVariable input;
+  SavedVariable weight;
+  SavedVariable bias;
+  SavedVariable residual;
+  SavedVariable mask;
+  SavedVariable save_stats;
+  bool training = true;
+  double eps = 0.0;
+  Activation activation;
+
+  void reset() {
+    for (SavedVariable* each : {&input, &weight, &bias, &residual, &mask, &save_stats}) each->reset_data();
+  }
+};
+
+SavedVariable saved(const Tensor& tensor) { return SavedVariable(tensor, /*is_output=*/false); }
+
+// The gradient of batch_norm_backward: (grad_output, input, weight, bias, residual) from cotangents of its outputs.
+class BatchNormDoubleBackward : public Node {
+ public:
+  SavedVariable grad_output;
+  SavedCall call;
+  OutputMask output_mask{};
+
+  std::string name() const override { return "BNextBatchNormDoubleBackward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    grad_output.reset_data();
+    call.reset();
+  }
+
+  variable_list apply(variable_list&& cotangents) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Tensor dy = grad_output.unpack();
+    const Point at{dy, call.input.unpack(), call.weight.unpack(), call.save_stats.unpack(), call.training, call.eps};
+    const ActivationDerivatives derivatives =
+        derivatives_of(call.activation, at, call.bias.unpack(), call.residual.unpack(), call.mask.unpack());
+    // An output that was not asked for is a placeholder, whose cotangent means nothing.
+    const auto cotangent = [&](std::size_t i) { return output_mask[i] ? cotangents[i] : Tensor(); };
+    const Tensor u = cotangent(0);
+    const Tensor v = cotangent(1);
+    // The cotangent of dz = dy*act'(z).
+    const Tensor t = plus(output_tangent(at, u, v, cotangent(2)), cotangent(3));
+    const auto needs = [&](std::size_t i) { return task_should_compute_output(i); };
+    variable_list result(5);
+    if (needs(0)) result[0] = scaled(t, derivatives.first);
+    if (needs(1) || needs(2)) {
+      const SecondOrder second = second_order(at, scaled(dy, derivatives.first), u, v);
+      if (needs(1)) result[1] = second.input;
+      if (needs(2)) result[2] = second.weight;
+    }
+    if (t.defined() && derivatives.second.defined() && (needs(1) || needs(2) || needs(3) || needs(4))) {
+      // dz depends on z as well, and by it on all that z is made of.
+      const Tensor dz = scaled(scaled(t, dy), derivatives.second);
+      const auto [dx, dweight, dbias] = plain_backward(at, dz, {needs(1), needs(2), needs(3), false});
+      if (needs(1)) result[1] = plus(result[1], dx);
+      if (needs(2)) result[2] = plus(result[2], dweight);
+      if (needs(3)) result[3] = dbias;
+      if (needs(4)) result[4] = dz;
+    }
+    return result;
+  }
+};
+
+// Stands for the gradient of a gradient that took a collective.
+class NoSecondDerivative : public Node {
+ public:
+  std::string name() const override { return "BNextNoSecondDerivative"; }
+
+  variable_list apply(variable_list&&) override {
+    TORCH_CHECK(false, "batch_norm: over several processes only first derivatives are implemented");
+  }
+};
+
+// The gradient of all forward operators.
+class BatchNormBackward : public Node {
+ public:
+  SavedCall call;
+  // Of a batch that lies on several processes.
+  optional<ProcessGroup> group;
+  SavedVariable count;
+
+  std::string name() const override { return "BNextBatchNormBackward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    call.reset();
+    count.reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    variable_list result(4);
+    if (!grads[0].defined()) return result;
+    const bool activated = call.activation.act != Act::kIdentity;
+    const auto needs = [&](std::size_t i) { return task_should_compute_output(i); };
+    const OutputMask wanted{needs(0), needs(1), needs(2), needs(3) && activated};
+    if (needs(3) && !activated) result[3] = grads[0];
+    if (wanted == OutputMask{}) return result;
+    const auto input = or_none(call.input.unpack());
+    const auto weight = or_none(call.weight.unpack());
+    const auto bias = or_none(call.bias.unpack());
+    const auto residual = or_none(call.residual.unpack());
+    const auto mask = or_none(call.mask.unpack());
+    const Tensor save_stats = call.save_stats.unpack();
+    const auto backward = [&](OutputMask outputs, const optional<Tensor>& mean_grads) {
+      return backward_op().call(grads[0], input, weight, save_stats, call.training, call.eps, outputs, bias, residual,
+                                mask, activation_name(call.activation.act), call.activation.slope, mean_grads);
+    };
+    // grad_input is by the means over all processes; the parameters' gradients are this process's, which
+    // DistributedDataParallel sums up.
+    const auto synchronized = [&] {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      if (!wanted[0]) return backward(wanted, {});
+      auto sums = backward({false, true, true, false}, {});
+      const Tensor means = sync_mean_grads(std::get<1>(sums), std::get<2>(sums), count.unpack(), *group);
+      auto maps = backward({true, false, false, wanted[3]}, means);
+      return std::tuple{std::get<0>(maps), std::get<1>(sums), std::get<2>(sums), std::get<3>(maps)};
+    };
+    auto [grad_input, grad_weight, grad_bias, grad_residual] = group ? synchronized() : backward(wanted, {});
+    if (group && compute_requires_grad(grads[0], input, weight, bias, residual)) {
+      const auto node = make_node<NoSecondDerivative>();
+      node->set_next_edges(collect_next_edges(grads[0], input, weight, bias, residual));
+      for (const Tensor& each : {grad_input, grad_weight, grad_bias, grad_residual}) set_history(each, node);
+    }
+    if (wanted[0]) result[0] = std::move(grad_input);
+    if (wanted[1]) result[1] = std::move(grad_weight);
+    if (wanted[2]) result[2] = std::move(grad_bias);
+    if (wanted[3]) result[3] = std::move(grad_residual);
+    return result;
+  }
+};
+
+// What all forward operators do around their kernel, which `run` calls, with a mask or without; the node, where there
+// is one, is for what only that operator's gradient needs.
+template <typename Run>
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<Tensor>& weight,
+                                           const optional<Tensor>& bias, bool training, double eps,
+                                           const optional<Tensor>& residual, const Activation& activation,
+                                           bool with_mask, Run run) {
+  const Tensor w = or_undefined(weight);
+  const Tensor b = or_undefined(bias);
+  const Tensor r = or_undefined(residual);
+  // Before the kernel runs, as collecting edges can fail and the running statistics must then be untouched.
+  decltype(make_node<BatchNormBackward>()) node;
+  bool grad_input = false;
+  bool keeps_input = false;
+  if (compute_requires_grad(input, w, b, r)) {
+    node = make_node<BatchNormBackward>();
+    node->set_next_edges(collect_next_edges(input, w, b, r));
+    grad_input = node->should_compute_output(0);
+    // Evaluation with frozen parameters needs no activation for its gradient, and keeps none.
+    keeps_input = node->should_compute_output(1) || (grad_input && training);
+    // A rectifier's backward needs to know where it was open. That is made from the input again where that is kept and
+    // is all it takes; else a bit an element is less than a residual, or an input that nothing else asks for.
+    with_mask |= activation.rectifies() && (r.defined() || !keeps_input);
+  }
+  const bool reads_preactivation = activation.act != Act::kIdentity && !with_mask;
+  if (node) {
+    // Before the kernel runs, too: torch refuses to save tensors made in inference mode.
+    SavedCall& call = node->call;
+    if (keeps_input || reads_preactivation) call.input = saved(input);
+    if (grad_input || reads_preactivation) call.weight = saved(w);
+    if (reads_preactivation) {
+      call.bias = saved(b);
+      call.residual = saved(r);
+    }
+  }
+  auto [output, save_stats, mask] = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return run(with_mask, node.get());
+  }();
+  if (node) {
+    SavedCall& call = node->call;
+    if (with_mask) call.mask = saved(mask);
+    call.save_stats = saved(save_stats);
+    call.training = training;
+    call.eps = eps;
+    call.activation = activation;
+    set_history(output, node);
+  }
+  if (isFwGradDefined(input) || isFwGradDefined(w) || isFwGradDefined(b) || isFwGradDefined(r)) {
+    const Tensor primal = primal_of(input);
+    const Point at{primal, primal, primal_of(w), save_stats, training, eps};
+    const Tensor z = plus(output_tangent(at, tangent_of(input), tangent_of(w), tangent_of(b)), tangent_of(r));
+    set_tangent(output, scaled(z, activation_derivatives(activation, at, primal_of(b), primal_of(r)).first));
+  }
+  return {std::move(output), std::move(save_stats), std::move(mask)};
+}
+
+void check_constant(const char* name, const optional<Tensor>& tensor) {
+  TORCH_CHECK(!(tensor.has_value() && tensor->defined() && tensor->requires_grad() && at::GradMode::is_enabled()),
+              "batch_norm: expected ", name, " not to require grad, since it has no derivative, but it does");
+}
+
+// torch's fallback for these finds out only when the statistics have been written.
+void check_written(const char* name, const optional<Tensor>& tensor) {
+  check_constant(name, tensor);
+  TORCH_CHECK(!(tensor.has_value() && tensor->defined() && tensor->is_neg()), "batch_norm: expected ", name,
+              " not to be a lazily negated view, since it is updated in place (see torch.Tensor.resolve_neg)");
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input, const optional<Tensor>& weight,
+                                                    const optional<Tensor>& bias, const optional<Tensor>& running_mean,
+                                                    const optional<Tensor>& running_var,
+                                                    const optional<Tensor>& num_batches_tracked,
+                                                    optional<double> momentum, double eps,
+                                                    const optional<Tensor>& residual, std::string_view act,
+                                                    double slope, bool with_mask) {
+  check_written("running_mean", running_mean);
+  check_written("running_var", running_var);
+  check_written("num_batches_tracked", num_batches_tracked);
+  return forward(input, weight, bias, /*training=*/true, eps, residual, parse_activation(act, slope), with_mask,
+                 [&](bool masked, BatchNormBackward*) {
+                   return train_op().call(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum,
+                                          eps, residual, act, slope, masked);
+                 });
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_eval(const Tensor& input, const optional<Tensor>& weight,
+                                                   const optional<Tensor>& bias, const Tensor& running_mean,
+                                                   const Tensor& running_var, double eps,
+                                                   const optional<Tensor>& residual, std::string_view act, double slope,
+                                                   bool with_mask) {
+  check_constant("running_mean", running_mean);
+  check_constant("running_var", running_var);
+  return forward(input, weight, bias, /*training=*/false, eps, residual, parse_activation(act, slope), with_mask,
+                 [&](bool masked, BatchNormBackward*) {
+                   return eval_op().call(input, weight, bias, running_mean, running_var, eps, residual, act, slope,
+                                         masked);
+                 });
+}
+
+Tensor batch_norm_sync(const Tensor& input, const optional<Tensor>& weight, const optional<Tensor>& bias,
+                       const optional<Tensor>& running_mean, const optional<Tensor>& running_var,
+                       const optional<Tensor>& num_batches_tracked, optional<double> momentum, double eps,
+                       std::int64_t group_size, std::string_view group_name, const optional<Tensor>& residual,
+                       std::string_view act, double slope) {
+  check_written("running_mean", running_mean);
+  check_written("running_var", running_var);
+  check_written("num_batches_tracked", num_batches_tracked);
+  for (const Tensor& each : {input, or_undefined(weight), or_undefined(bias), or_undefined(residual)}) {
+    TORCH_CHECK(!isFwGradDefined(each), "batch_norm: over several processes there is no forward mode");
+  }
+  const ProcessGroup group{std::string(group_name), group_size};
+  return std::get<0>(forward(input, weight, bias, /*training=*/true, eps, residual, parse_activation(act, slope),
+                             /*with_mask=*/false, [&](bool masked, BatchNormBackward* node) {
+                               auto all =
+                                   sync_forward(input, weight, bias, running_mean, running_var, num_batches_tracked,
+                                                momentum, eps, residual, act, slope, masked, group);
+                               if (node != nullptr) {
+                                 node->group = group;
+                                 node->count = saved(all.count);
+                               }
+                               return std::tuple{std::move(all.output), std::move(all.save_stats), std::move(all.mask)};
+                             }));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
+    const Tensor& grad_output, const optional<Tensor>& input, const optional<Tensor>& weight, const Tensor& save_stats,
+    bool training, double eps, OutputMask output_mask, const optional<Tensor>& bias, const optional<Tensor>& residual,
+    const optional<Tensor>& mask, std::string_view act, double slope, const optional<Tensor>& mean_grads) {
+  const Tensor x = or_undefined(input);
+  const Tensor w = or_undefined(weight);
+  const Tensor b = or_undefined(bias);
+  const Tensor r = or_undefined(residual);
+  const Tensor m = or_undefined(mask);
+  const Activation activation = parse_activation(act, slope);
+  decltype(make_node<BatchNormDoubleBackward>()) node;
+  if (compute_requires_grad(grad_output, x, w, b, r)) {
+    TORCH_CHECK(!is_given(mean_grads), "batch_norm: expected nothing to require grad with mean_grads");
+    node = make_node<BatchNormDoubleBackward>();
+    node->set_next_edges(collect_next_edges(grad_output, x, w, b, r));
+  }
+  auto [grad_input, grad_weight, grad_bias, grad_residual] = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return backward_op().call(grad_output, input, weight, save_stats, training, eps, output_mask, bias, residual, mask,
+                              act, slope, mean_grads);
+  }();
+  if (node) {
+    node->grad_output = saved(grad_output);
+    node->call.input = saved(x);
+    node->call.weight = saved(w);
+    node->call.bias = saved(b);
+    node->call.residual = saved(r);
+    node->call.mask = saved(m);
+    node->call.save_stats = saved(save_stats);
+    node->call.training = training;
+    node->call.eps = eps;
+    node->call.activation = activation;
+    node->output_mask = output_mask;
+    for (const Tensor& each : {grad_input, grad_weight, grad_bias, grad_residual}) set_history(each, node);
+  }
+  if (isFwGradDefined(grad_output) || isFwGradDefined(x) || isFwGradDefined(w) || isFwGradDefined(b) ||
+      isFwGradDefined(r)) {
+    const Tensor dy = primal_of(grad_output);
+    const Point at{dy, primal_of(x), primal_of(w), save_stats, training, eps};
+    const ActivationDerivatives derivatives = derivatives_of(activation, at, primal_of(b), primal_of(r), m);
+    // dz = dy*act'(z) changes with dy, and with z. Linear in dz; along input and weight the symmetric second
+    // derivative.
+    Tensor dz_tangent = scaled(tangent_of(grad_output), derivatives.first);
+    if (derivatives.second.defined()) {
+      const Tensor z = plus(output_tangent(at, tangent_of(x), tangent_of(w), tangent_of(b)), tangent_of(r));
+      dz_tangent = plus(dz_tangent, scaled(scaled(z, dy), derivatives.second));
+    }
+    SecondOrder second;
+    if (output_mask[0] || output_mask[1]) {
+      second = second_order(at, scaled(dy, derivatives.first), tangent_of(x), tangent_of(w));
+    }
+    std::tuple<Tensor, Tensor, Tensor> linear;
+    if (dz_tangent.defined()) linear = plain_backward(at, dz_tangent, output_mask);
+    if (output_mask[0]) set_tangent(grad_input, plus(std::get<0>(linear), second.input));
+    if (output_mask[1]) set_tangent(grad_weight, plus(std::get<1>(linear), second.weight));
+    if (output_mask[2]) set_tangent(grad_bias, std::get<2>(linear));
+    if (output_mask[3]) set_tangent(grad_residual, dz_tangent);
+  }
+  return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias), std::move(grad_residual)};
+}
+
+}  // namespace
+}  // namespace bnext::autograd
+
+TORCH_LIBRARY_IMPL(bnext, Autograd, m) {
+  m.impl("batch_norm_train", &bnext::autograd::batch_norm_train);
+  m.impl("batch_norm_eval", &bnext::autograd::batch_norm_eval);
+  m.impl("batch_norm_backward", &bnext::autograd::batch_norm_backward);
+  m.impl("batch_norm_sync", &bnext::autograd::batch_norm_sync);
+}

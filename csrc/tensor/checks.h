@@ -1,0 +1,57 @@
+// What is checked of an operator's arguments, before anything is read or written. Each function raises, with a message
+// that names the argument, says what was expected and what came.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "../common/activation.h"
+
+namespace bnext {
+
+inline bool is_given(const std::optional<at::Tensor>& tensor) { return tensor.has_value() && tensor->defined(); }
+
+// For messages: torch.Size([2, 3]), and a number as Python prints it, which the messages share with torch's own.
+std::string size_of(const at::Tensor& tensor);
+std::string python_float(double value);
+
+// A tensor that is no option.
+void check_given(const char* name, const at::Tensor& tensor);
+
+// An input or gradient: at least (N, C), of a floating dtype that the kernels know.
+void check_data(const char* name, const at::Tensor& tensor);
+
+// A parameter of `input`, or a running statistic that is only read.
+void check_channels(const char* name, const at::Tensor& tensor, const at::Tensor& input);
+void check_channels(const char* name, const std::optional<at::Tensor>& tensor, const at::Tensor& input);
+
+// The running statistics that a training call updates.
+void check_running(const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& var,
+                   const std::optional<at::Tensor>& counter, std::optional<double> momentum, const at::Tensor& input);
+
+// A tensor that lies element for element beside `like`.
+void check_alongside(const char* name, const std::optional<at::Tensor>& tensor, const char* like_name,
+                     const at::Tensor& like);
+
+// What follows the normalisation in a forward call.
+void check_epilogue(const at::Tensor& input, const std::optional<at::Tensor>& residual, const Activation& activation,
+                    bool with_mask);
+
+// Added to a variance that is taken from the input.
+void check_eps(double eps);
+
+// All arguments of a training call, but those that say where its statistics come from.
+void check_training(const at::Tensor& input, const std::optional<at::Tensor>& weight,
+                    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
+                    const std::optional<at::Tensor>& running_var, const std::optional<at::Tensor>& num_batches_tracked,
+                    std::optional<double> momentum, double eps, const std::optional<at::Tensor>& residual,
+                    const Activation& activation, bool with_mask);
+
+// What an operator's `act` and `slope` mean; a ValueError lists the known names.
+Activation parse_activation(std::string_view act, double slope);
+std::string_view activation_name(Act act);
+
+}  // namespace bnext

@@ -1,0 +1,63 @@
+#include <ATen/Parallel.h>
+
+#include "../common/mask.h"
+#include "../cpu/batch_norm.h"
+#include "../cpu/huge_page_cache.h"
+#include "backend.h"
+#include "output_memory.h"
+#include "schema.h"
+
+namespace bnext {
+namespace {
+
+// Up to this many elements the barriers of parallel regions cost more than they save.
+constexpr std::int64_t kSerialElements = 65536;
+
+cpu::Parallel parallel_for(const Problem& problem) {
+  if (problem.numel() <= kSerialElements) return cpu::Parallel::serial();
+  return cpu::Parallel([](std::int64_t tasks, cpu::Parallel::Body body, void* context) {
+    at::parallel_for(0, tasks, 1, [&](std::int64_t begin, std::int64_t end) { body(context, begin, end); });
+  });
+}
+
+class CpuBackend final : public Backend {
+ public:
+  std::uintptr_t alignment() const override { return 1; }
+
+  std::int64_t mask_lanes(DType) const override { return kCpuMaskLanes; }
+
+  // In channels-first memory a map that follows a reduction writes with strides, from image to image.
+  at::Tensor allocate_output(const at::Tensor& like, at::MemoryFormat format, const Problem& problem,
+                             bool reduces) const override {
+    at::Tensor output = empty_output(like, format);
+    const bool strided = problem.layout == Layout::kChannelsFirst && reduces;
+    if (strided && output.nbytes() >= cpu::kMinCachedBytes) {
+      cpu::touch_pages(output.mutable_data_ptr(), output.nbytes(), parallel_for(problem));
+    }
+    return output;
+  }
+
+  void count_batch(std::int64_t* num_batches_tracked, at::Device) const override { ++*num_batches_tracked; }
+
+  void run(const GatherStats& args, at::Device) const override { cpu::gather_stats(args); }
+  void run(const Problem& problem, const TrainingForward& args, at::Device) const override {
+    cpu::forward(problem, args, parallel_for(problem));
+  }
+  void run(const Problem& problem, const EvalForward& args, at::Device) const override {
+    cpu::forward(problem, args, parallel_for(problem));
+  }
+  void run(const Problem& problem, const Backward& args, at::Device) const override {
+    cpu::backward(problem, args, parallel_for(problem));
+  }
+};
+
+}  // namespace
+
+const Backend& cpu_backend() {
+  static const CpuBackend backend;
+  return backend;
+}
+
+}  // namespace bnext
+
+TORCH_LIBRARY_IMPL(bnext, CPU, m) { bnext::register_kernels(m); }

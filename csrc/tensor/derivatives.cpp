@@ -1,0 +1,150 @@
+#include "derivatives.h"
+
+#include <ATen/ATen.h>
+
+#include <vector>
+
+namespace bnext {
+namespace {
+
+using at::Tensor;
+
+at::ScalarType compute_type(const Tensor& data) { return data.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+// All dimensions but the channels'.
+std::vector<std::int64_t> reduced_dims(const Tensor& data) {
+  std::vector<std::int64_t> dims{0};
+  for (std::int64_t d = 2; d < data.dim(); ++d) dims.push_back(d);
+  return dims;
+}
+
+// A length-C vector in the shape that broadcasts against `data`, in the compute type.
+Tensor per_channel(Tensor vector, const Tensor& data) {
+  vector = vector.to(compute_type(data)).unsqueeze(0);
+  for (std::int64_t d = 2; d < data.dim(); ++d) vector = vector.unsqueeze(-1);
+  return vector;
+}
+
+Tensor channel_mean(const Tensor& t) { return t.mean(reduced_dims(t), /*keepdim=*/true); }
+Tensor channel_sum(const Tensor& t) { return t.sum(reduced_dims(t), /*keepdim=*/false); }
+
+struct Standardized {
+  Tensor xhat;
+  Tensor invstd;  // broadcasts
+  Tensor scale;   // weight*invstd, likewise
+  bool training;
+
+  explicit Standardized(const Point& at) : training(at.training) {
+    const auto type = compute_type(at.like);
+    const Tensor mean = at.save_stats.select(0, 0);
+    const Tensor high = mean.to(type);
+    if (training) {
+      // Taken from the input again, not from save_stats, so that the result knows how they depend on it.
+      const Tensor shifted = at.input.to(type) - per_channel(high, at.like);
+      const Tensor centred = shifted - channel_mean(shifted);
+      invstd = (channel_mean(centred * centred) + at.eps).rsqrt();
+      xhat = centred * invstd;
+    } else {
+      invstd = per_channel(at.save_stats.select(0, 1), at.like);
+      if (at.input.defined()) {
+        xhat = (at.input.to(type) - per_channel(high, at.like) - per_channel(mean - high, at.like)) * invstd;
+      }
+    }
+    scale = at.weight.defined() ? per_channel(at.weight, at.like) * invstd : invstd;
+  }
+
+  Tensor project(const Tensor& t) const {
+    if (!training) return t;
+    return t - channel_mean(t) - xhat * channel_mean(t * xhat);
+  }
+};
+
+Tensor preactivation(const Point& at, const Tensor& bias, const Tensor& residual) {
+  Tensor z = Standardized(at).xhat;
+  if (at.weight.defined()) z = z * per_channel(at.weight, at.like);
+  if (bias.defined()) z = z + per_channel(bias, at.like);
+  if (residual.defined()) z = z + residual.to(compute_type(at.like));
+  return z;
+}
+
+}  // namespace
+
+Tensor plus(const Tensor& a, const Tensor& b) { return !a.defined() ? b : !b.defined() ? a : a + b; }
+
+Tensor scaled(const Tensor& t, const Tensor& factor) { return t.defined() && factor.defined() ? t * factor : t; }
+
+Tensor output_tangent(const Point& at, const Tensor& u, const Tensor& v, const Tensor& z) {
+  Tensor result;
+  if (u.defined() || v.defined()) {
+    const Standardized s(at);
+    if (u.defined()) result = s.scale * s.project(u.to(compute_type(at.like)));
+    if (v.defined()) result = plus(result, per_channel(v, at.like) * s.xhat);
+  }
+  if (z.defined()) result = plus(result, per_channel(z, at.like).expand_as(at.like));
+  return result.defined() ? result.to(at.like.scalar_type()) : result;
+}
+
+SecondOrder second_order(const Point& at, const Tensor& grad_output, const Tensor& u, const Tensor& v) {
+  if (!u.defined() && !v.defined()) return {};
+  const Standardized s(at);
+  const auto type = compute_type(at.like);
+  const Tensor dy = grad_output.to(type);
+  const Tensor projected_dy = s.project(dy);
+  SecondOrder result;
+  if (v.defined()) result.input = s.invstd * per_channel(v, at.like) * projected_dy;
+  if (u.defined()) {
+    const Tensor projected_u = s.project(u.to(type));
+    result.weight = channel_sum(s.invstd * dy * projected_u);
+    if (at.training) {
+      const Tensor along = channel_mean(u.to(type) * s.xhat) * projected_dy + channel_mean(dy * s.xhat) * projected_u +
+                           channel_mean(dy * projected_u) * s.xhat;
+      const Tensor curvature = s.invstd * s.scale * along;
+      result.input = result.input.defined() ? result.input - curvature : -curvature;
+    }
+  }
+  if (result.input.defined()) result.input = result.input.to(at.like.scalar_type());
+  return result;
+}
+
+ActivationDerivatives activation_derivatives(const Activation& activation, const Point& at, const Tensor& bias,
+                                             const Tensor& residual) {
+  if (activation.act == Act::kIdentity) return {};
+  const Tensor z = preactivation(at, bias, residual);
+  const auto where = [&](const Tensor& condition, double inside, double outside) {
+    return at::where(condition, at::full_like(z, inside), at::full_like(z, outside));
+  };
+  switch (activation.act) {
+    case Act::kIdentity: break;
+    case Act::kRelu: return {where(z <= 0, 0.0, 1.0), {}};
+    case Act::kRelu6: return {where((z <= 0).logical_or(z >= 6), 0.0, 1.0), {}};
+    case Act::kLeakyRelu: return {where(z <= 0, activation.slope, 1.0), {}};
+    case Act::kSilu: {
+      const Tensor s = at::sigmoid(z);
+      const Tensor opposite = at::sigmoid(-z);
+      return {s * (1 + z * opposite), s * opposite * (2 + z * (opposite - s))};
+    }
+    case Act::kGelu: {
+      const Tensor density = at::exp(z * z * -0.5) * 0.39894228040143268;
+      return {at::erfc(z * -0.70710678118654752) * 0.5 + z * density, density * (2 - z * z)};
+    }
+    case Act::kHardswish: {
+      const Tensor inside = (z > -3).logical_and(z < 3);
+      const Tensor beyond = where(z >= 3, 1.0, 0.0);
+      return {at::where(inside, z * (1.0 / 3.0) + 0.5, beyond), where(inside, 1.0 / 3.0, 0.0)};
+    }
+    case Act::kMish: {
+      const Tensor s = at::sigmoid(z);
+      const Tensor t = at::tanh(at::softplus(z));
+      const Tensor bend = s * (1 - t * t);  // dt/dz
+      return {t + z * bend, bend * (2 + z * (at::sigmoid(-z) - 2 * t * s))};
+    }
+    case Act::kElu: {
+      // Clamped, so that no infinity waits where the other side is taken: its derivatives would be NaN.
+      const Tensor below = at::exp(z.clamp_max(0)) * activation.slope;
+      return {at::where(z <= 0, below, at::ones_like(z)), at::where(z <= 0, below, at::zeros_like(z))};
+    }
+  }
+  return {};
+}
+
+}  // namespace bnext

@@ -1,0 +1,55 @@
+// Derivatives of batch norm beyond the first backward pass, composed of torch operators: rarely needed, so written
+// for brevity, and themselves differentiable to any order and in either mode.
+//
+// With E the mean over a channel, r = 1/sqrt(var + eps), xhat = (x - mean)*r, a = weight*r, and
+// P(t) = t - E[t] - xhat*E[t*xhat] in training, P(t) = t in evaluation, batch norm's backward is
+//   dx = a*P(dy),  dweight = sum(dy*xhat),  dbias = sum(dy).
+// The derivation of what follows from it is in docs/design.md.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "../common/activation.h"
+
+namespace bnext {
+
+// a + b, where an undefined tensor stands for zero.
+at::Tensor plus(const at::Tensor& a, const at::Tensor& b);
+
+// t*factor, where an undefined t stands for zero and an undefined factor for one.
+at::Tensor scaled(const at::Tensor& t, const at::Tensor& factor);
+
+// What the derivatives are taken at. An undefined weight means 1.
+struct Point {
+  at::Tensor like;   // any tensor with the input's shape and dtype
+  at::Tensor input;  // undefined in evaluation, if neither grad_weight nor a change of the weight is involved
+  at::Tensor weight;
+  at::Tensor save_stats;
+  bool training;
+  double eps;
+};
+
+// The change of y = weight*xhat + bias along (u, v, z) = changes of (input, weight, bias), each possibly undefined:
+//   a*P(u) + v*xhat + z.
+// It is also the gradient with respect to dy of <u, dx> + <v, dweight> + <z, dbias>, the backward's adjoint.
+// Undefined if all three are.
+at::Tensor output_tangent(const Point& at, const at::Tensor& u, const at::Tensor& v, const at::Tensor& z);
+
+// The gradients of <u, dx> + <v, dweight> with respect to input and weight; by symmetry also the change of
+// (dx, dweight) along (u, v) = changes of (input, weight). u and v are possibly undefined, and so are the results.
+struct SecondOrder {
+  at::Tensor input;
+  at::Tensor weight;
+};
+SecondOrder second_order(const Point& at, const at::Tensor& grad_output, const at::Tensor& u, const at::Tensor& v);
+
+// act'(z) and act''(z) at the pre-activation z = weight*xhat + bias + residual, in the compute type. A first derivative
+// that is 1 everywhere, and a second that is 0, are undefined.
+struct ActivationDerivatives {
+  at::Tensor first;
+  at::Tensor second;
+};
+ActivationDerivatives activation_derivatives(const Activation& activation, const Point& at, const at::Tensor& bias,
+                                             const at::Tensor& residual);
+
+}  // namespace bnext

@@ -1,0 +1,37 @@
+// Typed handles of the operators in torch's dispatcher: autograd and sync call the kernels through it, so that torch's
+// modes and transforms see the calls.
+#pragma once
+
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include "operators.h"
+
+namespace bnext {
+
+template <typename Signature>
+auto find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+inline const auto& train_op() {
+  static const auto op = find_op<decltype(batch_norm_train)>("bnext::batch_norm_train");
+  return op;
+}
+inline const auto& eval_op() {
+  static const auto op = find_op<decltype(batch_norm_eval)>("bnext::batch_norm_eval");
+  return op;
+}
+inline const auto& moments_op() {
+  static const auto op = find_op<decltype(batch_norm_moments)>("bnext::batch_norm_moments");
+  return op;
+}
+inline const auto& merged_op() {
+  static const auto op = find_op<decltype(batch_norm_merged)>("bnext::batch_norm_merged");
+  return op;
+}
+inline const auto& backward_op() {
+  static const auto op = find_op<decltype(batch_norm_backward)>("bnext::batch_norm_backward");
+  return op;
+}
+
+}  // namespace bnext

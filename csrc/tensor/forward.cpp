@@ -1,0 +1,200 @@
+// The forward operators on tensors: arguments are checked, outputs allocated, and layout, dtype and device chosen here;
+// the kernels get raw pointers.
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/Exception.h>
+
+#include "../common/mask.h"
+#include "backend.h"
+#include "checks.h"
+#include "operators.h"
+#include "tensors.h"
+
+namespace bnext {
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+Tensor allocate_mask(const Tensor& input, const Problem& problem, const Backend& backend, bool wanted) {
+  const auto options = input.options().dtype(at::kByte);
+  if (!wanted) return at::empty({0}, options);
+  const auto sizes = mask_sizes(problem, backend);
+  // The operator's results are the same bits at every call, those that mean nothing too.
+  const bool padded = mask_has_padding(mask_row_elements(problem), backend.mask_lanes(problem.dtype));
+  return padded ? at::zeros(sizes, options) : at::empty(sizes, options);
+}
+
+// Nothing will ever be multiplied with the statistics of an empty input, but they must not be garbage.
+Tensor allocate_stats(const Tensor& input, const Problem& problem) {
+  const auto options = input.options().dtype(at::kDouble);
+  return problem.numel() == 0 ? at::zeros({2, problem.C}, options) : at::empty({2, problem.C}, options);
+}
+
+// What every forward pass writes, and what of its arguments the kernels read: dense, in the input's memory format.
+class ForwardTensors {
+ public:
+  ForwardTensors(const Tensor& input, const Geometry& geometry, const optional<Tensor>& weight,
+                 const optional<Tensor>& bias, const optional<Tensor>& residual, const Activation& activation,
+                 bool with_mask, bool reduces)
+      : device_(input.device()),
+        backend_(backend_of(input)),
+        problem_(geometry.problem),
+        activation_(activation),
+        with_mask_(with_mask),
+        output_(backend_.allocate_output(input, geometry.format, problem_, reduces)),
+        stats_(allocate_stats(input, problem_)),
+        mask_(allocate_mask(input, problem_, backend_, with_mask)) {
+    if (empty()) return;
+    input_ = kernel_input(input, geometry.format, backend_);
+    if (is_given(residual)) residual_ = kernel_input(*residual, geometry.format, backend_);
+    weight_ = densely(weight);
+    bias_ = densely(bias);
+  }
+
+  bool empty() const { return problem_.numel() == 0; }
+  const Backend& backend() const { return backend_; }
+
+  // Runs Forward, TrainingForward or EvalForward, which holds what these have of their own.
+  template <typename Forward>
+  void run(Forward args) {
+    auto* stats = stats_.mutable_data_ptr<double>();
+    args.input = input_.const_data_ptr();
+    args.weight = channels(weight_);
+    args.bias = channels(bias_);
+    args.output = output_.mutable_data_ptr();
+    args.save_mean = stats;
+    args.save_invstd = stats + problem_.C;
+    args.epilogue = {activation_, residual_.defined() ? residual_.const_data_ptr() : nullptr,
+                     with_mask_ ? mask_.mutable_data_ptr<std::uint8_t>() : nullptr};
+    backend_.run(problem_, args, device_);
+  }
+
+  std::tuple<Tensor, Tensor, Tensor> results() const { return {output_, stats_, mask_}; }
+
+ private:
+  const at::Device device_;
+  const Backend& backend_;
+  const Problem problem_;
+  const Activation activation_;
+  const bool with_mask_;
+  Tensor output_;
+  Tensor stats_;
+  Tensor mask_;
+  Tensor input_;
+  Tensor residual_;
+  optional<Tensor> weight_;
+  optional<Tensor> bias_;
+};
+
+// y by statistics that are known.
+std::tuple<Tensor, Tensor, Tensor> normalize_by(const Tensor& input, const ChannelVector& mean,
+                                                const ChannelVector& var, const optional<Tensor>& weight,
+                                                const optional<Tensor>& bias, double eps,
+                                                const optional<Tensor>& residual, const Activation& activation,
+                                                bool with_mask) {
+  ForwardTensors tensors(input, geometry_of(input), weight, bias, residual, activation, with_mask, /*reduces=*/false);
+  if (!tensors.empty()) tensors.run(EvalForward{.running_mean = mean, .running_var = var, .eps = eps});
+  return tensors.results();
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input, const optional<Tensor>& weight,
+                                                    const optional<Tensor>& bias, const optional<Tensor>& running_mean,
+                                                    const optional<Tensor>& running_var,
+                                                    const optional<Tensor>& num_batches_tracked,
+                                                    optional<double> momentum, double eps,
+                                                    const optional<Tensor>& residual, std::string_view act,
+                                                    double slope, bool with_mask) {
+  const Activation activation = parse_activation(act, slope);
+  check_training(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, residual,
+                 activation, with_mask);
+  const Geometry geometry = geometry_of(input);
+  TORCH_CHECK_VALUE(geometry.problem.count() != 1,
+                    "Expected more than 1 value per channel when training, got input size ", size_of(input));
+
+  ForwardTensors tensors(input, geometry, weight, bias, residual, activation, with_mask, /*reduces=*/true);
+  const RunningTensors running(running_mean, running_var, num_batches_tracked);
+  if (tensors.empty()) {
+    if (running.counter() != nullptr) tensors.backend().count_batch(running.counter(), input.device());
+    running.counted();
+  } else {
+    tensors.run(TrainingForward{.running = running.pointers(momentum), .eps = eps});
+    running.updated();
+  }
+  return tensors.results();
+}
+
+Tensor batch_norm_moments(const Tensor& input, double eps) {
+  check_data("input", input);
+  check_eps(eps);
+  const auto [format, problem] = geometry_of(input);
+  Tensor moments = at::empty({2 * problem.C + 1}, input.options().dtype(at::kDouble));
+  moments.select(0, 2 * problem.C).fill_(static_cast<double>(problem.count()));
+  if (problem.numel() == 0) return moments.zero_();
+  const Backend& backend = backend_of(input);
+  const Tensor dense_input = kernel_input(input, format, backend);
+  auto* means = moments.mutable_data_ptr<double>();
+  backend.run(problem,
+              TrainingForward{
+                  .input = dense_input.const_data_ptr(), .eps = eps, .save_mean = means, .save_m2 = means + problem.C},
+              input.device());
+  return moments;
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_merged(
+    const Tensor& input, const Tensor& moments, const optional<Tensor>& weight, const optional<Tensor>& bias,
+    const optional<Tensor>& running_mean, const optional<Tensor>& running_var,
+    const optional<Tensor>& num_batches_tracked, optional<double> momentum, double eps,
+    const optional<Tensor>& residual, std::string_view act, double slope, bool with_mask) {
+  const Activation activation = parse_activation(act, slope);
+  check_training(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, residual,
+                 activation, with_mask);
+  const std::int64_t C = input.size(1);
+  check_given("moments", moments);
+  TORCH_CHECK(moments.device() == input.device(), "batch_norm: expected moments on the device of input, ",
+              input.device(), ", but got ", moments.device());
+  TORCH_CHECK_TYPE(moments.scalar_type() == at::kDouble, "batch_norm: expected moments to be float64, but got ",
+                   moments.scalar_type());
+  TORCH_CHECK_VALUE(moments.dim() == 2 && moments.size(1) == 2 * C + 1,
+                    "batch_norm: expected moments to have shape torch.Size([shares, ", 2 * C + 1, "]), but got ",
+                    size_of(moments));
+
+  const Tensor dense_moments = moments.contiguous();
+  const Tensor stats = at::empty({2, C}, moments.options());
+  auto* mean = stats.mutable_data_ptr<double>();
+  const RunningTensors running(running_mean, running_var, num_batches_tracked);
+  backend_of(input).run(GatherStats{.local_stats = dense_moments.const_data_ptr<double>(),
+                                    .processes = moments.size(0),
+                                    .C = C,
+                                    .running = running.pointers(momentum),
+                                    .mean = mean,
+                                    .var = mean + C},
+                        input.device());
+  running.updated();
+  return normalize_by(input, {mean, DType::kFloat64}, {mean + C, DType::kFloat64}, weight, bias, eps, residual,
+                      activation, with_mask);
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_eval(const Tensor& input, const optional<Tensor>& weight,
+                                                   const optional<Tensor>& bias, const Tensor& running_mean,
+                                                   const Tensor& running_var, double eps,
+                                                   const optional<Tensor>& residual, std::string_view act, double slope,
+                                                   bool with_mask) {
+  check_data("input", input);
+  check_channels("weight", weight, input);
+  check_channels("bias", bias, input);
+  check_channels("running_mean", running_mean, input);
+  check_channels("running_var", running_var, input);
+  const Activation activation = parse_activation(act, slope);
+  check_epilogue(input, residual, activation, with_mask);
+  TORCH_CHECK_VALUE(!(eps < 0.0), "batch_norm eps must be non-negative, but got ", python_float(eps));
+  const Tensor dense_mean = running_mean.contiguous();
+  const Tensor dense_var = running_var.contiguous();
+  return normalize_by(input, channels(dense_mean), channels(dense_var), weight, bias, eps, residual, activation,
+                      with_mask);
+}
+
+}  // namespace bnext

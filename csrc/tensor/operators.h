@@ -1,0 +1,40 @@
+// The operators on tensors below autograd: forward.cpp, backward.cpp and sync.cpp. What each argument means: schema.h.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+namespace bnext {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_train(
+    const at::Tensor& input, const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& running_mean, const std::optional<at::Tensor>& running_var,
+    const std::optional<at::Tensor>& num_batches_tracked, std::optional<double> momentum, double eps,
+    const std::optional<at::Tensor>& residual, std::string_view act, double slope, bool with_mask);
+
+at::Tensor batch_norm_moments(const at::Tensor& input, double eps);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_merged(
+    const at::Tensor& input, const at::Tensor& moments, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
+    const std::optional<at::Tensor>& running_var, const std::optional<at::Tensor>& num_batches_tracked,
+    std::optional<double> momentum, double eps, const std::optional<at::Tensor>& residual, std::string_view act,
+    double slope, bool with_mask);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_eval(
+    const at::Tensor& input, const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
+    const at::Tensor& running_mean, const at::Tensor& running_var, double eps,
+    const std::optional<at::Tensor>& residual, std::string_view act, double slope, bool with_mask);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
+    const at::Tensor& grad_output, const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
+    const at::Tensor& save_stats, bool training, double eps, std::array<bool, 4> output_mask,
+    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual,
+    const std::optional<at::Tensor>& mask, std::string_view act, double slope,
+    const std::optional<at::Tensor>& mean_grads);
+
+}  // namespace bnext

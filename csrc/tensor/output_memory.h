@@ -1,0 +1,11 @@
+// Tensors for large outputs on the CPU, in the blocks of cpu/huge_page_cache.h.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace bnext {
+
+// An empty CPU tensor of the shape and dtype of `like`.
+at::Tensor empty_output(const at::Tensor& like, at::MemoryFormat format);
+
+}  // namespace bnext

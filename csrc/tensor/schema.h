@@ -1,0 +1,65 @@
+// The operators torch.ops.bnext.*: their schemas, and the kernels that every device has.
+//
+// output = act(batch_norm(input) + residual); slope is leaky_relu's, or elu's just below zero: alpha.
+// save_stats: (2, C) float64, the mean and 1/sqrt(var + eps) that the output was normalised with.
+// mask: uint8, with_mask only: what a rectifier's backward needs of the pre-activation; (N, C, bytes) for
+// channels-first memory, else (N*spatial, bytes); common/mask.h. Autograd asks for it by itself. momentum=None: the
+// cumulative average, the batch counting 1/num_batches_tracked. output_mask: of grad_input, grad_weight, grad_bias,
+// grad_residual; the last only with an activation. mean_grads: (2, C), grad_weight and grad_bias over a batch that lies
+// on several processes, divided by its count; then grad_input is by these.
+//
+// batch_norm_sync: batch_norm_train over the batch of a group of processes (torch.distributed), which is made of
+// batch_norm_moments: (2*C + 1) float64, the means of a process's share, the sums of (x - mean)^2, the count; and of
+// batch_norm_merged, which is batch_norm_train by the moments of all shares, (shares, 2*C + 1).
+#pragma once
+
+#include <torch/library.h>
+
+#include <vector>
+
+#include "operators.h"
+
+namespace bnext {
+
+inline void define_operators(torch::Library& m) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  m.def(
+      "batch_norm_train(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "
+      "Tensor? residual=None, str act='identity', float slope=0., bool with_mask=False) "
+      "-> (Tensor output, Tensor save_stats, Tensor mask)",
+      tags);
+  m.def(
+      "batch_norm_eval(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
+      "float eps, Tensor? residual=None, str act='identity', float slope=0., bool with_mask=False) "
+      "-> (Tensor output, Tensor save_stats, Tensor mask)",
+      tags);
+  m.def(
+      "batch_norm_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor save_stats, bool training, "
+      "float eps, bool[4] output_mask, Tensor? bias=None, Tensor? residual=None, Tensor? mask=None, "
+      "str act='identity', float slope=0., Tensor? mean_grads=None) "
+      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
+      tags);
+  m.def("batch_norm_moments(Tensor input, float eps) -> Tensor", tags);
+  m.def(
+      "batch_norm_merged(Tensor input, Tensor moments, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "
+      "Tensor? residual=None, str act='identity', float slope=0., bool with_mask=False) "
+      "-> (Tensor output, Tensor save_stats, Tensor mask)",
+      tags);
+  m.def(
+      "batch_norm_sync(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, int group_size, "
+      "str group_name, Tensor? residual=None, str act='identity', float slope=0.) -> Tensor",
+      tags);
+}
+
+inline void register_kernels(torch::Library& m) {
+  m.impl("batch_norm_train", &batch_norm_train);
+  m.impl("batch_norm_eval", &batch_norm_eval);
+  m.impl("batch_norm_backward", &batch_norm_backward);
+  m.impl("batch_norm_moments", &batch_norm_moments);
+  m.impl("batch_norm_merged", &batch_norm_merged);
+}
+
+}  // namespace bnext

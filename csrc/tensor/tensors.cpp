@@ -1,0 +1,107 @@
+#include "tensors.h"
+
+#include <c10/util/Exception.h>
+
+#include "../common/mask.h"
+#include "checks.h"
+
+namespace bnext {
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return DType::kFloat32;
+    case at::kDouble: return DType::kFloat64;
+    case at::kHalf: return DType::kFloat16;
+    case at::kBFloat16: return DType::kBFloat16;
+    default: TORCH_INTERNAL_ASSERT(false, "unchecked dtype ", tensor.scalar_type());
+  }
+}
+
+// The kernels write past autograd's eyes. Tensors made in inference mode have no version.
+void bump_version(const optional<Tensor>& tensor) {
+  if (is_given(tensor) && !tensor->is_inference()) tensor->unsafeGetTensorImpl()->bump_version();
+}
+
+// The kernels write to dense memory; a strided statistic is updated through a copy.
+void write_back(const optional<Tensor>& tensor, const optional<Tensor>& dense) {
+  if (!is_given(tensor)) return;
+  if (!tensor->is_same(*dense)) tensor->copy_(*dense);
+  bump_version(tensor);
+}
+
+}  // namespace
+
+at::MemoryFormat format_of(const Tensor& tensor) {
+  const auto suggested = tensor.suggest_memory_format();
+  if (suggested != at::MemoryFormat::Contiguous || tensor.dim() < 4 || tensor.is_contiguous()) return suggested;
+  // The stride of a dimension of size 1 may be anything, and then hides what the others say.
+  const auto last = tensor.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d;
+  return tensor.dim() <= 5 && tensor.is_contiguous(last) ? last : suggested;
+}
+
+Geometry geometry_of(const Tensor& tensor, at::MemoryFormat format) {
+  Problem problem;
+  problem.N = tensor.size(0);
+  problem.C = tensor.size(1);
+  problem.HW = 1;
+  for (std::int64_t d = 2; d < tensor.dim(); ++d) problem.HW *= tensor.size(d);
+  problem.dtype = dtype_of(tensor);
+  // With one spatial position the two layouts coincide, and rows are the better way to see it.
+  problem.layout =
+      format == at::MemoryFormat::Contiguous && problem.HW != 1 ? Layout::kChannelsFirst : Layout::kChannelsLast;
+  return {format, problem};
+}
+
+std::vector<std::int64_t> mask_sizes(const Problem& problem, const Backend& backend) {
+  const std::int64_t bytes = mask_row_bytes(mask_row_elements(problem), backend.mask_lanes(problem.dtype));
+  if (problem.layout == Layout::kChannelsFirst) return {problem.N, problem.C, bytes};
+  return {problem.count(), bytes};
+}
+
+Tensor kernel_input(const Tensor& tensor, at::MemoryFormat format, const Backend& backend) {
+  Tensor dense = tensor.contiguous(format);
+  const auto address = reinterpret_cast<std::uintptr_t>(dense.const_data_ptr());
+  return address % backend.alignment() == 0 ? dense : dense.clone(format);
+}
+
+ChannelVector channels(const optional<Tensor>& dense) {
+  return is_given(dense) ? ChannelVector{dense->const_data_ptr(), dtype_of(*dense)} : ChannelVector{};
+}
+
+MutableChannelVector mutable_channels(const optional<Tensor>& dense) {
+  return is_given(dense) ? MutableChannelVector{dense->mutable_data_ptr(), dtype_of(*dense)} : MutableChannelVector{};
+}
+
+optional<Tensor> densely(const optional<Tensor>& tensor) {
+  return is_given(tensor) ? optional<Tensor>(tensor->contiguous()) : std::nullopt;
+}
+
+RunningTensors::RunningTensors(const optional<Tensor>& mean, const optional<Tensor>& var,
+                               const optional<Tensor>& counter)
+    : mean_(mean), var_(var), counter_(counter), dense_mean_(densely(mean)), dense_var_(densely(var)) {}
+
+std::int64_t* RunningTensors::counter() const {
+  return is_given(counter_) ? counter_->mutable_data_ptr<std::int64_t>() : nullptr;
+}
+
+Running RunningTensors::pointers(optional<double> momentum) const {
+  return {.mean = mutable_channels(dense_mean_),
+          .var = mutable_channels(dense_var_),
+          .num_batches_tracked = counter(),
+          .cumulative = !momentum.has_value(),
+          .momentum = momentum.value_or(0.0)};
+}
+
+void RunningTensors::counted() const { bump_version(counter_); }
+
+void RunningTensors::updated() const {
+  counted();
+  write_back(mean_, dense_mean_);
+  write_back(var_, dense_var_);
+}
+
+}  // namespace bnext

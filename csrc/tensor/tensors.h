@@ -1,0 +1,62 @@
+// Tensors as the kernels take them: their geometry, dense and aligned memory, raw pointers; and the running statistics
+// that the kernels update.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "../common/arguments.h"
+#include "../common/problem.h"
+#include "backend.h"
+
+namespace bnext {
+
+// The memory format of a tensor, and so of what is computed from it.
+at::MemoryFormat format_of(const at::Tensor& tensor);
+
+// The memory format that a call works in, and the problem that it is in that format.
+struct Geometry {
+  at::MemoryFormat format;
+  Problem problem;
+};
+Geometry geometry_of(const at::Tensor& tensor, at::MemoryFormat format);
+inline Geometry geometry_of(const at::Tensor& tensor) { return geometry_of(tensor, format_of(tensor)); }
+
+// The shape of a rectifier's mask: (N, C, bytes) for channels first, (N*spatial, bytes) for channels last.
+std::vector<std::int64_t> mask_sizes(const Problem& problem, const Backend& backend);
+
+// The values dense in the format and aligned, by one copy at most.
+at::Tensor kernel_input(const at::Tensor& tensor, at::MemoryFormat format, const Backend& backend);
+
+// A vector of length C, dense; and where it lies.
+std::optional<at::Tensor> densely(const std::optional<at::Tensor>& tensor);
+ChannelVector channels(const std::optional<at::Tensor>& dense);
+MutableChannelVector mutable_channels(const std::optional<at::Tensor>& dense);
+
+// The running statistics of a training call, which the kernels update past autograd's eyes.
+class RunningTensors {
+ public:
+  // They are checked. The arguments must outlive this.
+  RunningTensors(const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& var,
+                 const std::optional<at::Tensor>& counter);
+
+  std::int64_t* counter() const;
+
+  // momentum: none for the cumulative average.
+  Running pointers(std::optional<double> momentum) const;
+
+  // To be called when the kernels have counted the batch, and when they have updated all.
+  void counted() const;
+  void updated() const;
+
+ private:
+  const std::optional<at::Tensor>& mean_;
+  const std::optional<at::Tensor>& var_;
+  const std::optional<at::Tensor>& counter_;
+  std::optional<at::Tensor> dense_mean_;
+  std::optional<at::Tensor> dense_var_;
+};
+
+}  // namespace bnext
