@@ -1,5 +1,5 @@
 // The per-channel mathematics: from sums to statistics, to coefficients, to parameter gradients. One copy for
-// every device, layout and dtype; derivations are in docs/design.md. V is a double, or a SIMD vector of doubles for
+// every device, layout and dtype; derivations are in docs/numerics.md. V is a double, or a SIMD vector of doubles for
 // as many channels.
 #pragma once
 

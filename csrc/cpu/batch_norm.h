@@ -1,5 +1,5 @@
 // Batch norm on the CPU: raw pointers in, raw pointers out. Formulas and accuracy: common/statistics.h and
-// docs/design.md.
+// docs/numerics.md.
 //
 // Bytes moved (S = bytes of the tensor): training forward 2 S where a group of channels fits the second-level
 // cache (channels first), else 3 S; backward 3 S or 5 S; evaluation forward 2 S, its backward 2 S to 5 S.

@@ -1,6 +1,6 @@
 // Batch norm on CUDA devices: raw pointers and a stream in, a cudaError_t out. Everything is enqueued on the stream;
 // nothing waits for it. Data pointers are multiples of 16 bytes. Formulas and accuracy: common/statistics.h and
-// docs/design.md; geometry and bytes moved: launch_plan.h and batch_norm_kernel.cuh.
+// docs/numerics.md; geometry and bytes moved: launch_plan.h and batch_norm_kernel.cuh.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -4,7 +4,7 @@
 // With E the mean over a channel, r = 1/sqrt(var + eps), xhat = (x - mean)*r, a = weight*r, and
 // P(t) = t - E[t] - xhat*E[t*xhat] in training, P(t) = t in evaluation, batch norm's backward is
 //   dx = a*P(dy),  dweight = sum(dy*xhat),  dbias = sum(dy).
-// The derivation of what follows from it is in docs/design.md.
+// The derivation of what follows from it is in docs/numerics.md.
 #pragma once
 
 #include <ATen/core/Tensor.h>
