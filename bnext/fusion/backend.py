@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from bnext import ops
 from bnext.fusion.checkpoints import run_checkpoints
 from bnext.fusion.report import ITSELF, Report
 from bnext.fusion.rewrite import Outcome, fuse
@@ -27,11 +29,31 @@ def inductor(
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
+    _accept_any_layout()
     report = Report()
     report.add(id(module), fuse(module, for_compiler=True), lambda outcome: outcome.call)
     _logger.info("%s", report)
     patches = list_mode_options(mode) if mode else {}
     return compile_fx(module, inputs, config_patches={**patches, **(options or {})})
+
+
+@functools.cache
+def _accept_any_layout() -> None:
+    """Let inductor give the operators whatever memory format it has chosen for the convolutions around them.
+
+    By default it copies the arguments of an operator that it does not know into the format that was traced. A mask's
+    shape depends on the format; so with a mask the format stays as traced.
+    """
+    from torch._inductor.lowering import constrain_to_fx_strides, make_fallback
+
+    def constraint(node: fx.Node, *args: Any, **kwargs: Any) -> Any:
+        given = ops.bind(node.target, node.args, node.kwargs)
+        if given.get("with_mask") or given.get("mask") is not None:
+            return constrain_to_fx_strides(node, *args, **kwargs)
+        return args, kwargs
+
+    for op in (ops.batch_norm_train, ops.batch_norm_eval, ops.batch_norm_backward):
+        make_fallback(op, layout_constraint=constraint, warn=False)
 
 
 class Running(threading.local):
