@@ -10,7 +10,7 @@ import torch
 from bnext import _C
 
 NAMES = _C.activations
-# Of those that have a slope just below zero to choose; elu's is its alpha.
+# Defaults of the activations with a parameter: the slope just below zero, which is elu's alpha.
 SLOPES = {"leaky_relu": 0.01, "elu": 1.0}
 
 Act = str | tuple[str, float] | None

@@ -26,20 +26,21 @@ class Attached(ABC):
 
     @abstractmethod
     def remake(self) -> tuple[Any, ...]:
-        """A function, and its arguments, that attaches what acts for the owner, whose state is yet to be unpickled."""
+        """A function and its arguments, which an unpickled owner calls before it has its state: it attaches an equal
+        object."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         kind = type(self._owner())
         if kind.__reduce__ is object.__reduce__ and kind.__reduce_ex__ is object.__reduce_ex__:
             return self.remake()
-        return type(None), ()  # a class that pickles itself, as torch.fx's, does so before it is known
+        return type(None), ()  # a class with a pickling of its own, as torch.fx's, cannot be the argument of a call
 
     def acts_for(self, module: torch.nn.Module) -> bool:
-        """No: it came with a shallow copy of its owner's state."""
+        """Whether the module is its owner, and not a shallow copy, which shares the owner's ``__dict__`` entries."""
         return self._owner() is module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attached | None:
-        # The owner's state is copied after its copy has been made. Where that is not known, nothing acts for the copy.
+        # deepcopy notes the owner's copy before it copies the owner's state. A copy it has not noted goes without.
         copy = memo.get(id(self._owner()))
         return None if copy is None else self.follow(copy)
 

@@ -205,7 +205,7 @@ def keeps_operators() -> bool:
     return capture.eager
 
 
-# Before 2.13 torch.compiler.is_exporting() is true of whatever dynamo traces.
+# Before 2.13 torch.compiler.is_exporting() is true while dynamo traces anything.
 _KNOWS_EXPORT = torch.__version__ >= "2.13"
 
 

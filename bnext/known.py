@@ -40,7 +40,7 @@ def _is_timm_act(layer: nn.Module) -> bool:
 
 def _is_frozen(layer: nn.Module) -> bool:
     """Whether it computes (x - running_mean)/sqrt(running_var + eps)*weight + bias of buffers, and perhaps timm's drop
-    layer and activation of that. The class has been copied from one project to the next; so it is tried."""
+    layer and activation of that. Many projects have a copy of this class; so its forward is compared on numbers."""
     act = type(layer).__name__ == "FrozenBatchNormAct2d" and _library(layer) == "timm"
     if not (act or type(layer).__name__ == "FrozenBatchNorm2d") or not isinstance(getattr(layer, "eps", None), float):
         return False
@@ -58,7 +58,7 @@ def _is_frozen(layer: nn.Module) -> bool:
         with torch.no_grad():
             theirs, ours = type(layer).forward(layer, probe), _frozen(layer, probe)
         return theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=1e-2, atol=1e-2)
-    except Exception:  # of a stranger's code
+    except Exception:  # by another library's forward
         return False
 
 

@@ -79,7 +79,7 @@ class BatchNorm3d(torch.nn.BatchNorm3d):
     forward = _forward
 
 
-# A lazy layer becomes cls_to_become in a hook of its first call, when that call's forward is already chosen.
+# A lazy layer turns into cls_to_become in a hook of its first call, which then still runs the lazy class's forward.
 
 
 class LazyBatchNorm1d(torch.nn.LazyBatchNorm1d):

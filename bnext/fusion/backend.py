@@ -67,8 +67,8 @@ running = Running()
 
 
 class _Suppressed(logging.Filter):
-    """Takes what dynamo says, each time with a stack trace, of frames that it cannot capture: the model says
-    it once."""
+    """Takes over dynamo's warnings of frames that it cannot capture, each with a stack trace: the model's own warning
+    is one line, once."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if running.report is None or not record.exc_info or record.exc_info[1] is None:
@@ -82,19 +82,18 @@ logging.getLogger("torch._dynamo.convert_frame").addFilter(_Suppressed())
 
 
 def eager(module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-    """Fuse, and run the graph operator by operator, autograd as ever."""
+    """Fuse, and run the graph operator by operator, with eager autograd."""
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     for node, input in zip(placeholders, inputs, strict=True):
         if isinstance(input, Tensor) and input.layout != node.meta["example_value"].layout:
-            raise RuntimeError(
-                f"dynamo took an input of layout {input.layout} for a dense one"
-            )  # then it runs uncaptured
+            # An error in a back end: dynamo then runs the frame uncaptured.
+            raise RuntimeError(f"dynamo took an input of layout {input.layout} for a dense one")
     outcomes = fuse(module)
     run_checkpoints(module)
     forward = module.forward
 
     def run(*args: Any) -> Any:
-        # Behind a break of its graph, a model may be run by graphs that were captured of another one.
+        # After a graph break, models of one class share the graphs of what follows.
         model, report = running.model, running.report
         if model is not None and report is not None and id(forward) not in report.graphs:
             vectors = {node.name: id(arg) for node, arg in zip(placeholders, args, strict=True)}
@@ -105,7 +104,7 @@ def eager(module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
 
 
 def _namer(model: nn.Module, inputs: dict[str, int]) -> Callable[[Outcome], str]:
-    """What finds the name of a batch norm: by its layer or, in a graph of the layer's forward alone, by its vectors."""
+    """A function that finds a batch norm's name: by its layer, or by the layer's parameters and buffers."""
     names: dict[int, str] = {}
     layers: dict[int, int] = {}
     for name, module in model.named_modules():

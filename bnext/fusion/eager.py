@@ -29,9 +29,10 @@ _logger = logging.getLogger("bnext")
 _CALL = "_compiled_call_impl"
 _KEPT = "_bnext_fusing"  # where __getstate__, which drops _compiled_call_impl, keeps it
 
-# Of our calls alone. An exception while capturing leaves a frame as it is; late hooks count; a graph is not cut for
-# DistributedDataParallel, whose buckets are none of our concern; counters of a module are no constants; and programs in
-# training, evaluation and inference with several sizes have more graphs than eight.
+# Dynamo's settings during fused calls. What cannot be captured runs uncaptured; hooks that are added later are seen;
+# graphs are not split at the buckets of DistributedDataParallel, which matter to compilers only; integers of a module
+# that change do not recompile; and a model in training, evaluation and inference, with several sizes, has more than the
+# default of eight graphs.
 _SETTINGS: dict[str, Any] = {
     "suppress_errors": True,
     "recompile_limit": 32,
@@ -79,7 +80,7 @@ def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 _numbers = itertools.count()
-_RESTARTS = 3  # a forward that is always left by an exception, as by some feature extractors, is not captured for ever
+_RESTARTS = 3  # some feature extractors leave every forward by an exception: captured anew each time, it would be slow
 
 
 class _Captured:
@@ -92,9 +93,9 @@ class _Captured:
         self.start_again()
 
     def start_again(self) -> None:
-        """Without graphs."""
-        # Dynamo keeps graphs, and counts them, by code object, and what has changed from call to call by a code's name:
-        # each model has its own.
+        """Forget all graphs."""
+        # Dynamo keeps and counts graphs by code object, and notes which inputs change by the code's name. So each model
+        # has a code object and a name of its own.
         code = _call.__code__.replace(co_name=f"call_{next(_numbers)}")
         function = types.FunctionType(code, _call.__globals__, code.co_name)
         optimize: Any = torch._dynamo.optimize(backend=backend.eager)
@@ -122,7 +123,7 @@ class Fusing(Attached):
         try:
             output = self.captured.run(module, args, kwargs)
         except Exception:
-            # If dynamo failed because the call does, it would now leave the model as it is.
+            # Dynamo does not capture again what raised while it was captured: here the call itself may have raised.
             if self.captured.restarts < _RESTARTS:
                 del report.errors[errors:]
                 self.captured.restarts += 1

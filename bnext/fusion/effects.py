@@ -28,7 +28,7 @@ _WRITES_BY_NATURE: dict[Any, tuple[tuple[int, str], ...]] = {
     F.embedding_bag: ((1, "weight"),),
     operator.setitem: ((0, ""),),
 }
-# Of these modules it is known that a function which writes says so.
+# In these modules the name or an argument of every other function tells whether it writes.
 _TRUSTED: tuple[str, ...] = (
     "torch",
     "torch.nn.functional",
@@ -106,7 +106,7 @@ def written(node: fx.Node) -> list[fx.Node] | None:
     if node.op == "call_function" and getattr(target, "__module__", "") not in _TRUSTED:
         return None
     found = [node.kwargs.get("out")]
-    # Of a function in Python the last arguments may be flags, of which `inplace` is one: any that is set counts as it.
+    # Functions in Python may take `inplace` by position, among their last arguments: any True there counts as it.
     if _says_in_place(name, target) or node.kwargs.get("inplace") or any(flag is True for flag in node.args[1:]):
         found.append(node.args[0] if node.args else node.kwargs.get("input"))
     return _nodes(found)

@@ -145,7 +145,7 @@ class _Pass:
                 require(not _is_collective(node), "a collective stands between it and the sum")
             require(not any(memory(n) & updated for n in node.all_input_nodes), "its statistics are used in between")
             require(not any(memory(n) & inputs for n in writes), "its inputs are written in between")
-            # Two inputs of a graph may lie in the same memory without its knowing.
+            # Two inputs of a graph may share memory, which the graph does not show.
             unknown = external and not patterns.is_batch_norm(node) and not all(map(self._is_fresh, writes))
             require(not unknown, "an input of the graph is written in between")
 

@@ -84,10 +84,10 @@ def _train(op: Any, size: int, given: dict[str, Any], dims: dict[str, int | None
                 "track_running_stats=False)"
             )
     counter, counted_apart = given["num_batches_tracked"], dims["num_batches_tracked"] is not None
-    # One counter a sample gives, with momentum=None, each a factor of its own.
+    # With momentum=None and a counter for each sample, each sample has another factor.
     if given["with_mask"] or (counter is not None and counted_apart and given["momentum"] is None):
         if counter is not None and not counted_apart:
-            # It counts once: the samples see copies.
+            # A shared counter counts once: the samples get copies.
             given["num_batches_tracked"], dims["num_batches_tracked"] = torch.stack([counter] * size), 0
             counter.add_(1)
         return _each(op, size, given, dims)

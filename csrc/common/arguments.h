@@ -82,7 +82,7 @@ struct Backward {
   Activation activation;
   ChannelVector bias;
   const void* residual = nullptr;
-  const std::uint8_t* mask = nullptr;  // instead of what the pre-activation is made of
+  const std::uint8_t* mask = nullptr;  // in place of input, weight, bias and residual, which give the pre-activation
   void* grad_residual = nullptr;
 
   BNEXT_INLINE bool activated() const { return activation.act != Act::kIdentity; }

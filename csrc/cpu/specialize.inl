@@ -53,7 +53,7 @@ BNEXT_INLINE Flags flags_of(const ReduceArgs& args) {
   Flags flags;
   if constexpr (Op::kActivated) {
     flags.epilogue = args.epilogue;
-    flags.epilogue.differentiates_statistics = false;  // of no concern to sums
+    flags.epilogue.differentiates_statistics = false;  // sums do not depend on it
     flags.input = args.block.in[0] != nullptr;
   }
   return flags;

@@ -115,7 +115,7 @@ struct KernelTraits {
 
 LaunchPlan make_launch_plan(const Problem& problem, const KernelTraits& traits, const DeviceLimits& limits);
 
-// Which path through the kernel it takes, for people: "cluster of 16, read once".
+// The path that the plan takes through the kernel, in words: "cluster of 16, read once".
 std::string description(const LaunchPlan& plan);
 
 }  // namespace bnext::cuda

@@ -3,7 +3,7 @@
 namespace bnext::cuda {
 namespace {
 
-// Compiled as all kernels are: says for which generation.
+// Compiled as all kernels are, so that its attributes tell for which architecture they were compiled.
 __global__ void probe_kernel() {}
 
 // Blocks of the largest cluster that is worth having. A cluster lies in one group of SMs, whose number need not be a
