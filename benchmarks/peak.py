@@ -16,12 +16,12 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.command import end_with_parent
 from benchmarks.model_suites import ModelCase
 
 WARM_STEPS = 2  # the first makes gradients and the optimiser's buffers
 STEPS = 2
 TIMEOUT_S = 600
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class PeakError(Exception):
@@ -99,7 +99,7 @@ def peak_here(case: ModelCase, provider: str, device: str) -> int:
 
 def main(request: str) -> None:
     # Nobody is there to read the answer once the parent has ended, however it did.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     fields = json.loads(request)
     provider, device, threads = (fields.pop(name) for name in ("provider", "device", "threads"))
     import torch
