@@ -43,7 +43,7 @@ def copy_limits(table: pd.DataFrame) -> pd.Series:
 
 
 def verdicts(table: pd.DataFrame) -> pd.DataFrame:
-    """A line a measurement and bar: ``bar``, ``value``, ``limit``, ``passed``; the index is the measurement's."""
+    """One line per measurement and bar: ``bar``, ``value``, ``limit``, ``passed``; the index is the measurement's."""
     table = table[has_bars(table)]
     large = ~on_gpu(table) & (table["op"] == FUSED_OP) & (table["size_class"] == LARGE_CLASS)
     limits = FUSED_LIMITS["cpu"]
@@ -70,7 +70,7 @@ def summary(found: pd.DataFrame) -> str:
 
 
 def mean_verdicts(table: pd.DataFrame) -> list[str]:
-    """A line a bar for a geometric mean on a GPU: against the copy in each layout, and of fused layers in each suite.
+    """One line per bar for a geometric mean on a GPU: against the copy in each layout, of fused layers in each suite.
 
     torch.compile's is there where it was measured on all shapes.
     """

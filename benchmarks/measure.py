@@ -196,7 +196,7 @@ class Run:
         providers: Sequence[Provider],
         budget: Budget,
     ) -> None:
-        """A row a provider and one for the copy, or none."""
+        """One row per provider and one for the copy, or none."""
         work = self._device.work(operation, case)
         stopwatches, details = {}, {}
         for name, provider in {**{provider.name: provider for provider in providers}, COPY: None}.items():

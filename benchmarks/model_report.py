@@ -48,7 +48,7 @@ def of_tensors(rows: Sequence[Row]) -> list[Row]:
 
 
 def compare(rows: Sequence[Row]) -> pd.DataFrame:
-    """A line a row with ``torch_s``, the seconds with torch's layers, eager beside eager and compiled beside compiled.
+    """One line per row with ``torch_s``, the seconds with torch's layers: eager beside eager, compiled beside compiled.
 
     Rows without torch's beside them, as where it failed, are left out. Raises InputError where a provider is there
     twice. ``costed``: whether the case was measured without batch norm, too.
@@ -66,7 +66,7 @@ def compare(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def compare_costs(table: pd.DataFrame) -> pd.DataFrame:
-    """A line a case that was measured without batch norm, too: ``torch_s``, and a column of speed-ups a provider."""
+    """One line per case that was measured without batch norm, too: ``torch_s``, and each provider's speed-up."""
     costed = table[table["costed"]]
     keys = ["suite", "op", *CASE]
     lines = costed.pivot(index=keys, columns="provider", values="speedup").reindex(columns=list(PROVIDERS))
@@ -81,7 +81,7 @@ def cost_gone(costs: pd.DataFrame, provider: str) -> float:
 
 
 def cost_means(costs: pd.DataFrame) -> Sheet:
-    """A line a dtype and layout, and one of all."""
+    """One line per dtype and layout, and one of all."""
     groups = dict(list(costs.groupby(["dtype", "layout"], sort=False)))
     if len(groups) > 1:
         groups["all", "all"] = costs
@@ -103,7 +103,7 @@ def speedup_range(found: pd.Series) -> str:
 
 
 def cost_lines(costs: pd.DataFrame) -> Sheet:
-    """A line a case."""
+    """One line per case."""
     cells = {
         **costs[CASE],
         "torch, ms": texts(costs["torch_s"] * 1e3, "{:.1f}"),

@@ -36,7 +36,7 @@ def results_of(function: BatchNorm, case: Case, arguments: Tensors, path: str) -
 
 
 def rows_of(case: Case, providers: Mapping[str, BatchNorm]) -> list[dict[str, Any]]:
-    """A row a path and quantity."""
+    """One row per path and quantity."""
     with set_torch_threads(1):  # these tensors are too small for a second one
         exact, arguments = exact_results(case, make_arguments(case))
     return [row for path in PATHS for row in _rows_of_path(case, arguments, path, exact, providers)]

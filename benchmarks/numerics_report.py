@@ -58,7 +58,7 @@ BAR = (
 
 
 class Results(NamedTuple):
-    """``errors``: a line a case, dtype, path and quantity, with the largest error of bnext and of torch in ``unit``.
+    """``errors``: one line per case, dtype, path and quantity, with the largest error of bnext and torch in ``unit``.
 
     ``exact``: nothing but an error of 0 will do. ``holds``: bnext is right to rounding, or else nearer than torch.
     """
@@ -92,7 +92,7 @@ def distance(errors: pd.Series) -> pd.Series:
 
 
 def save_results(path: Path, results: Results) -> None:
-    """A row a line. What is not finite is written in quotes, as JSON has no number for it."""
+    """One row per line. What is not finite is written in quotes, as JSON has no number for it."""
     rows = results.errors.drop(columns="holds").to_dict("records")
     for row in rows:
         row.update({name: str(row[name]) for name in ("bnext", "torch") if not isfinite(row[name])})
@@ -182,7 +182,7 @@ def how_measured(machine: Mapping[str, Any]) -> str:
 
 
 def block(results: Results) -> str:
-    """A line a case, for a document."""
+    """One line per case, for a document."""
     table = markdown(line_a_case(results.errors))
     legends = [f"{README_LEGEND} {LEGEND}", f"{BAR} {results.summary}"]
     return "\n\n".join([table, *legends, how_measured(results.machine)])

@@ -29,7 +29,7 @@ SMALLEST_ERROR, LARGEST_ERROR = 1e-9, 1e2  # 0 is drawn at the one, NaN, inf and
 
 
 def draw_models(rows: Sequence[Row]) -> Figure | None:
-    """A training step beside torch's: two bars a model, a panel a dtype, geometric means over the layouts.
+    """A training step beside torch's: two bars per model, one panel per dtype, geometric means over the layouts.
 
     A mark shows the step without any batch norm: no layer can be faster. None where no cost was measured.
     """
@@ -60,7 +60,7 @@ def draw_models(rows: Sequence[Row]) -> Figure | None:
 
 
 def draw_operators(rows: Sequence[Row]) -> Figure:
-    """Forward and backward beside torch's: a bar a dtype, layout and size class, geometric means over the shapes."""
+    """Forward and backward beside torch's: one bar per dtype, layout and size class, geometric means over shapes."""
     means = report.means(report.compare(report.device_times(rows))).reset_index()
     means["name"] = means["dtype"] + ", " + means["layout_shown"]
     names = means["name"].unique()
@@ -84,7 +84,7 @@ def draw_operators(rows: Sequence[Row]) -> Figure:
 
 
 def draw_accuracy(results: Results) -> Figure:
-    """The errors of float32 outputs and input gradients against float64: a line a case, bnext's beside torch's."""
+    """The errors of float32 outputs and input gradients against float64: one line per case, bnext's beside torch's."""
     errors = results.errors[(results.errors["unit"] == RELATIVE) & results.errors["quantity"].isin(DATA)]
     columns = ["bnext", "torch"]
     shown = errors.assign(**{name: distance(errors[name]).clip(SMALLEST_ERROR, LARGEST_ERROR) for name in columns})

@@ -1,4 +1,4 @@
-"""The picture beside a file of batch norms: bnext's speed-up, a bar a shape, a panel a group and operation."""
+"""The picture beside a file of batch norms: bnext's speed-up, one bar per shape, one panel per group and operation."""
 
 from collections.abc import Sequence
 

@@ -34,9 +34,9 @@ REQUIRED = (TORCH, BNEXT, COPY)
 
 
 def compare(rows: Sequence[Row]) -> pd.DataFrame:
-    """A line a measurement, in the order of the rows, images before (N,C), fused ones last.
+    """One line per measurement, in the order of the rows, images before (N,C), fused ones last.
 
-    A column a provider has its seconds, NaN where it was not measured. ``speedup`` is torch's time / bnext's,
+    One column per provider has its seconds, NaN where it was not measured. ``speedup`` is torch's time / bnext's,
     ``over_copy`` bnext's / the copy's. Raises InputError where one of ``REQUIRED`` is missing or a provider is there
     twice: means over such a file would be wrong.
     """
@@ -90,7 +90,7 @@ def means(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def means_by_operation(table: pd.DataFrame) -> Sheet:
-    """A line a dtype, layout and size class, a column an operation."""
+    """One line per dtype, layout and size class, one column per operation."""
     found = means(table)
     compiled = np.where(found["fused"], texts(found["over_compile"], " / {:.2f}"), "")
     found["cell"] = [
@@ -111,7 +111,7 @@ def operation_label(op: str) -> str:
 
 
 def means_sheet(table: pd.DataFrame) -> Sheet:
-    """A line a mean, with the number of shapes and the worst of them."""
+    """One line per mean, with the number of shapes and the worst of them."""
     found = means(table).reset_index()
     cells = {
         "means": found.apply(group_label, axis=1),
@@ -132,7 +132,7 @@ def without_empty(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def measurements_sheet(table: pd.DataFrame) -> Sheet:
-    """A line a measurement of one group."""
+    """One line per measurement of one group."""
     others = {"no cuDNN": NO_CUDNN, "compile": TORCH_COMPILE}
     others |= {name.removeprefix(PLANNED): name for name in table.columns if name.startswith(PLANNED)}
     limits = verdicts(table)
@@ -161,7 +161,7 @@ def four_digits(value: float) -> str:
 
 
 def held_sheet(rows: Sequence[Row]) -> Sheet:
-    """What a forward's graph holds beyond the arguments, in sizes of the input: a line a dtype and activation.
+    """What a forward's graph holds beyond the arguments, in sizes of the input: one line per dtype and activation.
 
     In brackets what of it is the result. A tensor that was timed in two modes counts twice.
     """
@@ -191,7 +191,7 @@ def device_times(rows: Sequence[Row]) -> list[Row]:
 
 
 def print_report(rows: Sequence[Row]) -> None:
-    """Every measurement, a table a group; then the geometric means and the memory; then the bars, and how."""
+    """Every measurement, one table per group; then the geometric means and the memory; then the bars, and how."""
     table = compare(rows)
     print_sheets(measurements_sheet(members) for _, members in table.groupby("group"))
     held = held_sheet(rows)

@@ -1,4 +1,4 @@
-"""The results: one flat row a measurement, kept as JSON with a row a line."""
+"""The results: one flat row per measurement, kept as JSON with one row per line."""
 
 import json
 import os

@@ -65,7 +65,7 @@ def is_bad(head: str, cell: str) -> bool:
 
 
 def frame(rows: Sequence[Row], keys: Sequence[str]) -> pd.DataFrame:
-    """A line a row; raises InputError where a provider was measured twice on what ``keys`` tell apart."""
+    """One line per row; raises InputError where a provider was measured twice on what ``keys`` tell apart."""
     table = pd.DataFrame([vars(row) for row in rows])
     twice = table[table.duplicated([*keys, "provider"])]
     if not twice.empty:

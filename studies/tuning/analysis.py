@@ -23,7 +23,7 @@ ALMOST_NOTHING = 0.1
 
 
 def trials(results: Results) -> pd.DataFrame:
-    """A line a trial: its point, ``curve`` with the percentage at each evaluation, the last of them as ``final``.
+    """One line per trial: its point, ``curve`` with the percentage at each evaluation, the last of them as ``final``.
 
     ``curve`` is 0 from where a trial diverged, as what is not finite names no class. ``steps``: to the goal.
     """
@@ -47,7 +47,7 @@ def grid(results: Results) -> pd.DataFrame:
 
 
 def cells(results: Results) -> pd.DataFrame:
-    """A line a batch_norm, α and β of the grid: the mean of ``final`` over the seeds, and whether one ``diverged``."""
+    """One line per batch_norm, α and β of the grid: the mean of ``final`` over the seeds; whether one ``diverged``."""
     found = grid(results).groupby(["batch_norm", "alpha", "beta"])
     return found.agg(accuracy=("final", "mean"), diverged=("diverged_at", lambda steps: steps.notna().any()))
 
@@ -121,7 +121,7 @@ def effects(results: Results) -> pd.DataFrame:
 
 
 def moves_sheet(results: Results) -> Sheet:
-    """A line a move and α: the change without and with batch norm, each beside what another seed changes."""
+    """One line per move and α: the change without and with batch norm, each beside what another seed changes."""
     lines = []
     for (start, end, alpha), members in effects(results).groupby(["start", "end", "alpha"]):
         found = members.set_index("batch_norm")[["change", "spread"]].reindex([False, True])

@@ -56,7 +56,7 @@ def of_seeds(results: Results, alpha: float, beta: float, batch_norm: bool) -> I
 
 
 def losses(results: Results) -> Figure:
-    """A colour an α, a thin line a seed, at the β of the grid next to 0.9."""
+    """One colour per α, one thin line per seed, at the β of the grid next to 0.9."""
     settings = results.settings
     beta = min(settings.betas, key=lambda value: abs(value - USUAL_BETA))
     figure, ((*grid,),) = panels(3.6, columns=2, sharey=True, sharex=True)
@@ -117,7 +117,7 @@ def inputs(results: Results) -> Figure:
 
 
 def moves(results: Results) -> Figure:
-    """A bar an α: how far the accuracy curve moves; a mark at what another seed does."""
+    """One bar per α: how far the accuracy curve moves; a mark at what another seed does."""
     found = effects(results)
     settings = results.settings
     figure, ((*grid,),) = panels(3.2, columns=max(1, len(settings.moves)), sharey=True)

@@ -40,7 +40,7 @@ def travel(history: Tensor) -> float | None:
 
 
 class _Watch:
-    """Keeps what went into a layer, a column a unit (of a convolution: a channel, at all positions)."""
+    """Keeps what went into a layer, one column per unit (of a convolution: a channel, at all positions)."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.values = torch.empty(0)

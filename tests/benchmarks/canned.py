@@ -48,7 +48,7 @@ def row(provider: str, median_s: float, **changes: Any) -> Row:
 
 
 def rows_of(torch_s: float, bnext_s: float, copy_s: float, others: Any = None, **changes: Any) -> list[Row]:
-    """One measurement: a row a provider."""
+    """One measurement: one row per provider."""
     seconds = {"torch": torch_s, "bnext": bnext_s, "copy": copy_s, **(others or {})}
     return [row(provider, median_s, **changes) for provider, median_s in seconds.items()]
 
@@ -129,7 +129,7 @@ MODEL: dict[str, Any] = {"bytes": 0, "gb_per_s": 0.0}
 
 
 def trained(torch_s: float, seconds: dict[str, float], **changes: Any) -> list[Row]:
-    """A model in training: a row a provider."""
+    """A model in training: one row per provider."""
     fields = {"suite": "training", "model": "resnet50", "op": "step", "shape": (8, 3, 64, 64), **MODEL}
     fields |= {"peak_bytes": 500_000_000, "losses": (7.0, 6.0, 5.0, 6.5), **changes}
     return [row(name, median_s, **fields) for name, median_s in {"torch": torch_s, **seconds}.items()]
