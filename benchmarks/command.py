@@ -6,9 +6,10 @@ Exit status: what the command says; 2 on bad input; 130 on Ctrl-C.
 import argparse
 import ctypes
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NoReturn
@@ -83,6 +84,16 @@ def error_summary(error: BaseException) -> str:
 def end_with_parent(number: int) -> None:
     """This process is sent a signal when its parent ends, however that came about."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
+@contextmanager
+def without_interrupts() -> Iterator[None]:
+    """A process started meanwhile never sees Ctrl-C, which reaches all of a terminal: it is the parent that ends it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run_command(parser: OneLineParser, arguments: Sequence[str], default: str) -> int:

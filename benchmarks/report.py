@@ -44,13 +44,22 @@ def compare(rows: Sequence[Row]) -> pd.DataFrame:
     measured["number"] = measured.groupby(KEYS, sort=False).ngroup()
     seconds = measured.pivot(index="number", columns="provider", values="median_s")
     seconds = seconds.reindex(columns=list(dict.fromkeys([*REQUIRED, TORCH_COMPILE, NO_CUDNN, *seconds.columns])))
-    for number, line in seconds[seconds[[*REQUIRED]].isna().any(axis=1)].iterrows():
-        missing = ", ".join(sorted(name for name in REQUIRED if pd.isna(line[name])))
-        example = measured[measured["number"] == number].iloc[0]
+    incomplete = seconds[seconds[[*REQUIRED]].isna().any(axis=1)]
+    if not incomplete.empty:
+        missing = ", ".join(sorted(name for name in REQUIRED if pd.isna(incomplete[name].iloc[0])))
+        example = measured[measured["number"] == incomplete.index[0]].iloc[0]
         raise InputError(f"{row_label(example)}: no measurement of {missing} beside it")
 
     ours = measured[measured["provider"] == BNEXT].set_index("number")
-    table = ours[[*KEYS, "device", "plan", "gb_per_s"]].join(seconds).sort_index()
+    table = described(ours[[*KEYS, "device", "plan", "gb_per_s"]].join(seconds).sort_index())
+    table = table.sort_values(["fused", "is_matrix"], kind="stable")
+    table["group"] = table.groupby(GROUP, sort=False).ngroup()
+    return table
+
+
+def described(table: pd.DataFrame) -> pd.DataFrame:
+    """With what follows from the columns of each line by itself."""
+    table = table.copy()
     table["speedup"] = table[TORCH] / table[BNEXT]
     table["over_copy"] = table[BNEXT] / table[COPY]
     table["over_compile"] = table[TORCH_COMPILE] / table[BNEXT]
@@ -61,10 +70,8 @@ def compare(rows: Sequence[Row]) -> pd.DataFrame:
     table["size_class"] = pd.Categorical(map(size_class, table["bytes"]), classes, ordered=True)
     table["op"] = pd.Categorical(table["op"], list(TENSOR_PASSES), ordered=True).remove_unused_categories()
     # An (N,C) tensor is contiguous, but neither its traversal nor its speed is that of an image.
-    is_matrix = table["shape"].map(len) == 2
-    table["layout_shown"] = table["layout"].mask(is_matrix, "(N,C)")
-    table = table.assign(is_matrix=is_matrix).sort_values(["fused", "is_matrix"], kind="stable")
-    table["group"] = table.groupby(GROUP, sort=False).ngroup()
+    table["is_matrix"] = table["shape"].map(len) == 2
+    table["layout_shown"] = table["layout"].mask(table["is_matrix"], "(N,C)")
     return table
 
 

@@ -27,7 +27,7 @@ from optuna.trial import TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from benchmarks.command import end_with_parent, error_summary
+from benchmarks.command import end_with_parent, error_summary, without_interrupts
 from benchmarks.progress import ProgressBar
 from benchmarks.rows import InputError
 from studies.tuning.results import Results, Trial
@@ -293,16 +293,6 @@ def noted_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def without_interrupts() -> Iterator[None]:
-    """A process started meanwhile never sees Ctrl-C, which reaches all of a terminal: it is the parent that ends it."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
