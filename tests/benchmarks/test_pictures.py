@@ -10,9 +10,9 @@ from matplotlib.colors import to_hex
 from matplotlib.image import imread
 from test_numerics_report import imagined, result
 
-from benchmarks.__main__ import main
+from benchmarks.__main__ import RESULTS, main
 from benchmarks.numerics_report import DATA, ULP, save_results
-from benchmarks.pictures import FOLDER, LARGEST_ERROR, SMALLEST_ERROR, draw_accuracy, draw_operators
+from benchmarks.pictures import FOLDER, LARGEST_ERROR, SMALLEST_ERROR, draw_accuracy, draw_operators, drawn
 from benchmarks.rows import save_rows
 from benchmarks.style import BLUE, ORANGE, SKY
 from benchmarks.touched import VARIABLES
@@ -58,6 +58,10 @@ def test_command_draws_what_there_are_results_of(tmp_path: Path, capsys: pytest.
     save_rows(results / "b.json", imagined_run())
     assert main(command) == 2
     assert "two files for operators.png" in capsys.readouterr().err
+
+
+def test_there_is_a_committed_picture_of_all_that_can_be_drawn() -> None:
+    assert {path.name for path in FOLDER.glob("*.png")} == {"tuning.png", *(name for name, _ in drawn(RESULTS))}
 
 
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("*.png")), ids=lambda file: file.stem)

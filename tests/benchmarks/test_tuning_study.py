@@ -24,7 +24,7 @@ from studies.tuning import study as study_module
 from studies.tuning.__main__ import main
 from studies.tuning.results import Results, load_results
 from studies.tuning.settings import Settings
-from studies.tuning.study import add_machine, enqueue, load_study, opened, prepare, shown, unfinished, work_off
+from studies.tuning.study import add_machine, attempt, enqueue, load_study, opened, prepare, shown, unfinished, work_off
 
 ROOT = Path(__file__).parents[2]
 DRIVER = Path(__file__).with_name("tuning_driver.py")
@@ -216,8 +216,9 @@ def test_storage_alone_gives_the_results_and_a_point_that_is_there_twice_is_trie
         add_machine(study, MACHINE)
         add_machine(study, {**MACHINE, "date": "later"})
         work_off(study, SETTINGS, "run")
+        study.optimize(lambda made: attempt(study, SETTINGS, "run", made), n_trials=2)
         states = Counter(found.state for found in study.get_trials())
-        assert states[TrialState.COMPLETE] == len(SETTINGS.points)
+        assert states == {TrialState.COMPLETE: len(SETTINGS.points), TrialState.PRUNED: 2}
         assert {found.value for found in study.get_trials() if found.params.get("alpha") == 1.0} == {0, 0.97, 0.98}
     expected = [trial(point, curve(point)) for point in SETTINGS.points]
     assert load_study(url, "s") == Results.of(SETTINGS, [MACHINE], expected)
@@ -228,9 +229,7 @@ def test_of_a_point_that_two_have_tried_at_once_one_result_counts(url: str, monk
         enqueue(study, SETTINGS.points[:1])
         # Neither sees that the other has done it.
         monkeypatch.setattr(study_module, "unfinished", lambda *_: SETTINGS.points)
-        study.optimize(
-            lambda made: study_module.attempt(study, SETTINGS, "run", made), n_trials=len(SETTINGS.points) + 1
-        )
+        study.optimize(lambda made: attempt(study, SETTINGS, "run", made), n_trials=len(SETTINGS.points) + 1)
     assert len(load_study(url, "s").trials) == len(SETTINGS.points)
 
 
@@ -246,10 +245,12 @@ def test_what_nothing_is_heard_of_is_tried_again(url: str, monkeypatch: pytest.M
 
 
 def test_only_what_is_enqueued_is_tried(url: str) -> None:
-    """Another worker may have been faster."""
+    """Other workers may have taken all there is."""
+    others = optuna.load_study(study_name="s", storage=url)
+    for _ in SETTINGS.points:
+        others.ask()
     with opened(url, "s") as study:
-        work_off(study, SETTINGS, "run")
-        study.optimize(lambda made: study_module.attempt(study, SETTINGS, "run", made), n_trials=1)
+        study.optimize(lambda made: attempt(study, SETTINGS, "run", made), n_trials=1)
         assert study.get_trials()[-1].state == TrialState.PRUNED
 
 
