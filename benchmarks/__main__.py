@@ -167,6 +167,8 @@ def run_measure(arguments: argparse.Namespace) -> int:
     if arguments.touched and not is_touched(os.environ):
         start_again(arguments.argv)
 
+    import benchmarks.pictures  # noqa: F401, to find out before the minutes of measuring that pandas is missing
+
     # Here, so that report, --help and bad input need no torch, no bnext and no second.
     try:
         from benchmarks.measure import Outcome

@@ -108,6 +108,9 @@ def run_command(parser: OneLineParser, arguments: Sequence[str], default: str) -
     except InputError as error:
         print(f"{parser.program}: error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(f"{parser.program}: error: {error} (the extra bench has what is needed)", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"{parser.program}: interrupted", file=sys.stderr)
         return 130

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import model_report, report
 from benchmarks.rows import InputError, Row, write_atomically
 from benchmarks.suites import PLAIN
 from benchmarks.touched import is_touched
@@ -33,6 +32,8 @@ def markers(name: str) -> tuple[str, str]:
 
 def blocks(rows: Sequence[Row]) -> dict[str, str]:
     """The text of each block that the rows belong to, by its name."""
+    from benchmarks import model_report, report  # pandas is not needed to say where the document is
+
     members: dict[str, list[Row]] = {}
     for row in rows:
         members.setdefault(block_name(row), []).append(row)

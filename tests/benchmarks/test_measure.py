@@ -265,6 +265,17 @@ def test_bad_argument_is_one_line_and_status_2(
     assert error.count("\n") == 1
 
 
+def test_a_package_that_is_missing_is_one_line_and_status_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "benchmarks.pictures", None)
+    assert run(tmp_path, "tiny", *ONE) == 2
+    error = capsys.readouterr().err
+    assert error.endswith("(the extra bench has what is needed)\n")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir()), "nothing was measured"
+
+
 def test_without_cuda_is_one_line_and_status_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
