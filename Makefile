@@ -118,7 +118,7 @@ format: $(DEPS) ## lay out Python and C++ anew, mend what ruff can
 clean: ## remove what was built, the caches, .venv
 	rm -rf build dist bnext.egg-info bnext/_C*.so .venv .venv-system
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	@for d in bnext tests benchmarks .ci; do \
+	@for d in bnext tests benchmarks studies .ci; do \
 	  if [ -d $$d ]; then find $$d -type d -name __pycache__ -prune -exec rm -rf {} +; fi; \
 	done
 

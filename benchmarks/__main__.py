@@ -1,6 +1,6 @@
 """``python -m benchmarks``: measure (without a command), or report on what was measured.
 
-Exit status: 0; 1 where a result is wrong, misses the bar of numerics, or a README is out of date; 2 on bad input; 130
+Exit status: 0; 1 where a result is wrong, misses the bar of numerics, or a document is out of date; 2 on bad input; 130
 on Ctrl-C.
 """
 
@@ -10,19 +10,18 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from benchmarks.command import OneLineParser, make_writable, run_command
-from benchmarks.model_report import of_tensors
+from benchmarks.command import POSITIVE, WHOLE, OneLineParser, add_report_options, make_writable, run_command
+from benchmarks.document import DOCUMENT, NUMERICS, blocks, report_update
 from benchmarks.model_suites import (
     MODEL_SUITES,
     STEP,
-    ModelCase,
     default_model_seconds,
     model_case_work,
     model_names,
     select_model_cases,
 )
-from benchmarks.numerics_results import FILE, Results, is_numerics, load_results, save_results
 from benchmarks.rows import InputError, load_rows, save_rows, write_atomically
 from benchmarks.suites import (
     DEFAULT_DTYPES,
@@ -32,7 +31,6 @@ from benchmarks.suites import (
     LAYOUTS,
     TENSOR_PASSES,
     Case,
-    case_work,
     default_seconds,
     default_suites,
     select_cases,
@@ -40,7 +38,8 @@ from benchmarks.suites import (
 from benchmarks.touched import is_touched, start_again
 
 PROGRAM = "python -m benchmarks"
-LATEST = Path(__file__).parent / "results" / "latest"
+RESULTS = Path(__file__).parent / "results"
+LATEST = RESULTS / "latest"
 QUICK_ROUNDS = 5
 
 
@@ -57,17 +56,6 @@ def names(choices: Collection[str], text: str) -> list[str]:
     return chosen
 
 
-def positive(number: Callable[[str], float], text: str) -> float:
-    try:
-        value = number(text)
-    except ValueError:
-        value = 0
-    if not 0 < value < float("inf"):
-        kind = "whole number" if number is int else "number"
-        raise argparse.ArgumentTypeError(f"expected a positive {kind}, got {text!r}")
-    return value
-
-
 def make_parser() -> Parser:
     parser = Parser(
         prog=PROGRAM,
@@ -76,18 +64,37 @@ def make_parser() -> Parser:
         "The study of tuning by grid search has its own: tuning --help.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    add_measure_options(commands.add_parser("measure", help="check, time and report (the default)"))
 
-    measure = commands.add_parser("measure", help="check, time and report (the default)")
+    numerics = commands.add_parser("numerics", help="errors of bnext and of torch on hard cases, against float64")
+    numerics.set_defaults(run=run_numerics)
+    add_output(numerics, LATEST)
+
+    report = commands.add_parser("report", help="show the tables and the plot of a JSON file again")
+    report.set_defaults(run=run_report)
+    report.add_argument("file", type=Path, metavar="FILE.json")
+    add_report_options(report, DOCUMENT)
+
+    pictures = commands.add_parser("pictures", help="draw the README's pictures from the committed results")
+    pictures.set_defaults(run=run_pictures)
+    pictures.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
+    add_output(pictures, DOCUMENT.parent / "pictures")
+    return parser
+
+
+def add_output(parser: argparse.ArgumentParser, default: Path) -> None:
+    shown = default.relative_to(RESULTS.parents[1])
+    parser.add_argument("--output", type=Path, default=default, metavar="DIR", help=f"default: {shown}")
+
+
+def add_measure_options(measure: argparse.ArgumentParser) -> None:
     measure.set_defaults(run=run_measure)
     measure.add_argument("--device", choices=tuple(DEVICE_SUITES), default="cpu", help="default: %(default)s")
-    suites = {name: None for device in DEVICE_SUITES for name in suite_names(device)}
+    suites = list(dict.fromkeys(name for device in DEVICE_SUITES for name in suite_names(device)))
+    dtypes = "; ".join(f"{device}: {','.join(chosen)}" for device, chosen in DEFAULT_DTYPES.items())
     for option, choices, default in (
         ("--suite", suites, "the device's of batch norm alone"),
-        (
-            "--dtype",
-            ITEM_BYTES,
-            "; ".join(f"{device}: {','.join(dtypes)}" for device, dtypes in DEFAULT_DTYPES.items()),
-        ),
+        ("--dtype", ITEM_BYTES, dtypes),
         ("--layout", LAYOUTS, "all"),
         ("--op", (*TENSOR_PASSES, STEP), "all"),
         ("--model", model_names(), "all of the suite"),
@@ -102,44 +109,23 @@ def make_parser() -> Parser:
     measure.add_argument(
         "--touched", action="store_true", help="on the CPU, outputs in memory that was in use before: no page faults"
     )
-    measure.add_argument("--threads", type=partial(positive, int), help="default: torch's own number")
+    measure.add_argument("--threads", type=WHOLE, help="default: torch's own number")
     length = measure.add_mutually_exclusive_group()
-    length.add_argument("--rounds", type=partial(positive, int), help="a fixed number of rounds")
+    length.add_argument("--rounds", type=WHOLE, help="a fixed number of rounds")
+    usual = ", ".join(f"{device} {seconds:g}" for device, seconds in DEFAULT_SECONDS.items())
     length.add_argument(
         "--budget",
-        type=partial(positive, float),
+        type=POSITIVE,
         metavar="SECONDS",
-        help="rounds as many as fit (6 to 25; default: "
-        + ", ".join(f"{device} {seconds:g}" for device, seconds in DEFAULT_SECONDS.items())
-        + " seconds, and more with a suite that has to be named)",
+        help=f"rounds as many as fit (6 to 25; default: {usual} seconds, more with a suite that has to be named)",
     )
-    measure.add_argument(
-        "--no-compile", action="store_true", help="leave torch.compile out, which takes a minute or two"
-    )
-    measure.add_argument(
-        "--plans", action="store_true", help="on a GPU, bnext as it would be planned for lesser devices, too"
-    )
-    measure.add_argument(
-        "--quick",
-        action="store_true",
-        help=f"only small shapes or few models, {QUICK_ROUNDS} rounds: a look, not a result",
-    )
-    measure.add_argument(
-        "--output", type=Path, default=LATEST, metavar="DIR", help="default: benchmarks/results/latest"
-    )
-
-    numerics = commands.add_parser("numerics", help="errors of bnext and of torch on hard cases, against float64")
-    numerics.set_defaults(run=run_numerics)
-    numerics.add_argument(
-        "--output", type=Path, default=LATEST, metavar="DIR", help="default: benchmarks/results/latest"
-    )
-
-    report = commands.add_parser("report", help="show the tables and the plot of a JSON file again")
-    report.set_defaults(run=run_report)
-    report.add_argument("file", type=Path, metavar="FILE.json")
-    report.add_argument("--readme", type=Path, metavar="README.md", help="only rewrite the measured table of this file")
-    report.add_argument("--check", action="store_true", help="with --readme: only tell whether it is current")
-    return parser
+    for option, meaning in (
+        ("--no-compile", "leave torch.compile out, which takes a minute or two"),
+        ("--plans", "on a GPU, bnext as it would be planned for lesser devices, too"),
+        ("--quick", f"only small shapes or few models, {QUICK_ROUNDS} rounds: a look, not a result"),
+    ):
+        measure.add_argument(option, action="store_true", help=meaning)
+    add_output(measure, LATEST)
 
 
 def suite_names(device: str) -> list[str]:
@@ -181,16 +167,26 @@ def run_measure(arguments: argparse.Namespace) -> int:
     if arguments.touched and not is_touched(os.environ):
         start_again(arguments.argv)
 
+    import benchmarks.pictures  # noqa: F401, to find out before the minutes of measuring that pandas is missing
+
     # Here, so that report, --help and bad input need no torch, no bnext and no second.
     try:
         from benchmarks.measure import Outcome
 
+        if device == "cuda":
+            from benchmarks.cuda.device import require
+
+            require()
         runs = []
         if cases:
-            measure_cases = measuring(device, cases, not arguments.no_compile, arguments.plans)
-            runs.append((*measure_cases, default_seconds(device, tensor_suites)))
+            run, work = measuring(device, cases, not arguments.no_compile, arguments.plans)
+            runs.append((run, work, default_seconds(device, tensor_suites)))
         if model_cases:
-            runs.append((*measuring_models(device, model_cases), default_model_seconds(device, suites)))
+            from benchmarks.model_measure import measure_models
+
+            work = sum(model_case_work(case, device) for case in model_cases)
+            run = partial(measure_models, model_cases, device=device)
+            runs.append((run, work, default_model_seconds(device, suites)))
     except ImportError as error:
         raise InputError(f"cannot measure: {error} (build bnext first: make build)") from None
     from benchmarks.progress import ProgressBar
@@ -202,8 +198,8 @@ def run_measure(arguments: argparse.Namespace) -> int:
     share = arguments.budget / sum(seconds for _, _, seconds in runs) if arguments.budget else 1.0
     try:
         with ProgressBar(sum(work for _, work, _ in runs)) as progress:
-            for measure, _, seconds in runs:
-                measure(outcome, progress.advance, share * seconds, rounds, arguments.threads)
+            for run, _, seconds in runs:
+                run(outcome, progress.show, share * seconds, rounds, arguments.threads)
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -216,31 +212,19 @@ def run_measure(arguments: argparse.Namespace) -> int:
 
 
 def measuring(
-    device: str, cases: Sequence[Case], with_compile: bool, with_plans: bool
+    name: str, cases: Sequence[Case], with_compile: bool, with_plans: bool
 ) -> tuple[Callable[..., None], int]:
     """What measures the cases on a device, and how much work that is."""
-    if device == "cpu":
-        from benchmarks.measure import measure
+    from benchmarks.measure import Host, case_work, measure
 
-        work = sum(case_work(case, with_compile) for case in cases)
-        return partial(measure, cases, with_compile=with_compile), work
-    from benchmarks.cuda.device import require
+    device: Any
+    if name == "cpu":
+        device = Host(with_compile)
+    else:
+        from benchmarks.cuda.measure import Gpu
 
-    require()
-    from benchmarks.cuda import measure as cuda
-
-    work = sum(cuda.case_work(case, with_compile) for case in cases)
-    return partial(cuda.measure, cases, with_compile=with_compile, with_plans=with_plans), work
-
-
-def measuring_models(device: str, cases: Sequence[ModelCase]) -> tuple[Callable[..., None], int]:
-    if device == "cuda":
-        from benchmarks.cuda.device import require
-
-        require()
-    from benchmarks.model_measure import measure_models
-
-    return partial(measure_models, cases, device=device), sum(model_case_work(case, device) for case in cases)
+        device = Gpu(with_compile, with_plans)
+    return partial(measure, cases, device), sum(case_work(device, case) for case in cases)
 
 
 def finish(output: Path, mismatches: Sequence[str], measured: bool, interrupted: bool) -> int:
@@ -258,21 +242,22 @@ def finish(output: Path, mismatches: Sequence[str], measured: bool, interrupted:
 
 
 def show(file: Path) -> None:
-    """Draw the plot of a file beside it, of batch norms or else of what they cost models, and print its tables."""
-    from benchmarks.cost_plot import draw_costs
-    from benchmarks.plot import draw, save_plot
-    from benchmarks.table import print_tables
+    """Draw the picture of a file beside it, of batch norms or else of models, and print its tables."""
+    from benchmarks import model_report, report
+    from benchmarks.pictures import draw_models
+    from benchmarks.plot import draw
+    from benchmarks.style import save
 
     rows = load_rows(file)
-    tensors = of_tensors(rows)
-    figure = draw(tensors) if tensors else draw_costs(rows)
+    tensors, models = model_report.of_tensors(rows), model_report.of_models(rows)
+    figure = draw(tensors) if tensors else draw_models(models)
     picture = file.with_suffix(".png")
-    try:
-        if figure:
-            save_plot(picture, figure)
-    except OSError as error:
-        raise InputError(f"cannot write {picture}: {error.strerror}") from None
-    print_tables(rows)
+    if figure:
+        save(picture, figure)
+    if tensors:
+        report.print_report(tensors)
+    if models:
+        model_report.print_report(models)
     print(f"{file}\n{picture}" if figure else file)
 
 
@@ -283,61 +268,64 @@ def run_numerics(arguments: argparse.Namespace) -> int:
         from benchmarks.numerics_cases import CASES
     except ImportError as error:
         raise InputError(f"cannot measure: {error} (build bnext first: make build)") from None
+    from benchmarks.numerics_report import FILE, save_results
     from benchmarks.progress import ProgressBar
 
     with ProgressBar(len(CASES)) as progress:
-        results = measure(CASES, progress.advance)
+        results = measure(CASES, progress.show)
     save_results(arguments.output / FILE, results)
     return show_numerics(arguments.output / FILE, results)
 
 
-def show_numerics(file: Path, results: Results) -> int:
+def show_numerics(file: Path, results: Any) -> int:
     """Write the page beside the file, print the table, name the rows that miss the bar, and choose the exit status."""
-    from benchmarks.numerics_table import page, print_table
+    from benchmarks.numerics_report import page, print_report
 
     table = file.with_suffix(".md")
     try:
         write_atomically(table, page(results).encode())
     except OSError as error:
         raise InputError(f"cannot write {table}: {error.strerror}") from None
-    print_table(results)
+    print_report(results)
     print(f"{file}\n{table}", flush=True)
-    for row in results.failing:
-        print(f"{PROGRAM}: error: {row}: bnext {row.bnext:.3g}, torch {row.torch:.3g}", file=sys.stderr)
+    failing = results.errors[~results.errors["holds"]]
+    for row in failing.itertuples():
+        what = ", ".join((row.case, row.dtype, row.path, row.quantity))
+        print(f"{PROGRAM}: error: {what}: bnext {row.bnext:.3g}, torch {row.torch:.3g}", file=sys.stderr)
     print(results.summary)
-    return 1 if results.failing else 0
+    return 0 if failing.empty else 1
 
 
 def run_report(arguments: argparse.Namespace) -> int:
-    if arguments.check and not arguments.readme:
-        raise InputError("--check needs --readme")
-    of_numerics = is_numerics(arguments.file)
-    if not arguments.readme:
+    from benchmarks import numerics_report
+
+    if arguments.check and not arguments.document:
+        raise InputError("--check needs --document")
+    of_numerics = numerics_report.is_numerics(arguments.file)
+    if not arguments.document:
         if of_numerics:
-            return show_numerics(arguments.file, load_results(arguments.file))
+            return show_numerics(arguments.file, numerics_report.load_results(arguments.file))
         show(arguments.file)
         return 0
-    from benchmarks.readme import NUMERICS, blocks, update_blocks
-
     if of_numerics:
-        from benchmarks.numerics_table import readme_block
-
-        new = {NUMERICS: readme_block(load_results(arguments.file))}
+        new = {NUMERICS: numerics_report.block(numerics_report.load_results(arguments.file))}
     else:
         new = blocks(load_rows(arguments.file))
-    current = update_blocks(arguments.readme, new, check=arguments.check)
-    if arguments.check and not current:
-        remedy = f"run {PROGRAM} report {arguments.file} --readme {arguments.readme}"
-        print(f"{PROGRAM}: {arguments.readme} is out of date; {remedy}", file=sys.stderr)
-        return 1
-    print(f"{arguments.readme} {'was current' if current else 'rewritten'}")
+    return report_update(f"{PROGRAM} report {arguments.file}", arguments.document, new, arguments.check)
+
+
+def run_pictures(arguments: argparse.Namespace) -> int:
+    from benchmarks.pictures import draw_all
+
+    make_writable(arguments.output)
+    print("\n".join(map(str, draw_all(arguments.results, arguments.output))))
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["tuning"]:
-        from benchmarks.tuning.__main__ import main as tuning  # what it needs is needed by nothing else
+        from studies.tuning.__main__ import main as tuning  # what it needs is needed by nothing else
 
         return tuning(arguments[1:])
     return run_command(make_parser(), arguments, default="measure")

@@ -1,14 +1,14 @@
 """The bars: how close to a copy of the same bytes bnext has to be on a GPU, and how much faster than torch."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from statistics import geometric_mean
+import numpy as np
+import pandas as pd
 
-from benchmarks.report import LARGE_CLASS, NO_CUDNN, TORCH_COMPILE, Comparison
 from benchmarks.rows import GRAPH
-from benchmarks.suites import is_fused_layer
+from benchmarks.suites import BNEXT, COPY, LARGE_CLASS, NO_CUDNN, TORCH, Epilogue, is_fused_layer
+from benchmarks.tables import mean_of
 
-COPY, TORCH, COMPILE = "copy", "torch", "compile"
+# What bnext is compared with; a table of measurements is one of report.compare.
+COMPILE = "compile"
 BARS = (COPY, TORCH, COMPILE)
 
 # bnext's time / the time of a copy of as many bytes as the single-read model has: 2 S forward, 3 S backward.
@@ -23,118 +23,94 @@ TORCH_LIMIT = 1.0
 # Of a batch norm with an activation: the times of torch's eager functions and of torch.compile / bnext's. On a CPU for
 # each tensor of the largest class; on a GPU in the geometric mean over ResNet-50's fused layers.
 FUSED_OP = "forward_backward"
-CPU_FUSED_LIMITS = {TORCH: 3.0, COMPILE: 8.0}
-CUDA_FUSED_LIMITS = {TORCH: 2.0, COMPILE: 1.3}
-CUDA_FUSED = ("bfloat16", "channels_last", GRAPH)
+FUSED_LIMITS = {"cpu": {TORCH: 3.0, COMPILE: 8.0}, "cuda": {TORCH: 2.0, COMPILE: 1.3}}
+CUDA_FUSED = {"dtype": "bfloat16", "layout": "channels_last", "mode": GRAPH, "op": FUSED_OP}
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """One bar, and what was measured against it."""
-
-    bar: str
-    value: float
-    limit: float
-
-    @property
-    def passed(self) -> bool:
-        """Against the copy it is how many times its time, which is to be small; otherwise how many times faster."""
-        return self.value <= self.limit if self.bar == COPY else self.value >= self.limit
+def on_gpu(table: pd.DataFrame) -> pd.Series:
+    return table["device"] == "cuda"
 
 
-@dataclass(frozen=True)
-class MeanVerdict(Verdict):
-    """One bar for a geometric mean over so many shapes of a suite."""
-
-    measured: Comparison  # one of them
-    shapes: int
-
-    def __str__(self) -> str:
-        ending = "pass" if self.passed else "MISS"
-        row = self.measured.bnext
-        how = ", ".join((row.suite, row.op.replace("_", " + "), row.dtype, row.layout, row.mode))
-        return f"{how}, {self.shapes} shapes: {self.value:.2f} x {self.bar}, bar {self.limit:g}: {ending}"
-
-
-def copy_limit(comparison: Comparison) -> float | None:
-    """The bar is about the device's own time on the tensors of one network; None elsewhere."""
-    row = comparison.bnext
-    if (row.suite, row.dtype, row.mode) != (COPY_SUITE, COPY_DTYPE, GRAPH):
-        return None
-    return COPY_LIMITS.get(row.op)
-
-
-def over_torch(comparison: Comparison) -> float:
-    """torch's least time / bnext's."""
-    rows = [comparison.torch, *(row for name, row in comparison.others.items() if name == NO_CUDNN)]
-    return min(row.median_s for row in rows) / comparison.bnext.median_s
-
-
-def on_gpu(comparison: Comparison) -> bool:
-    return comparison.bnext.device == "cuda"
-
-
-def has_bars(comparison: Comparison) -> bool:
+def has_bars(table: pd.DataFrame) -> pd.Series:
     """On a CPU there are none for a plain batch norm."""
-    return on_gpu(comparison) or comparison.group.fused
+    return on_gpu(table) | table["fused"]
 
 
-def verdicts(comparisons: Iterable[Comparison]) -> list[Verdict]:
-    """The bars of each measurement, in the order of the comparisons."""
-    found = []
-    for comparison in filter(has_bars, comparisons):
-        large = not on_gpu(comparison) and comparison.op == FUSED_OP and comparison.size_class == LARGE_CLASS
-        limits = CPU_FUSED_LIMITS if large else {TORCH: TORCH_LIMIT}
-        limit = copy_limit(comparison)
-        if limit:
-            found.append(Verdict(COPY, comparison.over_copy, limit))
-        found.append(Verdict(TORCH, over_torch(comparison), limits[TORCH]))
-        over_compile = comparison.over(TORCH_COMPILE)
-        if over_compile is not None and COMPILE in limits:
-            found.append(Verdict(COMPILE, over_compile, limits[COMPILE]))
+def copy_limits(table: pd.DataFrame) -> pd.Series:
+    """The bar is about the device's own time on the tensors of one network; NaN elsewhere."""
+    listed = (table["suite"] == COPY_SUITE) & (table["dtype"] == COPY_DTYPE) & (table["mode"] == GRAPH)
+    return table["op"].astype(str).map(COPY_LIMITS).where(listed)
+
+
+def verdicts(table: pd.DataFrame) -> pd.DataFrame:
+    """One line per measurement and bar: ``bar``, ``value``, ``limit``, ``passed``; the index is the measurement's."""
+    table = table[has_bars(table)]
+    large = ~on_gpu(table) & (table["op"] == FUSED_OP) & (table["size_class"] == LARGE_CLASS)
+    limits = FUSED_LIMITS["cpu"]
+    measured = {
+        COPY: (table["over_copy"], copy_limits(table)),
+        TORCH: (table[[TORCH, NO_CUDNN]].min(axis=1) / table[BNEXT], np.where(large, limits[TORCH], TORCH_LIMIT)),
+        COMPILE: (table["over_compile"], np.where(large, limits[COMPILE], np.nan)),
+    }
+    parts = [pd.DataFrame({"bar": bar, "value": value, "limit": limit}) for bar, (value, limit) in measured.items()]
+    found = pd.concat(parts).dropna().sort_index(kind="stable")
+    # Against the copy it is how many times its time, which is to be small; otherwise how many times faster.
+    found["passed"] = (found["value"] <= found["limit"]).where(found["bar"] == COPY, found["value"] >= found["limit"])
     return found
 
 
-def mean_verdicts(comparisons: Sequence[Comparison]) -> list[MeanVerdict]:
-    """The bars of the geometric means on a GPU."""
-    return [*copy_verdicts(comparisons), *fused_verdicts(comparisons)]
-
-
-def copy_verdicts(comparisons: Iterable[Comparison]) -> list[MeanVerdict]:
-    """Those against the copy, a layout and an operation after the other."""
-    means: dict[tuple[str, str], list[Comparison]] = {}
-    for c in filter(on_gpu, comparisons):
-        if copy_limit(c) and c.op in COPY_MEAN_LIMITS:
-            means.setdefault((c.bnext.layout, c.op), []).append(c)
-    return [
-        MeanVerdict(COPY, geometric_mean(c.over_copy for c in chosen), COPY_MEAN_LIMITS[op], chosen[0], len(chosen))
-        for (_, op), chosen in means.items()
-    ]
-
-
-def fused_verdicts(comparisons: Iterable[Comparison]) -> list[MeanVerdict]:
-    """Those of fused layers, a suite after the other; torch.compile's where it was measured on all shapes."""
-    suites: dict[str, list[Comparison]] = {}
-    for c in filter(on_gpu, comparisons):
-        row = c.bnext
-        listed = (row.dtype, row.layout, row.mode) == CUDA_FUSED and is_fused_layer(row.shape, row.epilogue)
-        if listed and row.op == FUSED_OP:
-            suites.setdefault(row.suite, []).append(c)
-    found = []
-    for chosen in suites.values():
-        speedups = {TORCH: [c.speedup for c in chosen], COMPILE: [c.over(TORCH_COMPILE) for c in chosen]}
-        for bar, values in speedups.items():
-            measured = [value for value in values if value is not None]
-            if len(measured) == len(chosen):
-                found.append(MeanVerdict(bar, geometric_mean(measured), CUDA_FUSED_LIMITS[bar], chosen[0], len(chosen)))
-    return found
-
-
-def summary(found: Sequence[Verdict]) -> str:
+def summary(found: pd.DataFrame) -> str:
     """A line that says of each bar how many measurements pass it."""
-    parts = []
-    for bar in BARS:
-        passed = [verdict.passed for verdict in found if verdict.bar == bar]
-        if passed:
-            parts.append(f"{sum(passed)} of {len(passed)} pass the bar against {bar}")
-    return "; ".join(parts)
+    counts = found.groupby("bar")["passed"].agg(["sum", "size"])
+    return "; ".join(
+        f"{counts['sum'][bar]} of {counts['size'][bar]} pass the bar against {bar}"
+        for bar in BARS
+        if bar in counts.index
+    )
+
+
+def mean_verdicts(table: pd.DataFrame) -> list[str]:
+    """One line per bar for a geometric mean on a GPU: against the copy in each layout, of fused layers in each suite.
+
+    torch.compile's is there where it was measured on all shapes.
+    """
+    table = table[on_gpu(table)].assign(op=lambda gpu: gpu["op"].astype(str))
+    lines = []
+    copies = table[copy_limits(table).notna() & table["op"].isin(COPY_MEAN_LIMITS)]
+    for (_, op), members in copies.groupby(["layout", "op"], sort=False):
+        lines.append(mean_line(members, COPY, members["over_copy"], COPY_MEAN_LIMITS[op]))
+    listed = (table[list(CUDA_FUSED)] == pd.Series(CUDA_FUSED)).all(axis=1)
+    tensors = table[["shape", "act", "residual"]].to_numpy()
+    listed &= np.array([is_fused_layer(shape, Epilogue(act, residual)) for shape, act, residual in tensors], bool)
+    for _, members in table[listed].groupby("suite", sort=False):
+        lines.append(mean_line(members, TORCH, members["speedup"], FUSED_LIMITS["cuda"][TORCH]))
+        if members["over_compile"].notna().all():
+            lines.append(mean_line(members, COMPILE, members["over_compile"], FUSED_LIMITS["cuda"][COMPILE]))
+    return lines
+
+
+def mean_line(members: pd.DataFrame, bar: str, values: pd.Series, limit: float) -> str:
+    value = mean_of(values)
+    passed = value <= limit if bar == COPY else value >= limit
+    row = members.iloc[0]
+    how = ", ".join((row["suite"], row["op"].replace("_", " + "), row["dtype"], row["layout"], row["mode"]))
+    ending = "pass" if passed else "MISS"
+    return f"{how}, {len(members)} shapes: {value:.2f} x {bar}, bar {limit:g}: {ending}"
+
+
+def bars_text(device: str, fused: bool) -> str:
+    """What the bars of a device are, in a sentence."""
+    if fused:
+        where = f"on each tensor {LARGE_CLASS}" if device == "cpu" else "in the geometric mean over ResNet-50's layers"
+        limits = FUSED_LIMITS[device]
+        return (
+            f"Bars: forward + backward {where} at least {limits[TORCH]:g} times as fast as torch, {limits[COMPILE]:g} "
+            "times as torch.compile; and nothing slower than torch."
+        )
+    copies, means = (
+        ", ".join(f"{op} {limit:g}" for op, limit in limits.items()) for limits in (COPY_LIMITS, COPY_MEAN_LIMITS)
+    )
+    return (
+        f"Bars: at most so many times the copy's time on ResNet-50's layers at batch 256 in {COPY_DTYPE}: {copies}, "
+        f"in the geometric mean {means}; and nowhere slower than torch, with cuDNN or without."
+    )

@@ -1,16 +1,22 @@
-"""What the commands of this package share: how they complain, where they write, and how they end.
+"""What the commands share: how they complain, where they write, how they show progress, and how they end.
 
 Exit status: what the command says; 2 on bad input; 130 on Ctrl-C.
 """
 
 import argparse
+import ctypes
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NoReturn
 
 from benchmarks.rows import InputError
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -22,6 +28,43 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.program}: error: {message}\n")
 
 
+@dataclass(frozen=True)
+class Number:
+    """A type of argument."""
+
+    kind: type
+    what: str
+    allowed: Callable[[float], bool]
+
+    def __call__(self, text: str) -> float:
+        with suppress(ValueError):
+            value: float = self.kind(text)
+            if self.allowed(value):
+                return value
+        raise argparse.ArgumentTypeError(f"expected {self.what}, got {text!r}")
+
+    def list(self, text: str) -> tuple[float, ...]:
+        """Numbers with commas between them, sorted and each once."""
+        return tuple(sorted({self(part) for part in text.split(",")}))
+
+
+WHOLE = Number(int, "a positive whole number", lambda value: value > 0)
+POSITIVE = Number(float, "positive numbers", lambda value: 0 < value < float("inf"))
+
+
+def add_report_options(parser: argparse.ArgumentParser, default: Path) -> None:
+    parser.add_argument(
+        "--document",
+        "--readme",
+        type=Path,
+        nargs="?",
+        const=default,
+        metavar="FILE.md",
+        help="only rewrite the measured blocks of this file (default: docs/benchmarks.md)",
+    )
+    parser.add_argument("--check", action="store_true", help="with --document: only tell whether it is current")
+
+
 def make_writable(folder: Path) -> None:
     """Find out before the minutes of measuring, not after, that the results have no place."""
     try:
@@ -30,6 +73,27 @@ def make_writable(folder: Path) -> None:
         raise InputError(f"cannot make the folder {folder}: {error.strerror}") from None
     if not os.access(folder, os.W_OK):
         raise InputError(f"cannot write to the folder {folder}")
+
+
+def error_summary(error: BaseException) -> str:
+    """The error in one line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}".rstrip(": ")
+
+
+def end_with_parent(number: int) -> None:
+    """This process is sent a signal when its parent ends, however that came about."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
+@contextmanager
+def without_interrupts() -> Iterator[None]:
+    """A process started meanwhile never sees Ctrl-C, which reaches all of a terminal: it is the parent that ends it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run_command(parser: OneLineParser, arguments: Sequence[str], default: str) -> int:
@@ -43,6 +107,9 @@ def run_command(parser: OneLineParser, arguments: Sequence[str], default: str) -
         status: int = parsed.run(parsed)
     except InputError as error:
         print(f"{parser.program}: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"{parser.program}: error: {error} (the extra bench has what is needed)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{parser.program}: interrupted", file=sys.stderr)

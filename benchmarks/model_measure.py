@@ -10,7 +10,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch.utils.benchmark.utils.common import set_torch_threads
 
-from benchmarks.check import MismatchError, summary
+from benchmarks.check import MismatchError
+from benchmarks.command import error_summary
 from benchmarks.compiled import CallChecker
 from benchmarks.cuda.runtime import CudaRuntime, Runtime
 from benchmarks.cuda.stopwatch import EventStopwatch
@@ -27,8 +28,8 @@ from benchmarks.model_suites import (
 )
 from benchmarks.peak import PeakError, measure_peak
 from benchmarks.provenance import provenance
-from benchmarks.report import TORCH_COMPILE
 from benchmarks.rows import Provenance, Row
+from benchmarks.suites import TORCH_COMPILE
 from benchmarks.timing import Budget, Call, Stopwatch, Timing, time_in_turn
 from benchmarks.training import TrainingChecker
 
@@ -139,7 +140,7 @@ class Run:
                 note = f"{case.suite} {case.model} is left out: {error}"
                 self._outcome.notes += [] if note in self._outcome.notes else [note]
             else:
-                self._outcome.report(f"{case}: torch failed: {summary(error)}", True)
+                self._outcome.report(f"{case}: torch failed: {error_summary(error)}", True)
             progress(f"{case} check", sum(shares))
             return checked
         for provider, share in zip(case.providers, shares, strict=True):
@@ -153,7 +154,7 @@ class Run:
                 required = provider != TORCH_COMPILE and (
                     not provider.endswith(COMPILE) or TORCH_COMPILE in checked or TORCH_COMPILE not in case.providers
                 )
-                self._outcome.report(f"{case}: {provider} failed: {summary(error)}", required)
+                self._outcome.report(f"{case}: {provider} failed: {error_summary(error)}", required)
             progress(f"{case} check {provider}", share)
         return checked
 

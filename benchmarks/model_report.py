@@ -1,146 +1,239 @@
-"""What the rows of whole models say: each provider against torch's layers, eager against eager, compiled likewise."""
+"""What the rows of whole models say: each provider beside torch's layers, and what batch norm costs a model at all."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from statistics import geometric_mean
-from typing import NamedTuple
+from collections.abc import Sequence
+from math import nan
 
-from benchmarks.model_suites import COMPILE, STEP
-from benchmarks.rows import InputError, Row
-from benchmarks.suites import shape_label
+import pandas as pd
+
+from benchmarks.model_suites import COMPILE, EAGER_PROVIDERS, STEP, WITHOUT
+from benchmarks.report import command, operation_label
+from benchmarks.rows import Row
+from benchmarks.suites import MB, TORCH, shape_label
+from benchmarks.tables import Sheet, frame, how_measured, markdown, mean_of, print_sheets, texts
 
 COMPILED_SUITE, SMALL_SUITE = "compiled", "small-models"
 LIMIT = 1.0  # a compiled model is not slower with bnext, nor a small one for fusing
+FOLDED_LINES = 24  # a longer table is for those who ask for it
+
+# What tells one measurement from another; the case whose it is; and how that is shown.
+KEYS = ["suite", "model", "op", "shape", "dtype", "layout"]
+CASE = ["model", "input", "dtype", "layout"]
+
+OURS = EAGER_PROVIDERS[1:]
+PROVIDERS = (*OURS, WITHOUT)
+
+STEP_LEGEND = "A step is forward, loss, backward and SGD with momentum, on one batch."
+COST_LEGEND = (
+    "Before it is timed, the losses of a few are held against torch's. x torch: the time with torch's layers / the "
+    "provider's, in the geometric mean, and the range over the models. Without: every batch norm replaced by nothing "
+    "(activations stay). Cost gone: how much of what batch norm costs torch is gone, (torch - provider) / (torch - "
+    "without); of several models the sum of each's share of its step."
+)
+TRAINING_LEGEND = (
+    "x torch: the time with torch's layers / the provider's, eager against eager, compiled against compiled."
+)
+PEAK_LEGENDS = {
+    "cpu": "Peak: resident memory of a process that does nothing else, beyond what it had before there was a model.",
+    "cuda": "Peak: allocated memory of a process that does nothing else.",
+}
+CALLS_LEGEND = "x torch: the time with torch alone / that with bnext, both compiled."
 
 
-class Sheet(NamedTuple):
-    """A table: the first columns are text, the others numbers."""
-
-    labels: int
-    heads: list[str]
-    lines: list[list[str]]
-
-
-@dataclass(frozen=True)
-class ModelComparison:
-    """A provider's row of an operation of a model, beside the one with torch's layers."""
-
-    row: Row
-    torch: Row
-
-    @property
-    def speedup(self) -> float:
-        """The time with torch's layers / the provider's."""
-        return self.torch.median_s / self.row.median_s
-
-    @property
-    def is_torch(self) -> bool:
-        return self.row == self.torch
-
-    @property
-    def has_bar(self) -> bool:
-        return self.row.suite == COMPILED_SUITE and not self.is_torch
-
-    @property
-    def passed(self) -> bool:
-        return self.speedup >= LIMIT
-
-    @property
-    def case(self) -> tuple[str, str, str, str]:
-        """Model, input, dtype, layout."""
-        return self.row.model, shape_label(self.row.shape), self.row.dtype, self.row.layout
-
-
-def of_models(rows: Iterable[Row]) -> list[Row]:
+def of_models(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.model]
 
 
-def of_tensors(rows: Iterable[Row]) -> list[Row]:
+def of_tensors(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if not row.model]
 
 
-def compare_models(rows: Iterable[Row]) -> list[ModelComparison]:
-    """In the order of the rows; those without torch's beside them, as where it failed, are left out.
+def compare(rows: Sequence[Row]) -> pd.DataFrame:
+    """One line per row with ``torch_s``, the seconds with torch's layers: eager beside eager, compiled beside compiled.
 
-    Raises InputError where a provider was measured twice.
+    Rows without torch's beside them, as where it failed, are left out. Raises InputError where a provider is there
+    twice. ``costed``: whether the case was measured without batch norm, too.
     """
-    measured: dict[tuple[object, ...], dict[str, Row]] = {}
-    for row in rows:
-        key = (row.suite, row.model, row.op, row.shape, row.dtype, row.layout)
-        providers = measured.setdefault(key, {})
-        if row.provider in providers:
-            what = f"{row.provider} {row.op} {row.model} {shape_label(row.shape)} {row.dtype} {row.layout}"
-            raise InputError(f"{what} is there twice: one report shows one run")
-        providers[row.provider] = row
-    return [
-        ModelComparison(row, providers[base])
-        for providers in measured.values()
-        for name, row in providers.items()
-        if (base := "torch" + COMPILE * name.endswith(COMPILE)) in providers
+    table = frame(rows, KEYS)
+    table["input"] = table["shape"].map(shape_label)
+    table["compiled"] = table["provider"].str.endswith(COMPILE)
+    is_torch = table["provider"] == (TORCH + table["compiled"].map({True: COMPILE, False: ""}))
+    beside = [*KEYS, "compiled"]
+    torchs = table.loc[is_torch, [*beside, "median_s"]].rename(columns={"median_s": "torch_s"})
+    table = table.assign(is_torch=is_torch).merge(torchs, on=beside)
+    table["speedup"] = table["torch_s"] / table["median_s"]
+    table["costed"] = table.groupby(beside)["provider"].transform(lambda providers: WITHOUT in set(providers))
+    return table
+
+
+def compare_costs(table: pd.DataFrame) -> pd.DataFrame:
+    """One line per case that was measured without batch norm, too: ``torch_s``, and each provider's speed-up."""
+    costed = table[table["costed"]]
+    keys = ["suite", "op", *CASE]
+    lines = costed.pivot(index=keys, columns="provider", values="speedup").reindex(columns=list(PROVIDERS))
+    return costed.drop_duplicates(keys)[[*keys, "torch_s"]].join(lines, on=keys).reset_index(drop=True)
+
+
+def cost_gone(costs: pd.DataFrame, provider: str) -> float:
+    """Of all cases that the provider was measured on; NaN where torch is not slower for its batch norms."""
+    measured = costs.dropna(subset=[provider])
+    could = (1 - 1 / measured[WITHOUT]).sum()
+    return (1 - 1 / measured[provider]).sum() / could if could > 0 else nan
+
+
+def cost_means(costs: pd.DataFrame) -> Sheet:
+    """One line per dtype and layout, and one of all."""
+    groups = dict(list(costs.groupby(["dtype", "layout"], sort=False)))
+    if len(groups) > 1:
+        groups["all", "all"] = costs
+    lines = [
+        {
+            "dtype": dtype,
+            "layout": layout,
+            "models": f"{members['model'].nunique()}",
+            **{f"x torch, {name}": speedup_range(members[name].dropna()) for name in PROVIDERS},
+            **{f"cost gone, {name}": texts([cost_gone(members, name)], "{:.0%}")[0] for name in OURS},
+        }
+        for (dtype, layout), members in groups.items()
     ]
+    return Sheet(pd.DataFrame(lines), labels=3)
 
 
-def images_per_s(row: Row) -> float:
-    return row.shape[0] / row.median_s
+def speedup_range(found: pd.Series) -> str:
+    return "" if found.empty else f"{mean_of(found):.2f} ({found.min():.2f}-{found.max():.2f})"
 
 
-def in_training(comparisons: Iterable[ModelComparison]) -> list[ModelComparison]:
-    return [c for c in comparisons if c.row.op == STEP]
+def cost_lines(costs: pd.DataFrame) -> Sheet:
+    """One line per case."""
+    cells = {
+        **costs[CASE],
+        "torch, ms": texts(costs["torch_s"] * 1e3, "{:.1f}"),
+        **{f"x torch, {name}": texts(costs[name], "{:.2f}") for name in PROVIDERS},
+    }
+    for name in OURS:
+        gone = [cost_gone(costs.loc[[line]], name) for line in costs.index]
+        cells[f"cost gone, {name}"] = texts(gone, "{:.0%}")
+    return Sheet(pd.DataFrame(cells), labels=4)
 
 
-def by_operation(comparisons: Iterable[ModelComparison]) -> dict[tuple[str, ...], dict[str, ModelComparison]]:
-    """bnext's of models that are called rather than trained: a line a case and provider, a column an operation."""
-    lines: dict[tuple[str, ...], dict[str, ModelComparison]] = {}
-    for c in comparisons:
-        if c.row.op != STEP and not c.is_torch:
-            lines.setdefault((*c.case, c.row.provider), {})[c.row.op] = c
-    return lines
+def training_lines(trained: pd.DataFrame) -> Sheet:
+    milliseconds = trained[["median_s", "p20_s", "p80_s"]] * 1e3
+    cells = {
+        **trained[CASE],
+        "layers": trained["provider"],
+        "ms a step": texts(milliseconds["median_s"], "{:.1f}"),
+        "20-80 %": [f"{low:.1f}-{high:.1f}" for low, high in milliseconds[["p20_s", "p80_s"]].to_numpy()],
+        "images/s": texts(trained["shape"].str[0] / trained["median_s"], "{:.1f}"),
+        "x torch": texts(trained["speedup"], "{:.2f}"),
+        "peak MB": texts(trained["peak_bytes"].astype(float) / MB, "{:.0f}"),
+        "last loss": texts(trained["losses"].str[-2], "{:.4f}"),
+    }
+    if trained["peak_bytes"].isna().all():
+        del cells["peak MB"]
+    return Sheet(pd.DataFrame(cells), labels=5)
 
 
-def speedup_mean(comparisons: Sequence[ModelComparison]) -> float:
-    return geometric_mean(c.speedup for c in comparisons)
+def call_lines(called: pd.DataFrame) -> Sheet:
+    """Of calls, bnext's: for each operation torch's time, bnext's, and how many times faster that is."""
+    keys = [*CASE, "provider"]
+    lines = called[keys].drop_duplicates().rename(columns={"provider": "layers"})
+    columns = [lines.reset_index(drop=True)]
+    for op in called["op"].unique():
+        of_op = called[called["op"] == op].set_index(keys).reindex(pd.MultiIndex.from_frame(lines))
+        columns.append(
+            pd.DataFrame(
+                {
+                    f"{operation_label(op)}, torch ms": texts(of_op["torch_s"] * 1e3, "{:.3f}"),
+                    "ms": texts(of_op["median_s"] * 1e3, "{:.3f}"),
+                    "x torch": texts(of_op["speedup"], "{:.2f}"),
+                }
+            )
+        )
+    return Sheet(pd.concat(columns, axis=1), labels=5)
 
 
-def fused_bar(comparisons: Iterable[ModelComparison]) -> str:
-    """A line, or nothing where no small model was measured."""
-    small = {(c.case, c.row.provider): c for c in comparisons if c.row.suite == SMALL_SUITE}
-    ratios = [
-        small[case, "bnext"].row.median_s / c.row.median_s
-        for (case, provider), c in small.items()
-        if provider == "bnext-fused" and (case, "bnext") in small
-    ]
-    if not ratios:
-        return ""
-    passed = sum(ratio >= LIMIT for ratio in ratios)
-    return (
-        "Bar: a small model is not slower fused than with bnext's layers alone. bnext's time / bnext-fused's: "
-        f"{', '.join(f'{ratio:.3f}' for ratio in ratios)}. {passed} of {len(ratios)} pass."
-    )
+def trained_and_called(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What is not part of a cost: all of training, and of calls bnext's."""
+    others = table[~table["costed"]]
+    is_step = others["op"] == STEP
+    return others[is_step], others[~is_step & ~others["is_torch"]]
 
 
-def bar_summary(comparisons: Iterable[ModelComparison]) -> str:
+def sheets(table: pd.DataFrame) -> list[Sheet]:
+    """Those that have lines, means first."""
+    costs = compare_costs(table)
+    trained, called = trained_and_called(table)
+    makers = ((cost_means, costs), (cost_lines, costs), (training_lines, trained), (call_lines, called))
+    return [make(lines) for make, lines in makers if len(lines)]
+
+
+def notes(table: pd.DataFrame) -> list[str]:
+    """What the tables mean, and what follows from them."""
+    costed = table["costed"].any()
+    trained, called = trained_and_called(table)
+    found = [f"{STEP_LEGEND} {COST_LEGEND}"] if costed else []
+    if len(trained):
+        peak = PEAK_LEGENDS[trained["device"].iloc[0]] if trained["peak_bytes"].notna().any() else ""
+        parts = ("" if costed else STEP_LEGEND, TRAINING_LEGEND, peak, curves_line(trained))
+        found.append(" ".join(filter(None, parts)))
+    if len(called):
+        found.append(CALLS_LEGEND)
+    return [*found, *filter(None, [compiled_bar(called), fused_bar(table)])]
+
+
+def compiled_bar(called: pd.DataFrame) -> str:
     """A line, or nothing where there is no bar."""
-    found = [c for c in comparisons if c.has_bar]
-    if not found:
+    speedups = called.loc[called["suite"] == COMPILED_SUITE, "speedup"]
+    if speedups.empty:
         return ""
-    passed = sum(c.passed for c in found)
     return (
         "Bar: a compiled model is with bnext not slower than with torch alone. "
-        f"{passed} of {len(found)} pass; geometric mean {speedup_mean(found):.2f}."
+        f"{(speedups >= LIMIT).sum()} of {len(speedups)} pass; geometric mean {mean_of(speedups):.2f}."
     )
 
 
-def curves_line(comparisons: Sequence[ModelComparison]) -> str:
-    """How far the losses of a case are from each other, at most; nothing where there are none."""
-    curves: dict[tuple[str, ...], list[tuple[float, ...]]] = {}
-    for c in comparisons:
-        if c.row.losses:
-            curves.setdefault((c.row.suite, *c.case), []).append(c.row.losses)
-    if not curves:
+def fused_bar(table: pd.DataFrame) -> str:
+    """A line, or nothing where no small model was measured."""
+    small = table[table["suite"] == SMALL_SUITE]
+    seconds = small.pivot(index=CASE, columns="provider", values="median_s").reindex(columns=list(OURS))
+    seconds = seconds.reindex(pd.MultiIndex.from_frame(small[CASE].drop_duplicates()))
+    ratios = (seconds["bnext"] / seconds["bnext-fused"]).dropna()
+    if ratios.empty:
         return ""
-    spread = max(max(at) - min(at) for members in curves.values() for at in zip(*members, strict=True))
-    first, *steps, last = next(iter(curves.values()))[0]
+    return (
+        "Bar: a small model is not slower fused than with bnext's layers alone. bnext's time / bnext-fused's: "
+        f"{', '.join(texts(ratios, '{:.3f}'))}. {(ratios >= LIMIT).sum()} of {len(ratios)} pass."
+    )
+
+
+def curves_line(trained: pd.DataFrame) -> str:
+    """How far the losses of a case are from each other, at most; nothing where there are none."""
+    trained = trained[trained["losses"].map(len) > 0]
+    if trained.empty:
+        return ""
+    keys = ["suite", *CASE]
+    curves = pd.DataFrame(trained["losses"].tolist(), index=pd.MultiIndex.from_frame(trained[keys]))
+    spread = curves.groupby(level=keys).max() - curves.groupby(level=keys).min()
+    first, *steps, last = trained["losses"].iloc[0]
     return (
         f"Losses of {len(steps) + 1} steps from {first:.4f} to {steps[-1]:.4f}, then {last:.4f} in evaluation; the "
-        f"providers' differ by {spread:.1g} at most."
+        f"providers' differ by {spread.max().max():.1g} at most."
     )
+
+
+def print_report(rows: Sequence[Row]) -> None:
+    """A suite after the other."""
+    table = compare(rows)
+    for suite, members in table.groupby("suite", sort=False):
+        print_sheets(sheet._replace(title=suite) for sheet in sheets(members))
+    print("\n".join([*notes(table), how_measured(rows)]))
+
+
+def block(rows: Sequence[Row]) -> str:
+    """The tables and what they mean as Markdown, of one suite's rows."""
+    table = compare(rows)
+    parts = []
+    for sheet in sheets(table):
+        text = markdown(sheet)
+        folded = f"<details><summary>Every model</summary>\n\n{text}\n\n</details>"
+        parts.append(folded if len(sheet.cells) > FOLDED_LINES else text)
+    return "\n\n".join([*parts, *notes(table), f"Measured by `{command(rows)}` on {how_measured(rows)}."])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch.utils.benchmark.utils.common import set_torch_threads
 
 from benchmarks.numerics_cases import PATHS, Case, in_path, make_arguments
 from benchmarks.numerics_error import Exact, error_of, exact_results
-from benchmarks.numerics_results import QUANTITIES, Results, Row
+from benchmarks.numerics_report import QUANTITIES, Results, judged
 from benchmarks.operations import BatchNorm, Tensors
 from benchmarks.provenance import provenance
 from benchmarks.providers import functions
@@ -34,8 +35,8 @@ def results_of(function: BatchNorm, case: Case, arguments: Tensors, path: str) -
     return results
 
 
-def rows_of(case: Case, providers: Mapping[str, BatchNorm]) -> list[Row]:
-    """A row a path and quantity."""
+def rows_of(case: Case, providers: Mapping[str, BatchNorm]) -> list[dict[str, Any]]:
+    """One row per path and quantity."""
     with set_torch_threads(1):  # these tensors are too small for a second one
         exact, arguments = exact_results(case, make_arguments(case))
     return [row for path in PATHS for row in _rows_of_path(case, arguments, path, exact, providers)]
@@ -43,23 +44,23 @@ def rows_of(case: Case, providers: Mapping[str, BatchNorm]) -> list[Row]:
 
 def _rows_of_path(
     case: Case, arguments: Tensors, path: str, exact: Mapping[str, Exact], providers: Mapping[str, BatchNorm]
-) -> list[Row]:
+) -> list[dict[str, Any]]:
     errors = {}
     for name, function in providers.items():
         actual = results_of(function, case, arguments, path)
         with set_torch_threads(1):
             errors[name] = {quantity: error_of(actual[quantity], expected) for quantity, expected in exact.items()}
     return [
-        Row(
-            case=case.name,
-            dtype=case.dtype,
-            path=path,
-            quantity=quantity,
-            unit=errors["bnext"][quantity].unit,
-            bnext=errors["bnext"][quantity].value,
-            torch=errors["torch"][quantity].value,
-            exact=case.constant and quantity in EXACT_IF_CONSTANT,
-        )
+        {
+            "case": case.name,
+            "dtype": case.dtype,
+            "path": path,
+            "quantity": quantity,
+            "unit": errors["bnext"][quantity].unit,
+            "bnext": errors["bnext"][quantity].value,
+            "torch": errors["torch"][quantity].value,
+            "exact": case.constant and quantity in EXACT_IF_CONSTANT,
+        }
         for quantity in QUANTITIES
         if quantity in exact
     ]
@@ -72,4 +73,4 @@ def measure(cases: Sequence[Case], advance: Callable[[str, int], None]) -> Resul
         advance(f"{case.name} {case.dtype}", 0)
         rows += rows_of(case, functions(case.epilogue))
         advance(f"{case.name} {case.dtype}", 1)
-    return Results.of(asdict(provenance(torch.get_num_threads())), rows)
+    return judged(asdict(provenance(torch.get_num_threads())), rows)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.numerics_cases import KINK, Case, by_channel
-from benchmarks.numerics_results import FLOOR, RELATIVE, ULP
+from benchmarks.numerics_report import FLOOR, RELATIVE, ULP
 from benchmarks.operations import Tensors
 
 
@@ -87,7 +87,7 @@ def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def error_of(actual: Tensor, exact: Exact) -> Error:
-    """The largest error, measured as numerics_table.LEGEND explains."""
+    """The largest error, measured as numerics_report.LEGEND explains."""
     is_data = actual.dim() > 1
     rows = by_channel(actual) if is_data else actual.detach()[:, None]
     difference = (rows.double() - exact.values).abs_()

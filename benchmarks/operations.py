@@ -1,6 +1,6 @@
 """What one call is: the tensors of a case, and each provider's operations on them, ready to be timed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -11,8 +11,6 @@ from benchmarks.timing import Call
 
 # Called with input, running_mean, running_var, weight, bias, the residual where there is one, training, momentum, eps.
 BatchNorm = Callable[..., Tensor]
-
-FLOOR = "copy"
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 SEED = 0
@@ -139,9 +137,3 @@ def floor_call(operation: str, tensors: Tensors) -> Call:
     steps["forward_backward"] = (*steps["forward"], *steps["backward"])
     chosen = steps[operation]
     return chosen[0] if len(chosen) == 1 else lambda: tuple(step() for step in chosen)
-
-
-def operation_calls(operation: str, tensors: Tensors, functions: Mapping[str, BatchNorm]) -> dict[str, Call]:
-    """The calls to be timed against each other, by provider."""
-    calls = {name: provider_call(operation, function, tensors) for name, function in functions.items()}
-    return {**calls, FLOOR: floor_call(operation, tensors)}

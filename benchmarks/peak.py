@@ -8,20 +8,18 @@ resident before there was a model: the interpreter and the libraries. On a GPU i
 
 import ctypes
 import gc
-import json
 import os
 import signal
-import subprocess
-import sys
-from dataclasses import asdict
+from concurrent import futures
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
+from benchmarks.command import end_with_parent, error_summary, without_interrupts
 from benchmarks.model_suites import ModelCase
 
 WARM_STEPS = 2  # the first makes gradients and the optimiser's buffers
 STEPS = 2
 TIMEOUT_S = 600
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class PeakError(Exception):
@@ -29,37 +27,30 @@ class PeakError(Exception):
 
 
 def measure_peak(case: ModelCase, provider: str, device: str, threads: int) -> int:
-    """The peak in bytes; raises PeakError. What is running when this is interrupted is ended with all it started."""
-    request = json.dumps({**asdict(case), "provider": provider, "device": device, "threads": threads})
-    # Compiling is a matter of looking into the cache that this process has filled: no workers for it.
-    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    child = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.peak", request],
-        cwd=Path(__file__).parents[1],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # a group of its own: a compiler that it runs can be ended too
-    )
-    try:
-        output, errors = child.communicate(timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        raise PeakError(f"not done after {TIMEOUT_S} s") from None
-    finally:
-        end_group(child)
-    lines = output.split()
-    if child.returncode or not lines:
-        reason = errors.strip().splitlines() or [f"exit status {child.returncode}"]
-        raise PeakError(reason[-1][:200])
-    return int(lines[-1])
+    """The peak in bytes; raises PeakError. What is running when this is interrupted is ended."""
+    with futures.ProcessPoolExecutor(1, get_context("spawn"), begin, (threads,)) as pool:
+        try:
+            with without_interrupts():
+                peak = pool.submit(peak_here, case, provider, device)
+            return peak.result(TIMEOUT_S)
+        except futures.TimeoutError:  # not Python 3.10's own
+            raise PeakError(f"not done after {TIMEOUT_S} s") from None
+        except Exception as error:  # whatever torch raises there; or the process was killed, as where memory ran out
+            raise PeakError(error_summary(error)) from None
+        finally:
+            for child in active_children():
+                child.kill()
 
 
-def end_group(child: subprocess.Popen[str]) -> None:
-    """End what is left of a process and its children, if anything is."""
-    if child.poll() is None:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.communicate()
+def begin(threads: int) -> None:
+    """In the new process, before anything else."""
+    # Nobody is there to read the answer once the parent has ended, however it did.
+    end_with_parent(signal.SIGKILL)
+    # Compiling is a matter of looking into the cache that the parent has filled: no workers for it.
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(threads)
 
 
 def status_bytes(name: str) -> int:
@@ -95,19 +86,3 @@ def peak_here(case: ModelCase, provider: str, device: str) -> int:
     for _ in range(STEPS):
         trainer.step()
     return torch.cuda.max_memory_allocated() if device == "cuda" else status_bytes("VmHWM") - before
-
-
-def main(request: str) -> None:
-    # Nobody is there to read the answer once the parent has ended, however it did.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    fields = json.loads(request)
-    provider, device, threads = (fields.pop(name) for name in ("provider", "device", "threads"))
-    import torch
-
-    torch.set_num_threads(threads)
-    lists = {name: tuple(fields[name]) for name in ("shape", "operations", "providers")}
-    print(peak_here(ModelCase(**{**fields, **lists}), provider, device))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -1,6 +1,6 @@
 """What is compared: torch as a user writes it, torch.compile of the same, bnext."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -10,16 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from benchmarks.operations import BatchNorm
-from benchmarks.report import TORCH_COMPILE
-from benchmarks.suites import PLAIN, Case, Epilogue
+from benchmarks.suites import BNEXT, PLAIN, TORCH, TORCH_COMPILE, Case, Epilogue
 from bnext import functional
-
-REFERENCE = "torch"
 
 # Of a plain batch norm, and for every other those that are required: a case without one of them gets no number.
 PROVIDERS: dict[str, BatchNorm] = {
-    REFERENCE: F.batch_norm,
-    "bnext": functional.batch_norm,
+    TORCH: F.batch_norm,
+    BNEXT: functional.batch_norm,
 }
 
 Activate = Callable[[Tensor], Tensor]
@@ -41,55 +38,27 @@ class Provider:
 
 def eager(epilogue: Epilogue) -> BatchNorm:
     """torch's operators one after the other, in place where a user of eager mode has them so."""
-    if epilogue == PLAIN:
-        return F.batch_norm
-    activate = IN_PLACE.get(epilogue.act, ACTIVATIONS[epilogue.act])
-
-    def batch_norm_act(
-        input: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        training: bool,
-        momentum: float,
-        eps: float,
-    ) -> Tensor:
-        return activate(F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps))
-
-    def batch_norm_add_act(
-        input: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        residual: Tensor,
-        training: bool,
-        momentum: float,
-        eps: float,
-    ) -> Tensor:
-        output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        return activate(output.add_(residual))
-
-    return batch_norm_add_act if epilogue.residual else batch_norm_act
+    return F.batch_norm if epilogue == PLAIN else expression(epilogue, Tensor.add_, {**ACTIVATIONS, **IN_PLACE})
 
 
 def out_of_place(epilogue: Epilogue) -> BatchNorm:
     """The same without a tensor that is changed, as it is written for a compiler."""
+    return expression(epilogue, torch.add, ACTIVATIONS)
+
+
+def expression(
+    epilogue: Epilogue, add: Callable[[Tensor, Tensor], Tensor], activations: Mapping[str, Activate]
+) -> BatchNorm:
+    activate = activations.get(epilogue.act)
 
     def batch_norm(
-        input: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        *rest: Tensor | bool | float,
+        input: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor | bool | float
     ) -> Tensor:
         *residual, training, momentum, eps = rest
-        output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        output = F.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
         for addend in residual:
-            output = output + addend
-        return ACTIVATIONS[epilogue.act](output) if epilogue.act else output
+            output = add(output, addend)
+        return activate(output) if activate else output
 
     return batch_norm
 
@@ -111,27 +80,18 @@ def compiled(epilogue: Epilogue = PLAIN, backend: str = "inductor") -> BatchNorm
 def fused(epilogue: Epilogue) -> BatchNorm:
     """bnext's one call."""
     act = epilogue.act
+    if epilogue.residual:
+        return partial(functional.batch_norm_act, act=act)
 
-    def batch_norm_act(
-        input: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        training: bool,
-        momentum: float,
-        eps: float,
-    ) -> Tensor:
-        return functional.batch_norm_act(
-            input, running_mean, running_var, weight, bias, None, training, momentum, eps, act
-        )
+    def batch_norm_act(input: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, *how: float) -> Tensor:
+        return functional.batch_norm_act(input, mean, var, weight, bias, None, *how, act)
 
-    return partial(functional.batch_norm_act, act=act) if epilogue.residual else batch_norm_act
+    return batch_norm_act
 
 
 def functions(epilogue: Epilogue) -> dict[str, BatchNorm]:
     """What is compared on every device, by name."""
-    return dict(PROVIDERS) if epilogue == PLAIN else {REFERENCE: eager(epilogue), "bnext": fused(epilogue)}
+    return dict(PROVIDERS) if epilogue == PLAIN else {TORCH: eager(epilogue), BNEXT: fused(epilogue)}
 
 
 def provider_makers(case: Case, with_compile: bool) -> dict[str, Callable[[], Provider]]:

@@ -1,134 +1,195 @@
-"""What the rows say: bnext against torch and against the copy, a case at a time and as geometric means."""
+"""What the rows of batch norms say: bnext beside torch and a copy, a measurement at a time and as geometric means."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from statistics import geometric_mean
-from typing import NamedTuple
+from collections.abc import Sequence
 
+import numpy as np
+import pandas as pd
+
+from benchmarks.bars import BARS, bars_text, has_bars, mean_verdicts, summary, verdicts
 from benchmarks.rows import CLOCK, GRAPH, InputError, Row
-from benchmarks.suites import PLAIN, TENSOR_PASSES, Epilogue, Shape, tensor_bytes, tensor_label
+from benchmarks.suites import (
+    BNEXT,
+    COPY,
+    NO_CUDNN,
+    PLAIN,
+    PLANNED,
+    RESIDUAL_PASSES,
+    SIZE_CLASSES,
+    TENSOR_PASSES,
+    TORCH,
+    TORCH_COMPILE,
+    Epilogue,
+    size_class,
+    tensor_bytes,
+    tensor_label,
+)
+from benchmarks.tables import Sheet, frame, how_measured, markdown, mean_of, print_sheets, row_label, texts
+from benchmarks.touched import is_touched
 
-MB = 1_000_000
+# What tells one measurement from another, and one table of measurements from another.
+KEYS = ["suite", "op", "shape", "act", "residual", "dtype", "layout", "mode"]
+GROUP = ["dtype", "layout_shown", "mode", "fused"]
 
-# Providers that are not measured everywhere.
-NO_CUDNN = "torch-no-cudnn"
-TORCH_COMPILE = "torch-compile"
-PLANNED = "bnext-"  # bnext as planned for a lesser device; benchmarks/cuda/providers.py
-
-# On a CPU the C library maps every output above 32 MB afresh; below 1 MB a core's own cache holds the tensor.
-LARGE_CLASS = "> 32 MB"
-SIZE_CLASSES = ((LARGE_CLASS, 32 * MB), ("1-32 MB", MB), ("< 1 MB", 0))
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The providers' rows of one operation on one tensor."""
-
-    torch: Row
-    bnext: Row
-    copy: Row
-    others: Mapping[str, Row] = field(default_factory=dict)  # those not measured everywhere
-
-    @property
-    def op(self) -> str:
-        return self.bnext.op
-
-    @property
-    def shape(self) -> Shape:
-        return self.bnext.shape
-
-    @property
-    def label(self) -> str:
-        """The shape, and what follows the batch norm."""
-        return tensor_label(self.shape, self.bnext.epilogue)
-
-    @property
-    def group(self) -> "Group":
-        # An (N,C) tensor is contiguous, but neither its traversal nor its speed is that of an image.
-        layout = "(N,C)" if len(self.shape) == 2 else self.bnext.layout
-        return Group(self.bnext.dtype, layout, self.bnext.mode, self.bnext.epilogue != PLAIN)
-
-    @property
-    def size_class(self) -> str:
-        size = tensor_bytes(self.shape, self.bnext.dtype)
-        return next(name for name, above in SIZE_CLASSES if size > above)
-
-    @property
-    def speedup(self) -> float:
-        """torch's time / bnext's time."""
-        return self.torch.median_s / self.bnext.median_s
-
-    @property
-    def over_copy(self) -> float:
-        """bnext's time / the copy's time."""
-        return self.bnext.median_s / self.copy.median_s
-
-    def over(self, provider: str) -> float | None:
-        """Another provider's time / bnext's time, where it was measured."""
-        other = self.others.get(provider)
-        return other.median_s / self.bnext.median_s if other else None
+REQUIRED = (TORCH, BNEXT, COPY)
 
 
-class Group(NamedTuple):
-    """The rows of one table, the panels of one line of the plot."""
+def compare(rows: Sequence[Row]) -> pd.DataFrame:
+    """One line per measurement, in the order of the rows, images before (N,C), fused ones last.
 
-    dtype: str
-    layout: str
-    mode: str = CLOCK
-    fused: bool = False  # with an activation in the same call
-
-    @property
-    def how(self) -> str:
-        """The layout, the mode where there is more than one, and whether it is more than a batch norm."""
-        parts = (self.layout, "" if self.mode == CLOCK else self.mode, "fused" if self.fused else "")
-        return ", ".join(filter(None, parts))
-
-    def __str__(self) -> str:
-        return f"{self.dtype}, {self.how}"
-
-
-@dataclass(frozen=True)
-class Mean:
-    """The geometric means of the comparisons of a group, an operation and a size class."""
-
-    speedup: float
-    over_copy: float
-    worst_speedup: float
-    shapes: int
-    over_compile: float | None = None  # torch.compile's time / bnext's, over the shapes it was measured on
-
-
-class MeanKey(NamedTuple):
-    group: Group
-    size_class: str
-    op: str
-
-
-def compare(rows: Iterable[Row]) -> list[Comparison]:
-    """Put the providers of each measurement side by side, in the order of the rows.
-
-    Raises InputError where a provider is missing or measured twice: means over such a file would be wrong.
+    One column per provider has its seconds, NaN where it was not measured. ``speedup`` is torch's time / bnext's,
+    ``over_copy`` bnext's / the copy's. Raises InputError where one of ``REQUIRED`` is missing or a provider is there
+    twice: means over such a file would be wrong.
     """
-    measured: dict[tuple[object, ...], dict[str, Row]] = {}
-    for row in rows:
-        key = (row.suite, row.op, row.shape, row.epilogue, row.dtype, row.layout, row.mode)
-        providers = measured.setdefault(key, {})
-        if row.provider in providers:
-            raise InputError(f"{_label(row)} is there twice: one report shows one run")
-        providers[row.provider] = row
-    comparisons = []
-    for providers in measured.values():
-        missing = {"torch", "bnext", "copy"} - providers.keys()
-        if missing:
-            example = next(iter(providers.values()))
-            raise InputError(f"{_label(example)}: no measurement of {', '.join(sorted(missing))} beside it")
-        torch, bnext, copy = (providers.pop(name) for name in ("torch", "bnext", "copy"))
-        comparisons.append(Comparison(torch, bnext, copy, providers))
-    return comparisons
+    measured = frame(rows, KEYS)
+    measured["number"] = measured.groupby(KEYS, sort=False).ngroup()
+    seconds = measured.pivot(index="number", columns="provider", values="median_s")
+    seconds = seconds.reindex(columns=list(dict.fromkeys([*REQUIRED, TORCH_COMPILE, NO_CUDNN, *seconds.columns])))
+    incomplete = seconds[seconds[[*REQUIRED]].isna().any(axis=1)]
+    if not incomplete.empty:
+        missing = ", ".join(sorted(name for name in REQUIRED if pd.isna(incomplete[name].iloc[0])))
+        example = measured[measured["number"] == incomplete.index[0]].iloc[0]
+        raise InputError(f"{row_label(example)}: no measurement of {missing} beside it")
+
+    ours = measured[measured["provider"] == BNEXT].set_index("number")
+    table = described(ours[[*KEYS, "device", "plan", "gb_per_s"]].join(seconds).sort_index())
+    table = table.sort_values(["fused", "is_matrix"], kind="stable")
+    table["group"] = table.groupby(GROUP, sort=False).ngroup()
+    return table
 
 
-def _label(row: Row) -> str:
-    return f"{row.provider} {row.op} {tensor_label(row.shape, row.epilogue)} {row.dtype} {row.layout}"
+def described(table: pd.DataFrame) -> pd.DataFrame:
+    """With what follows from the columns of each line by itself."""
+    table = table.copy()
+    table["speedup"] = table[TORCH] / table[BNEXT]
+    table["over_copy"] = table[BNEXT] / table[COPY]
+    table["over_compile"] = table[TORCH_COMPILE] / table[BNEXT]
+    table["fused"] = table["act"] != PLAIN.act
+    table["label"] = [tensor_label(s, Epilogue(a, r)) for s, a, r in table[["shape", "act", "residual"]].to_numpy()]
+    table["bytes"] = [tensor_bytes(shape, dtype) for shape, dtype in zip(table["shape"], table["dtype"], strict=True)]
+    classes = [name for name, _ in SIZE_CLASSES]
+    table["size_class"] = pd.Categorical(map(size_class, table["bytes"]), classes, ordered=True)
+    table["op"] = pd.Categorical(table["op"], list(TENSOR_PASSES), ordered=True).remove_unused_categories()
+    # An (N,C) tensor is contiguous, but neither its traversal nor its speed is that of an image.
+    table["is_matrix"] = table["shape"].map(len) == 2
+    table["layout_shown"] = table["layout"].mask(table["is_matrix"], "(N,C)")
+    return table
+
+
+def group_label(line: pd.Series) -> str:
+    """Dtype and layout, the mode where there is more than one, and whether it is more than a batch norm."""
+    mode = "" if line["mode"] == CLOCK else line["mode"]
+    return ", ".join(filter(None, (line["dtype"], line["layout_shown"], mode, "fused" if line["fused"] else "")))
+
+
+def means(table: pd.DataFrame) -> pd.DataFrame:
+    """Geometric means of each group, size class and operation that occurs, in reading order."""
+    return table.groupby(["group", "size_class", "op"], observed=True).agg(
+        dtype=("dtype", "first"),
+        layout_shown=("layout_shown", "first"),
+        mode=("mode", "first"),
+        fused=("fused", "first"),
+        shapes=("speedup", "size"),
+        speedup=("speedup", mean_of),
+        worst=("speedup", "min"),
+        over_copy=("over_copy", mean_of),
+        over_compile=("over_compile", mean_of),
+    )
+
+
+def means_by_operation(table: pd.DataFrame) -> Sheet:
+    """One line per dtype, layout and size class, one column per operation."""
+    found = means(table)
+    compiled = np.where(found["fused"], texts(found["over_compile"], " / {:.2f}"), "")
+    found["cell"] = [
+        f"**{speedup:.2f}**{slash} ({over_copy:.2f})"
+        for speedup, slash, over_copy in zip(found["speedup"], compiled, found["over_copy"], strict=True)
+    ]
+    found = found.reset_index()
+    lines = found.pivot(index=["group", "dtype", "layout_shown", "size_class"], columns="op", values="cell")
+    lines = lines.astype(object).where(lines.notna(), "")
+    lines.columns = [operation_label(op) for op in lines.columns]
+    labels = lines.index.to_frame(index=False).drop(columns="group").astype(str)
+    labels.columns = ["dtype", "layout", "tensor"]
+    return Sheet(labels.join(lines.reset_index(drop=True)), labels=3)
+
+
+def operation_label(op: str) -> str:
+    return op.replace("_", " + ")
+
+
+def means_sheet(table: pd.DataFrame) -> Sheet:
+    """One line per mean, with the number of shapes and the worst of them."""
+    found = means(table).reset_index()
+    cells = {
+        "means": found.apply(group_label, axis=1),
+        "tensor": found["size_class"].astype(str),
+        "operation": found["op"].astype(str),
+        "shapes": texts(found["shapes"], "{}"),
+        "x torch": texts(found["speedup"], "{:.2f}"),
+        "x torch, worst": texts(found["worst"], "{:.2f}"),
+        "compile": texts(found["over_compile"], "{:.2f}"),
+        "x copy": texts(found["over_copy"], "{:.2f}"),
+    }
+    return Sheet(without_empty(pd.DataFrame(cells)), labels=3, title="geometric means")
+
+
+def without_empty(cells: pd.DataFrame) -> pd.DataFrame:
+    """Without columns of what was not measured at all."""
+    return cells.loc[:, (cells != "").any()]
+
+
+def measurements_sheet(table: pd.DataFrame) -> Sheet:
+    """One line per measurement of one group."""
+    others = {"no cuDNN": NO_CUDNN, "compile": TORCH_COMPILE}
+    others |= {name.removeprefix(PLANNED): name for name in table.columns if name.startswith(PLANNED)}
+    limits = verdicts(table)
+    limits["cell"] = [
+        f"{limit:g} {'pass' if passed else 'MISS'}" for limit, passed in limits[["limit", "passed"]].to_numpy()
+    ]
+    by_bar = limits.pivot(columns="bar", values="cell").reindex(index=table.index, columns=list(BARS))
+    cells = {
+        "suite": table["suite"],
+        "shape": table["label"],
+        "operation": table["op"].astype(str),
+        "MB": texts(table["bytes"] / 1e6, "{:.2f}"),
+        "us": list(map(four_digits, table[BNEXT] * 1e6)),
+        "GB/s": list(map(four_digits, table["gb_per_s"])),
+        "x torch": texts(table["speedup"], "{:.2f}"),
+        **{head: texts(table[name] / table[BNEXT], "{:.2f}") for head, name in others.items()},
+        "x copy": texts(table["over_copy"], "{:.2f}"),
+        **{f"{bar} bar": texts(by_bar[bar], "{}") for bar in BARS},
+        "plan": table["plan"],
+    }
+    return Sheet(without_empty(pd.DataFrame(cells)), labels=3, title=group_label(table.iloc[0]))
+
+
+def four_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def held_sheet(rows: Sequence[Row]) -> Sheet:
+    """What a forward's graph holds beyond the arguments, in sizes of the input: one line per dtype and activation.
+
+    In brackets what of it is the result. A tensor that was timed in two modes counts twice.
+    """
+    held = pd.DataFrame([vars(row) for row in rows if row.held_bytes is not None])
+    if held.empty:
+        return Sheet(held, labels=0)
+    held["after batch norm"] = [str(Epilogue(a, r)) for a, r in held[["act", "residual"]].to_numpy()]
+    held["size"] = [tensor_bytes(shape, dtype) for shape, dtype in zip(held["shape"], held["dtype"], strict=True)]
+    keys = ["dtype", "after batch norm", "provider"]
+    sums = held.groupby(keys, sort=False)[["size", "held_result_bytes", "held_bytes"]].sum()
+    result = sums["held_result_bytes"] / sums["size"]
+    total = (sums["held_result_bytes"] + sums["held_bytes"]) / sums["size"]
+    cells = pd.Series([f"{a:.3f} ({b:.3f})" for a, b in zip(total, result, strict=True)], sums.index)
+    lines = cells.unstack("provider", sort=False).fillna("").reset_index()
+    return Sheet(lines.rename_axis(columns=None), labels=2, title="held by the graph after forward")
+
+
+HELD_LEGEND = (
+    "Memory that the graph holds from forward to backward, beyond the arguments, in sizes of the input; in "
+    "brackets what of it is the result, which the next layer holds as well."
+)
 
 
 def device_times(rows: Sequence[Row]) -> list[Row]:
@@ -136,92 +197,70 @@ def device_times(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.mode == GRAPH] or list(rows)
 
 
-def groups(comparisons: Iterable[Comparison]) -> list[Group]:
-    """The groups that occur, in the order of the rows, images before (N,C), fused ones last."""
-    occurring = dict.fromkeys(comparison.group for comparison in comparisons)
-    return sorted(occurring, key=lambda group: (group.fused, group.layout == "(N,C)"))
-
-
-def operations(comparisons: Iterable[Comparison]) -> list[str]:
-    """The operations that occur, in the order of TENSOR_PASSES."""
-    occurring = {comparison.op for comparison in comparisons}
-    return [operation for operation in TENSOR_PASSES if operation in occurring]
-
-
-def geometric_means(comparisons: Sequence[Comparison]) -> dict[MeanKey, Mean]:
-    """The means of every group, size class and operation that occurs, in reading order."""
-    members: dict[MeanKey, list[Comparison]] = {}
-    for group in groups(comparisons):
-        for size_class, _ in SIZE_CLASSES:
-            for op in operations(comparisons):
-                chosen = [c for c in comparisons if (c.group, c.size_class, c.op) == (group, size_class, op)]
-                if chosen:
-                    members[MeanKey(group, size_class, op)] = chosen
-    return {key: _mean(chosen) for key, chosen in members.items()}
-
-
-def _mean(comparisons: Sequence[Comparison]) -> Mean:
-    compiled = [over for c in comparisons if (over := c.over(TORCH_COMPILE)) is not None]
-    return Mean(
-        speedup=geometric_mean(c.speedup for c in comparisons),
-        over_copy=geometric_mean(c.over_copy for c in comparisons),
-        worst_speedup=min(c.speedup for c in comparisons),
-        shapes=len(comparisons),
-        over_compile=geometric_mean(compiled) if compiled else None,
-    )
-
-
-class HeldKey(NamedTuple):
-    """A line of the table of memory."""
-
-    dtype: str
-    epilogue: Epilogue
-
-
-class HeldShare(NamedTuple):
-    """What a forward's graph holds beyond the arguments, in sizes of the input, over all shapes."""
-
-    beyond_arguments: float
-    of_it_result: float  # which the next layer holds as well
-
-
-def held_shares(rows: Iterable[Row]) -> dict[HeldKey, dict[str, HeldShare]]:
-    """By dtype and what follows the batch norm, by provider; a tensor that was timed in two modes counts twice."""
-    chosen: dict[HeldKey, dict[str, list[Row]]] = {}
+def print_report(rows: Sequence[Row]) -> None:
+    """Every measurement, one table per group; then the geometric means and the memory; then the bars, and how."""
+    table = compare(rows)
+    print_sheets(measurements_sheet(members) for _, members in table.groupby("group"))
+    held = held_sheet(rows)
+    print_sheets([means_sheet(table), *([held] if held.labels else [])])
+    print("x torch: torch's time / bnext's. x copy: bnext's time / that of a copy of the same bytes.")
+    if (table["device"] == "cuda").any():
+        print("no cuDNN, compile, and bnext planned as said: the time of torch without cuDNN, ... / bnext's.")
+        print("bars: bnext's time is at most so many times the copy's, that of torch with or without cuDNN.")
+    elif has_bars(table).any():
+        print("compile: the time of torch.compile / bnext's. bars: bnext is at least so many times faster.")
+    found = verdicts(table)
+    print("\n".join([*([f"{summary(found)}."] if len(found) else []), *mean_verdicts(table)]))
     for row in rows:
-        if row.held_bytes is not None:
-            chosen.setdefault(HeldKey(row.dtype, row.epilogue), {}).setdefault(row.provider, []).append(row)
-    return {
-        key: {provider: _held_share(members) for provider, members in providers.items()}
-        for key, providers in chosen.items()
-    }
+        if row.note:
+            what = f"{row.suite} {tensor_label(row.shape, row.epilogue)} {row.dtype} {row.layout} {row.op} {row.mode}"
+            print(f"{what}: {row.provider} {row.note}")
+    print(how_measured(rows))
 
 
-def _held_share(rows: Sequence[Row]) -> HeldShare:
-    size = sum(tensor_bytes(row.shape, row.dtype) for row in rows)
-    result = sum(row.held_result_bytes or 0 for row in rows)
-    return HeldShare((result + sum(row.held_bytes or 0 for row in rows)) / size, result / size)
+def block(rows: Sequence[Row]) -> str:
+    """The means, the memory and the bars as Markdown, of rows that are all plain batch norms or all fused."""
+    rows = device_times(rows)
+    table = compare(rows)
+    held = held_sheet(rows)
+    parts = [markdown(means_by_operation(table)), legend(table)]
+    if held.labels:
+        parts += [markdown(held), HELD_LEGEND]
+    found = verdicts(table)
+    if len(found):
+        how = {GRAPH: "Replays of CUDA graphs. "}.get(rows[0].mode, "Calls from Python. ")
+        endings = "".join(f" {line}." for line in mean_verdicts(table))
+        prefix = how if rows[0].device == "cuda" else ""
+        parts.append(f"{prefix}{bars_text(rows[0].device, bool(rows[0].act))} {summary(found)}.{endings}")
+    parts.append(f"Measured by `{command(rows)}` on {how_measured(rows)}.")
+    return "\n\n".join(parts)
 
 
-def how_measured(rows: Sequence[Row]) -> str:
-    """One line: the machine, the versions, the commit, and how it was measured."""
-    row = rows[0]
-    fewest, most = min(r.rounds for r in rows), max(r.rounds for r in rows)
-    rounds = str(fewest) if fewest == most else f"{fewest} to {most}"
-    environment = ", ".join(f"{name}={value}" for name, value in sorted(row.environment.items()))
-    if row.device == "cuda":
-        machine = f"{row.isa}, driver {row.driver_version or 'unknown'}"
-        runs_on = f"CUDA {row.cuda_version}, cuDNN {row.cudnn_version or 'none'}"
-        how = "outputs kept for a turn of the buffers, L2 cold"
-        allocator = "allocator as it comes"
-    else:
-        machine = row.isa
-        runs_on = f"{row.threads} thread{'s' if row.threads > 1 else ''}"
-        how = "outputs allocated at each call"
-        allocator = "memory allocator as it comes, THP_MEM_ALLOC_ENABLE unset"
+def legend(table: pd.DataFrame) -> str:
+    on_gpu, fused = table["device"].iloc[0] == "cuda", table["fused"].iloc[0]
+    passes = ", ".join(f"{operation_label(op)} {passes_text(op, fused)}" for op in table["op"].cat.categories)
+    copy = "a device copy" if on_gpu else "torch's copy (or addition)"
+    touched = "" if on_gpu else " into memory already touched"
+    compiled = fused and table["over_compile"].notna().any()
+    slash = " After the slash, where it was measured: torch.compile's time / bnext's." if compiled else ""
+    mask = ", and there a bit an element in forward and backward" if fused else ""
     return (
-        f"{row.device_name} ({machine}), {runs_on}, "
-        f"torch {row.torch_version}, bnext {row.bnext_version}, Python {row.python_version}, "
-        f"commit {row.commit}, {row.date[:10]}; median of {rounds} rounds, the providers in turn in one "
-        f"process, {how}; {environment or allocator}"
+        f"Bold: torch's time / bnext's time, geometric mean over the shapes.{slash} In brackets: bnext's time / the "
+        f"time of {copy} of the same bytes{touched}; passes over the tensor: {passes}{mask}."
     )
+
+
+def passes_text(op: str, fused: bool) -> str:
+    passes = TENSOR_PASSES[op]
+    return f"{passes} ({passes + RESIDUAL_PASSES[op]} with a residual)" if fused else f"{passes}"
+
+
+def command(rows: Sequence[Row]) -> str:
+    """What measures such rows."""
+    row = rows[0]
+    parts = ["python -m benchmarks"]
+    parts += ["--device cuda"] if row.device == "cuda" else []
+    parts += ["--touched"] if is_touched(row.environment) else []
+    named = row.model or row.epilogue != PLAIN
+    parts += [f"--suite {','.join(dict.fromkeys(row.suite for row in rows))}"] if named else []
+    return " ".join(parts)

@@ -39,12 +39,9 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """(N, 3, H, W) -> (N, num_classes), H and W from 32 up.
+    """(N, 3, H, W) -> (N, num_classes), H and W from 32 up. A bottleneck begins as its shortcut."""
 
-    ``zero_init``: a bottleneck's last weight begins at zero, so that the block begins as its shortcut.
-    """
-
-    def __init__(self, num_classes: int = 1000, zero_init: bool = True) -> None:
+    def __init__(self, num_classes: int = 1000) -> None:
         super().__init__()
         self.conv1, self.bn1 = conv(3, 64, 7, 2), nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
@@ -58,13 +55,13 @@ class ResNet50(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(inputs, num_classes)
-        self._initialise(zero_init)
+        self._initialise()
 
-    def _initialise(self, zero_init: bool) -> None:
+    def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, Bottleneck) and zero_init:
+            elif isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)
 
     def forward(self, input: Tensor) -> Tensor:

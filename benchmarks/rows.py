@@ -1,4 +1,4 @@
-"""The results: one flat row a measurement, kept as JSON with a row a line."""
+"""The results: one flat row per measurement, kept as JSON with one row per line."""
 
 import json
 import os
@@ -106,14 +106,18 @@ def save_rows(path: Path, rows: Iterable[Row]) -> None:
     write_atomically(path, f"[\n{lines}\n]\n".encode())
 
 
-def load_rows(path: Path) -> list[Row]:
-    """The rows of a file; raises InputError where it is not one of ours."""
+def read_json(path: Path) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from None
+
+
+def load_rows(path: Path) -> list[Row]:
+    """The rows of a file; raises InputError where it is not one of ours."""
+    content = read_json(path)
     if not isinstance(content, list) or not content:
         raise InputError(f"{path} holds no benchmark rows: expected a JSON array of objects")
     return [_row(path, number, fields) for number, fields in enumerate(content)]

@@ -7,8 +7,19 @@ from typing import NamedTuple
 
 Shape = tuple[int, ...]
 
+# Providers: what is compared on every case, and what is not measured everywhere.
+TORCH, BNEXT, COPY = "torch", "bnext", "copy"
+NO_CUDNN = "torch-no-cudnn"
+TORCH_COMPILE = "torch-compile"
+PLANNED = "bnext-"  # bnext as planned for a lesser device; benchmarks/cuda/providers.py
+
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 LAYOUTS = ("contiguous", "channels_last")
+
+# On a CPU the C library maps every output above 32 MB afresh; below 1 MB a core's own cache holds the tensor.
+MB = 1_000_000
+LARGE_CLASS = "> 32 MB"
+SIZE_CLASSES = ((LARGE_CLASS, 32 * MB), ("1-32 MB", MB), ("< 1 MB", 0))
 
 # How often an operation has to pass over a tensor of the input's size when each is read or written once.
 TENSOR_PASSES = {
@@ -205,6 +216,10 @@ def tensor_bytes(shape: Shape, dtype: str) -> int:
     return prod(shape) * ITEM_BYTES[dtype]
 
 
+def size_class(size: int) -> str:
+    return next(name for name, above in SIZE_CLASSES if size > above)
+
+
 def tensor_passes(operation: str, epilogue: Epilogue) -> int:
     return TENSOR_PASSES[operation] + (RESIDUAL_PASSES[operation] if epilogue.residual else 0)
 
@@ -232,10 +247,6 @@ def check_work(case: Case, with_compile: bool = True) -> int:
     """The same for making the tensors of a case, compiling, and comparing the results."""
     compiling = COMPILE_WORK_BYTES if with_compile and case.compiled else 0
     return CHECK_PASSES * tensor_bytes(case.shape, case.dtype) + compiling
-
-
-def case_work(case: Case, with_compile: bool = True) -> int:
-    return check_work(case, with_compile) + sum(estimated_work(operation, case) for operation in case.operations)
 
 
 def select_cases(

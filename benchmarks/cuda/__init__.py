@@ -2,6 +2,6 @@
 
 device.py says whether there is one and which; runtime.py is all that is asked of torch.cuda while measuring, so that
 the rest runs, and is tested, without a GPU. rotation.py keeps the L2 cache cold, providers.py lists what is compared,
-operations.py puts the two together, check.py compares with float64, stopwatch.py times by events and graphs, and
-measure.py runs them.
+operations.py puts the two together, stopwatch.py times by events and graphs, and measure.py is the device that
+benchmarks/measure.py runs on.
 """

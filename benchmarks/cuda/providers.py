@@ -8,8 +8,7 @@ import torch
 
 from benchmarks import providers
 from benchmarks.providers import Provider, eager
-from benchmarks.report import NO_CUDNN, PLANNED, TORCH_COMPILE
-from benchmarks.suites import Case
+from benchmarks.suites import NO_CUDNN, PLANNED, TORCH_COMPILE, Case
 from bnext import _C
 
 # As for a lesser device: what large clusters, clusters at all, and one block with all of an SM's memory bring.

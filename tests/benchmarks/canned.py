@@ -8,36 +8,48 @@ from typing import Any
 
 from benchmarks.rows import Row
 
+ROW: dict[str, Any] = {
+    "suite": "resnet50",
+    "op": "forward",
+    "shape": (32, 64, 112, 112),
+    "dtype": "float32",
+    "layout": "contiguous",
+    "rounds": 9,
+    "bytes": 1_000_000,
+    "device": "cpu",
+    "device_name": "Imagined CPU",
+    "isa": "avx2",
+    "threads": 2,
+    "torch_version": "2.13.0",
+    "bnext_version": "0.1.0",
+    "python_version": "3.11.7",
+    "commit": "0123456789ab",
+    "date": "2025-01-02T03:04:05+00:00",
+    "environment": {},
+}
+GPU: dict[str, Any] = {
+    "suite": "resnet50-256",
+    "shape": (256, 256, 56, 56),
+    "dtype": "bfloat16",
+    "device": "cuda",
+    "device_name": "Imagined GPU",
+    "isa": "sm_90",
+    "mode": "graph",
+    "buffer_sets": 2,
+    "driver_version": "580.65",
+    "cuda_version": "13.0",
+    "cudnn_version": "91300",
+}
+
 
 def row(provider: str, median_s: float, **changes: Any) -> Row:
-    fields: dict[str, Any] = {
-        "suite": "resnet50",
-        "op": "forward",
-        "shape": (32, 64, 112, 112),
-        "dtype": "float32",
-        "layout": "contiguous",
-        "p20_s": 0.9 * median_s,
-        "p80_s": 1.1 * median_s,
-        "rounds": 9,
-        "bytes": 1_000_000,
-        "gb_per_s": 1e-3 / median_s,
-        "device": "cpu",
-        "device_name": "Imagined CPU",
-        "isa": "avx2",
-        "threads": 2,
-        "torch_version": "2.13.0",
-        "bnext_version": "0.1.0",
-        "python_version": "3.11.7",
-        "commit": "0123456789ab",
-        "date": "2025-01-02T03:04:05+00:00",
-        "environment": {},
-    }
-    return Row(**{**fields, **changes}, provider=provider, median_s=median_s)
+    times = {"median_s": median_s, "p20_s": 0.9 * median_s, "p80_s": 1.1 * median_s, "gb_per_s": 1e-3 / median_s}
+    return Row(**{**ROW, **times, **changes}, provider=provider)
 
 
-def rows_of(torch_s: float, bnext_s: float, copy_s: float, **changes: Any) -> list[Row]:
-    """One measurement: a row a provider."""
-    seconds = {"torch": torch_s, "bnext": bnext_s, "copy": copy_s}
+def rows_of(torch_s: float, bnext_s: float, copy_s: float, others: Any = None, **changes: Any) -> list[Row]:
+    """One measurement: one row per provider."""
+    seconds = {"torch": torch_s, "bnext": bnext_s, "copy": copy_s, **(others or {})}
     return [row(provider, median_s, **changes) for provider, median_s in seconds.items()]
 
 
@@ -53,23 +65,7 @@ def imagined_run() -> list[Row]:
 
 
 def on_gpu(torch_s: float, bnext_s: float, copy_s: float, others: dict[str, float], **changes: Any) -> list[Row]:
-    """One measurement on a GPU: a row a provider."""
-    gpu = {
-        "suite": "resnet50-256",
-        "shape": (256, 256, 56, 56),
-        "dtype": "bfloat16",
-        "device": "cuda",
-        "device_name": "Imagined GPU",
-        "isa": "sm_90",
-        "mode": "graph",
-        "buffer_sets": 2,
-        "driver_version": "580.65",
-        "cuda_version": "13.0",
-        "cudnn_version": "91300",
-    }
-    changes = {**gpu, **changes}
-    rows = rows_of(torch_s, bnext_s, copy_s, **changes)
-    return [*rows, *(row(provider, median_s, **changes) for provider, median_s in others.items())]
+    return rows_of(torch_s, bnext_s, copy_s, others, **{**GPU, **changes})
 
 
 def imagined_gpu_run() -> list[Row]:
@@ -91,28 +87,26 @@ def imagined_fused_run() -> list[Row]:
 
     def measured(torch_s: float, bnext_s: float, compile_s: float | None, **changes: Any) -> list[Row]:
         fields = {"suite": "fused", "act": "relu", "residual": True, "shape": (32, 256, 56, 56), **changes}
-        rows = rows_of(torch_s, bnext_s, 0.5, **fields)
-        return rows if compile_s is None else [*rows, row("torch-compile", compile_s, **fields)]
+        return rows_of(torch_s, bnext_s, 0.5, {"torch-compile": compile_s} if compile_s else {}, **fields)
 
-    def holding(rows: list[Row]) -> list[Row]:
+    def holding(row: Row) -> Row:
         """The result itself; a bit an element; a byte an element."""
-        numel = prod(rows[0].shape)
+        numel = prod(row.shape)
         held = {"torch": (4 * numel, 0), "bnext": (0, numel // 8), "torch-compile": (0, numel)}
-        fields = {name: {"held_result_bytes": of, "held_bytes": more} for name, (of, more) in held.items()}
-        return [
-            replace(row, held_arguments_bytes=4 * numel, **fields[row.provider]) if row.provider in held else row
-            for row in rows
-        ]
+        if row.provider not in held:
+            return row
+        result, more = held[row.provider]
+        return replace(row, held_arguments_bytes=4 * numel, held_result_bytes=result, held_bytes=more)
 
     both: dict[str, Any] = {"op": "forward_backward"}
-    without: dict[str, Any] = {"residual": False, "shape": (32, 64, 112, 112)}
-    small: dict[str, Any] = {"residual": False, "shape": (8, 64, 14, 14)}
+    without: dict[str, Any] = {**both, "residual": False, "shape": (32, 64, 112, 112)}
+    small: dict[str, Any] = {**both, "residual": False, "shape": (8, 64, 14, 14)}
     return [
-        *holding(measured(2.0, 1.0, 4.0)),
+        *map(holding, measured(2.0, 1.0, 4.0)),
         *measured(3.0, 1.0, 8.0, **both),
-        *measured(2.9, 1.0, 7.9, **both, **without),
-        *measured(1.0, 1.25, None, **both, **small),
-        *measured(1.0, 1.0, None, **both, **{**small, "act": "silu"}),
+        *measured(2.9, 1.0, 7.9, **without),
+        *measured(1.0, 1.25, None, **small),
+        *measured(1.0, 1.0, None, **{**small, "act": "silu"}),
     ]
 
 
@@ -124,54 +118,53 @@ def imagined_fused_gpu_run(torch_s: float = 2.0, compile_s: float = 1.3) -> list
     rows = []
     for residual, shape in shapes.items():
         rows += on_gpu(torch_s, 1.0, 0.5, providers, **listed, residual=residual, shape=shape)
-    for other in (
-        {"act": "silu"},
-        {"layout": "contiguous"},
-        {"dtype": "float32"},
-        {"op": "forward"},
-        {"mode": "eager"},
-    ):
+    others = ({"act": "silu"}, {"layout": "contiguous"}, {"dtype": "float32"}, {"op": "forward"}, {"mode": "eager"})
+    for other in others:
         fields = {**listed, "shape": (256, 128, 28, 28), **other}
         rows += on_gpu(0.5, 1.0, 0.5, {"torch-no-cudnn": 9.0}, **fields)
     return [*rows, *on_gpu(0.5, 1.0, 0.5, {}, **{**listed, "shape": (8, 64, 14, 14)})]
 
 
+MODEL: dict[str, Any] = {"bytes": 0, "gb_per_s": 0.0}
+
+
 def trained(torch_s: float, seconds: dict[str, float], **changes: Any) -> list[Row]:
-    """A model in training: a row a provider."""
-    fields: dict[str, Any] = {
-        "suite": "training",
-        "model": "resnet50",
-        "op": "step",
-        "shape": (8, 3, 64, 64),
-        "bytes": 0,
-        "gb_per_s": 0.0,
-        "peak_bytes": 500_000_000,
-        "losses": (7.0, 6.0, 5.0, 6.5),
-    }
-    return [row(name, median_s, **{**fields, **changes}) for name, median_s in {"torch": torch_s, **seconds}.items()]
+    """A model in training: one row per provider."""
+    fields = {"suite": "training", "model": "resnet50", "op": "step", "shape": (8, 3, 64, 64), **MODEL}
+    fields |= {"peak_bytes": 500_000_000, "losses": (7.0, 6.0, 5.0, 6.5), **changes}
+    return [row(name, median_s, **fields) for name, median_s in {"torch": torch_s, **seconds}.items()]
 
 
 def imagined_training(**changes: Any) -> list[Row]:
     """Twice as fast as torch eager, three times compiled."""
-    compiled = {"torch-compile": 0.3, "bnext-compile": 0.1}
-    rows = trained(0.4, {"bnext": 0.2, **compiled}, **changes)
+    rows = trained(0.4, {"bnext": 0.2, "torch-compile": 0.3, "bnext-compile": 0.1}, **changes)
     return [replace(row, losses=(7.0, 6.0, 5.0, 6.501)) if row.provider == "bnext" else row for row in rows]
 
 
 def imagined_calls(**changes: Any) -> list[Row]:
     """A model that is faster in training and slower in evaluation, and one in training only."""
-    fields: dict[str, Any] = {
-        "suite": "compiled",
-        "model": "bottleneck",
-        "shape": (8, 256, 28, 28),
-        "bytes": 0,
-        "gb_per_s": 0.0,
-    }
-    times = {"forward_backward": (0.4, 0.1), "eval": (0.1, 0.2)}
+    fields = {"suite": "compiled", "shape": (8, 256, 28, 28), **MODEL, **changes}
+    calls = (
+        ("bottleneck", "forward_backward", 0.4, 0.1),
+        ("bottleneck", "eval", 0.1, 0.2),
+        ("bn", "forward_backward", 0.4, 0.1),
+    )
     rows = []
-    for model in ("bottleneck", "bn"):
-        for op, seconds in times.items():
-            for provider, median_s in zip(("torch-compile", "bnext-compile"), seconds, strict=True):
-                if (model, op) != ("bn", "eval"):
-                    rows.append(row(provider, median_s, **{**fields, "op": op, "model": model, **changes}))
+    for model, op, torch_s, bnext_s in calls:
+        for provider, median_s in (("torch-compile", torch_s), ("bnext-compile", bnext_s)):
+            rows.append(row(provider, median_s, **fields, model=model, op=op))
     return rows
+
+
+def costed(model: str, torch_s: float, bnext_s: float, fused_s: float, without_s: float, **changes: Any) -> list[Row]:
+    seconds = {"bnext": bnext_s, "bnext-fused": fused_s, "without": without_s}
+    rows = trained(torch_s, seconds, **{"suite": "models", "model": model, "peak_bytes": None, **changes})
+    return [replace(row, losses=()) if row.provider == "without" else row for row in rows]
+
+
+def imagined_costs(**changes: Any) -> list[Row]:
+    """Half of the cost gone, and fused all of it; a quarter, and fused less than nothing; no cost at all."""
+    resnet = costed("resnet20", 0.4, 0.35, 0.3, 0.3, **changes)
+    compiled = [replace(row, provider=f"{row.provider}-compile", median_s=row.median_s / 2) for row in resnet[:2]]
+    unet = costed("unet", 0.4, 0.375, 0.44, 0.3, **changes)
+    return [*resnet, *compiled, *unet, *costed("unet", 0.4, 0.5, 0.4, 0.41, layout="channels_last", **changes)]

@@ -15,9 +15,6 @@ from benchmarks.rows import Provenance
 
 
 class HostEvent:
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
     def record(self) -> None:
         self.seconds = time.perf_counter()
 
@@ -26,13 +23,6 @@ class HostEvent:
 
     def elapsed_time(self, end_event: HostEvent) -> float:
         return 1e3 * (end_event.seconds - self.seconds)
-
-
-def tensors_in(results: Any) -> list[torch.Tensor]:
-    """All tensors of nested lists and tuples, in order."""
-    if isinstance(results, torch.Tensor):
-        return [results]
-    return [tensor for part in results or () for tensor in tensors_in(part)]
 
 
 class HostRuntime:
@@ -57,7 +47,7 @@ class HostRuntime:
     def last_plan(self) -> str:
         return "cluster of 8, read once"
 
-    def event(self) -> HostEvent:
+    def event(self) -> Any:
         return HostEvent()
 
     def synchronize(self) -> None:
@@ -75,7 +65,10 @@ class HostRuntime:
         results = run()
 
         def replay() -> None:
-            for old, new in zip(tensors_in(results), tensors_in(run()), strict=True):
-                old.detach().copy_(new.detach())
+            for old, new in zip(
+                torch.utils._pytree.tree_leaves(results), torch.utils._pytree.tree_leaves(run()), strict=True
+            ):
+                if isinstance(old, torch.Tensor):
+                    old.detach().copy_(new.detach())
 
         return replay, results

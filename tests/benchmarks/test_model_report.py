@@ -1,64 +1,62 @@
-"""Whole models in rows, bars, tables and README, from imagined runs."""
+"""Whole models in bars, costs, tables and picture, from imagined runs."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from canned import imagined_calls, imagined_run, imagined_training, trained
+from canned import imagined_calls, imagined_costs, imagined_training, trained
 
 from benchmarks.__main__ import main
-from benchmarks.model_report import bar_summary, compare_models, curves_line
-from benchmarks.readme import BEGIN, END, MARKERS, markdown, rewritten
-from benchmarks.rows import InputError, load_rows, save_rows
-from benchmarks.touched import VARIABLES
-
-
-def test_rows_survive_the_file_and_old_rows_are_of_no_model(tmp_path: Path) -> None:
-    path = tmp_path / "run.json"
-    rows = [*imagined_training(), *imagined_calls()]
-    save_rows(path, rows)
-    assert load_rows(path) == rows
-    fields = json.loads(path.read_text())
-    for name in ("model", "peak_bytes", "losses"):
-        del fields[0][name]
-    path.write_text(json.dumps(fields))
-    old = load_rows(path)[0]
-    assert (old.model, old.peak_bytes, old.losses) == ("", None, ())
+from benchmarks.model_report import block, compare, compare_costs, compiled_bar, cost_gone, curves_line, fused_bar
+from benchmarks.pictures import draw_models
+from benchmarks.rows import InputError, save_rows
 
 
 def test_eager_is_compared_with_eager_and_compiled_with_compiled() -> None:
-    speedups = {c.row.provider: c.speedup for c in compare_models(imagined_training())}
-    assert speedups == pytest.approx({"torch": 1.0, "bnext": 2.0, "torch-compile": 1.0, "bnext-compile": 3.0})
-
-
-def test_what_torch_was_not_measured_beside_is_left_out() -> None:
-    rows = [row for row in imagined_training() if row.provider != "torch-compile"]
-    assert {c.row.provider for c in compare_models(rows)} == {"torch", "bnext"}
+    found = compare(imagined_training()).set_index("provider")["speedup"]
+    assert dict(found) == pytest.approx({"torch": 1.0, "bnext": 2.0, "torch-compile": 1.0, "bnext-compile": 3.0})
+    alone = [row for row in imagined_training() if row.provider != "torch-compile"]
+    assert set(compare(alone)["provider"]) == {"torch", "bnext"}, "what torch was not measured beside is left out"
 
 
 def test_two_runs_in_one_report_are_an_error() -> None:
     with pytest.raises(InputError, match="bnext step resnet50 8x3x64x64 float32 contiguous is there twice"):
-        compare_models([*imagined_training(), *trained(1.0, {"bnext": 1.0})[1:]])
+        compare([*imagined_training(), *trained(1.0, {"bnext": 1.0})[1:]])
 
 
-def test_a_compiled_model_has_a_bar_and_training_none() -> None:
-    text = bar_summary(compare_models([*imagined_training(), *imagined_calls()]))
-    assert text.endswith("2 of 3 pass; geometric mean 2.00.")
-    assert bar_summary(compare_models(imagined_training())) == ""
-    assert [c.passed for c in compare_models(imagined_calls()) if c.has_bar] == [True, False, True]
+def test_the_cost_that_is_gone() -> None:
+    costs = compare_costs(compare([*trained(0.4, {"bnext": 0.2}), *imagined_costs()]))
+    assert costs["model"].tolist() == ["resnet20", "unet", "unet"], "what has no cost, or is compiled, is told apart"
+    gone = [[cost_gone(costs.loc[[line]], name) for line in costs.index] for name in ("bnext", "bnext-fused")]
+    assert gone[0] == pytest.approx([0.5, 0.25, float("nan")], nan_ok=True)
+    assert gone[1] == pytest.approx([1, -0.4, float("nan")], nan_ok=True)
+    # Of several models the sum; what was not measured is left out.
+    assert cost_gone(costs[:2], "bnext") == pytest.approx((0.125 + 0.0625) / (0.25 + 0.25))
+    costs.loc[1, "bnext"] = float("nan")
+    assert cost_gone(costs[:2], "bnext") == pytest.approx(0.5)
+
+
+def test_a_compiled_model_has_a_bar_and_a_small_one_has_to_be_as_fast_fused() -> None:
+    calls = compare([*imagined_training(), *imagined_calls()])
+    assert compiled_bar(calls[~calls["is_torch"]]).endswith("2 of 3 pass; geometric mean 2.00.")
+    assert compiled_bar(compare(imagined_training())) == fused_bar(compare(imagined_costs())) == ""
+    rows = [
+        *trained(0.4, {"bnext": 0.3, "bnext-fused": 0.2}, suite="small-models"),
+        *trained(0.4, {"bnext": 0.3, "bnext-fused": 0.31}, suite="small-models", layout="channels_last"),
+    ]
+    assert fused_bar(compare(rows)).endswith("1.500, 0.968. 1 of 2 pass.")
+    assert fused_bar(compare(rows)) in block(rows)
 
 
 def test_the_curves_are_summed_up() -> None:
-    line = curves_line(compare_models(imagined_training()))
-    assert line == (
+    assert curves_line(compare(imagined_training())) == (
         "Losses of 3 steps from 7.0000 to 5.0000, then 6.5000 in evaluation; the providers' differ by 0.001 at most."
     )
-    assert curves_line(compare_models(imagined_calls())) == ""
+    assert curves_line(compare(imagined_calls())) == ""
 
 
-def test_report_prints_tables_and_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_prints_tables_and_draws_costs_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.json"
     save_rows(path, [*imagined_training(), *imagined_calls()])
     assert main(["report", str(path)]) == 0
@@ -67,61 +65,77 @@ def test_report_prints_tables_and_no_picture(tmp_path: Path, capsys: pytest.Capt
         assert part in printed, part
     assert "…" not in printed, "a number was cut"
     assert [found.name for found in tmp_path.iterdir()] == ["run.json"]
+    save_rows(path, imagined_costs())
+    assert main(["report", str(path)]) == 0
+    assert "-40%" in capsys.readouterr().out
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_markdown_of_training() -> None:
-    text = markdown(imagined_training())
+def test_picture_has_two_bars_a_model_and_a_mark_without_batch_norm() -> None:
+    figure = draw_models(imagined_costs(dtype="bfloat16"))
+    assert figure
+    (panel,) = figure.axes
+    assert panel.get_title() == "bfloat16"
+    # unet over both layouts: sqrt(0.4 / 0.375 * 0.4 / 0.5).
+    unet = [(0.4 / 0.375 * 0.8) ** 0.5, (0.4 / 0.44) ** 0.5]
+    assert [1 + bar.get_width() for bar in panel.patches] == pytest.approx([0.4 / 0.35, 0.4 / 0.3, *unet])
+    marks = [
+        line.get_xdata()[0] for line in panel.lines if len(set(line.get_ydata())) == 2 and line.get_xdata()[0] != 1
+    ]
+    assert marks == pytest.approx([4 / 3, (4 / 3 * 0.4 / 0.41) ** 0.5])
+    assert draw_models(imagined_training()) is None
+
+
+def test_block_of_training() -> None:
+    text = block(imagined_training())
     lines = text.splitlines()
-    assert lines[0].startswith("| model | input | dtype | layout | layers | ms a step |")
+    assert lines[0] == (
+        "| model | input | dtype | layout | layers | ms a step | 20-80 % | images/s | x torch | peak MB | last loss |"
+    )
+    case = "| resnet50 | 8x3x64x64 | float32 | contiguous |"
     assert lines[2:6] == [
-        "| resnet50 | 8x3x64x64 | float32 | contiguous | torch | 400.0 | 360.0-440.0 | 20.0 | 1.00 | 500 | 5.0000 |",
-        "| resnet50 | 8x3x64x64 | float32 | contiguous | bnext | 200.0 | 180.0-220.0 | 40.0 | 2.00 | 500 | 5.0000 |",
-        "| resnet50 | 8x3x64x64 | float32 | contiguous | torch-compile | 300.0 | 270.0-330.0 | 26.7 | 1.00 | 500 | "
-        "5.0000 |",
-        "| resnet50 | 8x3x64x64 | float32 | contiguous | bnext-compile | 100.0 | 90.0-110.0 | 80.0 | 3.00 | 500 | "
-        "5.0000 |",
+        f"{case} torch | 400.0 | 360.0-440.0 | 20.0 | 1.00 | 500 | 5.0000 |",
+        f"{case} bnext | 200.0 | 180.0-220.0 | 40.0 | 2.00 | 500 | 5.0000 |",
+        f"{case} torch-compile | 300.0 | 270.0-330.0 | 26.7 | 1.00 | 500 | 5.0000 |",
+        f"{case} bnext-compile | 100.0 | 90.0-110.0 | 80.0 | 3.00 | 500 | 5.0000 |",
     ]
     assert "resident memory" in text
     assert "`python -m benchmarks --suite training` on Imagined CPU" in text
-    gpu = markdown(imagined_training(device="cuda"))
+    gpu = block(imagined_training(device="cuda"))
     assert "`python -m benchmarks --device cuda --suite training` on" in gpu
     assert "allocated memory" in gpu
+    assert "peak" not in block(imagined_training(peak_bytes=None)).lower(), "none was measured"
 
 
-def test_markdown_of_calls_has_a_column_an_operation() -> None:
-    lines = markdown(imagined_calls()).splitlines()
+def test_block_of_calls_has_columns_an_operation() -> None:
+    lines = block(imagined_calls()).splitlines()
     assert lines[0] == (
         "| model | input | dtype | layout | layers | forward + backward, torch ms | ms | x torch | eval, torch ms | ms "
         "| x torch |"
     )
-    assert lines[2:4] == [
-        "| bottleneck | 8x256x28x28 | float32 | contiguous | bnext-compile | 400.000 | 100.000 | 4.00 | 100.000 | "
-        "200.000 | 0.50 |",
-        "| bn | 8x256x28x28 | float32 | contiguous | bnext-compile | 400.000 | 100.000 | 4.00 |  |  |  |",
-    ]
+    case = "8x256x28x28 | float32 | contiguous | bnext-compile | 400.000 | 100.000 | 4.00 |"
+    assert lines[2:4] == [f"| bottleneck | {case} 100.000 | 200.000 | 0.50 |", f"| bn | {case}  |  |  |"]
 
 
-def test_each_suite_has_its_own_block_of_the_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file, readme = tmp_path / "run.json", tmp_path / "README.md"
-    save_rows(file, [*imagined_training(), *imagined_calls(), *imagined_run()])
-    command = ["report", str(file), "--readme", str(readme)]
-    readme.write_text(f"{BEGIN}\n{END}\n")
-    assert main(command) == 2
-    assert "<!-- benchmark:training:begin -->" in capsys.readouterr().err
-    kinds = ("", "training", "compiled")
-    readme.write_text("".join("{}\n{}\n".format(*MARKERS["cpu", what, False]) for what in kinds))
-    assert main([*command, "--check"]) == 1
-    assert main(command) == 0
-    blocks = map(markdown, (imagined_run(), imagined_training(), imagined_calls()))
-    expected = (
-        "{0}\n{2}\n{1}\n".format(*MARKERS["cpu", what, False], block) for what, block in zip(kinds, blocks, strict=True)
+def test_block_of_costs_leads_with_the_means_and_folds_a_long_table() -> None:
+    lines = block(imagined_costs()).splitlines()
+    assert lines[0] == (
+        "| dtype | layout | models | x torch, bnext | x torch, bnext-fused | x torch, without | cost gone, bnext | "
+        "cost gone, bnext-fused |"
     )
-    assert readme.read_text() == "".join(expected)
-    assert main([*command, "--check"]) == 0
-
-
-@pytest.mark.parametrize(("what", "named"), [("fused", "fused"), ("training", "training")])
-def test_there_is_no_block_of_them_in_touched_memory(what: str, named: str) -> None:
-    assert VARIABLES
-    with pytest.raises(InputError, match=f"no table for {named} in memory already touched"):
-        rewritten("", "", ("cpu", what, True))
+    assert lines[2:5] == [
+        "| float32 | contiguous | 2 | 1.10 (1.07-1.14) | 1.10 (0.91-1.33) | 1.33 (1.33-1.33) | 38% | 30% |",
+        "| float32 | channels_last | 1 | 0.80 (0.80-0.80) | 1.00 (1.00-1.00) | 0.98 (0.98-0.98) |  |  |",
+        "| all | all | 2 | 0.99 (0.80-1.14) | 1.07 (0.91-1.33) | 1.20 (0.98-1.33) | -13% | 32% |",
+    ]
+    assert lines[8:11] == [
+        "| resnet20 | 8x3x64x64 | float32 | contiguous | 400.0 | 1.14 | 1.33 | 1.33 | 50% | 100% |",
+        "| unet | 8x3x64x64 | float32 | contiguous | 400.0 | 1.07 | 0.91 | 1.33 | 25% | -40% |",
+        "| unet | 8x3x64x64 | float32 | channels_last | 400.0 | 0.80 | 1.00 | 0.98 |  |  |",
+    ]
+    compiled = "| resnet20 | 8x3x64x64 | float32 | contiguous | bnext-compile | 175.0 | 315.0-385.0 | 45.7 | 1.14 |"
+    assert compiled in lines[15]
+    assert "<details>" not in "\n".join(lines)
+    long = block([row for number in range(25) for row in imagined_costs(shape=(number + 1, 3, 64, 64))])
+    assert long.startswith("| dtype |")
+    assert long.count("<details>") == long.count("</details>") == 2

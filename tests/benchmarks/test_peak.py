@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent import futures
 from dataclasses import replace
+from multiprocessing import active_children
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,13 @@ from benchmarks.model_suites import STEP, ModelCase
 CASE = ModelCase("training", "resnet50", (2, 3, 32, 32), "float32", "contiguous", (STEP,), ())
 PARAMETERS = 4 * 25_557_032
 MB = 1_000_000
+
+
+def until(true: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it is not so after all this time"
+        time.sleep(0.02)
 
 
 def test_training_has_parameters_gradients_and_momentum_at_its_peak() -> None:
@@ -41,57 +50,34 @@ def test_what_fails_is_one_line() -> None:
         peak.measure_peak(replace(CASE, model="resnet51"), "torch", "cpu", threads=1)
 
 
-def is_alive(pid: int) -> bool:
-    """Not so of a process that has ended and is not waited for."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+@pytest.mark.parametrize("error", [KeyboardInterrupt, futures.TimeoutError])
+def test_interrupt_and_timeout_end_the_process(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        assert len(active_children()) == 1
+        raise error
 
-
-def test_interrupt_ends_the_process_and_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    pids: list[int] = []
-
-    class Endless(subprocess.Popen):  # type: ignore[type-arg]
-        def __init__(self, _: object, **options: Any) -> None:
-            super().__init__(["sh", "-c", "sleep 600 & echo $!; wait"], **options)
-
-        def communicate(self, *args: Any, **options: Any) -> Any:
-            if not pids:
-                pids.extend((self.pid, int(self.stdout.readline())))
-                raise KeyboardInterrupt
-            return super().communicate(*args, **options)
-
-    monkeypatch.setattr(peak.subprocess, "Popen", Endless)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(futures.Future, "result", interrupted)
+    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else peak.PeakError):
         peak.measure_peak(CASE, "torch", "cpu", threads=1)
-    wait_for(lambda: not any(map(is_alive, pids)))
+    assert not active_children()
 
 
 def test_it_ends_with_the_process_that_asked(tmp_path: Path) -> None:
     """Also where that has no time to say so."""
-    file = tmp_path / "pid"
-    asked = (
-        "import os, signal, subprocess, sys\n"
+    file, script = tmp_path / "pid", tmp_path / "script.py"
+    script.write_text(
+        "import os, signal\n"
         "from benchmarks import peak\n"
-        f"answer = lambda *_: (open({str(file)!r}, 'w').write(str(os.getpid())), signal.pause())\n"
-        "if sys.argv[1:]: peak.peak_here = answer; peak.main(sys.argv[1])\n"
-        "else: subprocess.run([sys.executable, __file__, REQUEST])\n"
+        "def wait(*_):\n"
+        f"    open({str(file)!r}, 'w').write(str(os.getpid()))\n"
+        "    signal.pause()\n"
+        "peak.peak_here = wait\n"
+        "if __name__ == '__main__': peak.measure_peak(None, '', 'cpu', 1)\n"
     )
-    request = '{"suite": "", "model": "", "shape": [], "dtype": "", "layout": "", "operations": [], "providers": [], '
-    request += '"provider": "", "device": "cpu", "threads": 1}'
-    script = tmp_path / "script.py"
-    script.write_text(asked.replace("REQUEST", repr(request)))
-    root = Path(__file__).parents[2]
-    parent = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(root)})
-    wait_for(lambda: file.exists() and file.read_text() != "", seconds=60)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    parent = subprocess.Popen([sys.executable, str(script)], env=environment)
+    until(lambda: file.exists() and file.read_text() != "")
+    child = Path(f"/proc/{file.read_text()}/stat")
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    wait_for(lambda: not is_alive(int(file.read_text())))
-
-
-def wait_for(condition: Any, seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it is not so after all this time"
-        time.sleep(0.02)
+    until(lambda: not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z")

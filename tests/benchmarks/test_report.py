@@ -1,46 +1,49 @@
-"""JSON, tables, plot and README block of python -m benchmarks, from an imagined run."""
+"""What ``python -m benchmarks report`` makes of batch norms: means, bars, memory, tables, picture of imagined runs."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
-from canned import imagined_run, row, rows_of
+from canned import imagined_calls as imagined_models
+from canned import imagined_fused_gpu_run, imagined_fused_run, imagined_gpu_run, imagined_run, on_gpu, row, rows_of
 
 from benchmarks.__main__ import main
-from benchmarks.readme import BEGIN, END, MARKERS, blocks, markdown, rewritten, update_blocks
-from benchmarks.report import Group, MeanKey, compare, geometric_means, how_measured
-from benchmarks.rows import InputError, load_rows, save_rows, write_atomically
-from benchmarks.touched import VARIABLES
+from benchmarks.bars import mean_verdicts, summary, verdicts
+from benchmarks.plot import draw
+from benchmarks.report import block, compare, means
+from benchmarks.rows import InputError, Row, load_rows, save_rows, write_atomically
+from benchmarks.tables import how_measured
+
+NEWER = {"mode": "clock", "note": "", "act": "", "residual": False, "held_bytes": None, "model": "", "losses": ()}
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
+@pytest.mark.parametrize("rows", [imagined_gpu_run(), imagined_fused_run(), imagined_models()], ids=len)
+def test_rows_survive_the_file_and_older_ones_get_defaults(rows: list[Row], tmp_path: Path) -> None:
     path = tmp_path / "run.json"
-    save_rows(path, imagined_run())
-    return path
+    save_rows(path, rows)
+    assert load_rows(path) == rows
+    fields = json.loads(path.read_text())
+    for name in NEWER:
+        del fields[0][name]
+    path.write_text(json.dumps(fields))
+    assert {name: getattr(load_rows(path)[0], name) for name in NEWER} == NEWER
 
 
-def test_rows_survive_the_file(file: Path) -> None:
-    assert load_rows(file) == imagined_run()
-
-
-@pytest.mark.parametrize("content", ["", "{}", "[]", "[1]", '[{"shape": [4, 8]}]', '[{"shape": 3}]'])
-def test_foreign_file_is_one_line_and_status_2(
-    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("content", [None, "", "{}", "[]", "[1]", '[{"shape": [4, 8]}]', '[{"shape": 3}]'])
+def test_foreign_or_missing_file_is_one_line_and_status_2(
+    content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "foreign.json"
-    path.write_text(content)
+    if content is not None:
+        path.write_text(content)
     assert main(["report", str(path)]) == 2
     error = capsys.readouterr().err
     assert "foreign.json" in error
     assert error.count("\n") == 1
-
-
-def test_missing_file_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(tmp_path / "nothing.json")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,112 +60,246 @@ def test_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_geometric_means_by_group_size_and_operation() -> None:
-    means = geometric_means(compare(imagined_run()))
-    images, table = Group("float32", "contiguous"), Group("float32", "(N,C)")
-    assert list(means) == [
-        MeanKey(images, "> 32 MB", "forward"),
-        MeanKey(images, "1-32 MB", "forward"),
-        MeanKey(table, "< 1 MB", "forward"),
-        MeanKey(table, "< 1 MB", "forward_backward"),
+def test_means_are_geometric_and_of_a_group_size_and_operation() -> None:
+    found = means(compare([*imagined_fused_run(), *imagined_run()]))
+    keys = ["fused", "layout_shown", "size_class", "op"]
+    assert [tuple(key) for key in found.reset_index()[keys].to_numpy()] == [
+        (False, "contiguous", "> 32 MB", "forward"),
+        (False, "contiguous", "1-32 MB", "forward"),
+        (False, "(N,C)", "< 1 MB", "forward"),
+        (False, "(N,C)", "< 1 MB", "forward_backward"),
+        (True, "contiguous", "> 32 MB", "forward"),
+        (True, "contiguous", "> 32 MB", "forward_backward"),
+        (True, "contiguous", "< 1 MB", "forward_backward"),
     ]
-    big = means[MeanKey(images, "> 32 MB", "forward")]
-    assert big.speedup == pytest.approx(4.0)  # sqrt(8 * 2)
-    assert big.over_copy == pytest.approx(2.0)
-    assert big.worst_speedup == pytest.approx(2.0)
-    assert big.shapes == 2
+    big, fused, small = found.iloc[0], found.iloc[5], found.iloc[6]
+    assert (big["speedup"], big["over_copy"], big["worst"], big["shapes"]) == pytest.approx((4, 2, 2, 2))  # sqrt(8 * 2)
+    assert fused["over_compile"] == pytest.approx((8.0 * 7.9) ** 0.5)
+    assert small.isna()["over_compile"]
 
 
-def test_a_row_without_its_providers_is_an_error() -> None:
-    with pytest.raises(InputError, match="no measurement of copy, torch"):
-        compare([row("bnext", 1.0)])
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([row("bnext", 1.0)], "bnext forward 32x64x112x112 float32 contiguous: no measurement of copy, torch"),
+        ([*rows_of(1.0, 1.0, 1.0), *rows_of(2.0, 1.0, 1.0)], "torch forward 32x64x112x112 float32 contiguous is there"),
+    ],
+)
+def test_a_provider_missing_or_there_twice_is_an_error(rows: list[Row], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        compare(rows)
 
 
-def test_two_runs_in_one_report_are_an_error() -> None:
-    with pytest.raises(InputError, match="twice"):
-        compare([*rows_of(1.0, 1.0, 1.0), *rows_of(2.0, 1.0, 1.0)])
-
-
-def test_line_says_machine_versions_commit_and_environment() -> None:
+def test_line_says_machine_versions_commit_rounds_and_environment() -> None:
     rows = [*rows_of(1.0, 1.0, 1.0, environment={"THP_MEM_ALLOC_ENABLE": "1"}), row("x", 1.0, rounds=5)]
-    line = how_measured(rows)
-    for part in (
-        "Imagined CPU (avx2)",
-        "2 threads",
-        "torch 2.13.0",
-        "bnext 0.1.0",
-        "commit 0123456789ab",
-        "2025-01-02",
-        "median of 5 to 9 rounds",
-        "THP_MEM_ALLOC_ENABLE=1",
-    ):
-        assert part in line
-    assert "\n" not in line
+    assert how_measured(rows) == (
+        "Imagined CPU (avx2), 2 threads, torch 2.13.0, bnext 0.1.0, Python 3.11.7, commit 0123456789ab, 2025-01-02; "
+        "median of 5 to 9 rounds, the providers in turn in one process, outputs allocated at each call; "
+        "THP_MEM_ALLOC_ENABLE=1"
+    )
+    assert "Imagined GPU (sm_90, driver 580.65), CUDA 13.0, cuDNN 91300, torch" in how_measured(imagined_gpu_run())
 
 
-def test_report_prints_every_shape_and_draws(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(file)]) == 0
-    printed = capsys.readouterr().out
-    for part in ("32x64x112x112", "32x256x56x56", "32x512x7x7", "4x8", "8.00", "0.50", "geometric means"):
-        assert part in printed
-    assert "…" not in printed, "a number was cut"
-    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+# The bars.
 
 
-def test_markdown_has_a_line_a_size_and_a_column_an_operation() -> None:
-    lines = markdown(imagined_run()).splitlines()
-    assert lines[0] == "| dtype | layout | tensor | forward | forward + backward |"
-    assert lines[2:5] == [
-        "| float32 | contiguous | > 32 MB | **4.00** (2.00) |  |",
-        "| float32 | contiguous | 1-32 MB | **1.50** (2.00) |  |",
-        "| float32 | (N,C) | < 1 MB | **0.50** (2.00) | **1.25** (4.00) |",
+def passes(bnext_s: float, torch_s: float = 9.0, others: Any = None, **changes: Any) -> dict[str, bool]:
+    rows = on_gpu(torch_s, bnext_s, 1.0, others or {"torch-no-cudnn": 9.0}, **changes)
+    found = verdicts(compare(rows))
+    return dict(zip(found["bar"], found["passed"], strict=True))
+
+
+@pytest.mark.parametrize(("op", "limit"), [("forward", 1.6), ("eval", 1.25), ("backward", 1.6)])
+def test_the_bar_against_the_copy_is_the_operations(op: str, limit: float) -> None:
+    assert passes(limit, op=op) == {"copy": True, "torch": True}
+    assert passes(limit + 0.01, op=op) == {"copy": False, "torch": True}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"suite": "resnet50-32"}, {"dtype": "float32"}, {"mode": "eager"}, {"op": "forward_backward"}]
+)
+def test_elsewhere_there_is_only_the_bar_against_torch(changes: dict[str, Any]) -> None:
+    assert passes(5.0, **changes) == {"torch": True}
+
+
+def test_torch_is_the_faster_of_with_and_without_cudnn_but_not_the_compiled_one() -> None:
+    assert passes(1.0, torch_s=1.0)["torch"]
+    assert not passes(1.01, torch_s=1.0)["torch"]
+    assert not passes(1.01, torch_s=2.0, others={"torch-no-cudnn": 1.0})["torch"]
+    assert passes(1.01, torch_s=2.0, others={"torch-no-cudnn": 2.0, "torch-compile": 0.5})["torch"]
+
+
+def test_a_cpu_has_bars_for_fused_layers_alone() -> None:
+    assert verdicts(compare(imagined_run())).empty
+    found = verdicts(compare(imagined_fused_run()))
+    assert found[["bar", "limit", "passed"]].to_numpy().tolist() == [
+        ["torch", 1.0, True],  # forward
+        ["torch", 3.0, True],
+        ["compile", 8.0, True],
+        ["torch", 3.0, False],
+        ["compile", 8.0, False],
+        ["torch", 1.0, False],  # small
+        ["torch", 1.0, True],
+    ]
+    assert summary(found) == "3 of 5 pass the bar against torch; 1 of 2 pass the bar against compile"
+    assert not mean_verdicts(compare(imagined_fused_run()))
+
+
+@pytest.mark.parametrize(("op", "limit"), [("forward", 1.15), ("backward", 1.2)])
+def test_the_mean_over_the_suite_has_a_bar_in_each_layout(op: str, limit: float) -> None:
+    def rows(over_copy: float, layout: str) -> list[Row]:
+        shapes = {(256, 64, 56, 56): 2.0, (256, 128, 28, 28): 0.5}
+        measured = (on_gpu(9.0, over_copy * f, 1.0, {}, op=op, shape=s, layout=layout) for s, f in shapes.items())
+        return [row for rows in measured for row in rows]
+
+    table = compare([*rows(limit - 0.01, "contiguous"), *rows(limit + 0.01, "channels_last")])
+    assert mean_verdicts(table) == [
+        f"resnet50-256, {op}, bfloat16, contiguous, graph, 2 shapes: {limit - 0.01:.2f} x copy, bar {limit:g}: pass",
+        f"resnet50-256, {op}, bfloat16, channels_last, graph, 2 shapes: {limit + 0.01:.2f} x copy, bar {limit:g}: MISS",
     ]
 
 
-def test_rewriting_keeps_what_is_outside_the_markers() -> None:
-    text = f"# title\n{BEGIN}\nold\n{END}\nend\n"
-    new = rewritten(text, "block")
-    assert new == f"# title\n{BEGIN}\nblock\n{END}\nend\n"
-    assert rewritten(new, "block") == new
+@pytest.mark.parametrize(("torch_s", "compile_s", "ending"), [(2.0, 1.3, "pass"), (1.99, 1.29, "MISS")])
+def test_fused_layers_have_those_of_the_means_over_resnet50(torch_s: float, compile_s: float, ending: str) -> None:
+    rows = imagined_fused_gpu_run(torch_s, compile_s)
+    how = "fused-256, forward + backward, bfloat16, channels_last, graph, 2 shapes"
+    assert mean_verdicts(compare(rows)) == [
+        f"{how}: {torch_s:.2f} x torch, bar 2: {ending}",
+        f"{how}: {compile_s:.2f} x compile, bar 1.3: {ending}",
+    ]
+    assert set(verdicts(compare(rows))["limit"]) == {1.0}
+    # torch.compile's is there where it was measured on all shapes.
+    rows.remove(next(row for row in rows if row.provider == "torch-compile"))
+    assert len(mean_verdicts(compare(rows))) == 1
 
 
-@pytest.mark.parametrize("text", ["", BEGIN, END, f"{END}{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
-def test_rewriting_needs_one_pair_of_markers(text: str) -> None:
-    with pytest.raises(InputError):
-        rewritten(text, "block")
+# The tables.
 
 
-def test_readme_is_checked_then_rewritten(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
-    command = ["report", str(file), "--readme", str(readme)]
-    assert main([*command, "--check"]) == 1
-    assert "out of date" in capsys.readouterr().err
-    assert readme.read_text() == f"before\n{BEGIN}\n{END}\nafter\n"
-    assert main(command) == 0
-    assert markdown(imagined_run()) in readme.read_text()
-    assert main([*command, "--check"]) == 0
-    assert not file.with_suffix(".png").exists(), "--readme only rewrites the README"
+def printed(rows: list[Row], path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    save_rows(path, rows)
+    assert main(["report", str(path)]) == 0
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    text = capsys.readouterr().out
+    assert "…" not in text, "a number was cut"
+    return text
 
 
-def test_readme_without_markers_is_one_line_and_status_2(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_report_prints_every_measurement_and_the_means(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(imagined_run(), tmp_path / "run.json", capsys)
+    for part in ("32x64x112x112", "32x256x56x56", "32x512x7x7", "4x8", "8.00", "0.50", "geometric means", "(N,C)"):
+        assert part in text
+    for part in ("compile", "held by", "cuDNN", "bar", "plan"):
+        assert part not in text
+
+
+def test_report_of_a_gpu_has_bars_rates_plans_and_notes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small: dict[str, Any] = {
+        "suite": "2d",
+        "shape": (4, 8),
+        "plan": "cluster of 8",
+        "note": "eager, not captured: reasons",
+    }
+    rows = [*imagined_gpu_run(), *on_gpu(1.0, 0.5, 0.4, {"bnext-no-clusters": 0.6}, **small)]
+    text = printed(rows, tmp_path / "gpu.json", capsys)
+    for part in ("GB/s", "no cuDNN", "graph", "eager", "1.25 pass", "1.6 MISS", "cluster of 8", "no-clusters", "1.20"):
+        assert part in text
+    assert "2d 4x8 bfloat16 contiguous forward graph: bnext eager, not captured: reasons" in text
+    assert "2 of 3 pass the bar against copy; 5 of 6 pass the bar against torch" in text
+
+
+def test_report_of_fused_layers_has_the_compiled_ones_and_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("# title\n")
-    assert main(["report", str(file), "--readme", str(readme)]) == 2
-    assert main(["report", str(file), "--readme", str(tmp_path / "nothing.md")]) == 2
-    assert main(["report", str(file), "--check"]) == 2
-    assert capsys.readouterr().err.count("\n") == 3
-    assert readme.read_text() == "# title\n"
+    text = printed([*imagined_run(), *imagined_fused_run()], tmp_path / "fused.json", capsys)
+    for part in (
+        "float32, contiguous, fused",
+        "32x256x56x56 add+relu",
+        "3 pass",
+        "3 MISS",
+        "8 pass",
+        "held by",
+        "0.031",
+    ):
+        assert part in text
+    assert "no cuDNN" not in text
+    assert "channels_last, graph, 2 shapes: 1.30 x compile, bar 1.3: pass" in printed(
+        imagined_fused_gpu_run(), tmp_path / "gpu.json", capsys
+    )
 
 
-def test_touched_memory_has_a_table_of_its_own(tmp_path: Path) -> None:
-    rows = rows_of(4.0, 1.0, 0.5, environment=dict(VARIABLES))
-    begin, end = MARKERS["cpu", "", True]
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{BEGIN}\nas the user calls it\n{END}\n{begin}\n{end}\n")
-    assert not update_blocks(readme, blocks(rows), check=False)
-    text = readme.read_text()
-    assert text.startswith(f"{BEGIN}\nas the user calls it\n{END}\n{begin}\n| dtype |")
-    assert "`python -m benchmarks --touched`" in text
+@pytest.mark.parametrize(
+    ("rows", "lines", "parts"),
+    [
+        (
+            imagined_run(),
+            [
+                "| dtype | layout | tensor | forward | forward + backward |",
+                "| --- | --- | --- | --: | --: |",
+                "| float32 | contiguous | > 32 MB | **4.00** (2.00) |  |",
+                "| float32 | contiguous | 1-32 MB | **1.50** (2.00) |  |",
+                "| float32 | (N,C) | < 1 MB | **0.50** (2.00) | **1.25** (4.00) |",
+                "",
+            ],
+            ["passes over the tensor: forward 2, forward + backward 5.", "`python -m benchmarks` on Imagined CPU"],
+        ),
+        (
+            imagined_gpu_run(),
+            [
+                "| dtype | layout | tensor | forward | backward | eval |",
+                "| --- | --- | --- | --: | --: | --: |",
+                "| bfloat16 | contiguous | > 32 MB | **2.00** (1.05) | **1.60** (1.72) | **2.00** (1.05) |",
+                "| bfloat16 | contiguous | 1-32 MB | **2.00** (2.00) |  |  |",
+                "",
+            ],
+            [
+                "a device copy of the same bytes; passes",
+                "Replays of CUDA graphs. Bars: ",
+                "2 of 3 pass the bar against copy; 4 of 4 pass the bar against torch",
+                "1.05 x copy, bar 1.15: pass.",
+                "`python -m benchmarks --device cuda` on Imagined GPU",
+            ],
+        ),
+        (
+            imagined_fused_run(),
+            [
+                "| dtype | layout | tensor | forward | forward + backward |",
+                "| --- | --- | --- | --: | --: |",
+                "| float32 | contiguous | > 32 MB | **2.00** / 4.00 (2.00) | **2.95** / 7.95 (2.00) |",
+                "| float32 | contiguous | < 1 MB |  | **0.89** (2.24) |",
+                "",
+            ],
+            [
+                "| dtype | after batch norm | torch | bnext | torch-compile |",
+                "| float32 | add+relu | 1.000 (1.000) | 0.031 (0.000) | 0.250 (0.000) |",
+                "forward 2 (3 with a residual), forward + backward 5 (7 with a residual), and there a bit",
+                "at least 3 times as fast as torch, 8 times as torch.compile",
+                "1 of 2 pass the bar against compile.",
+                "`python -m benchmarks --suite fused` on",
+            ],
+        ),
+        (
+            imagined_fused_gpu_run(),
+            [],
+            ["`python -m benchmarks --device cuda --suite fused-256` on", "1.30 x compile, bar 1.3: pass."],
+        ),
+    ],
+    ids=["cpu", "gpu", "fused", "fused on gpu"],
+)
+def test_block_of_a_document(rows: list[Row], lines: list[str], parts: list[str]) -> None:
+    text = block(rows)
+    assert text.splitlines()[: len(lines)] == lines
+    for part in parts:
+        assert part in text
+
+
+def test_picture_has_a_bar_a_tensor_and_the_time_of_the_device() -> None:
+    titles = {axes.get_title(): axes for axes in draw([*imagined_gpu_run(), *imagined_fused_gpu_run()]).axes}
+    assert "bfloat16, contiguous, graph: forward" in titles
+    assert not any("eager" in title for title in titles)
+    panel = {axes.get_title(): axes for axes in draw(imagined_fused_run()).axes}[
+        "float32, contiguous, fused: forward + backward"
+    ]
+    labels = ["32x256x56x56 add+relu", "32x64x112x112 relu", "8x64x14x14 relu", "8x64x14x14 silu"]
+    assert [label.get_text() for label in panel.get_yticklabels()] == labels
+    assert [1 + bar.get_width() for bar in panel.patches] == pytest.approx([3.0, 2.9, 0.8, 1.0])

@@ -7,10 +7,9 @@ from dataclasses import replace
 import pytest
 from tuning_canned import SETTINGS, curve, imagined_study, trial
 
-from benchmarks.tuning.analysis import Best, MoveMedian, accuracies, cell, effects, move_median, pairs, side
-from benchmarks.tuning.conclusion import conclusion
-from benchmarks.tuning.results import Results
-from benchmarks.tuning.settings import ALPHAS, BETAS, SEEDS, Point, Settings
+from studies.tuning.analysis import cells, conclusion, effects, move_medians, pairs, sides, trials
+from studies.tuning.results import Results
+from studies.tuning.settings import ALPHAS, BETAS, SEEDS, Point, Settings
 
 
 def test_grid_is_complete_and_without_duplicates() -> None:
@@ -43,47 +42,41 @@ def test_settings_survive_json() -> None:
 
 
 def test_a_diverged_trial_has_no_accuracy_from_there_on() -> None:
-    point = Point(1.0, 0.9, False, 0)
-    assert accuracies(imagined_study(), trial(point, [20, 30])) == [20, 30, 0, 0]
+    found = trials(Results.of(SETTINGS, [], [trial(Point(1.0, 0.9, False, 0), [20, 30])])).iloc[0]
+    assert found["curve"].tolist() == [20, 30, 0, 0]
+    assert (found["final"], found["diverged_at"]) == (0, 3)
 
 
 def test_sides_count_the_grid_alone() -> None:
-    without, with_it = (side(imagined_study(), batch_norm) for batch_norm in (False, True))
+    without, with_it = sides(imagined_study()).itertuples()
     assert (without.trials, without.at_goal, without.reached, without.diverged) == (8, 4, 4, 4)
     assert (with_it.trials, with_it.at_goal, with_it.reached, with_it.diverged) == (8, 8, 8, 0)
-    assert (without.steps, without.fewest_steps) == (3, 3)
-    assert (with_it.steps, with_it.fewest_steps) == (2, 2)
-    assert without.best == Best(0.1, 0.9, 92.0)
-    assert with_it.best is not None
-    assert with_it.best.accuracy == 97.5
-    assert cell(imagined_study(), 1.0, 0.9, False) == 0.0
+    assert (without.steps, without.fewest, with_it.steps, with_it.fewest) == (3, 3, 2, 2)
+    assert (without.best, without.at, with_it.best) == (92.0, "0.1, 0.9", 97.5)
+    assert cells(imagined_study()).loc[(False, 1.0, 0.9)].tolist() == [0.0, True]
 
 
 def test_who_reached_the_goal_and_lost_it_does_not_train() -> None:
     points = [Point(0.1, 0.9, False, seed) for seed in (0, 1)]
     results = Results.of(SETTINGS, [], [trial(points[0], [50, 95, 96, 60]), trial(points[1], [50, 60, 80, 90])])
-    found = side(results, False)
-    assert (found.at_goal, found.reached) == (1, 2)
+    found = sides(results).loc[False]
+    assert (found["at_goal"], found["reached"]) == (1, 2)
 
 
 def test_pairs_are_of_trials_that_both_train() -> None:
     both = pairs(imagined_study())
-    assert both is not None
-    assert (both.count, both.steps, both.travel, both.stiller) == (4, (3, 2), (3.0, 1.0), 4)
+    assert both[["alpha", "beta", "seed"]].to_numpy().tolist() == [[0.1, b, s] for b in (0.9, 0.999) for s in (0, 1)]
+    assert both[["steps_without", "steps_with"]].median().tolist() == [3, 2]
+    assert both[["travel_without", "travel_with"]].median().tolist() == [3.0, 1.0]
 
 
 def test_effect_of_a_move_is_between_equal_seeds() -> None:
-    found = {(e.move, e.alpha, e.batch_norm): e for e in effects(imagined_study())}
-    large = found[(0.999, 0.9995), 0.1, False]
-    assert large.change == 20  # 40 points in two of four evaluations
-    assert large.spread == 0.5  # 2 points in one
-    small = found[(0.9, 0.9005), 0.1, False]
-    assert (small.change, small.spread) == (0, 0.5)
+    found = effects(imagined_study()).set_index(["start", "end", "alpha", "batch_norm"])
+    # 40 points in two of four evaluations; two seeds differ by 2 points in one.
+    assert found.loc[(0.999, 0.9995, 0.1, False)].tolist() == [20, 0.5]
+    assert found.loc[(0.9, 0.9005, 0.1, False)].tolist() == [0, 0.5]
     # Over two α, without and with: 20, 0, 0, 0 beside 0.5, 0, 0.25, 0.25.
-    assert move_median(list(found.values()), (0.999, 0.9995)) == MoveMedian(0.0, 0.25)
-    assert move_median(list(found.values())[:2], (0.9, 0.9005)) == MoveMedian(0.0, 0.25)
-    assert move_median([large], large.move) == MoveMedian(20, 0.5)
-    assert move_median([large], (0.9, 0.9005)) is None
+    assert move_medians(imagined_study()).to_numpy().tolist() == [[0.0, 0.25], [0.0, 0.25]]
 
 
 def test_conclusion_falls_the_way_the_numbers_do() -> None:

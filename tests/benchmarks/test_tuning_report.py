@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from tuning_canned import SETTINGS, curve, imagined_study, trial
 
-from benchmarks.tuning.__main__ import RESULTS, main, make_parser, settings_of, study_name
-from benchmarks.tuning.conclusion import BEGIN, END, conclusion
-from benchmarks.tuning.display import Display, Running, spark
-from benchmarks.tuning.pictures import PICTURES, heat_maps, inputs, losses, moves
-from benchmarks.tuning.results import Results, load_results, save_results
-from benchmarks.tuning.settings import Point, Settings
+from studies.tuning.__main__ import RESULTS, main, make_parser, settings_of, study_name
+from studies.tuning.analysis import conclusion
+from studies.tuning.pictures import PICTURES, heat_maps, inputs, losses, moves
+from studies.tuning.results import Results, load_results, save_results
+from studies.tuning.settings import Point, Settings
 
 
 @pytest.fixture
@@ -92,20 +89,6 @@ def test_a_report_of_part_of_the_grid(keep: int, tmp_path: Path) -> None:
     assert main(["report", str(tmp_path / "part.json")]) == 0
 
 
-def test_readme_is_checked_then_rewritten(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    readme = tmp_path / "R.md"
-    readme.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
-    command = ["report", str(file), "--readme", str(readme)]
-    assert main([*command, "--check"]) == 1
-    assert "out of date" in capsys.readouterr().err
-    assert readme.read_text() == f"before\n{BEGIN}\n{END}\nafter\n"
-    assert main(command) == 0
-    lines = "\n".join(f"* {line}" for line in conclusion(imagined_study()))
-    assert readme.read_text() == f"before\n{BEGIN}\n{lines}\n{END}\nafter\n"
-    assert main([*command, "--check"]) == 0
-    assert not (tmp_path / "README.md").exists(), "--readme only rewrites the README"
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -127,7 +110,7 @@ def test_readme_is_checked_then_rewritten(file: Path, tmp_path: Path, capsys: py
         (["report", "/no/such.json"], "cannot read /no/such.json"),
         (["report", "x.json", "--storage", "sqlite://"], "not of both"),
         (["report", "--storage", "sqlite:////no/such.db"], "no such file"),
-        (["report", "--check"], "--check needs --readme"),
+        (["report", "--check"], "--check needs --document"),
         (["frobnicate"], "invalid choice: 'frobnicate'"),
     ],
 )
@@ -193,25 +176,8 @@ def test_committed_results_are_the_default_study() -> None:
         assert (RESULTS / name).stat().st_size < 150_000
 
 
-def test_display_shows_point_step_and_loss() -> None:
-    display = Display(total=240, steps=2000)
-    running = Running(Point(0.01, 0.9995, True, 2), step=150, losses=[2.0, 1.0, 0.25])
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    with console.file:
-        console.print(display.picture([running]))
-        shown = console.export_text()
-    for part in ("0.01", "0.9995", "with", "150/2000", "0.25", "█▄▁", "0/240"):
-        assert part in shown
-
-
-def test_spark_of_equal_or_no_values_is_flat() -> None:
-    assert spark([]) == ""
-    assert spark([3.0, 3.0]) == "▁▁"
-    assert len(spark([float(n) for n in range(100)])) == 36
-
-
 def test_curves_are_rounded_for_the_file_and_counts_are_not() -> None:
     point = Point(0.1, 0.9, True, 0)
     kept = trial(point, curve(point), loss=[1.23456789] * 4).rounded()
     assert kept.loss == [1.235] * 4
-    assert kept == replace(kept, correct=curve(point))
+    assert kept.correct == curve(point)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.tuning.digits import split
-from benchmarks.tuning.networks import build
-from benchmarks.tuning.results import Trial
-from benchmarks.tuning.settings import ACTIVATIONS, INITS, MODELS, OPTIMIZERS, Point, Settings
-from benchmarks.tuning.training import make_optimizer, percentiles, train, travel
+from studies.tuning.digits import split
+from studies.tuning.networks import build
+from studies.tuning.results import Trial
+from studies.tuning.settings import ACTIVATIONS, INITS, MODELS, OPTIMIZERS, Point, Settings
+from studies.tuning.training import make_optimizer, percentiles, train, travel
 
 
 @pytest.fixture(autouse=True)
@@ -23,10 +23,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def silent(_step: int, _loss: float) -> None:
-    """Nobody listens."""
 
 
 def without_time(trial: Trial) -> dict[str, object]:
@@ -40,30 +36,29 @@ def without_time(trial: Trial) -> dict[str, object]:
 def test_same_seed_same_result_bit_for_bit(model: str, batch_norm: bool) -> None:
     settings = Settings(model=model, steps=12)
     point = Point(0.1, 0.9, batch_norm, 1)
-    first = train(settings, point, silent)
+    first = train(settings, point)
     # Whoever runs it: other trials before it, another state of the global generator.
     torch.manual_seed(1234)
-    train(settings, Point(0.1, 0.9, batch_norm, 0), silent)
-    assert without_time(train(settings, point, silent)) == without_time(first)
-    other = train(settings, Point(0.1, 0.9, batch_norm, 2), silent)
+    train(settings, Point(0.1, 0.9, batch_norm, 0))
+    assert without_time(train(settings, point)) == without_time(first)
+    other = train(settings, Point(0.1, 0.9, batch_norm, 2))
     assert other.loss != first.loss
 
 
 # Looked at after each step, or only after the tenth: then the loss of the second says it.
 @pytest.mark.parametrize(("steps", "diverged_at"), [(12, 1), (1000, 2)])
 def test_a_diverging_trial_is_a_result(steps: int, diverged_at: int) -> None:
-    heard: list[int] = []
     settings = Settings(activation="relu", steps=steps)
-    trial = train(settings, Point(1e30, 0.9, False, 0), lambda step, _loss: heard.append(step))
+    trial = train(settings, Point(1e30, 0.9, False, 0))
     assert trial.diverged_at == diverged_at
-    assert heard == trial.loss == trial.correct == []
+    assert trial.loss == trial.correct == []
     assert trial.percentiles == [[], [], []]
     assert trial.travel is None
 
 
 def test_what_came_before_it_diverged_is_kept() -> None:
     settings = Settings(activation="relu", steps=12)
-    trial = train(settings, Point(30.0, 0.99, False, 0), silent)
+    trial = train(settings, Point(30.0, 0.99, False, 0))
     assert trial.diverged_at is not None
     assert 0 < len(trial.loss) == len(trial.correct) < len(settings.evaluations)
     assert all(math.isfinite(value) for value in trial.loss)
@@ -134,7 +129,7 @@ def test_percentiles_kept_are_those_of_the_last_hidden_layers_input() -> None:
     with torch.no_grad():
         before_last_sigmoid = module[:6](split(0).test_images)
     expected = percentiles(before_last_sigmoid)[:, 0]
-    assert torch.tensor(train(settings, point, silent).percentiles).flatten().tolist() == pytest.approx(
+    assert torch.tensor(train(settings, point).percentiles).flatten().tolist() == pytest.approx(
         expected.tolist(), rel=1e-5
     )
 
@@ -165,6 +160,6 @@ def test_beta_is_adams_second() -> None:
 def test_every_optimiser_trains(optimizer: str) -> None:
     alpha = 0.01 if optimizer == "adam" else 0.1
     settings = Settings(optimizer=optimizer, activation="relu", steps=100)
-    trial = train(settings, Point(alpha, 0.9, True, 0), silent)
+    trial = train(settings, Point(alpha, 0.9, True, 0))
     assert trial.correct[-1] > 0.8 * trial.tests
     assert trial.loss[-1] < trial.loss[0]

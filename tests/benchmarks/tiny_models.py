@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from benchmarks import measure, model_measure, models, timing
 from benchmarks.__main__ import main
-from benchmarks.model_suites import COMPILED_PROVIDERS, EAGER_PROVIDERS, MODEL_SUITES, STEP, ModelSuite
+from benchmarks.model_suites import COMPILED_PROVIDERS, EAGER_PROVIDERS, MODEL_SUITES, STEP, WITHOUT, ModelSuite
 from benchmarks.resnet import Bottleneck, conv
 
 SHAPE = (4, 3, 8, 8)
@@ -44,8 +45,13 @@ CALLS = ModelSuite(
 )
 
 
-def make_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the suites; compiled by dynamo alone; and every peak is 5 MB."""
+MODELS = replace(TRAINING, providers=(*EAGER_PROVIDERS, WITHOUT), compile_s=0, peak_s=0)
+
+
+def make_tiny(monkeypatch: pytest.MonkeyPatch, *names: str, threads: int | None = None) -> None:
+    """Of the suites, that of models with these models; compiled by dynamo alone; and every peak is 5 MB."""
+    chosen = tuple((name, (SHAPE,)) for name in names or ("tiny",))
+    monkeypatch.setitem(MODEL_SUITES["cpu"], "models", replace(MODELS, models=chosen, threads=threads))
     for device in ("cpu", "cuda"):
         monkeypatch.setitem(MODEL_SUITES[device], "training", TRAINING)
         monkeypatch.setitem(MODEL_SUITES[device], "compiled", CALLS)
@@ -56,8 +62,9 @@ def make_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "WARM_BYTES", 1)
 
 
-def run(output: Path, suite: str, *options: str) -> int:
-    return main(["--suite", suite, "--rounds", "1", "--threads", "1", "--output", str(output), *options])
+def run(output: Path, suite: str, *options: str, own_threads: bool = False) -> int:
+    threads = [] if own_threads else ["--threads", "1"]
+    return main(["--suite", suite, "--rounds", "1", *threads, "--output", str(output), *options])
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:

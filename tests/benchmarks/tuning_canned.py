@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.tuning.results import Results, Trial
-from benchmarks.tuning.settings import Point, Settings
+from studies.tuning.results import Results, Trial
+from studies.tuning.settings import Point, Settings
 
 # Evaluated after each of its steps.
 SETTINGS = Settings(steps=4, alphas=(0.1, 1.0), betas=(0.9, 0.999), seeds=(0, 1))

@@ -5,34 +5,35 @@ A program of its own: the workers import it as well, and find the real trials re
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from multiprocessing.connection import Connection
+from typing import Any
 
-from benchmarks.tuning import __main__ as command
-from benchmarks.tuning import workers
-from benchmarks.tuning.results import Trial
-from benchmarks.tuning.settings import Settings
-from benchmarks.tuning.workers import Progress, Ready
-
-MACHINE = dict.fromkeys(("device_name", "isa", "torch_version", "bnext_version", "commit", "date"), "imagined")
+from studies.tuning import __main__ as command
+from studies.tuning import study
+from studies.tuning.results import Trial
+from studies.tuning.settings import Point, Settings
 
 
-def pretend(pipe: Connection, settings: Settings) -> None:
-    pipe.send(Ready(MACHINE))
+def pretend(settings: Settings, point: Point) -> Trial:
+    if settings.model != "mlp":
+        raise NotImplementedError(settings.model)
+    if settings.optimizer != "sgd":
+        os._exit(3)
     steps = settings.evaluations
-    while True:
-        point = pipe.recv()
-        if settings.model != "mlp":
-            raise NotImplementedError(settings.model)
-        for before, step in zip([0, *steps], steps, strict=False):
-            time.sleep((step - before) / 1000)
-            pipe.send(Progress(step, 1.0))
-        flat = [1.0] * len(steps)
-        pipe.send(Trial(point, None, flat, [95] * len(steps), 100, [flat] * 3, travel=1.0, cpu_s=0.1))
+    for before, step in zip([0, *steps], steps, strict=False):
+        time.sleep((step - before) / 1000)
+    flat = [1.0] * len(steps)
+    return Trial(point, None, flat, [95] * len(steps), 100, [flat] * 3, travel=1.0, cpu_s=0.1)
 
 
-workers._work = pretend
+def machine() -> dict[str, Any]:
+    return dict.fromkeys(("device_name", "isa", "torch_version", "bnext_version", "commit", "date"), "imagined")
+
+
+study.run_trial, study.this_machine = pretend, machine
+study.HEARTBEAT_S, study.GRACE_S, study.PATIENCE_S = 1, 2, 5
 command.show = lambda *_: None
 
 if __name__ == "__main__":

@@ -1,0 +1,158 @@
+"""``python -m benchmarks pictures``: the pictures of the README, drawn from the committed results alone."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks import model_report, report
+from benchmarks.model_suites import WITHOUT
+from benchmarks.numerics_report import DATA, RELATIVE, Results, distance, is_numerics, load_results
+from benchmarks.rows import InputError, Row, load_rows
+from benchmarks.style import BLACK, BLUE, LABEL, NUMBER, ORANGE, SKY, TITLE, bar, panels, ratio_axis, save
+from benchmarks.suites import SIZE_CLASSES
+from benchmarks.tables import mean_of
+from benchmarks.touched import is_touched
+
+FOLDER = Path(__file__).parents[1] / "docs" / "pictures"
+
+LINE_INCHES = 0.21  # a bar or a mark with a number beside it
+HEAD_INCHES = 1.1  # the titles and the scale
+
+SHOWN_OPS = ("forward", "backward")
+SIZE_COLOURS = {name: colour for (name, _), colour in zip(SIZE_CLASSES, (BLUE, SKY, ORANGE), strict=True)}
+MODEL_TICKS = (0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 3, 4)
+MODEL_COLOURS = {"bnext": SKY, "bnext-fused": BLUE}
+SMALLEST_ERROR, LARGEST_ERROR = 1e-9, 1e2  # 0 is drawn at the one, NaN, inf and what is beyond at the other
+
+
+def draw_models(rows: Sequence[Row]) -> Figure | None:
+    """A training step beside torch's: two bars per model, one panel per dtype, geometric means over the layouts.
+
+    A mark shows the step without any batch norm: no layer can be faster. None where no cost was measured.
+    """
+    costs = model_report.compare_costs(model_report.compare(rows))
+    if costs.empty:
+        return None
+    speedups = costs.groupby(["dtype", "model"], sort=False)[[*MODEL_COLOURS, WITHOUT]].agg(mean_of)
+    models, dtypes = costs["model"].unique(), costs["dtype"].unique()
+    height = HEAD_INCHES + 2 * LINE_INCHES * len(models)
+    figure, ((*grid,),) = panels(height, columns=len(dtypes), sharex=True, sharey=True)
+    for dtype, axes in zip(dtypes, grid, strict=True):
+        found = speedups.loc[dtype].reindex(models)
+        for line, (_, model) in enumerate(found.iterrows()):
+            beyond = max(1.0, model[WITHOUT])
+            for offset, (provider, colour) in zip((-0.2, 0.2), MODEL_COLOURS.items(), strict=True):
+                if pd.notna(model[provider]):
+                    bar(axes, line + offset, model[provider], colour, height=0.36, beyond=beyond)
+            axes.plot([model[WITHOUT]] * 2, [line - 0.42, line + 0.42], color=BLACK, linewidth=1.5)
+        ratio_axis(axes)
+        axes.set_xticks(MODEL_TICKS)
+        axes.set_title(dtype, fontsize=TITLE)
+    grid[0].set_yticks(range(len(models)), [name.removeprefix("torchvision/").replace("/", " ") for name in models])
+    grid[0].invert_yaxis()
+    grid[0].set_xlim(min(0.9, 0.95 * speedups.min().min()), 1.25 * speedups.max().max())
+    legend(figure, {"bnext": SKY, "bnext, fused": BLUE, "without batch norm": BLACK})
+    figure.suptitle("Training step: torch's time / the time with bnext", fontsize=TITLE)
+    return figure
+
+
+def draw_operators(rows: Sequence[Row]) -> Figure:
+    """Forward and backward beside torch's: one bar per dtype, layout and size class, geometric means over shapes."""
+    means = report.means(report.compare(report.device_times(rows))).reset_index()
+    means["name"] = means["dtype"] + ", " + means["layout_shown"]
+    names = means["name"].unique()
+    figure, ((*grid,),) = panels(
+        HEAD_INCHES + 2 * LINE_INCHES * len(names), columns=len(SHOWN_OPS), sharex=True, sharey=True
+    )
+    for op, axes in zip(SHOWN_OPS, grid, strict=True):
+        for line, name in enumerate(names):
+            found = means[(means["op"] == op) & (means["name"] == name)]
+            height = 0.8 / max(len(found), 1)
+            for index, (size, speedup) in enumerate(zip(found["size_class"], found["speedup"], strict=True)):
+                bar(axes, line - 0.4 + (index + 0.5) * height, speedup, SIZE_COLOURS[size], height=0.9 * height)
+        ratio_axis(axes)
+        axes.set_title(op, fontsize=TITLE)
+    grid[0].set_yticks(range(len(names)), names)
+    grid[0].invert_yaxis()
+    grid[0].set_xlim(min(0.9, means["speedup"].min()), 1.6 * means["speedup"].max())
+    legend(figure, {name: colour for name, colour in SIZE_COLOURS.items() if name in set(means["size_class"])})
+    figure.suptitle("Single operators: torch's time / bnext's, by size of the tensor", fontsize=TITLE)
+    return figure
+
+
+def draw_accuracy(results: Results) -> Figure:
+    """The errors of float32 outputs and input gradients against float64: one line per case, bnext's beside torch's."""
+    errors = results.errors[(results.errors["unit"] == RELATIVE) & results.errors["quantity"].isin(DATA)]
+    columns = ["bnext", "torch"]
+    shown = errors.assign(**{name: distance(errors[name]).clip(SMALLEST_ERROR, LARGEST_ERROR) for name in columns})
+    worst = shown.groupby(["quantity", "case"], sort=False)[columns].max()
+    cases = errors["case"].unique()
+    figure, ((*grid,),) = panels(
+        HEAD_INCHES + 1.2 * LINE_INCHES * len(cases), columns=len(DATA), sharex=True, sharey=True
+    )
+    for quantity, axes in zip(DATA, grid, strict=True):
+        found = worst.loc[quantity].reindex(cases)
+        axes.hlines(range(len(cases)), found["bnext"], found["torch"], color="#bbbbbb", linewidth=1.5, zorder=1)
+        for name, colour in zip(columns, (BLUE, ORANGE), strict=True):
+            axes.scatter(found[name], range(len(cases)), color=colour, s=28, zorder=2)
+        mark_limits(axes, found)
+        axes.set_xscale("log")
+        axes.set_title(quantity, fontsize=TITLE)
+        axes.grid(axis="x", alpha=0.3)
+    grid[0].set_yticks(range(len(cases)), cases)
+    grid[0].invert_yaxis()
+    legend(figure, {"bnext": BLUE, "torch": ORANGE})
+    figure.suptitle("float32: largest error against float64, as a share of the channel's largest value", fontsize=TITLE)
+    return figure
+
+
+def mark_limits(axes: Axes, found: pd.DataFrame) -> None:
+    """Words beside what is drawn at an end of the scale because it lies beyond."""
+    for line, (smallest, largest) in enumerate(zip(found.min(axis=1), found.max(axis=1), strict=True)):
+        if smallest == SMALLEST_ERROR:
+            axes.annotate("0", (smallest, line), (5, 0), textcoords="offset points", va="center", fontsize=NUMBER)
+        if largest == LARGEST_ERROR:
+            style = {"textcoords": "offset points", "va": "center", "ha": "right", "fontsize": NUMBER}
+            axes.annotate("NaN or inf", (largest, line), (-6, 6), **style)
+
+
+def legend(figure: Figure, colours: dict[str, str]) -> None:
+    handles = [Figure().subplots().barh(0, 1, color=colour) for colour in colours.values()]
+    figure.legend(handles, list(colours), loc="outside lower center", ncols=len(colours), fontsize=LABEL, frameon=False)
+
+
+def drawn(folder: Path) -> Iterator[tuple[str, Figure]]:
+    """The name of each picture that the results of a folder give, and the picture."""
+    for file in sorted(folder.glob("*.json")):
+        if is_numerics(file):
+            yield "accuracy.png", draw_accuracy(load_results(file))
+            continue
+        rows = [row for row in load_rows(file) if not is_touched(row.environment)]
+        models, plain = model_report.of_models(rows), [row for row in rows if not row.model and not row.act]
+        costs = draw_models(models) if models else None
+        if costs:
+            yield "models.png", costs
+        if plain:
+            yield "operators.png", draw_operators(plain)
+
+
+def draw_all(results: Path, output: Path) -> list[Path]:
+    """The files written, those of the tuning study among them; raises InputError where two results give one."""
+    from studies.tuning.pictures import heat_maps
+    from studies.tuning.results import load_results as load_study
+
+    found: dict[str, Figure] = {}
+    for name, figure in drawn(results):
+        if name in found:
+            raise InputError(f"{results}: two files for {name}")
+        found[name] = figure
+    study = results / "tuning" / "results.json"
+    if study.exists():
+        found["tuning.png"] = heat_maps(load_study(study))
+    output.mkdir(parents=True, exist_ok=True)
+    for name, figure in found.items():
+        save(output / name, figure)
+    return [output / name for name in found]

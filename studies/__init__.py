@@ -1,0 +1,1 @@
+"""Experiments that take hours, each a package with its own command."""

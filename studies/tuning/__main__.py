@@ -1,0 +1,172 @@
+"""``python -m benchmarks tuning``: run a study or go on with one (without a command), or report on what it found.
+
+Exit status: 0; 1 where a worker failed or a document is out of date; 2 on bad input; 130 on a signal to end.
+"""
+
+# The names of the study are Greek, and signs in what people read are the right ones.
+# ruff: noqa: RUF001
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+from benchmarks.command import (
+    POSITIVE,
+    WHOLE,
+    Number,
+    OneLineParser,
+    add_report_options,
+    make_writable,
+    run_command,
+)
+from benchmarks.document import DOCUMENT, TUNING, report_update
+from benchmarks.rows import InputError, write_atomically
+from studies.tuning.results import Results, load_results, save_results
+from studies.tuning.settings import ACTIVATIONS, INITS, MODELS, OPTIMIZERS, QUICK_SEEDS, QUICK_STEPS, Settings
+
+PROGRAM = "python -m benchmarks tuning"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "tuning"
+DEFAULT = Settings()
+
+MOMENTUM = Number(float, "numbers from 0 to below 1", lambda value: 0 <= value < 1)
+SEED = Number(int, "whole numbers from 0 to below 2^31", lambda value: 0 <= value < 2**31)
+
+
+class Parser(OneLineParser):
+    program = PROGRAM
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog=PROGRAM,
+        description="Train over a grid of learning rates α and momenta β, with batch norm and without.",
+        epilog="Without a command: run, with run's options. The same command goes on with a study that was stopped, "
+        "and several at once share it.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    run = commands.add_parser("run", help="run the study, or what is left of it, and report (the default)")
+    run.set_defaults(run=run_study)
+    run.add_argument("--jobs", type=WHOLE, default=os.cpu_count() or 1, help="processes that train (%(default)s)")
+    for option, choices, meaning in (
+        ("--model", MODELS, "the network"),
+        ("--activation", ACTIVATIONS, "of every hidden layer"),
+        ("--optimizer", OPTIMIZERS, "β is the momentum of v ← βv + g (sgd) or of v ← βv + (1 − β)g, or Adam's β2"),
+        ("--init", INITS, "starting weights: scaled for the activation, or as torch's layers come"),
+    ):
+        default = getattr(DEFAULT, option[2:])
+        run.add_argument(option, choices=choices, default=default, help=f"{meaning} (default: {default})")
+    run.add_argument("--quick", action="store_true", help=f"two seeds and {QUICK_STEPS} steps: a look, not a result")
+    run.add_argument("--steps", type=WHOLE, help=f"default: {DEFAULT.steps}")
+    for option, number in (("--alphas", POSITIVE), ("--betas", MOMENTUM), ("--seeds", SEED)):
+        usual = ",".join(f"{value:g}" for value in getattr(DEFAULT, option[2:]))
+        run.add_argument(option, type=number.list, help=f"default: {usual}")
+    run.add_argument("--output", type=Path, metavar="DIR", help="default: benchmarks/results/tuning, or a folder in it")
+
+    report = commands.add_parser("report", help="show results again, from a file or from the storage alone")
+    report.set_defaults(run=run_report)
+    report.add_argument("file", type=Path, nargs="?", metavar="FILE.json", help="default: the committed results")
+    report.add_argument("--output", type=Path, metavar="DIR", help="default: the file's folder")
+    add_report_options(report, DOCUMENT)
+
+    for command, default in ((run, "study.db in the output folder"), (report, "the file")):
+        command.add_argument("--storage", metavar="URL", help=f"a database's, for SQLAlchemy; default: {default}")
+        command.add_argument("--study", metavar="NAME", help="in the storage; default: made of the settings")
+    return parser
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    usual = replace(DEFAULT, seeds=QUICK_SEEDS, steps=QUICK_STEPS) if arguments.quick else DEFAULT
+    given = {field.name: getattr(arguments, field.name) for field in fields(Settings)}
+    return replace(usual, **{name: value for name, value in given.items() if value is not None})
+
+
+def study_name(settings: Settings) -> str:
+    """The default study's is short; what is different from it is part of a name."""
+    if settings == DEFAULT:
+        return "default"
+    names = ("model", "activation", "optimizer", "init")
+    parts = [getattr(settings, name) for name in names if getattr(settings, name) != getattr(DEFAULT, name)]
+    if (settings.steps, settings.seeds) == (QUICK_STEPS, QUICK_SEEDS):
+        parts.append("quick")
+    elif settings.steps != DEFAULT.steps:
+        parts.append(f"{settings.steps}-steps")
+    return "-".join(parts) or "other-grid"
+
+
+def run_study(arguments: argparse.Namespace) -> int:
+    settings = settings_of(arguments)
+    name = arguments.study or study_name(settings)
+    output: Path = arguments.output or (RESULTS if settings == DEFAULT else RESULTS / name)
+    make_writable(output)
+    url = arguments.storage or f"sqlite:///{output.absolute() / 'study.db'}"
+
+    # Here, so that report, --help and bad input need no Optuna and no second.
+    try:
+        from studies.tuning import study
+    except ImportError as error:
+        raise InputError(f"cannot run a study: {error} (it is one of the extra bench)") from None
+
+    try:
+        results = study.run(url, name, settings, arguments.jobs)
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted; what is done is kept, and the same command goes on", file=sys.stderr)
+        return 130
+    except study.WorkerError as error:
+        print(f"{PROGRAM}: error: {error}; what was done is kept", file=sys.stderr)
+        return 1
+    except study.STORAGE_ERRORS as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"the storage {study.shown(url)} failed: {reason}") from None
+    save_results(output / "results.json", results)
+    show(output, results)
+    return 0
+
+
+def show(folder: Path, results: Results) -> None:
+    """Draw the pictures, write the page that shows them, print the table and the conclusion."""
+    from benchmarks.tables import print_sheets
+    from studies.tuning.analysis import conclusion, page, sides_sheet
+    from studies.tuning.pictures import captions, save_pictures
+
+    make_writable(folder)
+    save_pictures(folder, results)
+    write_atomically(folder / "README.md", page(results, captions()).encode())
+    print_sheets([sides_sheet(results)])
+    print("\n".join([*conclusion(results), str(folder)]))
+
+
+def run_report(arguments: argparse.Namespace) -> int:
+    if arguments.check and not arguments.document:
+        raise InputError("--check needs --document")
+    if arguments.file and arguments.storage:
+        raise InputError("report is of a file or of a --storage, not of both")
+    if arguments.storage:
+        try:
+            from studies.tuning.study import load_study
+        except ImportError as error:
+            raise InputError(f"cannot read a storage: {error} (it is one of the extra bench)") from None
+
+        results = load_study(arguments.storage, arguments.study or study_name(DEFAULT))
+        folder = arguments.output or RESULTS
+    else:
+        file = arguments.file or RESULTS / "results.json"
+        results = load_results(file)
+        folder = arguments.output or file.parent
+    if not arguments.document:
+        show(folder, results)
+        return 0
+    from studies.tuning.analysis import block
+
+    return report_update(f"{PROGRAM} report", arguments.document, {TUNING: block(results)}, arguments.check)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(make_parser(), sys.argv[1:] if argv is None else argv, default="run")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""What the trials say: who trains, how fast, how still the inputs are held, what a move of β changes."""
+
+# The names of the study are Greek, and signs in what people read are the right ones.
+# ruff: noqa: RUF001
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from itertools import combinations, product
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.tables import Sheet, markdown, texts
+from studies.tuning.results import Results
+from studies.tuning.settings import Point
+
+GOAL = 90.0  # percent of the test images
+
+# A ratio of two medians inside these is called no difference.
+SAME = (0.8, 1.25)
+# Of what another seed changes: up to here a move of β changes almost nothing. As much as another seed is a lot.
+ALMOST_NOTHING = 0.1
+
+
+def trials(results: Results) -> pd.DataFrame:
+    """One line per trial: its point, ``curve`` with the percentage at each evaluation, the last of them as ``final``.
+
+    ``curve`` is 0 from where a trial diverged, as what is not finite names no class. ``steps``: to the goal.
+    """
+    evaluations = results.settings.evaluations
+    lines = []
+    for trial in results.trials:
+        curve = np.zeros(len(evaluations))
+        curve[: len(trial.correct)] = [100 * correct / trial.tests for correct in trial.correct]
+        steps = next((step for step, value in zip(evaluations, curve, strict=True) if value >= GOAL), None)
+        measured = {"curve": curve, "final": curve[-1], "steps": steps}
+        lines.append({**asdict(trial.point), **measured, "diverged_at": trial.diverged_at, "travel": trial.travel})
+    columns = [*Point.__dataclass_fields__, "curve", "final", "steps", "diverged_at", "travel"]
+    kinds = {"batch_norm": bool, "final": float, "steps": float, "diverged_at": float, "travel": float}
+    return pd.DataFrame(lines, columns=columns).astype(kinds)
+
+
+def grid(results: Results) -> pd.DataFrame:
+    """Without the trials of a β that is tried for a move alone."""
+    table = trials(results)
+    return table[table["beta"].isin(results.settings.betas)]
+
+
+def cells(results: Results) -> pd.DataFrame:
+    """One line per batch_norm, α and β of the grid: the mean of ``final`` over the seeds; whether one ``diverged``."""
+    found = grid(results).groupby(["batch_norm", "alpha", "beta"])
+    return found.agg(accuracy=("final", "mean"), diverged=("diverged_at", lambda steps: steps.notna().any()))
+
+
+def sides(results: Results) -> pd.DataFrame:
+    """The grid without batch norm and with it. ``best`` is the accuracy of the best pair of α and β."""
+    found = grid(results).groupby("batch_norm")
+    table = found.agg(
+        trials=("final", "size"),
+        at_goal=("final", lambda final: (final >= GOAL).sum()),
+        reached=("steps", "count"),
+        diverged=("diverged_at", "count"),
+        steps=("steps", "median"),
+        fewest=("steps", "min"),
+    ).reindex([False, True])
+    counts = ["trials", "at_goal", "reached", "diverged"]
+    table[counts] = table[counts].fillna(0).astype(int)
+    accuracies = cells(results)["accuracy"]
+    best = {where[0]: where for where in accuracies.groupby("batch_norm").idxmax()}
+    table["best"] = [accuracies[best[side]] if side in best else np.nan for side in table.index]
+    table["at"] = [f"{best[side][1]:g}, {best[side][2]:g}" if side in best else "" for side in table.index]
+    return table
+
+
+def sides_sheet(results: Results) -> Sheet:
+    table = sides(results)
+    share = table["at_goal"] / table["trials"].clip(lower=1)
+    lines = {
+        "": ["without", "with batch norm"],
+        f"≥ {GOAL:g} % at the end": [f"{a} of {b}" for a, b in zip(table["at_goal"], table["trials"], strict=True)],
+        "of the grid": texts(100 * share, "{:.0f} %"),
+        "at some time": texts(table["reached"], "{}"),
+        "diverged": texts(table["diverged"], "{}"),
+        "best": texts(table["best"], "{:.1f} %"),
+        "at α, β": table["at"].tolist(),
+        f"steps to {GOAL:g} %": texts(table["steps"], "{:.0f}"),
+        "fewest": texts(table["fewest"], "{:.0f}"),
+    }
+    return Sheet(pd.DataFrame(lines), labels=1)
+
+
+def pairs(results: Results) -> pd.DataFrame:
+    """The trials that train with batch norm and without it, at the same α, β and seed, beside each other."""
+    table = grid(results)
+    trained = table[table["final"] >= GOAL]
+    without, with_it = (trained[trained["batch_norm"] == side] for side in (False, True))
+    return without.merge(with_it, on=["alpha", "beta", "seed"], suffixes=("_without", "_with"))
+
+
+def effects(results: Results) -> pd.DataFrame:
+    """What a move of β does at an α, in points of accuracy, mean over the evaluations.
+
+    ``change``: between the two β of the same seed, mean over the seeds. ``spread``: between two seeds at the first β,
+    mean over the pairs.
+    """
+    table = trials(results).set_index(["batch_norm", "alpha", "beta", "seed"])["curve"]
+    curves = dict(table)
+    settings = results.settings
+    lines = []
+    for move, side, alpha in product(settings.moves, (False, True), settings.alphas):
+        before, after = (
+            {seed: curves[side, alpha, beta, seed] for seed in settings.seeds if (side, alpha, beta, seed) in curves}
+            for beta in move
+        )
+        changes = [np.abs(before[seed] - after[seed]).mean() for seed in after if seed in before]
+        spreads = [np.abs(a - b).mean() for a, b in combinations(before.values(), 2)]
+        if changes:
+            spread = np.mean(spreads) if spreads else np.nan
+            lines.append((*move, alpha, side, np.mean(changes), spread))
+    return pd.DataFrame(lines, columns=["start", "end", "alpha", "batch_norm", "change", "spread"])
+
+
+def moves_sheet(results: Results) -> Sheet:
+    """One line per move and α: the change without and with batch norm, each beside what another seed changes."""
+    lines = []
+    for (start, end, alpha), members in effects(results).groupby(["start", "end", "alpha"]):
+        found = members.set_index("batch_norm")[["change", "spread"]].reindex([False, True])
+        lines.append([f"{start:g} → {end:g}", f"{alpha:g}", *texts(found.to_numpy().flatten(), "{:.2f}")])
+    heads = ["β", "α", "without", "its seeds", "with", "its seeds"]
+    return Sheet(pd.DataFrame(lines, columns=heads), labels=1)
+
+
+def conclusion(results: Results) -> list[str]:
+    """The three lines that say which of the text's claims the results bear out."""
+    return [_range_line(results), _still_line(results), _moves_line(results)]
+
+
+def _range_line(results: Results) -> str:
+    without, with_it = sides(results).itertuples()
+    if not without.trials or not with_it.trials:
+        return "Range: not measured."
+    verdict = "widens" if with_it.at_goal / with_it.trials > without.at_goal / without.trials else "does not widen"
+    line = (
+        f"Batch norm {verdict} the range that trains: {with_it.at_goal} of {with_it.trials} trials end at ≥ {GOAL:g} % "
+        f"with it, {without.at_goal} of {without.trials} without; best accuracy {with_it.best:.1f} % and "
+        f"{without.best:.1f} %"
+    )
+    both = pairs(results)
+    if both.empty:
+        return f"{line}; no α and β trains both."
+    steps = both[["steps_with", "steps_without"]].median()
+    return f"{line}; steps to {GOAL:g} % where both train {steps.iloc[0]:.0f} and {steps.iloc[1]:.0f} (median)."
+
+
+def _still_line(results: Results) -> str:
+    ways = pairs(results)[["travel_with", "travel_without"]].fillna(0.0)
+    with_it, without = ways.median()
+    if ways.empty or not without:
+        return "Whether it holds the layers' inputs still cannot be said: no α and β trains both."
+    ratio = with_it / without
+    verdict = "stiller" if ratio < SAME[0] else "less still" if ratio > SAME[1] else "no stiller"
+    stiller = (ways["travel_with"] < ways["travel_without"]).sum()
+    return (
+        f"It holds the inputs of the last hidden layer {verdict}: where both train, their medians travel "
+        f"{with_it:.1f} widths (15th to 85th percentile) with it, {without:.1f} without; the shorter way "
+        f"is batch norm's in {stiller} of {len(ways)} pairs."
+    )
+
+
+def move_medians(results: Results) -> pd.DataFrame:
+    """Of each move, over α without and with batch norm: at the edge of what trains, anything moves a lot."""
+    return effects(results).groupby(["start", "end"])[["change", "spread"]].median()
+
+
+def _moves_line(results: Results) -> str:
+    medians = move_medians(results)
+    if medians.empty:
+        return "Moves of β: not measured."
+    parts = [
+        f"{start:g} to {end:g} changes {_amount(change, spread)} ({change:.2f} points of accuracy"
+        + (f"; another seed {spread:.2f})" if pd.notna(spread) else ")")
+        for (start, end), change, spread in medians.itertuples()
+    ]
+    line = f"β from {', from '.join(parts)}, medians over α without and with batch norm"
+    changes = medians["change"]
+    if len(changes) == 2 and changes.iloc[0] > 0:
+        line += f"; the second is {changes.iloc[1] / changes.iloc[0]:.1f} times the first"
+    return f"{line}."
+
+
+def _amount(change: float, spread: float) -> str:
+    if pd.isna(spread):
+        return "something"
+    if change <= ALMOST_NOTHING * spread:
+        return "almost nothing"
+    return "less than another seed" if change < spread else "a lot"
+
+
+def how_measured(results: Results) -> str:
+    settings = results.settings
+    what = (
+        f"{settings.model}, {settings.activation}, {settings.optimizer}, initialisation {settings.init}, "
+        f"{settings.steps} steps, {len(settings.seeds)} seeds, {len(results.trials)} of {len(settings.points)} trials"
+    )
+    machines = [
+        f"{machine['device_name']} ({machine['isa']}), torch {machine['torch_version']}, "
+        f"bnext {machine['bnext_version']}, commit {machine['commit']}, {machine['date'][:10]}"
+        for machine in results.machines
+    ]
+    minutes = sum(trial.cpu_s for trial in results.trials) / 60
+    return f"scikit-learn's digits, {what}; {'; '.join(machines)}; {minutes:.1f} minutes of one core."
+
+
+def block(results: Results) -> str:
+    """The conclusion, for a document."""
+    return "\n".join(f"* {line}" for line in conclusion(results))
+
+
+def page(results: Results, pictures: Mapping[str, str]) -> str:
+    """The results' own page, with each picture's file and caption."""
+    parts = [
+        "# Tuning by grid search, with batch norm and without",
+        block(results),
+        markdown(sides_sheet(results)),
+        "Trials of a β that is not the grid's, tried for a move, do not count here. Best: mean over the seeds at that "
+        "α and β; steps: the median of those that got there.",
+        *(f"![{caption}]({name})\n\n{caption}" for name, caption in pictures.items()),
+        "What a move of β changes, in points of accuracy, mean over the evaluations and seeds; beside it what another "
+        "seed changes at the first β:",
+        markdown(moves_sheet(results)),
+        f"Measured by `python -m benchmarks tuning`: {how_measured(results)}",
+    ]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,110 @@
+"""One trial: trains one network at one point of the grid and keeps its curves."""
+
+import math
+import time
+
+import torch
+from torch import Tensor, nn
+
+from studies.tuning.digits import Split, split
+from studies.tuning.networks import Network, build
+from studies.tuning.results import Trial
+from studies.tuning.settings import Point, Settings
+
+BATCH = 60  # as in figure 1 of Ioffe and Szegedy (2015)
+PERCENTILES = (15, 50, 85)
+
+
+def make_optimizer(name: str, module: nn.Module, alpha: float, beta: float) -> torch.optim.Optimizer:
+    parameters = module.parameters()
+    if name == "adam":
+        return torch.optim.Adam(parameters, lr=alpha, betas=(0.9, beta), fused=True)
+    dampening = {"sgd": 0.0, "average": beta}[name]
+    return torch.optim.SGD(parameters, lr=alpha, momentum=beta, dampening=dampening, fused=True)
+
+
+def percentiles(values: Tensor) -> Tensor:
+    """The 15th, 50th and 85th of each unit, between neighbours linearly. (values, units) -> (3, units), float64."""
+    return torch.quantile(values.double(), torch.tensor(PERCENTILES).double() / 100, dim=0)
+
+
+def travel(history: Tensor) -> float | None:
+    """How far the medians went from one evaluation to the next, summed, in mean widths from the 15th to the 85th
+    percentile; the mean over the units. (evaluations, 3, units) -> number; None where nothing can be said."""
+    if len(history) < 2:
+        return None
+    path = history[:, 1].diff(dim=0).abs().sum(0)
+    width = (history[:, 2] - history[:, 0]).mean(0)
+    wide = width > 0
+    return (path[wide] / width[wide]).mean().item() if wide.any() else None
+
+
+class _Watch:
+    """Keeps what went into a layer, one column per unit (of a convolution: a channel, at all positions)."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.values = torch.empty(0)
+        layer.register_forward_pre_hook(self._keep)
+
+    def _keep(self, _layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        self.values = arguments[0].detach().movedim(1, -1).flatten(0, -2)
+
+
+def evaluate(network: Network, watch: _Watch, data: Split) -> tuple[int, Tensor] | None:
+    """How many test images are right, and the percentiles of each watched unit; None if anything is not finite."""
+    network.module.eval()
+    with torch.no_grad():
+        scores = network.module(data.test_images)
+    network.module.train()
+    if not (scores.isfinite().all() and watch.values.isfinite().all()):
+        return None
+    return int((scores.argmax(1) == data.test_targets).sum()), percentiles(watch.values)
+
+
+def train(settings: Settings, point: Point) -> Trial:
+    """Trains to the end or to the first loss that is not finite, which is a result as well."""
+    start = time.process_time()
+    data = split(point.seed)
+    network = build(settings, point.batch_norm, point.seed)
+    watch = _Watch(network.watched)
+    optimizer = make_optimizer(settings.optimizer, network.module, point.alpha, point.beta)
+    generator = torch.Generator().manual_seed(point.seed)
+    batches = torch.randint(len(data.targets), (settings.steps, BATCH), generator=generator)
+
+    evaluations = set(settings.evaluations)
+    losses: list[float] = []
+    correct: list[int] = []
+    history: list[Tensor] = []
+    since: list[float] = []
+    diverged_at = None
+    for step, batch in enumerate(batches, 1):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(network.module(data.images[batch]), data.targets[batch])
+        since.append(loss.item())
+        if not math.isfinite(since[-1]):
+            diverged_at = step
+            break
+        loss.backward()
+        optimizer.step()
+        if step not in evaluations:
+            continue
+        found = evaluate(network, watch, data)
+        if found is None:
+            diverged_at = step
+            break
+        correct.append(found[0])
+        history.append(found[1])
+        losses.append(math.fsum(since) / len(since))
+        since.clear()
+
+    everything = torch.stack(history) if history else torch.empty(0, len(PERCENTILES), 1, dtype=torch.float64)
+    return Trial(
+        point=point,
+        diverged_at=diverged_at,
+        loss=losses,
+        correct=correct,
+        tests=len(data.test_targets),
+        percentiles=everything[:, :, 0].T.tolist(),
+        travel=travel(everything),
+        cpu_s=time.process_time() - start,
+    )

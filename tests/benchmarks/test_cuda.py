@@ -1,0 +1,241 @@
+"""What is particular to a GPU: buffers that go round, calls timed by events and graphs, what is missing."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from host_runtime import HostRuntime
+
+from benchmarks.cuda import device as gpu
+from benchmarks.cuda.rotation import GRAPH_BYTES, MAX_GRAPH_CALLS, MAX_SETS, Rotation, buffer_sets, calls_per_graph
+from benchmarks.cuda.runtime import CudaRuntime
+from benchmarks.cuda.stopwatch import (
+    WARM_CALLS,
+    EmptyGraphError,
+    EventStopwatch,
+    eager_stopwatch,
+    graph_stopwatch,
+    require_replay_writes,
+)
+from benchmarks.timing import MIN_ROUND_S, calibrate, time_in_turn
+from bnext import _C
+
+MB = 1_000_000
+
+
+@pytest.mark.parametrize("moved", [MB, 7 * MB, 59 * MB, 180 * MB - 1])
+def test_sets_exceed_three_times_the_cache(moved: int) -> None:
+    sets = buffer_sets(moved, l2_bytes=60 * MB, memory_bytes=10**12)
+    assert sets * moved > 3 * 60 * MB >= (sets - 1) * moved
+
+
+def test_a_tensor_larger_than_the_cache_needs_one_set() -> None:
+    assert buffer_sets(181 * MB, l2_bytes=60 * MB, memory_bytes=10**12) == 1
+
+
+def test_sets_are_limited_by_memory_and_number() -> None:
+    assert buffer_sets(10 * MB, l2_bytes=60 * MB, memory_bytes=50 * MB) == 5
+    assert buffer_sets(10 * MB, l2_bytes=60 * MB, memory_bytes=1) == 1
+    assert buffer_sets(128, l2_bytes=60 * MB, memory_bytes=10**12) == MAX_SETS
+
+
+@pytest.mark.parametrize(("moved", "sets"), [(128, MAX_SETS), (MB, 181), (70 * MB, 3), (10**9, 1), (10**10, 1)])
+def test_a_graph_has_whole_turns_and_enough_to_do(moved: int, sets: int) -> None:
+    calls = calls_per_graph(moved, sets)
+    assert calls % sets == 0
+    assert calls * moved >= GRAPH_BYTES or calls + sets > MAX_GRAPH_CALLS
+    assert calls <= max(MAX_GRAPH_CALLS, sets)
+
+
+def test_calls_go_round_in_the_context_and_results_stay_until_their_next_turn() -> None:
+    events: list[str] = []
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        events.append("enter")
+        yield
+        events.append("leave")
+
+    counts = [0, 0, 0]
+
+    def call(index: int) -> Callable[[], object]:
+        def result() -> object:
+            counts[index] += 1
+            events.append(f"{index}")
+            return f"{index}, turn {counts[index]}"
+
+        return result
+
+    rotation = Rotation([call(index) for index in range(3)], context)
+    assert rotation.run(5) == ["0, turn 2", "1, turn 2", "2, turn 1"]
+    assert events == ["enter", "0", "1", "2", "0", "1", "leave"]
+
+
+def test_results_on_the_sets_are_in_different_memory() -> None:
+    """Freed at once, they would all be in the same, which the cache holds."""
+    rotation = Rotation([lambda: torch.ones(1000)] * 4)
+    results = rotation.run(11)
+    assert len({result.data_ptr() for result in results if isinstance(result, torch.Tensor)}) == 4
+
+
+class ImaginedDevice(HostRuntime):
+    """Time passes only by ``work``: seconds that whatever runs adds to the device's clock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def work(self, seconds: float) -> None:
+        self.now += seconds
+
+    def event(self) -> Any:
+        device = self
+
+        class Event:
+            def record(self) -> None:
+                device.log.append("record")
+                self.at = device.now
+
+            def synchronize(self) -> None:
+                device.log.append("wait")
+
+            def elapsed_time(self, end: Event) -> float:
+                return 1e3 * (end.at - self.at)
+
+        return Event()
+
+
+def test_events_give_seconds() -> None:
+    device = ImaginedDevice()
+    stopwatch = eager_stopwatch(Rotation([lambda: device.work(0.25)] * 2), device)
+    assert stopwatch.timeit(3) == pytest.approx(0.75)
+    assert device.log == ["synchronize", "record", "record", "wait"]
+
+
+def test_a_graph_is_replayed_whole_and_its_time_scaled() -> None:
+    device = ImaginedDevice()
+    replays: list[int] = []
+
+    def run(repeats: int) -> None:
+        replays.append(repeats)
+        device.work(repeats * 10 * 0.25)
+
+    stopwatch = EventStopwatch(device, run, calls=10, head_start=True)
+    assert stopwatch.timeit(1) == pytest.approx(0.25)
+    assert stopwatch.timeit(20) == pytest.approx(5.0)
+    assert stopwatch.timeit(21) == pytest.approx(5.25)
+    assert replays == [1, 2, 3]
+    assert device.log[:4] == ["synchronize", "occupy", "record", "record"], "busy before the clock starts"
+
+
+def test_nothing_is_collected_between_the_events() -> None:
+    seen: list[bool] = []
+    device = ImaginedDevice()
+    EventStopwatch(device, lambda _: seen.append(gc.isenabled())).timeit(1)
+    assert seen == [False]
+    assert gc.isenabled()
+
+
+def test_rounds_of_stopwatches_are_long_enough_and_give_each_its_time() -> None:
+    device = ImaginedDevice()
+    fast, slow = (
+        EventStopwatch(device, lambda repeats, s=s: device.work(8 * s * repeats), calls=8)  # type: ignore[misc]
+        for s in (1e-5, 4e-5)
+    )
+    number, seconds = calibrate(fast)
+    assert seconds >= MIN_ROUND_S
+    assert seconds == pytest.approx(number * 1e-5)
+    timings = time_in_turn({"fast": fast, "slow": slow}, lambda _: 5)
+    assert timings["fast"].median_s == pytest.approx(1e-5)
+    assert timings["slow"].median_s == pytest.approx(4e-5)
+
+
+def test_a_graph_is_captured_warm_and_replayed() -> None:
+    runtime = HostRuntime()
+    made: list[int] = []
+
+    def call() -> torch.Tensor:
+        made.append(1)
+        return torch.ones(3)
+
+    stopwatch = graph_stopwatch(Rotation([call] * 2), 4, runtime)
+    warm, captured, checked = max(WARM_CALLS, 2), 4, 4
+    assert len(made) == warm + captured + checked
+    stopwatch.timeit(8)
+    assert len(made) == warm + captured + checked + 8
+    assert stopwatch.head_start
+
+
+@pytest.mark.parametrize("body_fails", [True, False])
+def test_a_failed_capture_raises_what_came_first(body_fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own way out of a capture that has failed raises as well."""
+
+    @contextmanager
+    def graph(_: object, stream: object) -> Iterator[None]:
+        assert stream == "the stream"
+        try:
+            yield
+        finally:
+            raise RuntimeError("capture_end")
+
+    def run() -> None:
+        if body_fails:
+            raise ValueError("the reason")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    runtime = object.__new__(CudaRuntime)
+    runtime._stream = "the stream"  # type: ignore[assignment]
+    with pytest.raises(ValueError if body_fails else RuntimeError, match="the reason" if body_fails else "capture_end"):
+        runtime.capture(run)
+
+
+@pytest.mark.parametrize("result", [torch.ones(4), (torch.ones(4), torch.ones(2))])
+def test_a_graph_without_the_work_is_an_error(result: Any) -> None:
+    runtime = HostRuntime()
+    tensor = result[0] if isinstance(result, tuple) else result
+    require_replay_writes(lambda: tensor.fill_(2.0), result, runtime)
+    with pytest.raises(EmptyGraphError, match="does not write"):
+        require_replay_writes(lambda: None, result, runtime)
+    with pytest.raises(EmptyGraphError, match="does not write"):
+        require_replay_writes(lambda: tensor[:2].fill_(2.0), result, runtime)
+    with pytest.raises(EmptyGraphError, match="NoneType"):
+        require_replay_writes(lambda: None, None, runtime)
+
+
+@pytest.mark.parametrize(
+    ("cuda_version", "available", "kernels", "message"),
+    [
+        (None, False, False, "was built without CUDA"),
+        ("13.0", False, True, "no GPU is visible"),
+        ("13.0", True, False, "bnext was built without its CUDA kernels"),
+        ("13.0", True, True, None),
+    ],
+)
+def test_what_is_missing_is_named(
+    cuda_version: str | None, available: bool, kernels: bool, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda_version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(_C, "cuda", kernels)
+    missing = gpu.missing()
+    assert (missing is None) == (message is None)
+    assert (message or "") in (missing or "")
+
+
+def test_driver_is_what_nvidia_smi_says_or_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = subprocess.CompletedProcess((), 0, stdout="580.65.06\n580.65.06\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: answer)
+    assert gpu.driver_version() == "580.65.06"
+
+    def none(*_: object, **__: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(subprocess, "run", none)
+    assert gpu.driver_version() == ""

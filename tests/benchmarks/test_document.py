@@ -1,0 +1,110 @@
+"""docs/benchmarks.md: its blocks are those that the committed results give, and each is rewritten by itself."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from canned import (
+    imagined_calls,
+    imagined_fused_gpu_run,
+    imagined_fused_run,
+    imagined_gpu_run,
+    imagined_run,
+    imagined_training,
+    rows_of,
+)
+
+from benchmarks.__main__ import RESULTS, main
+from benchmarks.document import DOCUMENT, NUMERICS, TUNING, UNMEASURED, block_name, blocks, markers, rewritten
+from benchmarks.numerics_report import is_numerics, load_results, page
+from benchmarks.rows import InputError, load_rows, save_rows
+from benchmarks.touched import VARIABLES
+
+FILES = sorted(RESULTS.glob("*.json"))
+STUDY = RESULTS / "tuning" / "results.json"
+EVERYTHING = [
+    *imagined_run(),
+    *imagined_fused_run(),
+    *imagined_gpu_run(),
+    *imagined_fused_gpu_run(),
+    *imagined_training(),
+    *imagined_calls(),
+    *rows_of(4.0, 1.0, 0.5, environment=dict(VARIABLES)),
+]
+
+
+@pytest.mark.parametrize(
+    "file", [*FILES, RESULTS / "tuning" / "results.json"], ids=lambda file: file.parent.name + file.stem
+)
+def test_document_shows_the_committed_results(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = ["tuning"] if file.parent.name == TUNING else []
+    assert main([*study, "report", str(shutil.copy(file, tmp_path)), "--document", "--check"]) == 0, (
+        capsys.readouterr().err
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [file.name], "nothing is drawn or written beside it"
+
+
+def test_every_block_of_the_document_has_its_file_or_says_that_there_is_none() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    places = re.findall(r"<!-- ([a-z0-9:-]+):begin -->\n(.*?)\n<!-- \1:end -->", text, flags=re.DOTALL)
+    assert len(places) == text.count(":begin -->") == len(dict(places))
+    named = [{NUMERICS} if is_numerics(file) else set(map(block_name, load_rows(file))) for file in FILES]
+    found = [TUNING, *(name for names in named for name in names)]
+    assert {name for name, block in places if block != UNMEASURED} == set(found)
+    assert len(found) == len(set(found)), "two files for one block"
+
+
+def test_every_row_of_the_accuracy_is_on_its_page() -> None:
+    (file,) = filter(is_numerics, FILES)
+    assert file.with_suffix(".md").read_text(encoding="utf-8") == page(load_results(file))
+
+
+def test_each_kind_has_its_own_block_and_the_rest_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, document = tmp_path / "run.json", tmp_path / "D.md"
+    save_rows(file, EVERYTHING)
+    found = blocks(EVERYTHING)
+    names = ["", ":fused", ":cuda", ":cuda:fused", ":training", ":compiled", ":touched"]
+    assert list(found) == [f"benchmark{name}" for name in names]
+    empty = "".join("before\n{}\n{}\n".format(*markers(name)) for name in found)
+    document.write_text(empty)
+    command = ["report", str(file), "--readme", str(document)]
+    assert main([*command, "--check"]) == 1
+    assert "out of date" in capsys.readouterr().err
+    assert document.read_text() == empty
+    assert main(command) == 0
+    filled = ("before\n{}\n{block}\n{}\n".format(*markers(name), block=block) for name, block in found.items())
+    assert document.read_text() == "".join(filled)
+    assert main([*command, "--check"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["D.md", "run.json"], "only the document is written"
+
+
+BEGIN, END = markers("benchmark")
+
+
+@pytest.mark.parametrize("text", ["", BEGIN, END, f"{END}{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
+def test_without_one_pair_of_markers_it_is_one_line_and_status_2(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(InputError):
+        rewritten(text, "benchmark", "block")
+    file, document = tmp_path / "run.json", tmp_path / "D.md"
+    save_rows(file, [*imagined_fused_run(), *imagined_run()])
+    document.write_text(text := f"{text}{''.join(markers('benchmark:fused'))}")
+    assert main(["report", str(file), "--document", str(document)]) == 2
+    assert main(["report", str(file), "--document", str(tmp_path / "nothing.md")]) == 2
+    assert main(["report", str(file), "--check"]) == 2
+    assert capsys.readouterr().err.count("\n") == 3
+    assert document.read_text() == text, "rewritten in part"
+
+
+@pytest.mark.parametrize("rows", [imagined_fused_run(), imagined_training()], ids=["fused", "training"])
+def test_there_is_no_block_of_them_in_touched_memory(rows: list) -> None:
+    rows[0].environment.update(VARIABLES)
+    try:
+        with pytest.raises(InputError, match="in memory already touched"):
+            block_name(rows[0])
+    finally:
+        rows[0].environment.clear()

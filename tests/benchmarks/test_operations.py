@@ -1,0 +1,189 @@
+"""What one call is: each provider's expression, what its graph holds, and the floor."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import operations
+from benchmarks.check import results
+from benchmarks.cuda.operations import copy_rotation, make_sets
+from benchmarks.cuda.providers import provider_makers as gpu_makers
+from benchmarks.cuda.providers import without_cudnn
+from benchmarks.memory import held
+from benchmarks.operations import floor_call, make_tensors, provider_call
+from benchmarks.providers import ACTIVATIONS, compiled, eager, functions, provider_makers
+from benchmarks.suites import BN_ADD_RELU, BN_RELU, PLAIN, TENSOR_PASSES, Case, Epilogue, model_bytes
+
+SHAPE = (2, 3, 4, 4)
+EPILOGUES = [BN_RELU, BN_ADD_RELU, Epilogue("silu")]
+
+
+def case_of(epilogue: Epilogue, shape: tuple[int, ...] = SHAPE, **changes: Any) -> Case:
+    fields = {"suite": "tiny", "dtype": "float32", "layout": "contiguous", "operations": (), **changes}
+    return Case(shape=shape, epilogue=epilogue, **fields)
+
+
+def address(result: Any) -> int:
+    return (result[0] if isinstance(result, tuple) else result).data_ptr()
+
+
+@pytest.mark.parametrize("operation", TENSOR_PASSES)
+@pytest.mark.parametrize("epilogue", [PLAIN, BN_RELU, BN_ADD_RELU], ids=str)
+def test_calls_return_fresh_results_and_the_floor_does_not(operation: str, epilogue: Epilogue) -> None:
+    tensors = make_tensors(case_of(epilogue, (4, 8)))
+    for function in functions(epilogue).values():
+        call = provider_call(operation, function, tensors)
+        first, second = call(), call()
+        assert address(first) != address(second)
+    floor = floor_call(operation, tensors)
+    assert address(floor()) == address(floor())
+
+
+@pytest.mark.parametrize("operation", TENSOR_PASSES)
+def test_the_floors_move_the_bytes_of_the_model(operation: str) -> None:
+    case = case_of(BN_ADD_RELU, (2, 8, 4, 4), dtype="bfloat16", layout="channels_last")
+    moved = model_bytes(operation, case.shape, case.dtype, case.epilogue)
+    tensors = make_tensors(case)
+    found = floor_call(operation, tensors)()
+    targets: Any = found if isinstance(found, tuple) else (found,)
+    assert all(bool(target.any()) for target in targets), "something was moved"
+    # An addition, which is what a forward and an evaluation with a residual begin with, reads twice what it writes.
+    additions = 0 if operation == "backward" else tensors.input.nbytes
+    assert 2 * sum(target.nbytes for target in targets) + additions == moved
+    for copied in (case, case_of(PLAIN, (3, 3), dtype="bfloat16")):
+        copies = copy_rotation(operation, copied, "cpu", 2).run(2)
+        size = model_bytes(operation, copied.shape, copied.dtype, copied.epilogue)
+        assert len(set(map(address, copies))) == 2
+        assert all(isinstance(copy, Tensor) and copy.any() and 0 <= 2 * copy.nbytes - size <= 2 for copy in copies)
+
+
+def test_sets_have_their_own_data_and_layout() -> None:
+    sets = make_sets(case_of(BN_ADD_RELU, dtype="bfloat16", layout="channels_last"), "cpu", 3)
+    data = [tensor for tensors in sets for tensor in (tensors.input, tensors.grad_output, *tensors.residual)]
+    assert len(set(map(address, data))) == len(data) == 9
+    assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in data)
+    assert all(tensor.is_leaf and tensor.requires_grad == (i % 3 != 1) for i, tensor in enumerate(data))
+    assert not any(torch.equal(a, b) for i, a in enumerate(data) for b in data[:i])
+
+
+class Operators(TorchDispatchMode):
+    """The names of what is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.called.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("epilogue", "operators"),
+    [(BN_RELU, ["relu_"]), (BN_ADD_RELU, ["add_", "relu_"]), (Epilogue("silu"), ["silu"])],
+    ids=str,
+)
+def test_torch_is_as_a_user_writes_it(epilogue: Epilogue, operators: list[str]) -> None:
+    """In place, where that saves memory and not costs a copy; and all mean the same."""
+    t = make_tensors(case_of(epilogue))
+    arguments = (t.input, None, None, t.weight, t.bias, *t.residual, True, 0.1, 1e-5)
+    with Operators() as log:
+        eager(epilogue)(*arguments)
+    known = {"add", "add_", *ACTIVATIONS, *(f"{act}_" for act in ACTIVATIONS), "clone"}
+    assert [name for name in log.called if name in known] == operators
+    normalised = functional.batch_norm(t.input, None, None, t.weight, t.bias, True)
+    expected = ACTIVATIONS[epilogue.act](sum(t.residual, normalised))
+    for function in functions(epilogue).values():
+        torch.testing.assert_close(function(*arguments), expected)
+    assert eager(PLAIN) is functional.batch_norm
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
+def test_the_compiled_expression_is_the_eager_one(epilogue: Epilogue) -> None:
+    tensors = make_tensors(case_of(epilogue))
+    expected = results(eager(epilogue), tensors)
+    for name, tensor in results(compiled(epilogue, backend="aot_eager"), tensors).items():
+        torch.testing.assert_close(tensor, expected[name], msg=name)
+    torch.compiler.reset()
+
+
+def test_a_compiled_backward_can_be_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function of which a tensor is saved that is neither argument nor result: its memory could be used again."""
+
+    def function(input: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, *_: object) -> Tensor:
+        return input.sigmoid() * weight[:, None, None] + bias[:, None, None]
+
+    monkeypatch.setattr(torch.nn.functional, "batch_norm", function)
+    tensors = make_tensors(case_of(PLAIN))
+    batch_norm = compiled(backend="aot_eager")
+    expected = provider_call("backward", function, tensors)()
+    # The backward is compiled when it is first run, as if there were no other: so it is found in torch's cache, too.
+    output = operations.forward(batch_norm, tensors, tensors.running_mean, tensors.running_var)
+    torch.autograd.grad(output, tensors.leaves, tensors.grad_output)
+    call = provider_call("backward", batch_norm, tensors)
+    for _ in range(2):
+        torch.testing.assert_close(call(), expected)
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
+def test_torch_holds_the_argument_and_the_result_of_the_activation(epilogue: Epilogue) -> None:
+    tensors = make_tensors(case_of(epilogue, (2, 64, 4, 4), dtype="bfloat16", layout="channels_last"))
+    found = held(eager(epilogue), tensors)
+    size, channels = tensors.input.nbytes, tensors.weight.nbytes
+    in_place = epilogue.act == "relu"
+    assert found.held_result_bytes == (size if in_place else 0)
+    assert found.held_bytes - (0 if in_place else size) == 2 * channels, "the statistics"
+    assert size < found.held_arguments_bytes <= size + 4 * channels, "the input and parameters; the residual is not"
+
+
+def test_a_storage_is_counted_once_and_only_while_the_graph_is_there() -> None:
+    tensors = make_tensors(case_of(PLAIN, (8, 4)))
+
+    def function(input: Tensor, *_: Any) -> Tensor:
+        (input.exp() * 2.0).detach()  # its graph is gone with it
+        doubled = input * 2.0  # which saves no tensor
+        return (doubled * doubled[:, :1]) @ doubled[:4]
+
+    found = held(function, tensors)
+    size = tensors.input.nbytes
+    assert (found.held_arguments_bytes, found.held_result_bytes, found.held_bytes) == (0, 0, 2 * size)
+
+
+class Probe:
+    """Lives as long as the node that it is put on."""
+
+
+def test_nothing_is_held_afterwards() -> None:
+    """A node that saves its own result, as that of a ReLU does, was kept alive by the hooks."""
+    tensors = make_tensors(case_of(PLAIN, (64, 64)))
+    probes: list[weakref.ref[Probe]] = []
+
+    def function(input: Tensor, *_: Any) -> Tensor:
+        output = functional.relu(input)
+        output.grad_fn.metadata["probe"] = probe = Probe()
+        probes.append(weakref.ref(probe))
+        return output
+
+    assert held(function, tensors).held_result_bytes == tensors.input.nbytes
+    assert probes[0]() is None
+
+
+def test_what_is_required_is_made_before_what_may_fail() -> None:
+    case = case_of(BN_RELU, compiled=True)
+    assert list(provider_makers(case, True)) == ["torch", "bnext", "torch-compile"]
+    assert list(gpu_makers(case, True)) == ["torch", "bnext", "torch-no-cudnn", "torch-compile"]
+    assert list(provider_makers(case, False)) == ["torch", "bnext"]
+
+
+def test_cudnn_is_off_only_inside() -> None:
+    assert torch.backends.cudnn.enabled
+    with without_cudnn():
+        assert not torch.backends.cudnn.enabled
+    assert torch.backends.cudnn.enabled

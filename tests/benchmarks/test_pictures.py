@@ -1,0 +1,70 @@
+"""python -m benchmarks pictures: what is drawn, and that the committed pictures are small enough for a README."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from canned import imagined_costs, imagined_run, rows_of
+from matplotlib.colors import to_hex
+from matplotlib.image import imread
+from test_numerics_report import imagined, result
+
+from benchmarks.__main__ import RESULTS, main
+from benchmarks.numerics_report import DATA, ULP, save_results
+from benchmarks.pictures import FOLDER, LARGEST_ERROR, SMALLEST_ERROR, draw_accuracy, draw_operators, drawn
+from benchmarks.rows import save_rows
+from benchmarks.style import BLUE, ORANGE, SKY
+from benchmarks.touched import VARIABLES
+
+
+def test_operators_have_a_bar_a_group_and_size() -> None:
+    rows = [*imagined_run(), *rows_of(0.5, 1.0, 1.0, op="backward")]
+    forward, backward = draw_operators(rows).axes
+    assert [label.get_text() for label in forward.get_yticklabels()] == ["float32, contiguous", "float32, (N,C)"]
+    assert [1 + bar.get_width() for bar in forward.patches] == pytest.approx([4.0, 1.5, 0.5])
+    assert [to_hex(bar.get_facecolor()) for bar in forward.patches] == [BLUE, SKY, ORANGE]
+    assert [text.get_text() for text in backward.texts] == ["0.50"]
+
+
+def test_accuracy_has_the_worst_of_each_case_and_an_end_for_what_is_beyond() -> None:
+    results = imagined(
+        result(1e-7, 2e-3),
+        result(2e-7, 1e-3, path="channels_last"),
+        result(0.0, float("nan"), case="constant"),
+        result(1e-8, float("inf"), quantity="grad_input"),
+        result(0.5, 0.6, case="16 bits", unit=ULP),
+    )
+    output, grad_input = draw_accuracy(results).axes
+    assert [label.get_text() for label in output.get_yticklabels()] == ["c", "constant"]
+    points = [collection.get_offsets()[:, 0].tolist() for collection in output.collections[1:]]
+    assert points == [pytest.approx([2e-7, SMALLEST_ERROR]), pytest.approx([2e-3, LARGEST_ERROR])]
+    assert [text.get_text() for text in output.texts] == ["0", "NaN or inf"]
+    assert [text.get_text() for text in grad_input.texts] == ["NaN or inf"]
+
+
+def test_command_draws_what_there_are_results_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results, output = tmp_path / "results", tmp_path / "new" / "pictures"
+    results.mkdir()
+    save_rows(results / "a.json", imagined_run())
+    save_rows(results / "touched.json", rows_of(4.0, 1.0, 0.5, environment=dict(VARIABLES)))
+    save_rows(results / "models.json", imagined_costs())
+    save_results(results / "numerics.json", imagined(*(result(1e-7, 2e-3, quantity=name) for name in DATA)))
+    command = ["pictures", "--results", str(results), "--output", str(output)]
+    assert main(command) == 0
+    names = ["accuracy.png", "models.png", "operators.png"]
+    assert sorted(path.name for path in output.iterdir()) == names
+    assert {Path(line).name for line in capsys.readouterr().out.splitlines()} == set(names)
+    save_rows(results / "b.json", imagined_run())
+    assert main(command) == 2
+    assert "two files for operators.png" in capsys.readouterr().err
+
+
+def test_there_is_a_committed_picture_of_all_that_can_be_drawn() -> None:
+    assert {path.name for path in FOLDER.glob("*.png")} == {"tuning.png", *(name for name, _ in drawn(RESULTS))}
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.png")), ids=lambda file: file.stem)
+def test_committed_pictures_are_800_pixels_wide_and_below_100_kilobytes(file: Path) -> None:
+    assert imread(file).shape[1] == 800
+    assert file.stat().st_size < 100_000

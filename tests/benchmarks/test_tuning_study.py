@@ -1,0 +1,274 @@
+"""python -m benchmarks tuning as a user runs it: to the end, stopped, killed, several at once; every point once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.exceptions import StorageInternalError
+from optuna.trial import TrialState
+from tuning_canned import MACHINE, curve, trial
+
+from benchmarks.rows import InputError
+from studies.tuning import study as study_module
+from studies.tuning.__main__ import main
+from studies.tuning.results import Results, load_results
+from studies.tuning.settings import Settings
+from studies.tuning.study import add_machine, attempt, enqueue, load_study, opened, prepare, shown, unfinished, work_off
+
+ROOT = Path(__file__).parents[2]
+DRIVER = Path(__file__).with_name("tuning_driver.py")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
+PATIENCE_S = 60  # of a machine that does much else
+
+GRID = ("--alphas", "0.1,1", "--betas", "0.9,0.99", "--seeds", "0,1")
+POINTS = 24  # with 0.9005
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < end, "this took too long"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts the command with imagined trials, in a process group of its own as a shell does."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(*arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(DRIVER), *arguments, *GRID, "--output", str(tmp_path), "--study", "s"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        started.append(subprocess.Popen(command, env=ENVIRONMENT, **pipes))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def group(pgid: int) -> set[int]:
+    """The processes of a group that are alive."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                state, _, its_group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+            except OSError:
+                continue
+            if int(its_group) == pgid and state not in "ZX":
+                found.add(int(entry.name))
+    return found
+
+
+# Read only, and not by Optuna, which would make the tables where they are being made.
+QUERY = """
+    select number, state, datetime_complete, u.value_json from trials t
+    left join trial_user_attributes u on u.trial_id = t.trial_id and u.key = 'point'
+"""
+
+
+def trials(folder: Path, state: str) -> list[tuple[int, str, str]]:
+    """Number, time of completion and point of each trial in a state."""
+    try:
+        with closing(sqlite3.connect(f"file:{folder / 'study.db'}?mode=ro", uri=True)) as database:
+            found = database.execute(QUERY).fetchall()
+    except sqlite3.OperationalError:  # not made yet, or locked
+        return []
+    return [(number, when, point) for number, its_state, when, point in found if its_state == state]
+
+
+def complete(folder: Path) -> Counter[str]:
+    """How often each point was done."""
+    return Counter(point for _, _, point in trials(folder, "COMPLETE"))
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    _, errors = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, errors) == (0, "")
+
+
+def test_two_processes_share_a_storage_and_do_nothing_twice(start: Start, tmp_path: Path) -> None:
+    for process in [start("--jobs", "1", "--steps", "100") for _ in range(2)]:
+        finish(process)
+    assert set(complete(tmp_path).values()) == {1}
+    assert len(complete(tmp_path)) == POINTS == len(load_results(tmp_path / "results.json").trials)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_end_leaves_no_process_and_a_study_to_go_on_with(
+    number: signal.Signals, start: Start, tmp_path: Path
+) -> None:
+    process = start("--jobs", "2", "--steps", "1000000")
+    until(lambda: len(trials(tmp_path, "RUNNING")) == 2)
+    assert len(group(process.pid)) >= 3
+    # A terminal sends Ctrl-C to every process that runs in it.
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    _, errors = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130
+    said = "interrupted; what is done is kept, and the same command goes on"
+    assert errors == f"python -m benchmarks tuning: {said}\n"
+    until(lambda: not group(process.pid))
+    assert len(trials(tmp_path, "FAIL")) == 2
+    settings = Settings(steps=1000000, alphas=(0.1, 1.0), betas=(0.9, 0.99), seeds=(0, 1))
+    prepare(f"sqlite:///{tmp_path / 'study.db'}", "s", settings)
+    assert len(trials(tmp_path, "WAITING")) == POINTS
+
+
+def test_killed_run_goes_on_without_repeating(start: Start, tmp_path: Path) -> None:
+    process = start("--jobs", "2", "--steps", "200")
+    until(lambda: len(complete(tmp_path)) >= 3 and len(trials(tmp_path, "RUNNING")) == 2)
+    process.kill()
+    process.wait()
+    until(lambda: not group(process.pid))
+    before = trials(tmp_path, "COMPLETE")
+    assert 3 <= len(before) < POINTS
+
+    finish(start("--jobs", "2", "--steps", "200"))
+    assert set(complete(tmp_path).values()) == {1}
+    assert len(complete(tmp_path)) == POINTS
+    assert set(before) <= set(trials(tmp_path, "COMPLETE"))
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--model", "cnn"), "a worker failed: NotImplementedError: cnn"),
+        (("--optimizer", "adam"), "a worker died (exit status 3)"),
+    ],
+    ids=["raises", "dies"],
+)
+def test_an_error_in_a_worker_is_one_line_and_leaves_nothing(
+    option: tuple[str, str], said: str, start: Start, tmp_path: Path
+) -> None:
+    process = start("--jobs", "2", "--steps", "100", *option)
+    _, errors = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 1
+    assert errors == f"python -m benchmarks tuning: error: {said}; what was done is kept\n"
+    until(lambda: not group(process.pid))
+    assert not complete(tmp_path)
+
+
+def test_a_storage_that_fails_on_the_way_is_one_line_and_status_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise StorageInternalError("the server is gone\nand more")
+
+    monkeypatch.setattr(study_module, "unfinished", fail)
+    assert main(["--jobs", "1", *GRID, "--output", str(tmp_path)]) == 2
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    said = f"python -m benchmarks tuning: error: the storage {url} failed: the server is gone\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.slow
+def test_real_workers_to_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # α = 1e30 diverges where no batch norm holds it.
+    grid = ("--alphas", "0.1,1e30", "--betas", "0.99", "--seeds", "0,1", "--activation", "relu", "--steps", "12")
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = list(map(signal.getsignal, numbers))
+    assert main(["--jobs", "1", *grid, "--output", str(tmp_path), "--study", "s"]) == 0
+    assert list(map(signal.getsignal, numbers)) == before
+    results = load_results(tmp_path / "results.json")
+    assert len(results.trials) == 8
+    assert [machine["threads"] for machine in results.machines] == [1]
+    found = {(t.point.alpha, t.point.batch_norm): t.diverged_at for t in results.trials}
+    assert found[1e30, False] is not None
+    assert found[0.1, False] is found[0.1, True] is None
+    # The storage alone says the same.
+    assert load_study(f"sqlite:///{tmp_path / 'study.db'}", "s") == results
+    assert "Batch norm" in capsys.readouterr().out
+
+
+# The storage.
+
+SETTINGS = Settings(steps=4, alphas=(0.1, 1.0), betas=(0.99,), seeds=(0, 1))
+
+
+@pytest.fixture
+def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of a study that is prepared, whose trials are imagined."""
+    monkeypatch.setattr(study_module, "run_trial", lambda _, point: trial(point, curve(point)))
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    prepare(url, "s", SETTINGS)
+    return url
+
+
+def test_storage_alone_gives_the_results_and_a_point_that_is_there_twice_is_tried_once(url: str) -> None:
+    prepare(url, "s", SETTINGS)
+    with opened(url, "s") as study:
+        enqueue(study, SETTINGS.points[:2])
+        add_machine(study, MACHINE)
+        add_machine(study, {**MACHINE, "date": "later"})
+        work_off(study, SETTINGS, "run")
+        study.optimize(lambda made: attempt(study, SETTINGS, "run", made), n_trials=2)
+        states = Counter(found.state for found in study.get_trials())
+        assert states == {TrialState.COMPLETE: len(SETTINGS.points), TrialState.PRUNED: 2}
+        assert {found.value for found in study.get_trials() if found.params.get("alpha") == 1.0} == {0, 0.97, 0.98}
+    expected = [trial(point, curve(point)) for point in SETTINGS.points]
+    assert load_study(url, "s") == Results.of(SETTINGS, [MACHINE], expected)
+
+
+def test_of_a_point_that_two_have_tried_at_once_one_result_counts(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(url, "s") as study:
+        enqueue(study, SETTINGS.points[:1])
+        # Neither sees that the other has done it.
+        monkeypatch.setattr(study_module, "unfinished", lambda *_: SETTINGS.points)
+        study.optimize(lambda made: attempt(study, SETTINGS, "run", made), n_trials=len(SETTINGS.points) + 1)
+    assert len(load_study(url, "s").trials) == len(SETTINGS.points)
+
+
+def test_what_nothing_is_heard_of_is_tried_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that ended after it took a trial and before its first heartbeat."""
+    monkeypatch.setattr(study_module, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(study_module, "POLL_S", 0.01)
+    with opened(url, "s") as study:
+        lost = optuna.load_study(study_name="s", storage=url).ask()
+        work_off(study, SETTINGS, "run")
+        assert not unfinished(study, SETTINGS)
+        assert study.get_trials()[lost.number].state == TrialState.RUNNING
+
+
+def test_only_what_is_enqueued_is_tried(url: str) -> None:
+    """Other workers may have taken all there is."""
+    others = optuna.load_study(study_name="s", storage=url)
+    for _ in SETTINGS.points:
+        others.ask()
+    with opened(url, "s") as study:
+        study.optimize(lambda made: attempt(study, SETTINGS, "run", made), n_trials=1)
+        assert study.get_trials()[-1].state == TrialState.PRUNED
+
+
+def test_another_grid_under_the_same_name_is_refused(url: str) -> None:
+    with pytest.raises(InputError, match="other alphas"):
+        prepare(url, "s", Settings(steps=4, alphas=(0.5,), betas=(0.99,), seeds=(0, 1)))
+
+
+def test_a_study_that_is_not_there_is_named(url: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no tuning study 'another'"):
+        load_study(url, "another")
+    with pytest.raises(InputError, match="no such file"):
+        load_study(f"sqlite:///{tmp_path / 'nothing.db'}", "s")
+    assert not (tmp_path / "nothing.db").exists()
+
+
+def test_a_password_is_not_shown() -> None:
+    assert "secret" not in shown("postgresql://me:secret@host/study")
+    with pytest.raises(InputError) as raised:
+        prepare("postgresql+nodriver://me:secret@host/study", "s", SETTINGS)
+    assert "secret" not in str(raised.value)
