@@ -79,7 +79,7 @@ def test_large_outputs_leave_what_is_kept(
 ) -> None:
     code = f"""
 import json, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
 import leak_jobs
 print(json.dumps(leak_jobs.large_outputs({calls})))
 """

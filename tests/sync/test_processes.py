@@ -61,7 +61,7 @@ def test_no_process_outlives_the_tests(tmp_path: Path) -> None:
         "print(*pool.pids(), flush=True)\n"
         "pool.run(types.SimpleNamespace(__module__='pool_jobs', __name__='hangs'), rank=0, timeout=600)\n"
     )
-    path = os.pathsep.join(str(folder) for folder in (Path(__file__).parent, Path(bnext.__file__).parents[1]))
+    path = os.pathsep.join(str(folder) for folder in (*Path(__file__).parents[:2], Path(bnext.__file__).parents[1]))
     with subprocess.Popen(
         [sys.executable, "-c", script],
         stdout=subprocess.PIPE,
