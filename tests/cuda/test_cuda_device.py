@@ -7,12 +7,12 @@ import reference
 import torch
 from cases import make_grad, make_input, make_parameters, same_bits
 from checks import check_forward
-from conftest import DEVICES
+from marks import needs_gpu
 from torch import Tensor
 
 from bnext.functional import batch_norm
 
-pytestmark = pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU in sight, or bnext was built without CUDA")
+pytestmark = needs_gpu
 
 # On an H200: a block, a cluster, the grid, and two reads.
 SHAPES = ((64, 512, 7, 7), (64, 256, 28, 28), (128, 8, 96, 96), (256, 3, 224, 224))

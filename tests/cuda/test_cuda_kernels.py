@@ -26,7 +26,7 @@ from cases import (
     same_bits,
 )
 from checks import check_backward, check_forward
-from conftest import DEVICES, SIMT
+from marks import DEVICES, SIMT
 from simt.device import TEAMS, TILES, Limits, emulated, last_plan, load
 from tolerances import assert_within
 

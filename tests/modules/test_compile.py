@@ -1,24 +1,26 @@
-"""The contract's torch.compile row: no graph break, results equal to eager's, torch.export there and back."""
+"""The contract's torch.compile row: no graph break, results equal to eager's, torch.export there and back.
+
+Of BatchNorm*, where an `act` is None, and of BatchNormAct*.
+"""
 
 from __future__ import annotations
 
 import copy
-import inspect
 import io
 from collections.abc import Callable
 
 import pytest
 import torch
-from cases import Case, make_grad, make_input, make_parameters, name, same_bits
+from cases import TORCH_HAS_BIAS_OPTION, Case, make_grad, make_input, make_parameters, make_residual, same_bits
+from checks import call
+from marks import FLAGS, each, pairs
+from reference import Act
 from torch import Tensor
 
 import bnext
-from bnext.functional import batch_norm
+from bnext.functional import batch_norm_act
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
-
-# Since torch 2.13.
-BIAS = {"bias": False} if "bias" in inspect.signature(torch.nn.BatchNorm2d).parameters else {}
 
 COMPILED_CASES = [
     Case((7, 5), "contiguous"),
@@ -33,7 +35,9 @@ def twins(module: torch.nn.Module, **options: object) -> tuple[torch.nn.Module, 
     return twin, torch.compile(twin, fullgraph=True, **{"backend": "aot_eager", **options})
 
 
-def module_for(case: Case, kind: str = "BatchNorm", **options: object) -> torch.nn.Module:
+def module_for(case: Case, act: Act = None, **options: object) -> torch.nn.Module:
+    """BatchNorm*, or BatchNormAct* where there is an activation."""
+    kind, options = ("BatchNorm", options) if act is None else ("BatchNormAct", {"act": act, **options})
     module = getattr(bnext, f"{kind}{1 if len(case.shape) == 2 else 2}d")(case.shape[1], **options)
     p = make_parameters(case.shape[1])
     with torch.no_grad():
@@ -62,18 +66,36 @@ def assert_same_steps(
             assert same_bits(p, q), key
 
 
-@pytest.mark.parametrize("momentum", [0.1, None], ids=str)
-@pytest.mark.parametrize("case", COMPILED_CASES, ids=name)
-def test_training_steps_equal_eager(case: Case, momentum: float | None) -> None:
-    module = module_for(case, momentum=momentum)
+# No activation; one that is kept as a mask, one that is computed again, and one with a number in its name.
+FUSED = ("relu", "silu", ("leaky_relu", 0.3))
+
+
+@pairs(case=COMPILED_CASES, act=(None, *FUSED), momentum=(0.1, None), training=FLAGS)
+def test_steps_equal_eager(case: Case, act: Act, momentum: float | None, training: bool) -> None:
+    module = module_for(case, act, momentum=momentum).train(training)
+    module.running_mean.normal_()
     twin, run = twins(module)
-    assert_same_steps(module, twin, run, case)
+    assert_same_steps(module, twin, run, case, has_residual=act is not None)
+    assert twin.num_batches_tracked.item() == 3 * training
+
+
+@each(act=FUSED)
+def test_steps_without_a_residual(act: Act) -> None:
+    module = module_for(COMPILED_CASES[2], act)
+    twin, run = twins(module)
+    assert_same_steps(module, twin, run, COMPILED_CASES[2])
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"affine": False}, {"track_running_stats": False}, {"eps": 1e-2}, {"momentum": 1.0}, BIAS],
-    ids=lambda options: next(iter(options), "default"),
+    [
+        {"affine": False},
+        {"track_running_stats": False},
+        {"eps": 1e-2},
+        {"momentum": 1.0},
+        *([{"bias": False}] if TORCH_HAS_BIAS_OPTION else []),
+    ],
+    ids=lambda options: next(iter(options)),
 )
 def test_training_steps_with_every_option(options: dict[str, object]) -> None:
     case = COMPILED_CASES[2]
@@ -82,9 +104,9 @@ def test_training_steps_with_every_option(options: dict[str, object]) -> None:
     assert_same_steps(module, twin, run, case)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-def test_dynamic_shapes_compile_once(training: bool) -> None:
-    module = module_for(COMPILED_CASES[1]).train(training)
+@pairs(act=(None, "relu"), training=FLAGS)
+def test_dynamic_shapes_compile_once(act: Act, training: bool) -> None:
+    module = module_for(COMPILED_CASES[1], act).train(training)
     graphs: list[torch.fx.GraphModule] = []
 
     def counting(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
@@ -94,27 +116,21 @@ def test_dynamic_shapes_compile_once(training: bool) -> None:
     twin, run = twins(module, dynamic=True, backend=counting)
     # Sizes that are equal in the first call would be taken for one and the same.
     for shape in ((3, 5, 7, 4), (4, 5, 6, 2), (9, 5, 11, 6)):
-        x = make_input(shape)
-        assert same_bits(module(x), run(x))
+        inputs = [make_input(shape)] + [make_residual(shape)] * (act is not None)
+        assert same_bits(module(*inputs), run(*inputs))
     assert len(graphs) == 1
     for a, b in zip(module.buffers(), twin.buffers(), strict=True):
         assert same_bits(a, b)
 
 
-def test_dynamic_shapes_backward() -> None:
-    module = module_for(COMPILED_CASES[1])
+@each(act=(None, "relu", "gelu"))
+def test_dynamic_shapes_backward(act: Act) -> None:
+    # The mask's size follows from those of the input, rounded up: an expression, where shapes are symbols.
+    module = module_for(COMPILED_CASES[1], act)
     twin, run = twins(module, dynamic=True)
     for shape in ((3, 5, 7, 4), (4, 5, 6, 2)):
-        assert_same_steps(module, twin, run, Case(shape, "contiguous"))
-
-
-def test_eval_equals_eager_and_differentiates() -> None:
-    case = COMPILED_CASES[2]
-    module = module_for(case).eval()
-    module.running_mean.normal_()
-    twin, run = twins(module)
-    assert_same_steps(module, twin, run, case)
-    assert twin.num_batches_tracked.item() == 0
+        for layout in ("contiguous", "channels_last"):
+            assert_same_steps(module, twin, run, Case(shape, layout), has_residual=act is not None)
 
 
 def test_switching_between_training_and_eval() -> None:
@@ -127,18 +143,31 @@ def test_switching_between_training_and_eval() -> None:
         assert_same_steps(module, twin, run, case)
 
 
-def test_functional_form() -> None:
+def test_changing_the_activation_compiles_anew() -> None:
+    module = module_for(COMPILED_CASES[0], "relu")
+    twin, run = twins(module)
+    for act in ("relu", "gelu", None, ("leaky_relu", -0.5)):
+        module.act = twin.act = act
+        assert_same_steps(module, twin, run, COMPILED_CASES[0], has_residual=True)
+
+
+@each(act=(None, ("leaky_relu", 0.2)))
+def test_functional_form_inside_a_larger_graph(act: Act) -> None:
     p = make_parameters(5)
     eager, compiled = p.clone(), p.clone()
 
-    def step(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        return batch_norm(x * 2, mean, var, p.weight, p.bias, training=True, momentum=0.3).relu()
+    def step(x: Tensor, residual: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        stats = p._replace(running_mean=mean, running_var=var)
+        added = residual + 1 if act else None
+        return call(x * 2, stats, p.weight, p.bias, True, 0.3, residual=added, act=act).sin()
 
-    x = make_input((3, 5, 5, 3))
-    expected = step(x, *eager[2:])
-    assert same_bits(torch.compile(step, fullgraph=True, backend="aot_eager")(x, *compiled[2:]), expected)
-    assert same_bits(compiled.running_mean, eager.running_mean)
-    assert same_bits(compiled.running_var, eager.running_var)
+    x, residual, g = (make((3, 5, 5, 3)) for make in (make_input, make_residual, make_grad))
+    results = []
+    for run, stats in ((step, eager), (torch.compile(step, fullgraph=True, backend="aot_eager"), compiled)):
+        leaves = [t.detach().requires_grad_() for t in (x, residual)]
+        y = run(*leaves, *stats[2:])
+        results.append([y, *torch.autograd.grad(y, leaves[: 2 if act else 1], g), *stats])
+    assert all(map(same_bits, *results))
 
 
 def test_too_small_a_batch_raises_in_compiled_code_as_well() -> None:
@@ -148,15 +177,41 @@ def test_too_small_a_batch_raises_in_compiled_code_as_well() -> None:
     assert twin.num_batches_tracked.item() == 0
 
 
+@each(act=("swish", ("relu", 1)))
+def test_unknown_activation_raises_in_compiled_code_as_well(act: Act) -> None:
+    mean, var = torch.zeros(5), torch.ones(5)
+    run = torch.compile(lambda x: batch_norm_act(x, mean, var, training=True, act=act), backend="aot_eager")
+    with pytest.raises(Exception, match="leaky_relu"):
+        run(torch.randn(7, 5))
+    assert torch.equal(mean, torch.zeros(5))
+
+
 def network() -> torch.nn.Module:
     return torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 3), bnext.BatchNorm2d(8, momentum=None), torch.nn.ReLU(), torch.nn.Conv2d(8, 2, 3)
     )
 
 
+class Block(torch.nn.Module):
+    """A residual block, whose second half ends in batch norm, addition and activation."""
+
+    def __init__(self, act: Act) -> None:
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 8, 3)
+        self.convs = torch.nn.ModuleList(torch.nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2))
+        self.norms = torch.nn.ModuleList(bnext.BatchNormAct2d(8, momentum=None, act=act) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.norms[0](self.convs[0](x))
+        return self.norms[1](self.convs[1](y), x)
+
+
 @pytest.mark.slow
-def test_inductor_trains_a_network() -> None:
-    model = network()
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_inductor_trains_a_network(fused: bool) -> None:
+    # Silu and no relu: convolutions that round otherwise would put a pre-activation on the other side of a kink.
+    model = Block("silu") if fused else network()
     twin, run = twins(model, backend="inductor")
     x = torch.randn(4, 3, 9, 9)
     for _ in range(2):
@@ -184,10 +239,12 @@ def test_inductor_keeps_channels_last_in_eval() -> None:
         assert z.stride() == y.stride()
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_export_round_trip(dynamic: bool) -> None:
-    model = network().eval()
-    model[1].running_mean.normal_()
+def test_export_round_trip(dynamic: bool, fused: bool) -> None:
+    model = (Block("relu") if fused else network()).eval()
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        norm.running_mean.normal_()
     x = torch.randn(4, 3, 9, 9)
     shapes = ({0: torch.export.Dim("batch", min=2, max=64)},) if dynamic else None
     program = torch.export.export(model, (x,), dynamic_shapes=shapes)
@@ -201,13 +258,14 @@ def test_export_round_trip(dynamic: bool) -> None:
         assert same_bits(restored(x), model(x))
 
 
-def test_export_of_training_keeps_the_updates() -> None:
-    module = module_for(COMPILED_CASES[1], momentum=None)
+@each(act=(None, "relu"))
+def test_export_of_training_keeps_the_updates(act: Act) -> None:
+    module = module_for(COMPILED_CASES[1], act, momentum=None)
     twin = copy.deepcopy(module)
-    x = make_input((3, 5, 5, 3))
-    exported = torch.export.export(twin, (x,)).module()
+    inputs = (make_input((3, 5, 5, 3)),) + (make_residual((3, 5, 5, 3)),) * (act is not None)
+    exported = torch.export.export(twin, inputs).module()
     for _ in range(2):
-        assert same_bits(exported(x), module(x))
+        assert same_bits(exported(*inputs), module(*inputs))
     buffers = dict(exported.named_buffers())
     for key, expected in module.named_buffers():
         assert same_bits(buffers[key], expected), key

@@ -34,7 +34,7 @@ FAULTS: tuple[Fault, ...] = (
         "csrc/cpu/batch_norm.cpp",
         "running.num_batches_tracked != nullptr",
         "false",
-        ("tests/ops/test_forward.py::test_counter_with_momentum_only_counts",),
+        ("tests/ops/test_running_stats.py::test_counter_with_momentum_only_counts",),
     ),
     Fault(
         "batch-variance-is-unbiased",
@@ -84,7 +84,7 @@ FAULTS: tuple[Fault, ...] = (
         AUTOGRAD,
         "needs(3) && !activated",
         "false",
-        ("tests/ops/test_fused_backward.py::test_identity_has_the_bits_of_plain_batch_norm",),
+        ("tests/ops/test_backward.py::test_identity_has_the_bits_of_plain_batch_norm",),
     ),
     # The activations.
     Fault(
@@ -92,49 +92,49 @@ FAULTS: tuple[Fault, ...] = (
         ACTIVATION,
         "z <= static_cast<scalar_of<V>>(0) ? closed : open",
         "z < static_cast<scalar_of<V>>(0) ? closed : open",
-        ("tests/ops/test_fused_backward.py::test_at_a_kink_the_derivative_is_torchs",),
+        ("tests/ops/test_backward.py::test_at_a_kink_the_derivative_is_torchs",),
     ),
     Fault(
         "leaky_relu-has-the-default-slope-in-backward",
         ACTIVATION,
         "dy * static_cast<T>(a.slope)",
         "dy * static_cast<T>(0.01)",
-        ("tests/ops/test_fused_backward.py::test_any_finite_slope",),
+        ("tests/ops/test_backward.py::test_any_finite_slope",),
     ),
     Fault(
         "relu6-is-open-at-six",
         ACTIVATION,
         "z >= static_cast<scalar_of<V>>(6) ? V{} : z",
         "z > static_cast<scalar_of<V>>(6) ? V{} : z",
-        ("tests/ops/test_fused_backward.py::test_at_a_kink_the_derivative_is_torchs",),
+        ("tests/ops/test_backward.py::test_at_a_kink_the_derivative_is_torchs",),
     ),
     Fault(
         "mask-of-relu6-is-the-sign",
         "csrc/common/elementwise.h",
         "opening(epilogue.activation, z)",
         "z",
-        ("tests/ops/test_fused_backward.py::test_every_activation",),
+        ("tests/ops/test_backward.py::test_every_activation",),
     ),
     Fault(
         "elu-cancels-near-zero",
         ACTIVATION,
         "x.quotient * x.f * scale + (scale - 1.0f)",
         "(x.quotient * x.f + 1.0f) * scale - 1.0f",
-        ("tests/ops/test_fused_op.py::test_small_values_keep_their_relative_accuracy[elu]",),
+        ("tests/ops/test_activations.py::test_small_values_keep_their_relative_accuracy[elu]",),
     ),
     Fault(
         "mish-has-half-its-bend",
         ACTIVATION,
         "(mish.e * (mish.e + kOne) * static_cast<T>(4))",
         "(mish.e * (mish.e + kOne) * static_cast<T>(2))",
-        ("tests/ops/test_fused_backward.py::test_every_activation",),
+        ("tests/ops/test_backward.py::test_every_activation",),
     ),
     Fault(
         "gelu-is-by-tanh",
         ACTIVATION,
         "(z <= static_cast<T>(0) ? z - z : z) - normal.distance * normal.beyond",
         "lane_by_lane(z, [](T x) { return x / 2 * (1 + std::tanh(T(0.7978845608) * (x + T(0.044715) * x * x * x))); })",
-        ("tests/modules/test_fused_modules.py::test_every_activation_behaves_as_torchs[gelu-residual-1d]",),
+        ("tests/modules/test_activated_modules.py::test_every_activation_behaves_as_torchs",),
     ),
     # The arguments.
     Fault(
@@ -149,7 +149,7 @@ FAULTS: tuple[Fault, ...] = (
         TENSORS,
         "problem_of(input, format_of(input)).count() != 1",
         "problem_of(input, format_of(input)).count() > 1",
-        ("tests/ops/test_forward.py::test_empty_batch_does_not_spoil_the_cumulative_average",),
+        ("tests/ops/test_running_stats.py::test_empty_batch_does_not_spoil_the_cumulative_average",),
     ),
     # The Python layers.
     Fault(
@@ -157,14 +157,14 @@ FAULTS: tuple[Fault, ...] = (
         "bnext/functional.py",
         f"if training:\n        return {PLAIN_TRAINING}\n",
         f"if training is not None:\n        return {PLAIN_TRAINING}\n",
-        ("tests/ops/test_forward.py::test_one_value_a_channel_is_fine_in_eval",),
+        ("tests/ops/test_forward.py::test_one_value_a_channel",),
     ),
     Fault(
         "activation-adds-a-key-to-the-state_dict",
         "bnext/modules.py",
         "self.act = act\n\n    def extra_repr",
         'self.act = act\n        self.register_buffer("slope", torch.zeros(()))\n\n    def extra_repr',
-        ("tests/modules/test_fused_modules.py::test_state_dict_is_torchs_and_loads_both_ways",),
+        ("tests/modules/test_modules.py::test_state_dict_loads_both_ways",),
     ),
     Fault(
         "convert-loses-hooks",
@@ -192,6 +192,6 @@ FAULTS: tuple[Fault, ...] = (
         "bnext/ops/fake.py",
         "save_stats = input.new_empty((2, input.shape[1]), dtype=torch.float64)",
         "save_stats = input.new_empty((2, input.shape[1]), dtype=torch.float32)",
-        ("tests/ops/test_ops.py::test_fake_kernels_predict_shape_dtype_and_strides[7x5-contiguous-float32]",),
+        ("tests/ops/test_schema.py::test_fake_kernels_predict_shape_dtype_and_strides",),
     ),
 )

@@ -13,8 +13,8 @@ import pytest
 import torch
 from bad_values import CHANNELS, LAYERS, ORDINARY, RANKS, SHAPE, Target, remember, torchs
 from cases import make_input, same_bits
+from marks import MODES, needs_todays_rule_for_eps
 from test_bad_arguments import error_of, refused, same_error
-from test_errors import needs_todays_rule_for_eps
 from torch import Tensor, nn
 
 import bnext
@@ -194,7 +194,7 @@ NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@MODES
 @pytest.mark.parametrize("option", ["momentum", pytest.param("eps", marks=needs_todays_rule_for_eps)])
 @pytest.mark.parametrize("number", [*NUMBERS, torch.tensor(0.5)], ids=repr)
 def test_numbers_that_torch_takes(number: object, option: str, training: bool) -> None:

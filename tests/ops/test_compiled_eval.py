@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import ACTS, DTYPES, Case, make_input, make_parameters, make_residual, name, parameter_dtype
+from cases import ACTS, DTYPES, Case, make_input, make_parameters, make_residual, parameter_dtype
 from checks import check_forward
+from marks import FLAGS, pairs
 from reference import Act
 from torch import Tensor, fx
 
@@ -34,18 +35,14 @@ def composed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
 
 
-@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=name)
+@pairs(case=CASES, dtype=DTYPES, affine=FLAGS)
 @torch.no_grad()
 def test_composed_equals_the_reference(case: Case, dtype: torch.dtype, affine: bool, composed: None) -> None:
     params = make_parameters(case.shape[1], parameter_dtype(dtype))
     check_forward(make_input(*case, dtype), params, training=False, affine=affine)
 
 
-@pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("act", ACTS, ids=name)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pairs(act=ACTS, dtype=(torch.float32, torch.float64, torch.bfloat16), has_residual=FLAGS)
 @torch.no_grad()
 def test_composed_activations_equal_the_reference(
     act: Act, dtype: torch.dtype, has_residual: bool, composed: None

@@ -7,179 +7,117 @@ are as before. Where torch makes the same check, type and text are torch's.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
-from cases import make_grad, make_input, same_bits
-from torch import Tensor
-
-import bnext
-from bnext.functional import batch_norm
-
-
-def _eps_may_be_zero_in_evaluation() -> bool:
-    try:
-        torch.nn.functional.batch_norm(torch.ones(2, 1), torch.zeros(1), torch.ones(1), eps=0.0)
-    except ValueError:
-        return False
-    return True
-
-
-# torch 2.13's rule, and ours.
-needs_todays_rule_for_eps = pytest.mark.skipif(
-    not _eps_may_be_zero_in_evaluation(), reason="this torch refuses eps=0 in evaluation, too"
+from cases import make_grad, make_input, make_residual, same_bits
+from marks import FLAGS, MODES, each, needs_todays_rule_for_eps, pairs
+from wrong_arguments import (
+    CHANNELS,
+    NOT_FLOAT32,
+    OVERLAPPING,
+    RAISES,
+    SHAPE,
+    WORDS,
+    WRONG_COUNTERS,
+    WRONG_INPUTS,
+    WRONG_RESIDUALS,
+    WRONG_VECTORS,
+    Arguments,
+    Call,
+    Wrong,
+    arguments,
+    assert_raises_and_leaves_alone,
+    wrong_channel_vectors,
 )
 
-RAISES = (RuntimeError, ValueError, TypeError)
-CHANNELS = 3
-SHAPE = (4, CHANNELS, 5, 5)
+import bnext
+from bnext.functional import batch_norm, batch_norm_act
 
-WORDS = {  # of a dtype, in Python or in C++
-    torch.float64: r"float64|double",
-    torch.float32: r"float32|\bfloat\b",
-    torch.float16: r"float16|half",
-    torch.bfloat16: r"bfloat16",
-    torch.int64: r"int64|\blong\b",
-    torch.int32: r"int32|\bint\b",
-    torch.bool: r"bool",
-    torch.complex64: r"complex64|complexfloat",
-}
+KNOWN = (r"\bact\b", "identity, relu, relu6, leaky_relu, silu, gelu, hardswish, mish, elu")
 
 
-class Wrong(NamedTuple):
-    """An argument, its wrong value, and regular expressions that the message must contain besides the name."""
-
-    id: str
-    argument: str
-    value: Callable[[], object]
-    message: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.argument}-{self.id}"
+def without_counter(args: Arguments) -> Arguments:
+    return {key: value for key, value in args.items() if key != "num_batches_tracked"}
 
 
-def wrong_channel_vectors(argument: str, dtypes: tuple[torch.dtype, ...]) -> list[Wrong]:
-    """Everything that may be wrong with one of weight, bias, running_mean and running_var."""
-    rows = [
-        Wrong("short", argument, lambda: torch.ones(2), (r"\b3\b", r"\b2\b")),
-        Wrong("long", argument, lambda: torch.ones(4), (r"\b3\b", r"\b4\b")),
-        Wrong("empty", argument, lambda: torch.ones(0), (r"\b3\b", r"\b0\b")),
-        Wrong("0d", argument, lambda: torch.tensor(1.0), (r"\b1\b", r"\[\]|\b0\b")),
-        Wrong("2d", argument, lambda: torch.ones(1, 3), (r"\b1\b", r"1, 3|\b2\b")),
-        Wrong("4d", argument, lambda: torch.ones(1, 3, 1, 1), (r"\b1\b", r"1, 3, 1, 1|\b4\b")),
-        Wrong("meta", argument, lambda: torch.ones(3, device="meta"), ("cpu", "meta")),
-    ]
-    rows += [
-        Wrong(
-            str(d).removeprefix("torch."),
-            argument,
-            lambda d=d: torch.ones(3, dtype=d),
-            (WORDS[torch.float32], WORDS[d]),
-        )
-        for d in dtypes
-    ]
-    return rows
-
-
-NOT_FLOAT32 = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.complex64)
-WRONG_INPUTS = [
-    Wrong("0d", "input", lambda: torch.tensor(1.0), (r"\b2\b", r"\[\]|\b0\b")),
-    Wrong("1d", "input", lambda: torch.ones(3), (r"\b2\b", r"\[3\]|\b1\b")),
-    *(
-        Wrong(name, "input", lambda d=dtype: torch.ones(SHAPE, dtype=d), ("float32|floating", WORDS[dtype]))
-        for name, dtype in (
-            ("int64", torch.int64),
-            ("int32", torch.int32),
-            ("bool", torch.bool),
-            ("complex64", torch.complex64),
-        )
-    ),
-]
-WRONG_VECTORS = [
-    row for a in ("weight", "bias", "running_mean", "running_var") for row in wrong_channel_vectors(a, NOT_FLOAT32)
-]
-WRONG_COUNTERS = [
-    Wrong("float32", "num_batches_tracked", lambda: torch.tensor(0.0), (WORDS[torch.int64], WORDS[torch.float32])),
-    Wrong(
-        "int32",
-        "num_batches_tracked",
-        lambda: torch.tensor(0, dtype=torch.int32),
-        (WORDS[torch.int64], WORDS[torch.int32]),
-    ),
-    Wrong("two", "num_batches_tracked", lambda: torch.zeros(2, dtype=torch.int64), (r"\b1\b|one", r"\b2\b")),
-    Wrong("none", "num_batches_tracked", lambda: torch.zeros(0, dtype=torch.int64), (r"\b1\b|one", r"\b0\b")),
-    Wrong("meta", "num_batches_tracked", lambda: torch.tensor(0, device="meta"), ("cpu", "meta")),
-]
-OVERLAPPING = [
-    Wrong("expanded", argument, lambda: torch.ones(1).expand(3), ("memory|overlap", r"\b0\b|expand"))
-    for argument in ("running_mean", "running_var")
-]
-
-
-def arguments() -> dict[str, object]:
-    """Right ones."""
-    return {
-        "input": make_input(SHAPE),
-        "weight": torch.ones(CHANNELS),
-        "bias": torch.zeros(CHANNELS),
-        "running_mean": torch.randn(CHANNELS),
-        "running_var": torch.rand(CHANNELS) + 0.5,
-        "num_batches_tracked": torch.tensor(5),
-    }
-
-
-def train_op(args: dict[str, object]) -> object:
+def train_op(args: Arguments) -> object:
     return torch.ops.bnext.batch_norm_train(**args, momentum=0.1, eps=1e-5)
 
 
-def eval_op(args: dict[str, object]) -> object:
-    return torch.ops.bnext.batch_norm_eval(**{k: v for k, v in args.items() if k != "num_batches_tracked"}, eps=1e-5)
+def eval_op(args: Arguments) -> object:
+    return torch.ops.bnext.batch_norm_eval(**without_counter(args), eps=1e-5)
 
 
-def functional(training: bool) -> Callable[[dict[str, object]], object]:
-    return lambda args: batch_norm(**{k: v for k, v in args.items() if k != "num_batches_tracked"}, training=training)
+def functional(training: bool, **options: object) -> Call:
+    return lambda args: batch_norm(**without_counter(args), training=training, **options)
 
 
-CALLS: dict[str, Callable[[dict[str, object]], object]] = {
+def fused(training: bool, **options: object) -> Call:
+    return lambda args: batch_norm_act(**without_counter(args), training=training, **options)
+
+
+def module(training: bool, **options: object) -> Call:
+    """A layer that holds the tensors of the arguments."""
+
+    def call(args: Arguments) -> object:
+        layer = bnext.BatchNormAct2d(CHANNELS, **options).train(training)
+        layer.weight, layer.bias = (torch.nn.Parameter(args[key]) for key in ("weight", "bias"))
+        for key in ("running_mean", "running_var", "num_batches_tracked"):
+            setattr(layer, key, args[key])
+        return layer(args["input"], args["residual"])
+
+    return call
+
+
+# Those that begin with a function of Python, by the mode that follows.
+ENTRIES = {"functional": functional, "fused": fused, "module": module}
+CALLS: dict[str, Call] = {
     "train_op": train_op,
     "eval_op": eval_op,
-    "functional_training": functional(True),
-    "functional_eval": functional(False),
+    **{f"{n}_{mode}": entry(mode == "training") for n, entry in ENTRIES.items() for mode in ("training", "eval")},
 }
+WITHOUT_RESIDUAL = [call for call in CALLS if not call.startswith("module")]
+WITH_RESIDUAL = [call for call in CALLS if call.startswith(("fused", "module"))]
 
 
-def assert_raises_and_leaves_alone(
-    call: Callable[[dict[str, object]], object], args: dict[str, object], *message: str
-) -> str:
-    tensors = {k: v for k, v in args.items() if isinstance(v, Tensor) and v.device.type == "cpu"}
-    before = {k: (v.detach().clone(), v._version) for k, v in tensors.items()}
-    with pytest.raises(RAISES) as caught:
-        call(args)
-    for part in message:
-        assert re.search(part, str(caught.value), re.IGNORECASE), f"{part!r} is not in {caught.value!s}"
-    for key, (value, version) in before.items():
-        assert same_bits(tensors[key], value), f"{key} was written to"
-        assert tensors[key]._version == version, f"the version of {key} has changed"
-    return str(caught.value)
+def with_residual(**changes: object) -> Arguments:
+    return {**arguments(), "residual": make_residual(SHAPE), **changes}
 
 
-@pytest.mark.parametrize("grad", [False, True], ids=["nograd", "grad"])
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("row", [*WRONG_INPUTS, *WRONG_VECTORS], ids=str)
+@pairs(row=[*WRONG_INPUTS, *WRONG_VECTORS], call=WITHOUT_RESIDUAL, grad=FLAGS)
 def test_wrong_argument(row: Wrong, call: str, grad: bool) -> None:
-    args = arguments()
+    args = with_residual() if call.startswith("fused") else arguments()
     args["input"].requires_grad_(grad)
     args[row.argument] = row.value()
     assert_raises_and_leaves_alone(CALLS[call], args, rf"\b{row.argument}\b", *row.message)
 
 
-@pytest.mark.parametrize("row", [*WRONG_COUNTERS, *OVERLAPPING], ids=str)
-def test_wrong_argument_in_training(row: Wrong) -> None:
-    args = arguments()
+@pytest.mark.parametrize("call", ["train_op", "module_training"])
+@each(row=[*WRONG_COUNTERS, *OVERLAPPING])
+def test_wrong_argument_in_training(row: Wrong, call: str) -> None:
+    args = (with_residual if call == "module_training" else arguments)()
     args[row.argument] = row.value()
-    assert_raises_and_leaves_alone(train_op, args, rf"\b{row.argument}\b", *row.message)
+    assert_raises_and_leaves_alone(CALLS[call], args, rf"\b{row.argument}\b", *row.message)
+
+
+@pairs(row=WRONG_RESIDUALS, call=WITH_RESIDUAL, act=("relu", "silu", None), grad=FLAGS)
+def test_wrong_residual(row: Wrong, call: str, act: str | None, grad: bool) -> None:
+    entry, mode = call.split("_")
+    args = with_residual(residual=row.value())
+    args["input"].requires_grad_(grad)
+    run = ENTRIES[entry](mode == "training", act=act)
+    assert_raises_and_leaves_alone(run, args, r"\bresidual\b", *row.message)
+
+
+@pytest.mark.parametrize("call", WITH_RESIDUAL)
+@pytest.mark.parametrize(
+    "value", [5, 1.0, True, "relu", [[1.0]], np.ones(SHAPE, dtype=np.float32)], ids=lambda v: type(v).__name__
+)
+def test_residual_that_is_no_tensor(value: object, call: str) -> None:
+    args = with_residual(residual=value)
+    assert_raises_and_leaves_alone(CALLS[call], args, r"\bresidual\b", "Tensor", type(value).__name__)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
@@ -200,7 +138,7 @@ def test_a_counter_of_one_element_has_any_shape(shape: tuple[int, ...]) -> None:
     assert counter.item() == 6
 
 
-@pytest.mark.parametrize("call", ["functional_eval"])
+@pytest.mark.parametrize("call", ["functional_eval", "fused_eval"])
 @pytest.mark.parametrize(
     "missing", [("running_mean",), ("running_var",), ("running_mean", "running_var")], ids="+".join
 )
@@ -209,51 +147,107 @@ def test_eval_needs_both_running_stats(missing: tuple[str, ...], call: str) -> N
     assert_raises_and_leaves_alone(CALLS[call], args, missing[0], "evaluation|eval", "defined|expected")
 
 
-@pytest.mark.parametrize("call", [train_op, functional(True)], ids=["train_op", "functional"])
-def test_cumulative_average_needs_a_counter(call: Callable[[dict[str, object]], object]) -> None:
-    def run(args: dict[str, object]) -> object:
-        args = {**args, "momentum": None}
-        if call is train_op:
-            return torch.ops.bnext.batch_norm_train(**{**args, "num_batches_tracked": None}, eps=1e-5)
-        args.pop("num_batches_tracked")
-        return batch_norm(**args, training=True)
+@pytest.mark.parametrize("call", ["train_op", "functional", "fused"])
+def test_cumulative_average_needs_a_counter(call: str) -> None:
+    def run(args: Arguments) -> object:
+        if call == "train_op":
+            return torch.ops.bnext.batch_norm_train(**without_counter(args), num_batches_tracked=None, eps=1e-5)
+        return ENTRIES[call](True)(args)
 
-    assert_raises_and_leaves_alone(run, arguments(), "momentum", "num_batches_tracked|float|None")
+    args = {**arguments(), "momentum": None}
+    assert_raises_and_leaves_alone(run, args, "momentum", "num_batches_tracked|float|None")
 
 
 @needs_todays_rule_for_eps
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@MODES
+@pytest.mark.parametrize("entry", ["functional", "fused"])
 @pytest.mark.parametrize("eps", [0.0, -1e-5, -1.0, -2.5e-7, float("-inf")], ids=str)
-def test_eps_as_in_torch(eps: float, training: bool) -> None:
-    args = arguments()
-    args.pop("num_batches_tracked")
+def test_eps_as_in_torch(eps: float, entry: str, training: bool) -> None:
+    args, run = arguments(), ENTRIES[entry](training, eps=eps)
+    theirs = {key: value.clone() for key, value in without_counter(args).items()}
     try:
-        torch.nn.functional.batch_norm(**{k: v.clone() for k, v in args.items()}, training=training, eps=eps)
+        torch.nn.functional.batch_norm(**theirs, training=training, eps=eps)
     except ValueError as error:
         expected = str(error)
     else:
         assert eps == 0.0
         assert not training
-        batch_norm(**args, training=training, eps=eps)  # as permitted as in torch
+        run(args)  # as permitted as in torch
         return
-    message = assert_raises_and_leaves_alone(lambda a: batch_norm(**a, training=training, eps=eps), args)
-    assert message == expected
+    assert assert_raises_and_leaves_alone(run, args) == expected
     with pytest.raises(ValueError, match="eps"):
-        batch_norm(**args, training=training, eps=eps)
+        run(args)
 
 
+@pytest.mark.parametrize("call", ["train_op", "functional_training", "fused_training"])
 @pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1), (1, 3, 1, 1), (1, 3, 1, 1, 1)], ids=str)
-def test_one_value_a_channel_as_in_torch(shape: tuple[int, ...]) -> None:
+def test_one_value_a_channel_as_in_torch(shape: tuple[int, ...], call: str) -> None:
     args = {**arguments(), "input": torch.ones(shape)}
     with pytest.raises(ValueError, match="Expected more than 1 value per channel") as caught:
         torch.nn.functional.batch_norm(args["input"], None, None, training=True)
-    for call in (train_op, functional(True)):
-        assert assert_raises_and_leaves_alone(call, args) == str(caught.value)
-        with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
-            call(args)
+    assert assert_raises_and_leaves_alone(CALLS[call], args) == str(caught.value)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        CALLS[call](args)
 
 
-def backward_arguments() -> dict[str, object]:
+WRONG_ACTS = [
+    "swish",
+    "RELU",
+    "relu ",
+    "",
+    5,
+    0,
+    True,
+    False,
+    0.5,
+    b"relu",
+    torch.nn.functional.relu,
+    torch.nn.ReLU(),
+    ("relu",),
+    ("relu", 1),
+    ("silu", 0.1),
+    ("leaky_relu",),
+    ("leaky_relu", float("nan")),
+    ("leaky_relu", float("inf")),
+    ("leaky_relu", None),
+    ("leaky_relu", "0.1"),
+    ("leaky_relu", True),
+    ("leaky_relu", 0.1, 0.2),
+    ["leaky_relu", 0.1],
+    ("relu6", 1),
+    ("elu", float("nan")),
+    (),
+    ["relu"],
+    {"relu"},
+    torch.tensor(1.0),
+]
+
+
+@MODES
+@pytest.mark.parametrize("act", WRONG_ACTS, ids=repr)
+def test_unknown_activation_lists_the_known_ones(act: object, training: bool) -> None:
+    # A ValueError whatever the type, unhashable ones among them; and before the statistics move.
+    args = with_residual()
+    message = assert_raises_and_leaves_alone(fused(training, act=act), args, *KNOWN)
+    assert repr(act) in message
+    with pytest.raises(ValueError, match="leaky_relu"):
+        fused(training, act=act)(args)
+
+
+@MODES
+def test_the_input_is_checked_before_the_residual(training: bool) -> None:
+    # Of two wrong arguments the first is named: the residual's shape is wrong because the input's is.
+    args = with_residual(input=torch.ones(3), residual=torch.ones(SHAPE))
+    assert_raises_and_leaves_alone(fused(training), args, r"\binput\b")
+
+
+@MODES
+def test_a_residual_for_an_empty_batch_is_checked_too(training: bool) -> None:
+    args = with_residual(input=torch.ones(0, 3, 5, 5), residual=torch.ones(1, 3, 5, 5))
+    assert_raises_and_leaves_alone(fused(training), args, r"\bresidual\b", r"0, 3, 5, 5", r"1, 3, 5, 5")
+
+
+def backward_arguments() -> Arguments:
     x = make_input(SHAPE)
     _, stats, _ = torch.ops.bnext.batch_norm_train(x, None, None, None, None, None, 0.1, 1e-5)
     return {"grad_output": make_grad(SHAPE), "input": x, "weight": torch.ones(CHANNELS), "save_stats": stats}
@@ -286,12 +280,12 @@ WRONG_IN_BACKWARD = [
 ]
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@MODES
 @pytest.mark.parametrize("row", WRONG_IN_BACKWARD, ids=str)
 def test_wrong_argument_of_backward(row: Wrong, training: bool) -> None:
     args = {**backward_arguments(), row.argument: row.value()}
 
-    def call(args: dict[str, object]) -> object:
+    def call(args: Arguments) -> object:
         return torch.ops.bnext.batch_norm_backward(
             **args, training=training, eps=1e-5, output_mask=[True, True, True, False]
         )
@@ -306,7 +300,7 @@ def test_backward_in_training_needs_the_input_for_its_gradient() -> None:
             torch.ops.bnext.batch_norm_backward(**args, training=True, eps=1e-5, output_mask=mask)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@MODES
 def test_wrong_number_of_channels_leaves_a_module_alone(training: bool) -> None:
     module = bnext.BatchNorm2d(CHANNELS).train(training)
     state = {k: v.clone() for k, v in module.state_dict().items()}
@@ -316,3 +310,23 @@ def test_wrong_number_of_channels_leaves_a_module_alone(training: bool) -> None:
         assert re.search(rf"\b{shape[1]}\b", str(caught.value))
     for key, value in module.state_dict().items():
         assert same_bits(value, state[key]), key
+
+
+@MODES
+def test_wrong_residual_leaves_a_module_alone(training: bool) -> None:
+    layer = bnext.BatchNormAct2d(CHANNELS).train(training)
+    state = {k: v.clone() for k, v in layer.state_dict().items()}
+    for row in WRONG_RESIDUALS:
+        with pytest.raises(RAISES, match="residual"):
+            layer(torch.ones(SHAPE), row.value())
+    for key, value in layer.state_dict().items():
+        assert same_bits(value, state[key]), key
+
+
+@pytest.mark.parametrize("which", ["shape", "dtype"])
+def test_wrong_grad_output_is_refused_by_autograd(which: str) -> None:
+    x = make_input(SHAPE).requires_grad_()
+    y = batch_norm_act(x, None, None, residual=make_residual(SHAPE), training=True)
+    g = make_grad((4, 3, 5, 4)) if which == "shape" else torch.ones(SHAPE, dtype=torch.complex64)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(y, x, g)

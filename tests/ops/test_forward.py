@@ -1,4 +1,7 @@
-"""The forward pass against the float64 reference: contract section 2, rows shapes, layouts, dtypes, training, eval."""
+"""The forward pass against the float64 reference: contract section 2, rows shapes, layouts, dtypes, training, eval.
+
+Of the plain op, and of act(batch_norm(input) + residual): without a residual, an `act` of None is the plain op.
+"""
 
 from __future__ import annotations
 
@@ -9,202 +12,186 @@ import reference
 import tolerances
 import torch
 from cases import (
-    CASES,
+    ACTS,
+    DENSE_CASES,
     DTYPES,
+    FEW_ACTS,
     FEW_CASES,
     LARGE_CASES,
+    LOW_PRECISION,
     MEDIUM_CASES,
+    MISALIGNED_CASES,
     STRIDED_CASES,
+    STRIDED_LAYOUTS,
     Case,
+    Parameters,
     make_input,
     make_parameters,
+    make_residual,
     name,
     parameter_dtype,
     same_bits,
+    without_repeats,
 )
-from checks import check_forward
+from checks import call, check_forward
+from marks import EACH_DTYPE, EVERY_ACT, FEW, FLAGS, MODES, PLAIN_OR_ACT, pairs
+from reference import Act
 from tolerances import assert_within
 
-from bnext.functional import batch_norm
+from bnext.functional import batch_norm, batch_norm_act
 
 pytestmark = pytest.mark.kernels
 
-MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+# Of each kernel in either layout, at either width.
+EITHER_LAYOUT = [
+    (Case((3, 5, 5, 3), "contiguous"), torch.float32),
+    (Case((3, 5, 5, 3), "channels_last"), torch.bfloat16),
+]
 
 
-@MODES
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("case", CASES, ids=name)
+@pairs(case=[*DENSE_CASES, *MISALIGNED_CASES], dtype=DTYPES, training=FLAGS)
 def test_every_shape_and_layout(case: Case, dtype: torch.dtype, training: bool, device: str) -> None:
     x = make_input(*case, dtype, device)
     check_forward(x, make_parameters(case.shape[1], parameter_dtype(dtype), device), training=training)
 
 
-@pytest.mark.too_large_for_simt
-@MODES
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("case", LARGE_CASES, ids=name)
-def test_across_chunks(case: Case, dtype: torch.dtype, training: bool, device: str) -> None:
+@pytest.mark.not_emulated
+@pairs(case=DENSE_CASES, dtype=DTYPES, act=FEW_ACTS, training=FLAGS, has_residual=FLAGS)
+def test_every_shape_with_an_epilogue(
+    case: Case, dtype: torch.dtype, act: Act, training: bool, has_residual: bool, device: str
+) -> None:
     x = make_input(*case, dtype, device)
-    check_forward(x, make_parameters(case.shape[1], parameter_dtype(dtype), device), training=training)
+    residual = make_residual(*case, dtype, device) if has_residual else None
+    params = make_parameters(case.shape[1], parameter_dtype(dtype), device)
+    check_forward(x, params, training=training, residual=residual, act=act)
 
 
-@pytest.mark.too_large_for_simt
-@MODES
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_output_larger_than_the_cache(layout: str, training: bool, device: str) -> None:
+@pytest.mark.not_emulated  # they are copied above the kernels
+@pairs(case=STRIDED_CASES, dtype=DTYPES, act=(None, "relu", "gelu"), training=FLAGS, has_residual=FLAGS)
+def test_every_stride_pattern(
+    case: Case, dtype: torch.dtype, act: Act, training: bool, has_residual: bool, device: str
+) -> None:
+    x = make_input(*case, dtype, device)
+    residual = make_residual(case.shape, without_repeats(case.layout), dtype, device) if has_residual else None
+    params = make_parameters(case.shape[1], parameter_dtype(dtype), device)
+    check_forward(x, params, training=training, residual=residual, act=act)
+
+
+@pytest.mark.parametrize(("case", "dtype"), EITHER_LAYOUT, ids=name)
+@pairs(act=ACTS, training=FLAGS, has_residual=FLAGS)
+def test_every_activation(
+    case: Case, dtype: torch.dtype, act: Act, has_residual: bool, training: bool, device: str
+) -> None:
+    x = make_input(*case, dtype, device)
+    residual = make_residual(*case, dtype, device) if has_residual else None
+    check_forward(x, make_parameters(5, device=device), training=training, residual=residual, act=act)
+
+
+@pytest.mark.not_emulated
+@pairs(case=LARGE_CASES, dtype=DTYPES, act=(None, "relu", "gelu"), training=FLAGS, has_residual=FLAGS)
+def test_across_chunks(
+    case: Case, dtype: torch.dtype, act: Act, training: bool, has_residual: bool, device: str
+) -> None:
+    x = make_input(*case, dtype, device)
+    residual = make_residual(*case, dtype, device) if has_residual else None
+    params = make_parameters(case.shape[1], parameter_dtype(dtype), device)
+    check_forward(x, params, training=training, residual=residual, act=act)
+
+
+@pytest.mark.not_emulated
+@pairs(layout=("contiguous", "channels_last"), act=(None, "relu"), training=FLAGS)
+def test_output_larger_than_the_cache(layout: str, act: Act, training: bool, device: str) -> None:
     # 35 MB: past the 24 MB from which stores go round the cache, past the 32 MB from which each tensor is a fresh
     # mapping.
-    x = make_input((11, 64, 112, 112), layout, torch.float32, device)
-    check_forward(x, make_parameters(64, torch.float32, device), training=training)
+    shape = (11, 64, 112, 112)
+    x = make_input(shape, layout, torch.float32, device)
+    residual = make_residual(shape, layout, torch.float32, device) if act else None
+    check_forward(x, make_parameters(64, torch.float32, device), training=training, residual=residual, act=act)
 
 
-@MODES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
-@pytest.mark.parametrize("case", [*FEW_CASES, *MEDIUM_CASES], ids=name)
-def test_every_instruction_set(case: Case, dtype: torch.dtype, training: bool, isa: str) -> None:
+@pairs(
+    case=[*FEW_CASES, *MEDIUM_CASES],
+    dtype=(torch.float32, torch.bfloat16),
+    act=(None, "relu", "gelu"),
+    training=FLAGS,
+    has_residual=FLAGS,
+)
+def test_every_instruction_set(
+    case: Case, dtype: torch.dtype, act: Act, training: bool, has_residual: bool, isa: str
+) -> None:
     x = make_input(*case, dtype)
-    check_forward(x, make_parameters(case.shape[1]), training=training)
+    residual = make_residual(*case, dtype) if has_residual else None
+    check_forward(x, make_parameters(case.shape[1]), training=training, residual=residual, act=act)
 
 
-@MODES
-@pytest.mark.parametrize("mix", list(itertools.product("if", repeat=4)), ids="".join)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=name)
-def test_every_mix_of_parameter_dtypes(dtype: torch.dtype, mix: tuple[str, ...], training: bool, device: str) -> None:
+@EVERY_ACT
+def test_every_activation_on_every_instruction_set(act: Act, isa: str) -> None:
+    x, residual = make_input(*MEDIUM_CASES[0]), make_residual(*MEDIUM_CASES[0])
+    for training, added in ((True, residual), (False, None)):
+        check_forward(x, make_parameters(3), training=training, residual=added, act=act)
+
+
+@pairs(
+    mix=["".join(choices) for choices in itertools.product("if", repeat=4)],
+    dtype=(torch.float64, *LOW_PRECISION),
+    layout=("contiguous", "channels_last"),
+    act=(None, "relu", "gelu"),
+    training=FLAGS,
+)
+def test_every_mix_of_parameter_dtypes(
+    mix: str, dtype: torch.dtype, layout: str, act: Act, training: bool, device: str
+) -> None:
     # i: the input's dtype, f: float32; for weight, bias, running_mean, running_var.
-    mixed = tuple(torch.float32 if choice == "f" else dtype for choice in mix)
-    for case in (Case((3, 5, 5, 3), "contiguous"), Case((3, 5, 5, 3), "channels_last")):
-        params = make_parameters(5, mixed, device)
-        check_forward(make_input(*case, dtype, device), params, training=training)
+    params = make_parameters(5, tuple(torch.float32 if choice == "f" else dtype for choice in mix), device)
+    x = make_input((3, 5, 5, 3), layout, dtype, device)
+    residual = make_residual((3, 5, 5, 3), layout, dtype, device) if act else None
+    check_forward(x, params, training=training, residual=residual, act=act)
 
 
-@MODES
-@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "nobias"])
-@pytest.mark.parametrize("has_weight", [True, False], ids=["weight", "noweight"])
-@pytest.mark.parametrize("case", FEW_CASES, ids=name)
+@pairs(
+    case=FEW_CASES,
+    given=("weight+bias", "weight", "bias", "neither"),
+    act=PLAIN_OR_ACT,
+    training=FLAGS,
+    has_residual=FLAGS,
+)
 def test_weight_and_bias_are_optional(
-    case: Case, has_weight: bool, has_bias: bool, training: bool, device: str
+    case: Case, given: str, act: Act, training: bool, has_residual: bool, device: str
 ) -> None:
     x = make_input(*case, torch.float32, device)
+    residual = make_residual(case.shape, device=device) if has_residual else None
     params = make_parameters(case.shape[1], torch.float32, device)
-    weight = params.weight if has_weight else None
-    bias = params.bias if has_bias else None
+    weight = params.weight if "weight" in given else None
+    bias = params.bias if "bias" in given else None
     frozen = {} if training else {"running_mean": params.running_mean, "running_var": params.running_var}
-    fwd = reference.forward(x, weight, bias, **frozen)
-    y = batch_norm(x, params.running_mean, params.running_var, weight, bias, training)
-    assert_within(y, fwd.output, tolerances.output(fwd, weight, bias, x.dtype, training=training), "output")
+    fwd = reference.forward(x, weight, bias, **frozen, residual=residual, act=act)
+    y = call(x, params, weight, bias, training, residual=residual, act=act)
+    limit = tolerances.output(fwd, weight, bias, x.dtype, training=training, has_residual=has_residual, act=act)
+    assert_within(y, fwd.output, limit, "output")
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.5, 1.0])
-@pytest.mark.parametrize("eps", [1e-12, 1e-5, 1.0])
-def test_momentum_and_eps(momentum: float, eps: float, device: str) -> None:
+@pairs(momentum=(0.0, 0.1, 0.5, 1.0), eps=(1e-12, 1e-5, 1.0), act=(None, "silu"))
+def test_momentum_and_eps(momentum: float, eps: float, act: Act, device: str) -> None:
     x = make_input((6, 5, 7, 3), device=device)
+    residual = make_residual((6, 5, 7, 3), device=device) if act else None
     params = make_parameters(5, device=device)
-    check_forward(x, params, training=True, momentum=momentum, eps=eps)
-    check_forward(x, params, training=False, eps=eps)
+    check_forward(x, params, training=True, momentum=momentum, eps=eps, residual=residual, act=act)
+    check_forward(x, params, training=False, eps=eps, residual=residual, act=act)
 
 
-def test_momentum_zero_leaves_the_running_stats_alone(device: str) -> None:
-    params = make_parameters(5, device=device)
+@pairs(shape=((1, 3), (1, 3, 1), (1, 3, 1, 1), (1, 3, 1, 1, 1)), act=PLAIN_OR_ACT)
+def test_one_value_a_channel(shape: tuple[int, ...], act: Act, device: str) -> None:
+    x, params = make_input(shape, device=device), make_parameters(3, device=device)
+    residual = make_residual(shape, device=device) if act else None
+    check_forward(x, params, training=False, residual=residual, act=act)
     kept = params.clone()
-    batch_norm(make_input((6, 5, 7, 3), device=device), params.running_mean, params.running_var, None, None, True, 0.0)
-    assert torch.equal(params.running_mean, kept.running_mean)
-    assert torch.equal(params.running_var, kept.running_var)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        call(x, params, params.weight, params.bias, True, residual=residual, act=act)
+    assert all(map(same_bits, params, kept))
 
 
 @MODES
-@pytest.mark.parametrize("case", FEW_CASES, ids=name)
-def test_parameters_and_running_stats_of_any_stride(case: Case, training: bool, device: str) -> None:
-    # Columns of a table, such as a model's flattened buffers: the other column is nobody's business.
-    x = make_input(*case, device=device)
-    dense = make_parameters(case.shape[1], device=device)
-    tables = [torch.stack([t, torch.full_like(t, 123.0)], 1) for t in dense]
-    weight, bias, mean, var = (table[:, 0] for table in tables)
-    expected = batch_norm(x, dense.running_mean, dense.running_var, dense.weight, dense.bias, training)
-    assert same_bits(batch_norm(x, mean, var, weight, bias, training), expected)
-    for table, column in zip(tables, dense, strict=True):
-        assert same_bits(table[:, 0], column)
-        assert (table[:, 1] == 123.0).all()
-
-
-@pytest.mark.parametrize("given", ["running_mean", "running_var"])
-def test_training_updates_whichever_running_stat_it_is_given(given: str, device: str) -> None:
-    x = make_input((6, 5, 7, 3), device=device)
-    params = make_parameters(5, device=device)
-    both, one = params.clone(), params.clone()
-    expected = batch_norm(x, both.running_mean, both.running_var, None, None, True)
-    stats = {"running_mean": None, "running_var": None, given: getattr(one, given)}
-    assert same_bits(batch_norm(x, **stats, training=True), expected)
-    assert same_bits(getattr(one, given), getattr(both, given))
-    assert not torch.equal(getattr(one, given), getattr(params, given))
-
-
-def test_counter_is_counted_and_gives_the_cumulative_average(device: str) -> None:
-    # momentum=None: after k batches the running statistics are the plain means of the k batches'.
-    mean, var = torch.full((5,), 7.0, device=device), torch.full((5,), 9.0, device=device)
-    counter = torch.tensor(0, device=device)
-    batches = []
-    for step in range(1, 5):
-        x = make_input((6, 5, 7, 3), device=device)
-        torch.ops.bnext.batch_norm_train(x, None, None, mean, var, counter, None, 1e-5)
-        batches.append(reference.forward(x))
-        assert counter.item() == step
-        unbiased = torch.stack([b.var * b.count / (b.count - 1) for b in batches]).mean(0)
-        average = torch.stack([b.mean for b in batches]).mean(0)
-        # Each step is an update with momentum 1/step; the errors of the steps add up.
-        limits = tolerances.running_stats((average, unbiased), batches[-1], 1.0, x.dtype, mean.dtype, var.dtype)
-        assert_within(mean, average, step * limits[0], f"running_mean after {step}")
-        assert_within(var, unbiased, step * limits[1], f"running_var after {step}")
-
-
-def test_counter_with_momentum_only_counts(device: str) -> None:
-    x = make_input((6, 5, 7, 3), device=device)
-    params = make_parameters(5, device=device)
-    counted, plain = params.clone(), params.clone()
-    counter = torch.tensor(41, device=device)
-    torch.ops.bnext.batch_norm_train(x, None, None, counted.running_mean, counted.running_var, counter, 0.25, 1e-5)
-    torch.ops.bnext.batch_norm_train(x, None, None, plain.running_mean, plain.running_var, None, 0.25, 1e-5)
-    assert counter.item() == 42
-    assert same_bits(counted.running_mean, plain.running_mean)
-    assert same_bits(counted.running_var, plain.running_var)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4), (0, 3, 4, 5), (0, 3, 2, 2, 2), (2, 3, 0), (2, 3, 0, 4)], ids=str)
-def test_empty_batch_leaves_the_stats_and_counts(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
-    x = torch.empty(shape, dtype=dtype, device=device)
-    params = make_parameters(3, parameter_dtype(dtype), device)
-    kept = params.clone()
-    counter = torch.tensor(6, device=device)
-    trained, _, _ = torch.ops.bnext.batch_norm_train(
-        x, params.weight, params.bias, params.running_mean, params.running_var, counter, 0.1, 1e-5
-    )
-    evaluated = batch_norm(x, params.running_mean, params.running_var, params.weight, params.bias)
-    for y in (trained, evaluated):
-        assert y.shape == x.shape
-        assert y.dtype == dtype
-        assert y.device == x.device
-    assert counter.item() == 7
-    assert same_bits(params.running_mean, kept.running_mean)
-    assert same_bits(params.running_var, kept.running_var)
-
-
-def test_empty_batch_does_not_spoil_the_cumulative_average(device: str) -> None:
-    mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
-    counter = torch.tensor(0, device=device)
-    torch.ops.bnext.batch_norm_train(torch.empty(0, 3, device=device), None, None, mean, var, counter, None, 1e-5)
-    assert counter.item() == 1
-    assert torch.equal(mean, torch.zeros(3, device=device))
-    assert torch.equal(var, torch.ones(3, device=device))
-
-
-@pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1), (1, 3, 1, 1), (1, 3, 1, 1, 1)], ids=str)
-def test_one_value_a_channel_is_fine_in_eval(shape: tuple[int, ...], device: str) -> None:
-    check_forward(make_input(shape, device=device), make_parameters(3, device=device), training=False)
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@EACH_DTYPE
 def test_save_stats_are_mean_and_invstd_in_float64(dtype: torch.dtype, training: bool, device: str) -> None:
     x = make_input((6, 5, 7, 3), "channels_last", dtype, device)
     p = make_parameters(5, parameter_dtype(dtype), device)
@@ -222,6 +209,7 @@ def test_save_stats_are_mean_and_invstd_in_float64(dtype: torch.dtype, training:
     assert_within(stats, expected, limit, "save_stats")
 
 
+@pytest.mark.not_emulated
 @pytest.mark.parametrize("case", STRIDED_CASES, ids=name)
 def test_strides_do_not_change_a_bit_of_the_result(case: Case, device: str) -> None:
     # "At most one copy": whatever the strides, the values pass through the same kernel as a dense tensor's.
@@ -243,14 +231,15 @@ def test_channels_are_independent(device: str) -> None:
         assert same_bits(a, b), case
 
 
-@MODES
-def test_grad_mode_does_not_change_the_result(training: bool, device: str) -> None:
+@pairs(act=PLAIN_OR_ACT, training=FLAGS, has_residual=FLAGS)
+def test_grad_mode_does_not_change_the_result(act: Act, training: bool, has_residual: bool, device: str) -> None:
+    # With gradients the op may keep a mask, without it does not.
     x = make_input((6, 5, 7, 3), device=device)
+    residual = make_residual((6, 5, 7, 3), device=device) if has_residual else None
     p = make_parameters(5, device=device)
 
     def run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        stats = p.clone()
-        return batch_norm(x, stats.running_mean, stats.running_var, weight, p.bias, training)
+        return call(x, p.clone(), weight, p.bias, training, residual=residual, act=act)
 
     tracked = run(x.clone().requires_grad_(), p.weight.clone().requires_grad_())
     plain = run(x, p.weight)
@@ -266,11 +255,78 @@ def test_grad_mode_does_not_change_the_result(training: bool, device: str) -> No
         assert same_bits(y, tracked)
 
 
+@pairs(act=PLAIN_OR_ACT, training=FLAGS)
+def test_output_is_a_tensor_of_its_own(act: Act, training: bool, device: str) -> None:
+    # Even where nothing is to be done (mean 0, variance 1 - eps): writing to the output reaches neither the input
+    # nor the residual.
+    x, zeros = torch.tensor([[-1.0], [1.0]], device=device), torch.zeros(2, 1, device=device)
+    for residual in (None, zeros, x):
+        kept, zero = x.clone(), torch.zeros(1, device=device)
+        stats = Parameters(zero, zero, zero.clone(), zero + 1 - 1e-5)
+        call(x, stats, None, None, training, residual=residual, act=act).fill_(5)
+        assert torch.equal(x, kept)
+        assert torch.equal(zeros, torch.zeros_like(zeros))
+
+
+@pytest.mark.not_emulated
+@pairs(
+    added=("contiguous", "channels_last", *STRIDED_LAYOUTS[4]),
+    layout=("contiguous", "channels_last", "sliced"),
+    act=("relu", "silu"),
+    training=FLAGS,
+)
+def test_residual_of_any_stride(added: str, layout: str, act: Act, training: bool, device: str) -> None:
+    # Whatever its strides, the result has the input's layout and the bits of a residual that is laid out as the input.
+    shape = (6, 5, 7, 3)
+    x, residual = make_input(shape, layout, device=device), make_residual(shape, added, device=device)
+    params = make_parameters(5, device=device)
+    y = check_forward(x, params, training=training, residual=residual, act=act)
+    alike = torch.empty_strided(shape, y.stride(), device=device).copy_(residual)
+    assert same_bits(y, check_forward(x, params, training=training, residual=alike, act=act))
+
+
+@pytest.mark.not_emulated
+@pairs(case=FEW_CASES, dtype=DTYPES, training=FLAGS)
+def test_identity_has_the_bits_of_plain_batch_norm(case: Case, dtype: torch.dtype, training: bool, device: str) -> None:
+    x = make_input(*case, dtype, device)
+    p = make_parameters(case.shape[1], parameter_dtype(dtype), device)
+    stats = [p.clone() for _ in range(3)]
+    expected = batch_norm(x, stats[0].running_mean, stats[0].running_var, p.weight, p.bias, training)
+    for kept, act in zip(stats[1:], ("identity", None), strict=True):
+        y = batch_norm_act(x, kept.running_mean, kept.running_var, p.weight, p.bias, None, training, act=act)
+        assert same_bits(y, expected)
+        assert y.stride() == expected.stride()
+        assert all(map(same_bits, kept, stats[0]))
+
+
+@pytest.mark.not_emulated
 @MODES
-def test_output_is_a_tensor_of_its_own(training: bool, device: str) -> None:
-    # Even where nothing is to be done (mean 0, variance 1 - eps): writing to the output must not reach the input.
-    x = torch.tensor([[-1.0], [1.0]], device=device)
-    kept = x.clone()
-    var = torch.ones(1, device=device) - 1e-5
-    batch_norm(x, torch.zeros(1, device=device), var, training=training).fill_(5)
-    assert torch.equal(x, kept)
+def test_relu_is_the_default(training: bool, device: str) -> None:
+    x, residual = make_input((6, 5, 7, 3), device=device), make_residual((6, 5, 7, 3), device=device)
+    p = make_parameters(5, device=device)
+    default, named = (
+        batch_norm_act(x, stats.running_mean, stats.running_var, residual=residual, training=training, **options)
+        for stats, options in ((p.clone(), {}), (p.clone(), {"act": "relu"}))
+    )
+    assert same_bits(default, named)
+    assert (default >= 0).all()
+
+
+@pytest.mark.not_emulated
+@pytest.mark.parametrize("slope", [0.0, 0.01, 0.2, 1.0, 3.0, -1.0, 1], ids=str)
+def test_any_finite_slope(slope: float, device: str) -> None:
+    x, residual = make_input((6, 5, 7, 3), device=device), make_residual((6, 5, 7, 3), device=device)
+    params = make_parameters(5, device=device)
+    y = check_forward(x, params, training=True, residual=residual, act=("leaky_relu", slope))
+    if slope == 0.01:
+        assert same_bits(y, check_forward(x, params, training=True, residual=residual, act="leaky_relu"))
+
+
+@pytest.mark.not_emulated
+@MODES
+@FEW
+def test_the_input_may_be_its_own_residual(act: Act, training: bool, device: str) -> None:
+    for case in FEW_CASES:
+        x = make_input(*case, device=device)
+        params = make_parameters(case.shape[1], device=device)
+        check_forward(x, params, training=training, residual=x, act=act)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
+from marks import posix_only
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -41,7 +41,7 @@ def check_script(run_python: Run, code: str, **environment: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a process is sent SIGINT")
+@posix_only
 @pytest.mark.parametrize("batch", ["small", "large"])
 def test_interrupted_training_goes_on(batch: str, run_python: Run) -> None:
     code = f"""

@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import to_layout
+from marks import MODES, linux_only
 from torch import Tensor
 
 from bnext import _C
@@ -29,8 +29,6 @@ MIB = 2**20
 # 34.03 MiB, hence 18 huge pages.
 SHAPE = (2, 64, 264, 264)
 BLOCK = 36 * MIB
-
-linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is kept on Linux only")
 
 
 @pytest.fixture(autouse=True)
@@ -111,8 +109,8 @@ def check_reuse(make: Callable[[], Tensor], expected: Tensor) -> None:
     torch.testing.assert_close(y, expected)
 
 
-@linux
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@linux_only
+@MODES
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_freed_output_serves_the_next(layout: str, training: bool) -> None:
     x, mean, var = wave(layout, 3.0), torch.linspace(-1, 1, 64), torch.linspace(0.5, 2, 64)
@@ -120,8 +118,8 @@ def test_freed_output_serves_the_next(layout: str, training: bool) -> None:
     check_reuse(lambda: batch_norm(x, mean, var, training=training), expected)
 
 
-@linux
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@linux_only
+@MODES
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_freed_gradient_serves_the_next(layout: str, training: bool) -> None:
     mean, var = torch.linspace(-1, 1, 64), torch.linspace(0.5, 2, 64)
@@ -133,7 +131,7 @@ def test_freed_gradient_serves_the_next(layout: str, training: bool) -> None:
     check_reuse(lambda: torch.autograd.grad(y, x, g, retain_graph=True)[0], expected)
 
 
-@linux
+@linux_only
 def test_memory_is_kept_from_32_mib_on() -> None:
     free(32)
     assert _C.kept_bytes() == 32 * MIB
@@ -143,7 +141,7 @@ def test_memory_is_kept_from_32_mib_on() -> None:
     assert _C.kept_bytes() == 32 * MIB
 
 
-@linux
+@linux_only
 def test_release_unmaps_everything() -> None:
     free(34)
     _C.release_kept_blocks()
@@ -156,7 +154,7 @@ def test_release_unmaps_everything() -> None:
     assert abs(address_space() - before) < MIB
 
 
-@linux
+@linux_only
 def test_system_may_take_what_is_kept() -> None:
     rollup = Path("/proc/self/smaps_rollup")
     if not rollup.exists():
@@ -179,7 +177,7 @@ def test_outputs_alive_at_once_do_not_overlap() -> None:
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
 
 
-@linux
+@linux_only
 @pytest.mark.parametrize(("kept", "fits"), [(38, False), (40, True), (50, True), (52, False)])
 def test_block_serves_an_output_at_most_a_quarter_smaller(kept: int, fits: bool) -> None:
     (address,) = free(kept)
@@ -191,14 +189,14 @@ def test_block_serves_an_output_at_most_a_quarter_smaller(kept: int, fits: bool)
     assert _C.kept_bytes() == (kept if fits else kept + 40) * MIB
 
 
-@linux
+@linux_only
 def test_smallest_block_that_fits_is_taken() -> None:
     addresses = free(50, 44, 48, 40)
     outputs = [output(size) for size in (42, 42, 42)]
     assert [y.data_ptr() for y in outputs] == [addresses[i] for i in (1, 2, 0)]
 
 
-@linux
+@linux_only
 def test_limit(run_python: Run) -> None:
     # For each setting what is kept after three outputs, of 32, 34 and 36 MiB, were freed in that order. Beyond the
     # limit the oldest goes; an output above it is not kept and displaces nothing.
@@ -222,7 +220,7 @@ def test_limit(run_python: Run) -> None:
     assert dict(zip(expected, map(json.loads, done.stdout.splitlines()), strict=True)) == expected
 
 
-@linux
+@linux_only
 def test_kept_blocks_make_room_when_there_is_no_other(run_python: Run) -> None:
     code = """
     x = torch.zeros(100, 64, 64, 64)
@@ -254,7 +252,7 @@ def test_storage_can_be_resized() -> None:
         assert torch.equal(torch.empty(0).set_(storage, 0, (n,)), torch.arange(n, dtype=torch.float32))
 
 
-@linux
+@linux_only
 def test_resized_storage_gives_its_block_back() -> None:
     y = output(34)
     storage = y.untyped_storage()
@@ -290,7 +288,7 @@ def test_copy_outlives_the_output(how: Callable[[Tensor], Tensor]) -> None:
     assert is_all(copied, 2.0)
 
 
-@linux
+@linux_only
 def test_shared_output_gives_its_block_back() -> None:
     y = output(34, 2.0).share_memory_()
     assert y.is_shared()
@@ -302,7 +300,7 @@ def test_shared_output_gives_its_block_back() -> None:
     assert is_all(z, 3.0)
 
 
-@linux
+@linux_only
 @pytest.mark.parametrize("view", [Tensor.numpy, torch.detach, lambda y: y[1:]], ids=["numpy", "detach", "slice"])
 def test_view_keeps_the_memory_of_a_freed_output(view: Callable[[Tensor], Tensor]) -> None:
     y = output(34, 2.0)
@@ -322,7 +320,7 @@ def test_output_of_inference_mode_is_an_inference_tensor() -> None:
     assert not output(34).is_inference()
 
 
-@linux
+@linux_only
 def test_freed_by_another_thread() -> None:
     outputs = [output(34)]
     thread = threading.Thread(target=outputs.clear)
@@ -341,7 +339,7 @@ def test_several_threads_at_once() -> None:
         assert all(pool.map(run, range(12)))
 
 
-@linux
+@linux_only
 def test_fork_while_another_thread_frees(run_python: Run) -> None:
     # Each output that is freed displaces the one before. set_() frees without the interpreter's lock, so that the fork
     # comes while the thread unmaps.
@@ -386,14 +384,14 @@ def test_profiler_sees_the_memory() -> None:
     assert used["aten::set_"] <= -34 * MIB
 
 
-@linux
+@linux_only
 def test_output_asks_for_huge_pages() -> None:
     y = output(34)
     assert y.data_ptr() % (2 * MIB) == 0
     assert asks_for_huge_pages(y) == _C.huge_pages_enabled()
 
 
-@linux
+@linux_only
 def test_huge_pages_can_be_turned_off(run_python: Run) -> None:
     code = """
     y = output(34, 2.0)

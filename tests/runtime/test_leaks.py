@@ -14,12 +14,13 @@ import leak_jobs as jobs
 import pytest
 import torch
 from leaks import COUNTS_THE_HEAP, MOST, Usage, excess
+from marks import linux_only
 from processes import Pool
 from torch import Tensor, nn
 
 import bnext
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the memory in use from /proc")
+pytestmark = linux_only
 
 # How many calls are quick; the heap and Python's blocks, counted exactly, show a leak in fewer than 10,000 of them.
 CALLS = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import multiprocessing
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import make_grad, make_input, same_bits
+from marks import linux_only, needs_fork
 from test_large_outputs import script
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -22,7 +22,6 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 # Since 3.12 Python warns of a fork when there are threads: torch's, here, which the children do not use.
 FORK_WARNING = "ignore:This process:DeprecationWarning"
-can_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system has no fork")
 
 
 def network(fuse: bool) -> nn.Module:
@@ -88,9 +87,9 @@ def use_threads_and_keep_blocks(layer: nn.Module, x: Tensor) -> None:
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param("fork", marks=can_fork),
+        pytest.param("fork", marks=needs_fork),
         pytest.param("spawn", marks=pytest.mark.slow),
-        pytest.param("forkserver", marks=[can_fork, pytest.mark.slow]),
+        pytest.param("forkserver", marks=[needs_fork, pytest.mark.slow]),
     ],
 )
 def test_loader_whose_workers_normalize(method: str) -> None:
@@ -129,8 +128,8 @@ def run_script(run_python: Run, code: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
-@can_fork
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is kept on Linux only")
+@needs_fork
+@linux_only
 def test_fork_frees_what_is_its_parents(run_python: Run) -> None:
     code = """
     output(34)
@@ -161,7 +160,7 @@ def test_fork_frees_what_is_its_parents(run_python: Run) -> None:
     run_script(run_python, code)
 
 
-@can_fork
+@needs_fork
 def test_fork_while_threads_train(run_python: Run) -> None:
     # A small batch is one thread's work, in a child too; torch's own operators wait for threads that are not there if
     # the child does not say that it has one.

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from cases import FEW_ACTS, make_grad, make_input, make_residual, name, same_bits, to_layout
+from marks import MODES
 from reference import Act
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -99,7 +100,7 @@ def make_layer(shape: tuple[int, ...], act: Act, training: bool = True) -> nn.Mo
     return layer.train(training)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@MODES
 @EACH_ACT
 def test_one_layer_in_many_threads(act: Act, shape: tuple[int, ...], training: bool) -> None:
     data, layer = Data(shape, has_residual=act is not None), make_layer(shape, act, training)

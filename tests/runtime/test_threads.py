@@ -9,7 +9,6 @@ import pytest
 import torch
 from cases import (
     DTYPES,
-    FEW_ACTS,
     FEW_CASES,
     LARGE_CASES,
     MEDIUM_CASES,
@@ -18,11 +17,12 @@ from cases import (
     make_input,
     make_parameters,
     make_residual,
-    name,
+    pairwise,
     parameter_dtype,
     same_bits,
 )
 from checks import call
+from marks import FLAGS, PLAIN_OR_ACT, rows
 from reference import Act
 from torch import Tensor
 
@@ -59,32 +59,27 @@ def forward_and_backward(
     return [y, *torch.autograd.grad(y, leaves, g), p.running_mean, p.running_var]
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("case", [*FEW_CASES, *MEDIUM_CASES, *LARGE_CASES], ids=name)
+@rows(
+    ("case", "dtype", "act", "training", "has_residual"),
+    [
+        *pairwise([*FEW_CASES, *MEDIUM_CASES], DTYPES, PLAIN_OR_ACT, FLAGS, FLAGS),
+        *pairwise(LARGE_CASES, DTYPES, (None, "relu"), FLAGS, FLAGS),
+    ],
+)
 def test_same_bits_for_any_number_of_threads(
-    case: Case, dtype: torch.dtype, training: bool, set_threads: Callable[[int], None]
+    case: Case,
+    dtype: torch.dtype,
+    act: Act,
+    training: bool,
+    has_residual: bool,
+    set_threads: Callable[[int], None],
 ) -> None:
-    set_threads(1)
-    expected = forward_and_backward(case, dtype, training)
-    for count in THREAD_COUNTS[1:]:
+    results = []
+    for count in THREAD_COUNTS:
         set_threads(count)
-        assert all(map(same_bits, forward_and_backward(case, dtype, training), expected)), f"{count} threads"
-
-
-@pytest.mark.parametrize("has_residual", [True, False], ids=["residual", "plain"])
-@pytest.mark.parametrize("act", FEW_ACTS, ids=name)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
-@pytest.mark.parametrize("case", [*FEW_CASES, *MEDIUM_CASES, LARGE_CASES[2]], ids=name)
-def test_fused_same_bits_for_any_number_of_threads(
-    case: Case, dtype: torch.dtype, act: Act, has_residual: bool, set_threads: Callable[[int], None]
-) -> None:
-    for training in (True, False):
-        set_threads(1)
-        expected = forward_and_backward(case, dtype, training, 0, act, has_residual)
-        for count in (2, 4):
-            set_threads(count)
-            assert all(map(same_bits, forward_and_backward(case, dtype, training, 0, act, has_residual), expected))
+        results.append(forward_and_backward(case, dtype, training, 0, act, has_residual))
+    for count, result in zip(THREAD_COUNTS, results, strict=True):
+        assert all(map(same_bits, result, results[0])), f"{count} threads"
 
 
 def test_same_bits_run_to_run() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pool_jobs
 import pytest
 import torch
+from marks import linux_only
 from processes import Pool, WorkerError
 
 import bnext
@@ -35,7 +36,7 @@ def test_a_failure_comes_back_with_its_traceback_and_the_pool_goes_on(pools: Cal
     assert pool.pids() == before
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@linux_only
 def test_a_dead_or_hanging_process_ends_the_pool(short_lived: Callable[..., Pool]) -> None:
     pool = short_lived(1)
     pool.start()
@@ -52,7 +53,7 @@ def test_a_dead_or_hanging_process_ends_the_pool(short_lived: Callable[..., Pool
     assert alive(second) == []
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@linux_only
 def test_no_process_outlives_the_tests(tmp_path: Path) -> None:
     script = (
         "import processes, types\n"

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import make_grad, make_input, same_bits
+from marks import MODES
 from networks import NETWORKS, assert_same
 from test_convert import BatchNormReLU, batch_norms, network
 from torch import Tensor, nn
@@ -293,7 +294,7 @@ def test_act_may_be_set_and_is_checked() -> None:
     assert layer.act == "relu"
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@MODES
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 2, 2), (4, 3, 2, 2, 2)], ids=str)
 def test_any_rank_without_a_process_group(shape: tuple[int, ...], training: bool) -> None:
     layer, plain = bnext.SyncBatchNorm(3).train(training), nn.SyncBatchNorm(3).train(training)
@@ -305,7 +306,7 @@ def test_any_rank_without_a_process_group(shape: tuple[int, ...], training: bool
     assert layer.num_batches_tracked == plain.num_batches_tracked == int(training)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@MODES
 @pytest.mark.parametrize("shape", [(), (3,), (4, 0), (4, 0, 2, 2)], ids=str)
 def test_wrong_inputs_are_those_of_torch(shape: tuple[int, ...], training: bool) -> None:
     theirs, ours = (each(3).train(training) for each in (nn.SyncBatchNorm, bnext.SyncBatchNorm))

@@ -6,18 +6,18 @@ import pytest
 import torch
 from cases import make_grad, make_input, make_residual
 from sync_shares import EPS, backward, gathered, merge, moments_of, sync, train
-from test_errors import (
+from wrong_arguments import (
     CHANNELS,
     SHAPE,
     WORDS,
     WRONG_COUNTERS,
     WRONG_INPUTS,
+    WRONG_RESIDUALS,
     WRONG_VECTORS,
     Wrong,
     arguments,
     assert_raises_and_leaves_alone,
 )
-from test_fused_errors import WRONG_RESIDUALS
 
 
 def moments_op(args: dict[str, object]) -> object:

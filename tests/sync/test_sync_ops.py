@@ -23,6 +23,7 @@ from cases import (
     to_layout,
 )
 from checks import output_strides, significant_strides
+from marks import EACH_DTYPE, FLAGS, pairs
 from reference import Act, named, reduced_dims, widen
 from sync_shares import EPS, Batch, backward, gathered, make_batch, merge, merged, moments_of, share_of, sync, train
 from tolerances import assert_within
@@ -33,12 +34,12 @@ pytestmark = pytest.mark.kernels
 
 # Uneven, with an empty one, and with one of a single image.
 SIZES = ((3, 2), (2, 0, 3), (1, 4))
-EACH_SIZES = pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "+".join(map(str, sizes)))
-EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=name)
-LAYOUTS = pytest.mark.parametrize(
-    ("shape", "layout"),
-    [((5, 3, 3), "contiguous"), ((5, 3, 3), "channels_last"), ((5,), "contiguous"), ((5, 3, 4), "transposed")],
-    ids=["contiguous", "channels_last", "rows", "transposed"],
+# An image with its layout.
+IMAGES = (
+    Case((5, 3, 3), "contiguous"),
+    Case((5, 3, 3), "channels_last"),
+    Case((5,), "contiguous"),
+    Case((5, 3, 4), "transposed"),
 )
 
 
@@ -117,27 +118,20 @@ def check_shares(
     assert all(t is None or torch.equal(t, before) for t, before in zip(batch, kept, strict=True)), "written to"
 
 
-@EACH_SIZES
-@EACH_DTYPE
-@LAYOUTS
-def test_shares_make_the_whole(
-    shape: tuple[int, ...], layout: str, dtype: torch.dtype, sizes: tuple[int, ...], device: str
-) -> None:
+@pairs(image=IMAGES, dtype=DTYPES, sizes=SIZES)
+def test_shares_make_the_whole(image: Case, dtype: torch.dtype, sizes: tuple[int, ...], device: str) -> None:
     offset = 1e4 if dtype == torch.float64 else 0.0
-    check_shares(make_batch((5, *shape), dtype, offset), sizes, layout, device=device)
+    check_shares(make_batch((5, *image.shape), dtype, offset), sizes, image.layout, device=device)
 
 
-@pytest.mark.parametrize("has_residual", [True, False], ids=["residual", "plain"])
-@pytest.mark.parametrize("act", FEW_ACTS, ids=name)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_activations(layout: str, act: Act, has_residual: bool, device: str) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        batch = make_batch((5, 5, 3, 3), dtype, has_residual=has_residual)
-        for with_mask in (False, True) if named(act)[0] in RECTIFIERS else (False,):
-            check_shares(batch, SIZES[1], layout, act, with_mask, device)
+@pairs(act=FEW_ACTS, layout=("contiguous", "channels_last"), dtype=(torch.float32, torch.bfloat16), has_residual=FLAGS)
+def test_activations(act: Act, layout: str, dtype: torch.dtype, has_residual: bool, device: str) -> None:
+    batch = make_batch((5, 5, 3, 3), dtype, has_residual=has_residual)
+    for with_mask in (False, True) if named(act)[0] in RECTIFIERS else (False,):
+        check_shares(batch, SIZES[1], layout, act, with_mask, device)
 
 
-@pytest.mark.too_large_for_simt
+@pytest.mark.not_emulated
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name)
 def test_shares_across_chunks(dtype: torch.dtype, layout: str, device: str) -> None:

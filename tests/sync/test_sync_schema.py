@@ -7,7 +7,6 @@ import itertools
 import pytest
 import torch
 from cases import (
-    DTYPES,
     FEW_CASES,
     Case,
     make_grad,
@@ -18,11 +17,10 @@ from cases import (
     parameter_dtype,
 )
 from checks import significant_strides
+from marks import EACH_DTYPE
 from sync_shares import EPS, backward, merge, moments_of, sync, train
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=name)
 
 
 def merged_args(

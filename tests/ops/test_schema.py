@@ -1,15 +1,17 @@
-"""The raw ops as torch sees them: schema, fake kernels and opcheck over layouts, dtypes and optional arguments."""
+"""The raw operators as torch sees them: schemas, fake kernels, opcheck, over layouts, dtypes and optional arguments."""
 
 from __future__ import annotations
 
 import itertools
 
 import pytest
+import reference
 import torch
 from cases import (
     DTYPES,
     FEW_CASES,
     LOW_PRECISION,
+    RECTIFIERS,
     STRIDED_CASES,
     Case,
     make_grad,
@@ -20,12 +22,11 @@ from cases import (
     same_bits,
 )
 from checks import significant_strides
+from marks import EVERY_ACT, FEW, FLAGS, MODES, pairs
+from raw_ops import EMPTY_CASES, Call, act_args, backward, evaluate, train
+from reference import Act
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-train = torch.ops.bnext.batch_norm_train
-evaluate = torch.ops.bnext.batch_norm_eval
-backward = torch.ops.bnext.batch_norm_backward
 
 
 def train_args(
@@ -72,24 +73,22 @@ def backward_args(
     return g, x if needs_input else None, weight, stats, training, 1e-5, [*mask, False]
 
 
-def test_schemas_mark_what_is_written() -> None:
-    written = {"running_mean", "running_var", "num_batches_tracked"}
-    for op, mutates in ((train, written), (evaluate, set()), (backward, set())):
-        schema = op.default._schema
-        marked = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
-        assert marked == mutates, schema.name
-        assert not any(r.alias_info for r in schema.returns), schema.name
-
-
-def test_schemas_keep_the_argument_names() -> None:
+def test_schemas_keep_names_and_marks() -> None:
     # The names stand in error messages, in exported programs and in users' keyword calls.
     stem = ["input", "weight", "bias", "running_mean", "running_var"]
-    names = [[a.name for a in op.default._schema.arguments] for op in (train, evaluate, backward)]
-    epilogue = ["residual", "act", "slope", "with_mask"]
-    assert names[0] == [*stem, "num_batches_tracked", "momentum", "eps", *epilogue]
-    assert names[1] == [*stem, "eps", *epilogue]
-    asked = ["grad_output", "input", "weight", "save_stats", "training", "eps", "output_mask"]
-    assert names[2] == [*asked, "bias", "residual", "mask", "act", "slope", "mean_grads"]
+    fused = ["residual", "act", "slope", "with_mask"]
+    backwards = ["grad_output", "input", "weight", "save_stats", "training", "eps", "output_mask", "bias", "residual"]
+    expected = {
+        train: ([*stem, "num_batches_tracked", "momentum", "eps", *fused], {*stem[3:], "num_batches_tracked"}),
+        evaluate: ([*stem, "eps", *fused], set()),
+        backward: ([*backwards, "mask", "act", "slope", "mean_grads"], set()),
+    }
+    for op, (names, written) in expected.items():
+        schema = op.default._schema
+        assert [a.name for a in schema.arguments] == names
+        assert {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write} == written
+        assert not any(r.alias_info for r in schema.returns), schema.name
+    assert [len(op.default._schema.returns) for op in expected] == [3, 3, 4]
 
 
 OPTIONS = [
@@ -133,7 +132,7 @@ def test_opcheck_eval_dtypes(dtype: torch.dtype) -> None:
     torch.library.opcheck(evaluate.default, eval_args(FEW_CASES[2], dtype, grad=True))
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@MODES
 @pytest.mark.parametrize(
     ("case", "mask", "grad"),
     [
@@ -156,26 +155,66 @@ def test_opcheck_backward_half() -> None:
     torch.library.opcheck(backward.default, backward_args(FEW_CASES[2], torch.bfloat16, True))
 
 
-EMPTY_CASES = [Case((0, 3), "contiguous"), Case((0, 3, 4, 5), "contiguous"), Case((2, 3, 0), "contiguous")]
+@MODES
+@EVERY_ACT
+def test_opcheck_forward_with_an_epilogue(act: Act, training: bool) -> None:
+    op = (train if training else evaluate).default
+    bits = reference.named(act)[0] in RECTIFIERS
+    for case, grad, with_mask in ((FEW_CASES[0], True, False), (FEW_CASES[3], True, bits), (FEW_CASES[5], False, bits)):
+        call = Call(case, torch.float32, training, act, grad=grad)
+        options = {**act_args(act), "residual": call.residual, "with_mask": with_mask}
+        torch.library.opcheck(op, call.forward_args(), options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("case", [*FEW_CASES, *STRIDED_CASES, *EMPTY_CASES], ids=name)
-def test_fake_kernels_predict_shape_dtype_and_strides(case: Case, dtype: torch.dtype) -> None:
-    calls: list[tuple[object, tuple[object, ...]]] = [
-        (train, train_args(case, dtype)),
-        (evaluate, eval_args(case, dtype)),
-    ]
-    for training, mask in itertools.product((True, False), itertools.product((True, False), repeat=3)):
-        calls.append((backward, backward_args(case, dtype, training, mask)))
-    for op, args in calls:
-        with FakeTensorMode() as mode:
-            fake = op(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
-        for predicted, real in zip(fake, op(*args), strict=True):
-            assert predicted.shape == real.shape, op
-            assert predicted.dtype == real.dtype, op
-            assert predicted.device == real.device, op
-            assert significant_strides(predicted) == significant_strides(real), op
+@MODES
+@FEW
+def test_opcheck_backward_with_an_epilogue(act: Act, training: bool) -> None:
+    for case, with_mask in ((FEW_CASES[3], False), (FEW_CASES[2], True)):
+        call = Call(case, torch.float32, training, act)
+        kept = with_mask and reference.named(act)[0] in RECTIFIERS
+        _, stats, mask = call.forward(with_mask=kept)
+        args = (call.g, call.x, call.weight, stats, training, 1e-5, list(call.wanted()), call.bias)
+        torch.library.opcheck(
+            backward.default, (*args, None if kept else call.residual, mask if kept else None), act_args(act)
+        )
+
+
+def assert_predicts(
+    op: object, args: tuple[object, ...], keywords: dict[str, object], real: tuple[Tensor, ...]
+) -> None:
+    """The fake kernel says of what shape, dtype, device and strides the results are."""
+    with FakeTensorMode() as mode:
+        fake = lambda v: mode.from_tensor(v) if isinstance(v, Tensor) else v  # noqa: E731
+        predicted = op(*map(fake, args), **{key: fake(value) for key, value in keywords.items()})
+    for a, b in zip(predicted, real, strict=True):
+        assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device), op
+        assert significant_strides(a) == significant_strides(b), op
+
+
+ALL_CASES = [*FEW_CASES, *STRIDED_CASES, *EMPTY_CASES]
+
+
+@pairs(case=ALL_CASES, mask=list(itertools.product(FLAGS, repeat=3)), dtype=DTYPES, training=FLAGS)
+def test_fake_kernels_predict_shape_dtype_and_strides(
+    case: Case, mask: tuple[bool, ...], dtype: torch.dtype, training: bool
+) -> None:
+    op, args = (train, train_args(case, dtype)) if training else (evaluate, eval_args(case, dtype))
+    assert_predicts(op, args, {}, op(*args))
+    args = backward_args(case, dtype, training, mask)
+    assert_predicts(backward, args, {}, backward(*args))
+
+
+@pairs(case=ALL_CASES, dtype=DTYPES, act=("identity", "relu", "silu"), training=FLAGS)
+def test_fake_kernels_with_an_epilogue(case: Case, dtype: torch.dtype, act: Act, training: bool) -> None:
+    call = Call(case, dtype, training, act)
+    with_mask = act == "relu"
+    op = train if training else evaluate
+    options = {**act_args(act), "residual": call.residual, "with_mask": with_mask}
+    real = op(*call.forward_args(), **options)
+    assert_predicts(op, call.forward_args(), options, real)
+    args = (call.g, call.x, call.weight, real[1], training, 1e-5, list(call.wanted()), call.bias)
+    more = {"residual": None if with_mask else call.residual, "mask": real[2] if with_mask else None, **act_args(act)}
+    assert_predicts(backward, args, more, backward(*args, **more))
 
 
 def test_meta_tensors_run() -> None:

@@ -1,33 +1,28 @@
-"""What only one operator can give: one rounding, what the graph holds, one node, the raw ops and their schemas."""
+"""What one operator gives: how little the graph holds, one node a direction, and a graph that the output may leave."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import reference
-import tolerances
 import torch
 from cases import (
-    ACTS,
     FEW_ACTS,
     FEW_CASES,
-    LOW_PRECISION,
     RECTIFIERS,
     Case,
     make_grad,
     make_input,
     make_parameters,
     make_residual,
-    name,
     same_bits,
 )
+from checks import call
+from marks import EVERY_ACT, FLAGS, MODES, PLAIN_OR_ACT, RESIDUAL, pairs
 from reference import Act
-from test_autograd import saved_bytes
-from tolerances import assert_within
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,25 +30,64 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bnext
 from bnext.functional import batch_norm, batch_norm_act
 
-MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-RESIDUAL = pytest.mark.parametrize("has_residual", [True, False], ids=["residual", "plain"])
-EVERY_ACT = pytest.mark.parametrize("act", ACTS, ids=name)
-FEW = pytest.mark.parametrize("act", FEW_ACTS, ids=name)
-ONE_SIDED = pytest.mark.parametrize("act", ["relu6", ("leaky_relu", -0.5)], ids=name)
-SMOOTH = pytest.mark.parametrize("act", ["silu", ("elu", 0.5)], ids=name)
-HELD_CASES = pytest.mark.parametrize(
-    "case",
+NAMES = ("input", "weight", "bias")
+ONE_SIDED = ("relu6", ("leaky_relu", -0.5))
+SMOOTH = ("silu", ("elu", 0.5))
+HELD_CASES = [
+    Case((6, 5, 7, 3), "contiguous"),
+    Case((6, 5, 7, 3), "channels_last"),
+    Case((6, 5, 7, 3), "sliced"),
+    Case((9, 21), "contiguous"),
+    Case((2, 64, 16, 16), "contiguous"),
+    Case((2, 64, 16, 16), "channels_last"),
+]
+HELD_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def saved_bytes(run: Callable[[], Tensor]) -> int:
+    """Of the tensors that the graph of the result holds."""
+    total = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal total
+        total += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    del result
+    return total
+
+
+@pairs(layout=("contiguous", "channels_last", "sliced"), dtype=HELD_DTYPES)
+@pytest.mark.parametrize(
+    ("training", "needs", "holds_input"),
     [
-        Case((6, 5, 7, 3), "contiguous"),
-        Case((6, 5, 7, 3), "channels_last"),
-        Case((6, 5, 7, 3), "sliced"),
-        Case((9, 21), "contiguous"),
-        Case((2, 64, 16, 16), "contiguous"),
-        Case((2, 64, 16, 16), "channels_last"),
+        (True, (True, True, True), True),
+        (True, (True, False, False), True),
+        (True, (False, True, False), True),
+        (True, (False, False, True), False),
+        (False, (True, True, True), True),
+        (False, (False, True, False), True),
+        (False, (True, False, True), False),
+        (False, (True, False, False), False),
+        (False, (False, False, True), False),
     ],
-    ids=name,
+    ids=lambda v: "+".join(itertools.compress(NAMES, v)) if isinstance(v, tuple) else str(v),
 )
-HELD_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+def test_the_graph_holds_no_more_than_backward_needs(
+    training: bool, needs: tuple[bool, ...], holds_input: bool, layout: str, dtype: torch.dtype, device: str
+) -> None:
+    x = make_input((6, 5, 7, 3), layout, dtype, device)
+    p = make_parameters(5, device=device)
+    x, weight, bias = (t.detach().requires_grad_(n) for t, n in zip((x, p.weight, p.bias), needs, strict=True))
+    held = saved_bytes(lambda: batch_norm(x, p.running_mean, p.running_var, weight, bias, training))
+    per_channel = 5 * (4 + 2 * 8)  # the weight, and save_stats
+    activation = x.numel() * x.element_size()
+    if holds_input:
+        assert activation <= held <= activation + per_channel
+    else:
+        assert 0 < held <= per_channel
 
 
 class Held(NamedTuple):
@@ -91,10 +125,7 @@ def run_fused(
     return call, x, added
 
 
-@MODES
-@RESIDUAL
-@HELD_DTYPES
-@HELD_CASES
+@pairs(case=HELD_CASES, dtype=HELD_DTYPES, training=FLAGS, has_residual=FLAGS)
 def test_identity_holds_what_plain_batch_norm_holds(
     case: Case, dtype: torch.dtype, has_residual: bool, training: bool
 ) -> None:
@@ -109,10 +140,7 @@ def test_identity_holds_what_plain_batch_norm_holds(
         assert saved_bytes(fused) == saved_bytes(expected), needs
 
 
-@MODES
-@FEW
-@HELD_DTYPES
-@HELD_CASES
+@pairs(case=HELD_CASES, act=FEW_ACTS, dtype=HELD_DTYPES, training=FLAGS)
 def test_without_a_residual_the_graph_holds_what_torchs_batch_norm_does(
     case: Case, dtype: torch.dtype, act: Act, training: bool
 ) -> None:
@@ -121,20 +149,14 @@ def test_without_a_residual_the_graph_holds_what_torchs_batch_norm_does(
     assert limit.activation <= saved_bytes(run) <= limit.activation + limit.vectors
 
 
-@MODES
-@ONE_SIDED
-@HELD_DTYPES
-@HELD_CASES
+@pairs(case=HELD_CASES, act=ONE_SIDED, dtype=HELD_DTYPES, training=FLAGS)
 def test_with_a_residual_relu_holds_a_mask_more(case: Case, dtype: torch.dtype, act: Act, training: bool) -> None:
     run, x, _ = run_fused(case, dtype, act, training, has_residual=True)
     limit = held(x, case.layout)
     assert limit.activation <= saved_bytes(run) <= limit.activation + limit.vectors + limit.mask
 
 
-@MODES
-@SMOOTH
-@HELD_DTYPES
-@HELD_CASES
+@pairs(case=HELD_CASES, act=SMOOTH, dtype=HELD_DTYPES, training=FLAGS)
 def test_with_a_residual_smooth_activations_hold_the_users_own(
     case: Case, dtype: torch.dtype, act: Act, training: bool
 ) -> None:
@@ -151,11 +173,7 @@ def test_with_a_residual_smooth_activations_hold_the_users_own(
         assert y.data_ptr() not in pointers
 
 
-@RESIDUAL
-@ONE_SIDED
-@HELD_DTYPES
-@HELD_CASES
-@pytest.mark.parametrize("needs", ["input", "residual", "both"])
+@pairs(case=HELD_CASES, needs=("input", "residual", "both"), act=ONE_SIDED, dtype=HELD_DTYPES, has_residual=FLAGS)
 def test_frozen_batch_norm_holds_a_mask_and_no_activation(
     needs: str, case: Case, dtype: torch.dtype, act: Act, has_residual: bool
 ) -> None:
@@ -166,25 +184,32 @@ def test_frozen_batch_norm_holds_a_mask_and_no_activation(
     assert 0 < saved_bytes(run) <= limit.mask + limit.vectors
 
 
-@MODES
-@RESIDUAL
-@FEW
-def test_without_gradients_the_graph_holds_nothing(act: Act, has_residual: bool, training: bool) -> None:
-    run, _, _ = run_fused(FEW_CASES[2], torch.float32, act, training, has_residual, (False,) * 4)
+@pairs(act=PLAIN_OR_ACT, training=FLAGS, has_residual=FLAGS)
+def test_without_gradients_the_graph_holds_nothing(act: Act, training: bool, has_residual: bool, device: str) -> None:
+    x, p = make_input((6, 5, 7, 3), device=device), make_parameters(5, device=device)
+    residual = make_residual((6, 5, 7, 3), device=device) if has_residual else None
+
+    def run() -> Tensor:
+        y = call(x, p, p.weight, p.bias, training, residual=residual, act=act)
+        assert y.grad_fn is None
+        return y
+
     assert saved_bytes(run) == 0
-    assert run().grad_fn is None
 
 
-@MODES
-@FEW
-def test_output_changed_in_place_does_not_reach_backward(act: Act, training: bool) -> None:
-    # Nothing of the output is kept: what follows may write to it, be it dropout, another relu or a masked fill.
-    run, x, residual = run_fused(Case((6, 5, 7, 3), "contiguous"), torch.float32, act, training, has_residual=True)
-    g = make_grad((6, 5, 7, 3))
-    results = [
-        torch.autograd.grad(change(run()), (x, residual), g) for change in (lambda y: y.mul_(2), lambda y: y * 2)
-    ]
-    assert all(map(same_bits, *results))
+@pairs(act=PLAIN_OR_ACT, training=FLAGS)
+def test_output_changed_in_place_does_not_reach_backward(act: Act, training: bool, device: str) -> None:
+    # Nothing of the output is kept: what follows may write to it, be it dropout, an in-place relu or a masked fill.
+    x, residual, g = (make((6, 5, 7, 3), device=device) for make in (make_input, make_residual, make_grad))
+    p = make_parameters(5, device=device)
+
+    def gradients(inplace: bool) -> tuple[Tensor, ...]:
+        leaves = [t.detach().requires_grad_() for t in ((x, residual) if act else (x,))]
+        y = call(leaves[0], p.clone(), p.weight, p.bias, training, residual=leaves[1] if act else None, act=act)
+        y = torch.nn.functional.relu(y.mul_(2) if inplace else y * 2, inplace=inplace)
+        return torch.autograd.grad(y, leaves, g)
+
+    assert all(map(same_bits, gradients(True), gradients(False)))
 
 
 @MODES
@@ -216,9 +241,7 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@MODES
-@RESIDUAL
-@FEW
+@pairs(act=FEW_ACTS, training=FLAGS, has_residual=FLAGS)
 def test_one_operator_and_one_node_a_direction(act: Act, has_residual: bool, training: bool) -> None:
     run, x, residual = run_fused(FEW_CASES[3], torch.float32, act, training, has_residual)
     with Recorder() as recorder:
@@ -250,81 +273,3 @@ def test_one_operator_in_a_compiled_graph(act: Act, has_residual: bool) -> None:
     (code,) = graphs
     assert code.count("torch.ops.bnext.") == 1
     assert not any(word in code for word in ("aten.add.Tensor", "aten.relu", "aten.gelu", "aten.erf"))
-
-
-def every_finite(dtype: torch.dtype) -> Tensor:
-    """All finite numbers of a 16-bit dtype, as (N, 1, H, W)."""
-    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    return values[values.isfinite()].reshape(2, 1, 8, -1)
-
-
-def activated(z: Tensor, act: Act) -> Tensor:
-    """act of pre-activations that are exact: with a weight of zero they are the residual."""
-    zero, one = torch.zeros(z.shape[1], dtype=torch.float32), torch.ones(z.shape[1], dtype=torch.float32)
-    return batch_norm_act(torch.ones_like(z), zero, one, zero, None, z, act=act)
-
-
-# Below this exp and erfc may come to 0 in float32: a result may, too. bfloat16 reaches there, float16 does not.
-FLOOR = 2.0**-118
-
-
-@EVERY_ACT
-@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name)
-def test_half_precision_is_right_to_one_ulp_at_every_number(dtype: torch.dtype, act: Act) -> None:
-    z = every_finite(dtype)
-    expected = reference.activate(reference.widen(z), act)
-    y = activated(z, act)
-    assert y.isfinite().all()
-    assert_within(y, expected, tolerances.ulp(expected, dtype).clamp(min=FLOOR), "output")
-    # To be off by more than half of it takes a tie within a few roundings of float32.
-    off = (y != expected.to(dtype)) & (expected.abs() > FLOOR)
-    assert off.double().mean() <= 2.0**-24 / torch.finfo(dtype).eps * 16
-
-
-@EVERY_ACT
-@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name)
-def test_half_precision_derivative_at_every_number(dtype: torch.dtype, act: Act) -> None:
-    z = every_finite(dtype).requires_grad_()
-    (grad,) = torch.autograd.grad(activated(z, act), z, torch.ones_like(z))
-    wide = reference.widen(z)
-    expected = reference.slope_at(wide, act)
-    limit = tolerances.ulp(expected, dtype) + 4 * 2.0**-24 * (1 + wide.abs().clamp(max=40))
-    assert_within(grad, expected, limit, "grad_residual")
-
-
-@pytest.mark.parametrize(
-    ("act", "low", "high", "exact"),
-    [
-        # z*(1 + erf(z/sqrt 2))/2 has lost every digit at z = -5.5: erfc has not.
-        ("gelu", -8.0, 0.5, lambda v: v * math.erfc(-v * math.sqrt(0.5)) / 2),
-        ("silu", -80.0, 0.5, lambda v: v / (1 + math.exp(-v))),
-        ("mish", -80.0, 0.5, lambda v: v * math.tanh(math.log1p(math.exp(v)))),
-        # e^z - 1 has lost half of them at z = -1e-4.
-        ("elu", -1e-3, 1e-3, lambda v: max(v, math.expm1(min(v, 0.0)))),
-    ],
-    ids=["gelu", "silu", "mish", "elu"],
-)
-def test_small_values_keep_their_relative_accuracy(
-    act: Act, low: float, high: float, exact: Callable[[float], float]
-) -> None:
-    for dtype, relative in ((torch.float32, 1e-5), (torch.float64, 1e-14)):
-        z = torch.linspace(low, high, 4001, dtype=dtype)[:-1].reshape(4, 1, 1000)
-        expected = torch.tensor([exact(v) for v in z.flatten().tolist()], dtype=torch.float64).reshape(z.shape)
-        assert_within(activated(z, act), expected, relative * expected.abs(), "output")
-
-
-@MODES
-@FEW
-@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name)
-def test_half_precision_output_is_rounded_once(dtype: torch.dtype, act: Act, training: bool) -> None:
-    # The activation is monotone between z's two bounds but for a turning point, which is covered by the slack of z.
-    for case in FEW_CASES:
-        x, residual, p = make_input(*case, dtype), make_residual(*case, dtype), make_parameters(case.shape[1])
-        frozen = {} if training else {"running_mean": p.running_mean, "running_var": p.running_var}
-        fwd = reference.forward(x, p.weight, p.bias, **frozen, residual=residual, act=act)
-        options = {"training": training, "has_residual": True, "act": act}
-        error = tolerances.output(fwd, p.weight, p.bias, torch.float32, **options)
-        error += tolerances.coarseness(act, dtype) * fwd.output.abs()
-        low, high = (fwd.output - error).to(dtype), (fwd.output + error).to(dtype)
-        y = batch_norm_act(x, p.running_mean, p.running_var, p.weight, p.bias, residual, training, act=act)
-        assert ((low <= y) & (y <= high)).all(), case

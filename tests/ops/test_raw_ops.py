@@ -1,4 +1,4 @@
-"""The raw ops behind the fused op, as torch sees them: schemas, masks, fake kernels, opcheck, wrong arguments."""
+"""The raw operators behind the fused one: the mask, the output mask, values, and their wrong arguments."""
 
 from __future__ import annotations
 
@@ -17,101 +17,18 @@ from cases import (
     LARGE_CASES,
     MEDIUM_CASES,
     RECTIFIERS,
-    STRIDED_CASES,
     Case,
-    make_grad,
-    make_input,
-    make_parameters,
-    make_residual,
     name,
-    parameter_dtype,
     same_bits,
 )
-from checks import significant_strides
+from marks import EVERY_ACT, FEW, FLAGS, MODES, pairs
+from raw_ops import EMPTY_CASES, Call, backward, evaluate, train
 from reference import Act
-from test_errors import RAISES, WORDS, Wrong, assert_raises_and_leaves_alone
-from test_ops import EMPTY_CASES
 from tolerances import assert_within
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from wrong_arguments import RAISES, WORDS, Wrong, assert_raises_and_leaves_alone
 
-train = torch.ops.bnext.batch_norm_train
-evaluate = torch.ops.bnext.batch_norm_eval
-backward = torch.ops.bnext.batch_norm_backward
-
-MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-EVERY_ACT = pytest.mark.parametrize("act", ACTS, ids=name)
-FEW = pytest.mark.parametrize("act", FEW_ACTS, ids=name)
-ONE_SIDED = pytest.mark.parametrize("act", ["relu", "relu6", ("leaky_relu", -0.5)], ids=name)
-
-
-def act_args(act: Act) -> dict[str, object]:
-    """The activation as the ops take it."""
-    known, slope = reference.named(act)
-    return {"act": known, "slope": slope}
-
-
-class Call:
-    """One problem and the ops on it."""
-
-    def __init__(
-        self, case: Case, dtype: torch.dtype, training: bool, act: Act, has_residual: bool = True, grad: bool = False
-    ) -> None:
-        p = make_parameters(case.shape[1], parameter_dtype(dtype))
-        values = (make_input(*case, dtype), p.weight, p.bias, make_residual(*case, dtype))
-        self.x, self.weight, self.bias, residual = (v.detach().requires_grad_(grad) for v in values)
-        self.residual = residual if has_residual else None
-        self.mean, self.var, self.counter = p.running_mean, p.running_var, torch.tensor(3)
-        self.training, self.act, self.shape = training, act, case.shape
-        # In the layout of the input: without the input, grad_output's decides the order of the sums.
-        self.g = torch.empty_like(self.x).copy_(make_grad(case.shape, "contiguous", dtype)).requires_grad_(grad)
-
-    def forward_args(self) -> tuple[object, ...]:
-        stem = (self.x, self.weight, self.bias, self.mean, self.var)
-        return (*stem, self.counter, 0.1, 1e-5) if self.training else (*stem, 1e-5)
-
-    def forward(self, with_mask: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        op = train if self.training else evaluate
-        return op(*self.forward_args(), self.residual, **act_args(self.act), with_mask=with_mask)
-
-    def backward(
-        self, stats: Tensor, wanted: tuple[bool, ...], mask: Tensor | None = None, **changes: object
-    ) -> tuple[Tensor, ...]:
-        args = {
-            "grad_output": self.g,
-            "input": self.x,
-            "weight": self.weight,
-            "save_stats": stats,
-            "training": self.training,
-            "eps": 1e-5,
-            "output_mask": list(wanted),
-            "bias": self.bias,
-            "residual": self.residual if mask is None else None,
-            "mask": mask,
-            **act_args(self.act),
-            **changes,
-        }
-        return backward(**args)
-
-    def wanted(self) -> tuple[bool, ...]:
-        return (True, True, True, self.act != "identity" and self.residual is not None)
-
-
-def test_schemas_keep_names_and_marks() -> None:
-    stem = ["input", "weight", "bias", "running_mean", "running_var"]
-    fused = ["residual", "act", "slope", "with_mask"]
-    backwards = ["grad_output", "input", "weight", "save_stats", "training", "eps", "output_mask", "bias", "residual"]
-    expected = {
-        train: ([*stem, "num_batches_tracked", "momentum", "eps", *fused], {*stem[3:], "num_batches_tracked"}),
-        evaluate: ([*stem, "eps", *fused], set()),
-        backward: ([*backwards, "mask", "act", "slope", "mean_grads"], set()),
-    }
-    for op, (names, written) in expected.items():
-        schema = op.default._schema
-        assert [a.name for a in schema.arguments] == names
-        assert {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write} == written
-        assert not any(r.alias_info for r in schema.returns), schema.name
-    assert [len(op.default._schema.returns) for op in expected] == [3, 3, 4]
+ONE_SIDED = ("relu", "relu6", ("leaky_relu", -0.5))
 
 
 @MODES
@@ -147,10 +64,7 @@ def mask_rows(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
     return (n * math.prod(spatial),) if layout.startswith("channels_last") or not spatial else (n, c)
 
 
-@MODES
-@ONE_SIDED
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("case", FEW_CASES, ids=name)
+@pairs(case=FEW_CASES, dtype=DTYPES, act=ONE_SIDED, training=FLAGS)
 def test_mask_is_a_bit_an_element_and_says_all_that_backward_asks(
     case: Case, dtype: torch.dtype, act: Act, training: bool
 ) -> None:
@@ -210,8 +124,7 @@ def test_output_mask_computes_what_is_asked_and_nothing_else(with_mask: bool, ac
                     assert got.shape == (0,), (case, asked)
 
 
-@ONE_SIDED
-@pytest.mark.parametrize("case", FEW_CASES, ids=name)
+@pairs(case=FEW_CASES, act=ONE_SIDED)
 def test_with_a_mask_eval_needs_neither_input_nor_residual(case: Case, act: Act) -> None:
     call = Call(case, torch.float32, False, act)
     _, stats, mask = call.forward(with_mask=True)
@@ -221,54 +134,7 @@ def test_with_a_mask_eval_needs_neither_input_nor_residual(case: Case, act: Act)
         assert all(map(same_bits, without, expected)), asked
 
 
-@MODES
-@EVERY_ACT
-def test_opcheck_forward(act: Act, training: bool) -> None:
-    op = (train if training else evaluate).default
-    bits = reference.named(act)[0] in RECTIFIERS
-    for case, grad, with_mask in ((FEW_CASES[0], True, False), (FEW_CASES[3], True, bits), (FEW_CASES[5], False, bits)):
-        call = Call(case, torch.float32, training, act, grad=grad)
-        options = {**act_args(act), "residual": call.residual, "with_mask": with_mask}
-        torch.library.opcheck(op, call.forward_args(), options)
-
-
-@MODES
-@FEW
-def test_opcheck_backward(act: Act, training: bool) -> None:
-    for case, with_mask in ((FEW_CASES[3], False), (FEW_CASES[2], True)):
-        call = Call(case, torch.float32, training, act)
-        kept = with_mask and reference.named(act)[0] in RECTIFIERS
-        _, stats, mask = call.forward(with_mask=kept)
-        args = (call.g, call.x, call.weight, stats, training, 1e-5, list(call.wanted()), call.bias)
-        torch.library.opcheck(
-            backward.default, (*args, None if kept else call.residual, mask if kept else None), act_args(act)
-        )
-
-
-@MODES
-@pytest.mark.parametrize("act", ["identity", "relu", "silu"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
-@pytest.mark.parametrize("case", [*FEW_CASES, *STRIDED_CASES, *EMPTY_CASES], ids=name)
-def test_fake_kernels_predict_shape_dtype_and_strides(case: Case, dtype: torch.dtype, act: Act, training: bool) -> None:
-    call = Call(case, dtype, training, act)
-    with_mask = act == "relu"
-    op = train if training else evaluate
-    options = {**act_args(act), "residual": call.residual, "with_mask": with_mask}
-    real = op(*call.forward_args(), **options)
-    again = (call.g, call.x, call.weight, real[1], training, 1e-5, list(call.wanted()), call.bias)
-    more = {"residual": None if with_mask else call.residual, "mask": real[2] if with_mask else None, **act_args(act)}
-    for run, args, keywords in ((op, call.forward_args(), options), (backward, again, more)):
-        with FakeTensorMode() as mode:
-            fake = lambda v: mode.from_tensor(v) if isinstance(v, Tensor) else v  # noqa: E731
-            predicted = run(*map(fake, args), **{key: fake(value) for key, value in keywords.items()})
-        for a, b in zip(predicted, run(*args, **keywords), strict=True):
-            assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-            assert significant_strides(a) == significant_strides(b)
-
-
-@MODES
-@FEW
-@pytest.mark.parametrize("case", EMPTY_CASES, ids=name)
+@pairs(case=EMPTY_CASES, act=FEW_ACTS, training=FLAGS)
 def test_empty_batch_counts_and_has_zero_parameter_gradients(case: Case, act: Act, training: bool) -> None:
     call = Call(case, torch.float32, training, act)
     kept = call.mean.clone(), call.var.clone()
@@ -289,6 +155,8 @@ WRONG_IN_FORWARD = [
     Wrong("unknown", "act", lambda: "swish", ("swish", "relu", "hardswish")),
     Wrong("empty", "act", lambda: "", ("relu", "hardswish")),
 ]
+
+
 WRONG_IN_BACKWARD = [
     *WRONG_IN_FORWARD,
     Wrong("dtype", "mask", lambda: torch.zeros(3, 5, 8, dtype=torch.bool), (r"uint8|byte", WORDS[torch.bool])),
