@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ACTS, DTYPES, FEW_ACTS, MISALIGNED_CASES, STRIDED_CASES, Case, name, pairwise
+from cases import ACTS, DTYPES, FEW_ACTS, Case, name, pairwise
 
 import bnext
 
@@ -78,10 +78,9 @@ def pairs(**values: Sequence[Any]) -> pytest.MarkDecorator:
     return rows(tuple(values), pairwise(*values.values()))
 
 
-def dense_in_emulation(cases: Sequence[Case]) -> list[Any]:
-    """The cases; in emulation without those of other strides, which torch copies above the kernels."""
-    copied = {case.layout for case in STRIDED_CASES} - {case.layout for case in MISALIGNED_CASES}
-    return [pytest.param(case, marks=pytest.mark.not_emulated) if case.layout in copied else case for case in cases]
+def in_emulation(chosen: Sequence[Case], cases: Sequence[Case]) -> list[Any]:
+    """The cases, of which the emulator runs the chosen ones alone."""
+    return [case if case in chosen else pytest.param(case, marks=pytest.mark.not_emulated) for case in cases]
 
 
 FLAGS = (True, False)
@@ -93,3 +92,14 @@ EACH_DTYPE = each(dtype=DTYPES)
 
 # No activation, which is the plain op where there is no residual either, and one of each kind.
 PLAIN_OR_ACT = (None, *FEW_ACTS)
+
+# Past 32 MiB; in float64 they have half as many values to compare.
+LARGER_THAN_THE_CACHE = rows(
+    ("layout", "act", "training", "dtype"),
+    [
+        ("contiguous", None, True, torch.float32),
+        ("channels_last", "relu", True, torch.float32),
+        ("contiguous", "relu", False, torch.float64),
+        ("channels_last", None, False, torch.float64),
+    ],
+)

@@ -34,7 +34,7 @@ from cases import (
     without_repeats,
 )
 from checks import call, check_forward
-from marks import EACH_DTYPE, EVERY_ACT, FEW, FLAGS, MODES, PLAIN_OR_ACT, pairs
+from marks import EACH_DTYPE, EVERY_ACT, FEW, FLAGS, LARGER_THAN_THE_CACHE, MODES, PLAIN_OR_ACT, pairs
 from reference import Act
 from tolerances import assert_within
 
@@ -99,14 +99,14 @@ def test_across_chunks(
 
 
 @pytest.mark.not_emulated
-@pairs(layout=("contiguous", "channels_last"), act=(None, "relu"), training=FLAGS)
-def test_output_larger_than_the_cache(layout: str, act: Act, training: bool, device: str) -> None:
+@LARGER_THAN_THE_CACHE
+def test_output_larger_than_the_cache(layout: str, act: Act, training: bool, dtype: torch.dtype, device: str) -> None:
     # 35 MB: past the 24 MB from which stores go round the cache, past the 32 MB from which each tensor is a fresh
     # mapping.
-    shape = (11, 64, 112, 112)
-    x = make_input(shape, layout, torch.float32, device)
-    residual = make_residual(shape, layout, torch.float32, device) if act else None
-    check_forward(x, make_parameters(64, torch.float32, device), training=training, residual=residual, act=act)
+    shape = (44 // dtype.itemsize, 64, 112, 112)
+    x = make_input(shape, layout, dtype, device)
+    residual = make_residual(shape, layout, dtype, device) if act else None
+    check_forward(x, make_parameters(64, dtype, device), training=training, residual=residual, act=act)
 
 
 @pairs(

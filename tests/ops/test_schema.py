@@ -9,6 +9,7 @@ import reference
 import torch
 from cases import (
     DTYPES,
+    FEW_ACTS,
     FEW_CASES,
     LOW_PRECISION,
     RECTIFIERS,
@@ -22,7 +23,7 @@ from cases import (
     same_bits,
 )
 from checks import significant_strides
-from marks import EVERY_ACT, FEW, FLAGS, MODES, pairs
+from marks import FLAGS, MODES, pairs
 from raw_ops import EMPTY_CASES, Call, act_args, backward, evaluate, train
 from reference import Act
 from torch import Tensor
@@ -155,28 +156,22 @@ def test_opcheck_backward_half() -> None:
     torch.library.opcheck(backward.default, backward_args(FEW_CASES[2], torch.bfloat16, True))
 
 
-@MODES
-@EVERY_ACT
-def test_opcheck_forward_with_an_epilogue(act: Act, training: bool) -> None:
-    op = (train if training else evaluate).default
-    bits = reference.named(act)[0] in RECTIFIERS
-    for case, grad, with_mask in ((FEW_CASES[0], True, False), (FEW_CASES[3], True, bits), (FEW_CASES[5], False, bits)):
-        call = Call(case, torch.float32, training, act, grad=grad)
-        options = {**act_args(act), "residual": call.residual, "with_mask": with_mask}
-        torch.library.opcheck(op, call.forward_args(), options)
+@pairs(case=[FEW_CASES[0], FEW_CASES[3], FEW_CASES[5]], act=FEW_ACTS, training=FLAGS, grad=FLAGS)
+def test_opcheck_forward_with_an_epilogue(case: Case, act: Act, training: bool, grad: bool) -> None:
+    call = Call(case, torch.float32, training, act, grad=grad)
+    with_mask = not grad and reference.named(act)[0] in RECTIFIERS
+    options = {**act_args(act), "residual": call.residual, "with_mask": with_mask}
+    torch.library.opcheck((train if training else evaluate).default, call.forward_args(), options)
 
 
-@MODES
-@FEW
-def test_opcheck_backward_with_an_epilogue(act: Act, training: bool) -> None:
-    for case, with_mask in ((FEW_CASES[3], False), (FEW_CASES[2], True)):
-        call = Call(case, torch.float32, training, act)
-        kept = with_mask and reference.named(act)[0] in RECTIFIERS
-        _, stats, mask = call.forward(with_mask=kept)
-        args = (call.g, call.x, call.weight, stats, training, 1e-5, list(call.wanted()), call.bias)
-        torch.library.opcheck(
-            backward.default, (*args, None if kept else call.residual, mask if kept else None), act_args(act)
-        )
+@pairs(act=FEW_ACTS, training=FLAGS, with_mask=FLAGS)
+def test_opcheck_backward_with_an_epilogue(act: Act, training: bool, with_mask: bool) -> None:
+    call = Call(FEW_CASES[2 if with_mask else 3], torch.float32, training, act)
+    kept = with_mask and reference.named(act)[0] in RECTIFIERS
+    _, stats, mask = call.forward(with_mask=kept)
+    args = (call.g, call.x, call.weight, stats, training, 1e-5, list(call.wanted()), call.bias)
+    residual = None if kept else call.residual
+    torch.library.opcheck(backward.default, (*args, residual, mask if kept else None), act_args(act))
 
 
 def assert_predicts(
