@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kernels: its `device` is also the emulated one")
     config.addinivalue_line("markers", "not_emulated: not in emulation, although its file is marked `kernels`")
     config.addinivalue_line("markers", "simt: runs CUDA kernels in emulation (deselect with -m 'not simt')")
-    config.addinivalue_line("markers", "long: one of a dozen that take minutes together; only with --long")
+    config.addinivalue_line("markers", "long: one of those that take minutes together; only with --long")
     config.addinivalue_line("markers", "slow: takes several seconds (deselect with -m 'not slow')")
     for line in torch_warnings.pytest_lines():
         config.addinivalue_line("filterwarnings", line)

@@ -249,7 +249,7 @@ def free_memory() -> int:
 @pytest.mark.slow
 @threads("flashinfer#3391")
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
-@pytest.mark.parametrize("extra", [-1, 1], ids=["below", "beyond"])
+@pytest.mark.parametrize("extra", [pytest.param(-1, marks=pytest.mark.long, id="below"), pytest.param(1, id="beyond")])
 def test_both_sides_of_two_to_the_31_elements(thread: str, extra: int, layout: str) -> None:
     if free_memory() < 12 * 2**30:
         pytest.skip("needs 12 GiB of free memory: two tensors of 2^31 bfloat16 values, and room")
