@@ -70,10 +70,13 @@ def _seed(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(params=bnext._C.cpu_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test with each set of CPU kernels that this machine can execute."""
-    before = bnext._C.cpu_isa()
+    """Runs the test with each set of CPU kernels that this machine can execute, on one thread: the instructions do not
+    depend on it, and threads that share so little work wait for one another wherever the cores are busy."""
+    before, threads = bnext._C.cpu_isa(), torch.get_num_threads()
     bnext._C.set_cpu_isa(request.param)
+    torch.set_num_threads(1)
     yield request.param
+    torch.set_num_threads(threads)
     bnext._C.set_cpu_isa(before)
 
 

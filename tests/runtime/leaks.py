@@ -11,6 +11,7 @@ import gc
 import itertools
 import os
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -105,7 +106,13 @@ class Watch:
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._tensors = [(tuple(t.shape), weakref.ref(t)) for t in tensors]
 
-    def alive(self) -> list[tuple[int, ...]]:
-        """The shapes of those."""
-        gc.collect()
-        return [shape for shape, tensor in self._tensors if tensor() is not None]
+    def alive(self, within: float = 2.0) -> list[tuple[int, ...]]:
+        """The shapes of those that are alive after so many seconds: the thread that ran a collective lets go of it, and
+        of what it refers to, only after it has woken up who waited for it."""
+        deadline = time.monotonic() + within
+        while True:
+            gc.collect()
+            shapes = [shape for shape, tensor in self._tensors if tensor() is not None]
+            if not shapes or time.monotonic() > deadline:
+                return shapes
+            time.sleep(0.01)
