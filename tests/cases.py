@@ -6,7 +6,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from reference import Act
@@ -79,7 +79,8 @@ class Case(NamedTuple):
 
 DENSE_CASES = [Case(shape, layout) for shape in SHAPES for layout in DENSE_LAYOUTS[len(shape)]]
 STRIDED_CASES = [Case(shape, layout) for shape in STRIDED_SHAPES for layout in STRIDED_LAYOUTS[len(shape)]]
-CASES = DENSE_CASES + STRIDED_CASES
+# Dense but for where they begin: a kernel reads them as they are. Any other stride pattern is copied first.
+MISALIGNED_CASES = [case for case in STRIDED_CASES if case.layout.endswith("offset")]
 
 # Each activation; leaky_relu with a slope that hides the pre-activation's sign from the output, and elu with a kink.
 ACTS: tuple[Act, ...] = (
@@ -112,10 +113,35 @@ FEW_CASES = [
 ]
 
 
-def crossed(cases: Sequence[Case]) -> list[tuple[Case, Act]]:
-    """Every case with an activation of each kind, and every activation with one case."""
-    rest = [act for act in ACTS if act not in FEW_ACTS]
-    return [*itertools.product(cases, FEW_ACTS), *((cases[len(cases) // 2], act) for act in rest)]
+def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Rows, of one value from each axis, in which every two values of two axes meet: the same rows each time.
+
+    There are hardly more of them than combinations of the two longest axes. Each row takes a pair that is in none
+    before it, and along every other axis the value that completes most such pairs, among equals the rarest so far.
+    """
+    sizes = [range(len(axis)) for axis in axes]
+    missing = {
+        ((i, a), (j, b))
+        for i, j in itertools.combinations(range(len(axes)), 2)
+        for a, b in itertools.product(sizes[i], sizes[j])
+    }
+    order = sorted(missing)
+    used = [[0] * len(axis) for axis in axes]
+    rows = []
+    while missing:
+        first = next(pair for pair in order if pair in missing)
+        row = dict(first)
+        for i in (i for i in range(len(axes)) if i not in row):
+
+            def completed(a: int, i: int = i, row: dict[int, int] = row) -> int:
+                return sum(tuple(sorted(((i, a), other))) in missing for other in row.items())
+
+            row[i] = max(sizes[i], key=lambda a, i=i: (completed(a), -used[i][a]))
+        missing.difference_update(itertools.combinations(sorted(row.items()), 2))
+        for i, a in row.items():
+            used[i][a] += 1
+        rows.append(tuple(axes[i][row[i]] for i in range(len(axes))))
+    return rows
 
 
 # Large enough to cross any internal chunk: a channel of more than 300,000 values; 5,000 rows of 70 channels; few
@@ -145,6 +171,11 @@ def name(value: object) -> str:
     if type(value) is tuple and value and isinstance(value[0], str):
         return f"{value[0]}({', '.join(map(str, value[1:]))})"
     return str(value).removeprefix("torch.")
+
+
+def without_repeats(layout: str) -> str:
+    """The layout, if it can be had without repeating values; else contiguous."""
+    return "contiguous" if layout.startswith("expanded") else layout
 
 
 def to_layout(values: Tensor, layout: str) -> Tensor:

@@ -45,6 +45,45 @@ def call(
     )
 
 
+Affine = tuple[Tensor | None, Tensor | None]
+
+
+def expected_forward(
+    input: Tensor, params: Parameters, affine: Affine, training: bool, eps: float, residual: Tensor | None, act: Act
+) -> reference.Forward:
+    frozen = {} if training else {"running_mean": params.running_mean, "running_var": params.running_var}
+    return reference.forward(input, *affine, eps=eps, **frozen, residual=residual, act=act)
+
+
+def assert_output(
+    y: Tensor,
+    stats: Parameters,
+    fwd: reference.Forward,
+    input: Tensor,
+    params: Parameters,
+    affine: Affine,
+    training: bool,
+    momentum: float,
+    residual: Tensor | None,
+    act: Act,
+) -> None:
+    """Values, dtype and strides of the output, and the running statistics that the call left behind."""
+    assert y.dtype == input.dtype
+    assert y.stride() == output_strides(input)
+    limit = tolerances.output(fwd, *affine, input.dtype, training=training, has_residual=residual is not None, act=act)
+    assert_within(y, fwd.output, limit, "output")
+    if training:
+        expected = reference.updated_running_stats(params.running_mean, params.running_var, fwd, momentum)
+        limits = tolerances.running_stats(
+            expected, fwd, momentum, input.dtype, params.running_mean.dtype, params.running_var.dtype
+        )
+        assert_within(stats.running_mean, expected[0], limits[0], "running_mean")
+        assert_within(stats.running_var, expected[1], limits[1], "running_var")
+    else:
+        assert torch.equal(stats.running_mean, params.running_mean)
+        assert torch.equal(stats.running_var, params.running_var)
+
+
 def check_forward(
     input: Tensor,
     params: Parameters,
@@ -62,25 +101,8 @@ def check_forward(
     weight, bias = (params.weight, params.bias) if affine else (None, None)
     y = call(input, stats, weight, bias, training, momentum, eps, residual, act)
 
-    frozen = {} if training else {"running_mean": params.running_mean, "running_var": params.running_var}
-    fwd = reference.forward(input, weight, bias, eps=eps, **frozen, residual=residual, act=act)
-    assert y.dtype == input.dtype
-    assert y.stride() == output_strides(input)
-    limit = tolerances.output(
-        fwd, weight, bias, input.dtype, training=training, has_residual=residual is not None, act=act
-    )
-    assert_within(y, fwd.output, limit, "output")
-
-    if training:
-        expected = reference.updated_running_stats(params.running_mean, params.running_var, fwd, momentum)
-        limits = tolerances.running_stats(
-            expected, fwd, momentum, input.dtype, params.running_mean.dtype, params.running_var.dtype
-        )
-        assert_within(stats.running_mean, expected[0], limits[0], "running_mean")
-        assert_within(stats.running_var, expected[1], limits[1], "running_var")
-    else:
-        assert torch.equal(stats.running_mean, params.running_mean)
-        assert torch.equal(stats.running_var, params.running_var)
+    fwd = expected_forward(input, params, (weight, bias), training, eps, residual, act)
+    assert_output(y, stats, fwd, input, params, (weight, bias), training, momentum, residual, act)
     for what, tensor, kept in zip(("input", "residual"), (input, residual), before, strict=True):
         assert tensor is None or torch.equal(tensor, kept), f"{what} was written to"
     return y
@@ -95,17 +117,23 @@ def check_backward(
     eps: float = 1e-5,
     residual: Tensor | None = None,
     act: Act = None,
+    output_too: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Gradients (values, dtypes, strides) of input, weight, bias and, where it is given, residual; returns them."""
+    """Gradients (values, dtypes, strides) of input, weight, bias and, where it is given, residual; returns them.
+
+    `output_too`: and what check_forward looks at, without another call of the kernels.
+    """
     x = input.detach().requires_grad_()
     weight, bias = (t.detach().clone().requires_grad_() for t in (params.weight, params.bias))
     added = None if residual is None else residual.detach().requires_grad_()
     leaves = [t for t in (x, weight, bias, added) if t is not None]
-    y = call(x, params.clone(), weight, bias, training, 0.1, eps, added, act)
+    stats = params.clone()
+    y = call(x, stats, weight, bias, training, 0.1, eps, added, act)
     grads = torch.autograd.grad(y, leaves, grad_output)
 
-    frozen = {} if training else {"running_mean": params.running_mean, "running_var": params.running_var}
-    fwd = reference.forward(input, weight, bias, eps=eps, **frozen, residual=residual, act=act)
+    fwd = expected_forward(input, params, (weight, bias), training, eps, residual, act)
+    if output_too:
+        assert_output(y.detach(), stats, fwd, input, params, (weight, bias), training, 0.1, residual, act)
     expected = reference.backward(grad_output, fwd, weight, training=training, act=act)
     reaching = expected.residual
     slack = tolerances.slack(

@@ -1,4 +1,4 @@
-"""Fixtures that the whole suite shares. A new device is added in DEVICES, and nowhere else.
+"""Fixtures and options that the whole suite shares; marks.py has the marks and parametrisations.
 
 `device` is where a test's tensors are: the CPU, a GPU where there is one, and, for tests marked `kernels`, the CPU with
 the CUDA kernels in emulation below bnext's operators.
@@ -16,14 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch_warnings
+from marks import DEVICES, SIMT
 from processes import Pool
 from simt.device import emulated
 from torch import distributed
 
 import bnext
-
-DEVICES = ("cpu", "cuda") if bnext._C.cuda and torch.cuda.is_available() else ("cpu",)
-SIMT = pytest.param("simt", marks=pytest.mark.simt)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,6 +29,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Not deselected: there is no such test.
+    items[:] = [item for item in items if not {"simt", "not_emulated"} <= {m.name for m in item.iter_markers()}]
     if not config.getoption("--long"):
         for item in items:
             if item.get_closest_marker("long"):
@@ -39,9 +39,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kernels: its `device` is also the emulated one")
-    config.addinivalue_line("markers", "too_large_for_simt: although its file is marked `kernels`")
+    config.addinivalue_line("markers", "not_emulated: not in emulation, although its file is marked `kernels`")
     config.addinivalue_line("markers", "simt: runs CUDA kernels in emulation (deselect with -m 'not simt')")
-    config.addinivalue_line("markers", "long: one of a dozen that take minutes together; only with --long")
+    config.addinivalue_line("markers", "long: one of those that take minutes together; only with --long")
     config.addinivalue_line("markers", "slow: takes several seconds (deselect with -m 'not slow')")
     for line in torch_warnings.pytest_lines():
         config.addinivalue_line("filterwarnings", line)
@@ -49,8 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" in metafunc.fixturenames:
-        markers = {marker.name for marker in metafunc.definition.iter_markers()}
-        simt = [SIMT] if "kernels" in markers and "too_large_for_simt" not in markers else []
+        simt = [SIMT] if metafunc.definition.get_closest_marker("kernels") else []
         metafunc.parametrize("device", [*DEVICES, *simt], indirect=True)
 
 
@@ -71,10 +70,13 @@ def _seed(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(params=bnext._C.cpu_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test with each set of CPU kernels that this machine can execute."""
-    before = bnext._C.cpu_isa()
+    """Runs the test with each set of CPU kernels that this machine can execute, on one thread: the instructions do not
+    depend on it, and threads that share so little work wait for one another wherever the cores are busy."""
+    before, threads = bnext._C.cpu_isa(), torch.get_num_threads()
     bnext._C.set_cpu_isa(request.param)
+    torch.set_num_threads(1)
     yield request.param
+    torch.set_num_threads(threads)
     bnext._C.set_cpu_isa(before)
 
 

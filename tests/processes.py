@@ -96,7 +96,10 @@ class _Worker:
 
 def _environment() -> dict[str, str]:
     bnext = importlib.util.find_spec("bnext")  # the one under test; without torch, whose import takes seconds
-    paths = [Path(__file__).resolve().parent, Path(bnext.origin).resolve().parents[1]]
+    tests = Path(__file__).resolve().parent
+    # A job is imported from wherever the tests that hand it over found it.
+    folders = [path for path in sys.path if path and Path(path).resolve().is_relative_to(tests)]
+    paths = [tests, *folders, Path(bnext.origin).resolve().parents[1]]
     path = os.pathsep.join(filter(None, (*map(str, paths), os.environ.get("PYTHONPATH"))))
     # Loopback has another name elsewhere, where gloo finds an interface by itself.
     interface = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}

@@ -15,6 +15,7 @@ import tolerances
 import torch
 from cases import LOW_PRECISION, make_grad, make_input, make_parameters, name, to_layout
 from checks import check_backward, check_forward
+from marks import MODES
 from tolerances import assert_within
 from torch import Tensor, nn
 
@@ -70,7 +71,7 @@ def test_layouts_agree(thread: str, dtype: torch.dtype) -> None:
 
 
 @threads("pytorch#19911", "pytorch#29744", "pytorch#16998", "pytorch#4107")
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@MODES
 @pytest.mark.parametrize("shape", [(65535, 2), (65536, 2), (131073, 3), (70001, 2, 3), (65537, 3, 1, 2)], ids=str)
 def test_batches_beyond_65535(thread: str, shape: tuple[int, ...], training: bool) -> None:
     x, g, params = make_input(shape), make_grad(shape), make_parameters(shape[1])
@@ -114,7 +115,7 @@ def test_conversion_keeps_a_subclass_and_its_activation(thread: str, caplog: pyt
 
 
 @threads("pytorch#75478", "torchtitan#674", "lightning#18802")
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@MODES
 def test_bfloat16_parameters_with_float32_stats(thread: str, training: bool) -> None:
     dtypes = (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32)
     for mix in (dtypes, dtypes[::-1], (torch.bfloat16, torch.float32, torch.bfloat16, torch.float32)):
@@ -155,7 +156,7 @@ def test_gradient_penalty(thread: str) -> None:
 
 
 @threads("pytorch#193097", "pytorch#193698", "pytorch#189828", "pytorch#188958", "pytorch#194798")
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@MODES
 @pytest.mark.parametrize("wrong", ["weight", "bias", "running_mean", "running_var"])
 def test_short_or_mistyped_vectors_are_refused_not_read(thread: str, wrong: str, training: bool) -> None:
     for bad in (torch.ones(1), torch.ones(63), torch.ones(64, dtype=torch.float16), torch.ones(64, dtype=torch.int32)):
@@ -248,7 +249,7 @@ def free_memory() -> int:
 @pytest.mark.slow
 @threads("flashinfer#3391")
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
-@pytest.mark.parametrize("extra", [-1, 1], ids=["below", "beyond"])
+@pytest.mark.parametrize("extra", [pytest.param(-1, marks=pytest.mark.long, id="below"), pytest.param(1, id="beyond")])
 def test_both_sides_of_two_to_the_31_elements(thread: str, extra: int, layout: str) -> None:
     if free_memory() < 12 * 2**30:
         pytest.skip("needs 12 GiB of free memory: two tensors of 2^31 bfloat16 values, and room")

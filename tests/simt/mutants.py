@@ -26,7 +26,7 @@ from simt.build import BUILD, ROOT, build
 
 KERNELS = ROOT / "csrc" / "cuda"
 # What the mutants have to survive: one dtype on every way through the kernels.
-TESTS = ("tests/test_cuda_kernels.py", "-k", "(every_way and bfloat16) or cannot_hold or several")
+TESTS = ("tests/cuda/test_cuda_kernels.py", "-k", "(every_way and bfloat16) or cannot_hold or several")
 
 # (what a line holds, what takes its place): the rules of mutation. None deletes the statement.
 RULES: tuple[tuple[str, str], ...] = (

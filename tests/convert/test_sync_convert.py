@@ -1,0 +1,318 @@
+"""`bnext.convert(sync=True)` and `bnext.revert`, in one process: what the layers become, and what stays as it was."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import make_grad, make_input, same_bits
+from marks import MODES
+from networks import NETWORKS, assert_same
+from test_convert import BatchNormReLU, batch_norms, network
+from torch import Tensor, nn
+
+import bnext
+
+LAYERS = [
+    (module, f"BatchNorm{kind}{dim}d") for module, kind in ((nn, ""), (bnext, ""), (bnext, "Act")) for dim in (1, 2, 3)
+]
+# The ways to a model that is fused and synchronised.
+ORDERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "at once": lambda model: bnext.convert(model, fuse=True, sync=True),
+    "sync first": lambda model: bnext.convert(bnext.convert(model, sync=True), fuse=True),
+    "fuse first": lambda model: bnext.convert(bnext.convert(model, fuse=True), sync=True),
+    "twice": lambda model: bnext.convert(bnext.convert(model, fuse=True, sync=True), fuse=True, sync=True),
+}
+FUSED = [
+    *itertools.product(["two norms", "shared, different"], ORDERS),
+    *itertools.product(["sides", "functional", "shared, same", "own norm", "line", "volume"], ["at once"]),
+]
+
+
+@pytest.mark.parametrize(("module", "name"), LAYERS, ids=lambda v: v if isinstance(v, str) else v.__name__)
+def test_a_single_layer_there_and_back(module: object, name: str) -> None:
+    layer = getattr(module, name)(4, eps=1e-3, momentum=None)
+    before = type(layer)
+    state = dict(layer.__dict__)
+    assert bnext.convert(layer, sync=True) is layer
+    assert type(layer) is bnext.SyncBatchNorm
+    assert isinstance(layer, nn.SyncBatchNorm)
+    assert layer.process_group is None
+    assert layer.act == ("relu" if "Act" in name else None)
+    for key, value in state.items():
+        assert layer.__dict__[key] is value, key
+    bnext.revert(layer)
+    assert type(layer) is (before if "Act" in name else getattr(nn, name))
+    assert layer.__dict__ == state
+
+
+def test_torchs_own_layer_there_and_back() -> None:
+    group = object()
+    layer = nn.SyncBatchNorm(4, process_group=group)
+    for sync in (False, True):
+        assert type(bnext.convert(layer, sync=sync, process_group=group)) is bnext.SyncBatchNorm
+        assert layer.process_group is group
+        assert type(bnext.revert(layer)) is nn.SyncBatchNorm
+    bnext.convert(layer, sync=True)
+    assert layer.process_group is None  # what convert was told
+
+
+def test_the_group_goes_to_every_layer_and_is_kept() -> None:
+    group, other = object(), object()
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3), nn.SyncBatchNorm(3))
+    bnext.convert(model, sync=True, process_group=group)
+    assert [m.process_group for m in batch_norms(model)] == [group] * 3
+    bnext.convert(model, fuse=True)
+    assert [type(m) for m in batch_norms(model)] == [bnext.SyncBatchNorm] * 3
+    assert [m.process_group for m in batch_norms(model)] == [group] * 3
+    bnext.convert(model, sync=True, process_group=other)
+    assert [m.process_group for m in batch_norms(model)] == [other] * 3
+    bnext.revert(model)
+    assert [type(m) for m in model] == [nn.BatchNorm2d, nn.ReLU, nn.BatchNorm2d, nn.SyncBatchNorm]
+    assert not any(hasattr(m, "process_group") for m in model[:3])
+
+
+def test_every_layer_of_a_model_and_nothing_else() -> None:
+    model = network()
+    layer = model[0].bn
+    layer.eval().requires_grad_(False)
+    layer.weight.note = "kept"
+    calls: list[str] = []
+    layer.register_forward_pre_hook(lambda *_: calls.append("pre"))
+    layer.register_forward_hook(lambda *_: calls.append("forward"))
+    layer.register_state_dict_pre_hook(lambda *_: calls.append("state_dict"))
+    names = [name for name, _ in model.named_modules()]
+    keys = list(model.state_dict())
+    calls.clear()
+    tensors = {id(t) for t in (*model.parameters(), *model.buffers())}
+    flags = [(m.training, [p.requires_grad for p in m.parameters()]) for m in model.modules()]
+    others = [type(m) for m in model.modules() if m not in batch_norms(model)]
+    for convert, classes in (
+        (lambda: bnext.convert(model, sync=True), [bnext.SyncBatchNorm] * 4),
+        (lambda: bnext.revert(model), [nn.BatchNorm2d] * 3 + [nn.BatchNorm1d]),
+    ):
+        assert convert() is model
+        assert [type(m) for m in batch_norms(model)] == classes
+        assert [type(m) for m in model.modules() if m not in batch_norms(model)] == others
+        assert [name for name, _ in model.named_modules()] == names
+        assert {id(t) for t in (*model.parameters(), *model.buffers())} == tensors
+        assert [(m.training, [p.requires_grad for p in m.parameters()]) for m in model.modules()] == flags
+        assert model[0].again is model[0].bn is layer
+        assert layer.weight.note == "kept"
+        calls.clear()
+        model(torch.randn(2, 3, 4, 4))
+        assert calls == ["pre", "forward"] * 2
+        assert list(model.state_dict()) == keys
+        assert calls[4:] == ["state_dict"] * 2
+
+
+def test_state_dicts_are_interchangeable() -> None:
+    model = network()
+    converted = bnext.convert(copy.deepcopy(model), sync=True)
+    converted(torch.randn(2, 3, 4, 4))
+    assert model.state_dict()._metadata == converted.state_dict()._metadata
+    model.load_state_dict(converted.state_dict(), strict=True)
+    for (key, a), b in zip(model.state_dict().items(), converted.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+    converted.load_state_dict(model.state_dict(), strict=True)
+    # And with torch's class of the same name.
+    theirs = nn.SyncBatchNorm(5)
+    theirs.load_state_dict(bnext.SyncBatchNorm(5, act="relu").state_dict(), strict=True)
+
+
+@pytest.mark.parametrize(("network", "order"), FUSED)
+def test_fused_and_synchronised_in_any_order(network: str, order: str) -> None:
+    # Without a process group a synchronised model computes what the plain one does.
+    network = NETWORKS[network]
+    original = network.make().double()
+    converted = ORDERS[order](copy.deepcopy(original))
+    assert list(converted.state_dict()) == list(original.state_dict())
+    for (name, m), plain in zip(converted.named_modules(), original.modules(), strict=True):
+        if type(plain) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            assert type(m) is bnext.SyncBatchNorm, name
+    x = make_input(network.shape, dtype=torch.float64)
+    twins = (copy.deepcopy(converted), pickle.loads(pickle.dumps(converted)))
+    assert_same(copy.deepcopy(original), converted, x)
+    assert set(bnext.fusion_report(converted).fused) == network.fused
+    for twin in twins:
+        assert [type(m) for m in twin.modules()] == [type(m) for m in converted.modules()]
+        assert_same(copy.deepcopy(original), twin, x)
+        bnext.revert(twin)
+        assert [type(m) for m in twin.modules()] == [type(m) for m in original.modules()]
+        assert [sorted(m.__dict__) for m in twin.modules()] == [sorted(m.__dict__) for m in original.modules()]
+
+
+def test_revert_of_what_was_fused_twice_over(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.SyncBatchNorm(3), nn.SiLU(), nn.BatchNorm2d(3), nn.ReLU())
+    types, attributes = [type(m) for m in model], [sorted(m.__dict__) for m in model]
+    for _ in range(2):
+        bnext.convert(model, fuse=True)
+        assert [type(m) for m in batch_norms(model)] == [bnext.SyncBatchNorm, bnext.BatchNorm2d]
+        with caplog.at_level(logging.WARNING):
+            bnext.revert(model)
+        assert [type(m) for m in model] == types
+        assert [sorted(m.__dict__) for m in model] == attributes
+        assert caplog.records == []
+
+
+def test_revert_lists_activated_layers_that_convert_did_not_make(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(bnext.SyncBatchNorm(3, act="relu"), bnext.SyncBatchNorm(3), bnext.BatchNormAct2d(3))
+    bnext.convert(model, sync=True)
+    with caplog.at_level(logging.WARNING):
+        bnext.revert(model)
+    assert [type(m) for m in model] == [bnext.SyncBatchNorm, nn.SyncBatchNorm, bnext.BatchNormAct2d]
+    (record,) = caplog.records
+    assert "2 batch norm(s) with activations" in record.getMessage()
+    assert "0, 2" in record.getMessage()
+
+
+def test_lazy_layers_are_left_and_listed(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.LazyBatchNorm2d(), nn.ModuleList([nn.LazyBatchNorm1d()])
+    )
+    with caplog.at_level(logging.WARNING):
+        bnext.convert(model, sync=True)
+    assert [type(m) for m in batch_norms(model)] == [
+        bnext.SyncBatchNorm,
+        bnext.LazyBatchNorm2d,
+        bnext.LazyBatchNorm1d,
+    ]
+    (record,) = caplog.records
+    assert record.name == "bnext"
+    assert "2 batch norm(s) without sync" in record.getMessage()
+    assert record.getMessage().endswith(": 2, 3.0")
+    caplog.clear()
+    model[:3](torch.randn(2, 3, 4, 4))
+    assert type(model[2]) is bnext.BatchNorm2d
+    bnext.convert(model[:3], sync=True)
+    assert [type(m) for m in batch_norms(model[:3])] == [bnext.SyncBatchNorm] * 2
+    assert caplog.records == []
+
+
+def test_unknown_subclasses_are_left_and_listed(caplog: pytest.LogCaptureFixture) -> None:
+    class Mine(bnext.SyncBatchNorm):
+        pass
+
+    class Theirs(nn.SyncBatchNorm):
+        pass
+
+    model = nn.Sequential(Mine(3), Theirs(3), BatchNormReLU(3), nn.SyncBatchNorm(3), nn.BatchNorm2d(3))
+    types = [type(m) for m in model]
+    with caplog.at_level(logging.WARNING):
+        bnext.convert(model, sync=True)
+    assert [type(m) for m in model] == [*types[:3], bnext.SyncBatchNorm, bnext.SyncBatchNorm]
+    assert "left alone 3 batch norm(s) of other classes" in caplog.records[0].getMessage()
+    bnext.revert(model)
+    assert [type(m) for m in model] == types
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
+def test_a_hooked_layer_is_synchronised_and_its_hook_called(fuse: bool) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    seen: list[Tensor] = []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    bnext.convert(model, fuse=fuse, sync=True)
+    model(make_input((4, 3, 2, 2)))
+    assert type(model[0]) is bnext.SyncBatchNorm
+    assert model[0].act is None  # whoever watches a layer wants to see its own output
+    assert seen[0].min() < 0
+
+
+def test_shared_layers_stay_shared() -> None:
+    layer = nn.BatchNorm2d(3)
+    model = nn.ModuleDict({"a": layer, "b": nn.Sequential(layer, nn.ReLU()), "c": nn.Sequential(nn.BatchNorm2d(3))})
+    model["c"][0].weight = layer.weight
+    bnext.convert(model, sync=True)
+    assert model["a"] is model["b"][0] is layer
+    assert type(layer) is bnext.SyncBatchNorm
+    assert model["c"][0].weight is layer.weight
+
+
+def test_verbose_says_how_many(capsys: pytest.CaptureFixture[str]) -> None:
+    model = bnext.convert(network(), sync=True, verbose=True)
+    assert capsys.readouterr().out == "4 batch norm(s) are bnext's\n4 batch norm(s) are synchronised\n"
+    bnext.convert(model, verbose=True)
+    assert capsys.readouterr().out == "4 batch norm(s) are bnext's\n"
+
+
+def test_convert_sync_batchnorm_is_ours_on_our_class() -> None:
+    group = object()
+    model = nn.Sequential(nn.BatchNorm2d(3), bnext.BatchNormAct2d(3, act="silu"), nn.ReLU(), nn.SyncBatchNorm(3))
+    parameters = list(map(id, model.parameters()))
+    assert bnext.SyncBatchNorm.convert_sync_batchnorm(model, group) is model
+    assert [type(m) for m in batch_norms(model)] == [bnext.SyncBatchNorm] * 3
+    assert [m.process_group for m in batch_norms(model)] == [group] * 3
+    assert [m.act for m in batch_norms(model)] == [None, "silu", None]
+    assert list(map(id, model.parameters())) == parameters
+    layer = nn.BatchNorm1d(3)
+    assert bnext.SyncBatchNorm.convert_sync_batchnorm(layer) is layer
+    assert type(layer) is bnext.SyncBatchNorm
+
+
+def test_torchs_convert_sync_batchnorm_first() -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm1d(3))))
+    bnext.convert(model, sync=True)
+    assert [type(m) for m in batch_norms(model)] == [bnext.SyncBatchNorm] * 2
+    bnext.revert(model)
+    assert [type(m) for m in batch_norms(model)] == [nn.SyncBatchNorm] * 2
+
+
+def test_repr() -> None:
+    theirs = nn.SyncBatchNorm(4, eps=1e-3, momentum=None, affine=False)
+    assert repr(bnext.SyncBatchNorm(4, eps=1e-3, momentum=None, affine=False)) == repr(theirs)
+    plain = repr(nn.SyncBatchNorm(4))
+    assert repr(bnext.SyncBatchNorm(4, act="silu")) == plain[:-1] + ", act=silu)"
+    assert repr(bnext.SyncBatchNorm(4, act="leaky_relu")) == plain[:-1] + ", act=leaky_relu(0.01))"
+    assert repr(bnext.convert(nn.BatchNorm2d(4), sync=True)) == plain
+
+
+def test_constructor_takes_what_torchs_takes() -> None:
+    ours = bnext.SyncBatchNorm(4, 1e-3, None, True, False, None, "cpu", torch.float64)
+    theirs = nn.SyncBatchNorm(4, 1e-3, None, True, False, None, "cpu", torch.float64)
+    assert ours.__dict__.keys() - theirs.__dict__.keys() == {"_act", "_activation"}
+    for key, value in ours.state_dict().items():
+        assert same_bits(value, theirs.state_dict()[key])
+    for name in ("eps", "momentum", "affine", "track_running_stats", "process_group", "num_features"):
+        assert getattr(ours, name) == getattr(theirs, name)
+
+
+def test_act_may_be_set_and_is_checked() -> None:
+    layer = bnext.SyncBatchNorm(3)
+    x = make_input((4, 3, 2, 2))
+    y = layer(x)
+    layer.act = "relu"
+    assert same_bits(layer(x), y.relu())
+    with pytest.raises(ValueError, match="hardswish"):
+        layer.act = "swish"
+    with pytest.raises(ValueError, match="hardswish"):
+        bnext.SyncBatchNorm(3, act="swish")
+    assert layer.act == "relu"
+
+
+@MODES
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 2, 2), (4, 3, 2, 2, 2)], ids=str)
+def test_any_rank_without_a_process_group(shape: tuple[int, ...], training: bool) -> None:
+    layer, plain = bnext.SyncBatchNorm(3).train(training), nn.SyncBatchNorm(3).train(training)
+    x, g = make_input(shape), make_grad(shape)
+    a, b = (x.clone().requires_grad_() for _ in range(2))
+    layer(a).backward(g)
+    plain(b).backward(g)
+    assert (a.grad - b.grad).abs().max() < 1e-5
+    assert layer.num_batches_tracked == plain.num_batches_tracked == int(training)
+
+
+@MODES
+@pytest.mark.parametrize("shape", [(), (3,), (4, 0), (4, 0, 2, 2)], ids=str)
+def test_wrong_inputs_are_those_of_torch(shape: tuple[int, ...], training: bool) -> None:
+    theirs, ours = (each(3).train(training) for each in (nn.SyncBatchNorm, bnext.SyncBatchNorm))
+    with pytest.raises(ValueError, match=r"expected at least 2D input|number of input channels") as expected:
+        theirs(torch.ones(shape))
+    with pytest.raises(ValueError, match=r"expected at least 2D input|number of input channels") as caught:
+        ours(torch.ones(shape))
+    assert str(caught.value) == str(expected.value)
+    assert ours.num_batches_tracked == 0

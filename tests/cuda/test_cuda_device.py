@@ -1,0 +1,131 @@
+"""What only a GPU can show: streams, graphs, no synchronisation, the same bits at every run, 2^31 elements and more."""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import torch
+from cases import make_grad, make_input, make_parameters, same_bits
+from checks import check_forward
+from marks import needs_gpu
+from torch import Tensor
+
+from bnext.functional import batch_norm
+
+pytestmark = needs_gpu
+
+# On an H200: a block, a cluster, the grid, and two reads.
+SHAPES = ((64, 512, 7, 7), (64, 256, 28, 28), (128, 8, 96, 96), (256, 3, 224, 224))
+
+
+def step(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor, stats: list[Tensor]) -> tuple[Tensor, ...]:
+    """Forward and backward by the operators, running statistics and counter included."""
+    ops = torch.ops.bnext
+    y, saved = ops.batch_norm_train(x, weight, bias, *stats, None, 1e-5)
+    return y, saved, *ops.batch_norm_backward(g, x, weight, saved, True, 1e-5, [True, True, True, False])
+
+
+def arguments(
+    shape: tuple[int, ...], layout: str = "contiguous"
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    x = make_input(shape, layout, torch.bfloat16, "cuda")
+    g = make_grad(shape, layout, torch.bfloat16, "cuda")
+    p = make_parameters(shape[1], device="cuda")
+    return x, g, p.weight, p.bias, [p.running_mean, p.running_var, torch.zeros((), dtype=torch.int64, device="cuda")]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_current_stream_is_used(shape: tuple[int, ...]) -> None:
+    values = make_input(shape, device="cuda")
+    x = torch.zeros_like(values)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(50_000_000)  # on any other stream the zeros would be seen
+        x.copy_(values)
+        y = batch_norm(x, None, None, training=True)
+        torch.cuda.current_stream().synchronize()
+    assert same_bits(y, batch_norm(values, None, None, training=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_captured_in_a_graph_and_replayed(shape: tuple[int, ...]) -> None:
+    x, g, weight, bias, stats = arguments(shape)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(x, g, weight, bias, [t.clone() for t in stats])
+    torch.cuda.current_stream().wait_stream(side)
+    captured = [t.clone() for t in stats]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step(x, g, weight, bias, captured)
+    eager = [t.clone() for t in stats]
+    for _ in range(3):
+        x.copy_(make_input(shape, dtype=torch.bfloat16, device="cuda"))
+        graph.replay()
+        expected = step(x, g, weight, bias, eager)
+        assert all(same_bits(a, b) for a, b in zip(results, expected, strict=True))
+        assert all(same_bits(a, b) for a, b in zip(captured, eager, strict=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_nothing_waits_for_the_device(shape: tuple[int, ...]) -> None:
+    prepared = arguments(shape)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(*prepared)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_same_bits_at_every_run(shape: tuple[int, ...], layout: str) -> None:
+    x, g, weight, bias, stats = arguments(shape, layout)
+    first = step(x, g, weight, bias, [t.clone() for t in stats])
+    for _ in range(99):
+        again = step(x, g, weight, bias, [t.clone() for t in stats])
+        assert all(same_bits(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_large_tensors(shape: tuple[int, ...], layout: str) -> None:
+    x = make_input(shape, layout, torch.bfloat16, "cuda")
+    check_forward(x, make_parameters(shape[1], device="cuda"), training=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "format_"),
+    [
+        pytest.param((2**15, 64, 32, 32), torch.contiguous_format, id="2^31-contiguous"),
+        pytest.param((2**15, 64, 32, 32), torch.channels_last, id="2^31-channels_last"),
+        pytest.param((2**15 + 1, 64, 32, 32), torch.contiguous_format, id="an image more-contiguous"),
+        pytest.param((2**15 + 1, 64, 32, 32), torch.channels_last, id="an image more-channels_last"),
+        pytest.param((2**31 - 1, 1), torch.contiguous_format, id="2^31 - 1"),
+        pytest.param(((2**31 + 1) // 3, 3), torch.contiguous_format, id="2^31 + 1"),
+    ],
+)
+def test_around_the_int32_range(shape: tuple[int, ...], format_: torch.memory_format) -> None:
+    if torch.cuda.mem_get_info()[0] < 50 << 30:
+        pytest.skip("takes 50 GB of a GPU")
+    x = torch.empty(shape, dtype=torch.bfloat16, device="cuda", memory_format=format_).normal_(3.0, 2.0)
+    y = batch_norm(x, None, None, training=True)
+    # The last images lie at the end of the range, or beyond it; float64 of one channel at a time.
+    for channel in (0, shape[1] - 1):
+        values = x[:, channel].double()
+        centred = values[-64:] - values.mean()
+        expected = centred / (values.var(correction=0) + 1e-5).sqrt()
+        error = (y[-64:, channel].double() - expected).abs()
+        assert (error <= 2.0**-8 * expected.abs() + 1e-6).all()
+
+
+def test_two_devices() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only")
+    x = make_input((64, 256, 28, 28), device="cuda:1")
+    with torch.cuda.device(0):
+        y = batch_norm(x, None, None, training=True)
+    assert y.device == x.device
+    fwd = reference.forward(x)
+    assert (y.cpu().double() - fwd.output).abs().max() <= 1e-5

@@ -1,0 +1,397 @@
+"""The CUDA kernels on every way through them: the teams that share a channel, one read and two, both kinds of tile.
+
+Plans for a small device send small tensors the ways that large ones take. In emulation every access is checked
+(tests/simt); where there is a GPU the same plans run on it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import reference
+import tolerances
+import torch
+from cases import (
+    DTYPES,
+    Case,
+    make_grad,
+    make_input,
+    make_parameters,
+    make_residual,
+    name,
+    parameter_dtype,
+    same_bits,
+)
+from checks import check_backward, check_forward
+from marks import DEVICES, SIMT
+from simt.device import TEAMS, TILES, Limits, emulated, last_plan, load
+from tolerances import assert_within
+
+import bnext
+from bnext.functional import batch_norm, batch_norm_act
+
+KB = 1024
+SEEDS = (0, 1)  # of the order in which the emulator runs blocks and threads
+
+
+# Contiguous: planes of whole vectors and of others, and planes of which a tile takes several. The last two in
+# channels_last: a number of channels that fills vectors, and one for which pixels are folded.
+LAYOUTS = ("contiguous", "contiguous", "contiguous", "channels_last", "channels_last")
+
+
+class Path(NamedTuple):
+    """A way through the kernels, and a device whose plans take it."""
+
+    team: str
+    two_reads: bool
+    limits: Limits
+    shapes: tuple[tuple[int, ...], ...]
+    layouts: tuple[str, ...] = LAYOUTS
+
+    def __str__(self) -> str:
+        return self.team + "-of-16" * self.large_cluster + "-two-reads" * self.two_reads
+
+    @property
+    def large_cluster(self) -> bool:
+        """Of more blocks than a kernel gets unless it asks."""
+        return self.team == "cluster" and self.limits.max_cluster > 8
+
+
+# test_the_ways_lead_everywhere says whether they do.
+PATHS = (
+    Path("block", False, Limits(sms=1), ((2, 4, 24, 24), (3, 5, 19, 27), (5, 24, 7, 7), (6, 48, 5, 5), (7, 9, 5, 5))),
+    Path(
+        "cluster",
+        False,
+        Limits(sms=16),
+        ((16, 2, 32, 32), (9, 3, 41, 43), (64, 8, 7, 7), (40, 16, 11, 11), (40, 9, 11, 11)),
+    ),
+    Path(
+        "cluster",
+        False,
+        Limits(sms=32, max_cluster=16),
+        ((53, 2, 41, 43), (80, 9, 11, 11)),  # the size of the cluster is all that is new
+        ("contiguous", "channels_last"),
+    ),
+    Path(
+        "grid",
+        False,
+        Limits(sms=16, max_cluster=1, shared_per_block=60 * KB),
+        ((40, 2, 32, 32), (20, 3, 41, 43), (160, 8, 7, 7), (40, 16, 11, 11), (40, 9, 11, 11)),
+    ),
+    Path(
+        "grid",
+        True,
+        Limits(sms=1, max_cluster=1, shared_per_block=52 * KB),
+        ((48, 2, 32, 32), (24, 3, 41, 43), (200, 8, 7, 7), (60, 16, 11, 11), (90, 9, 11, 11)),
+    ),
+)
+WAYS = [
+    pytest.param(path, Case(shape, layout), id=f"{path}-{'x'.join(map(str, shape))}-{layout}")
+    for path in PATHS
+    for shape, layout in zip(path.shapes, path.layouts, strict=True)
+]
+
+
+# Of each path the first and the last, for what does not depend on the shape: whole planes, and folded pixels.
+FEW_WAYS = [WAYS[i] for i in (0, 4, 5, 9, 10, 11, 12, 16, 17, 21)]
+
+
+@contextlib.contextmanager
+def planned_for(limits: Limits, kernel_device: str, seed: int = 0) -> Iterator[str]:
+    """Where tensors have to be for the kernels to run, with plans for a device of these limits."""
+    if kernel_device == "simt":
+        with emulated(limits, seed):
+            yield "cpu"
+        return
+    bnext._C.cap_cuda_device(limits.sms, limits.shared_per_block, limits.max_cluster)
+    try:
+        yield kernel_device
+    finally:
+        bnext._C.cap_cuda_device()
+
+
+@pytest.fixture(params=[SIMT, *(device for device in DEVICES if device != "cpu")])
+def kernel_device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def team_of_the_last_launch() -> tuple[str, bool]:
+    plan = last_plan()
+    return TEAMS[plan["team"]], plan["ring"] > 0
+
+
+def every_way() -> list[object]:
+    """Each way with bfloat16, with one seed in either mode and with the other in training, and with one of the other
+    dtypes in turn: those differ in the width of a vector alone, and each of them goes along every path."""
+    others = [dtype for dtype in DTYPES if dtype != torch.bfloat16]
+    combinations = []
+    for i, way in enumerate(WAYS):
+        for dtype, seed, modes in (
+            (torch.bfloat16, SEEDS[0], (True, False)),
+            (torch.bfloat16, SEEDS[1], (True,)),
+            (others[i % 3], SEEDS[i % 2], (True,)),
+        ):
+            combinations.append(pytest.param(*way.values, dtype, seed, modes, id=f"{way.id}-{name(dtype)}-seed{seed}"))
+    return combinations
+
+
+@pytest.mark.parametrize(("path", "case", "dtype", "seed", "modes"), every_way())
+def test_every_way(
+    path: Path, case: Case, dtype: torch.dtype, seed: int, modes: tuple[bool, ...], kernel_device: str
+) -> None:
+    with planned_for(path.limits, kernel_device, seed) as device:
+        x, g = make_input(*case, dtype, device), make_grad(*case, dtype, device)
+        params = make_parameters(case.shape[1], parameter_dtype(dtype), device)
+        for training in modes:
+            check_backward(x, g, params, training=training, output_too=True)
+
+
+# An activation, whether there is a residual, and the dtype it is tried with: with and without a mask, three inputs
+# backward, and each dtype.
+EPILOGUES = (
+    ("relu", True, torch.bfloat16),
+    ("relu", False, torch.float32),
+    ("gelu", True, torch.float64),
+    ("silu", True, torch.float16),
+    ("leaky_relu", True, torch.float32),
+)
+
+
+def ways_with_an_epilogue() -> list[object]:
+    """Each way with the first epilogue, and with one of the others in turn; eval on a few of the ways."""
+    combinations = []
+    for i, way in enumerate(WAYS):
+        for act, has_residual, dtype in (EPILOGUES[0], EPILOGUES[1 + i % 4]):
+            modes = (True, False) if dtype == torch.bfloat16 and way in FEW_WAYS else (True,)
+            label = f"{way.id}-{name(dtype)}-{act}{'-residual' if has_residual else ''}"
+            combinations.append(pytest.param(*way.values, act, has_residual, dtype, modes, id=label))
+    return combinations
+
+
+@pytest.mark.parametrize(("path", "case", "act", "has_residual", "dtype", "modes"), ways_with_an_epilogue())
+def test_every_way_with_an_epilogue(
+    path: Path,
+    case: Case,
+    act: str,
+    has_residual: bool,
+    dtype: torch.dtype,
+    modes: tuple[bool, ...],
+    kernel_device: str,
+) -> None:
+    with planned_for(path.limits, kernel_device) as device:
+        x, g = make_input(*case, dtype, device), make_grad(*case, dtype, device)
+        residual = make_residual(*case, dtype, device) if has_residual else None
+        params = make_parameters(case.shape[1], parameter_dtype(dtype), device)
+        for training in modes:
+            check_backward(x, g, params, training=training, residual=residual, act=act, output_too=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "case", "dtype"),
+    [
+        pytest.param(*way.values, dtype, id=f"{way.id}-{name(dtype)}")
+        for i, way in enumerate(WAYS)
+        for dtype in (torch.bfloat16, (torch.float32, torch.float64)[i % 2])
+    ],
+)
+def test_a_mask_in_place_of_the_input(path: Path, case: Case, dtype: torch.dtype, kernel_device: str) -> None:
+    # Frozen parameters: backward has the gradient and the mask, and nothing else.
+    with planned_for(path.limits, kernel_device) as device:
+        x, g = make_input(*case, dtype, device).requires_grad_(), make_grad(*case, dtype, device)
+        residual = make_residual(*case, dtype, device).requires_grad_()
+        params = make_parameters(case.shape[1], parameter_dtype(dtype), device)
+        y = batch_norm_act(x, params.running_mean, params.running_var, params.weight, params.bias, residual)
+        grad_input, grad_residual = torch.autograd.grad(y, (x, residual), g)
+        dz = torch.where(y > 0, g, 0)
+        assert torch.equal(grad_residual, dz)
+        scale = reference.widen(params.weight) * (reference.widen(params.running_var) + 1e-5).rsqrt()
+        expected = reference.widen(dz) * reference.along_channels(scale, x.ndim)
+        # The scale and the product are rounded once each, and the result to its dtype.
+        limit = expected.abs() * 2 * tolerances.unit(dtype)
+        assert_within(grad_input, expected, limit + tolerances.half_ulp(expected, dtype), "grad_input")
+
+
+@pytest.mark.parametrize(("path", "case"), FEW_WAYS)
+def test_an_epilogue_on_coefficients_float32_cannot_hold(path: Path, case: Case, kernel_device: str) -> None:
+    # A channel of magnitude 1e37 has a scale of 1e-37: the sums begin in float64, and so does the map.
+    with planned_for(path.limits, kernel_device) as device:
+        x, g = make_input(*case, torch.float32, device), make_grad(*case, torch.float32, device)
+        x[:, 1] *= 1e37
+        params = make_parameters(case.shape[1], device=device)
+        residual = make_residual(*case, torch.float32, device)
+        check_backward(x, g, params, training=True, residual=residual, act="silu")
+
+
+@pytest.mark.parametrize(("path", "case"), FEW_WAYS)
+def test_an_infinite_gradient_where_the_sums_begin_in_float64(path: Path, case: Case, kernel_device: str) -> None:
+    # float64 sums are final, whatever they are, and no other channel's concern.
+    with planned_for(path.limits, kernel_device) as device:
+        x, g = make_input(*case, torch.float32, device), make_grad(*case, torch.float32, device)
+        x[:, 1] *= 1e37
+        params = make_parameters(case.shape[1], device=device)
+
+        def gradients(g: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            leaves = [t.detach().requires_grad_() for t in (x, params.weight, params.bias)]
+            y = batch_norm_act(leaves[0], None, None, *leaves[1:], training=True, act="silu")
+            return torch.autograd.grad(y, leaves, g)
+
+        finite = gradients(g)
+        g[0, 1] = float("inf")
+        infinite = gradients(g)
+        assert not infinite[2][1].isfinite()
+        assert infinite[0][:, 1].isnan().all()
+        others = [c for c in range(case.shape[1]) if c != 1]
+        assert same_bits(infinite[0][:, others], finite[0][:, others])
+        assert same_bits(infinite[1][others], finite[1][others])
+        assert same_bits(infinite[2][others], finite[2][others])
+
+
+def test_the_ways_lead_everywhere() -> None:
+    load()
+    seen = set()
+    for way in WAYS:
+        path, (shape, layout) = way.values
+        for dtype in DTYPES:
+            for inputs in (1, 2, 3):
+                batch, channels, height, width = shape
+                last = layout != "contiguous"
+                plan = torch.ops.bnext_simt.plan(
+                    batch, channels, height * width, last, dtype, inputs, True, *path.limits[:3]
+                )
+                kind = "folded" if last and plan["row_width"] > channels else layout
+                large_cluster = TEAMS[plan["team"]] == "cluster" and plan["team_blocks"] > 8
+                way_taken = (TEAMS[plan["team"]], large_cluster, plan["ring"] > 0)
+                seen.add((*way_taken, TILES[plan["tile"]], kind, dtype, inputs))
+    tiles = (("channel", "contiguous"), ("columns", "contiguous"), ("columns", "channels_last"), ("columns", "folded"))
+    wanted = {
+        (path.team, path.large_cluster, path.two_reads, *tile, dtype, inputs)
+        for path in PATHS
+        for tile in (tiles if path.layouts == LAYOUTS else (tiles[0], tiles[3]))
+        for dtype in DTYPES
+        for inputs in (1, 2, 3)
+        if (dtype, inputs) != (torch.float64, 3)  # too much for some of these devices to read once
+    }
+    assert wanted - seen == set()
+
+
+@pytest.mark.parametrize(("path", "case"), WAYS)
+def test_a_channel_float32_cannot_hold(path: Path, case: Case, kernel_device: str) -> None:
+    # Its squares overflow: the team adds it up again in float64, and its neighbours keep the sums they have.
+    with planned_for(path.limits, kernel_device) as device:
+        values, g = make_input(*case, torch.float32, device), make_grad(*case, torch.float32, device)
+        values[:, 0] += 1e3
+        params = make_parameters(case.shape[1], device=device)
+        large = values.clone(memory_format=torch.preserve_format)
+        large[:, 1] *= 1e19  # a variance that running_var still holds
+        check_forward(large, params, training=True)
+        # Backward it is the products with the gradient that overflow.
+        values[:, 1] *= 1e30
+        g[:, 1] *= 1e9
+        check_backward(values, g, params, training=True)
+
+
+@pytest.mark.parametrize(("path", "case"), WAYS)
+def test_bias_gradient_without_the_input(path: Path, case: Case, kernel_device: str) -> None:
+    with planned_for(path.limits, kernel_device) as device:
+        g = make_grad(*case, torch.float32, device)
+        stats = torch.stack([torch.zeros(case.shape[1]), torch.full((case.shape[1],), 2.0)]).double().to(device)
+        backward = torch.ops.bnext.batch_norm_backward
+        grad_input, grad_weight, grad_bias, _ = backward(g, None, None, stats, False, 1e-5, [True, False, True, False])
+        assert same_bits(grad_input, g * 2)
+        assert grad_weight.numel() == 0
+        expected = reference.widen(g).sum(reference.reduced_dims(g.ndim))
+        assert_within(grad_bias, expected, tolerances.grad_bias(g, g.dtype, grad_bias.dtype), "grad_bias")
+        # And in training, where nothing is mapped.
+        _, _, alone, _ = backward(g, None, None, stats, True, 1e-5, [False, False, True, False])
+        assert same_bits(alone, grad_bias)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=str)
+@pytest.mark.parametrize("momentum", [0.25, None], ids="momentum={}".format)
+def test_counter_in_the_same_launch(path: Path, momentum: float | None, kernel_device: str) -> None:
+    train = torch.ops.bnext.batch_norm_train
+    with planned_for(path.limits, kernel_device) as device:
+        x = make_input(path.shapes[0], device=device)
+        channels = x.shape[1]
+        mean, var = torch.zeros(channels, device=device), torch.ones(channels, device=device)
+        counter = torch.tensor(3, device=device)
+        train(x, None, None, mean, var, counter, momentum, 1e-5)
+        assert counter.item() == 4
+        fwd = reference.forward(x)
+        # With momentum=None the fourth batch weighs a quarter too.
+        before = torch.zeros(channels), torch.ones(channels)
+        expected = reference.updated_running_stats(*before, fwd, 0.25)
+        limits = tolerances.running_stats(expected, fwd, 0.25, x.dtype, mean.dtype, var.dtype)
+        assert_within(mean, expected[0], limits[0], "running_mean")
+        assert_within(var, expected[1], limits[1], "running_var")
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize(("path", "case"), FEW_WAYS)
+def test_the_order_of_execution_changes_no_bit(path: Path, case: Case) -> None:
+    x, g = make_input(*case, torch.bfloat16), make_grad(*case, torch.bfloat16)
+    params = make_parameters(case.shape[1])
+    results = []
+    for seed in (0, 1, 2):
+        with emulated(path.limits, seed, check=False):
+            y, stats, _ = torch.ops.bnext.batch_norm_train(x, params.weight, params.bias, None, None, None, 0.1, 1e-5)
+            grads = torch.ops.bnext.batch_norm_backward(
+                g, x, params.weight, stats, True, 1e-5, [True, True, True, False]
+            )
+        results.append((y, stats, *grads))
+    for other in results[1:]:
+        assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize(("path", "case"), WAYS)
+def test_how_often_memory_is_read(path: Path, case: Case) -> None:
+    # Forward: the input once, or once more for what is not kept. Beside it a few samples and values a channel.
+    x = make_input(*case, torch.float32)
+    with emulated(path.limits):
+        counters = torch.ops.bnext_simt.counters
+        counters()
+        batch_norm(x, None, None, training=True)
+        plan, counted = last_plan(), counters()
+    bytes_of_x = x.numel() * x.element_size()
+    per_block = 2 * plan["team_blocks"] * 8 * 2 * plan["tile_channels"] + 20 * 16 * plan["tile_channels"]
+    beside = plan["tiles"] * plan["team_blocks"] * per_block
+    reads = 2 if path.two_reads and plan["kept"] == 0 else 1
+    assert reads * bytes_of_x <= counted["global_load_bytes"]
+    if plan["ring"] == 0:
+        assert counted["global_load_bytes"] <= bytes_of_x + beside
+    assert bytes_of_x <= counted["global_store_bytes"] <= bytes_of_x + beside
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_a_plan_is_described(path: Path) -> None:
+    x = make_input(path.shapes[0], dtype=torch.float32)
+    with emulated(path.limits, check=False):
+        describe = torch.ops.bnext_simt.last_description
+        y, mean, var = batch_norm(x, None, None, training=True), torch.zeros(x.shape[1]), torch.ones(x.shape[1])
+        plan = last_plan()
+        assert (plan["team_blocks"] == 16) == path.large_cluster or path.team == "grid"
+        team = "block" if path.team == "block" else f"{path.team} of {plan['team_blocks']}"
+        steps = -(-plan["rows"] * plan["parts"] // (plan["threads_y"] * plan["team_blocks"]))
+        reads = f"{plan['kept']} of {steps} kept" if path.two_reads else "read once"
+        assert describe() == f"{team}, {reads}"
+        batch_norm(y, mean, var)
+        assert describe() == "no sums"
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
+@pytest.mark.parametrize("case", [Case((5, 24, 7, 7), "contiguous"), Case((7, 96, 2, 3), "channels_last")], ids=name)
+def test_blocks_that_take_several_tiles(case: Case, dtype: torch.dtype) -> None:
+    x, g = make_input(*case, dtype), make_grad(*case, dtype)
+    params = make_parameters(case.shape[1], parameter_dtype(dtype))
+    for seed in SEEDS:
+        with emulated(Limits(sms=1, max_grid=1), seed):
+            for training in (True, False):
+                check_backward(x, g, params, training=training, output_too=True)
+                assert last_plan()["tiles"] > last_plan()["teams"] == 1

@@ -1,0 +1,105 @@
+"""What several files parametrise over, and on which platform a test can run. The markers are declared in conftest.py.
+
+`each` takes every combination. `pairs` takes few of them, in which every two values of two parameters meet: enough
+where a fault lies in one value, or in what two of them do to each other.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from cases import ACTS, DTYPES, FEW_ACTS, Case, name, pairwise
+
+import bnext
+
+# What `device` goes through. A new device is added here, and nowhere else.
+DEVICES = ("cpu", "cuda") if bnext._C.cuda and torch.cuda.is_available() else ("cpu",)
+SIMT = pytest.param("simt", marks=pytest.mark.simt)
+
+needs_gpu = pytest.mark.skipif("cuda" not in DEVICES, reason="there is no GPU, or bnext was built without CUDA")
+linux_only = pytest.mark.skipif(
+    sys.platform != "linux", reason="reads /proc, or needs memory that is kept on Linux only"
+)
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="sends a process SIGINT")
+needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system has no fork")
+
+
+def _eps_may_be_zero_in_evaluation() -> bool:
+    try:
+        torch.nn.functional.batch_norm(torch.ones(2, 1), torch.zeros(1), torch.ones(1), eps=0.0)
+    except ValueError:
+        return False
+    return True
+
+
+# torch 2.13's rule, and bnext's.
+needs_todays_rule_for_eps = pytest.mark.skipif(
+    not _eps_may_be_zero_in_evaluation(), reason="this torch refuses eps=0 in evaluation, too"
+)
+
+WORDS = {
+    "training": ("eval", "training"),
+    "has_residual": ("alone", "residual"),
+    "fuse": ("plain", "fused"),
+    "grad": ("nograd", "grad"),
+}
+
+
+def label(parameter: str, value: object) -> str:
+    """The id of a value: of a flag a word, of no activation the plain op."""
+    if isinstance(value, bool):
+        return WORDS[parameter][value] if parameter in WORDS else f"{parameter}={value}"
+    if parameter == "act" and value is None:
+        return "plain"
+    if parameter == "dim":
+        return f"{value}d"
+    return value.__name__ if callable(value) else name(value)
+
+
+def each(**values: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrises over one parameter, with `label` for its ids."""
+    ((parameter, chosen),) = values.items()
+    return pytest.mark.parametrize(parameter, chosen, ids=[label(parameter, value) for value in chosen])
+
+
+def rows(parameters: Sequence[str], combinations: Sequence[Sequence[Any]]) -> pytest.MarkDecorator:
+    """Parametrises over these combinations, with `label` for their ids."""
+    ids = ["-".join(label(p, v) for p, v in zip(parameters, row, strict=True)) for row in combinations]
+    return pytest.mark.parametrize(tuple(parameters), combinations, ids=ids)
+
+
+def pairs(**values: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrises over combinations in which every two values of two parameters meet."""
+    return rows(tuple(values), pairwise(*values.values()))
+
+
+def in_emulation(chosen: Sequence[Case], cases: Sequence[Case]) -> list[Any]:
+    """The cases, of which the emulator runs the chosen ones alone."""
+    return [case if case in chosen else pytest.param(case, marks=pytest.mark.not_emulated) for case in cases]
+
+
+FLAGS = (True, False)
+MODES = each(training=FLAGS)
+RESIDUAL = each(has_residual=FLAGS)
+EVERY_ACT = each(act=ACTS)
+FEW = each(act=FEW_ACTS)
+EACH_DTYPE = each(dtype=DTYPES)
+
+# No activation, which is the plain op where there is no residual either, and one of each kind.
+PLAIN_OR_ACT = (None, *FEW_ACTS)
+
+# Past 32 MiB; in float64 they have half as many values to compare.
+LARGER_THAN_THE_CACHE = rows(
+    ("layout", "act", "training", "dtype"),
+    [
+        ("contiguous", None, True, torch.float32),
+        ("channels_last", "relu", True, torch.float32),
+        ("contiguous", "relu", False, torch.float64),
+        ("channels_last", None, False, torch.float64),
+    ],
+)

@@ -1,0 +1,111 @@
+"""Real training, scikit-learn's digits in float64: a converted model follows torch's loss curve to rounding."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import bnext
+
+STEPS = 200
+BATCH = 64
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors of this size gain nothing from a second thread, and wait for it wherever the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[Tensor, Tensor]:
+    data = load_digits()
+    return torch.from_numpy(data.images).double().div(16).unsqueeze(1), torch.from_numpy(data.target).long()
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(64, 64, bias=False),
+        nn.BatchNorm1d(64),
+        nn.ReLU(),
+        nn.Linear(64, 32, bias=False),
+        nn.BatchNorm1d(32, momentum=None),
+        nn.ReLU(),
+        nn.Linear(32, 10),
+    )
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.Linear(256, 10),
+    )
+
+
+def train(model: nn.Module, digits: tuple[Tensor, Tensor], perturbation: float = 0.0) -> Tensor:
+    """Losses of 200 steps; after each, every parameter is changed by up to `perturbation` of itself."""
+    images, targets = digits
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    batches, noise = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
+    losses = []
+    for _ in range(STEPS):
+        picked = torch.randint(len(targets), (BATCH,), generator=batches)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(images[picked]), targets[picked])
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1 + perturbation * (2 * torch.rand(p.shape, generator=noise, dtype=p.dtype) - 1))
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("build", "channels_last"),
+    [(mlp, False), (cnn, False), (cnn, True)],
+    ids=["mlp", "cnn-contiguous", "cnn-channels_last"],
+)
+def test_converted_model_follows_the_loss_curve(
+    build: Callable[[], nn.Module], channels_last: bool, digits: tuple[Tensor, Tensor]
+) -> None:
+    model = build().double()
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    ours, control = bnext.convert(copy.deepcopy(model)), copy.deepcopy(model)
+    losses = train(model, digits)
+
+    # Training amplifies a difference from step to step, by how much depends on the data and the step size. So the
+    # yardstick is measured: torch against itself, each weight moved by one rounding (2^-52 of itself) after each
+    # step. A batch norm makes ten roundings or so in either direction where the control makes one; the factor 32
+    # leaves as much again for chance.
+    yardstick = (train(control, digits, perturbation=2.0**-52) - losses).abs().max()
+    assert 0 < yardstick < 1e-7, "the curve is too sensitive for the comparison to mean anything"
+    assert (train(ours, digits) - losses).abs().max() <= 32 * yardstick
+
+    images, targets = digits
+    for a, b in zip(model.buffers(), ours.buffers(), strict=True):
+        if a.is_floating_point():
+            assert (a - b).abs().max() <= 1e-7 * a.abs().max()
+        else:
+            assert a.item() == b.item() == STEPS
+    # Both have learned: otherwise equal curves would say little.
+    predictions = [m.eval()(images).argmax(1) for m in (model, ours)]
+    assert torch.equal(*predictions)
+    assert (predictions[1] == targets).double().mean() > 0.97

@@ -1,0 +1,67 @@
+"""The raw operators on one problem, for tests of what only they have: save_stats, masks, output_mask."""
+
+from __future__ import annotations
+
+import reference
+import torch
+from cases import Case, make_grad, make_input, make_parameters, make_residual, parameter_dtype
+from reference import Act
+from torch import Tensor
+
+train = torch.ops.bnext.batch_norm_train
+evaluate = torch.ops.bnext.batch_norm_eval
+backward = torch.ops.bnext.batch_norm_backward
+
+EMPTY_CASES = [Case((0, 3), "contiguous"), Case((0, 3, 4, 5), "contiguous"), Case((2, 3, 0), "contiguous")]
+
+
+def act_args(act: Act) -> dict[str, object]:
+    """The activation as the ops take it."""
+    known, slope = reference.named(act)
+    return {"act": known, "slope": slope}
+
+
+class Call:
+    """A problem, and the operators on it."""
+
+    def __init__(
+        self, case: Case, dtype: torch.dtype, training: bool, act: Act, has_residual: bool = True, grad: bool = False
+    ) -> None:
+        p = make_parameters(case.shape[1], parameter_dtype(dtype))
+        values = (make_input(*case, dtype), p.weight, p.bias, make_residual(*case, dtype))
+        self.x, self.weight, self.bias, residual = (v.detach().requires_grad_(grad) for v in values)
+        self.residual = residual if has_residual else None
+        self.mean, self.var, self.counter = p.running_mean, p.running_var, torch.tensor(3)
+        self.training, self.act, self.shape = training, act, case.shape
+        # In the layout of the input: without the input, grad_output's decides the order of the sums.
+        self.g = torch.empty_like(self.x).copy_(make_grad(case.shape, "contiguous", dtype)).requires_grad_(grad)
+
+    def forward_args(self) -> tuple[object, ...]:
+        stem = (self.x, self.weight, self.bias, self.mean, self.var)
+        return (*stem, self.counter, 0.1, 1e-5) if self.training else (*stem, 1e-5)
+
+    def forward(self, with_mask: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        op = train if self.training else evaluate
+        return op(*self.forward_args(), self.residual, **act_args(self.act), with_mask=with_mask)
+
+    def backward(
+        self, stats: Tensor, wanted: tuple[bool, ...], mask: Tensor | None = None, **changes: object
+    ) -> tuple[Tensor, ...]:
+        args = {
+            "grad_output": self.g,
+            "input": self.x,
+            "weight": self.weight,
+            "save_stats": stats,
+            "training": self.training,
+            "eps": 1e-5,
+            "output_mask": list(wanted),
+            "bias": self.bias,
+            "residual": self.residual if mask is None else None,
+            "mask": mask,
+            **act_args(self.act),
+            **changes,
+        }
+        return backward(**args)
+
+    def wanted(self) -> tuple[bool, ...]:
+        return (True, True, True, self.act != "identity" and self.residual is not None)

@@ -1,0 +1,94 @@
+"""Each activation's own numerics: at every number of half precision, and where a formula would cancel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import reference
+import tolerances
+import torch
+from cases import FEW_ACTS, FEW_CASES, LOW_PRECISION, make_input, make_parameters, make_residual, name
+from marks import EVERY_ACT, FLAGS, pairs
+from reference import Act
+from tolerances import assert_within
+from torch import Tensor
+
+from bnext.functional import batch_norm_act
+
+
+def every_finite(dtype: torch.dtype) -> Tensor:
+    """All finite numbers of a 16-bit dtype, as (N, 1, H, W)."""
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    return values[values.isfinite()].reshape(2, 1, 8, -1)
+
+
+def activated(z: Tensor, act: Act) -> Tensor:
+    """act of pre-activations that are exact: with a weight of zero they are the residual."""
+    zero, one = torch.zeros(z.shape[1], dtype=torch.float32), torch.ones(z.shape[1], dtype=torch.float32)
+    return batch_norm_act(torch.ones_like(z), zero, one, zero, None, z, act=act)
+
+
+# Below this exp and erfc may come to 0 in float32: a result may, too. bfloat16 reaches there, float16 does not.
+FLOOR = 2.0**-118
+
+
+@EVERY_ACT
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name)
+def test_half_precision_is_right_to_one_ulp_at_every_number(dtype: torch.dtype, act: Act) -> None:
+    z = every_finite(dtype)
+    expected = reference.activate(reference.widen(z), act)
+    y = activated(z, act)
+    assert y.isfinite().all()
+    assert_within(y, expected, tolerances.ulp(expected, dtype).clamp(min=FLOOR), "output")
+    # To be off by more than half of it takes a tie within a few roundings of float32.
+    off = (y != expected.to(dtype)) & (expected.abs() > FLOOR)
+    assert off.double().mean() <= 2.0**-24 / torch.finfo(dtype).eps * 16
+
+
+@EVERY_ACT
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name)
+def test_half_precision_derivative_at_every_number(dtype: torch.dtype, act: Act) -> None:
+    z = every_finite(dtype).requires_grad_()
+    (grad,) = torch.autograd.grad(activated(z, act), z, torch.ones_like(z))
+    wide = reference.widen(z)
+    expected = reference.slope_at(wide, act)
+    limit = tolerances.ulp(expected, dtype) + 4 * 2.0**-24 * (1 + wide.abs().clamp(max=40))
+    assert_within(grad, expected, limit, "grad_residual")
+
+
+@pytest.mark.parametrize(
+    ("act", "low", "high", "exact"),
+    [
+        # z*(1 + erf(z/sqrt 2))/2 has lost every digit at z = -5.5: erfc has not.
+        ("gelu", -8.0, 0.5, lambda v: v * math.erfc(-v * math.sqrt(0.5)) / 2),
+        ("silu", -80.0, 0.5, lambda v: v / (1 + math.exp(-v))),
+        ("mish", -80.0, 0.5, lambda v: v * math.tanh(math.log1p(math.exp(v)))),
+        # e^z - 1 has lost half of them at z = -1e-4.
+        ("elu", -1e-3, 1e-3, lambda v: max(v, math.expm1(min(v, 0.0)))),
+    ],
+    ids=["gelu", "silu", "mish", "elu"],
+)
+def test_small_values_keep_their_relative_accuracy(
+    act: Act, low: float, high: float, exact: Callable[[float], float]
+) -> None:
+    for dtype, relative in ((torch.float32, 1e-5), (torch.float64, 1e-14)):
+        z = torch.linspace(low, high, 4001, dtype=dtype)[:-1].reshape(4, 1, 1000)
+        expected = torch.tensor([exact(v) for v in z.flatten().tolist()], dtype=torch.float64).reshape(z.shape)
+        assert_within(activated(z, act), expected, relative * expected.abs(), "output")
+
+
+@pairs(act=FEW_ACTS, dtype=LOW_PRECISION, training=FLAGS)
+def test_half_precision_output_is_rounded_once(dtype: torch.dtype, act: Act, training: bool) -> None:
+    # The activation is monotone between z's two bounds but for a turning point, which is covered by the slack of z.
+    for case in FEW_CASES:
+        x, residual, p = make_input(*case, dtype), make_residual(*case, dtype), make_parameters(case.shape[1])
+        frozen = {} if training else {"running_mean": p.running_mean, "running_var": p.running_var}
+        fwd = reference.forward(x, p.weight, p.bias, **frozen, residual=residual, act=act)
+        options = {"training": training, "has_residual": True, "act": act}
+        error = tolerances.output(fwd, p.weight, p.bias, torch.float32, **options)
+        error += tolerances.coarseness(act, dtype) * fwd.output.abs()
+        low, high = (fwd.output - error).to(dtype), (fwd.output + error).to(dtype)
+        y = batch_norm_act(x, p.running_mean, p.running_var, p.weight, p.bias, residual, training, act=act)
+        assert ((low <= y) & (y <= high)).all(), case

@@ -1,0 +1,381 @@
+"""The contract's autograd row: first, second and third derivatives, in reverse and forward mode.
+
+Of the plain op, and of act(batch_norm(input) + residual): without a residual, an `act` of None is the plain op.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import pytest
+import reference
+import tolerances
+import torch
+from cases import (
+    ACTS,
+    FEW_ACTS,
+    FEW_CASES,
+    Case,
+    make_grad,
+    make_input,
+    make_parameters,
+    make_residual,
+    pairwise,
+    same_bits,
+    to_layout,
+)
+from checks import call
+from marks import FLAGS, MODES, PLAIN_OR_ACT, each, pairs, rows
+from reference import Act
+from tolerances import assert_within
+from torch import Tensor
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+
+import bnext
+from bnext.functional import batch_norm, batch_norm_act
+
+EITHER = each(act=PLAIN_OR_ACT)
+
+# Small, since the numerical derivative runs the forward pass twice for each element.
+DENSE = [
+    Case((4, 3), "contiguous"),
+    Case((2, 3, 3), "contiguous"),
+    Case((2, 3, 2, 2), "contiguous"),
+    Case((2, 3, 2, 2), "channels_last"),
+    Case((2, 2, 1, 2, 2), "contiguous"),
+    Case((2, 2, 1, 2, 2), "channels_last_3d"),
+]
+STRIDED = [
+    Case((4, 3), "transposed"),
+    Case((2, 3, 3), "expanded_channels"),
+    Case((2, 3, 2, 2), "channels_last_offset"),
+    Case((2, 3, 2, 2), "sliced"),
+    Case((3, 2, 1, 2), "expanded"),
+]
+CHECKED = rows(
+    ("case", "act", "training", "has_residual"),
+    [
+        *pairwise(DENSE, (None, *ACTS), FLAGS, FLAGS),
+        *pairwise(STRIDED, (None, "relu", "gelu"), FLAGS, FLAGS),
+    ],
+)
+
+NAMES = ("input", "weight", "bias", "residual")
+DISTANCE = 1e-2  # from the kinks: ten thousand steps of the numerical derivative
+
+
+class Needs(tuple[bool, ...]):
+    """Which of input, weight, bias and residual are meant."""
+
+    def __str__(self) -> str:
+        return "+".join(itertools.compress(NAMES, self))
+
+
+SUBSETS = [Needs(s) for s in itertools.product(FLAGS, repeat=4) if any(s)]
+
+
+class Problem:
+    """Inputs in float64, none of whose pre-activations lies near a kink, and the function of them alone."""
+
+    def __init__(self, case: Case, act: Act, training: bool, has_residual: bool = True, own: bool = False) -> None:
+        self.layout, self.act, self.training, self.own = case.layout, act, training, own
+        channels = case.shape[1]
+        while True:
+            p = self.stats = make_parameters(channels, torch.float64)
+            x, residual = make_input(case.shape, dtype=torch.float64), make_residual(case.shape, dtype=torch.float64)
+            self.values = (x, p.weight, p.bias, *([residual] if has_residual else []))
+            added = self.values[3] if has_residual else None
+            frozen = {} if training else {"running_mean": p.running_mean, "running_var": p.running_var}
+            laid_out = [None if t is None else to_layout(t, case.layout) for t in (x, added)]
+            added = laid_out[0] if own else laid_out[1]
+            z = reference.forward(laid_out[0], p.weight, p.bias, **frozen, residual=added).z
+            if all(((z - kink).abs() > DISTANCE).all() for kink in tolerances.shape(act).kinks):
+                break
+
+    def leaves(self, needs: Sequence[bool] = (True,) * 4) -> tuple[Tensor, ...]:
+        return tuple(v.detach().requires_grad_(n) for v, n in zip(self.values, needs, strict=False))
+
+    def run(
+        self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """Each call has fresh running statistics."""
+        x, residual = (None if t is None else to_layout(t, self.layout) for t in (x, residual))
+        mean, var = self.stats.running_mean.clone(), self.stats.running_var.clone()
+        stats = self.stats._replace(running_mean=mean, running_var=var)
+        added = x if self.own else residual
+        return call(x, stats, weight, bias, self.training, residual=added, act=self.act)
+
+    def composite(
+        self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        x, residual = (None if t is None else to_layout(t, self.layout) for t in (x, residual))
+        mean, var = self.stats[2:]
+        return reference.composite(x, mean, var, weight, bias, self.training, residual=residual, act=self.act)
+
+
+@CHECKED
+def test_gradcheck_in_every_layout(case: Case, act: Act, training: bool, has_residual: bool) -> None:
+    problem = Problem(case, act, training, has_residual)
+    assert gradcheck(
+        problem.run,
+        problem.leaves(),
+        check_forward_ad=True,
+        check_batched_grad=True,
+        check_batched_forward_grad=True,
+    )
+
+
+@CHECKED
+def test_gradgradcheck_in_every_layout(case: Case, act: Act, training: bool, has_residual: bool) -> None:
+    problem = Problem(case, act, training, has_residual)
+    assert gradgradcheck(problem.run, problem.leaves(), check_fwd_over_rev=True, check_batched_grad=True)
+
+
+@pairs(needs=SUBSETS, act=(None, "identity", "relu", "silu"), shape=((3, 2, 2), (2, 2, 2, 1)), training=FLAGS)
+def test_every_subset_of_needs_input_grad(needs: Needs, act: Act, shape: tuple[int, ...], training: bool) -> None:
+    # Three ways to know act'(z): it is 1; it is a bit of a mask; z is computed again.
+    problem = Problem(Case(shape, "contiguous"), act, training, has_residual=act is not None or needs[3])
+    assert gradcheck(problem.run, problem.leaves(needs), check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(problem.run, problem.leaves(needs), check_fwd_over_rev=True)
+
+
+@pairs(given=("neither", "weight", "bias"), act=PLAIN_OR_ACT, training=FLAGS, has_residual=FLAGS)
+def test_derivatives_without_weight_or_bias(given: str, act: Act, training: bool, has_residual: bool) -> None:
+    problem = Problem(Case((2, 3, 2, 2), "channels_last"), act, training, has_residual)
+    x, weight, bias, *residual = problem.leaves()
+    args = {"neither": (x, None, None), "weight": (x, weight, None), "bias": (x, None, bias)}[given]
+    # The formula and not gradcheck: without the weight or the bias the pre-activations lie elsewhere, near a kink too.
+    inputs = [t for t in (*args, *residual) if t is not None]
+
+    def fill(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def filled(*tensors: Tensor) -> Tensor:
+            rest = iter(tensors)
+            return run(*(None if t is None else next(rest) for t in (*args, *residual)))
+
+        return filled
+
+    for a, b in zip(*(derivatives(fill(run), inputs, 2) for run in (problem.run, problem.composite)), strict=True):
+        assert_within(a, b, 1e-11 * b.abs().max(), "derivative")  # as below
+
+
+@MODES
+@each(mask=[Needs(mask) for mask in itertools.product(FLAGS, repeat=3) if any(mask)])
+def test_derivatives_of_the_backward_op(mask: tuple[bool, ...], training: bool) -> None:
+    # The op itself, as a graph captured by torch.compile or torch.func calls it. In training mode save_stats is a
+    # function of the input: as in autograd, the derivative goes through it.
+    x, weight, _ = Problem(Case((2, 3, 2, 2), "contiguous"), None, training, has_residual=False).leaves()
+    g = make_grad((2, 3, 2, 2), dtype=torch.float64).requires_grad_()
+    p = make_parameters(3, torch.float64)
+
+    def run(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        if training:
+            _, stats, _ = torch.ops.bnext.batch_norm_train(x.detach(), None, None, None, None, None, 0.1, 1e-5)
+        else:
+            _, stats, _ = torch.ops.bnext.batch_norm_eval(x.detach(), None, None, p.running_mean, p.running_var, 1e-5)
+        grads = torch.ops.bnext.batch_norm_backward(g, x, weight, stats, training, 1e-5, [*mask, False])
+        return tuple(t for t, asked in zip(grads, [*mask, False], strict=True) if asked)
+
+    # grad_bias is sum(g): it depends on neither x nor weight.
+    assert gradcheck(run, (g, x, weight), check_forward_ad=True, check_undefined_grad=False)
+
+
+def derivatives(run: Callable[..., Tensor], inputs: Sequence[Tensor], order: int) -> list[Tensor]:
+    """All derivatives, up to `order`, of sum(sin(run)) along fixed random directions, one after the other."""
+    results: list[Tensor] = []
+    scalar = run(*inputs).sin().sum()
+    for step in range(order):
+        grads = torch.autograd.grad(scalar, inputs, create_graph=step + 1 < order)
+        results.extend(g.detach() for g in grads)
+        generator = torch.Generator().manual_seed(step)
+        scalar = sum((g * torch.randn(g.shape, dtype=g.dtype, generator=generator)).sum() for g in grads)
+    return results
+
+
+@pairs(case=FEW_CASES, act=(None, *ACTS), training=FLAGS, has_residual=FLAGS)
+def test_three_derivatives_equal_those_of_the_formula(case: Case, act: Act, training: bool, has_residual: bool) -> None:
+    problem = Problem(case, act, training, has_residual)
+    inputs = problem.leaves()
+    ours, theirs = (derivatives(run, inputs, 3) for run in (problem.run, problem.composite))
+    for a, b in zip(ours, theirs, strict=True):
+        # Each derivative sums a few hundred terms, whose size may exceed that of the result by 1e3 at most here:
+        # 2^-53 * 1e2 * 1e3 = 1e-11 of the largest element.
+        assert_within(a, b, 1e-11 * b.abs().max(), "derivative")
+
+
+@pytest.mark.parametrize("vectorize", [False, True], ids=["loop", "vmap"])
+@MODES
+def test_hessian_equals_that_of_the_formula(vectorize: bool, training: bool) -> None:
+    problem = Problem(Case((3, 2, 2, 1), "channels_last"), None, training, has_residual=False)
+    x, weight, _ = problem.leaves()
+
+    hessian = torch.autograd.functional.hessian
+    ours = hessian(lambda *a: problem.run(*a).sin().sum(), (x, weight), vectorize=vectorize)
+    theirs = hessian(lambda *a: problem.composite(*a).sin().sum(), (x, weight))
+    for row, expected_row in zip(ours, theirs, strict=True):
+        for a, b in zip(row, expected_row, strict=True):
+            assert_within(a, b, 1e-11 * (1 + b.abs().max()), "hessian")  # as above
+
+
+@pairs(act=FEW_ACTS, training=FLAGS)
+def test_derivatives_where_the_input_is_its_own_residual(act: Act, training: bool) -> None:
+    problem = Problem(Case((2, 3, 2, 2), "contiguous"), act, training, has_residual=False, own=True)
+    assert gradcheck(problem.run, problem.leaves(), check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(problem.run, problem.leaves(), check_fwd_over_rev=True)
+
+
+@pairs(moving=SUBSETS, act=PLAIN_OR_ACT, layout=("contiguous", "channels_last", "sliced"), training=FLAGS)
+def test_forward_mode(moving: Needs, act: Act, layout: str, training: bool) -> None:
+    problem = Problem(Case((3, 4, 3, 2), layout), act, training, has_residual=act is not None or moving[3])
+    primals = [t.detach() for t in problem.values]
+    tangents = [torch.randn_like(t) for t in primals]
+
+    def jvp(run: Callable[..., Tensor], grad_enabled: bool) -> Tensor:
+        with forward_ad.dual_level(), torch.set_grad_enabled(grad_enabled):
+            chosen = zip(primals, tangents, moving, strict=False)
+            inputs = [forward_ad.make_dual(p, t) if m else p for p, t, m in chosen]
+            tangent = forward_ad.unpack_dual(run(*inputs)).tangent
+            assert tangent is not None
+            return tangent
+
+    expected = jvp(problem.composite, True)
+    for grad_enabled in (True, False):
+        actual = jvp(problem.run, grad_enabled)
+        # A tangent is a sum of under a hundred terms of about its own size.
+        assert_within(actual, expected, 2.0**-53 * 1e3 * (1 + expected.abs().max()), "tangent")
+
+
+@MODES
+@each(dtype=(torch.float32, torch.bfloat16))
+def test_forward_mode_keeps_the_dtype(dtype: torch.dtype, training: bool) -> None:
+    x, t = make_input((6, 5, 7, 3), dtype=dtype), make_grad((6, 5, 7, 3), dtype=dtype)
+    p = make_parameters(5)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, t)
+        y = batch_norm(dual, p.running_mean.clone(), p.running_var.clone(), p.weight, p.bias, training)
+        tangent = forward_ad.unpack_dual(y).tangent
+    assert tangent.dtype == dtype
+    # The derivative along x is self-adjoint: the tangent is what backward makes of the same vector.
+    frozen = {} if training else {"running_mean": p.running_mean, "running_var": p.running_var}
+    fwd = reference.forward(x, p.weight, p.bias, **frozen)
+    expected = reference.backward(t, fwd, p.weight, training=training).input
+    limit = tolerances.grad_input(t, fwd, p.weight, dtype, training=training)
+    # Composed of torch's ops, the tangent may round more than once to its dtype.
+    assert_within(tangent, expected, 4 * limit + 4 * tolerances.ulp(expected.abs().max(), dtype), "tangent")
+
+
+@pairs(act=FEW_ACTS, dtype=(torch.float32, torch.bfloat16), training=FLAGS)
+def test_forward_mode_along_the_residual_keeps_the_dtype(act: Act, dtype: torch.dtype, training: bool) -> None:
+    x, t, residual = (make((6, 5, 7, 3), dtype=dtype) for make in (make_input, make_grad, make_residual))
+    p = make_parameters(5)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(residual, t)
+        y = batch_norm_act(x, p.running_mean.clone(), p.running_var.clone(), p.weight, p.bias, dual, training, act=act)
+        tangent = forward_ad.unpack_dual(y).tangent
+    assert tangent.dtype == dtype
+    # The derivative along the residual is act'(z), element by element: what backward makes of the same vector.
+    frozen = {} if training else {"running_mean": p.running_mean, "running_var": p.running_var}
+    fwd = reference.forward(x, p.weight, p.bias, **frozen, residual=residual, act=act)
+    expected = reference.backward(t, fwd, p.weight, training=training, act=act).residual
+    slack = tolerances.slack(t, fwd, p.weight, p.bias, dtype, training=training, has_residual=True, act=act)
+    # Composed of torch's ops, the tangent may round more than once to its dtype.
+    assert_within(tangent, expected, 4 * slack + 4 * tolerances.ulp(expected.abs().max(), dtype), "tangent")
+
+
+def layer(act: Act, device: str) -> torch.nn.Module:
+    return bnext.BatchNormAct2d(5, act=act, device=device) if act else bnext.BatchNorm2d(5, device=device)
+
+
+@EITHER
+def test_same_module_twice_before_backward(act: Act, device: str) -> None:
+    # What the first call keeps (statistics, a mask) must outlive the second.
+    module = layer(act, device)
+    layouts = ("contiguous", "channels_last")
+    makers = (make_input, make_residual) if act else (make_input,)
+    batches = [[make((3, 5, 5, 3), layout, device=device) for make in makers] for layout in layouts]
+    grads = [make_grad((3, 5, 5, 3), device=device) for _ in batches]
+
+    def gradients(calls: Sequence[int]) -> list[Tensor]:
+        """Of each call's input and residual, all outputs being computed before the first backward."""
+        leaves = [[t.detach().requires_grad_() for t in batches[i]] for i in calls]
+        outputs = [module(*inputs) for inputs in leaves]
+        torch.autograd.backward(outputs, [grads[i] for i in calls])
+        return [t.grad for inputs in leaves for t in inputs]
+
+    together = gradients((0, 1))
+    weight_grad, bias_grad = module.weight.grad.clone(), module.bias.grad.clone()
+    module.zero_grad()
+    apart = gradients((0,)) + gradients((1,))
+    assert all(map(same_bits, together, apart))
+    assert same_bits(module.weight.grad, weight_grad)
+    assert same_bits(module.bias.grad, bias_grad)
+
+
+@pairs(act=PLAIN_OR_ACT, training=FLAGS, has_residual=FLAGS)
+def test_backward_twice_gives_the_same_bits(act: Act, training: bool, has_residual: bool, device: str) -> None:
+    x = make_input((6, 5, 7, 3), device=device).requires_grad_()
+    residual = make_residual((6, 5, 7, 3), device=device).requires_grad_() if has_residual else None
+    p = make_parameters(5, device=device)
+    inputs = [t for t in (x, p.weight.requires_grad_(), residual) if t is not None]
+    y = call(x, p, p.weight, p.bias, training, residual=residual, act=act)
+    g = make_grad(tuple(y.shape), device=device)
+    first = torch.autograd.grad(y, inputs, g, retain_graph=True)
+    second = torch.autograd.grad(y, inputs, g)
+    assert all(map(same_bits, first, second))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y, inputs, g)
+
+
+@pairs(act=PLAIN_OR_ACT, training=FLAGS, changed=("input", "weight"))
+def test_in_place_change_of_a_saved_tensor_raises(act: Act, training: bool, changed: str, device: str) -> None:
+    x = make_input((6, 5, 7, 3), device=device).requires_grad_()
+    residual = make_residual((6, 5, 7, 3), device=device) if act else None
+    p = make_parameters(5, device=device)
+    weight = p.weight.requires_grad_()
+    y = call(x, p, weight, p.bias, training, residual=residual, act=act)
+    with torch.no_grad():
+        {"input": x, "weight": weight}[changed].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pairs(act=PLAIN_OR_ACT, training=FLAGS)
+def test_later_updates_of_the_running_stats_do_not_reach_backward(act: Act, training: bool, device: str) -> None:
+    # A training step between an eval-mode forward and its backward: the statistics belong to the graph.
+    x, residual, g = (make((6, 5, 7, 3), device=device) for make in (make_input, make_residual, make_grad))
+    p = make_parameters(5, device=device)
+
+    def gradients(disturb: bool) -> tuple[Tensor, ...]:
+        stats, leaves = p.clone(), [t.detach().requires_grad_() for t in ((x, residual) if act else (x,))]
+        y = call(leaves[0], stats, p.weight, p.bias, training, residual=leaves[1] if act else None, act=act)
+        if disturb:
+            batch_norm_act(residual, stats.running_mean, stats.running_var, training=True)
+        return torch.autograd.grad(y, leaves, g)
+
+    assert all(map(same_bits, gradients(True), gradients(False)))
+
+
+@MODES
+def test_save_stats_carry_no_gradient(training: bool) -> None:
+    x, weight, bias = Problem(Case((4, 3), "contiguous"), None, training, has_residual=False).leaves()
+    p = make_parameters(3, torch.float64)
+    if training:
+        y, stats, _ = torch.ops.bnext.batch_norm_train(x, weight, bias, None, None, None, 0.1, 1e-5)
+    else:
+        y, stats, _ = torch.ops.bnext.batch_norm_eval(x, weight, bias, p.running_mean, p.running_var, 1e-5)
+    assert y.requires_grad
+    assert not stats.requires_grad
+
+
+@EITHER
+def test_activation_checkpointing(act: Act, device: str) -> None:
+    # The forward pass runs again inside backward, on statistics that it has already moved.
+    x, residual, g = (make((6, 5, 7, 3), device=device) for make in (make_input, make_residual, make_grad))
+
+    def gradient(checkpointed: bool) -> list[Tensor]:
+        module, leaves = layer(act, device), [t.clone().requires_grad_() for t in ((x, residual) if act else (x,))]
+        run = lambda *a: torch.utils.checkpoint.checkpoint(module, *a, use_reentrant=False)  # noqa: E731
+        (run if checkpointed else module)(*leaves).backward(g)
+        return [*(leaf.grad for leaf in leaves), module.weight.grad, module.bias.grad]
+
+    assert all(map(same_bits, gradient(True), gradient(False)))

@@ -1,0 +1,111 @@
+"""What a compiler sees of an evaluation without gradients: arithmetic to fuse, equal to the operator to rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import ACTS, DTYPES, Case, make_input, make_parameters, make_residual, parameter_dtype
+from checks import check_forward
+from marks import FLAGS, pairs
+from reference import Act
+from torch import Tensor, fx
+
+import bnext
+from bnext.functional import batch_norm, batch_norm_act
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
+CASES = [Case((7, 5), "contiguous"), Case((3, 5, 5, 3), "contiguous"), Case((3, 5, 5, 3), "channels_last")]
+
+
+class Graphs:
+    """A backend that keeps what it is given, and runs it as it is."""
+
+    def __init__(self) -> None:
+        self.code: list[str] = []
+
+    def __call__(self, module: fx.GraphModule, inputs: list[Tensor]) -> fx.GraphModule:
+        self.code.append(module.code)
+        return module
+
+
+@pytest.fixture
+def composed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while a compiler traces; what it would trace runs at once."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
+@pairs(case=CASES, dtype=DTYPES, affine=FLAGS)
+@torch.no_grad()
+def test_composed_equals_the_reference(case: Case, dtype: torch.dtype, affine: bool, composed: None) -> None:
+    params = make_parameters(case.shape[1], parameter_dtype(dtype))
+    check_forward(make_input(*case, dtype), params, training=False, affine=affine)
+
+
+@pairs(act=ACTS, dtype=(torch.float32, torch.float64, torch.bfloat16), has_residual=FLAGS)
+@torch.no_grad()
+def test_composed_activations_equal_the_reference(
+    act: Act, dtype: torch.dtype, has_residual: bool, composed: None
+) -> None:
+    case = CASES[1]
+    params = make_parameters(case.shape[1], parameter_dtype(dtype))
+    residual = make_residual(case.shape, case.layout, dtype) if has_residual else None
+    check_forward(make_input(*case, dtype), params, training=False, residual=residual, act=act)
+
+
+@torch.no_grad()
+def test_composed_keeps_its_accuracy_far_from_zero(composed: None) -> None:
+    x = 1e5 + torch.randn(16, 4, 16, 16)
+    mean, var = torch.full((4,), 1e5), torch.ones(4)
+    expected = (x.double() - 1e5) / (1 + 1e-5) ** 0.5
+    assert (batch_norm(x, mean, var) - expected).abs().max() <= 2e-6
+
+
+def compiled_code(layer: torch.nn.Module, *args: Tensor) -> str:
+    graphs = Graphs()
+    torch.compile(layer, fullgraph=True, backend=graphs)(*args)
+    (code,) = graphs.code
+    return code
+
+
+def test_only_what_needs_no_gradient_is_composed() -> None:
+    layer, x = bnext.BatchNorm2d(3), torch.randn(2, 3, 4, 4)
+    assert "bnext.batch_norm_train" in compiled_code(layer, x)
+    layer.eval()
+    assert "bnext.batch_norm_eval" in compiled_code(layer, x)
+    with torch.no_grad():
+        assert "bnext" not in compiled_code(layer, x)
+    layer.requires_grad_(False)
+    assert "bnext" not in compiled_code(layer, x)
+    assert "bnext.batch_norm_eval" in compiled_code(layer, x.requires_grad_())
+
+
+@torch.no_grad()
+def test_a_residual_that_does_not_fit_raises_as_in_eager() -> None:
+    layer = bnext.BatchNormAct2d(3).eval()
+    run = torch.compile(layer, fullgraph=True, backend="eager")
+    x = torch.randn(2, 3, 4, 4)
+    for residual in (torch.randn(3, 1, 1), torch.randn(2, 3, 4, 4).double()):
+        with pytest.raises((ValueError, TypeError), match="residual"):
+            layer(x, residual)
+        with pytest.raises((ValueError, TypeError, torch._dynamo.exc.TorchRuntimeError), match="residual"):
+            run(x, residual)
+
+
+@torch.no_grad()
+def test_dynamic_shapes_compile_once() -> None:
+    graphs = Graphs()
+    layer = bnext.BatchNormAct2d(3, act="silu").eval()
+    run = torch.compile(layer, fullgraph=True, backend=graphs, dynamic=True)
+    for shape in ((2, 3, 4, 5), (5, 3, 6, 2)):
+        x, residual = torch.randn(shape), torch.randn(shape)
+        torch.testing.assert_close(run(x, residual), layer(x, residual))
+    assert len(graphs.code) == 1
+
+
+@torch.no_grad()
+def test_a_compiled_function() -> None:
+    mean, var = torch.randn(3), torch.rand(3) + 0.5
+    run = torch.compile(batch_norm_act, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(run(x, mean, var, act="gelu"), batch_norm_act(x, mean, var, act="gelu"))

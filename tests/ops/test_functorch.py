@@ -1,0 +1,306 @@
+"""The contract's torch.func row: vmap, grad, jvp, vjp, jacrev, jacfwd and hessian, each against elementary ops.
+
+Of the plain op, and of act(batch_norm(input) + residual): without a residual, an `act` of None is the plain op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import reference
+import torch
+from cases import ACTS, Parameters, make_input, make_parameters, make_residual
+from checks import call
+from marks import FLAGS, MODES, PLAIN_OR_ACT, each, pairs
+from reference import Act
+from tolerances import assert_within
+from torch import Tensor
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, stack_module_state, vjp, vmap
+
+import bnext
+
+SHAPE = (3, 4, 3, 2)
+EITHER = each(act=PLAIN_OR_ACT)
+
+Run = Callable[..., Tensor]
+
+
+@pytest.fixture
+def stats() -> Parameters:
+    return make_parameters(4, torch.float64)
+
+
+def pair(stats: Parameters, training: bool, act: Act = None) -> tuple[Run, Run]:
+    """bnext's op and the composite, as functions of (input, weight, bias, residual); training is without stats."""
+    mean, var = (None, None) if training else (stats.running_mean, stats.running_var)
+
+    def ours(
+        x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        return call(x, Parameters(weight, bias, mean, var), weight, bias, training, residual=residual, act=act)
+
+    def theirs(
+        x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        return reference.composite(x, mean, var, weight, bias, training, residual=residual, act=act)
+
+    return ours, theirs
+
+
+def arguments(stats: Parameters, has_residual: bool, shape: tuple[int, ...] = SHAPE) -> tuple[Tensor, ...]:
+    residual = (make_residual(shape, dtype=torch.float64),) if has_residual else ()
+    return (make_input(shape, dtype=torch.float64), stats.weight, stats.bias, *residual)
+
+
+def assert_equal(actual: object, expected: object) -> None:
+    """Trees of float64 tensors: equal to 1e3 roundings of the largest element (sums of under a hundred terms)."""
+    got, want = (torch.utils._pytree.tree_leaves(tree) for tree in (actual, expected))
+    assert len(got) == len(want) > 0
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == torch.float64
+        assert_within(a, b.detach(), 2.0**-53 * 1e3 * (1 + b.detach().abs().max()), "result")
+
+
+def scalar(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A scalar function with derivatives of every order."""
+    return lambda *inputs: run(*inputs).sin().sum()
+
+
+def batch(*shape: int) -> Tensor:
+    return torch.stack([make_input(SHAPE, dtype=torch.float64) for _ in range(shape[0])])
+
+
+IN_DIMS = (
+    (0, None, None, None),
+    (0, 0, 0, None),
+    (None, 0, None, None),
+    (None, None, 0, None),
+    (0, None, 0, None),
+    (0, None, None, 0),
+    (None, None, None, 0),
+    (0, 0, 0, 0),
+    (1, None, 0, -1),
+)
+
+
+@pairs(in_dims=IN_DIMS, act=PLAIN_OR_ACT, training=FLAGS)
+def test_vmap_over_any_argument(in_dims: tuple[int | None, ...], act: Act, training: bool, stats: Parameters) -> None:
+    ours, theirs = pair(stats, training, act)
+    has_residual = act is not None or in_dims[3] is not None
+    many = (batch(5), torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64), batch(5))
+    args = [
+        one if dim is None else several.movedim(0, dim)
+        for several, one, dim in zip(many, arguments(stats, has_residual), in_dims, strict=False)
+    ]
+    dims = in_dims[: len(args)]
+    assert_equal(vmap(ours, dims)(*args), vmap(theirs, dims)(*args))
+
+
+@pairs(shape=((4, 3), (4, 3, 5), (2, 3, 3, 2), (2, 3, 2, 2, 2)), act=PLAIN_OR_ACT, training=FLAGS)
+def test_vmap_over_every_rank(shape: tuple[int, ...], act: Act, training: bool) -> None:
+    ours, theirs = pair(make_parameters(3, torch.float64), training, act)
+    xs, residuals = torch.randn(2, 6, *shape, dtype=torch.float64)
+    for in_dims in ((0, None, None, 0), (0, None, None, None)):
+        residual = None if act is None else residuals if in_dims[3] == 0 else residuals[0]
+        args, dims = (xs, None, None, residual), (*in_dims[:3], None if residual is None else in_dims[3])
+        assert_equal(vmap(ours, dims)(*args), vmap(theirs, dims)(*args))
+
+
+@MODES
+@pytest.mark.parametrize("dim", [0, 1, 2, -1])
+def test_vmap_over_any_dimension(dim: int, training: bool, stats: Parameters) -> None:
+    ours, theirs = pair(stats, training)
+    xs = batch(5).movedim(0, dim)
+    assert_equal(vmap(ours, in_dims=dim, out_dims=dim)(xs), vmap(theirs, in_dims=dim, out_dims=dim)(xs))
+
+
+@MODES
+@EITHER
+def test_vmap_within_vmap(act: Act, training: bool, stats: Parameters) -> None:
+    ours, theirs = pair(stats, training, act)
+    xs, residuals = torch.randn(2, 3, *SHAPE, dtype=torch.float64), torch.randn(3, *SHAPE, dtype=torch.float64)
+    weights = torch.randn(3, 4, dtype=torch.float64)
+
+    def nest(run: Run) -> Run:
+        inner = lambda x, weight, residual: run(x, weight, None, None if act is None else residual)  # noqa: E731
+        return vmap(vmap(inner, (0, 0, 0)), (0, None, None))
+
+    assert_equal(nest(ours)(xs, weights, residuals), nest(theirs)(xs, weights, residuals))
+
+
+@EITHER
+def test_vmap_over_the_running_stats_in_eval(act: Act) -> None:
+    many = [make_parameters(4, torch.float64) for _ in range(5)]
+    means, variances = torch.stack([p.running_mean for p in many]), torch.stack([p.running_var for p in many])
+    x = make_input(SHAPE, dtype=torch.float64)
+    residual = None if act is None else make_residual(SHAPE, dtype=torch.float64)
+
+    def ours(mean: Tensor, var: Tensor) -> Tensor:
+        return call(x, Parameters(mean, var, mean, var), None, None, False, residual=residual, act=act)
+
+    def theirs(mean: Tensor, var: Tensor) -> Tensor:
+        return reference.composite(x, mean, var, residual=residual, act=act)
+
+    for in_dims in ((0, 0), (0, None), (None, 0)):
+        args = (means if in_dims[0] == 0 else means[0], variances if in_dims[1] == 0 else variances[0])
+        assert_equal(vmap(ours, in_dims)(*args), vmap(theirs, in_dims)(*args))
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+@each(act=(None, "relu", "silu"))
+def test_vmap_over_stacked_models_trains_each(momentum: float | None, act: Act) -> None:
+    # Model ensembles: parameters, running statistics and counters all carry the batch dimension.
+    kind = (bnext.BatchNorm2d, {}) if act is None else (bnext.BatchNormAct2d, {"act": act})
+    models = [kind[0](4, momentum=momentum, dtype=torch.float64, **kind[1]) for _ in range(5)]
+    inputs = (batch(5),) if act is None else (batch(5), batch(5))
+    for i, (model, x) in enumerate(zip(models, inputs[0], strict=True)):
+        for _ in range(i):  # so that counters differ
+            model(x + i)
+    params, buffers = stack_module_state(models)
+    run = lambda p, b, *inputs: functional_call(models[0], (p, b), inputs)  # noqa: E731
+    with torch.no_grad():
+        outputs = vmap(run)(params, buffers, *inputs)
+        expected = [model(*one) for model, *one in zip(models, *inputs, strict=True)]
+    assert_equal(outputs, torch.stack(expected))
+    for name in ("running_mean", "running_var"):
+        assert_equal(buffers[name], torch.stack([getattr(model, name) for model in models]))
+    assert buffers["num_batches_tracked"].tolist() == [1, 2, 3, 4, 5]
+
+
+@each(act=(None, "relu"))
+def test_vmap_refuses_to_update_shared_running_stats(act: Act, stats: Parameters) -> None:
+    # Which of the batches should they hold? torch refuses as well.
+    kept = stats.clone()
+    with pytest.raises((RuntimeError, ValueError)):
+        vmap(lambda x: call(x, stats, None, None, True, residual=x if act else None, act=act))(batch(5))
+    assert torch.equal(stats.running_mean, kept.running_mean)
+    assert torch.equal(stats.running_var, kept.running_var)
+
+
+@EITHER
+def test_empty_batch_under_vmap(act: Act, stats: Parameters) -> None:
+    ours, _ = pair(stats, False, act)
+    for shape in ((5, 0, 4, 3), (0, *SHAPE)):
+        x = torch.empty(shape, dtype=torch.float64)
+        assert vmap(lambda x: ours(x, None, None, x if act else None))(x).shape == shape
+
+
+@pairs(act=(None, *ACTS), training=FLAGS, has_residual=FLAGS)
+def test_grad_and_grad_of_grad(act: Act, training: bool, has_residual: bool, stats: Parameters) -> None:
+    ours, theirs = pair(stats, training, act)
+    args = arguments(stats, has_residual)
+    argnums = tuple(range(len(args)))
+    assert_equal(grad(scalar(ours), argnums)(*args), grad(scalar(theirs), argnums)(*args))
+    nested = [grad(lambda *a, g=g: g(*a).sin().sum())(*args) for g in (grad(scalar(ours)), grad(scalar(theirs)))]
+    assert_equal(*nested)
+
+
+@pairs(act=PLAIN_OR_ACT, training=FLAGS, has_residual=FLAGS)
+def test_vjp_and_jvp(act: Act, training: bool, has_residual: bool, stats: Parameters) -> None:
+    ours, theirs = pair(stats, training, act)
+    args = arguments(stats, has_residual)
+    tangents = tuple(torch.randn_like(a) for a in args)
+    g = torch.randn(SHAPE, dtype=torch.float64)
+    assert_equal(jvp(ours, args, tangents), jvp(theirs, args, tangents))
+    results = [(out, back(g)) for out, back in (vjp(run, *args) for run in (ours, theirs))]
+    assert_equal(*results)
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr:UserWarning")  # torch.func.linearize's own
+@MODES
+def test_linearize(training: bool, stats: Parameters) -> None:
+    ours, theirs = pair(stats, training)
+    x, tangent = make_input(SHAPE, dtype=torch.float64), torch.randn(SHAPE, dtype=torch.float64)
+    results = [(out, push(tangent)) for out, push in (linearize(run, x) for run in (ours, theirs))]
+    assert_equal(*results)
+
+
+@pairs(transform=(jacrev, jacfwd), act=PLAIN_OR_ACT, training=FLAGS, has_residual=FLAGS)
+def test_jacobian(
+    transform: Callable[..., Callable[..., object]], act: Act, training: bool, has_residual: bool, stats: Parameters
+) -> None:
+    ours, theirs = pair(stats, training, act)
+    args = arguments(stats, has_residual)
+    for argnums in (tuple(range(len(args))), *range(len(args))):
+        assert_equal(transform(ours, argnums)(*args), transform(theirs, argnums)(*args))
+
+
+def reverse_over_reverse(f: Run, argnums: object) -> Run:
+    return jacrev(jacrev(f, argnums), argnums)
+
+
+def reverse_over_forward(f: Run, argnums: object) -> Run:
+    return jacrev(jacfwd(f, argnums), argnums)
+
+
+def forward_over_forward(f: Run, argnums: object) -> Run:
+    return jacfwd(jacfwd(f, argnums), argnums)
+
+
+@pairs(
+    transform=(hessian, reverse_over_reverse, reverse_over_forward, forward_over_forward),
+    act=PLAIN_OR_ACT,
+    training=FLAGS,
+    has_residual=FLAGS,
+)
+def test_hessian(transform: Callable[..., Run], act: Act, training: bool, has_residual: bool) -> None:
+    p = make_parameters(2, torch.float64)
+    ours, theirs = pair(p, training, act)
+    args = arguments(p, has_residual, (3, 2, 2))
+    argnums = tuple(range(len(args)))
+    assert_equal(transform(scalar(ours), argnums)(*args), transform(scalar(theirs), argnums)(*args))
+
+
+@pairs(act=PLAIN_OR_ACT, training=FLAGS, has_residual=FLAGS)
+def test_vmap_of_grad(act: Act, training: bool, has_residual: bool, stats: Parameters) -> None:
+    # Per-sample gradients, as differential privacy takes them.
+    xs, weight, bias, *residual = (batch(5), *arguments(stats, has_residual)[1:])
+    args = (xs, weight, bias, *(batch(5) for _ in residual))
+    in_dims, argnums = (0, None, None, *(0 for _ in residual)), tuple(range(len(args)))
+    results = [vmap(grad(scalar(run), argnums), in_dims)(*args) for run in pair(stats, training, act)]
+    assert_equal(*results)
+
+
+class Block(torch.nn.Module):
+    """The end of a residual block; without an activation, a convolution and batch norm alone."""
+
+    def __init__(self, act: Act) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.norm = bnext.BatchNorm2d(4) if act is None else bnext.BatchNormAct2d(4, act=act)
+        self.head = torch.nn.Linear(4, 2)
+        self.act = act
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.head((self.norm(y) if self.act is None else self.norm(y, x)).mean((2, 3)))
+
+
+@EITHER
+def test_per_sample_gradients(act: Act) -> None:
+    # The use of vmap(grad) that differential privacy makes, with frozen statistics.
+    model = Block(act).double().eval()
+    xs, targets = torch.randn(6, 4, 5, 5, dtype=torch.float64), torch.randint(2, (6,))
+    params, buffers = {k: v.detach() for k, v in model.named_parameters()}, dict(model.named_buffers())
+
+    def loss(params: dict[str, Tensor], x: Tensor, target: Tensor) -> Tensor:
+        logits = functional_call(model, (params, buffers), (x.unsqueeze(0),))
+        return torch.nn.functional.cross_entropy(logits, target.unsqueeze(0))
+
+    together = vmap(grad(loss), (None, 0, 0))(params, xs, targets)
+    for i in range(6):
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(model(xs[i : i + 1]), targets[i : i + 1]).backward()
+        assert_equal({k: v[i] for k, v in together.items()}, {k: p.grad for k, p in model.named_parameters()})
+
+
+@each(act=(None, "relu"))
+def test_ensemble_of_modules(act: Act) -> None:
+    models = [Block(act).double().eval() for _ in range(3)]
+    params, buffers = stack_module_state(models)
+    x = torch.randn(5, 4, 6, 6, dtype=torch.float64)
+    together = vmap(lambda p, b: functional_call(models[0], (p, b), (x,)))(params, buffers)
+    assert_equal(together, torch.stack([model(x) for model in models]))

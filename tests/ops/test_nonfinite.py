@@ -1,0 +1,164 @@
+"""NaN and infinity: which results they reach, and that every other channel keeps its bits.
+
+Of the plain op, and of act(batch_norm(input) + residual): without a residual, an `act` of None is the plain op.
+"""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import tolerances
+import torch
+from cases import (
+    DTYPES,
+    FEW_CASES,
+    RECTIFIERS,
+    Case,
+    Parameters,
+    make_grad,
+    make_input,
+    make_parameters,
+    make_residual,
+    parameter_dtype,
+    same_bits,
+)
+from checks import call
+from marks import EVERY_ACT, FLAGS, PLAIN_OR_ACT, RESIDUAL, pairs
+from reference import Act
+from tolerances import assert_within
+from torch import Tensor
+
+from bnext.functional import batch_norm_act
+
+pytestmark = pytest.mark.kernels
+
+
+def train_and_differentiate(x: Tensor, residual: Tensor | None, g: Tensor, act: Act) -> list[Tensor]:
+    """Output and gradients of (input, residual) in training mode without running statistics."""
+    leaves = [t.detach().requires_grad_() for t in (x, residual) if t is not None]
+    without = Parameters(None, None, None, None)
+    y = call(leaves[0], without, None, None, True, residual=leaves[1] if residual is not None else None, act=act)
+    return [y.detach(), *torch.autograd.grad(y, leaves, g)]
+
+
+@pairs(case=FEW_CASES, dtype=DTYPES, act=PLAIN_OR_ACT, poison=(torch.nan, torch.inf, -torch.inf), has_residual=FLAGS)
+def test_nan_and_inf_poison_only_their_own_channel(
+    case: Case, dtype: torch.dtype, act: Act, poison: float, has_residual: bool, device: str
+) -> None:
+    x, g = make_input(*case, dtype, device), make_grad(case.shape, dtype=dtype, device=device)
+    residual = make_residual(*case, dtype, device) if has_residual else None
+    bad = x.clone(memory_format=torch.preserve_format)
+    bad[-1, 1, ...] = poison
+    healthy = [c for c in range(case.shape[1]) if c != 1]
+    clean, poisoned = (train_and_differentiate(t, residual, g, act) for t in (x, bad))
+    for a, b in zip(clean, poisoned, strict=True):
+        assert same_bits(a[:, healthy], b[:, healthy])
+    assert poisoned[0][:, 1].isnan().all()  # the mean, or the variance, of that channel is NaN
+    assert poisoned[1][:, 1].isnan().all()
+    mean, var = (torch.zeros(case.shape[1], device=device, dtype=parameter_dtype(dtype)) for _ in range(2))
+    call(bad, Parameters(None, None, mean, var), None, None, True, residual=residual, act=act)
+    assert mean[healthy].isfinite().all()
+    assert var[healthy].isfinite().all()
+    assert not mean[1].isfinite()
+    assert not var[1].isfinite()
+
+
+@pairs(case=FEW_CASES, act=PLAIN_OR_ACT, training=FLAGS, where=("grad_output", "residual"))
+def test_nan_beside_the_input_stays_in_its_channel(
+    case: Case, act: Act, training: bool, where: str, device: str
+) -> None:
+    x, residual, g = (make(case.shape, device=device) for make in (make_input, make_residual, make_grad))
+    if act is None and where == "grad_output":
+        residual = None  # the plain op
+    p = make_parameters(case.shape[1], device=device)
+    bad = (residual if where == "residual" else g).clone()
+    bad[0, 1] = torch.nan
+
+    def run(residual: Tensor | None, g: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        stats = p.clone()
+        leaves = [t.detach().requires_grad_() for t in (x, p.weight, p.bias, residual) if t is not None]
+        added = None if residual is None else leaves[3]
+        y = call(leaves[0], stats, *leaves[1:3], training, residual=added, act=act)
+        return y.detach(), list(torch.autograd.grad(y, leaves, g)), [stats.running_mean, stats.running_var]
+
+    clean = run(residual, g)
+    poisoned = run(bad, g) if where == "residual" else run(residual, bad)
+    healthy = [c for c in range(case.shape[1]) if c != 1]
+    assert all(map(same_bits, clean[2], poisoned[2])), "neither is any of the statistics' business"
+    assert same_bits(clean[0][:, healthy], poisoned[0][:, healthy])
+    for a, b in zip(clean[1], poisoned[1], strict=True):
+        assert same_bits(a[:, healthy] if a.ndim > 1 else a[healthy], b[:, healthy] if b.ndim > 1 else b[healthy])
+    if where == "residual":
+        assert torch.equal(poisoned[0].isnan(), bad.isnan())  # of the output, those elements and no others
+    elif training:
+        assert poisoned[1][0][:, 1].isnan().all()
+
+
+@pairs(case=FEW_CASES, act=PLAIN_OR_ACT)
+def test_nan_in_eval_mode_stays_where_it_is(case: Case, act: Act, device: str) -> None:
+    x, residual = make_input(*case, device=device), make_residual(case.shape, device=device) if act else None
+    p = make_parameters(case.shape[1], device=device)
+    bad = x.clone(memory_format=torch.preserve_format)
+    bad[-1, 1, ...] = torch.nan
+    y, z = (call(t, p, p.weight, p.bias, False, residual=residual, act=act) for t in (x, bad))
+    hit = bad.isnan()
+    assert z[hit].isnan().all()
+    assert same_bits(y[~hit], z[~hit])
+
+
+@pytest.mark.not_emulated
+@EVERY_ACT
+@pytest.mark.parametrize("infinity", [float("inf"), float("-inf")], ids=str)
+def test_infinity_in_eval_mode(infinity: float, act: Act, device: str) -> None:
+    # Of a finite slope: relu(-inf) is 0 and relu(inf) is inf; where torch's own gives NaN for -inf (silu, hardswish:
+    # inf*0), 0 is as good. Others are as they were.
+    x = make_input((6, 5, 7, 3), device=device)
+    bad = x.clone()
+    bad[2, 1, 3] = infinity
+    mean, var = torch.zeros(5, device=device), torch.ones(5, device=device)
+    y, z = (batch_norm_act(t, mean, var, act=act) for t in (x, bad))
+    hit = bad.isinf()
+    assert same_bits(y[~hit], z[~hit])
+    if reference.named(act)[0] in ("identity", "elu", *RECTIFIERS):
+        following, *slope = act if isinstance(act, tuple) else (act,)
+        expected = bad if act == "identity" else getattr(torch.nn.functional, following)(bad, *slope)
+        assert torch.equal(z[hit], expected[hit])
+    elif infinity > 0:
+        assert (z[hit].isinf() | z[hit].isnan()).all()  # torch's own gelu gives NaN
+    else:
+        assert (z[hit].isnan() | (z[hit] == 0)).all()
+
+
+@pytest.mark.not_emulated
+@RESIDUAL
+def test_gradient_of_relu_at_nan_is_torchs(has_residual: bool, device: str) -> None:
+    # relu(NaN) is NaN, and the gradient passes: torch drops it where z <= 0 and only there.
+    for case in FEW_CASES:
+        x, g = make_input(*case, device=device), make_grad(case.shape, device=device)
+        x = x.clone(memory_format=torch.preserve_format)
+        x[-1, 1, ...] = torch.nan
+        p = make_parameters(case.shape[1], device=device)
+        residual = make_residual(*case, device=device).requires_grad_() if has_residual else None
+        bias = p.bias.clone().requires_grad_()
+        leaves = [bias] if residual is None else [bias, residual]
+        y = batch_norm_act(x, p.running_mean, p.running_var, p.weight, bias, residual)
+        plain = batch_norm_act(x, p.running_mean, p.running_var, p.weight, bias, act=None)
+        expected = torch.nn.functional.relu(plain if residual is None else plain + residual)
+        assert same_bits(y.isnan(), expected.isnan())
+        ours, theirs = (torch.autograd.grad(t, leaves, g) for t in (y, expected))
+        reaching = torch.where(expected.detach() == 0, 0, g)  # torch's sum errs by as much as ours may
+        limit = tolerances.grad_bias(reaching, x.dtype, x.dtype)
+        assert_within(ours[0], reference.widen(theirs[0]), 2 * limit, "grad_bias")
+        assert all(map(same_bits, ours[1:], theirs[1:]))
+
+
+@pytest.mark.not_emulated
+@RESIDUAL
+def test_gradient_of_relu6_passes_at_nan(has_residual: bool, device: str) -> None:
+    # torch passes it or not, as its vectors end; ours do as relu does, whether a mask says so or the pre-activation.
+    x = torch.tensor([torch.nan, 6.0, 3.0, 7.0, -1.0, 0.0], device=device).repeat(7, 1).requires_grad_()
+    zero, one = torch.zeros(6, device=device), torch.ones(6, device=device)
+    args = (torch.zeros_like(x), zero, one, zero, None, x) if has_residual else (x, zero, one)
+    y = batch_norm_act(*args, act="relu6", eps=0.0)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(grad, torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 0.0], device=device).expand(7, 6))

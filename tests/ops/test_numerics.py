@@ -1,0 +1,315 @@
+"""The bars of contract section 3: accuracy far from zero, at both ends of the range, and in half precision.
+
+Of the plain op, and of act(batch_norm(input) + residual): without a residual, an `act` of None is the plain op.
+"""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import tolerances
+import torch
+from cases import (
+    ACTS,
+    DENSE_CASES,
+    DTYPES,
+    FEW_ACTS,
+    FEW_CASES,
+    LOW_PRECISION,
+    Case,
+    make_grad,
+    make_input,
+    make_parameters,
+    make_residual,
+    name,
+    parameter_dtype,
+    to_layout,
+)
+from checks import call, check_backward, check_forward
+from marks import EVERY_ACT, FLAGS, in_emulation, pairs
+from reference import Act
+from tolerances import assert_within
+from torch import Tensor
+
+from bnext.functional import batch_norm, batch_norm_act
+
+pytestmark = pytest.mark.kernels
+
+OUTPUT_BAR = 2e-6
+GRAD_BAR = 1e-5
+
+# 16,384 elements a channel in every layout.
+BAR_CASES = [
+    Case((16384, 3), "contiguous"),
+    Case((16384, 3), "transposed"),
+    Case((64, 3, 256), "contiguous"),
+    Case((16, 5, 32, 32), "contiguous"),
+    Case((16, 5, 32, 32), "channels_last"),
+    Case((16, 5, 32, 32), "sliced"),
+    Case((16, 5, 32, 32), "transposed"),
+    Case((16, 5, 32, 32), "offset"),
+    Case((4, 3, 16, 16, 16), "contiguous"),
+    Case((4, 3, 16, 16, 16), "channels_last_3d"),
+]
+WIDE_CASE = Case((16, 67, 32, 32), "channels_last")
+# The kernels differ by layout and alignment: two of the large cases are enough in emulation.
+EMULATED_CASES = [*FEW_CASES, *BAR_CASES[3:5]]
+BARS = pytest.mark.parametrize("case", in_emulation(EMULATED_CASES, BAR_CASES), ids=name)
+FEW_AND_BARS = pytest.mark.parametrize("case", in_emulation(EMULATED_CASES, [*FEW_CASES, *BAR_CASES]), ids=name)
+
+
+def train_and_differentiate(x: Tensor, g: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Output and grad_input of batch norm in training mode without running statistics."""
+    leaf = x.detach().requires_grad_()
+    y = batch_norm(leaf, None, None, weight, training=True)
+    return y.detach(), torch.autograd.grad(y, leaf, g)[0]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest error over the largest expected value."""
+    return float((reference.widen(actual) - expected).abs().max() / expected.abs().max())
+
+
+def assert_bars(x: Tensor, g: Tensor) -> None:
+    y, grad = train_and_differentiate(x, g)
+    fwd = reference.forward(x)
+    # The bar is for standard deviation 1, so for |y| up to 4 or so; beyond (outliers) it is relative.
+    assert_within(y, fwd.output, OUTPUT_BAR * (fwd.output.abs() / 4).clamp(min=1), "output")
+    assert relative_error(grad, reference.backward(g, fwd, training=True).input) <= GRAD_BAR
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e2, -1e2, 1e4, 1e5], ids="mean={:g}".format)
+@pytest.mark.parametrize("case", in_emulation([*EMULATED_CASES, WIDE_CASE], [*BAR_CASES, WIDE_CASE]), ids=name)
+def test_offset_does_not_cost_accuracy(case: Case, mean: float, device: str) -> None:
+    x = to_layout(torch.randn(case.shape, device=device) + mean, case.layout)
+    assert_bars(x, make_grad(case.shape, device=device))
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e5], ids="mean={:g}".format)
+@pytest.mark.parametrize("case", BAR_CASES[3:5], ids=name)
+def test_offset_does_not_cost_accuracy_on_any_instruction_set(case: Case, mean: float, isa: str) -> None:
+    x = to_layout(torch.randn(case.shape) + mean, case.layout)
+    assert_bars(x, make_grad(case.shape))
+
+
+ACTIVATED_CASES = (
+    Case((4096, 3), "contiguous"),
+    Case((16, 5, 16, 16), "contiguous"),
+    Case((16, 5, 16, 16), "channels_last"),
+    Case((16, 5, 16, 16), "sliced"),
+)
+
+
+@pytest.mark.not_emulated
+@pairs(case=ACTIVATED_CASES, mean=(0.0, 1e2, -1e5), act=FEW_ACTS, has_residual=FLAGS)
+def test_offset_does_not_cost_accuracy_before_an_activation(
+    case: Case, mean: float, act: Act, has_residual: bool, device: str
+) -> None:
+    # The contract's bar times the steepest slope of any activation, 1.5; there is no bar at a kink's two sides.
+    x = to_layout(torch.randn(case.shape, device=device) + mean, case.layout)
+    residual = make_residual(*case, device=device) if has_residual else None
+    y = batch_norm_act(x, None, None, residual=residual, training=True, act=act)
+    fwd = reference.forward(x, residual=residual, act=act)
+    assert_within(y, fwd.output, 1.5 * OUTPUT_BAR * (fwd.z.abs() / 4).clamp(min=1), "output")
+    params = make_parameters(case.shape[1], device=device)
+    check_forward(x, params, training=True, residual=residual, act=act)
+    check_backward(x, make_grad(case.shape, device=device), params, training=True, residual=residual, act=act)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
+@BARS
+def test_saved_mean_carries_more_bits_than_the_input(case: Case, dtype: torch.dtype, device: str) -> None:
+    # At 1e5 the spacing of float32 is 2^-7: a mean rounded to float32 is off by up to 4e-3 standard deviations.
+    x = to_layout((torch.randn(case.shape, dtype=torch.float64) + 1e5).to(device, dtype), case.layout)
+    fwd = reference.forward(x)
+    _, stats, _ = torch.ops.bnext.batch_norm_train(x, None, None, None, None, None, 0.1, 1e-5)
+    stat = tolerances.statistics(fwd.count, dtype)
+    # The mean itself is a double: 1e5 has a spacing of 2^-36.
+    assert_within(stats[0], fwd.mean, stat * fwd.var.sqrt() + tolerances.ulp(fwd.mean.abs(), torch.float64), "mean")
+    assert_within(stats[1], fwd.invstd, stat * fwd.invstd, "invstd")
+
+
+@pytest.mark.not_emulated
+@pytest.mark.parametrize("offset", [1e2, -1e5], ids="offset={:g}".format)
+@pytest.mark.parametrize("first", ["zero", "one value", "noise"])
+@pytest.mark.parametrize("case", [case for case in BAR_CASES if case.layout != "offset"], ids=name)
+def test_first_image_unlike_the_rest(case: Case, first: str, offset: float, device: str) -> None:
+    # A shift taken from the first image alone lies far from the mean of the batch.
+    x = torch.randn(case.shape, device=device)
+    x[1:] += offset
+    if first != "noise":
+        x[0] = 0.0 if first == "zero" else 0.3
+    x = to_layout(x, case.layout)
+    assert_bars(x, make_grad(case.shape, device=device))
+    fwd = reference.forward(x)
+    _, stats, _ = torch.ops.bnext.batch_norm_train(x, None, None, None, None, None, 0.1, 1e-5)
+    assert relative_error(stats[1].cpu() ** -2, fwd.var + 1e-5) <= 1e-6
+
+
+@BARS
+def test_one_image_of_padding_among_equal_images(case: Case, device: str) -> None:
+    # The mirror image: only the last one differs, and a sample may miss it.
+    x = torch.randn(case.shape, device=device)
+    x[-1] += 1e4
+    assert_bars(to_layout(x, case.layout), make_grad(case.shape, device=device))
+
+
+@pytest.mark.parametrize("magnitude", [1e3, 1e6, 1e15], ids="{:g}".format)
+@BARS
+def test_outliers_in_pairs(case: Case, magnitude: float, device: str) -> None:
+    # +-pairs leave the mean where it is, and make the variance: every other value must survive beside them.
+    x = torch.randn(case.shape, device=device)
+    x[0, :], x[-1, :] = x[0, :].clamp(-1, 1), x[-1, :].clamp(-1, 1)
+    picked = (0, slice(None), *[0] * (x.ndim - 2))
+    x[picked] = magnitude
+    x[(-1, *picked[1:])] = -magnitude
+    x = to_layout(x, case.layout)
+    g = make_grad(case.shape, device=device)
+    y, grad = train_and_differentiate(x, g)
+    fwd = reference.forward(x)
+    assert_within(y, fwd.output, tolerances.output(fwd, None, None, x.dtype, training=True), "output")
+    assert_within(
+        grad,
+        reference.backward(g, fwd, training=True).input,
+        tolerances.grad_input(g, fwd, None, x.dtype, training=True),
+        "grad_input",
+    )
+
+
+CONSTANTS = (0.0, -0.0, 1.0, 0.1, -3.7, 1e4 + 1 / 3, 65504.0, 1e30, 3e38)
+
+
+@pytest.mark.not_emulated
+@pairs(case=DENSE_CASES, dtype=DTYPES)
+def test_constant_channel_is_exactly_bias(case: Case, dtype: torch.dtype, device: str) -> None:
+    p = make_parameters(case.shape[1], parameter_dtype(dtype), device)
+    values = [v for v in CONSTANTS if v <= torch.finfo(dtype).max]
+    for value in values:
+        x = to_layout(torch.full(case.shape, value, dtype=dtype, device=device), case.layout)
+        y = batch_norm(x, None, None, p.weight, p.bias, training=True)
+        expected = reference.along_channels(p.bias.to(dtype), x.ndim).expand(case.shape)
+        assert torch.equal(y, expected), value
+
+
+@pytest.mark.parametrize("case", [*FEW_CASES, *BAR_CASES[3:5]], ids=name)
+def test_constant_channel_among_others(case: Case, device: str) -> None:
+    x = make_input(*case, device=device)
+    x[:, 1] = 0.1
+    p = make_parameters(case.shape[1], device=device)
+    y = batch_norm(x, None, None, p.weight, p.bias, training=True)
+    assert torch.equal(y[:, 1], p.bias[1].expand_as(y[:, 1]))
+
+
+@pytest.mark.not_emulated
+@pairs(case=FEW_CASES, act=FEW_ACTS, dtype=(torch.float32, torch.float64))
+def test_constant_channel_is_exactly_act_of_bias(case: Case, act: Act, dtype: torch.dtype, device: str) -> None:
+    # One value throughout the channel, since it is computed from the bias alone; and that of act, within its own few
+    # roundings. Not the same bits for every constant: sums beyond float32 are taken again in float64, and so is act.
+    p = make_parameters(case.shape[1], dtype, device)
+    ndim = len(case.shape)
+    bias = reference.along_channels(reference.widen(p.bias), ndim).expand(case.shape)
+    expected = reference.activate(bias, act)
+    limit = 4 * tolerances.unit(dtype) * (expected.abs() + bias.abs()) + tolerances.half_ulp(expected, dtype)
+    for value in CONSTANTS:
+        x = to_layout(torch.full(case.shape, value, dtype=dtype, device=device), case.layout)
+        y = batch_norm_act(x, None, None, p.weight, p.bias, training=True, act=act)
+        assert_within(y, expected, 0.0 if act in ("identity", "relu") else limit, f"output of {value}")
+        first = y[(slice(1), slice(None), *[slice(1)] * (ndim - 2))]
+        assert torch.equal(y, first.expand_as(y)), value
+
+
+@pytest.mark.not_emulated
+@pairs(case=FEW_CASES, act=FEW_ACTS)
+def test_constant_channel_passes_the_residual(case: Case, act: Act, device: str) -> None:
+    # With weight * 0 and no bias z is the residual, to the bit.
+    x = torch.full(case.shape, 0.1, device=device)
+    residual = make_residual(*case, device=device)
+    y = batch_norm_act(to_layout(x, case.layout), None, None, residual=residual, training=True, act=act)
+    z = reference.widen(residual)
+    expected = reference.activate(z, act)
+    limit = 4 * tolerances.unit(x.dtype) * (expected.abs() + z.abs())
+    assert_within(y, expected, 0.0 if act in ("identity", "relu") else limit, "output")
+
+
+def check_at_scale(case: Case, scale: float, act: Act, has_residual: bool, device: str) -> None:
+    # Squares of these overflow float32, or vanish in it. eps is small enough not to hide the small ones.
+    eps = min(1e-5, scale**2 * 1e-3)
+    values = torch.randn(case.shape, dtype=torch.float64) * scale
+    x = to_layout(values.to(device, torch.float32), case.layout)
+    residual = make_residual(*case, device=device) if has_residual else None
+    p = make_parameters(case.shape[1], device=device)
+    g = make_grad(case.shape, device=device)
+    leaf = x.detach().requires_grad_()
+    running_var = torch.ones_like(p.running_var)
+    stats = p._replace(running_var=running_var)
+    y = call(leaf, stats, p.weight, p.bias, True, 1.0, eps, residual, act)
+    (grad,) = torch.autograd.grad(y, leaf, g)
+
+    fwd = reference.forward(x, p.weight, p.bias, eps=eps, residual=residual, act=act)
+    options = {"training": True, "has_residual": has_residual, "act": act}
+    assert_within(y, fwd.output, tolerances.output(fwd, p.weight, p.bias, x.dtype, **options), "output")
+    expected = reference.backward(g, fwd, p.weight, training=True, act=act)
+    largest = torch.finfo(torch.float32).max
+    assert expected.input.abs().max() < largest
+    slack = tolerances.slack(g, fwd, p.weight, p.bias, x.dtype, **options)
+    limit = tolerances.grad_input(expected.residual, fwd, p.weight, x.dtype, training=True, slack=slack)
+    assert_within(grad, expected.input, limit, "grad_input")
+    # A variance that float32 does not hold is stored as inf or 0, which is what it rounds to: never as NaN.
+    unbiased = fwd.var * fwd.count / (fwd.count - 1)
+    limit = unbiased * 4 * tolerances.statistics(fwd.count, x.dtype) + tolerances.half_ulp(unbiased, torch.float32)
+    held = unbiased < largest
+    assert_within(running_var[held], unbiased[held], limit[held], "running_var")
+    assert (running_var[~held] == torch.inf).all()
+
+
+SCALES = (1e-30, 1e-18, 1e18, 1e30)
+
+
+@FEW_AND_BARS
+@pytest.mark.parametrize("scale", SCALES, ids="{:g}".format)
+def test_every_finite_float32(scale: float, case: Case, device: str) -> None:
+    check_at_scale(case, scale, None, False, device)
+
+
+@pytest.mark.not_emulated
+@pairs(case=FEW_CASES, scale=SCALES, act=ACTS, has_residual=FLAGS)
+def test_every_finite_float32_before_an_activation(
+    case: Case, scale: float, act: Act, has_residual: bool, device: str
+) -> None:
+    check_at_scale(case, scale, act, has_residual, device)
+
+
+@pytest.mark.not_emulated
+@EVERY_ACT
+@pytest.mark.parametrize("size", [1e4, 1e15, 1e30], ids="{:g}".format)
+def test_pre_activations_of_any_size(size: float, act: Act, device: str) -> None:
+    # Beyond the range of exp and erf the activation is 0 or z, its derivative 0 or 1: no inf times 0, no NaN.
+    signs = make_grad((6, 5, 7, 3), device=device).sign()
+    residual = torch.where(
+        make_grad((6, 5, 7, 3), device=device) > 1, make_residual((6, 5, 7, 3), device=device), signs * size
+    )
+    x, g = make_input((6, 5, 7, 3), device=device), make_grad((6, 5, 7, 3), device=device)
+    params = make_parameters(5, device=device)
+    for training in (True, False):
+        check_forward(x, params, training=training, residual=residual, act=act)
+        check_backward(x, g, params, training=training, residual=residual, act=act)
+
+
+@pairs(case=[*FEW_CASES, *BAR_CASES], dtype=LOW_PRECISION, training=FLAGS)
+def test_half_precision_output_is_correctly_rounded(
+    case: Case, dtype: torch.dtype, training: bool, device: str
+) -> None:
+    x = make_input(*case, dtype, device)
+    p = make_parameters(case.shape[1], device=device)
+    frozen = {} if training else {"running_mean": p.running_mean, "running_var": p.running_var}
+    fwd = reference.forward(x, p.weight, p.bias, **frozen)
+    y = batch_norm(x, p.running_mean.clone(), p.running_var.clone(), p.weight, p.bias, training).cpu()
+    # Rounding is monotone: whatever float32 result lies within its error of the exact one, it rounds to a number
+    # between these two. They are one and the same, except near a tie or where float32 is the coarser (y near 0).
+    error = tolerances.output(fwd, p.weight, p.bias, torch.float32, training=training)
+    low, high = (fwd.output - error).to(dtype), (fwd.output + error).to(dtype)
+    assert ((low <= y) & (y <= high)).all()
+    # A tie lies within the error in as large a share of the values as the error has of the spacing; twice that
+    # for its two sides, and 1% for chance.
+    share = (2 * error / tolerances.ulp(fwd.output, dtype)).clamp(max=1).mean().item()
+    assert (y != fwd.output.to(dtype)).double().mean().item() <= 2 * share + 0.01

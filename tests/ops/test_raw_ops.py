@@ -1,0 +1,212 @@
+"""The raw operators behind the fused one: the mask, the output mask, values, and their wrong arguments."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import reference
+import tolerances
+import torch
+from cases import (
+    ACTS,
+    DTYPES,
+    FEW_ACTS,
+    FEW_CASES,
+    LARGE_CASES,
+    MEDIUM_CASES,
+    RECTIFIERS,
+    Case,
+    name,
+    same_bits,
+)
+from marks import EVERY_ACT, FEW, FLAGS, MODES, pairs
+from raw_ops import EMPTY_CASES, Call, backward, evaluate, train
+from reference import Act
+from tolerances import assert_within
+from torch import Tensor
+from wrong_arguments import RAISES, WORDS, Wrong, assert_raises_and_leaves_alone
+
+ONE_SIDED = ("relu", "relu6", ("leaky_relu", -0.5))
+
+
+@MODES
+@pytest.mark.parametrize("case", FEW_CASES, ids=name)
+def test_the_identity_is_the_default(case: Case, training: bool) -> None:
+    call = Call(case, torch.float32, training, "identity", has_residual=False)
+    args = [t.clone() if isinstance(t, Tensor) else t for t in call.forward_args()]
+    for a, b in zip((train if training else evaluate)(*args), call.forward(), strict=True):
+        assert same_bits(a, b)
+    _, stats, mask = call.forward()
+    assert (mask.dtype, tuple(mask.shape)) == (torch.uint8, (0,))
+    short = backward(call.g, call.x, call.weight, stats, training, 1e-5, [True, True, True, False])
+    assert all(map(same_bits, short, call.backward(stats, (True, True, True, False))))
+    assert short[3].shape == (0,)
+
+
+def test_the_counter_is_counted_and_statistics_know_no_activation() -> None:
+    plain = Call(FEW_CASES[3], torch.float32, True, "identity", has_residual=False)
+    results = []
+    for act in ACTS:
+        call = Call(FEW_CASES[3], torch.float32, True, act)
+        call.x, call.mean, call.var = plain.x, plain.mean.clone(), plain.var.clone()
+        results.append((call.forward()[1], call.mean, call.var))
+        assert call.counter.item() == 4
+    stats = plain.forward()[1]
+    for result in results:
+        assert all(map(same_bits, result, (stats, plain.mean, plain.var)))
+
+
+def mask_rows(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
+    """The mask's leading sizes: planes, (N, C), or pixels, (N*spatial,)."""
+    n, c, *spatial = shape
+    return (n * math.prod(spatial),) if layout.startswith("channels_last") or not spatial else (n, c)
+
+
+@pairs(case=FEW_CASES, dtype=DTYPES, act=ONE_SIDED, training=FLAGS)
+def test_mask_is_a_bit_an_element_and_says_all_that_backward_asks(
+    case: Case, dtype: torch.dtype, act: Act, training: bool
+) -> None:
+    call = Call(case, dtype, training, act)
+    plain, stats, none = call.forward(with_mask=False)
+    call.counter.fill_(3)
+    y, same_stats, mask = call.forward(with_mask=True)
+    assert same_bits(y, plain)
+    assert same_bits(same_stats, stats)
+    assert (none.dtype, tuple(none.shape), mask.dtype) == (torch.uint8, (0,), torch.uint8)
+    assert tuple(mask.shape[:-1]) == mask_rows(case.shape, case.layout)
+    row = case.shape[1] if mask.ndim == 2 else call.x.numel() // (case.shape[0] * case.shape[1])
+    assert 8 * mask.shape[-1] >= row
+    assert mask.shape[-1] <= -(-row // 8) + 8
+
+    from_mask = call.backward(stats, call.wanted(), mask)
+    from_residual = call.backward(stats, call.wanted())
+    assert all(map(same_bits, from_mask, from_residual))
+    if act == "relu":
+        assert torch.equal(from_mask[3], torch.where(y > 0, call.g, 0))
+
+
+@MODES
+@pytest.mark.parametrize("case", [*FEW_CASES, *MEDIUM_CASES, *LARGE_CASES[2:4]], ids=name)
+def test_mask_has_the_same_bits_for_any_number_of_threads(case: Case, training: bool) -> None:
+    before = torch.get_num_threads()
+    call = Call(case, torch.float32, training, "relu")
+    try:
+        results = []
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            y, stats, mask = call.forward(with_mask=True)
+            results.append([y, stats, mask, *call.backward(stats, call.wanted(), mask)])
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(map(same_bits, result, results[0]))
+
+
+@MODES
+@FEW
+@pytest.mark.parametrize("with_mask", [True, False], ids=["mask", "residual"])
+def test_output_mask_computes_what_is_asked_and_nothing_else(with_mask: bool, act: Act, training: bool) -> None:
+    for case in FEW_CASES:
+        call = Call(case, torch.float32, training, act)
+        kept = with_mask and reference.named(act)[0] in RECTIFIERS
+        _, stats, bits = call.forward(with_mask=kept)
+        mask = bits if kept else None
+        everything = call.backward(stats, call.wanted(), mask)
+        for asked in itertools.product((True, False), repeat=4):
+            if asked[3] and not call.wanted()[3]:
+                continue
+            for want, got, full in zip(asked, call.backward(stats, asked, mask), everything, strict=True):
+                if want:
+                    assert same_bits(got, full), (case, asked)
+                else:
+                    assert got.shape == (0,), (case, asked)
+
+
+@pairs(case=FEW_CASES, act=ONE_SIDED)
+def test_with_a_mask_eval_needs_neither_input_nor_residual(case: Case, act: Act) -> None:
+    call = Call(case, torch.float32, False, act)
+    _, stats, mask = call.forward(with_mask=True)
+    for asked in ((True, False, False, True), (True, False, True, False), (False, False, False, True)):
+        expected = call.backward(stats, asked, mask)
+        without = call.backward(stats, asked, mask, input=None, bias=None)
+        assert all(map(same_bits, without, expected)), asked
+
+
+@pairs(case=EMPTY_CASES, act=FEW_ACTS, training=FLAGS)
+def test_empty_batch_counts_and_has_zero_parameter_gradients(case: Case, act: Act, training: bool) -> None:
+    call = Call(case, torch.float32, training, act)
+    kept = call.mean.clone(), call.var.clone()
+    y, stats, _ = call.forward()
+    assert y.shape == case.shape
+    assert call.counter.item() == 3 + training
+    assert all(map(same_bits, (call.mean, call.var), kept))
+    grads = call.backward(stats, call.wanted())
+    assert grads[0].shape == case.shape
+    assert torch.equal(grads[1], torch.zeros(3))
+    assert torch.equal(grads[2], torch.zeros(3))
+
+
+WRONG_IN_FORWARD = [
+    Wrong("shape", "residual", lambda: torch.ones(3, 5, 5, 1), (r"3, 5, 5, 3", r"3, 5, 5, 1")),
+    Wrong("dtype", "residual", lambda: torch.ones(3, 5, 5, 3).double(), (WORDS[torch.float32], WORDS[torch.float64])),
+    Wrong("meta", "residual", lambda: torch.ones(3, 5, 5, 3, device="meta"), ("cpu", "meta")),
+    Wrong("unknown", "act", lambda: "swish", ("swish", "relu", "hardswish")),
+    Wrong("empty", "act", lambda: "", ("relu", "hardswish")),
+]
+
+
+WRONG_IN_BACKWARD = [
+    *WRONG_IN_FORWARD,
+    Wrong("dtype", "mask", lambda: torch.zeros(3, 5, 8, dtype=torch.bool), (r"uint8|byte", WORDS[torch.bool])),
+    Wrong("rows", "mask", lambda: torch.zeros(3, 4, 8, dtype=torch.uint8), (r"3, 4, 8",)),
+    Wrong("short", "mask", lambda: torch.zeros(3, 5, 1, dtype=torch.uint8), (r"3, 5, 1",)),
+    Wrong("flat", "mask", lambda: torch.zeros(30, dtype=torch.uint8), (r"\b30\b|\b1\b",)),
+    Wrong("meta", "mask", lambda: torch.zeros(3, 5, 8, dtype=torch.uint8, device="meta"), ("cpu", "meta")),
+    Wrong("short", "bias", lambda: torch.ones(4), (r"\b5\b", r"\b4\b")),
+]
+
+
+@MODES
+@pytest.mark.parametrize("row", WRONG_IN_FORWARD, ids=str)
+def test_wrong_argument_in_forward(row: Wrong, training: bool) -> None:
+    call = Call(Case((3, 5, 5, 3), "contiguous"), torch.float32, training, "relu")
+    names = [a.name for a in (train if training else evaluate).default._schema.arguments]
+    args = dict(zip(names, call.forward_args(), strict=False))
+    args |= {"residual": call.residual, "act": "relu", row.argument: row.value()}
+    assert_raises_and_leaves_alone(
+        lambda a: (train if training else evaluate)(**a), args, rf"\b{row.argument}\b", *row.message
+    )
+
+
+@MODES
+@pytest.mark.parametrize("row", WRONG_IN_BACKWARD, ids=str)
+def test_wrong_argument_in_backward(row: Wrong, training: bool) -> None:
+    call = Call(Case((3, 5, 5, 3), "contiguous"), torch.float32, training, "silu" if row.argument != "mask" else "relu")
+    _, stats, _ = call.forward()
+    args = {"stats": stats, "wanted": call.wanted(), row.argument: row.value()}
+    assert_raises_and_leaves_alone(lambda a: call.backward(**a), args, rf"\b{row.argument}\b", *row.message)
+
+
+@MODES
+def test_identity_has_no_business_with_the_residuals_gradient(training: bool) -> None:
+    call = Call(FEW_CASES[2], torch.float32, training, "identity")
+    _, stats, _ = call.forward()
+    with pytest.raises(RAISES, match="output_mask"):
+        call.backward(stats, (True, True, True, True))
+
+
+@MODES
+@EVERY_ACT
+def test_raw_values_equal_the_reference(act: Act, training: bool) -> None:
+    call = Call(FEW_CASES[3], torch.float32, training, act)
+    frozen = {} if training else {"running_mean": call.mean, "running_var": call.var}
+    fwd = reference.forward(call.x, call.weight, call.bias, **frozen, residual=call.residual, act=act)
+    y, stats, _ = call.forward()
+    options = {"training": training, "has_residual": True, "act": act}
+    assert_within(y, fwd.output, tolerances.output(fwd, call.weight, call.bias, y.dtype, **options), "output")
+    expected = reference.backward(call.g, fwd, call.weight, training=training, act=act)
+    slack = tolerances.slack(call.g, fwd, call.weight, call.bias, y.dtype, **options)
+    limit = tolerances.grad_input(expected.residual, fwd, call.weight, y.dtype, training=training, slack=slack)
+    assert_within(call.backward(stats, call.wanted())[0], expected.input, limit, "grad_input")

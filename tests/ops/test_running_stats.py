@@ -1,0 +1,137 @@
+"""The running statistics and the counter: what a call does to them, and when it leaves them alone."""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import tolerances
+import torch
+from cases import (
+    ACTS,
+    DTYPES,
+    FEW_CASES,
+    Case,
+    make_input,
+    make_parameters,
+    make_residual,
+    name,
+    parameter_dtype,
+    same_bits,
+)
+from checks import call
+from marks import FLAGS, MODES, PLAIN_OR_ACT, pairs
+from reference import Act
+from tolerances import assert_within
+
+from bnext.functional import batch_norm, batch_norm_act
+
+pytestmark = pytest.mark.kernels
+
+
+def test_momentum_zero_leaves_the_running_stats_alone(device: str) -> None:
+    params = make_parameters(5, device=device)
+    kept = params.clone()
+    batch_norm(make_input((6, 5, 7, 3), device=device), params.running_mean, params.running_var, None, None, True, 0.0)
+    assert torch.equal(params.running_mean, kept.running_mean)
+    assert torch.equal(params.running_var, kept.running_var)
+
+
+@MODES
+@pytest.mark.parametrize("case", FEW_CASES, ids=name)
+def test_parameters_and_running_stats_of_any_stride(case: Case, training: bool, device: str) -> None:
+    # Columns of a table, such as a model's flattened buffers: the other column is nobody's business.
+    x = make_input(*case, device=device)
+    dense = make_parameters(case.shape[1], device=device)
+    tables = [torch.stack([t, torch.full_like(t, 123.0)], 1) for t in dense]
+    weight, bias, mean, var = (table[:, 0] for table in tables)
+    expected = batch_norm(x, dense.running_mean, dense.running_var, dense.weight, dense.bias, training)
+    assert same_bits(batch_norm(x, mean, var, weight, bias, training), expected)
+    for table, column in zip(tables, dense, strict=True):
+        assert same_bits(table[:, 0], column)
+        assert (table[:, 1] == 123.0).all()
+
+
+@pytest.mark.parametrize("given", ["running_mean", "running_var"])
+def test_training_updates_whichever_running_stat_it_is_given(given: str, device: str) -> None:
+    x = make_input((6, 5, 7, 3), device=device)
+    params = make_parameters(5, device=device)
+    both, one = params.clone(), params.clone()
+    expected = batch_norm(x, both.running_mean, both.running_var, None, None, True)
+    stats = {"running_mean": None, "running_var": None, given: getattr(one, given)}
+    assert same_bits(batch_norm(x, **stats, training=True), expected)
+    assert same_bits(getattr(one, given), getattr(both, given))
+    assert not torch.equal(getattr(one, given), getattr(params, given))
+
+
+def test_counter_is_counted_and_gives_the_cumulative_average(device: str) -> None:
+    # momentum=None: after k batches the running statistics are the plain means of the k batches'.
+    mean, var = torch.full((5,), 7.0, device=device), torch.full((5,), 9.0, device=device)
+    counter = torch.tensor(0, device=device)
+    batches = []
+    for step in range(1, 5):
+        x = make_input((6, 5, 7, 3), device=device)
+        torch.ops.bnext.batch_norm_train(x, None, None, mean, var, counter, None, 1e-5)
+        batches.append(reference.forward(x))
+        assert counter.item() == step
+        unbiased = torch.stack([b.var * b.count / (b.count - 1) for b in batches]).mean(0)
+        average = torch.stack([b.mean for b in batches]).mean(0)
+        # Each step is an update with momentum 1/step; the errors of the steps add up.
+        limits = tolerances.running_stats((average, unbiased), batches[-1], 1.0, x.dtype, mean.dtype, var.dtype)
+        assert_within(mean, average, step * limits[0], f"running_mean after {step}")
+        assert_within(var, unbiased, step * limits[1], f"running_var after {step}")
+
+
+def test_counter_with_momentum_only_counts(device: str) -> None:
+    x = make_input((6, 5, 7, 3), device=device)
+    params = make_parameters(5, device=device)
+    counted, plain = params.clone(), params.clone()
+    counter = torch.tensor(41, device=device)
+    torch.ops.bnext.batch_norm_train(x, None, None, counted.running_mean, counted.running_var, counter, 0.25, 1e-5)
+    torch.ops.bnext.batch_norm_train(x, None, None, plain.running_mean, plain.running_var, None, 0.25, 1e-5)
+    assert counter.item() == 42
+    assert same_bits(counted.running_mean, plain.running_mean)
+    assert same_bits(counted.running_var, plain.running_var)
+
+
+SHAPES_WITHOUT_VALUES = ((0, 3), (0, 3, 4), (0, 3, 4, 5), (0, 3, 2, 2, 2), (2, 3, 0), (2, 3, 0, 4))
+
+
+@pairs(shape=SHAPES_WITHOUT_VALUES, dtype=DTYPES, act=PLAIN_OR_ACT, has_residual=FLAGS)
+def test_empty_batch_leaves_the_stats_and_counts(
+    shape: tuple[int, ...], dtype: torch.dtype, act: Act, has_residual: bool, device: str
+) -> None:
+    x = torch.empty(shape, dtype=dtype, device=device)
+    residual = torch.empty_like(x) if has_residual else None
+    params = make_parameters(3, parameter_dtype(dtype), device)
+    kept = params.clone()
+    counter = torch.tensor(6, device=device)
+    train = torch.ops.bnext.batch_norm_train
+    known, slope = reference.named(act)
+    epilogue = (residual, known, slope)
+    outputs = [call(x, params, *params[:2], training, residual=residual, act=act) for training in (True, False)]
+    outputs.append(train(x, *params, counter, 0.1, 1e-5, *epilogue)[0])
+    for y in outputs:
+        assert (y.shape, y.dtype, y.device) == (x.shape, dtype, x.device)
+    assert counter.item() == 7
+    assert all(map(same_bits, params, kept))
+
+
+def test_empty_batch_does_not_spoil_the_cumulative_average(device: str) -> None:
+    mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
+    counter = torch.tensor(0, device=device)
+    torch.ops.bnext.batch_norm_train(torch.empty(0, 3, device=device), None, None, mean, var, counter, None, 1e-5)
+    assert counter.item() == 1
+    assert torch.equal(mean, torch.zeros(3, device=device))
+    assert torch.equal(var, torch.ones(3, device=device))
+
+
+@pytest.mark.not_emulated
+@MODES
+def test_the_activation_does_not_reach_the_statistics(training: bool, device: str) -> None:
+    x, residual = make_input((6, 5, 7, 3), device=device), make_residual((6, 5, 7, 3), device=device)
+    expected = make_parameters(5, device=device)
+    results = [expected.clone() for _ in ACTS]
+    batch_norm(x, expected.running_mean, expected.running_var, None, None, training)
+    for act, stats in zip(ACTS, results, strict=True):
+        batch_norm_act(x, stats.running_mean, stats.running_var, None, None, residual, training, act=act)
+        assert all(map(same_bits, stats, expected)), act

@@ -1,0 +1,238 @@
+"""The raw operators as torch sees them: schemas, fake kernels, opcheck, over layouts, dtypes and optional arguments."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import reference
+import torch
+from cases import (
+    DTYPES,
+    FEW_ACTS,
+    FEW_CASES,
+    LOW_PRECISION,
+    RECTIFIERS,
+    STRIDED_CASES,
+    Case,
+    make_grad,
+    make_input,
+    make_parameters,
+    name,
+    parameter_dtype,
+    same_bits,
+)
+from checks import significant_strides
+from marks import FLAGS, MODES, pairs
+from raw_ops import EMPTY_CASES, Call, act_args, backward, evaluate, train
+from reference import Act
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+def train_args(
+    case: Case, dtype: torch.dtype, given: str = "weight bias stats counter", *, grad: bool = False
+) -> tuple[object, ...]:
+    """Arguments of batch_norm_train with those optional tensors that `given` names."""
+    p = make_parameters(case.shape[1], parameter_dtype(dtype))
+    has = given.split()
+    return (
+        make_input(*case, dtype).detach().requires_grad_(grad),
+        p.weight.requires_grad_(grad) if "weight" in has else None,
+        p.bias.requires_grad_(grad) if "bias" in has else None,
+        p.running_mean if "stats" in has else None,
+        p.running_var if "stats" in has else None,
+        torch.tensor(3) if "counter" in has else None,
+        None if "cumulative" in has else 0.1,
+        1e-5,
+    )
+
+
+def eval_args(case: Case, dtype: torch.dtype, given: str = "weight bias", *, grad: bool = False) -> tuple[object, ...]:
+    p = make_parameters(case.shape[1], parameter_dtype(dtype))
+    return (
+        make_input(*case, dtype).detach().requires_grad_(grad),
+        p.weight.requires_grad_(grad) if "weight" in given else None,
+        p.bias.requires_grad_(grad) if "bias" in given else None,
+        p.running_mean,
+        p.running_var,
+        1e-5,
+    )
+
+
+def backward_args(
+    case: Case, dtype: torch.dtype, training: bool, mask: tuple[bool, ...] = (True, True, True), *, grad: bool = False
+) -> tuple[object, ...]:
+    x, weight = eval_args(case, dtype)[:2]
+    if training:
+        _, stats, _ = train(*train_args(case, dtype, ""))
+    else:
+        _, stats, _ = evaluate(*eval_args(case, dtype))
+    g = make_grad(case.shape, "contiguous", dtype)
+    g, x, weight = (t.detach().requires_grad_(grad) for t in (g, x, weight))
+    needs_input = mask[1] or (training and mask[0])
+    return g, x if needs_input else None, weight, stats, training, 1e-5, [*mask, False]
+
+
+def test_schemas_keep_names_and_marks() -> None:
+    # The names stand in error messages, in exported programs and in users' keyword calls.
+    stem = ["input", "weight", "bias", "running_mean", "running_var"]
+    fused = ["residual", "act", "slope", "with_mask"]
+    backwards = ["grad_output", "input", "weight", "save_stats", "training", "eps", "output_mask", "bias", "residual"]
+    expected = {
+        train: ([*stem, "num_batches_tracked", "momentum", "eps", *fused], {*stem[3:], "num_batches_tracked"}),
+        evaluate: ([*stem, "eps", *fused], set()),
+        backward: ([*backwards, "mask", "act", "slope", "mean_grads"], set()),
+    }
+    for op, (names, written) in expected.items():
+        schema = op.default._schema
+        assert [a.name for a in schema.arguments] == names
+        assert {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write} == written
+        assert not any(r.alias_info for r in schema.returns), schema.name
+    assert [len(op.default._schema.returns) for op in expected] == [3, 3, 4]
+
+
+OPTIONS = [
+    "weight bias stats counter",
+    "weight bias stats counter cumulative",
+    "weight bias",
+    "weight stats",
+    "bias",
+    "stats counter",
+    "",
+]
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["nograd", "grad"])
+@pytest.mark.parametrize("given", OPTIONS, ids=lambda given: given.replace(" ", "+") or "input")
+def test_opcheck_train_options(given: str, grad: bool) -> None:
+    case = Case((3, 5, 5, 3), "channels_last")
+    torch.library.opcheck(train.default, train_args(case, torch.float32, given, grad=grad))
+
+
+@pytest.mark.parametrize("case", FEW_CASES, ids=name)
+def test_opcheck_train_layouts(case: Case) -> None:
+    torch.library.opcheck(train.default, train_args(case, torch.float32, grad=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=name)
+def test_opcheck_train_dtypes(dtype: torch.dtype) -> None:
+    torch.library.opcheck(train.default, train_args(FEW_CASES[2], dtype, grad=True))
+
+
+@pytest.mark.parametrize(
+    "given", ["weight bias", "weight", "bias", ""], ids=lambda given: given.replace(" ", "+") or "input"
+)
+@pytest.mark.parametrize("case", [FEW_CASES[0], FEW_CASES[3]], ids=name)
+def test_opcheck_eval(case: Case, given: str) -> None:
+    torch.library.opcheck(evaluate.default, eval_args(case, torch.float32, given, grad=bool(given)))
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=name)
+def test_opcheck_eval_dtypes(dtype: torch.dtype) -> None:
+    torch.library.opcheck(evaluate.default, eval_args(FEW_CASES[2], dtype, grad=True))
+
+
+@MODES
+@pytest.mark.parametrize(
+    ("case", "mask", "grad"),
+    [
+        (FEW_CASES[0], (True, True, True), False),
+        (FEW_CASES[3], (True, True, True), True),
+        (FEW_CASES[3], (True, False, False), True),
+        (FEW_CASES[3], (False, True, True), False),
+        (FEW_CASES[4], (False, False, True), False),
+        (FEW_CASES[5], (True, False, True), True),
+    ],
+    ids=lambda v: (
+        name(v) if isinstance(v, Case) else "".join("01"[b] for b in v) if isinstance(v, tuple) else f"grad={v}"
+    ),
+)
+def test_opcheck_backward(case: Case, mask: tuple[bool, ...], grad: bool, training: bool) -> None:
+    torch.library.opcheck(backward.default, backward_args(case, torch.float32, training, mask, grad=grad))
+
+
+def test_opcheck_backward_half() -> None:
+    torch.library.opcheck(backward.default, backward_args(FEW_CASES[2], torch.bfloat16, True))
+
+
+@pairs(case=[FEW_CASES[0], FEW_CASES[3], FEW_CASES[5]], act=FEW_ACTS, training=FLAGS, grad=FLAGS)
+def test_opcheck_forward_with_an_epilogue(case: Case, act: Act, training: bool, grad: bool) -> None:
+    call = Call(case, torch.float32, training, act, grad=grad)
+    with_mask = not grad and reference.named(act)[0] in RECTIFIERS
+    options = {**act_args(act), "residual": call.residual, "with_mask": with_mask}
+    torch.library.opcheck((train if training else evaluate).default, call.forward_args(), options)
+
+
+@pairs(act=FEW_ACTS, training=FLAGS, with_mask=FLAGS)
+def test_opcheck_backward_with_an_epilogue(act: Act, training: bool, with_mask: bool) -> None:
+    call = Call(FEW_CASES[2 if with_mask else 3], torch.float32, training, act)
+    kept = with_mask and reference.named(act)[0] in RECTIFIERS
+    _, stats, mask = call.forward(with_mask=kept)
+    args = (call.g, call.x, call.weight, stats, training, 1e-5, list(call.wanted()), call.bias)
+    residual = None if kept else call.residual
+    torch.library.opcheck(backward.default, (*args, residual, mask if kept else None), act_args(act))
+
+
+def assert_predicts(
+    op: object, args: tuple[object, ...], keywords: dict[str, object], real: tuple[Tensor, ...]
+) -> None:
+    """The fake kernel says of what shape, dtype, device and strides the results are."""
+    with FakeTensorMode() as mode:
+        fake = lambda v: mode.from_tensor(v) if isinstance(v, Tensor) else v  # noqa: E731
+        predicted = op(*map(fake, args), **{key: fake(value) for key, value in keywords.items()})
+    for a, b in zip(predicted, real, strict=True):
+        assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device), op
+        assert significant_strides(a) == significant_strides(b), op
+
+
+ALL_CASES = [*FEW_CASES, *STRIDED_CASES, *EMPTY_CASES]
+
+
+@pairs(case=ALL_CASES, mask=list(itertools.product(FLAGS, repeat=3)), dtype=DTYPES, training=FLAGS)
+def test_fake_kernels_predict_shape_dtype_and_strides(
+    case: Case, mask: tuple[bool, ...], dtype: torch.dtype, training: bool
+) -> None:
+    op, args = (train, train_args(case, dtype)) if training else (evaluate, eval_args(case, dtype))
+    assert_predicts(op, args, {}, op(*args))
+    args = backward_args(case, dtype, training, mask)
+    assert_predicts(backward, args, {}, backward(*args))
+
+
+@pairs(case=ALL_CASES, dtype=DTYPES, act=("identity", "relu", "silu"), training=FLAGS)
+def test_fake_kernels_with_an_epilogue(case: Case, dtype: torch.dtype, act: Act, training: bool) -> None:
+    call = Call(case, dtype, training, act)
+    with_mask = act == "relu"
+    op = train if training else evaluate
+    options = {**act_args(act), "residual": call.residual, "with_mask": with_mask}
+    real = op(*call.forward_args(), **options)
+    assert_predicts(op, call.forward_args(), options, real)
+    args = (call.g, call.x, call.weight, real[1], training, 1e-5, list(call.wanted()), call.bias)
+    more = {"residual": None if with_mask else call.residual, "mask": real[2] if with_mask else None, **act_args(act)}
+    assert_predicts(backward, args, more, backward(*args, **more))
+
+
+def test_meta_tensors_run() -> None:
+    # What torch.device("meta") initialisation and shape propagation ask of every op.
+    args = [a.to("meta") if isinstance(a, Tensor) else a for a in train_args(FEW_CASES[3], torch.bfloat16)]
+    y, stats, _ = train(*args)
+    assert (y.shape, y.dtype, y.device.type) == (args[0].shape, torch.bfloat16, "meta")
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert (tuple(stats.shape), stats.dtype) == ((2, 5), torch.float64)
+
+
+@pytest.mark.parametrize("case", FEW_CASES, ids=name)
+def test_train_bumps_the_version_of_what_it_writes(case: Case) -> None:
+    # Otherwise autograd would not see that a tensor saved elsewhere has changed.
+    args = train_args(case, torch.float32)
+    before = [t._version for t in args[:6]]
+    train(*args)
+    assert [t._version for t in args[:3]] == before[:3]
+    assert all(t._version > v for t, v in zip(args[3:6], before[3:], strict=True))
+
+
+def test_ops_take_keywords() -> None:
+    args = train_args(FEW_CASES[3], torch.float32, "weight bias")
+    names = [a.name for a in train.default._schema.arguments]
+    for a, b in zip(train(*args), train(**dict(zip(names, args, strict=False))), strict=True):
+        assert same_bits(a, b)

@@ -1,0 +1,408 @@
+"""Outputs of 32 MiB and more: their memory is kept when they are freed, for the next output of that size."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import itertools
+import json
+import math
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from cases import to_layout
+from marks import MODES, linux_only
+from torch import Tensor
+
+from bnext import _C
+from bnext.functional import batch_norm
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+MIB = 2**20
+# 34.03 MiB, hence 18 huge pages.
+SHAPE = (2, 64, 264, 264)
+BLOCK = 36 * MIB
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept() -> Iterator[None]:
+    if _C.most_kept_bytes() < 512 * MIB:
+        pytest.skip("BNEXT_KEEP_MB is set to less than these tests free")
+    _C.release_kept_blocks()
+    yield
+    _C.release_kept_blocks()
+
+
+def output(mebibytes: int, value: float = 1.0) -> Tensor:
+    """An output of bnext of that size, each element of which is `value`."""
+    input, mean, var = torch.zeros(mebibytes, 64, 64, 64), torch.zeros(64), torch.ones(64)
+    return batch_norm(input, mean, var, bias=torch.full((64,), value, dtype=torch.float32), eps=0.0)
+
+
+def free(*sizes: int) -> list[int]:
+    """Leaves one kept block for each size in MiB, given back in that order, and returns the addresses."""
+    outputs = [output(size) for size in sizes]
+    addresses = [y.data_ptr() for y in outputs]
+    while outputs:
+        del outputs[0]
+    return addresses
+
+
+def is_all(tensor: Tensor, value: float) -> bool:
+    return bool((tensor == value).all())
+
+
+def address_space() -> int:
+    """Of this process, in bytes."""
+    with open("/proc/self/status") as file:
+        return int(file.read().split("VmSize:")[1].split()[0]) * 1024
+
+
+def asks_for_huge_pages(tensor: Tensor) -> bool:
+    start = end = 0
+    with open("/proc/self/smaps") as file:
+        for line in file:
+            first, *rest = line.split()
+            if "-" in first:
+                start, end = (int(part, 16) for part in first.split("-"))
+            elif first == "VmFlags:" and start <= tensor.data_ptr() < end:
+                return "hg" in rest
+    return False
+
+
+def script(code: str) -> str:
+    """The code, after the imports and functions that it may use."""
+    names = """
+    import os, resource, signal, threading, torch
+    from torch import Tensor
+    from bnext import _C
+    from bnext.functional import batch_norm
+    MIB = 2**20
+    """
+    functions = map(inspect.getsource, (output, is_all, address_space, asks_for_huge_pages))
+    return "\n".join([inspect.cleandoc(names), *functions, inspect.cleandoc(code)])
+
+
+def wave(layout: str, period: float) -> Tensor:
+    return to_layout(torch.arange(math.prod(SHAPE), dtype=torch.float32).div_(period).sin_().view(SHAPE), layout)
+
+
+def check_reuse(make: Callable[[], Tensor], expected: Tensor) -> None:
+    """`make` returns bnext's result: the second time in the memory of the first. What is expected comes from torch's
+    contiguous path: its other one sums too coarsely for so many values."""
+    assert _C.kept_bytes() == 0
+    y = make()
+    torch.testing.assert_close(y, expected)
+    address = y.data_ptr()
+    y.fill_(math.nan)
+    del y
+    assert _C.kept_bytes() == BLOCK
+    y = make()
+    assert (y.data_ptr(), _C.kept_bytes()) == (address, 0)
+    torch.testing.assert_close(y, expected)
+
+
+@linux_only
+@MODES
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_freed_output_serves_the_next(layout: str, training: bool) -> None:
+    x, mean, var = wave(layout, 3.0), torch.linspace(-1, 1, 64), torch.linspace(0.5, 2, 64)
+    expected = torch.nn.functional.batch_norm(wave("contiguous", 3.0), mean.clone(), var.clone(), training=training)
+    check_reuse(lambda: batch_norm(x, mean, var, training=training), expected)
+
+
+@linux_only
+@MODES
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_freed_gradient_serves_the_next(layout: str, training: bool) -> None:
+    mean, var = torch.linspace(-1, 1, 64), torch.linspace(0.5, 2, 64)
+    x, g = wave("contiguous", 3.0).requires_grad_(), wave("contiguous", 5.0)
+    y = torch.nn.functional.batch_norm(x, mean.clone(), var.clone(), training=training)
+    (expected,) = torch.autograd.grad(y, x, g)
+    x, g = wave(layout, 3.0).requires_grad_(), wave(layout, 5.0)
+    y = batch_norm(x, mean, var, training=training)
+    check_reuse(lambda: torch.autograd.grad(y, x, g, retain_graph=True)[0], expected)
+
+
+@linux_only
+def test_memory_is_kept_from_32_mib_on() -> None:
+    free(32)
+    assert _C.kept_bytes() == 32 * MIB
+    y = batch_norm(torch.zeros(1, 1, 8 * MIB - 1), torch.zeros(1), torch.ones(1))
+    assert _C.kept_bytes() == 32 * MIB
+    del y
+    assert _C.kept_bytes() == 32 * MIB
+
+
+@linux_only
+def test_release_unmaps_everything() -> None:
+    free(34)
+    _C.release_kept_blocks()
+    before = address_space()
+    free(32, 34)
+    assert _C.kept_bytes() == 66 * MIB
+    assert abs(address_space() - before - 66 * MIB) < MIB
+    _C.release_kept_blocks()
+    assert _C.kept_bytes() == 0
+    assert abs(address_space() - before) < MIB
+
+
+@linux_only
+def test_system_may_take_what_is_kept() -> None:
+    rollup = Path("/proc/self/smaps_rollup")
+    if not rollup.exists():
+        pytest.skip("this system does not tell which pages are free to take")
+
+    def free_to_take() -> int:
+        return int(rollup.read_text().split("LazyFree:")[1].split()[0]) * 1024
+
+    y = output(34)
+    before = free_to_take()
+    del y
+    assert free_to_take() - before > 33 * MIB  # the last few pages may wait in a list of the system's
+
+
+def test_outputs_alive_at_once_do_not_overlap() -> None:
+    free(34, 38)
+    outputs = [output(size, value) for value, size in enumerate((34, 34, 32, 36, 40))]
+    assert all(is_all(y, value) for value, y in enumerate(outputs))
+    ranges = sorted((y.data_ptr(), y.data_ptr() + y.nbytes) for y in outputs)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
+
+
+@linux_only
+@pytest.mark.parametrize(("kept", "fits"), [(38, False), (40, True), (50, True), (52, False)])
+def test_block_serves_an_output_at_most_a_quarter_smaller(kept: int, fits: bool) -> None:
+    (address,) = free(kept)
+    y = output(40, 2.0)
+    assert is_all(y, 2.0)
+    assert (y.data_ptr() == address) == fits
+    assert _C.kept_bytes() == (0 if fits else kept * MIB)
+    del y
+    assert _C.kept_bytes() == (kept if fits else kept + 40) * MIB
+
+
+@linux_only
+def test_smallest_block_that_fits_is_taken() -> None:
+    addresses = free(50, 44, 48, 40)
+    outputs = [output(size) for size in (42, 42, 42)]
+    assert [y.data_ptr() for y in outputs] == [addresses[i] for i in (1, 2, 0)]
+
+
+@linux_only
+def test_limit(run_python: Run) -> None:
+    # For each setting what is kept after three outputs, of 32, 34 and 36 MiB, were freed in that order. Beyond the
+    # limit the oldest goes; an output above it is not kept and displaces nothing.
+    default = [1024, 32, 66, 102]
+    expected = {"80": [80, 32, 66, 70], "33": [33, 32, 32, 32], "0": [0, 0, 0, 0]}
+    expected |= dict.fromkeys(("", "abc", "-1", "80x", "9" * 30), default)
+    code = f"""
+    for setting in {list(expected)}:
+        if os.fork() == 0:
+            os.environ["BNEXT_KEEP_MB"] = setting
+            outputs, kept = [output(size) for size in (32, 34, 36)], [_C.most_kept_bytes() // MIB]
+            while outputs:
+                del outputs[0]
+                kept.append(_C.kept_bytes() // MIB)
+            print(kept, flush=True)
+            os._exit(0)
+        assert os.wait()[1] == 0
+    """
+    done = run_python("-c", script(code), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert dict(zip(expected, map(json.loads, done.stdout.splitlines()), strict=True)) == expected
+
+
+@linux_only
+def test_kept_blocks_make_room_when_there_is_no_other(run_python: Run) -> None:
+    code = """
+    x = torch.zeros(100, 64, 64, 64)
+    outputs = [output(size) for size in (64, 66, 68)]
+    outputs.clear()
+    assert _C.kept_bytes() == 198 * MIB
+    resource.setrlimit(resource.RLIMIT_AS, (address_space() + 48 * MIB, resource.RLIM_INFINITY))
+    try:
+        torch.empty(100 * MIB, dtype=torch.uint8)
+    except RuntimeError:
+        y = batch_norm(x, torch.zeros(64), torch.ones(64), bias=torch.full((64,), 2.0), eps=0.0)
+        assert is_all(y, 2.0)
+        assert _C.kept_bytes() == 0
+        del y
+        assert _C.kept_bytes() == 100 * MIB
+        print("done")
+    """
+    done = run_python("-c", script(code), OMP_NUM_THREADS="1", BNEXT_KEEP_MB="1024")
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+def test_storage_can_be_resized() -> None:
+    y = output(34)
+    storage, n = y.untyped_storage(), MIB // 4
+    y.view(-1)[:n] = torch.arange(n)
+    for mebibytes in (33, 1, 40, 1, 34):  # from block to block, out of it, and into one again
+        storage.resize_(mebibytes * MIB)
+        assert storage.nbytes() == mebibytes * MIB
+        assert torch.equal(torch.empty(0).set_(storage, 0, (n,)), torch.arange(n, dtype=torch.float32))
+
+
+@linux_only
+def test_resized_storage_gives_its_block_back() -> None:
+    y = output(34)
+    storage = y.untyped_storage()
+    storage.resize_(MIB)
+    assert _C.kept_bytes() == 34 * MIB
+    storage.resize_(40 * MIB)
+    assert _C.kept_bytes() == 34 * MIB
+    storage.resize_(34 * MIB)
+    assert _C.kept_bytes() == 40 * MIB
+    del y, storage
+    assert _C.kept_bytes() == 74 * MIB
+
+
+def save_and_load(tensor: Tensor) -> Tensor:
+    buffer = io.BytesIO()
+    torch.save(tensor, buffer)
+    buffer.seek(0)
+    return torch.load(buffer)
+
+
+def with_lazy_copy(tensor: Tensor) -> Tensor:
+    return torch._lazy_clone(tensor).add_(0.0)
+
+
+@pytest.mark.parametrize("how", [torch.clone, copy.deepcopy, save_and_load, with_lazy_copy])
+def test_copy_outlives_the_output(how: Callable[[Tensor], Tensor]) -> None:
+    y = output(34, 2.0)
+    copied = how(y)
+    assert is_all(y, 2.0)
+    del y
+    y = output(34, 3.0)
+    assert copied.data_ptr() != y.data_ptr()
+    assert is_all(copied, 2.0)
+
+
+@linux_only
+def test_shared_output_gives_its_block_back() -> None:
+    y = output(34, 2.0).share_memory_()
+    assert y.is_shared()
+    assert _C.kept_bytes() == 34 * MIB
+    z = output(34, 3.0)
+    assert is_all(y, 2.0)
+    del y
+    assert _C.kept_bytes() == 0
+    assert is_all(z, 3.0)
+
+
+@linux_only
+@pytest.mark.parametrize("view", [Tensor.numpy, torch.detach, lambda y: y[1:]], ids=["numpy", "detach", "slice"])
+def test_view_keeps_the_memory_of_a_freed_output(view: Callable[[Tensor], Tensor]) -> None:
+    y = output(34, 2.0)
+    seen = view(y)
+    del y
+    assert _C.kept_bytes() == 0
+    y = output(34, 3.0)
+    assert (seen == 2.0).all()
+    del seen
+    assert _C.kept_bytes() == 34 * MIB
+    assert is_all(y, 3.0)
+
+
+def test_output_of_inference_mode_is_an_inference_tensor() -> None:
+    with torch.inference_mode():
+        assert output(34).is_inference()
+    assert not output(34).is_inference()
+
+
+@linux_only
+def test_freed_by_another_thread() -> None:
+    outputs = [output(34)]
+    thread = threading.Thread(target=outputs.clear)
+    thread.start()
+    thread.join()
+    assert _C.kept_bytes() == 34 * MIB
+
+
+def test_several_threads_at_once() -> None:
+    def run(job: int) -> bool:
+        first = output(32 + job % 3, job)
+        second = output(33 + job % 2, -job)
+        return is_all(first, job) and is_all(second, -job)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(12)))
+
+
+@linux_only
+def test_fork_while_another_thread_frees(run_python: Run) -> None:
+    # Each output that is freed displaces the one before. set_() frees without the interpreter's lock, so that the fork
+    # comes while the thread unmaps.
+    code = """
+    ready, stop = threading.Event(), threading.Event()
+
+    def work():
+        while not stop.is_set():
+            for size in (64, 96):
+                y = output(size)
+                ready.set()
+                y.set_()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    statuses = set()
+    for _ in range(12):
+        ready.clear()
+        ready.wait()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)  # ends a child that hangs
+            _C.kept_bytes()
+            _C.release_kept_blocks()
+            os._exit(0 if _C.kept_bytes() == 0 else 1)
+        statuses.add(os.waitpid(child, 0)[1])
+        if statuses != {0}:
+            break
+    stop.set()
+    thread.join()
+    print(statuses)
+    """
+    done = run_python("-c", script(code), OMP_NUM_THREADS="1", BNEXT_KEEP_MB="100", BNEXT_HUGE_PAGES="0")
+    assert (done.returncode, done.stdout) == (0, "{0}\n"), done.stderr
+
+
+def test_profiler_sees_the_memory() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        output(34).set_()
+    used = {event.key: event.self_cpu_memory_usage for event in profile.key_averages()}
+    assert used["bnext::batch_norm_eval"] >= 34 * MIB
+    assert used["aten::set_"] <= -34 * MIB
+
+
+@linux_only
+def test_output_asks_for_huge_pages() -> None:
+    y = output(34)
+    assert y.data_ptr() % (2 * MIB) == 0
+    assert asks_for_huge_pages(y) == _C.huge_pages_enabled()
+
+
+@linux_only
+def test_huge_pages_can_be_turned_off(run_python: Run) -> None:
+    code = """
+    y = output(34, 2.0)
+    print(is_all(y, 2.0), _C.huge_pages_enabled(), asks_for_huge_pages(y))
+    """
+    done = run_python("-c", script(code), BNEXT_HUGE_PAGES="0")
+    assert (done.returncode, done.stdout) == (0, "True False False\n"), done.stderr
+
+
+def test_settings_are_printed(run_python: Run) -> None:
+    done = run_python("-m", "bnext", BNEXT_KEEP_MB="80", BNEXT_HUGE_PAGES="0")
+    facts = dict(line.split(":", 1) for line in done.stdout.splitlines())
+    assert "80 MB" in facts["freed outputs"]
+    assert facts["huge pages"].split()[0] == "off"

@@ -1,0 +1,295 @@
+"""What batch_norm_sync is made of, in one process: the moments of shares, their merge, and gradients by given means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import reference
+import tolerances
+import torch
+from cases import (
+    DTYPES,
+    FEW_ACTS,
+    FEW_CASES,
+    RECTIFIERS,
+    Case,
+    make_grad,
+    make_input,
+    make_parameters,
+    name,
+    parameter_dtype,
+    same_bits,
+    to_layout,
+)
+from checks import output_strides, significant_strides
+from marks import EACH_DTYPE, FLAGS, pairs
+from reference import Act, named, reduced_dims, widen
+from sync_shares import EPS, Batch, backward, gathered, make_batch, merge, merged, moments_of, share_of, sync, train
+from tolerances import assert_within
+from torch import Tensor
+
+pytestmark = pytest.mark.kernels
+
+
+# Uneven, with an empty one, and with one of a single image.
+SIZES = ((3, 2), (2, 0, 3), (1, 4))
+# An image with its layout.
+IMAGES = (
+    Case((5, 3, 3), "contiguous"),
+    Case((5, 3, 3), "channels_last"),
+    Case((5,), "contiguous"),
+    Case((5, 3, 4), "transposed"),
+)
+
+
+def check_shares(
+    batch: Batch, sizes: Sequence[int], layout: str, act: Act = None, with_mask: bool = False, device: str = "cpu"
+) -> None:
+    """What all processes would do together, one after the other, against the reference of the whole batch."""
+    dtype, (activation, slope) = batch.input.dtype, named(act)
+    parameters = make_parameters(batch.input.shape[1], parameter_dtype(dtype), device)
+    weight, bias = parameters.weight, parameters.bias
+    kept = [t if t is None else t.clone() for t in batch]
+    shares = [
+        Batch(*(t if t is None else t.to(device) for t in batch.rows(share_of(sizes, i), layout)))
+        for i in range(len(sizes))
+    ]
+    moments = gathered([share.input for share in shares])
+    forwards, counters, stats = [], [], []
+    for share in shares:
+        running, counter = parameters.clone(), torch.tensor(3, device=device)
+        epilogue = (share.residual, activation, slope, with_mask)
+        vectors = (weight, bias, running.running_mean, running.running_var, counter, 0.1, EPS)
+        forwards.append(merge(share.input, moments, *vectors, *epilogue))
+        stats.append((running.running_mean, running.running_var))
+        counters.append(int(counter))
+    assert counters == [4] * len(sizes)
+    for other in stats[1:]:
+        assert all(map(same_bits, other, stats[0])), "the running statistics differ between the shares"
+    saved = [save_stats for (_, save_stats, _), size in zip(forwards, sizes, strict=True) if size]
+    assert all(same_bits(save_stats, saved[0]) for save_stats in saved)
+
+    def differentiate(i: int, output_mask: list[bool], mean_grads: Tensor | None) -> tuple[Tensor, ...]:
+        share, (_, save_stats, mask) = shares[i], forwards[i]
+        again = (None, None, mask) if with_mask else (bias, share.residual, None)
+        return backward(
+            share.grad_output, share.input, weight, save_stats, True, EPS, output_mask, *again, activation, slope,
+            mean_grads,
+        )  # fmt: skip
+
+    sums = [differentiate(i, [False, True, True, False], None)[1:3] for i in range(len(sizes))]
+    count = sum(sizes) * batch.input[0, 0].numel()
+    means = sum(torch.stack(pair) for pair in sums) / count
+    wants_residual = activation != "identity"
+    maps = [differentiate(i, [True, False, False, wants_residual], means) for i in range(len(sizes))]
+
+    about = {"training": True, "has_residual": batch.residual is not None, "act": act}
+    fwd = reference.forward(batch.input, weight, bias, residual=batch.residual, act=act)
+    expected = reference.backward(batch.grad_output, fwd, weight, training=True, act=act)
+    reaching = expected.residual
+    with merged(fwd, len(sizes)):
+        limit = tolerances.output(fwd, weight, bias, dtype, **about)
+        assert_within(torch.cat([y for y, *_ in forwards]), fwd.output, limit, "output")
+        updated = reference.updated_running_stats(parameters.running_mean, parameters.running_var, fwd, 0.1)
+        limits = tolerances.running_stats(updated, fwd, 0.1, dtype, stats[0][0].dtype, stats[0][1].dtype)
+        assert_within(stats[0][0], updated[0], limits[0], "running_mean")
+        assert_within(stats[0][1], updated[1], limits[1], "running_var")
+        slack = tolerances.slack(batch.grad_output, fwd, weight, bias, dtype, **about)
+        limit = tolerances.grad_input(reaching, fwd, weight, dtype, training=True, slack=slack)
+        assert_within(torch.cat([m[0] for m in maps]), expected.input, limit, "grad_input")
+        if wants_residual:
+            limit = tolerances.grad_residual(reaching, slack, dtype, act)
+            assert_within(torch.cat([m[3] for m in maps]), reaching, limit, "grad_residual")
+        for i, (grad_weight, grad_bias) in enumerate(sums):
+            rows = share_of(sizes, i)
+            g, off, xhat = reaching[rows], slack[rows], fwd.xhat[rows]
+            local = fwd._replace(xhat=xhat)
+            limit = tolerances.grad_weight(g, local, dtype, grad_weight.dtype, training=True, slack=off)
+            assert_within(grad_weight, (g * xhat).sum(reduced_dims(g.ndim)), limit, f"grad_weight of share {i}")
+            limit = tolerances.grad_bias(g, dtype, grad_bias.dtype, off)
+            assert_within(grad_bias, g.sum(reduced_dims(g.ndim)), limit, f"grad_bias of share {i}")
+    for share, (y, save_stats, _), (grad_input, *_, grad_residual) in zip(shares, forwards, maps, strict=True):
+        assert (y.dtype, save_stats.dtype, grad_input.dtype) == (dtype, torch.float64, dtype)
+        if share.input.numel():
+            assert y.stride() == output_strides(share.input)
+            assert significant_strides(grad_input) == significant_strides(y)
+            assert not wants_residual or significant_strides(grad_residual) == significant_strides(y)
+    assert all(t is None or torch.equal(t, before) for t, before in zip(batch, kept, strict=True)), "written to"
+
+
+@pairs(image=IMAGES, dtype=DTYPES, sizes=SIZES)
+def test_shares_make_the_whole(image: Case, dtype: torch.dtype, sizes: tuple[int, ...], device: str) -> None:
+    offset = 1e4 if dtype == torch.float64 else 0.0
+    check_shares(make_batch((5, *image.shape), dtype, offset), sizes, image.layout, device=device)
+
+
+@pairs(act=FEW_ACTS, layout=("contiguous", "channels_last"), dtype=(torch.float32, torch.bfloat16), has_residual=FLAGS)
+def test_activations(act: Act, layout: str, dtype: torch.dtype, has_residual: bool, device: str) -> None:
+    batch = make_batch((5, 5, 3, 3), dtype, has_residual=has_residual)
+    for with_mask in (False, True) if named(act)[0] in RECTIFIERS else (False,):
+        check_shares(batch, SIZES[1], layout, act, with_mask, device)
+
+
+@pytest.mark.not_emulated
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name)
+def test_shares_across_chunks(dtype: torch.dtype, layout: str, device: str) -> None:
+    check_shares(make_batch((23, 70, 13, 11), dtype, has_residual=True), (5, 0, 17, 1), layout, "relu", device=device)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("case", FEW_CASES, ids=name)
+def test_moments(case: Case, dtype: torch.dtype, device: str) -> None:
+    x = make_input(*case, dtype, device)
+    channels = case.shape[1]
+    moments = moments_of(x, EPS)
+    fwd = reference.forward(x)
+    assert (moments.shape, moments.dtype) == ((2 * channels + 1,), torch.float64)
+    assert moments[-1].item() == fwd.count
+    stat = tolerances.statistics(fwd.count, dtype)
+    limit = stat * fwd.var.sqrt() + tolerances.ulp(fwd.mean.abs(), torch.float64)
+    assert_within(moments[:channels], fwd.mean, limit, "means")
+    m2 = fwd.var * fwd.count
+    assert_within(moments[channels:-1], m2, 2 * stat * m2, "sums of squared deviations")
+    for shape in ((0, 3, 2, 2), (2, 3, 0)):
+        assert same_bits(moments_of(torch.ones(shape, dtype=dtype, device=device), EPS), moments.new_zeros(7))
+    if len(case.shape) == 4:  # one value has a mean, and deviates from it by nothing
+        one = moments_of(x[:1, :, :1, :1], EPS)
+        assert torch.equal(one[:channels], x[0, :, 0, 0].double())
+        assert torch.equal(one[channels:], one.new_tensor([0.0] * channels + [1.0]))
+
+
+def test_the_variance_is_never_a_difference_of_squares(device: str) -> None:
+    # Means of 1e8 differ by 1e-3 in the shares, which their squares in float64 would not show.
+    moments = torch.tensor([[1e8, 2.0, 4.0], [1e8 + 1e-3, 3.0, 6.0], [5.0, 0.0, 0.0]], dtype=torch.float64)
+    x = torch.full((2, 1), 1e8, dtype=torch.float64, device=device)
+    _, stats, _ = merge(x, moments.to(device), None, None, None, None, None, 0.1, EPS)
+    delta = moments[1, 0] - moments[0, 0]
+    var = (5.0 + delta**2 * 4 * 6 / 10) / 10
+    assert_within(stats[0].cpu(), (1e8 + delta * 0.6).reshape(1), 2**-26, "mean")
+    assert_within(stats[1].cpu(), (var + EPS).rsqrt().reshape(1), 1e-15, "invstd")
+
+
+@pytest.mark.parametrize("momentum", [None, 0.25], ids=str)
+@pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
+def test_running_statistics_over_steps(strided: bool, momentum: float | None, device: str) -> None:
+    # Every second element of a longer tensor; what lies between is not the operator's.
+    memory = torch.full((2, 10), 7.0, device=device)
+    mean, var = memory[:, ::2] if strided else memory[:, ::2].contiguous()
+    counter = torch.tensor(0, device=device)
+    for step in range(3):
+        batch = make_batch((5, 5, 2, 2), torch.float32)
+        x = batch.input.to(device)
+        versions = [t._version for t in (mean, var, counter)]
+        fwd = reference.forward(x)
+        factor = 1 / (step + 1) if momentum is None else momentum
+        expected = reference.updated_running_stats(mean, var, fwd, factor)
+        merge(x[:2], gathered([x[:2], x[2:]]), None, None, mean, var, counter, momentum, EPS)
+        limits = tolerances.running_stats(expected, fwd, factor, x.dtype, mean.dtype, var.dtype)
+        assert_within(mean, expected[0], limits[0], "running_mean")
+        assert_within(var, expected[1], limits[1], "running_var")
+        assert counter.item() == step + 1
+        assert all(t._version > before for t, before in zip((mean, var, counter), versions, strict=True))
+    assert torch.equal(memory[:, 1::2], torch.full((2, 5), 7.0, device=device))
+    # Nothing in any share is counted, and changes nothing else; one value has no variance.
+    before = (mean.clone(), var.clone())
+    empty = torch.ones(0, 5, device=device)
+    merge(empty, gathered([empty, empty]), None, None, mean, var, counter, momentum, EPS)
+    assert all(map(same_bits, (mean, var), before))
+    one = torch.ones(1, 5, device=device)
+    y, *_ = merge(one, gathered([empty, one]), None, torch.full_like(mean, 0.5), mean, var, counter, 0.5, EPS)
+    assert torch.equal(y, torch.full_like(y, 0.5))
+    assert same_bits(var, before[1])
+    assert_within(mean, (widen(before[0]) + 1) / 2, 1e-6, "running_mean")
+    assert counter.item() == 5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_channel_that_is_not_finite_leaves_the_others_alone(layout: str, value: float, device: str) -> None:
+    shape = (4, 5, 3, 3)
+    clean, g = make_input(shape, layout, device=device), make_grad(shape, device=device)
+    spoilt = clean.clone(memory_format=torch.preserve_format)
+    spoilt[0, 2, 1, 1] = value
+    results = []
+    for x in (clean, spoilt):
+        moments = gathered([x[:1], x[1:]])
+        mean, var = torch.zeros(5, device=device), torch.ones(5, device=device)
+        y, stats, _ = merge(x[1:], moments, None, None, mean, var, None, 0.1, EPS)
+        means = torch.ones(2, 5, device=device)
+        if x is spoilt:
+            means[:, 2] = value
+        grad, *_ = backward(g[1:], x[1:], None, stats, True, EPS, [True, False, False, False], mean_grads=means)
+        results.append((moments[:, :-1].unflatten(1, (2, 5)), stats[None], mean[None], var[None], y, grad))
+    others = [0, 1, 3, 4]
+    for a, b in zip(*results, strict=True):
+        at = a.ndim - 1 if a.ndim <= 3 else 1
+        index = torch.tensor(others, device=device)
+        assert same_bits(a.index_select(at, index), b.index_select(at, index))
+    assert not results[1][4][:, 2].isfinite().all()
+
+
+@pytest.mark.parametrize("magnitude", [1e30, 1e-30], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_ends_of_the_range(layout: str, magnitude: float, device: str) -> None:
+    x = to_layout((torch.randn(5, 5, 3, 3, dtype=torch.float64) * magnitude).float().to(device), layout)
+    eps = 1e-5 * magnitude if magnitude > 1 else 1e-5 * magnitude**2
+    moments = torch.stack([moments_of(share, eps) for share in (x[:2], x[2:])])
+    y, stats, _ = merge(x, moments, None, None, None, None, None, 0.1, eps)
+    fwd = reference.forward(x, eps=eps)
+    assert moments.isfinite().all()
+    assert stats.isfinite().all()
+    assert_within(y, fwd.output, tolerances.output(fwd, None, None, x.dtype, training=True), "output")
+
+
+@pytest.mark.parametrize("strides", ["dense", "strided"])
+def test_given_means_are_used_whatever_the_share_holds(strides: str, device: str) -> None:
+    # Against the formula, with means that have nothing to do with this share.
+    for dtype in (torch.float32, torch.float64):
+        x, g = make_input((4, 5, 3, 3), dtype=dtype, device=device), make_grad((4, 5, 3, 3), dtype=dtype, device=device)
+        weight = make_parameters(5, dtype, device).weight
+        means = torch.randn(5, 2, dtype=dtype, device=device).T
+        if strides == "dense":
+            means = means.contiguous()
+        fwd = reference.forward(x)
+        _, stats, _ = train(x, weight, None, None, None, None, 0.1, EPS)
+        wanted = [True, False, True, False]
+        grad, none, grad_bias, _ = backward(g, x, weight, stats, True, EPS, wanted, mean_grads=means)
+        xmean, gmean = (reference.along_channels(widen(row), 4) for row in means)
+        scale = reference.along_channels(fwd.invstd * widen(weight), 4)
+        expected = scale * (widen(g) - gmean - fwd.xhat * xmean)
+        # Three terms, each rounded up to four times, and xhat's error.
+        size = scale.abs() * (widen(g).abs() + gmean.abs() + fwd.xhat.abs() * xmean.abs())
+        off = scale.abs() * xmean.abs() * (1 + fwd.xhat.abs()) + size
+        limit = 4 * tolerances.unit(dtype) * size + tolerances.statistics(fwd.count, dtype) * off
+        limit = limit + tolerances.half_ulp(expected.abs() + limit, dtype)
+        assert_within(grad, expected, limit, "grad_input")
+        assert none.numel() == 0
+        assert_within(grad_bias, widen(g).sum((0, 2, 3)), tolerances.grad_bias(g, dtype, dtype), "grad_bias")
+
+
+@pytest.mark.parametrize("act", ["identity", "relu", "gelu"])
+def test_sync_is_made_of_the_other_operators(act: str, group: tuple[int, str], device: str) -> None:
+    # Bit for bit, in a group of one process; on the emulated device it is the only test of the whole.
+    batch = Batch(*(t.to(device) for t in make_batch((5, 5, 3, 3), torch.float32, has_residual=True)))
+    x, residual = (t.detach().requires_grad_() for t in (batch.input, batch.residual))
+    p = make_parameters(5, device=device)
+    weight, bias = (t.detach().clone().requires_grad_() for t in (p.weight, p.bias))
+    mine, theirs = ((*p.clone()[2:], torch.tensor(3, device=device), None, EPS) for _ in range(2))
+    y = sync(x, weight, bias, *mine, *group, residual, act)
+    grads = torch.autograd.grad(y, [x, weight, bias, residual], batch.grad_output)
+
+    masked = act == "relu"
+    values = (batch.input, gathered([batch.input]), p.weight, p.bias)
+    output, stats, mask = merge(*values, *theirs, batch.residual, act, 0.0, masked)
+    epilogue = (None, None, mask, act, 0.0) if masked else (p.bias, batch.residual, None, act, 0.0)
+    call = (batch.grad_output, batch.input, p.weight, stats, True, EPS)
+    _, grad_weight, grad_bias, _ = backward(*call, [False, True, True, False], *epilogue)
+    means = torch.stack([grad_weight, grad_bias]) / 45
+    activated = act != "identity"
+    grad_input, *_, grad_residual = backward(*call, [True, False, False, activated], *epilogue, means)
+    expected = [grad_input, grad_weight, grad_bias, grad_residual if activated else batch.grad_output]
+    assert same_bits(y, output)
+    assert all(map(same_bits, grads, expected))
+    assert all(map(same_bits, mine[:3], theirs[:3]))
