@@ -14,7 +14,7 @@ from benchmarks.touched import VARIABLES
 from bnext import _C
 
 # They decide whether a large output is made of fresh 4 KB pages, huge pages or memory already touched.
-ENVIRONMENT = ("THP_MEM_ALLOC_ENABLE", *VARIABLES, "BNEXT_HUGE_PAGES", "BNEXT_KEEP_MB")
+ENVIRONMENT = ("THP_MEM_ALLOC_ENABLE", *VARIABLES, "BNEXT_HUGE_PAGES", "BNEXT_CACHE_MB")
 
 
 def cpu_name() -> str:

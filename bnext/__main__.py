@@ -20,7 +20,7 @@ def main() -> None:
         "threads": str(torch.get_num_threads()),
         "huge pages": ("on for large outputs" if _C.huge_pages_enabled() else "off")
         + " (BNEXT_HUGE_PAGES=0 turns them off)",
-        "freed outputs": f"kept up to {_C.most_kept_bytes() >> 20} MB for the next of their size (BNEXT_KEEP_MB)",
+        "freed outputs": f"kept up to {_C.max_cached_bytes() >> 20} MB for the next of their size (BNEXT_CACHE_MB)",
     }
     for name, fact in facts.items():
         print(f"{name + ':':<22}{fact}")

@@ -197,10 +197,10 @@ def test_counts_that_bfloat16_does_not_hold(thread: str) -> None:
     # In bfloat16 257 is 256, and adding 3 to 1000 changes nothing.
     rows = (257, 1000, 3)
     x = make_input((sum(rows), 5, 3), dtype=torch.bfloat16)
-    moments = torch.stack([torch.ops.bnext.batch_norm_moments(share, 1e-5) for share in x.split(rows)])
-    assert moments[:, -1].tolist() == [3 * n for n in rows]
+    gathered_stats = torch.stack([torch.ops.bnext.batch_norm_stats(share, 1e-5) for share in x.split(rows)])
+    assert gathered_stats[:, -1].tolist() == [3 * n for n in rows]
     running = torch.zeros(5), torch.ones(5)
-    torch.ops.bnext.batch_norm_merged(x, moments, None, None, *running, None, 1.0, 1e-5)
+    torch.ops.bnext.batch_norm_gathered(x, gathered_stats, None, None, *running, None, 1.0, 1e-5)
     fwd = reference.forward(x)
     expected = reference.updated_running_stats(torch.zeros(5), torch.ones(5), fwd, 1.0)
     limits = tolerances.running_stats(expected, fwd, 1.0, x.dtype, torch.float32, torch.float32)

@@ -9,8 +9,8 @@ from bnext.ops import fake, vmap
 from bnext.ops.operators import (
     batch_norm_backward,
     batch_norm_eval,
-    batch_norm_merged,
-    batch_norm_moments,
+    batch_norm_gathered,
+    batch_norm_stats,
     batch_norm_sync,
     batch_norm_train,
     bind,
@@ -19,8 +19,8 @@ from bnext.ops.operators import (
 __all__ = [
     "batch_norm_backward",
     "batch_norm_eval",
-    "batch_norm_merged",
-    "batch_norm_moments",
+    "batch_norm_gathered",
+    "batch_norm_stats",
     "batch_norm_sync",
     "batch_norm_train",
     "bind",

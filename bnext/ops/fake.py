@@ -17,8 +17,10 @@ from bnext.ops.operators import bind
 _Results = tuple[Tensor, ...]
 
 
-def _check(name: str, data: Tensor, given: dict[str, Any]) -> None:
+def _check(name: str, data: Tensor | None, given: dict[str, Any]) -> None:
     """The C++ kernels check this too, but a tensor on the meta device brings the call here instead of there."""
+    if not isinstance(data, Tensor):
+        raise TypeError(f"batch_norm: expected {name} to be a tensor, but got {data}")
     if data.dim() < 2:
         raise ValueError(f"batch_norm: expected {name} to have at least 2 dimensions (N, C, ...), but got {data.shape}")
     for other, tensor in given.items():
@@ -54,7 +56,7 @@ def _empty_mask(input: Tensor, act: str, with_mask: bool) -> Tensor:
 
 
 def _forward(given: dict[str, Any]) -> _Results:
-    """Output, statistics and mask of training, evaluation and merged moments; of a sync only the first is real."""
+    """Output, statistics and mask of training, evaluation and gathered stats; of a sync only the first is real."""
     input = given["input"]
     _check("input", input, given)
     output = torch.empty_like(input, memory_format=_memory_format(input))
@@ -66,11 +68,11 @@ def _sync(given: dict[str, Any]) -> Tensor:
     return _forward(given)[0]
 
 
-def _moments(given: dict[str, Any]) -> Tensor:
+def _stats(given: dict[str, Any]) -> Tensor:
     input: Tensor = given["input"]
     _check("input", input, {})
-    moments: Tensor = input.new_empty((2 * input.shape[1] + 1,), dtype=torch.float64)
-    return moments
+    stats: Tensor = input.new_empty((2 * input.shape[1] + 1,), dtype=torch.float64)
+    return stats
 
 
 def _backward(given: dict[str, Any]) -> _Results:
@@ -105,7 +107,7 @@ def _register(op: Any, fake: Callable[[dict[str, Any]], Any]) -> None:
 
 _register(ops.batch_norm_train, _forward)
 _register(ops.batch_norm_eval, _forward)
-_register(ops.batch_norm_merged, _forward)
+_register(ops.batch_norm_gathered, _forward)
 _register(ops.batch_norm_sync, _sync)
-_register(ops.batch_norm_moments, _moments)
+_register(ops.batch_norm_stats, _stats)
 _register(ops.batch_norm_backward, _backward)

@@ -168,7 +168,7 @@ bool huge_pages_wanted() {
 }
 
 std::size_t cache_megabytes() {
-  const char* setting = std::getenv("BNEXT_KEEP_MB");
+  const char* setting = std::getenv("BNEXT_CACHE_MB");
   if (setting == nullptr || *setting < '0' || *setting > '9') return kDefaultCacheMegabytes;
   char* end = nullptr;
   const unsigned long long megabytes = std::strtoull(setting, &end, 10);

@@ -28,7 +28,7 @@ void release_block(void* block);
 // first).
 void touch_pages(void* data, std::size_t bytes, const Parallel& parallel);
 
-// Released blocks are cached up to this many bytes together: BNEXT_KEEP_MB, 1024 if that is not set to a number.
+// Released blocks are cached up to this many bytes together: BNEXT_CACHE_MB, 1024 if that is not set to a number.
 std::size_t max_cached_bytes();
 std::size_t cached_bytes();
 void empty_cache();

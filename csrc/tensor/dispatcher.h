@@ -21,12 +21,12 @@ inline const auto& eval_op() {
   static const auto op = find_op<decltype(batch_norm_eval)>("bnext::batch_norm_eval");
   return op;
 }
-inline const auto& moments_op() {
-  static const auto op = find_op<decltype(batch_norm_moments)>("bnext::batch_norm_moments");
+inline const auto& stats_op() {
+  static const auto op = find_op<decltype(batch_norm_stats)>("bnext::batch_norm_stats");
   return op;
 }
-inline const auto& merged_op() {
-  static const auto op = find_op<decltype(batch_norm_merged)>("bnext::batch_norm_merged");
+inline const auto& gathered_op() {
+  static const auto op = find_op<decltype(batch_norm_gathered)>("bnext::batch_norm_gathered");
   return op;
 }
 inline const auto& backward_op() {

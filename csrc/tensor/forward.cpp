@@ -127,25 +127,25 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input, const o
   return tensors.results();
 }
 
-Tensor batch_norm_moments(const Tensor& input, double eps) {
+Tensor batch_norm_stats(const Tensor& input, double eps) {
   check_data("input", input);
   check_eps(eps);
   const auto [format, problem] = geometry_of(input);
-  Tensor moments = at::empty({2 * problem.C + 1}, input.options().dtype(at::kDouble));
-  moments.select(0, 2 * problem.C).fill_(static_cast<double>(problem.count()));
-  if (problem.numel() == 0) return moments.zero_();
+  Tensor stats = at::empty({2 * problem.C + 1}, input.options().dtype(at::kDouble));
+  stats.select(0, 2 * problem.C).fill_(static_cast<double>(problem.count()));
+  if (problem.numel() == 0) return stats.zero_();
   const Backend& backend = backend_of(input);
   const Tensor dense_input = kernel_input(input, format, backend);
-  auto* means = moments.mutable_data_ptr<double>();
+  auto* means = stats.mutable_data_ptr<double>();
   backend.run(problem,
               TrainingForward{
                   .input = dense_input.const_data_ptr(), .eps = eps, .save_mean = means, .save_m2 = means + problem.C},
               input.device());
-  return moments;
+  return stats;
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_merged(
-    const Tensor& input, const Tensor& moments, const optional<Tensor>& weight, const optional<Tensor>& bias,
+std::tuple<Tensor, Tensor, Tensor> batch_norm_gathered(
+    const Tensor& input, const Tensor& gathered_stats, const optional<Tensor>& weight, const optional<Tensor>& bias,
     const optional<Tensor>& running_mean, const optional<Tensor>& running_var,
     const optional<Tensor>& num_batches_tracked, optional<double> momentum, double eps,
     const optional<Tensor>& residual, std::string_view act, double slope, bool with_mask) {
@@ -153,21 +153,21 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_merged(
   check_training(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, residual,
                  activation, with_mask);
   const std::int64_t C = input.size(1);
-  check_given("moments", moments);
-  TORCH_CHECK(moments.device() == input.device(), "batch_norm: expected moments on the device of input, ",
-              input.device(), ", but got ", moments.device());
-  TORCH_CHECK_TYPE(moments.scalar_type() == at::kDouble, "batch_norm: expected moments to be float64, but got ",
-                   moments.scalar_type());
-  TORCH_CHECK_VALUE(moments.dim() == 2 && moments.size(1) == 2 * C + 1,
-                    "batch_norm: expected moments to have shape torch.Size([shares, ", 2 * C + 1, "]), but got ",
-                    size_of(moments));
+  check_given("gathered_stats", gathered_stats);
+  TORCH_CHECK(gathered_stats.device() == input.device(), "batch_norm: expected gathered_stats on the device of input, ",
+              input.device(), ", but got ", gathered_stats.device());
+  TORCH_CHECK_TYPE(gathered_stats.scalar_type() == at::kDouble,
+                   "batch_norm: expected gathered_stats to be float64, but got ", gathered_stats.scalar_type());
+  TORCH_CHECK_VALUE(gathered_stats.dim() == 2 && gathered_stats.size(1) == 2 * C + 1,
+                    "batch_norm: expected gathered_stats to have shape torch.Size([processes, ", 2 * C + 1,
+                    "]), but got ", size_of(gathered_stats));
 
-  const Tensor dense_moments = moments.contiguous();
-  const Tensor stats = at::empty({2, C}, moments.options());
+  const Tensor dense_gathered = gathered_stats.contiguous();
+  const Tensor stats = at::empty({2, C}, gathered_stats.options());
   auto* mean = stats.mutable_data_ptr<double>();
   const RunningTensors running(running_mean, running_var, num_batches_tracked);
-  backend_of(input).run(GatherStats{.local_stats = dense_moments.const_data_ptr<double>(),
-                                    .processes = moments.size(0),
+  backend_of(input).run(GatherStats{.local_stats = dense_gathered.const_data_ptr<double>(),
+                                    .processes = gathered_stats.size(0),
                                     .C = C,
                                     .running = running.pointers(momentum),
                                     .mean = mean,

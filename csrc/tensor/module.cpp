@@ -104,7 +104,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [] { return bnext::cpu::isa_name(bnext::cpu::current_isa()); }, "The one in use.");
   m.def("set_cpu_isa", &set_cpu_isa, pybind11::arg("name"), "Use another of cpu_isas(), for tests and comparisons.");
   m.def("huge_pages_enabled", &bnext::cpu::huge_pages_enabled, "Whether large outputs ask for huge pages.");
-  m.def("most_kept_bytes", &bnext::cpu::max_cached_bytes, "How much freed memory of large outputs is kept at most.");
-  m.def("kept_bytes", &bnext::cpu::cached_bytes, "How much is kept now.");
-  m.def("release_kept_blocks", &bnext::cpu::empty_cache, "Unmap what is kept.");
+  m.def("max_cached_bytes", &bnext::cpu::max_cached_bytes, "How much freed memory of large outputs is kept at most.");
+  m.def("cached_bytes", &bnext::cpu::cached_bytes, "How much is kept now.");
+  m.def("empty_cache", &bnext::cpu::empty_cache, "Unmap what is kept.");
 }

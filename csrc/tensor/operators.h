@@ -16,10 +16,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_train(
     const std::optional<at::Tensor>& num_batches_tracked, std::optional<double> momentum, double eps,
     const std::optional<at::Tensor>& residual, std::string_view act, double slope, bool with_mask);
 
-at::Tensor batch_norm_moments(const at::Tensor& input, double eps);
+at::Tensor batch_norm_stats(const at::Tensor& input, double eps);
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_merged(
-    const at::Tensor& input, const at::Tensor& moments, const std::optional<at::Tensor>& weight,
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_gathered(
+    const at::Tensor& input, const at::Tensor& gathered_stats, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
     const std::optional<at::Tensor>& running_var, const std::optional<at::Tensor>& num_batches_tracked,
     std::optional<double> momentum, double eps, const std::optional<at::Tensor>& residual, std::string_view act,

@@ -9,8 +9,8 @@
 // on several processes, divided by its count; then grad_input is by these.
 //
 // batch_norm_sync: batch_norm_train over the batch of a group of processes (torch.distributed), which is made of
-// batch_norm_moments: (2*C + 1) float64, the means of a process's share, the sums of (x - mean)^2, the count; and of
-// batch_norm_merged, which is batch_norm_train by the moments of all shares, (shares, 2*C + 1).
+// batch_norm_stats: (2*C + 1) float64, a local batch's means, sums of (x - mean)^2, and count; and of
+// batch_norm_gathered, which is batch_norm_train by the gathered stats of all processes, (processes, 2*C + 1).
 #pragma once
 
 #include <torch/library.h>
@@ -40,9 +40,10 @@ inline void define_operators(torch::Library& m) {
       "str act='identity', float slope=0., Tensor? mean_grads=None) "
       "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
       tags);
-  m.def("batch_norm_moments(Tensor input, float eps) -> Tensor", tags);
+  m.def("batch_norm_stats(Tensor input, float eps) -> Tensor", tags);
   m.def(
-      "batch_norm_merged(Tensor input, Tensor moments, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "batch_norm_gathered(Tensor input, Tensor gathered_stats, Tensor? weight, Tensor? bias, Tensor(a!)? "
+      "running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "
       "Tensor? residual=None, str act='identity', float slope=0., bool with_mask=False) "
       "-> (Tensor output, Tensor save_stats, Tensor mask)",
@@ -58,8 +59,8 @@ inline void register_kernels(torch::Library& m) {
   m.impl("batch_norm_train", &batch_norm_train);
   m.impl("batch_norm_eval", &batch_norm_eval);
   m.impl("batch_norm_backward", &batch_norm_backward);
-  m.impl("batch_norm_moments", &batch_norm_moments);
-  m.impl("batch_norm_merged", &batch_norm_merged);
+  m.impl("batch_norm_stats", &batch_norm_stats);
+  m.impl("batch_norm_gathered", &batch_norm_gathered);
 }
 
 }  // namespace bnext

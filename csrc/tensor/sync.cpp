@@ -22,11 +22,11 @@ SyncForward sync_forward(const Tensor& input, const optional<Tensor>& weight, co
     check_training(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, residual,
                    parse_activation(act, slope), with_mask);
   }
-  const Tensor moments = all_gather(moments_op().call(input, eps), group);
+  const Tensor gathered_stats = all_gather(stats_op().call(input, eps), group);
   auto [output, save_stats, mask] =
-      merged_op().call(input, moments, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps,
-                       residual, act, slope, with_mask);
-  return {std::move(output), std::move(save_stats), std::move(mask), moments.select(1, -1).sum()};
+      gathered_op().call(input, gathered_stats, weight, bias, running_mean, running_var, num_batches_tracked, momentum,
+                         eps, residual, act, slope, with_mask);
+  return {std::move(output), std::move(save_stats), std::move(mask), gathered_stats.select(1, -1).sum()};
 }
 
 Tensor sync_mean_grads(const Tensor& grad_weight, const Tensor& grad_bias, const Tensor& count,

@@ -1,4 +1,4 @@
-"""The CUDA kernels on every way through them: the teams that share a channel, one read and two, both kinds of tile.
+"""The CUDA kernels on every way through them: the groups that share a channel, one read and two, both kinds of tile.
 
 Plans for a small device send small tensors the ways that large ones take. In emulation every access is checked
 (tests/simt); where there is a GPU the same plans run on it too.
@@ -27,7 +27,7 @@ from cases import (
 )
 from checks import check_backward, check_forward
 from marks import DEVICES, SIMT
-from simt.device import TEAMS, TILES, Limits, emulated, last_plan, load
+from simt.device import GROUPS, TILES, Limits, emulated, last_plan, load
 from tolerances import assert_within
 
 import bnext
@@ -45,19 +45,19 @@ LAYOUTS = ("contiguous", "contiguous", "contiguous", "channels_last", "channels_
 class Path(NamedTuple):
     """A way through the kernels, and a device whose plans take it."""
 
-    team: str
+    group: str
     two_reads: bool
     limits: Limits
     shapes: tuple[tuple[int, ...], ...]
     layouts: tuple[str, ...] = LAYOUTS
 
     def __str__(self) -> str:
-        return self.team + "-of-16" * self.large_cluster + "-two-reads" * self.two_reads
+        return self.group + "-of-16" * self.large_cluster + "-two-reads" * self.two_reads
 
     @property
     def large_cluster(self) -> bool:
         """Of more blocks than a kernel gets unless it asks."""
-        return self.team == "cluster" and self.limits.max_cluster > 8
+        return self.group == "cluster" and self.limits.max_cluster > 8
 
 
 # test_the_ways_lead_everywhere says whether they do.
@@ -119,9 +119,9 @@ def kernel_device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def team_of_the_last_launch() -> tuple[str, bool]:
+def group_of_the_last_launch() -> tuple[str, bool]:
     plan = last_plan()
-    return TEAMS[plan["team"]], plan["ring"] > 0
+    return GROUPS[plan["group"]], plan["ring"] > 0
 
 
 def every_way() -> list[object]:
@@ -263,12 +263,12 @@ def test_the_ways_lead_everywhere() -> None:
                     batch, channels, height * width, last, dtype, inputs, True, *path.limits[:3]
                 )
                 kind = "folded" if last and plan["row_width"] > channels else layout
-                large_cluster = TEAMS[plan["team"]] == "cluster" and plan["team_blocks"] > 8
-                way_taken = (TEAMS[plan["team"]], large_cluster, plan["ring"] > 0)
+                large_cluster = GROUPS[plan["group"]] == "cluster" and plan["group_blocks"] > 8
+                way_taken = (GROUPS[plan["group"]], large_cluster, plan["ring"] > 0)
                 seen.add((*way_taken, TILES[plan["tile"]], kind, dtype, inputs))
     tiles = (("channel", "contiguous"), ("columns", "contiguous"), ("columns", "channels_last"), ("columns", "folded"))
     wanted = {
-        (path.team, path.large_cluster, path.two_reads, *tile, dtype, inputs)
+        (path.group, path.large_cluster, path.two_reads, *tile, dtype, inputs)
         for path in PATHS
         for tile in (tiles if path.layouts == LAYOUTS else (tiles[0], tiles[3]))
         for dtype in DTYPES
@@ -280,7 +280,7 @@ def test_the_ways_lead_everywhere() -> None:
 
 @pytest.mark.parametrize(("path", "case"), WAYS)
 def test_a_channel_float32_cannot_hold(path: Path, case: Case, kernel_device: str) -> None:
-    # Its squares overflow: the team adds it up again in float64, and its neighbours keep the sums they have.
+    # Its squares overflow: the group adds it up again in float64, and its neighbours keep the sums they have.
     with planned_for(path.limits, kernel_device) as device:
         values, g = make_input(*case, torch.float32, device), make_grad(*case, torch.float32, device)
         values[:, 0] += 1e3
@@ -358,8 +358,8 @@ def test_how_often_memory_is_read(path: Path, case: Case) -> None:
         batch_norm(x, None, None, training=True)
         plan, counted = last_plan(), counters()
     bytes_of_x = x.numel() * x.element_size()
-    per_block = 2 * plan["team_blocks"] * 8 * 2 * plan["tile_channels"] + 20 * 16 * plan["tile_channels"]
-    beside = plan["tiles"] * plan["team_blocks"] * per_block
+    per_block = 2 * plan["group_blocks"] * 8 * 2 * plan["tile_channels"] + 20 * 16 * plan["tile_channels"]
+    beside = plan["tiles"] * plan["group_blocks"] * per_block
     reads = 2 if path.two_reads and plan["kept"] == 0 else 1
     assert reads * bytes_of_x <= counted["global_load_bytes"]
     if plan["ring"] == 0:
@@ -375,11 +375,11 @@ def test_a_plan_is_described(path: Path) -> None:
         describe = torch.ops.bnext_simt.last_description
         y, mean, var = batch_norm(x, None, None, training=True), torch.zeros(x.shape[1]), torch.ones(x.shape[1])
         plan = last_plan()
-        assert (plan["team_blocks"] == 16) == path.large_cluster or path.team == "grid"
-        team = "block" if path.team == "block" else f"{path.team} of {plan['team_blocks']}"
-        steps = -(-plan["rows"] * plan["parts"] // (plan["threads_y"] * plan["team_blocks"]))
+        assert (plan["group_blocks"] == 16) == path.large_cluster or path.group == "grid"
+        group = "block" if path.group == "block" else f"{path.group} of {plan['group_blocks']}"
+        steps = -(-plan["rows"] * plan["parts"] // (plan["threads_y"] * plan["group_blocks"]))
         reads = f"{plan['kept']} of {steps} kept" if path.two_reads else "read once"
-        assert describe() == f"{team}, {reads}"
+        assert describe() == f"{group}, {reads}"
         batch_norm(y, mean, var)
         assert describe() == "no sums"
 
@@ -394,4 +394,4 @@ def test_blocks_that_take_several_tiles(case: Case, dtype: torch.dtype) -> None:
         with emulated(Limits(sms=1, max_grid=1), seed):
             for training in (True, False):
                 check_backward(x, g, params, training=training, output_too=True)
-                assert last_plan()["tiles"] > last_plan()["teams"] == 1
+                assert last_plan()["tiles"] > last_plan()["groups"] == 1

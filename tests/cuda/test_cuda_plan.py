@@ -9,7 +9,7 @@ import torch
 from cases import DTYPES, name
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simt.device import TEAMS, TILES, load
+from simt.device import GROUPS, TILES, load
 
 pytestmark = pytest.mark.simt
 
@@ -53,23 +53,23 @@ def assert_sound(plan: dict[str, int], shape: tuple[int, int, int], dtype: torch
     assert plan["parts"] * plan["threads_x"] * (16 // dtype.itemsize) >= plan["tile_width"]
     assert 1 <= plan["threads_x"] * plan["threads_y"] <= plan["threads"] <= MAX_THREADS
     assert plan["threads"] % 32 == 0
-    assert 1 <= plan["teams"] * plan["team_blocks"] <= MAX_GRID
+    assert 1 <= plan["groups"] * plan["group_blocks"] <= MAX_GRID
     if TILES[plan["tile"]] == "columns":
         assert plan["parts"] == 1
-    steps = -(-plan["rows"] * plan["parts"] // (plan["threads_y"] * plan["team_blocks"]))
+    steps = -(-plan["rows"] * plan["parts"] // (plan["threads_y"] * plan["group_blocks"]))
     if plan["ring"] == 0:
         assert steps <= plan["kept"]
     assert plan["shared_bytes"] <= gpu.shared_per_block
-    team = TEAMS[plan["team"]]
-    if team == "cluster":
-        assert plan["team_blocks"] in (2, 4, 8, 16)
-        assert plan["team_blocks"] <= gpu.max_cluster
-    if team == "grid":
+    group = GROUPS[plan["group"]]
+    if group == "cluster":
+        assert plan["group_blocks"] in (2, 4, 8, 16)
+        assert plan["group_blocks"] <= gpu.max_cluster
+    if group == "grid":
         # All of its blocks run at once.
-        blocks = plan["teams"] * plan["team_blocks"]
+        blocks = plan["groups"] * plan["group_blocks"]
         half = (gpu.shared_per_block + KB) // 2 - KB
         assert blocks <= gpu.sms * (2 if plan["shared_bytes"] <= half else 1)
-        assert plan["workspace_bytes"] >= 4 * plan["teams"] + blocks * 32 * plan["tile_channels"]
+        assert plan["workspace_bytes"] >= 4 * plan["groups"] + blocks * 32 * plan["tile_channels"]
     else:
         assert plan["workspace_bytes"] == 0
 
@@ -120,7 +120,7 @@ def test_what_an_h200_reads_once(channels: int, side: int, last: bool, inputs: i
 
 
 @pytest.mark.parametrize(
-    ("shape", "last", "dtype", "team", "tile"),
+    ("shape", "last", "dtype", "group", "tile"),
     [
         # 7x7 planes: 8 of them are 49 vectors.
         ((256, 2048, 49), False, torch.bfloat16, "cluster", "columns"),
@@ -137,9 +137,9 @@ def test_what_an_h200_reads_once(channels: int, side: int, last: bool, inputs: i
     ],
     ids=str,
 )
-def test_worked_examples(shape: tuple[int, int, int], last: bool, dtype: torch.dtype, team: str, tile: str) -> None:
+def test_worked_examples(shape: tuple[int, int, int], last: bool, dtype: torch.dtype, group: str, tile: str) -> None:
     plan = make_plan(shape, last, dtype, 1, True, H200)
-    assert (TEAMS[plan["team"]], TILES[plan["tile"]]) == (team, tile), plan
+    assert (GROUPS[plan["group"]], TILES[plan["tile"]]) == (group, tile), plan
 
 
 def test_small_tensors_take_one_launch_without_workspace() -> None:

@@ -100,7 +100,7 @@ def _data(t: Target, name: str) -> list[Bad]:
     others = set(t.arguments) - {name}
     if t.name.startswith("layer"):
         rows.append(Bad("deeper", lambda: good().unsqueeze(0)))
-    if (t.name.startswith("layer") and "Lazy" not in t.name) or others & {"weight", "save_stats", "moments"}:
+    if (t.name.startswith("layer") and "Lazy" not in t.name) or others & {"weight", "save_stats", "gathered_stats"}:
         rows += [Bad("channels", lambda: good()[:, :-1]), Bad("no_channels", lambda: good()[:, :0])]
     if others & {"residual", "input"}:
         rows += [row for row in _alongside(t, name) if row.id not in {bad.id for bad in rows}]
@@ -140,7 +140,7 @@ def _counter(t: Target, name: str) -> list[Bad]:
     return rows + [Bad(f"of_{n}", lambda n=n: torch.zeros(n, dtype=torch.int64)) for n in (0, 2)]
 
 
-def _moments(t: Target, name: str) -> list[Bad]:
+def _gathered_stats(t: Target, name: str) -> list[Bad]:
     # The number of shares is free: those of more or fewer processes.
     return [row for row in _exactly(t, name, optional=False) if row.id not in {"empty", "repeated"}]
 
@@ -213,7 +213,7 @@ KINDS: dict[str, Callable[[Target, str], list[Bad]]] = {
     "running_mean": _running,
     "running_var": _running,
     "num_batches_tracked": _counter,
-    "moments": _moments,
+    "gathered_stats": _gathered_stats,
     "save_stats": functools.partial(_exactly, optional=False),
     "mean_grads": _exactly,
     "mask": _mask,
@@ -259,7 +259,7 @@ def forward_arguments() -> Arguments:
         "act": "relu",
         "slope": 0.0,
         "with_mask": True,
-        "moments": torch.ops.bnext.batch_norm_moments(make_input(SHAPE), 1e-5).repeat(2, 1),
+        "gathered_stats": torch.ops.bnext.batch_norm_stats(make_input(SHAPE), 1e-5).repeat(2, 1),
         "group_size": 1,
         "group_name": "0",
         "training": True,

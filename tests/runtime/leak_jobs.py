@@ -107,8 +107,8 @@ def operators() -> list[Step]:
     return [
         train_and_back,
         lambda: ops.batch_norm_eval(x, p.weight, p.bias, *running, EPS, r, "gelu"),
-        lambda: ops.batch_norm_merged(
-            x, torch.stack([ops.batch_norm_moments(x, EPS)] * 3), p.weight, p.bias, *running, counter, 0.1, EPS
+        lambda: ops.batch_norm_gathered(
+            x, torch.stack([ops.batch_norm_stats(x, EPS)] * 3), p.weight, p.bias, *running, counter, 0.1, EPS
         ),
     ]
 
@@ -169,7 +169,7 @@ def errors() -> list[Step]:
         lambda: layer(flat),
         lambda: fused(x, "residual"),
         lambda: bnext.BatchNormAct2d(4, act=("leaky_relu", "steep")),
-        lambda: ops.batch_norm_moments(flat.int(), EPS),
+        lambda: ops.batch_norm_stats(flat.int(), EPS),
         lambda: bnext.convert("model"),
         changed_in_place,
         backward_twice,
@@ -351,14 +351,14 @@ def large_outputs(calls: int) -> tuple[Usage, int]:
         if layer.training:
             y.backward(y.detach())
         del x, y
-        most = max(most, _C.kept_bytes())
+        most = max(most, _C.cached_bytes())
 
     layers = bnext.BatchNorm2d(64), bnext.BatchNorm2d(64).eval(), bnext.BatchNormAct2d(64, act="silu").eval()
     steps = [
         lambda layer=layer, size=size: step(layer, size)
         for layer, size in zip(itertools.cycle(layers), (34, 52, 36, 42, 34, 66, 40), strict=False)
     ]
-    return growth(steps, calls, settle=_C.release_kept_blocks), most
+    return growth(steps, calls, settle=_C.empty_cache), most
 
 
 _hoard: list[object] = []

@@ -64,10 +64,10 @@ def test_interrupted_training_goes_on(batch: str, run_python: Run) -> None:
     assert caught == interrupts, caught
     # What the interrupted steps held is free again.
     gc.collect()
-    assert _C.kept_bytes() <= _C.most_kept_bytes()
-    kept = _C.kept_bytes()
+    assert _C.cached_bytes() <= _C.max_cached_bytes()
+    kept = _C.cached_bytes()
     step(layer, x)
-    assert _C.kept_bytes() == kept
+    assert _C.cached_bytes() == kept
     print("done")
     """
     check_script(run_python, code)

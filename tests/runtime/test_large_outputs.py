@@ -33,11 +33,11 @@ BLOCK = 36 * MIB
 
 @pytest.fixture(autouse=True)
 def _nothing_kept() -> Iterator[None]:
-    if _C.most_kept_bytes() < 512 * MIB:
-        pytest.skip("BNEXT_KEEP_MB is set to less than these tests free")
-    _C.release_kept_blocks()
+    if _C.max_cached_bytes() < 512 * MIB:
+        pytest.skip("BNEXT_CACHE_MB is set to less than these tests free")
+    _C.empty_cache()
     yield
-    _C.release_kept_blocks()
+    _C.empty_cache()
 
 
 def output(mebibytes: int, value: float = 1.0) -> Tensor:
@@ -97,15 +97,15 @@ def wave(layout: str, period: float) -> Tensor:
 def check_reuse(make: Callable[[], Tensor], expected: Tensor) -> None:
     """`make` returns bnext's result: the second time in the memory of the first. What is expected comes from torch's
     contiguous path: its other one sums too coarsely for so many values."""
-    assert _C.kept_bytes() == 0
+    assert _C.cached_bytes() == 0
     y = make()
     torch.testing.assert_close(y, expected)
     address = y.data_ptr()
     y.fill_(math.nan)
     del y
-    assert _C.kept_bytes() == BLOCK
+    assert _C.cached_bytes() == BLOCK
     y = make()
-    assert (y.data_ptr(), _C.kept_bytes()) == (address, 0)
+    assert (y.data_ptr(), _C.cached_bytes()) == (address, 0)
     torch.testing.assert_close(y, expected)
 
 
@@ -134,23 +134,23 @@ def test_freed_gradient_serves_the_next(layout: str, training: bool) -> None:
 @linux_only
 def test_memory_is_kept_from_32_mib_on() -> None:
     free(32)
-    assert _C.kept_bytes() == 32 * MIB
+    assert _C.cached_bytes() == 32 * MIB
     y = batch_norm(torch.zeros(1, 1, 8 * MIB - 1), torch.zeros(1), torch.ones(1))
-    assert _C.kept_bytes() == 32 * MIB
+    assert _C.cached_bytes() == 32 * MIB
     del y
-    assert _C.kept_bytes() == 32 * MIB
+    assert _C.cached_bytes() == 32 * MIB
 
 
 @linux_only
 def test_release_unmaps_everything() -> None:
     free(34)
-    _C.release_kept_blocks()
+    _C.empty_cache()
     before = address_space()
     free(32, 34)
-    assert _C.kept_bytes() == 66 * MIB
+    assert _C.cached_bytes() == 66 * MIB
     assert abs(address_space() - before - 66 * MIB) < MIB
-    _C.release_kept_blocks()
-    assert _C.kept_bytes() == 0
+    _C.empty_cache()
+    assert _C.cached_bytes() == 0
     assert abs(address_space() - before) < MIB
 
 
@@ -184,9 +184,9 @@ def test_block_serves_an_output_at_most_a_quarter_smaller(kept: int, fits: bool)
     y = output(40, 2.0)
     assert is_all(y, 2.0)
     assert (y.data_ptr() == address) == fits
-    assert _C.kept_bytes() == (0 if fits else kept * MIB)
+    assert _C.cached_bytes() == (0 if fits else kept * MIB)
     del y
-    assert _C.kept_bytes() == (kept if fits else kept + 40) * MIB
+    assert _C.cached_bytes() == (kept if fits else kept + 40) * MIB
 
 
 @linux_only
@@ -206,11 +206,11 @@ def test_limit(run_python: Run) -> None:
     code = f"""
     for setting in {list(expected)}:
         if os.fork() == 0:
-            os.environ["BNEXT_KEEP_MB"] = setting
-            outputs, kept = [output(size) for size in (32, 34, 36)], [_C.most_kept_bytes() // MIB]
+            os.environ["BNEXT_CACHE_MB"] = setting
+            outputs, kept = [output(size) for size in (32, 34, 36)], [_C.max_cached_bytes() // MIB]
             while outputs:
                 del outputs[0]
-                kept.append(_C.kept_bytes() // MIB)
+                kept.append(_C.cached_bytes() // MIB)
             print(kept, flush=True)
             os._exit(0)
         assert os.wait()[1] == 0
@@ -226,19 +226,19 @@ def test_kept_blocks_make_room_when_there_is_no_other(run_python: Run) -> None:
     x = torch.zeros(100, 64, 64, 64)
     outputs = [output(size) for size in (64, 66, 68)]
     outputs.clear()
-    assert _C.kept_bytes() == 198 * MIB
+    assert _C.cached_bytes() == 198 * MIB
     resource.setrlimit(resource.RLIMIT_AS, (address_space() + 48 * MIB, resource.RLIM_INFINITY))
     try:
         torch.empty(100 * MIB, dtype=torch.uint8)
     except RuntimeError:
         y = batch_norm(x, torch.zeros(64), torch.ones(64), bias=torch.full((64,), 2.0), eps=0.0)
         assert is_all(y, 2.0)
-        assert _C.kept_bytes() == 0
+        assert _C.cached_bytes() == 0
         del y
-        assert _C.kept_bytes() == 100 * MIB
+        assert _C.cached_bytes() == 100 * MIB
         print("done")
     """
-    done = run_python("-c", script(code), OMP_NUM_THREADS="1", BNEXT_KEEP_MB="1024")
+    done = run_python("-c", script(code), OMP_NUM_THREADS="1", BNEXT_CACHE_MB="1024")
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
@@ -257,13 +257,13 @@ def test_resized_storage_gives_its_block_back() -> None:
     y = output(34)
     storage = y.untyped_storage()
     storage.resize_(MIB)
-    assert _C.kept_bytes() == 34 * MIB
+    assert _C.cached_bytes() == 34 * MIB
     storage.resize_(40 * MIB)
-    assert _C.kept_bytes() == 34 * MIB
+    assert _C.cached_bytes() == 34 * MIB
     storage.resize_(34 * MIB)
-    assert _C.kept_bytes() == 40 * MIB
+    assert _C.cached_bytes() == 40 * MIB
     del y, storage
-    assert _C.kept_bytes() == 74 * MIB
+    assert _C.cached_bytes() == 74 * MIB
 
 
 def save_and_load(tensor: Tensor) -> Tensor:
@@ -292,11 +292,11 @@ def test_copy_outlives_the_output(how: Callable[[Tensor], Tensor]) -> None:
 def test_shared_output_gives_its_block_back() -> None:
     y = output(34, 2.0).share_memory_()
     assert y.is_shared()
-    assert _C.kept_bytes() == 34 * MIB
+    assert _C.cached_bytes() == 34 * MIB
     z = output(34, 3.0)
     assert is_all(y, 2.0)
     del y
-    assert _C.kept_bytes() == 0
+    assert _C.cached_bytes() == 0
     assert is_all(z, 3.0)
 
 
@@ -306,11 +306,11 @@ def test_view_keeps_the_memory_of_a_freed_output(view: Callable[[Tensor], Tensor
     y = output(34, 2.0)
     seen = view(y)
     del y
-    assert _C.kept_bytes() == 0
+    assert _C.cached_bytes() == 0
     y = output(34, 3.0)
     assert (seen == 2.0).all()
     del seen
-    assert _C.kept_bytes() == 34 * MIB
+    assert _C.cached_bytes() == 34 * MIB
     assert is_all(y, 3.0)
 
 
@@ -326,7 +326,7 @@ def test_freed_by_another_thread() -> None:
     thread = threading.Thread(target=outputs.clear)
     thread.start()
     thread.join()
-    assert _C.kept_bytes() == 34 * MIB
+    assert _C.cached_bytes() == 34 * MIB
 
 
 def test_several_threads_at_once() -> None:
@@ -362,9 +362,9 @@ def test_fork_while_another_thread_frees(run_python: Run) -> None:
         child = os.fork()
         if child == 0:
             signal.alarm(20)  # ends a child that hangs
-            _C.kept_bytes()
-            _C.release_kept_blocks()
-            os._exit(0 if _C.kept_bytes() == 0 else 1)
+            _C.cached_bytes()
+            _C.empty_cache()
+            os._exit(0 if _C.cached_bytes() == 0 else 1)
         statuses.add(os.waitpid(child, 0)[1])
         if statuses != {0}:
             break
@@ -372,7 +372,7 @@ def test_fork_while_another_thread_frees(run_python: Run) -> None:
     thread.join()
     print(statuses)
     """
-    done = run_python("-c", script(code), OMP_NUM_THREADS="1", BNEXT_KEEP_MB="100", BNEXT_HUGE_PAGES="0")
+    done = run_python("-c", script(code), OMP_NUM_THREADS="1", BNEXT_CACHE_MB="100", BNEXT_HUGE_PAGES="0")
     assert (done.returncode, done.stdout) == (0, "{0}\n"), done.stderr
 
 
@@ -402,7 +402,7 @@ def test_huge_pages_can_be_turned_off(run_python: Run) -> None:
 
 
 def test_settings_are_printed(run_python: Run) -> None:
-    done = run_python("-m", "bnext", BNEXT_KEEP_MB="80", BNEXT_HUGE_PAGES="0")
+    done = run_python("-m", "bnext", BNEXT_CACHE_MB="80", BNEXT_HUGE_PAGES="0")
     facts = dict(line.split(":", 1) for line in done.stdout.splitlines())
     assert "80 MB" in facts["freed outputs"]
     assert facts["huge pages"].split()[0] == "off"

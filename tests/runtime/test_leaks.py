@@ -84,7 +84,7 @@ sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
 import leak_jobs
 print(json.dumps(leak_jobs.large_outputs({calls})))
 """
-    done = run_python("-c", code, BNEXT_KEEP_MB="100")
+    done = run_python("-c", code, BNEXT_CACHE_MB="100")
     assert done.returncode == 0, done.stderr
     left, most = json.loads(done.stdout)
     # Inputs are mapped and unmapped by malloc, which counts them among what it has handed out.

@@ -100,13 +100,13 @@ def test_loader_whose_workers_normalize(method: str) -> None:
     data.layer.zero_grad()
     expected = [data[i] for i in range(len(data))]
     if sys.platform == "linux":
-        assert bnext._C.kept_bytes() > 0
+        assert bnext._C.cached_bytes() > 0
     loader = DataLoader(
         data, batch_size=None, num_workers=2, timeout=100, multiprocessing_context=method, persistent_workers=True
     )
     for _ in range(2):
         assert all(all(map(same_bits, *pair)) for pair in zip(loader, expected, strict=True))
-    bnext._C.release_kept_blocks()
+    bnext._C.empty_cache()
 
 
 def run_script(run_python: Run, code: str) -> None:
@@ -136,24 +136,24 @@ def test_fork_frees_what_is_its_parents(run_python: Run) -> None:
     y, other = output(34, 2.0), output(40, 5.0)  # the first in memory that was kept
     output(50)
     address = y.data_ptr()
-    assert _C.kept_bytes() == 50 * MIB
+    assert _C.cached_bytes() == 50 * MIB
 
     def run():
         global y
         torch.set_num_threads(1)
-        assert is_all(y, 2.0) and _C.kept_bytes() == 50 * MIB
+        assert is_all(y, 2.0) and _C.cached_bytes() == 50 * MIB
         del y
-        assert _C.kept_bytes() == 84 * MIB
+        assert _C.cached_bytes() == 84 * MIB
         again, large = output(34, 3.0), output(50, 4.0)
-        assert (again.data_ptr(), _C.kept_bytes()) == (address, 0)
+        assert (again.data_ptr(), _C.cached_bytes()) == (address, 0)
         assert is_all(again, 3.0) and is_all(large, 4.0) and is_all(other, 5.0)
         del again, large
-        _C.release_kept_blocks()
+        _C.empty_cache()
         assert is_all(output(34, 6.0), 6.0) and is_all(other, 5.0)
 
     for fork in (run, lambda: child(run) or os._exit(1)):
         assert child(fork)
-        assert is_all(y, 2.0) and is_all(other, 5.0) and _C.kept_bytes() == 50 * MIB
+        assert is_all(y, 2.0) and is_all(other, 5.0) and _C.cached_bytes() == 50 * MIB
         assert is_all(output(50, 7.0), 7.0)
     print("done")
     """

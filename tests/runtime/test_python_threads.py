@@ -253,4 +253,4 @@ def test_large_outputs_from_thread_to_thread(layout: str) -> None:
         return bits(results) == expected[j]
 
     assert all(in_threads(work, jobs))
-    bnext._C.release_kept_blocks()
+    bnext._C.empty_cache()

@@ -190,15 +190,15 @@ using Facts = c10::Dict<std::string, std::int64_t>;
 Facts facts_of(const cuda::LaunchPlan& plan) {
   Facts facts;
   facts.insert("tile", static_cast<std::int64_t>(plan.tile));
-  facts.insert("team", static_cast<std::int64_t>(plan.group));
+  facts.insert("group", static_cast<std::int64_t>(plan.group));
   facts.insert("rows", plan.rows);
   facts.insert("row_width", plan.row_width);
   facts.insert("columns_per_channel", plan.columns_per_channel);
   facts.insert("tiles", plan.tiles);
   facts.insert("tile_width", plan.tile_width);
   facts.insert("tile_channels", plan.tile_channels);
-  facts.insert("teams", plan.groups);
-  facts.insert("team_blocks", plan.group_blocks);
+  facts.insert("groups", plan.groups);
+  facts.insert("group_blocks", plan.group_blocks);
   facts.insert("threads_x", plan.threads_x);
   facts.insert("threads_y", plan.threads_y);
   facts.insert("threads", plan.threads);

@@ -21,10 +21,10 @@ OPERATORS = (
     "batch_norm_train",
     "batch_norm_eval",
     "batch_norm_backward",
-    "batch_norm_moments",
-    "batch_norm_merged",
+    "batch_norm_stats",
+    "batch_norm_gathered",
 )
-TEAMS = ("block", "cluster", "grid")
+GROUPS = ("block", "cluster", "grid")
 TILES = ("channel", "columns")
 
 

@@ -31,8 +31,8 @@ import bnext
 
 # batch_norm_sync, and what it is made of.
 EPS = 1e-5
-moments_of = torch.ops.bnext.batch_norm_moments
-merge = torch.ops.bnext.batch_norm_merged
+local_stats = torch.ops.bnext.batch_norm_stats
+merge = torch.ops.bnext.batch_norm_gathered
 train = torch.ops.bnext.batch_norm_train
 backward = torch.ops.bnext.batch_norm_backward
 sync = torch.ops.bnext.batch_norm_sync
@@ -89,8 +89,8 @@ def share_of(sizes: Sequence[int], index: int) -> slice:
 
 
 def gathered(shares: Sequence[Tensor]) -> Tensor:
-    """The moments that processes with these shares give one another."""
-    return torch.stack([moments_of(share, EPS) for share in shares])
+    """The gathered stats of processes with these shares."""
+    return torch.stack([local_stats(share, EPS) for share in shares])
 
 
 def make_layer(channels: int, dtype: torch.dtype = torch.float64, **options: Any) -> bnext.SyncBatchNorm:

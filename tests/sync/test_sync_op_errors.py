@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import make_grad, make_input, make_residual
-from sync_shares import EPS, backward, gathered, merge, moments_of, sync, train
+from sync_shares import EPS, backward, gathered, local_stats, merge, sync, train
 from wrong_arguments import (
     CHANNELS,
     SHAPE,
@@ -20,47 +20,52 @@ from wrong_arguments import (
 )
 
 
-def moments_op(args: dict[str, object]) -> object:
-    return moments_of(args["input"], EPS)
+def stats_op(args: dict[str, object]) -> object:
+    return local_stats(args["input"], EPS)
 
 
-def merged_op(args: dict[str, object]) -> object:
+def gathered_op(args: dict[str, object]) -> object:
     return merge(**args, momentum=0.1, eps=EPS)
 
 
 def sync_op(args: dict[str, object]) -> object:
     """Whatever is wrong is found before the group, which does not exist, is looked for."""
-    args = {key: value for key, value in args.items() if key != "moments"}
+    args = {key: value for key, value in args.items() if key != "gathered_stats"}
     return sync(**args, momentum=0.1, eps=EPS, group_size=2, group_name="no such group")
 
 
 def merged_arguments() -> dict[str, object]:
     args = arguments()
     halves = args["input"][:1], args["input"][1:]
-    return {**args, "moments": gathered(halves), "residual": make_residual(SHAPE)}
+    return {**args, "gathered_stats": gathered(halves), "residual": make_residual(SHAPE)}
 
 
 WRONG_MOMENTS = [
-    Wrong("float32", "moments", lambda: torch.ones(2, 7), (WORDS[torch.float64], WORDS[torch.float32])),
-    Wrong("int64", "moments", lambda: torch.ones(2, 7, dtype=torch.int64), (WORDS[torch.float64], WORDS[torch.int64])),
-    Wrong("1d", "moments", lambda: torch.ones(7, dtype=torch.float64), (r"shares, 7", r"\[7\]")),
-    Wrong("3d", "moments", lambda: torch.ones(1, 2, 7, dtype=torch.float64), (r"shares, 7", "1, 2, 7")),
-    Wrong("short", "moments", lambda: torch.ones(2, 6, dtype=torch.float64), (r"shares, 7", "2, 6")),
-    Wrong("long", "moments", lambda: torch.ones(2, 8, dtype=torch.float64), (r"shares, 7", "2, 8")),
-    Wrong("meta", "moments", lambda: torch.ones(2, 7, dtype=torch.float64, device="meta"), ("cpu", "meta")),
+    Wrong("float32", "gathered_stats", lambda: torch.ones(2, 7), (WORDS[torch.float64], WORDS[torch.float32])),
+    Wrong(
+        "int64",
+        "gathered_stats",
+        lambda: torch.ones(2, 7, dtype=torch.int64),
+        (WORDS[torch.float64], WORDS[torch.int64]),
+    ),
+    Wrong("1d", "gathered_stats", lambda: torch.ones(7, dtype=torch.float64), (r"processes, 7", r"\[7\]")),
+    Wrong("3d", "gathered_stats", lambda: torch.ones(1, 2, 7, dtype=torch.float64), (r"processes, 7", "1, 2, 7")),
+    Wrong("short", "gathered_stats", lambda: torch.ones(2, 6, dtype=torch.float64), (r"processes, 7", "2, 6")),
+    Wrong("long", "gathered_stats", lambda: torch.ones(2, 8, dtype=torch.float64), (r"processes, 7", "2, 8")),
+    Wrong("meta", "gathered_stats", lambda: torch.ones(2, 7, dtype=torch.float64, device="meta"), ("cpu", "meta")),
 ]
 WRONG_ARGUMENTS = [*WRONG_INPUTS, *WRONG_VECTORS, *WRONG_COUNTERS, *WRONG_RESIDUALS]
 
 
 @pytest.mark.parametrize("row", WRONG_INPUTS, ids=str)
 def test_wrong_argument_of_moments(row: Wrong) -> None:
-    assert_raises_and_leaves_alone(moments_op, {"input": row.value()}, r"\binput\b", *row.message)
+    assert_raises_and_leaves_alone(stats_op, {"input": row.value()}, r"\binput\b", *row.message)
 
 
 @pytest.mark.parametrize("row", [*WRONG_ARGUMENTS, *WRONG_MOMENTS], ids=str)
 def test_wrong_argument_of_merged(row: Wrong) -> None:
     args = {**merged_arguments(), row.argument: row.value()}
-    assert_raises_and_leaves_alone(merged_op, args, rf"\b{row.argument}\b", *row.message)
+    assert_raises_and_leaves_alone(gathered_op, args, rf"\b{row.argument}\b", *row.message)
 
 
 @pytest.mark.parametrize("row", WRONG_ARGUMENTS, ids=str)
@@ -72,10 +77,10 @@ def test_wrong_argument_of_sync(row: Wrong) -> None:
 @pytest.mark.parametrize("eps", [0.0, -1e-5], ids=str)
 def test_eps_is_positive(eps: float) -> None:
     args = merged_arguments()
-    moments = args.pop("moments")
+    gathered_stats = args.pop("gathered_stats")
     for call in (
-        lambda args: moments_of(args["input"], eps),
-        lambda args: merge(**args, moments=moments, momentum=0.1, eps=eps),
+        lambda args: local_stats(args["input"], eps),
+        lambda args: merge(**args, gathered_stats=gathered_stats, momentum=0.1, eps=eps),
         lambda args: sync(**args, momentum=0.1, eps=eps, group_size=2, group_name="none"),
     ):
         assert "eps must be positive" in assert_raises_and_leaves_alone(call, args)

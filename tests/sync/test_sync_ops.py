@@ -1,4 +1,5 @@
-"""What batch_norm_sync is made of, in one process: the moments of shares, their merge, and gradients by given means."""
+"""What batch_norm_sync is made of, in one process: stats of local batches, and normalisation and gradients by gathered
+ones."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from cases import (
 from checks import output_strides, significant_strides
 from marks import EACH_DTYPE, FLAGS, pairs
 from reference import Act, named, reduced_dims, widen
-from sync_shares import EPS, Batch, backward, gathered, make_batch, merge, merged, moments_of, share_of, sync, train
+from sync_shares import EPS, Batch, backward, gathered, local_stats, make_batch, merge, merged, share_of, sync, train
 from tolerances import assert_within
 from torch import Tensor
 
@@ -55,13 +56,13 @@ def check_shares(
         Batch(*(t if t is None else t.to(device) for t in batch.rows(share_of(sizes, i), layout)))
         for i in range(len(sizes))
     ]
-    moments = gathered([share.input for share in shares])
+    gathered_stats = gathered([share.input for share in shares])
     forwards, counters, stats = [], [], []
     for share in shares:
         running, counter = parameters.clone(), torch.tensor(3, device=device)
         epilogue = (share.residual, activation, slope, with_mask)
         vectors = (weight, bias, running.running_mean, running.running_var, counter, 0.1, EPS)
-        forwards.append(merge(share.input, moments, *vectors, *epilogue))
+        forwards.append(merge(share.input, gathered_stats, *vectors, *epilogue))
         stats.append((running.running_mean, running.running_var))
         counters.append(int(counter))
     assert counters == [4] * len(sizes)
@@ -140,32 +141,32 @@ def test_shares_across_chunks(dtype: torch.dtype, layout: str, device: str) -> N
 
 @EACH_DTYPE
 @pytest.mark.parametrize("case", FEW_CASES, ids=name)
-def test_moments(case: Case, dtype: torch.dtype, device: str) -> None:
+def test_stats(case: Case, dtype: torch.dtype, device: str) -> None:
     x = make_input(*case, dtype, device)
     channels = case.shape[1]
-    moments = moments_of(x, EPS)
+    stats = local_stats(x, EPS)
     fwd = reference.forward(x)
-    assert (moments.shape, moments.dtype) == ((2 * channels + 1,), torch.float64)
-    assert moments[-1].item() == fwd.count
+    assert (stats.shape, stats.dtype) == ((2 * channels + 1,), torch.float64)
+    assert stats[-1].item() == fwd.count
     stat = tolerances.statistics(fwd.count, dtype)
     limit = stat * fwd.var.sqrt() + tolerances.ulp(fwd.mean.abs(), torch.float64)
-    assert_within(moments[:channels], fwd.mean, limit, "means")
+    assert_within(stats[:channels], fwd.mean, limit, "means")
     m2 = fwd.var * fwd.count
-    assert_within(moments[channels:-1], m2, 2 * stat * m2, "sums of squared deviations")
+    assert_within(stats[channels:-1], m2, 2 * stat * m2, "sums of squared deviations")
     for shape in ((0, 3, 2, 2), (2, 3, 0)):
-        assert same_bits(moments_of(torch.ones(shape, dtype=dtype, device=device), EPS), moments.new_zeros(7))
+        assert same_bits(local_stats(torch.ones(shape, dtype=dtype, device=device), EPS), stats.new_zeros(7))
     if len(case.shape) == 4:  # one value has a mean, and deviates from it by nothing
-        one = moments_of(x[:1, :, :1, :1], EPS)
+        one = local_stats(x[:1, :, :1, :1], EPS)
         assert torch.equal(one[:channels], x[0, :, 0, 0].double())
         assert torch.equal(one[channels:], one.new_tensor([0.0] * channels + [1.0]))
 
 
 def test_the_variance_is_never_a_difference_of_squares(device: str) -> None:
     # Means of 1e8 differ by 1e-3 in the shares, which their squares in float64 would not show.
-    moments = torch.tensor([[1e8, 2.0, 4.0], [1e8 + 1e-3, 3.0, 6.0], [5.0, 0.0, 0.0]], dtype=torch.float64)
+    gathered_stats = torch.tensor([[1e8, 2.0, 4.0], [1e8 + 1e-3, 3.0, 6.0], [5.0, 0.0, 0.0]], dtype=torch.float64)
     x = torch.full((2, 1), 1e8, dtype=torch.float64, device=device)
-    _, stats, _ = merge(x, moments.to(device), None, None, None, None, None, 0.1, EPS)
-    delta = moments[1, 0] - moments[0, 0]
+    _, stats, _ = merge(x, gathered_stats.to(device), None, None, None, None, None, 0.1, EPS)
+    delta = gathered_stats[1, 0] - gathered_stats[0, 0]
     var = (5.0 + delta**2 * 4 * 6 / 10) / 10
     assert_within(stats[0].cpu(), (1e8 + delta * 0.6).reshape(1), 2**-26, "mean")
     assert_within(stats[1].cpu(), (var + EPS).rsqrt().reshape(1), 1e-15, "invstd")
@@ -214,14 +215,14 @@ def test_a_channel_that_is_not_finite_leaves_the_others_alone(layout: str, value
     spoilt[0, 2, 1, 1] = value
     results = []
     for x in (clean, spoilt):
-        moments = gathered([x[:1], x[1:]])
+        gathered_stats = gathered([x[:1], x[1:]])
         mean, var = torch.zeros(5, device=device), torch.ones(5, device=device)
-        y, stats, _ = merge(x[1:], moments, None, None, mean, var, None, 0.1, EPS)
+        y, stats, _ = merge(x[1:], gathered_stats, None, None, mean, var, None, 0.1, EPS)
         means = torch.ones(2, 5, device=device)
         if x is spoilt:
             means[:, 2] = value
         grad, *_ = backward(g[1:], x[1:], None, stats, True, EPS, [True, False, False, False], mean_grads=means)
-        results.append((moments[:, :-1].unflatten(1, (2, 5)), stats[None], mean[None], var[None], y, grad))
+        results.append((gathered_stats[:, :-1].unflatten(1, (2, 5)), stats[None], mean[None], var[None], y, grad))
     others = [0, 1, 3, 4]
     for a, b in zip(*results, strict=True):
         at = a.ndim - 1 if a.ndim <= 3 else 1
@@ -235,10 +236,10 @@ def test_a_channel_that_is_not_finite_leaves_the_others_alone(layout: str, value
 def test_the_ends_of_the_range(layout: str, magnitude: float, device: str) -> None:
     x = to_layout((torch.randn(5, 5, 3, 3, dtype=torch.float64) * magnitude).float().to(device), layout)
     eps = 1e-5 * magnitude if magnitude > 1 else 1e-5 * magnitude**2
-    moments = torch.stack([moments_of(share, eps) for share in (x[:2], x[2:])])
-    y, stats, _ = merge(x, moments, None, None, None, None, None, 0.1, eps)
+    gathered_stats = torch.stack([local_stats(share, eps) for share in (x[:2], x[2:])])
+    y, stats, _ = merge(x, gathered_stats, None, None, None, None, None, 0.1, eps)
     fwd = reference.forward(x, eps=eps)
-    assert moments.isfinite().all()
+    assert gathered_stats.isfinite().all()
     assert stats.isfinite().all()
     assert_within(y, fwd.output, tolerances.output(fwd, None, None, x.dtype, training=True), "output")
 

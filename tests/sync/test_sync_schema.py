@@ -18,7 +18,7 @@ from cases import (
 )
 from checks import significant_strides
 from marks import EACH_DTYPE
-from sync_shares import EPS, backward, merge, moments_of, sync, train
+from sync_shares import EPS, backward, local_stats, merge, sync, train
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -28,10 +28,10 @@ def merged_args(
 ) -> tuple[object, ...]:
     p = make_parameters(case.shape[1], parameter_dtype(dtype))
     x = make_input(*case, dtype)
-    moments = torch.stack([moments_of(make_input(*case, dtype), EPS) for _ in range(2)])
+    gathered_stats = torch.stack([local_stats(make_input(*case, dtype), EPS) for _ in range(2)])
     vectors = (p.weight, p.bias, p.running_mean, p.running_var, torch.tensor(3)) if optional else (None,) * 5
     residual = make_residual(case.shape, dtype=dtype) if optional else None
-    return x, moments, *vectors, None if optional else 0.1, EPS, residual, "relu", 0.0, with_mask
+    return x, gathered_stats, *vectors, None if optional else 0.1, EPS, residual, "relu", 0.0, with_mask
 
 
 def backward_args(case: Case, dtype: torch.dtype) -> tuple[object, ...]:
@@ -45,7 +45,7 @@ def backward_args(case: Case, dtype: torch.dtype) -> tuple[object, ...]:
 
 def test_schemas_mark_what_is_written() -> None:
     written = {"running_mean", "running_var", "num_batches_tracked"}
-    for op, mutates in ((moments_of, set()), (merge, written), (sync, written)):
+    for op, mutates in ((local_stats, set()), (merge, written), (sync, written)):
         schema = op.default._schema
         marked = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
         assert marked == mutates, schema.name
@@ -54,7 +54,7 @@ def test_schemas_mark_what_is_written() -> None:
 
 @pytest.mark.parametrize("case", [FEW_CASES[0], FEW_CASES[3], FEW_CASES[5]], ids=name)
 def test_opcheck(case: Case) -> None:
-    torch.library.opcheck(moments_of.default, (make_input(*case), EPS))
+    torch.library.opcheck(local_stats.default, (make_input(*case), EPS))
     for optional, with_mask in ((True, False), (False, True)):
         args = merged_args(case, torch.float32, optional=optional, with_mask=with_mask)
         torch.library.opcheck(merge.default, args)
@@ -67,7 +67,7 @@ EMPTY_CASES = [Case((0, 3), "contiguous"), Case((0, 3, 4, 5), "contiguous"), Cas
 @EACH_DTYPE
 @pytest.mark.parametrize("case", [*FEW_CASES, *EMPTY_CASES], ids=name)
 def test_fake_kernels_predict_shape_dtype_and_strides(case: Case, dtype: torch.dtype) -> None:
-    calls = [(moments_of, (make_input(*case, dtype), EPS)), (backward, backward_args(case, dtype))]
+    calls = [(local_stats, (make_input(*case, dtype), EPS)), (backward, backward_args(case, dtype))]
     for optional, with_mask in itertools.product((True, False), repeat=2):
         calls.append((merge, merged_args(case, dtype, optional=optional, with_mask=with_mask)))
     for op, args in calls:
