@@ -52,6 +52,9 @@ stop_if = $(if $(strip $(1)),$(error $(strip $(1))))
 # The interpreter that will be used, and whether an environment has still to be made from it.
 base    = $(if $(wildcard $(PY)),$(PY) have-venv,$(PYTHON) $(if $(SYSTEM_SITE),need-venv,need-venv-pip))
 
+# A process of tests a core, where pytest-xdist is there: with SYSTEM_SITE it may not be.
+in_parallel = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo -n $(MAX_JOBS) --dist worksteal)
+
 .DEFAULT_GOAL := help
 .PHONY: help build test bench numerics sanitize package mutation mutants instructions cuda-check gpu lint format clean tools \
         FORCE
@@ -67,7 +70,7 @@ build: tools $(BUILT) ## build the extension in place (compiles only what change
 test: tools $(BUILT) ## set up, build, run the tests
 	@echo "build: the CUDA kernels for their emulation"
 	@$(PY) tests/simt/build.py >/dev/null
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@OMP_WAIT_POLICY=passive $(PY) -m pytest $(in_parallel) $(PYTEST_ARGS)
 
 mutation: tools $(BUILT) ## plant faults in the C++ and Python sources, one at a time; the tests must fail; a minute or two
 	@$(PY) tests/mutation/run.py

@@ -52,10 +52,6 @@ class SyncBatchNorm(modules.Activated, torch.nn.SyncBatchNorm):
     Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> SyncBatchNorm:
-        _let_ddp_accept_cpu()
-        return super().__new__(cls)
-
     def __init__(
         self,
         num_features: int,
@@ -74,6 +70,11 @@ class SyncBatchNorm(modules.Activated, torch.nn.SyncBatchNorm):
             num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype, **kwargs
         )
         self.act = act
+        _let_ddp_accept_cpu()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _let_ddp_accept_cpu()
 
     def extra_repr(self) -> str:
         plain: str = torch.nn.SyncBatchNorm.extra_repr(self)

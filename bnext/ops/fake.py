@@ -49,7 +49,7 @@ def _empty_mask(input: Tensor, act: str, with_mask: bool) -> Tensor:
     positions = math.prod(spatial)
     planes = _memory_format(input) == torch.contiguous_format and positions != 1
     elements = positions if planes else c
-    lanes = _C.mask_lanes(input.device.type != "cpu", input.element_size())
+    lanes = _C.cpu_mask_lanes if input.device.type == "cpu" else _C.cuda_mask_bytes // input.element_size()
     touched = (elements + lanes - 1) // lanes
     row = (touched + touched - elements // lanes + 3) // 4 * 4
     return input.new_empty((n, c, row) if planes else (n * positions, row), dtype=torch.uint8)

@@ -14,7 +14,8 @@ namespace bnext {
 // Elements that share a byte, by device: as many as it has bits on the CPU; on CUDA those of a 16-byte vector, so that
 // a thread writes its vector's byte alone.
 constexpr std::int64_t kCpuMaskLanes = 8;
-constexpr std::int64_t cuda_mask_lanes(std::int64_t element_bytes) { return 16 / element_bytes; }
+constexpr std::int64_t kCudaMaskBytes = 16;
+constexpr std::int64_t cuda_mask_lanes(std::int64_t element_bytes) { return kCudaMaskBytes / element_bytes; }
 
 // Bytes reserved for a row of `elements`, where a byte holds `lanes` of them. A row that is no multiple of a byte may
 // begin inside one, hence one more; rows are whole words.

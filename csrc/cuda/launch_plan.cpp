@@ -17,6 +17,8 @@ constexpr std::int64_t kMapItems = 8;        // the same where the blocks of a t
 constexpr std::int64_t kMaxExtraParts = 32;  // tried, to cut rows evenly
 constexpr std::int64_t kMaxFoldedRowBytes = 2048;  // a tile of all channels: their sums have to fit beside the slots
 
+static_assert(kVectorBytes == kCudaMaskBytes, "a vector's lanes share a byte of a mask");
+
 constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
 

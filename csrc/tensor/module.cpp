@@ -90,12 +90,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("rectifiers") = activations(/*rectifiers_alone=*/true);  // whose operators have a mask
   m.attr("cuda") = kCuda;
   m.attr("cuda_architectures") = kCudaArchitectures;  // 8.0,9.0
-  m.def(
-      "mask_lanes",
-      [](bool cuda, std::int64_t element_bytes) {
-        return cuda ? bnext::cuda_mask_lanes(element_bytes) : bnext::kCpuMaskLanes;
-      },
-      pybind11::arg("cuda"), pybind11::arg("element_bytes"), "Elements that share a byte of a rectifier's mask.");
+  m.attr("cpu_mask_lanes") = bnext::kCpuMaskLanes;    // elements that share a byte of a rectifier's mask
+  m.attr("cuda_mask_bytes") = bnext::kCudaMaskBytes;  // bytes of elements that do on CUDA
   m.def("cap_cuda_device", &cap_cuda_device, pybind11::arg("sms") = pybind11::none(),
         pybind11::arg("shared_per_block") = pybind11::none(), pybind11::arg("max_cluster") = pybind11::none(),
         "Plan as for a device with no more than this, for tests; without arguments, for the real one.");

@@ -129,7 +129,7 @@ def _running(t: Target, name: str) -> list[Bad]:
     """A statistic; one that is written to has memory of its own."""
     written = "eval" not in t.name
     rows = _exactly(t, name, optional=written)
-    if not t.name.endswith("merged"):  # of which autograd knows nothing
+    if not t.name.endswith("gathered"):  # of which autograd knows nothing
         rows.append(Bad("requires_grad", lambda: t.good()[name].requires_grad_()))
     return [*rows, Bad("expanded", lambda: torch.ones(1).expand(CHANNELS))] if written else rows
 

@@ -41,7 +41,7 @@ HONEST = {
     # torch looks for a kernel of the sparse backends before any of ours is asked, and names the backend.
     (".*", ".*", "coo|csr"): SPARSE,
     # Without a tensor there is no backend to look for a kernel in.
-    ("operator_batch_norm_moments", "input", "none"): "no tensor arguments",
+    ("operator_batch_norm_stats", "input", "none"): "no tensor arguments",
     # torch makes a std::array of the list.
     (".*", "output_mask", "of_."): "List with . elements to a fixed-size array of size 4",
     # torch's registry of groups, and gloo, which alone knows how many processes there are.

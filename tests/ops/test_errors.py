@@ -224,7 +224,7 @@ WRONG_ACTS = [
 
 
 @MODES
-@pytest.mark.parametrize("act", WRONG_ACTS, ids=repr)
+@pytest.mark.parametrize("act", WRONG_ACTS, ids=lambda act: getattr(act, "__name__", repr(act)))
 def test_unknown_activation_lists_the_known_ones(act: object, training: bool) -> None:
     # A ValueError whatever the type, unhashable ones among them; and before the statistics move.
     args = with_residual()
