@@ -53,7 +53,7 @@ stop_if = $(if $(strip $(1)),$(error $(strip $(1))))
 base    = $(if $(wildcard $(PY)),$(PY) have-venv,$(PYTHON) $(if $(SYSTEM_SITE),need-venv,need-venv-pip))
 
 # A process of tests a core, where pytest-xdist is there: with SYSTEM_SITE it may not be.
-in_parallel = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo -n $(MAX_JOBS) --dist worksteal)
+in_parallel = $(shell $(PY) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(MAX_JOBS) --dist worksteal')
 
 .DEFAULT_GOAL := help
 .PHONY: help build test bench numerics sanitize package mutation mutants instructions cuda-check gpu lint format clean tools \
