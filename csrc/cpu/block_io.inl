@@ -10,9 +10,6 @@
 template <typename acc_t>
 using Vec = Vector<acc_t, kWidth<acc_t>>;
 
-template <typename Op>
-constexpr int kInputs = int{Op::kReadsInput} + int{Op::kReadsGrad} + int{Op::kActivated};
-
 // The coefficients of the lanes from element j on; of all alike, where they belong to one channel.
 template <typename acc_t, typename Op, int kMax, typename Lanes>
 BNEXT_INLINE void load_coefficients(Vec<acc_t> (&c)[kMax], const void* const (&from)[kMax], std::int64_t j,

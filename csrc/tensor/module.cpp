@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 #include <torch/version.h>
 
-#include <iterator>
 #include <optional>
 #include <stdexcept>
 #include <string>

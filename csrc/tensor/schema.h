@@ -42,9 +42,8 @@ inline void define_operators(torch::Library& m) {
       tags);
   m.def("batch_norm_stats(Tensor input, float eps) -> Tensor", tags);
   m.def(
-      "batch_norm_gathered(Tensor input, Tensor gathered_stats, Tensor? weight, Tensor? bias, Tensor(a!)? "
-      "running_mean, "
-      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "
+      "batch_norm_gathered(Tensor input, Tensor gathered_stats, Tensor? weight, Tensor? bias, "
+      "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "
       "Tensor? residual=None, str act='identity', float slope=0., bool with_mask=False) "
       "-> (Tensor output, Tensor save_stats, Tensor mask)",
       tags);
