@@ -6,6 +6,8 @@ import copy
 import itertools
 import logging
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -316,3 +318,19 @@ def test_wrong_inputs_are_those_of_torch(shape: tuple[int, ...], training: bool)
         ours(torch.ones(shape))
     assert str(caught.value) == str(expected.value)
     assert ours.num_batches_tracked == 0
+
+
+UNPICKLE = """
+import pickle
+from torch.nn.parallel import DistributedDataParallel
+
+check = DistributedDataParallel._passing_sync_batchnorm_handle
+pickle.loads(bytes.fromhex("{}"))
+print(DistributedDataParallel._passing_sync_batchnorm_handle is check)
+"""
+
+
+def test_distributed_data_parallel_is_adapted_when_a_layer_is_unpickled() -> None:
+    code = UNPICKLE.format(pickle.dumps(bnext.SyncBatchNorm(4)).hex())
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False"]
