@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -212,10 +211,7 @@ def to_layout(values: Tensor, layout: str) -> Tensor:
 
 
 def make_input(
-    shape: tuple[int, ...],
-    layout: str = "contiguous",
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
+    shape: tuple[int, ...], layout: str = "contiguous", dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Tensor:
     """Normal values; each channel has its own mean in [-3, 3] and standard deviation in [0.5, 2]."""
     per_channel = (1, shape[1], *[1] * (len(shape) - 2))
@@ -226,10 +222,7 @@ def make_input(
 
 
 def make_grad(
-    shape: tuple[int, ...],
-    layout: str = "contiguous",
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
+    shape: tuple[int, ...], layout: str = "contiguous", dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Tensor:
     """A grad_output: normal values, and a mean other than zero, so that no sum vanishes."""
     values = torch.randn(shape, dtype=torch.float64) + 0.25
@@ -237,10 +230,7 @@ def make_grad(
 
 
 def make_residual(
-    shape: tuple[int, ...],
-    layout: str = "contiguous",
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
+    shape: tuple[int, ...], layout: str = "contiguous", dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Tensor:
     """Normal values of standard deviation 3: with those of batch norm they fall on every side of every kink."""
     values = torch.randn(shape, dtype=torch.float64) * 3
@@ -248,13 +238,15 @@ def make_residual(
 
 
 class Parameters(NamedTuple):
-    weight: Tensor
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
+    """Of a call; None where it is given none."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
 
     def clone(self) -> Parameters:
-        return Parameters(*(tensor.detach().clone() for tensor in self))
+        return Parameters(*(None if tensor is None else tensor.detach().clone() for tensor in self))
 
 
 def make_parameters(
@@ -283,7 +275,3 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
         return False
     integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[a.element_size()]
     return torch.equal(a.detach().contiguous().view(integers), b.detach().contiguous().view(integers))
-
-
-def numel(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)

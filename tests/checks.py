@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import reference
 import tolerances
 import torch
-from cases import Parameters
+from cases import (
+    Parameters,
+    make_grad,
+    make_input,
+    make_parameters,
+    make_residual,
+    parameter_dtype,
+    without_repeats,
+)
 from reference import Act
 from tolerances import assert_within
 from torch import Tensor
@@ -45,14 +55,37 @@ def call(
     )
 
 
-Affine = tuple[Tensor | None, Tensor | None]
+class Inputs(NamedTuple):
+    """Of a call and of its backward pass."""
+
+    input: Tensor
+    grad_output: Tensor
+    params: Parameters
+    residual: Tensor | None = None
+
+
+def make_inputs(
+    shape: tuple[int, ...],
+    layout: str = "contiguous",
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    has_residual: bool = False,
+    grad_layout: str = "contiguous",
+) -> Inputs:
+    """Parameters are float32, for float64 data float64."""
+    return Inputs(
+        make_input(shape, layout, dtype, device),
+        make_grad(shape, grad_layout, dtype, device),
+        make_parameters(shape[1], parameter_dtype(dtype), device),
+        make_residual(shape, without_repeats(layout), dtype, device) if has_residual else None,
+    )
 
 
 def expected_forward(
-    input: Tensor, params: Parameters, affine: Affine, training: bool, eps: float, residual: Tensor | None, act: Act
+    input: Tensor, params: Parameters, training: bool, eps: float, residual: Tensor | None, act: Act
 ) -> reference.Forward:
     frozen = {} if training else {"running_mean": params.running_mean, "running_var": params.running_var}
-    return reference.forward(input, *affine, eps=eps, **frozen, residual=residual, act=act)
+    return reference.forward(input, params.weight, params.bias, eps=eps, **frozen, residual=residual, act=act)
 
 
 def assert_output(
@@ -61,22 +94,20 @@ def assert_output(
     fwd: reference.Forward,
     input: Tensor,
     params: Parameters,
-    affine: Affine,
     training: bool,
     momentum: float,
-    residual: Tensor | None,
+    has_residual: bool,
     act: Act,
 ) -> None:
     """Values, dtype and strides of the output, and the running statistics that the call left behind."""
     assert y.dtype == input.dtype
     assert y.stride() == output_strides(input)
-    limit = tolerances.output(fwd, *affine, input.dtype, training=training, has_residual=residual is not None, act=act)
+    options = {"training": training, "has_residual": has_residual, "act": act}
+    limit = tolerances.output(fwd, params.weight, params.bias, input.dtype, **options)
     assert_within(y, fwd.output, limit, "output")
     if training:
-        expected = reference.updated_running_stats(params.running_mean, params.running_var, fwd, momentum)
-        limits = tolerances.running_stats(
-            expected, fwd, momentum, input.dtype, params.running_mean.dtype, params.running_var.dtype
-        )
+        expected = reference.updated_running_stats(*params[2:], fwd, momentum)
+        limits = tolerances.running_stats(expected, fwd, momentum, input.dtype, *(t.dtype for t in params[2:]))
         assert_within(stats.running_mean, expected[0], limits[0], "running_mean")
         assert_within(stats.running_var, expected[1], limits[1], "running_var")
     else:
@@ -89,7 +120,6 @@ def check_forward(
     params: Parameters,
     *,
     training: bool,
-    affine: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
     residual: Tensor | None = None,
@@ -98,11 +128,9 @@ def check_forward(
     """Output (values, dtype, strides) and running statistics of one call; returns the output."""
     before = [None if t is None else t.detach().clone() for t in (input, residual)]
     stats = params.clone()
-    weight, bias = (params.weight, params.bias) if affine else (None, None)
-    y = call(input, stats, weight, bias, training, momentum, eps, residual, act)
-
-    fwd = expected_forward(input, params, (weight, bias), training, eps, residual, act)
-    assert_output(y, stats, fwd, input, params, (weight, bias), training, momentum, residual, act)
+    y = call(input, stats, *params[:2], training, momentum, eps, residual, act)
+    fwd = expected_forward(input, params, training, eps, residual, act)
+    assert_output(y, stats, fwd, input, params, training, momentum, residual is not None, act)
     for what, tensor, kept in zip(("input", "residual"), (input, residual), before, strict=True):
         assert tensor is None or torch.equal(tensor, kept), f"{what} was written to"
     return y
@@ -119,35 +147,42 @@ def check_backward(
     act: Act = None,
     output_too: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Gradients (values, dtypes, strides) of input, weight, bias and, where it is given, residual; returns them.
+    """Gradients (values, dtypes, strides) of those of input, weight, bias and residual that are given; returns them.
 
     `output_too`: and what check_forward looks at, without another call of the kernels.
     """
-    x = input.detach().requires_grad_()
-    weight, bias = (t.detach().clone().requires_grad_() for t in (params.weight, params.bias))
-    added = None if residual is None else residual.detach().requires_grad_()
-    leaves = [t for t in (x, weight, bias, added) if t is not None]
-    stats = params.clone()
+    stats, dtype, has_residual = params.clone(), input.dtype, residual is not None
+    x, weight, bias, added = (
+        None if t is None else t.detach().requires_grad_() for t in (input, params.weight, params.bias, residual)
+    )
     y = call(x, stats, weight, bias, training, 0.1, eps, added, act)
-    grads = torch.autograd.grad(y, leaves, grad_output)
+    leaves = {"grad_input": x, "grad_weight": weight, "grad_bias": bias, "grad_residual": added}
+    leaves = {what: leaf for what, leaf in leaves.items() if leaf is not None}
+    grads = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), grad_output), strict=True))
 
-    fwd = expected_forward(input, params, (weight, bias), training, eps, residual, act)
+    fwd = expected_forward(input, params, training, eps, residual, act)
     if output_too:
-        assert_output(y.detach(), stats, fwd, input, params, (weight, bias), training, 0.1, residual, act)
+        assert_output(y.detach(), stats, fwd, input, params, training, 0.1, has_residual, act)
     expected = reference.backward(grad_output, fwd, weight, training=training, act=act)
     reaching = expected.residual
-    slack = tolerances.slack(
-        grad_output, fwd, weight, bias, input.dtype, training=training, has_residual=residual is not None, act=act
-    )
-    limits = (
-        tolerances.grad_input(reaching, fwd, weight, input.dtype, training=training, slack=slack),
-        tolerances.grad_weight(reaching, fwd, input.dtype, weight.dtype, training=training, slack=slack),
-        tolerances.grad_bias(reaching, input.dtype, bias.dtype, slack),
-        tolerances.grad_residual(reaching, slack, input.dtype, act),
-    )
-    names = ("grad_input", "grad_weight", "grad_bias", "grad_residual")
-    for what, got, want, limit in zip(names, grads, expected, limits, strict=False):
-        assert_within(got, want, limit, what)
-    assert [g.dtype for g in grads] == [leaf.dtype for leaf in leaves]
-    assert significant_strides(grads[0]) == significant_strides(y), "grad_input keeps the layout of the output"
-    return grads
+    options = {"training": training, "has_residual": has_residual, "act": act}
+    slack = tolerances.slack(grad_output, fwd, weight, bias, dtype, **options)
+    limits = {
+        "grad_input": lambda to: tolerances.grad_input(reaching, fwd, weight, to, training=training, slack=slack),
+        "grad_weight": lambda to: tolerances.grad_weight(reaching, fwd, dtype, to, training=training, slack=slack),
+        "grad_bias": lambda to: tolerances.grad_bias(reaching, dtype, to, slack),
+        "grad_residual": lambda to: tolerances.grad_residual(reaching, slack, to, act),
+    }
+    for what, got in grads.items():
+        to = leaves[what].dtype
+        assert_within(got, getattr(expected, what.removeprefix("grad_")), limits[what](to), what)
+        assert got.dtype == to, what
+    assert significant_strides(grads["grad_input"]) == significant_strides(y), "grad_input keeps the output's layout"
+    return tuple(grads.values())
+
+
+def check_call(inputs: Inputs, *, momentum: float = 0.1, **options: object) -> tuple[Tensor, ...]:
+    """A call without a graph, then one with a graph, and backward; returns output and gradients."""
+    x, grad_output, params, residual = inputs
+    y = check_forward(x, params, momentum=momentum, residual=residual, **options)
+    return y, *check_backward(x, grad_output, params, residual=residual, **options)

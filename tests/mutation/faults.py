@@ -77,14 +77,14 @@ FAULTS: tuple[Fault, ...] = (
         STATISTICS,
         "-scale * mean_dy - split.low * slope",
         "scale * mean_dy - split.low * slope",
-        ("tests/ops/test_backward.py::test_grad_output_expanded_from_one_number",),
+        ("tests/ops/test_forward.py::test_grad_output_expanded_from_one_number",),
     ),
     Fault(
         "residual-has-no-gradient",
         AUTOGRAD,
         "needs(3) && !activated",
         "false",
-        ("tests/ops/test_backward.py::test_identity_has_the_bits_of_plain_batch_norm",),
+        ("tests/ops/test_forward.py::test_identity_has_the_bits_of_plain_batch_norm",),
     ),
     # The activations.
     Fault(
@@ -99,7 +99,7 @@ FAULTS: tuple[Fault, ...] = (
         ACTIVATION,
         "dy * static_cast<T>(a.slope)",
         "dy * static_cast<T>(0.01)",
-        ("tests/ops/test_backward.py::test_any_finite_slope",),
+        ("tests/ops/test_forward.py::test_any_finite_slope",),
     ),
     Fault(
         "relu6-is-open-at-six",
@@ -113,7 +113,7 @@ FAULTS: tuple[Fault, ...] = (
         "csrc/common/elementwise.h",
         "opening(epilogue.activation, z)",
         "z",
-        ("tests/ops/test_backward.py::test_every_activation",),
+        ("tests/ops/test_forward.py::test_every_activation",),
     ),
     Fault(
         "elu-cancels-near-zero",
@@ -127,7 +127,7 @@ FAULTS: tuple[Fault, ...] = (
         ACTIVATION,
         "(mish.e * (mish.e + kOne) * static_cast<T>(4))",
         "(mish.e * (mish.e + kOne) * static_cast<T>(2))",
-        ("tests/ops/test_backward.py::test_every_activation",),
+        ("tests/ops/test_forward.py::test_every_activation",),
     ),
     Fault(
         "gelu-is-by-tanh",

@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from cases import make_grad, make_input, make_parameters, make_residual, same_bits
+from cases import make_grad, make_input, make_parameters, make_residual
+from refusals import Arguments, remember
 from torch import Tensor
 
 import bnext
@@ -22,9 +23,6 @@ from bnext import _C
 
 CHANNELS = 3
 SHAPE = (4, CHANNELS, 5, 5)
-Arguments = dict[str, object]
-
-ORDINARY = (RuntimeError, ValueError, TypeError)
 INTERNAL = ("INTERNAL ASSERT", "report a bug", "Exception raised from", "undefined Tensor")
 
 
@@ -88,7 +86,11 @@ def _reshaped(good: Callable[[], Tensor]) -> list[Bad]:
         "column": lambda t: t.unsqueeze(-1),
     }
     if good().dim() > 1:
-        changes |= {"flat": torch.flatten, "repeated": lambda t: torch.cat([t, t[:1]])}
+        changes |= {
+            "flat": torch.flatten,
+            "repeated": lambda t: torch.cat([t, t[:1]]),
+            "transposed": lambda t: t.transpose(0, 1),
+        }
     return [Bad(key, lambda change=change: change(good())) for key, change in changes.items()]
 
 
@@ -147,7 +149,7 @@ def _gathered_stats(t: Target, name: str) -> list[Bad]:
 
 def _eps(t: Target, name: str) -> list[Bad]:
     rows = NOT_A_NUMBER + IS_NONE
-    if t.name.endswith("backward"):
+    if "backward" in t.name:
         return rows  # whose kernel has no use for it
     rows = rows + _constants(negative=-1e-5, minus_infinite=-math.inf)
     return rows if "eval" in t.name else rows + _constants(zero=0.0)
@@ -292,6 +294,12 @@ def operators() -> list[Target]:
             make = backward_arguments if "grad_output" in arguments else forward_arguments
             good = lambda make=make, arguments=arguments: {k: v for k, v in make().items() if k in arguments}  # noqa: E731
             targets.append(Target(f"operator_{name}", getattr(torch.ops.bnext, name), arguments, good))
+            if "grad_output" in arguments:
+                frozen = lambda good=good: {**good(), "training": False, "mean_grads": None}  # noqa: E731
+                frozen_arguments = tuple(argument for argument in arguments if argument != "mean_grads")
+                targets.append(
+                    Target(f"operator_{name}_frozen", getattr(torch.ops.bnext, name), frozen_arguments, frozen)
+                )
     return targets
 
 
@@ -347,6 +355,18 @@ def _layer(cls: type, mode: str) -> Target:
     return Target(f"layer_{cls.__name__}_{mode}", call, takes, good, reference)
 
 
+def _held_by_a_layer(**values: object) -> object:
+    layer = bnext.BatchNorm2d(CHANNELS)
+    for key, value in values.items():
+        setattr(layer, key, value)
+    return layer(make_input(SHAPE))
+
+
+# The buffers of a layer, which passes them on.
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+HELD = Target("held", _held_by_a_layer, BUFFERS, lambda: {k: v for k, v in forward_arguments().items() if k in BUFFERS})
+
+
 def torchs(cls: type) -> type:
     """The class of torch that a layer stands for."""
     return getattr(torch.nn, cls.__name__.replace("Act", ""))
@@ -357,27 +377,3 @@ EXTENSION = [
     Target("set_cpu_isa", _C.set_cpu_isa, ("name",), lambda: {"name": _C.cpu_isa()}),
     Target("cap_cuda_device", _C.cap_cuda_device, ("sms", "shared_per_block", "max_cluster"), dict),
 ]
-
-
-# What must not change.
-
-
-def is_readable(value: object) -> bool:
-    return isinstance(value, Tensor) and value.device.type == "cpu" and value.layout == torch.strided
-
-
-def remember(values: Mapping[str, object]) -> Callable[[], None]:
-    """A check that bits and version of each tensor, whose bits can be looked at, are what they are now."""
-
-    def bits(tensor: Tensor) -> Tensor:
-        return tensor.detach().resolve_neg().clone()
-
-    tensors = {key: value for key, value in values.items() if is_readable(value)}
-    before = {key: (bits(t), None if t.is_inference() else t._version) for key, t in tensors.items()}
-
-    def check() -> None:
-        for key, (value, version) in before.items():
-            assert same_bits(bits(tensors[key]), value), f"{key} was written to"
-            assert version is None or tensors[key]._version == version, f"the version of {key} has changed"
-
-    return check

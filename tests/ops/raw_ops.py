@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import reference
 import torch
-from cases import Case, make_grad, make_input, make_parameters, make_residual, parameter_dtype
+from cases import Case
+from checks import make_inputs
 from reference import Act
 from torch import Tensor
 
@@ -25,16 +26,25 @@ class Call:
     """A problem, and the operators on it."""
 
     def __init__(
-        self, case: Case, dtype: torch.dtype, training: bool, act: Act, has_residual: bool = True, grad: bool = False
+        self,
+        case: Case,
+        dtype: torch.dtype,
+        training: bool,
+        act: Act,
+        has_residual: bool = True,
+        grad: bool = False,
+        device: str = "cpu",
     ) -> None:
-        p = make_parameters(case.shape[1], parameter_dtype(dtype))
-        values = (make_input(*case, dtype), p.weight, p.bias, make_residual(*case, dtype))
-        self.x, self.weight, self.bias, residual = (v.detach().requires_grad_(grad) for v in values)
-        self.residual = residual if has_residual else None
-        self.mean, self.var, self.counter = p.running_mean, p.running_var, torch.tensor(3)
+        inputs = make_inputs(*case, dtype, device, has_residual)
+        p = inputs.params
+        values = (inputs.input, p.weight, p.bias, inputs.residual)
+        self.x, self.weight, self.bias, self.residual = (
+            None if v is None else v.detach().requires_grad_(grad) for v in values
+        )
+        self.mean, self.var, self.counter = p.running_mean, p.running_var, torch.tensor(3, device=device)
         self.training, self.act, self.shape = training, act, case.shape
         # In the layout of the input: without the input, grad_output's decides the order of the sums.
-        self.g = torch.empty_like(self.x).copy_(make_grad(case.shape, "contiguous", dtype)).requires_grad_(grad)
+        self.g = torch.empty_like(self.x).copy_(inputs.grad_output).detach().requires_grad_(grad)
 
     def forward_args(self) -> tuple[object, ...]:
         stem = (self.x, self.weight, self.bias, self.mean, self.var)

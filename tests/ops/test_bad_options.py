@@ -11,9 +11,10 @@ import bad_values
 import numpy as np
 import pytest
 import torch
-from bad_values import CHANNELS, LAYERS, ORDINARY, RANKS, SHAPE, Target, remember, torchs
+from bad_values import CHANNELS, LAYERS, RANKS, SHAPE, Target, torchs
 from cases import make_input, same_bits
 from marks import MODES, needs_todays_rule_for_eps
+from refusals import ORDINARY, remember
 from test_bad_arguments import error_of, refused, same_error
 from torch import Tensor, nn
 

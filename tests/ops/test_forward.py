@@ -1,4 +1,4 @@
-"""The forward pass against the float64 reference: contract section 2, rows shapes, layouts, dtypes, training, eval.
+"""Forward and backward against the float64 reference: contract section 2, rows shapes, layouts, dtypes, training, eval.
 
 Of the plain op, and of act(batch_norm(input) + residual): without a residual, an `act` of None is the plain op.
 """
@@ -29,12 +29,12 @@ from cases import (
     make_parameters,
     make_residual,
     name,
+    pairwise,
     parameter_dtype,
     same_bits,
-    without_repeats,
 )
-from checks import call, check_forward
-from marks import EACH_DTYPE, EVERY_ACT, FEW, FLAGS, LARGER_THAN_THE_CACHE, MODES, PLAIN_OR_ACT, pairs
+from checks import Inputs, call, check_call, check_forward, make_inputs
+from marks import EACH_DTYPE, FEW, FLAGS, LARGER_THAN_THE_CACHE, MODES, PLAIN_OR_ACT, pairs, rows
 from reference import Act
 from tolerances import assert_within
 
@@ -42,93 +42,92 @@ from bnext.functional import batch_norm, batch_norm_act
 
 pytestmark = pytest.mark.kernels
 
-# Of each kernel in either layout, at either width.
-EITHER_LAYOUT = [
-    (Case((3, 5, 5, 3), "contiguous"), torch.float32),
-    (Case((3, 5, 5, 3), "channels_last"), torch.bfloat16),
-]
+PARAMETERS = ("case", "dtype", "act", "training", "has_residual")
+SHAPE = (6, 5, 7, 3)
 
 
 @pairs(case=[*DENSE_CASES, *MISALIGNED_CASES], dtype=DTYPES, training=FLAGS)
 def test_every_shape_and_layout(case: Case, dtype: torch.dtype, training: bool, device: str) -> None:
-    x = make_input(*case, dtype, device)
-    check_forward(x, make_parameters(case.shape[1], parameter_dtype(dtype), device), training=training)
+    check_call(make_inputs(*case, dtype, device), training=training)
 
 
 @pytest.mark.not_emulated
-@pairs(case=DENSE_CASES, dtype=DTYPES, act=FEW_ACTS, training=FLAGS, has_residual=FLAGS)
+@rows(
+    PARAMETERS,
+    [
+        *pairwise(DENSE_CASES, DTYPES, FEW_ACTS, FLAGS, FLAGS),
+        *pairwise([*STRIDED_CASES, *LARGE_CASES], DTYPES, (None, "relu", "gelu"), FLAGS, FLAGS),
+    ],
+)
 def test_every_shape_with_an_epilogue(
     case: Case, dtype: torch.dtype, act: Act, training: bool, has_residual: bool, device: str
 ) -> None:
-    x = make_input(*case, dtype, device)
-    residual = make_residual(*case, dtype, device) if has_residual else None
-    params = make_parameters(case.shape[1], parameter_dtype(dtype), device)
-    check_forward(x, params, training=training, residual=residual, act=act)
+    inputs = make_inputs(*case, dtype, device, has_residual)
+    check_call(inputs, training=training, act=act)
 
 
-@pytest.mark.not_emulated  # they are copied above the kernels
-@pairs(case=STRIDED_CASES, dtype=DTYPES, act=(None, "relu", "gelu"), training=FLAGS, has_residual=FLAGS)
-def test_every_stride_pattern(
-    case: Case, dtype: torch.dtype, act: Act, training: bool, has_residual: bool, device: str
-) -> None:
-    x = make_input(*case, dtype, device)
-    residual = make_residual(case.shape, without_repeats(case.layout), dtype, device) if has_residual else None
-    params = make_parameters(case.shape[1], parameter_dtype(dtype), device)
-    check_forward(x, params, training=training, residual=residual, act=act)
-
-
-@pytest.mark.parametrize(("case", "dtype"), EITHER_LAYOUT, ids=name)
+# Of each kernel in either layout, at either width.
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous-float32", "channels_last-bfloat16"])
 @pairs(act=ACTS, training=FLAGS, has_residual=FLAGS)
-def test_every_activation(
-    case: Case, dtype: torch.dtype, act: Act, has_residual: bool, training: bool, device: str
-) -> None:
-    x = make_input(*case, dtype, device)
-    residual = make_residual(*case, dtype, device) if has_residual else None
-    check_forward(x, make_parameters(5, device=device), training=training, residual=residual, act=act)
-
-
-@pytest.mark.not_emulated
-@pairs(case=LARGE_CASES, dtype=DTYPES, act=(None, "relu", "gelu"), training=FLAGS, has_residual=FLAGS)
-def test_across_chunks(
-    case: Case, dtype: torch.dtype, act: Act, training: bool, has_residual: bool, device: str
-) -> None:
-    x = make_input(*case, dtype, device)
-    residual = make_residual(*case, dtype, device) if has_residual else None
-    params = make_parameters(case.shape[1], parameter_dtype(dtype), device)
-    check_forward(x, params, training=training, residual=residual, act=act)
+def test_every_activation(channels_last: bool, act: Act, has_residual: bool, training: bool, device: str) -> None:
+    layout, dtype = ("channels_last", torch.bfloat16) if channels_last else ("contiguous", torch.float32)
+    inputs = make_inputs((3, 5, 5, 3), layout, dtype, device, has_residual, grad_layout=layout)
+    check_call(inputs, training=training, act=act)
 
 
 @pytest.mark.not_emulated
 @LARGER_THAN_THE_CACHE
-def test_output_larger_than_the_cache(layout: str, act: Act, training: bool, dtype: torch.dtype, device: str) -> None:
+def test_outputs_larger_than_the_cache(layout: str, act: Act, training: bool, dtype: torch.dtype, device: str) -> None:
     # 35 MB: past the 24 MB from which stores go round the cache, past the 32 MB from which each tensor is a fresh
     # mapping.
     shape = (44 // dtype.itemsize, 64, 112, 112)
-    x = make_input(shape, layout, dtype, device)
-    residual = make_residual(shape, layout, dtype, device) if act else None
-    check_forward(x, make_parameters(64, dtype, device), training=training, residual=residual, act=act)
+    inputs = make_inputs(shape, layout, dtype, device, has_residual=act is not None, grad_layout=layout)
+    check_call(inputs, training=training, act=act)
 
 
-@pairs(
-    case=[*FEW_CASES, *MEDIUM_CASES],
-    dtype=(torch.float32, torch.bfloat16),
-    act=(None, "relu", "gelu"),
-    training=FLAGS,
-    has_residual=FLAGS,
+@rows(
+    PARAMETERS,
+    [
+        *pairwise([*FEW_CASES, *MEDIUM_CASES], (torch.float32, torch.bfloat16), (None, "relu", "gelu"), FLAGS, FLAGS),
+        *pairwise(MEDIUM_CASES[:1], (torch.float32,), ACTS, FLAGS, FLAGS),
+    ],
 )
 def test_every_instruction_set(
     case: Case, dtype: torch.dtype, act: Act, training: bool, has_residual: bool, isa: str
 ) -> None:
-    x = make_input(*case, dtype)
-    residual = make_residual(*case, dtype) if has_residual else None
-    check_forward(x, make_parameters(case.shape[1]), training=training, residual=residual, act=act)
+    inputs = make_inputs(*case, dtype, has_residual=has_residual, grad_layout=case.layout)
+    check_call(inputs, training=training, act=act)
 
 
-@EVERY_ACT
-def test_every_activation_on_every_instruction_set(act: Act, isa: str) -> None:
-    x, residual = make_input(*MEDIUM_CASES[0]), make_residual(*MEDIUM_CASES[0])
-    for training, added in ((True, residual), (False, None)):
-        check_forward(x, make_parameters(3), training=training, residual=added, act=act)
+@pytest.mark.not_emulated
+@pairs(
+    grad_layout=("contiguous", "channels_last", "offset", "sliced", "transposed", "expanded", "expanded_channels"),
+    residual_layout=("contiguous", "channels_last", *STRIDED_LAYOUTS[4]),
+    layout=("contiguous", "channels_last", "sliced"),
+    dtype=(torch.float32, torch.bfloat16),
+    act=(None, "relu", "silu"),
+    training=FLAGS,
+)
+def test_grad_output_and_residual_of_any_stride(
+    grad_layout: str, residual_layout: str, layout: str, dtype: torch.dtype, act: Act, training: bool, device: str
+) -> None:
+    # Whatever its strides, the result has the input's layout and the bits of a residual that is laid out as the input.
+    inputs = make_inputs(SHAPE, layout, dtype, device, grad_layout=grad_layout)
+    residual = make_residual(SHAPE, residual_layout, dtype, device)
+    y, *_ = check_call(inputs._replace(residual=residual if act else None), training=training, act=act)
+    if act:
+        alike = torch.empty_strided(SHAPE, y.stride(), dtype=dtype, device=device).copy_(residual)
+        assert same_bits(y, check_forward(inputs.input, inputs.params, training=training, residual=alike, act=act))
+
+
+@pairs(case=FEW_CASES, act=PLAIN_OR_ACT, training=FLAGS, has_residual=FLAGS)
+def test_grad_output_expanded_from_one_number(
+    case: Case, act: Act, training: bool, has_residual: bool, device: str
+) -> None:
+    # What y.sum().backward() hands over: all strides zero.
+    g = torch.tensor(0.75, device=device).expand(case.shape)
+    inputs = make_inputs(*case, device=device, has_residual=has_residual)
+    check_call(inputs._replace(grad_output=g), training=training, act=act)
 
 
 @pairs(
@@ -137,52 +136,43 @@ def test_every_activation_on_every_instruction_set(act: Act, isa: str) -> None:
     layout=("contiguous", "channels_last"),
     act=(None, "relu", "gelu"),
     training=FLAGS,
+    has_residual=FLAGS,
 )
 def test_every_mix_of_parameter_dtypes(
-    mix: str, dtype: torch.dtype, layout: str, act: Act, training: bool, device: str
+    mix: str, dtype: torch.dtype, layout: str, act: Act, training: bool, has_residual: bool, device: str
 ) -> None:
-    # i: the input's dtype, f: float32; for weight, bias, running_mean, running_var.
+    # i: the input's dtype, f: float32; for weight, bias, running_mean, running_var. grad_residual has the input's.
     params = make_parameters(5, tuple(torch.float32 if choice == "f" else dtype for choice in mix), device)
-    x = make_input((3, 5, 5, 3), layout, dtype, device)
-    residual = make_residual((3, 5, 5, 3), layout, dtype, device) if act else None
-    check_forward(x, params, training=training, residual=residual, act=act)
+    inputs = make_inputs((3, 5, 5, 3), layout, dtype, device, has_residual)
+    check_call(inputs._replace(params=params), training=training, act=act)
 
 
 @pairs(
     case=FEW_CASES,
-    given=("weight+bias", "weight", "bias", "neither"),
+    missing=("none", "bias", "weight", "weight+bias"),
     act=PLAIN_OR_ACT,
     training=FLAGS,
     has_residual=FLAGS,
 )
 def test_weight_and_bias_are_optional(
-    case: Case, given: str, act: Act, training: bool, has_residual: bool, device: str
+    case: Case, missing: str, act: Act, training: bool, has_residual: bool, device: str
 ) -> None:
-    x = make_input(*case, torch.float32, device)
-    residual = make_residual(case.shape, device=device) if has_residual else None
-    params = make_parameters(case.shape[1], torch.float32, device)
-    weight = params.weight if "weight" in given else None
-    bias = params.bias if "bias" in given else None
-    frozen = {} if training else {"running_mean": params.running_mean, "running_var": params.running_var}
-    fwd = reference.forward(x, weight, bias, **frozen, residual=residual, act=act)
-    y = call(x, params, weight, bias, training, residual=residual, act=act)
-    limit = tolerances.output(fwd, weight, bias, x.dtype, training=training, has_residual=has_residual, act=act)
-    assert_within(y, fwd.output, limit, "output")
+    # Where neither input nor weight is kept, the gradient has the layout of grad_output.
+    inputs = make_inputs(*case, device=device, has_residual=has_residual, grad_layout=case.layout)
+    params = inputs.params._replace(**{what: None for what in ("weight", "bias") if what in missing})
+    check_call(inputs._replace(params=params), training=training, act=act)
 
 
 @pairs(momentum=(0.0, 0.1, 0.5, 1.0), eps=(1e-12, 1e-5, 1.0), act=(None, "silu"))
 def test_momentum_and_eps(momentum: float, eps: float, act: Act, device: str) -> None:
-    x = make_input((6, 5, 7, 3), device=device)
-    residual = make_residual((6, 5, 7, 3), device=device) if act else None
-    params = make_parameters(5, device=device)
+    x, _, params, residual = make_inputs(SHAPE, device=device, has_residual=act is not None)
     check_forward(x, params, training=True, momentum=momentum, eps=eps, residual=residual, act=act)
     check_forward(x, params, training=False, eps=eps, residual=residual, act=act)
 
 
 @pairs(shape=((1, 3), (1, 3, 1), (1, 3, 1, 1), (1, 3, 1, 1, 1)), act=PLAIN_OR_ACT)
 def test_one_value_a_channel(shape: tuple[int, ...], act: Act, device: str) -> None:
-    x, params = make_input(shape, device=device), make_parameters(3, device=device)
-    residual = make_residual(shape, device=device) if act else None
+    x, _, params, residual = make_inputs(shape, device=device, has_residual=act is not None)
     check_forward(x, params, training=False, residual=residual, act=act)
     kept = params.clone()
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
@@ -193,7 +183,7 @@ def test_one_value_a_channel(shape: tuple[int, ...], act: Act, device: str) -> N
 @MODES
 @EACH_DTYPE
 def test_save_stats_are_mean_and_invstd_in_float64(dtype: torch.dtype, training: bool, device: str) -> None:
-    x = make_input((6, 5, 7, 3), "channels_last", dtype, device)
+    x = make_input(SHAPE, "channels_last", dtype, device)
     p = make_parameters(5, parameter_dtype(dtype), device)
     if training:
         fwd = reference.forward(x)
@@ -234,9 +224,7 @@ def test_channels_are_independent(device: str) -> None:
 @pairs(act=PLAIN_OR_ACT, training=FLAGS, has_residual=FLAGS)
 def test_grad_mode_does_not_change_the_result(act: Act, training: bool, has_residual: bool, device: str) -> None:
     # With gradients the op may keep a mask, without it does not.
-    x = make_input((6, 5, 7, 3), device=device)
-    residual = make_residual((6, 5, 7, 3), device=device) if has_residual else None
-    p = make_parameters(5, device=device)
+    x, _, p, residual = make_inputs(SHAPE, device=device, has_residual=has_residual)
 
     def run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return call(x, p.clone(), weight, p.bias, training, residual=residual, act=act)
@@ -269,57 +257,44 @@ def test_output_is_a_tensor_of_its_own(act: Act, training: bool, device: str) ->
 
 
 @pytest.mark.not_emulated
-@pairs(
-    added=("contiguous", "channels_last", *STRIDED_LAYOUTS[4]),
-    layout=("contiguous", "channels_last", "sliced"),
-    act=("relu", "silu"),
-    training=FLAGS,
-)
-def test_residual_of_any_stride(added: str, layout: str, act: Act, training: bool, device: str) -> None:
-    # Whatever its strides, the result has the input's layout and the bits of a residual that is laid out as the input.
-    shape = (6, 5, 7, 3)
-    x, residual = make_input(shape, layout, device=device), make_residual(shape, added, device=device)
-    params = make_parameters(5, device=device)
-    y = check_forward(x, params, training=training, residual=residual, act=act)
-    alike = torch.empty_strided(shape, y.stride(), device=device).copy_(residual)
-    assert same_bits(y, check_forward(x, params, training=training, residual=alike, act=act))
-
-
-@pytest.mark.not_emulated
 @pairs(case=FEW_CASES, dtype=DTYPES, training=FLAGS)
 def test_identity_has_the_bits_of_plain_batch_norm(case: Case, dtype: torch.dtype, training: bool, device: str) -> None:
-    x = make_input(*case, dtype, device)
-    p = make_parameters(case.shape[1], parameter_dtype(dtype), device)
-    stats = [p.clone() for _ in range(3)]
-    expected = batch_norm(x, stats[0].running_mean, stats[0].running_var, p.weight, p.bias, training)
-    for kept, act in zip(stats[1:], ("identity", None), strict=True):
-        y = batch_norm_act(x, kept.running_mean, kept.running_var, p.weight, p.bias, None, training, act=act)
+    inputs = make_inputs(*case, dtype, device, has_residual=True)
+    without = inputs._replace(residual=None)
+    plain = check_call(without, training=training)
+    assert all(map(same_bits, check_call(without, training=training, act="identity"), plain))
+    _, *added, grad_residual = check_call(inputs, training=training, act="identity")
+    assert all(map(same_bits, added, plain[1:]))
+    assert same_bits(grad_residual, inputs.grad_output)
+    p = [inputs.params.clone() for _ in range(3)]
+    expected = batch_norm(inputs.input, *p[0][2:], *p[0][:2], training)
+    for kept, act in zip(p[1:], ("identity", None), strict=True):
+        y = batch_norm_act(inputs.input, *kept[2:], *kept[:2], None, training, act=act)
         assert same_bits(y, expected)
-        assert y.stride() == expected.stride()
-        assert all(map(same_bits, kept, stats[0]))
+        assert all(map(same_bits, kept, p[0]))
 
 
 @pytest.mark.not_emulated
 @MODES
 def test_relu_is_the_default(training: bool, device: str) -> None:
-    x, residual = make_input((6, 5, 7, 3), device=device), make_residual((6, 5, 7, 3), device=device)
-    p = make_parameters(5, device=device)
+    x, _, p, residual = make_inputs(SHAPE, device=device, has_residual=True)
     default, named = (
-        batch_norm_act(x, stats.running_mean, stats.running_var, residual=residual, training=training, **options)
-        for stats, options in ((p.clone(), {}), (p.clone(), {"act": "relu"}))
+        batch_norm_act(x, *p.clone()[2:], residual=residual, training=training, **options)
+        for options in ({}, {"act": "relu"})
     )
     assert same_bits(default, named)
     assert (default >= 0).all()
 
 
 @pytest.mark.not_emulated
-@pytest.mark.parametrize("slope", [0.0, 0.01, 0.2, 1.0, 3.0, -1.0, 1], ids=str)
-def test_any_finite_slope(slope: float, device: str) -> None:
-    x, residual = make_input((6, 5, 7, 3), device=device), make_residual((6, 5, 7, 3), device=device)
-    params = make_parameters(5, device=device)
-    y = check_forward(x, params, training=True, residual=residual, act=("leaky_relu", slope))
-    if slope == 0.01:
-        assert same_bits(y, check_forward(x, params, training=True, residual=residual, act="leaky_relu"))
+@MODES
+@pytest.mark.parametrize("slope", [0.0, 0.01, 0.2, 1.0, 3.0, -1.0, 1], ids=str)  # beyond 1, max(z, slope*z) is wrong
+def test_any_finite_slope(slope: float, training: bool, device: str) -> None:
+    inputs = make_inputs(SHAPE, device=device, has_residual=True)
+    for each in (inputs, inputs._replace(residual=None)):
+        results = check_call(each, training=training, act=("leaky_relu", slope))
+        if slope == 0.01:
+            assert all(map(same_bits, results, check_call(each, training=training, act="leaky_relu")))
 
 
 @pytest.mark.not_emulated
@@ -327,6 +302,9 @@ def test_any_finite_slope(slope: float, device: str) -> None:
 @FEW
 def test_the_input_may_be_its_own_residual(act: Act, training: bool, device: str) -> None:
     for case in FEW_CASES:
-        x = make_input(*case, device=device)
-        params = make_parameters(case.shape[1], device=device)
-        check_forward(x, params, training=training, residual=x, act=act)
+        x, g, p, _ = make_inputs(*case, device=device)
+        leaf = x.detach().requires_grad_()
+        y = batch_norm_act(leaf, *p.clone()[2:], *p[:2], leaf, training, act=act)
+        (total,) = torch.autograd.grad(y, leaf, g)
+        _, grad_input, *_, grad_residual = check_call(Inputs(x, g, p, x), training=training, act=act)
+        assert same_bits(total, grad_input + grad_residual)
