@@ -83,16 +83,20 @@ def why_left(model: nn.Module, name: str) -> str:
 
 
 def assert_fuses(original: nn.Module, fused: nn.Module, *inputs: Any, pairs: int = 1, sums: int = 0) -> None:
-    """One call more of both: the fused graph has `pairs` activations less, and `sums` sums."""
-    expected, actual = (model(*cloned(inputs, grad=True)) for model in (original, fused))
+    """One step of training more: the fused graph has `pairs` activations less, and `sums` sums."""
+    expected, actual = (model.train()(*clones(leaves_of(inputs))) for model in (original, fused))
     assert count(expected) - count(actual) == pairs, f"activations: {nodes(expected)}, {nodes(actual)}"
     assert count(expected, SUMS) - count(actual, SUMS) == sums, f"sums: {nodes(expected)}, {nodes(actual)}"
     assert_close(actual, expected, "output")
 
 
-def cloned(inputs: tuple[Any, ...], grad: bool) -> list[Any]:
-    """No leaves, so that a model may write to them."""
-    return [x.detach().clone().requires_grad_(grad).clone() if isinstance(x, Tensor) else x for x in inputs]
+def assert_same_results(original: nn.Module, fused: nn.Module, call: Callable[[nn.Module], Any]) -> None:
+    """What `call` makes of each, from the same random state."""
+    results = []
+    for model in (original, fused):
+        torch.manual_seed(17)
+        results.append(call(model))
+    assert_close(results[1], results[0], "results")
 
 
 # How a model may be called: training or not, with what around it.
@@ -106,22 +110,45 @@ MODES: dict[str, tuple[bool, Callable[[], contextlib.AbstractContextManager[Any]
 QUICK = ("training", "evaluation, no_grad")
 
 
-def step(model: nn.Module, inputs: tuple[Any, ...], mode: str = "training") -> dict[str, Any]:
-    """All that one call does: results, gradients, buffers, and the arguments afterwards."""
+@contextlib.contextmanager
+def called(model: nn.Module, mode: str) -> Iterator[None]:
+    """Around a call of a model in one of the modes; random numbers are the same each time."""
     training, context = MODES[mode]
     model.train(training).zero_grad()
     torch.manual_seed(17)
     with context():
-        leaves = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
-        if context is contextlib.nullcontext:
-            for leaf in leaves:
-                if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                    leaf.requires_grad_()
-        given = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+        yield
+
+
+def leaves_of(inputs: Iterable[Any]) -> list[Any]:
+    """Copies, which will have gradients if the grad mode is on."""
+    grad = torch.is_grad_enabled()
+    return [
+        x.detach().clone().requires_grad_(grad and x.is_floating_point()) if isinstance(x, Tensor) else x
+        for x in inputs
+    ]
+
+
+def clones(leaves: list[Any]) -> list[Any]:
+    """No leaves, so that a model may write to them."""
+    return [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+
+
+def step(model: nn.Module, inputs: Iterable[Any], mode: str = "training") -> dict[str, Any]:
+    """All that one call does."""
+    with called(model, mode):
+        leaves = leaves_of(inputs)
+        given = clones(leaves)
         output = model(*given)
+    return {**outcome(model, leaves, given, output), "random state": torch.get_rng_state()}
+
+
+def outcome(model: nn.Module, leaves: list[Any], given: list[Any], output: Any) -> dict[str, Any]:
+    """Of a call: results, gradients, buffers, and the arguments afterwards."""
     found = {"output": values(output), "arguments": values(given), **backward(output, leaves)}
-    gradients = {"parameters": [p.grad for p in model.parameters()]} if "gradients" in found else {}
-    return {**found, **gradients, "buffers": [b.clone() for b in model.buffers()]}
+    if "gradients" in found:
+        found["parameters"] = [p.grad for p in model.parameters()]
+    return {**found, "buffers": [b.clone() for b in model.buffers()]}
 
 
 def backward(output: Any, leaves: list[Any]) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from networks import assert_close, conv
-from observe import Net, count, fused_names, pair, sequential, small, values
+from networks import conv
+from observe import Net, Pair, assert_same_steps, count, fused_names, pair, sequential, small
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -59,48 +59,34 @@ class Inside(nn.Module):
         return F.relu(self.bn(checkpoint(self.region, x * 2, **KINDS[self.kind]))) + x
 
 
-def steps(call: Callable[[Tensor], Tensor], model: nn.Module) -> list[Any]:
-    found = []
-    for n in range(3):
-        torch.manual_seed(3 + n)
-        model.zero_grad()
-        x = torch.linspace(-2, 3, 120, dtype=torch.float64).sin().view(2, 3, 5, 4).requires_grad_()
-        y = call(x)
-        y.square().sum().backward()
-        found += [
-            y.detach(),
-            x.grad,
-            *(p.grad for p in model.parameters()),
-            *map(values, model.buffers()),
-            torch.rand(2),
-        ]
-    return found
+class Around(nn.Module):
+    def __init__(self, kind: str, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.kind = model, kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.model, x, **KINDS[self.kind])
 
 
-def assert_all_close(actual: list[Any], expected: list[Any]) -> None:
-    for a, b in zip(actual, expected, strict=True):
-        assert_close(a, b, "results")
-
-
-def comparable(kind: str, make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
+def comparable(kind: str, make: Callable[[], nn.Module]) -> Pair:
     """A batch norm that is saved, and not computed again, counts once with bnext, whose operator counts; twice with
     torch's, which counts beside it."""
     original, fused = pair(make)
     return bnext.convert(original) if kind == "save batch norms" else original, fused
 
 
+def assert_same_training(original: nn.Module, fused: nn.Module) -> None:
+    assert_same_steps(original, fused, small(), modes=("training",), steps=3)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_around(kind: str) -> None:
-    original, fused = comparable(kind, Region)
-    expected, actual = (steps(lambda x, m=m: checkpoint(m, x, **KINDS[kind]), m) for m in (original, fused))
-    assert_all_close(actual, expected)
+    assert_same_training(*(Around(kind, model) for model in comparable(kind, Region)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_inside(kind: str) -> None:
-    original, fused = comparable(kind, lambda: Inside(kind))
-    expected, actual = (steps(model, model) for model in (original, fused))
-    assert_all_close(actual, expected)
+    assert_same_training(*comparable(kind, lambda: Inside(kind)))
 
 
 @pytest.mark.parametrize("kind", ["reentrant", "not reentrant"])
@@ -129,60 +115,42 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
 
 
 def test_parts_of_a_sequential() -> None:
-    original, fused = pair(lambda: nn.Sequential(sequential(), sequential(), sequential(conv(3, 1))))
-    expected, actual = (
-        steps(lambda x, m=m: checkpoint_sequential(m, 2, x, use_reentrant=False), m) for m in (original, fused)
-    )
-    assert_all_close(actual, expected)
-
-
-def test_random_state_is_not_kept_if_it_is_not_to_be() -> None:
-    class Careless(Net):
+    class Parts(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(lambda z: F.relu(self.bn(self.conv(z))), x, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint_sequential(self[0], 2, x, use_reentrant=False)
 
-    original, fused = pair(Careless)
-    expected, actual = (steps(model, model) for model in (original, fused))
-    assert_all_close(actual, expected)
-
-
-def test_a_region_with_more_than_tensors() -> None:
-    class Mixed(Net):
-        def region(self, x: Tensor, scale: float, other: Tensor | None, flag: bool = True) -> tuple[Tensor, Tensor]:
-            y = F.relu(self.bn(self.conv(x) * scale))
-            return (y, F.dropout(y, 0.5)) if flag and other is None else (x, x)
-
-        def forward(self, x: Tensor) -> Tensor:
-            a, b = checkpoint(self.region, x, 2.0, None, flag=True, use_reentrant=False)
-            return a + b
-
-    original, fused = pair(Mixed)
-    expected, actual = (steps(model, model) for model in (original, fused))
-    assert_all_close(actual, expected)
+    models = pair(lambda: nn.Sequential(sequential(), sequential(), sequential(conv(3, 1))))
+    assert_same_training(*map(Parts, models))
 
 
-def test_a_region_that_writes_to_its_argument() -> None:
-    class Writes(Net):
-        def forward(self, x: Tensor) -> Tensor:
-            scale = torch.ones((), dtype=torch.float64)
-            return checkpoint(lambda z: F.relu(self.bn(self.conv(z)) + z) * scale, x * 1, use_reentrant=False)
-
-    original, fused = pair(Writes)
-    expected, actual = (steps(model, model) for model in (original, fused))
-    assert_all_close(actual, expected)
+def careless(self: Net, x: Tensor) -> Tensor:
+    return checkpoint(lambda z: F.relu(self.bn(self.conv(z))), x, use_reentrant=False, preserve_rng_state=False)
 
 
-def test_checkpointing_inside_checkpointing() -> None:
-    class Nested(Net):
-        def inner(self, x: Tensor) -> Tensor:
-            return F.dropout(F.relu(self.bn(self.conv(x))), 0.3)
+def with_more_than_tensors(self: Net, x: Tensor) -> Tensor:
+    def region(x: Tensor, scale: float, other: Tensor | None, flag: bool = True) -> tuple[Tensor, Tensor]:
+        y = F.relu(self.bn(self.conv(x) * scale))
+        return (y, F.dropout(y, 0.5)) if flag and other is None else (x, x)
 
-        def outer(self, x: Tensor) -> Tensor:
-            return F.silu(self.bn2(checkpoint(self.inner, x, use_reentrant=False)) + x)
+    a, b = checkpoint(region, x, 2.0, None, flag=True, use_reentrant=False)
+    return a + b
 
-        def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(self.outer, x, use_reentrant=False)
 
-    original, fused = pair(Nested)
-    expected, actual = (steps(model, model) for model in (original, fused))
-    assert_all_close(actual, expected)
+def with_a_constant(self: Net, x: Tensor) -> Tensor:
+    scale = torch.ones((), dtype=torch.float64)
+    return checkpoint(lambda z: F.relu(self.bn(self.conv(z)) + z) * scale, x * 1, use_reentrant=False)
+
+
+def nested(self: Net, x: Tensor) -> Tensor:
+    def inner(x: Tensor) -> Tensor:
+        return F.dropout(F.relu(self.bn(self.conv(x))), 0.3)
+
+    def outer(x: Tensor) -> Tensor:
+        return F.silu(self.bn2(checkpoint(inner, x, use_reentrant=False)) + x)
+
+    return checkpoint(outer, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("forward", [careless, with_more_than_tensors, with_a_constant, nested])
+def test_regions(forward: Callable[[Net, Tensor], Tensor]) -> None:
+    assert_same_training(*pair(Net.of(forward)))

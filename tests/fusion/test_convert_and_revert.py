@@ -1,4 +1,5 @@
-"""What convert(fuse=True) puts into a model, which is little, and that nothing of it is left where it should not be."""
+"""What convert(fuse=True) puts into a model, which is little; that revert and the garbage collector leave nothing of
+it; and what the report and the log say."""
 
 from __future__ import annotations
 
@@ -6,18 +7,20 @@ import copy
 import gc
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from networks import NETWORKS, Basic, assert_close, random_input
+from networks import NETWORKS, Basic, conv, random_input
 from observe import assert_fuses, assert_same_steps, count, fused_names, pair, sequential, small, step
-from torch import Tensor, nn
+from torch import nn
 
 import bnext
 
-SOME = pytest.mark.parametrize("name", ["resnet", "functional", "own norm", "branching", "mobile"])
+
+def net() -> nn.Module:
+    return sequential(conv(3, 1))
 
 
 def record(model: nn.Module) -> list[Any]:
@@ -31,7 +34,7 @@ def same(a: list[Any], b: list[Any]) -> bool:
     )
 
 
-@SOME
+@pytest.mark.parametrize("name", ["resnet", "functional", "own norm", "branching", "mobile"])
 def test_classes_names_and_tensors_are_kept(name: str) -> None:
     model = NETWORKS[name].make()
     plain = bnext.convert(copy.deepcopy(model))
@@ -77,7 +80,7 @@ def test_revert_leaves_nothing_behind(name: str, called: bool) -> None:
 
 
 def test_reverted_and_converted_again() -> None:
-    original, fused = pair(lambda: sequential(nn.Conv2d(3, 2, 1)))
+    original, fused = pair(net)
     x = small()
     for _ in range(2):
         assert_fuses(original, fused, x)
@@ -88,14 +91,14 @@ def test_reverted_and_converted_again() -> None:
 
 
 def test_converting_twice_changes_nothing_more() -> None:
-    original, fused = pair(lambda: sequential(nn.Conv2d(3, 2, 1)))
+    original, fused = pair(net)
     assert_same_steps(original, fused, small(), steps=1)
     before, report = record(fused), bnext.fusion_report(fused).fused
     for keywords in ({"fuse": True}, {}):
         bnext.convert(fused, **keywords)
         assert same(record(fused), before)
         assert bnext.fusion_report(fused).fused == report
-    assert_fuses(original.train(), fused.train(), small())
+    assert_fuses(original, fused, small())
 
 
 class Awkward(nn.Module):
@@ -173,117 +176,54 @@ def test_what_was_fused_is_logged_or_printed(
         assert "1: batch norm -> relu" in text
 
 
+@pytest.fixture
+def without_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("without_collector")
 @pytest.mark.parametrize("called", [False, True])
 def test_a_model_is_freed_by_reference_count(called: bool) -> None:
-    gc.collect()
-    gc.disable()
-    try:
-        model = bnext.convert(nn.Sequential(sequential(), Basic(3), nn.Flatten()), fuse=True)
-        if called:
-            for training in (True, False):
-                model.train(training)(torch.randn(2, 3, 4, 4)).sum().backward()
-            with torch.no_grad():
-                model(torch.randn(3, 3, 4, 4))
-        found = [weakref.ref(m) for m in model.modules()] + [weakref.ref(p) for p in model.parameters()]
-        del model
-        assert [ref() for ref in found if ref() is not None] == []
-    finally:
-        gc.enable()
-
-
-def test_copies_and_a_replica_are_freed_too() -> None:
-    gc.collect()
-    gc.disable()
-    try:
-        model = bnext.convert(sequential(nn.Flatten()), fuse=True)
-        x = torch.randn(2, 3, 4, 4)
-        model(x)
-        found = []
-        for twin in (copy.deepcopy(model), model._replicate_for_data_parallel()):
-            twin(x)
-            found.append(weakref.ref(twin))
-            del twin
-        assert [ref() for ref in found if ref() is not None] == []
-        bnext.revert(model)
-        ref = weakref.ref(model)
-        del model
-        assert ref() is None
-    finally:
-        gc.enable()
-
-
-@pytest.mark.parametrize("order", ["before", "after", "after a call"])
-def test_a_compilation_of_the_users_own_wins(order: str, caplog: pytest.LogCaptureFixture) -> None:
-    graphs: list[Any] = []
-
-    def own(graph: Any, inputs: list[Tensor]) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    original = Basic(3).double()  # of an nn.Sequential torch's compile() captures nothing, or does, by what ran before
-    model = copy.deepcopy(original)
-    if order == "before":
-        model.compile(backend=own)
-    bnext.convert(model, fuse=True)
-    if order == "after a call":
-        model(small())
-        original(small())
-        model.load_state_dict(original.state_dict())
-    if order != "before":
-        model.compile(backend=own)
-    assert_close(model(small() * 0 + 1), original(small() * 0 + 1), "output")
-    assert len(graphs) == 1
-    if order == "before":
-        assert any("compiled" in r.getMessage() for r in caplog.records if r.name == "bnext")
-    installed = model._compiled_call_impl
-    bnext.revert(model)
-    assert model._compiled_call_impl is installed
-    assert type(model.bn1) is nn.BatchNorm2d
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("called", [False, True])
-def test_torch_compile_on_top(called: bool) -> None:
-    """The compiler sees the layers; with bnext's back end it fuses them."""
-    original, fused = pair(lambda: sequential(nn.Conv2d(3, 2, 1)))
+    model = bnext.convert(nn.Sequential(sequential(), Basic(3), nn.Flatten()), fuse=True)
     if called:
-        assert_same_steps(original, fused, small(), modes=("training",))
-    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
-    assert_same_steps(original, compiled, small())
-    assert_fuses(original, fused, small())
+        for training in (True, False):
+            model.train(training)(torch.randn(2, 3, 4, 4)).sum().backward()
+        with torch.no_grad():
+            model(torch.randn(3, 3, 4, 4))
+    found = [weakref.ref(held) for held in (*model.modules(), *model.parameters())]
+    del model
+    assert [ref() for ref in found if ref() is not None] == []
 
 
-def test_a_compiled_submodule_is_swallowed_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    graphs: list[Any] = []
-
-    def own(graph: Any, inputs: list[Tensor]) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    original = nn.Sequential(sequential(), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten()).double()
-    for compile in (lambda m: m[0].compile(backend=own), lambda m: m.__setitem__(0, torch.compile(m[0], backend=own))):
-        model = copy.deepcopy(original)
-        compile(model)
-        caplog.clear()
-        bnext.convert(model, fuse=True)
-        said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-        x = small()
-        assert_close(model(x), original(x), "output")
-        original.load_state_dict({k.replace("_orig_mod.", ""): v for k, v in model.state_dict().items()})
-        assert len(said) == 1
-        assert "compile" in said[0]
-    assert graphs == []
+@pytest.mark.usefixtures("without_collector")
+def test_copies_and_a_replica_are_freed_too() -> None:
+    model = bnext.convert(sequential(nn.Flatten()), fuse=True)
+    x = torch.randn(2, 3, 4, 4)
+    model(x)
+    found = []
+    for twin in (copy.deepcopy(model), model._replicate_for_data_parallel()):
+        twin(x)
+        found.append(weakref.ref(twin))
+        del twin
+    assert [ref() for ref in found if ref() is not None] == []
+    bnext.revert(model)
+    ref = weakref.ref(model)
+    del model
+    assert ref() is None
 
 
 def test_fused_parts_in_a_fused_whole() -> None:
-    original = nn.Sequential(sequential(), sequential(), nn.Conv2d(3, 2, 1)).double()
+    original = nn.Sequential(sequential(), sequential(), conv(3, 1)).double()
     fused = copy.deepcopy(original)
     bnext.convert(fused[0], fuse=True)
     assert_same_steps(original, fused, small(), modes=("training",))
-    assert_fuses(original, fused, small(), pairs=1)
+    assert_fuses(original, fused, small())
     bnext.convert(fused, fuse=True)
     assert_same_steps(original, fused, small())
-    assert_fuses(original.train(), fused.train(), small(), pairs=2)
+    assert_fuses(original, fused, small(), pairs=2)
     assert set(fused_names(fused)) == {"0.1", "1.1"}
     bnext.revert(fused)
     assert count(fused(small())) == 2

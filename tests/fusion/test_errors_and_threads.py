@@ -1,4 +1,4 @@
-"""Calls that fail, cannot be captured, or come from several threads; and the garbage collector in between."""
+"""Calls that raise, cannot be captured, or come from several threads; and the garbage collector in between."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import gc
 import logging
 import threading
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from networks import assert_close
+from networks import assert_close, conv
 from observe import Net, assert_fuses, assert_same_steps, count, fused_names, pair, sequential, small
 from torch import Tensor, nn
 
@@ -62,10 +64,9 @@ def test_errors_of_the_layers_are_torchs() -> None:
                 model(bad)
             said.append((type(caught.value), str(caught.value).splitlines()[0]))
         assert said[1] == said[0]
-    one = [torch.randn(1, 3, 1, 1).double()]
     for model in (original, fused):
         with pytest.raises(ValueError, match="more than 1 value per channel"):
-            model(*one)
+            model(torch.randn(1, 3, 1, 1).double())
     assert_close(list(fused.buffers()), list(original.buffers()), "buffers")
     assert_same_steps(original, fused, X, modes=("training",))
     assert_fuses(original, fused, X)
@@ -102,36 +103,27 @@ def test_the_garbage_collector_is_no_part_of_a_forward() -> None:
         gc.callbacks.remove(callback)
 
 
-def in_threads(calls: list[Any]) -> list[Any]:
-    found: list[Any] = [None] * len(calls)
+def in_threads(calls: list[Callable[[], Any]]) -> list[Any]:
+    """What each gives; all start at once."""
     start = threading.Barrier(len(calls))
 
-    def run(i: int) -> None:
+    def run(call: Callable[[], Any]) -> Any:
         start.wait()
-        try:
-            found[i] = calls[i]()
-        except BaseException as error:
-            found[i] = error
+        return call()
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(run, calls))
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["one model", "copies"])
 def test_first_calls_in_several_threads(same: bool) -> None:
-    original, fused = pair(lambda: sequential(nn.Conv2d(3, 2, 1)))
-    original.eval()
+    original, fused = pair(lambda: sequential(conv(3, 1)))
     fused.eval()
     models = [fused] * 4 if same else [copy.deepcopy(fused) for _ in range(4)]
     inputs = [small() for _ in models]
     outputs = in_threads([lambda m=m, x=x: m(x) for m, x in zip(models, inputs, strict=True)])
     for output, x in zip(outputs, inputs, strict=True):
-        assert isinstance(output, Tensor), output
-        assert_close(output, original(x), "output")
+        assert_close(output, original.eval()(x), "output")
     assert_fuses(original, fused, small())
 
 

@@ -1,5 +1,5 @@
-"""Exports, tracers, transforms and torch's modes see the layers as they are, and give what they give of the plain
-model; afterwards calls are fused again."""
+"""torch.export, torch.jit, torch.fx, torch.func and torch's modes see the layers as they are: fusing stands aside, and
+they give what they give of the plain model. Afterwards calls are fused again."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from networks import assert_close
-from observe import assert_fuses, assert_same_steps, count, pair, sequential, small
+from networks import assert_close, conv
+from observe import Pair, assert_fuses, assert_same_results, assert_same_steps, count, pair, sequential, small
 from torch import Tensor, fx, nn
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -25,10 +25,12 @@ Call = Callable[[nn.Module, Tensor], Any]
 
 
 def net() -> nn.Module:
-    return sequential(nn.Conv2d(3, 2, 1))
+    return sequential(conv(3, 1))
 
 
 class Functions(TorchFunctionMode):
+    """Notes what is called."""
+
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
@@ -52,17 +54,21 @@ def under(mode: Callable[[], Any], look: Callable[[Any], Any]) -> Call:
     def call(model: nn.Module, x: Tensor) -> Any:
         with mode() as entered:
             y = model(x)
-        look(entered)
-        return y
+        return y, look(entered)
 
     return call
 
 
-def sees(name: str) -> Callable[[Any], None]:
-    def look(mode: Any) -> None:
-        assert any(name in seen for seen in mode.seen), mode.seen
+def noted(mode: Any) -> list[str]:
+    assert any("relu" in seen for seen in mode.seen), mode.seen
+    return mode.seen
 
-    return look
+
+def exported(model: nn.Module, x: Tensor) -> Any:
+    program = torch.export.export(model, (x,))
+    calls = [(n.op, str(n.target)) for n in program.graph.nodes]
+    assert ("call_function", "aten.relu.default") in calls
+    return program.module()(x), calls
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -86,8 +92,8 @@ def ensemble(model: nn.Module, x: Tensor) -> Any:
 
 
 CALLS: dict[str, Call] = {
-    "export": lambda m, x: torch.export.export(m.eval(), (x,)).module()(x),
-    "export, training": lambda m, x: torch.export.export(m, (x,)).module()(x),
+    "export": lambda m, x: exported(m.eval(), x),
+    "export, training": exported,
     "jit.trace": lambda m, x: torch.jit.trace(m.eval(), x)(x),
     "symbolic_trace": lambda m, x: fx.symbolic_trace(m)(x),
     "make_fx": lambda m, x: make_fx(m.eval())(x)(x),
@@ -97,66 +103,44 @@ CALLS: dict[str, Call] = {
     "jvp": lambda m, x: jvp(lambda z: m.eval()(z), (x,), (x.cos(),)),
     "per-sample gradients": per_sample_gradients,
     "an ensemble": ensemble,
-    "a function mode": under(Functions, sees("relu")),
-    "a dispatch mode": under(Operators, sees("relu")),
-    "a flop counter": under(lambda: FlopCounterMode(display=False), lambda mode: mode.get_total_flops()),
+    "a function mode": under(Functions, noted),
+    "a dispatch mode": under(Operators, noted),
+    "a flop counter": under(lambda: FlopCounterMode(display=False), FlopCounterMode.get_total_flops),
     "functional_call": lambda m, x: functional_call(m, {"0.weight": torch.ones(3, 3, 1, 1).to(x)}, (x,)),
     "functionalize": lambda m, x: torch.func.functionalize(lambda z: m.eval()(z))(x),
 }
 
 
+def models() -> Pair:
+    """A model of bnext's layers, and its fused copy."""
+    plain = bnext.convert(net().double())
+    return plain, bnext.convert(copy.deepcopy(plain), fuse=True)
+
+
 @pytest.mark.parametrize("called", [False, True], ids=["before a call", "after one"])
 @pytest.mark.parametrize("name", CALLS)
 def test_it_sees_the_plain_model(name: str, called: bool) -> None:
-    original, fused = pair(net)
+    plain, fused = models()
     x = small()
     if called:
-        assert_same_steps(original, fused, x, modes=("training",), steps=1)
-    original.train()
-    fused.train()
-    expected, actual = CALLS[name](original, x), CALLS[name](fused, x)
-    assert_close(actual, expected, name)
-    assert_close(state(fused), state(original), "parameters and buffers")
-    assert_fuses(original.train(), fused.train(), x)
-
-
-def test_a_mode_sees_the_operators_of_the_unfused_model() -> None:
-    original, fused = pair(net)
-    plain = bnext.convert(copy.deepcopy(original))
-    for mode in (Functions, Operators):
-        seen = []
-        for model in (plain, fused):
-            with mode() as entered:
-                model(small())
-            seen.append(entered.seen)
-        assert seen[1] == seen[0]
-
-
-def test_an_exported_graph_is_that_of_the_unfused_model() -> None:
-    plain = bnext.convert(net().double())
-    fused = bnext.convert(copy.deepcopy(plain), fuse=True)
-    x = small()
-    fused(x)
-    graphs = []
-    for model in (plain, fused):
-        program = torch.export.export(model.eval(), (x,))
-        graphs.append([(n.op, str(n.target)) for n in program.graph.nodes])
-    assert graphs[1] == graphs[0]
-    assert ("call_function", "aten.relu.default") in graphs[1]
+        assert_same_steps(plain, fused, x, modes=("training",), steps=1)
+    assert_same_results(plain.train(), fused.train(), lambda model: CALLS[name](model, x))
+    assert_close(state(fused), state(plain), "parameters and buffers")
+    assert_fuses(plain, fused, x)
 
 
 def test_functional_call_with_plain_tensors_has_their_gradients() -> None:
     original, fused = pair(net)
-    results = []
-    for model in (original, fused):
+
+    def call(model: nn.Module) -> list[Tensor]:
         params = {k: (p.detach() * 1.5).requires_grad_() for k, p in model.named_parameters()}
         buffers = {k: b.clone() for k, b in model.named_buffers()}
         for _ in range(2):
-            y = functional_call(model, (params, buffers), (small() * 0 + torch.arange(4.0).double(),))
-        results.append([y, *torch.autograd.grad(y.square().sum(), list(params.values())), *buffers.values()])
+            y = functional_call(model, (params, buffers), (small(),))
         assert count(y) == (model is original)
-    for actual, expected in zip(*reversed(results), strict=True):
-        assert_close(actual, expected, "of functional_call")
+        return [y, *torch.autograd.grad(y.square().sum(), list(params.values())), *buffers.values()]
+
+    assert_same_results(original, fused, call)
     assert_close(state(fused), state(original), "the model's own")
 
 
@@ -175,10 +159,10 @@ def test_fake_tensors_and_meta() -> None:
     x = torch.randn(2, 3, 4, 4)
     fused(x)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        assert fused(mode.from_tensor(x)).shape == (2, 2, 4, 4)
+        assert fused(mode.from_tensor(x)).shape == (2, 3, 4, 4)
     meta = copy.deepcopy(fused).to("meta")
     y = meta(x.to("meta"))
-    assert (y.device.type, y.shape) == ("meta", (2, 2, 4, 4))
+    assert (y.device.type, y.shape) == ("meta", (2, 3, 4, 4))
 
 
 class Tagged(torch.Tensor):
@@ -195,10 +179,8 @@ class Tagged(torch.Tensor):
 
 
 def test_a_tensor_subclass_is_what_it_is_unfused() -> None:
-    plain = bnext.convert(net().double())
-    fused = bnext.convert(copy.deepcopy(plain), fuse=True)
     outputs = []
-    for model in (plain, fused):
+    for model in models():
         x = torch.ones(2, 3, 2, 2, dtype=torch.float64).as_subclass(Tagged)
         x.note = "mine"
         outputs.append(model.eval()(x))

@@ -1,0 +1,190 @@
+"""Forwards whose Python depends on arguments, modes, values, state or random numbers, so that a trace by example would
+not tell the truth: each computes what it did, for every argument, and what dynamo can capture is fused."""
+
+from __future__ import annotations
+
+import collections
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from networks import assert_close
+from observe import QUICK, Net, assert_fuses, fused_names, pair, step
+from torch import Tensor, nn
+
+X, Y = (torch.linspace(-3, 2, 120, dtype=torch.float64).mul(k).sin().view(2, 3, 5, 4) for k in (3, 7))
+
+
+class End(Net):
+    """With something of every kind to change or to read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+        self.tensor = torch.zeros((), dtype=torch.float64)  # neither parameter nor buffer
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.stages = nn.ModuleList([nn.Sequential(self.conv, self.bn, self.silu), nn.ModuleDict({"a": self.bn2})])
+
+    def end(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(x))
+
+
+class Case(NamedTuple):
+    forward: Callable[..., Any]
+    fused: str | None = "bn"  # the name of a batch norm that is fused
+    inputs: tuple[tuple[Any, ...], ...] = ((X,),)
+
+
+class Flipped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return -grad
+
+
+class Out(NamedTuple):
+    out: Tensor
+    size: tuple[int, ...]
+    parts: list[Tensor]
+
+
+def with_block(self: End, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = x.abs().mean((0, 2, 3), keepdim=True)
+    return self.end(x * scale)
+
+
+def saved_tensors(self: End, x: Tensor) -> Tensor:
+    """Gradients differ without the block."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t * 2, lambda t: t.clone()):
+        x = x.square()
+    return self.end(x)
+
+
+def saved_around(self: End, x: Tensor) -> Tensor:
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t * 2, lambda t: t / 2):
+        return self.end(x)
+
+
+def swallowed(self: End, x: Tensor) -> Tensor:
+    try:
+        scale = [2.0][int(x.shape[2] == 5)]
+    except IndexError:
+        scale = 4.0
+    return self.end(x * scale)
+
+
+def remembers(self: End, x: Tensor) -> Tensor:
+    self.seen.append(1)
+    return self.end(x * len(self.seen))
+
+
+def changes_a_tensor(self: End, x: Tensor) -> Tensor:
+    self.tensor.add_(1)
+    return self.end(x * self.tensor.item())
+
+
+def counts_in_a_buffer(self: End, x: Tensor) -> Tensor:
+    self.calls.add_(1)
+    return self.end(x * self.calls)
+
+
+def structured(self: End, x: Tensor) -> Out:
+    y = self.end(x)
+    return Out(y, tuple(y.shape), [y[:, 0], y[..., 1:]])
+
+
+def second_name(self: End, x: Tensor) -> Tensor:
+    n = x.size(0)
+    m = n
+    m += 1
+    return self.end(x * m) * n
+
+
+def by_value_between(self: End, x: Tensor) -> Tensor:
+    y = self.bn(x)
+    return F.relu(y) if y.sum() > x.sum() else F.silu(y)
+
+
+def item_between(self: End, x: Tensor) -> Tensor:
+    y = self.bn(x)
+    m = y.max().item()
+    return F.relu(y) * m
+
+
+def layers_of_a_generator(self: End, x: Tensor) -> Tensor:
+    for layer in (getattr(self, name) for name in ("conv", "bn", "relu")):
+        x = layer(x)
+    return x
+
+
+def in_lists(self: End, x: Tensor) -> list[Tensor]:
+    first = self.stages[0](x)
+    return [first, F.relu(self.stages[1]["a"](first))]
+
+
+CASES = {
+    "an argument with a default": Case(lambda self, x, scale=1.0: self.end(x * scale), inputs=((X,), (X, 3.0))),
+    "arguments with a star": Case(lambda self, *xs: self.end(sum(xs)), inputs=((X,), (X, Y))),
+    "perhaps None": Case(
+        lambda self, x, r: self.end(x) if r is None else F.relu(self.bn(x) + r), inputs=((X, Y), (X, None))
+    ),
+    "perhaps a list": Case(lambda self, x: self.end(torch.cat(x) if isinstance(x, list) else x)),
+    "by dtype": Case(lambda self, x: self.end(x * {torch.float64: 2.0}.get(x.dtype, 1.0))),
+    "by mode": Case(lambda self, x: self.end(x * 2 if self.training else x)),
+    "by the mode of a layer": Case(lambda self, x: self.end(x + 1 if self.conv.training else x)),
+    "by grad mode": Case(lambda self, x: self.end(x * 2 if torch.is_grad_enabled() else x)),
+    "by value": Case(lambda self, x: self.end(x if x.sum() > 0 else -x), inputs=((X,), (-X,))),
+    "by value, between": Case(by_value_between, None, ((X,), (-X,))),
+    "a number of it, between": Case(item_between, None),
+    "a block": Case(with_block),
+    "saved tensors": Case(saved_tensors, None),
+    "saved tensors, around": Case(saved_around, None),
+    "decorated": Case(torch.no_grad()(lambda self, x: self.end(x))),
+    "an exception swallowed": Case(swallowed),
+    "a gradient of its own": Case(lambda self, x: self.end(Flipped.apply(x))),
+    "a gradient of its own, between": Case(lambda self, x: F.relu(Flipped.apply(self.bn(x))), None),
+    "a list that grows": Case(remembers),
+    "a tensor that changes": Case(changes_a_tensor, None),
+    "a buffer that counts": Case(counts_in_a_buffer),
+    "a constant": Case(lambda self, x: self.end(x * torch.full((3, 1, 1), 2.0, dtype=torch.float64))),
+    "a random number": Case(lambda self, x: self.end(x * torch.rand(()).item()), None),
+    "a random number of Python's": Case(lambda self, x: self.end(x * (0.5 + random.random())), None),
+    "numpy": Case(lambda self, x: self.end(x * float(x.detach().numpy().std())), None),
+    "gives a dict": Case(lambda self, x: collections.OrderedDict(out=self.end(x), mean=x.mean())),
+    "gives a named tuple": Case(structured),
+    "a second name": Case(second_name),
+    "layers of a generator": Case(layers_of_a_generator),
+    "layers in lists": Case(in_lists, "bn2"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of dynamo, about what it does not capture
+@pytest.mark.parametrize("name", CASES)
+def test_a_forward_computes_what_it_did(name: str) -> None:
+    forward, norm, inputs = CASES[name]
+    original, fused = pair(End.of(forward))
+    for given in inputs:
+        for mode in QUICK * 2:
+            steps = []
+            for model in (original, fused):
+                random.seed(5)
+                steps.append(step(model, given, mode))
+            assert_close(steps[1], steps[0], mode)
+    assert norm is None or norm in fused_names(fused)
+
+
+def test_keyword_arguments() -> None:
+    original, fused = pair(End.of(CASES["an argument with a default"].forward))
+    for given in ({"x": X}, {"x": X, "scale": 2.0}, {"scale": 3.0, "x": Y}):
+        assert_close(fused(**given), original(**given), "output")
+    for model in (original, fused):
+        with pytest.raises(TypeError, match="unexpected keyword"):
+            model(X, other=1)
+    assert_fuses(original, fused, X)

@@ -1,0 +1,127 @@
+"""The ways a batch norm before an activation is written: as a function, frozen, lazy, of a class that nobody knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from bank import Pattern, failures
+from networks import OwnNorm, assert_close, conv
+from observe import Net, assert_fuses, assert_same_results, assert_same_steps, fused_names, pair, sequential, small
+from torch import Tensor, nn
+
+import bnext
+
+
+def of_slices(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, training: bool) -> Tensor:
+    return F.batch_norm(x[:, :2], mean[:2], var[1:], weight[:2], bias[:2], training)
+
+
+# Of the input, a layer's statistics and parameters, and whether it is in training.
+FUNCTIONS: dict[str, tuple[Callable[..., Tensor], int]] = {
+    "by position": (lambda *arguments: F.batch_norm(*arguments, 0.2, 1e-3), 1),
+    "by name": (
+        lambda x, mean, var, weight, bias, training: F.batch_norm(
+            eps=1e-3, input=x, training=training, bias=bias, running_var=var, running_mean=mean
+        ),
+        1,
+    ),
+    "torch.batch_norm": (
+        lambda x, mean, var, weight, bias, training: torch.batch_norm(
+            x, weight, bias, mean, var, training, 0.2, 1e-3, False
+        ),
+        1,
+    ),
+    "bnext's own": (lambda *arguments: bnext.functional.batch_norm(*arguments, 0.2, 1e-3), 1),
+    "without statistics": (lambda x, mean, var, *rest: F.batch_norm(x, None, None, *rest[:2], True), 1),
+    "always evaluates": (lambda *arguments: F.batch_norm(*arguments[:5]), 1),
+    "of slices": (of_slices, 1),
+    "instance norm": (lambda x, mean, var, weight, bias, _: F.instance_norm(x, weight=weight, bias=bias), 0),
+}
+
+
+def test_functional_batch_norms() -> None:
+    def behind(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def forward(self: Net, x: Tensor, r: Tensor) -> Tensor:
+            bn = self.bn
+            return F.relu(function(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, self.training))
+
+        return forward
+
+    patterns = {name: Pattern(behind(function), pairs) for name, (function, pairs) in FUNCTIONS.items()}
+    assert failures(patterns, modes=("training", "evaluation", "evaluation, no_grad")) == {}
+
+
+class Quiet(nn.BatchNorm2d):
+    """A subclass that adds nothing to the forward, but is unknown."""
+
+
+class Noisy(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input + 1) * 2 if self.training else super().forward(input)
+
+
+class Own(nn.Module):
+    """Batch norm written down by its owner, and one by formula."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(3))
+        self.register_buffer("running_mean", torch.zeros(3))
+        self.register_buffer("running_var", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
+
+
+class Formula(Own):
+    def forward(self, x: Tensor) -> Tensor:
+        var, mean = torch.var_mean(x, (0, 2, 3), keepdim=True, unbiased=False)
+        return (x - mean) * (var + 1e-5).rsqrt() * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+@pytest.mark.parametrize(("cls", "pairs"), [(Quiet, 1), (Noisy, 0), (OwnNorm, 0), (Own, 1), (Formula, 0)])
+def test_classes_that_nobody_knows(cls: type[nn.Module], pairs: int) -> None:
+    make = (lambda: cls()) if issubclass(cls, Own) else (lambda: cls(3))
+    original, fused = pair(lambda: nn.Sequential(conv(3, 1), make(), nn.ReLU(), nn.BatchNorm2d(3), nn.SiLU()))
+    assert type(fused[1]) is cls
+    assert_same_steps(original, fused, small())
+    assert_fuses(original, fused, small(), pairs=pairs + 1)
+    assert "3" in fused_names(fused)
+
+
+def test_frozen_layers() -> None:
+    original, fused = pair(lambda: nn.Sequential(sequential(), sequential(conv(3, 1))))
+    assert_same_steps(original, fused, small(), modes=("training",))
+    for model in (original, fused):
+        for norm in (model[0][1], model[1][1]):
+            norm.eval().requires_grad_(False)
+            norm.train = lambda mode=True, norm=norm: norm  # survives .train()
+    assert_same_steps(original, fused, small())
+    assert_fuses(original, fused, small(), pairs=2)
+
+
+def test_lazy_layers() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.LazyConv2d(4, 1), nn.LazyBatchNorm2d(), nn.ReLU(), nn.LazyBatchNorm2d(), nn.Flatten())
+
+    original, fused = make().double(), bnext.convert(make().double(), fuse=True)
+    x = small()
+    assert_same_results(original, fused, lambda model: model(x))
+    assert [type(m) for m in fused[:4]] == [nn.Conv2d, bnext.BatchNorm2d, nn.ReLU, bnext.BatchNorm2d]
+    assert_close(list(fused.buffers()), list(original.buffers()), "buffers")
+    assert_same_steps(original, fused, x)
+    assert_fuses(original, fused, x)
+
+
+def test_a_single_layer_and_one_without_batch_norms() -> None:
+    for make in (lambda: nn.BatchNorm2d(3), lambda: nn.Sequential(conv(3, 1), nn.ReLU())):
+        original, fused = pair(make)
+        assert_same_steps(original, fused, small())
+        assert bnext.fusion_report(fused).fused == []
+    layer = bnext.convert(nn.BatchNorm2d(3), fuse=True)
+    layer(torch.randn(2, 3, 4, 4))
+    ((name, why),) = bnext.fusion_report(layer).left
+    assert "returned" in why, name
