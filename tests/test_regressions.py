@@ -1,26 +1,37 @@
 """What has failed people in other batch norms, each case under the number of the public thread that reported it.
 
 Threads about speed alone (pytorch#60063, #50549, #69525, #52011, #38915, #12006, #57034) have bars in the benchmark;
-those about CUDA, SyncBatchNorm and fusion have their tests beside that code.
+those about CUDA, SyncBatchNorm and fusion have their tests beside that code. Cases that are among those of other tests:
+
+    pytorch#194504, #97084                 test_compile.py: test_steps_equal_eager
+    pytorch#162489                         test_numerics.py: test_every_finite_float32
+    pytorch#5410, #8283                    test_numerics.py: test_constant_channel_is_exactly_bias
+    pytorch#140112, #82493, #106941        test_forward.py: test_every_shape_and_layout
+    pytorch#75478, torchtitan#674, lightning#18802
+                                           test_forward.py: test_every_mix_of_parameter_dtypes
+    pytorch#187298                         test_convert.py: test_unknown_classes_are_left_alone_and_listed_once
+    pytorch#85533, functorch#867, #384     test_functorch.py
+    pytorch#4422                           test_autograd.py: test_derivatives_equal_those_of_the_formula
+    pytorch#193097, #193698, #189828, #188958, #194798
+                                           test_bad_arguments.py
+    apex#groupbn                           test_autograd.py: test_same_module_twice_before_backward
 """
 
 from __future__ import annotations
 
-import logging
 import os
 
 import pytest
 import reference
 import tolerances
 import torch
-from cases import LOW_PRECISION, make_grad, make_input, make_parameters, name, to_layout
-from checks import check_backward, check_forward
+from cases import make_input, make_parameters, to_layout
+from checks import check_call, make_inputs
 from marks import MODES
 from tolerances import assert_within
 from torch import Tensor, nn
 
 import bnext
-from bnext.functional import batch_norm
 
 
 def threads(*numbers: str) -> pytest.MarkDecorator:
@@ -28,55 +39,11 @@ def threads(*numbers: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("thread", [" ".join(numbers)])
 
 
-@threads("pytorch#194504")
-@pytest.mark.usefixtures("fresh_compiler")
-def test_momentum_none_compiles_without_a_break(thread: str) -> None:
-    module = bnext.BatchNorm2d(3, momentum=None)
-    compiled = torch.compile(module, fullgraph=True, backend="eager")
-    batches = [make_input((2, 3, 4, 4)) for _ in range(3)]
-    for x in batches:
-        compiled(x)
-    fwds = [reference.forward(x) for x in batches]
-    average = torch.stack([f.mean for f in fwds]).mean(0)
-    assert_within(module.running_mean, average, 3 * 2.0**-24 * (1 + average.abs()) * 4, "running_mean")
-
-
-@threads("pytorch#162489")
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_inputs_near_1e30_give_neither_nan_nor_zero(thread: str, layout: str) -> None:
-    x = make_input((8, 3, 7, 7), layout) * 1e30
-    y = batch_norm(x, None, None, training=True)
-    fwd = reference.forward(x)
-    assert_within(y, fwd.output, tolerances.output(fwd, None, None, x.dtype, training=True), "output")
-    assert y.abs().max() > 1
-
-
-@threads("pytorch#5410", "pytorch#8283")
-@pytest.mark.parametrize("value", [0.1, 1 / 3, 123.456, 1e8])
-@pytest.mark.parametrize("shape", [(2, 4), (3, 4), (64, 4, 3), (2, 4, 7, 7), (127, 4, 5, 3)], ids=str)
-def test_constant_channels_give_exactly_zero(thread: str, shape: tuple[int, ...], value: float) -> None:
-    for layout in ("contiguous", "channels_last") if len(shape) == 4 else ("contiguous",):
-        x = to_layout(torch.full(shape, value), layout)
-        assert torch.equal(batch_norm(x, None, None, training=True), torch.zeros(shape))
-
-
-@threads("pytorch#140112", "pytorch#82493", "pytorch#106941")
-@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION], ids=name)
-def test_layouts_agree(thread: str, dtype: torch.dtype) -> None:
-    x, g = make_input((16, 33, 13, 11), dtype=dtype), make_grad((16, 33, 13, 11), dtype=dtype)
-    params = make_parameters(33)
-    for layout in ("contiguous", "channels_last", "transposed", "offset"):
-        check_forward(to_layout(x, layout), params, training=True)
-        check_backward(to_layout(x, layout), to_layout(g, layout), params, training=True)
-
-
 @threads("pytorch#19911", "pytorch#29744", "pytorch#16998", "pytorch#4107")
 @MODES
 @pytest.mark.parametrize("shape", [(65535, 2), (65536, 2), (131073, 3), (70001, 2, 3), (65537, 3, 1, 2)], ids=str)
 def test_batches_beyond_65535(thread: str, shape: tuple[int, ...], training: bool) -> None:
-    x, g, params = make_input(shape), make_grad(shape), make_parameters(shape[1])
-    check_forward(x, params, training=training)
-    check_backward(x, g, params, training=training)
+    check_call(make_inputs(shape), training=training)
 
 
 @threads("pytorch#66073", "detectron2#4372")
@@ -100,96 +67,11 @@ def test_frozen_batch_norm_trains_what_lies_before_it(thread: str) -> None:
     assert_within(layers[0].bias.grad, expected, 72 * 2.0**-24 * (1 + g.abs().max().item()) * 4, "bias before")
 
 
-@threads("pytorch#187298")
-def test_conversion_keeps_a_subclass_and_its_activation(thread: str, caplog: pytest.LogCaptureFixture) -> None:
-    class BatchNormAct(nn.BatchNorm2d):
-        def forward(self, input: Tensor) -> Tensor:
-            return super().forward(input).relu()
-
-    model = nn.Sequential(BatchNormAct(3))
-    with caplog.at_level(logging.WARNING, logger="bnext"):
-        bnext.convert(model)
-    assert type(model[0]) is BatchNormAct
-    assert (model(torch.randn(4, 3, 5, 5)) >= 0).all()
-    assert "BatchNormAct" in caplog.text
-
-
-@threads("pytorch#75478", "torchtitan#674", "lightning#18802")
-@MODES
-def test_bfloat16_parameters_with_float32_stats(thread: str, training: bool) -> None:
-    dtypes = (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32)
-    for mix in (dtypes, dtypes[::-1], (torch.bfloat16, torch.float32, torch.bfloat16, torch.float32)):
-        params = make_parameters(5, mix)
-        x, g = make_input((4, 5, 6, 6), dtype=torch.bfloat16), make_grad((4, 5, 6, 6), dtype=torch.bfloat16)
-        check_forward(x, params, training=training)
-        check_backward(x, g, params, training=training)
-
-
-@threads("pytorch#85533", "functorch#867", "functorch#384")
-def test_vmap_and_jacrev_through_a_module(thread: str) -> None:
-    module = bnext.BatchNorm1d(3, dtype=torch.float64).eval()
-    module.running_var.fill_(4.0)
-    xs = torch.randn(5, 2, 3, dtype=torch.float64)
-    assert_within(torch.vmap(module)(xs), torch.stack([module(x) for x in xs]).detach(), 2.0**-50, "vmap")
-    jacobian = torch.func.jacrev(module)(xs[0])
-    expected = torch.eye(6, dtype=torch.float64).view(2, 3, 2, 3) / (4.0 + module.eps) ** 0.5
-    assert_within(jacobian, expected, 2.0**-50, "jacobian")
-
-
-@threads("pytorch#4422")
-def test_gradient_penalty(thread: str) -> None:
-    # WGAN-GP: the norm of the critic's input gradient is part of the loss.
-    def penalty(normalise: object) -> list[Tensor]:
-        torch.manual_seed(7)
-        critic = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten()).double()
-        weight = torch.rand(4, dtype=torch.float64).requires_grad_()
-        x = torch.randn(6, 2, 5, 5, dtype=torch.float64, requires_grad=True)
-        hidden = normalise(critic[0](x), None, None, weight, None, True)
-        score = torch.nn.functional.silu(hidden).sum()
-        (grad,) = torch.autograd.grad(score, x, create_graph=True)
-        loss = (grad.flatten(1).norm(dim=1) - 1).square().mean()
-        return list(torch.autograd.grad(loss, (critic[0].weight, weight, x)))
-
-    for ours, theirs in zip(penalty(batch_norm), penalty(reference.composite), strict=True):
-        # Sums of a few hundred terms.
-        assert_within(ours, theirs, 1e-12 * (1 + theirs.abs().max()), "gradient of the penalty")
-
-
-@threads("pytorch#193097", "pytorch#193698", "pytorch#189828", "pytorch#188958", "pytorch#194798")
-@MODES
-@pytest.mark.parametrize("wrong", ["weight", "bias", "running_mean", "running_var"])
-def test_short_or_mistyped_vectors_are_refused_not_read(thread: str, wrong: str, training: bool) -> None:
-    for bad in (torch.ones(1), torch.ones(63), torch.ones(64, dtype=torch.float16), torch.ones(64, dtype=torch.int32)):
-        args = {
-            "weight": torch.ones(64),
-            "bias": torch.ones(64),
-            "running_mean": torch.zeros(64),
-            "running_var": torch.ones(64),
-        }
-        with pytest.raises((RuntimeError, ValueError, TypeError), match=wrong):
-            batch_norm(torch.ones(4, 64, 8, 8), **{**args, wrong: bad}, training=training)
-
-
 @threads("apex#1768")
 @pytest.mark.parametrize("channels", [3, 7, 9, 15, 31, 33, 63, 65, 100, 257, 1000])
 def test_channels_last_with_channels_that_are_no_power_of_two(thread: str, channels: int) -> None:
-    shape = (8, channels, 9, 7)
-    x, g = make_input(shape, "channels_last"), make_grad(shape, "channels_last")
-    check_forward(x, make_parameters(channels), training=True)
-    check_backward(x, g, make_parameters(channels), training=True)
-
-
-@threads("apex#groupbn")
-def test_same_module_twice_before_backward(thread: str) -> None:
-    module = bnext.BatchNorm2d(5)
-    inputs = [make_input((3, 5, 4, 4)).detach().requires_grad_() for _ in range(2)]
-    g = make_grad((3, 5, 4, 4))
-    first, second = (module(x) for x in inputs)
-    torch.autograd.backward([first, second], [g, g])
-    for x in inputs:
-        fwd = reference.forward(x)
-        expected = reference.backward(g, fwd, training=True).input
-        assert_within(x.grad, expected, tolerances.grad_input(g, fwd, None, x.dtype, training=True), "grad_input")
+    inputs = make_inputs((8, channels, 9, 7), "channels_last", grad_layout="channels_last")
+    check_call(inputs, training=True)
 
 
 @threads("ATen's SyncBatchNorm, read in its source")
@@ -212,9 +94,8 @@ def test_counts_that_bfloat16_does_not_hold(thread: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_expanded_grad_output(thread: str, layout: str) -> None:
     # As global average pooling hands it back: one value an image and channel, expanded over space.
-    x = make_input((4, 5, 6, 6), layout)
-    for g in (torch.randn(4, 5, 1, 1).expand(4, 5, 6, 6), torch.tensor(1.0).expand(4, 5, 6, 6)):
-        check_backward(x, g, make_parameters(5), training=True)
+    g = torch.randn(4, 5, 1, 1).expand(4, 5, 6, 6)
+    check_call(make_inputs((4, 5, 6, 6), layout)._replace(grad_output=g), training=True)
 
 
 @threads("pytorch#13844", "pytorch#11382")
@@ -224,22 +105,7 @@ def test_channels_of_very_different_scale(thread: str, layout: str) -> None:
     scale = torch.logspace(-4, 4, 17).view(1, -1, 1, 1)
     offset = torch.linspace(-100, 100, 17).view(1, -1, 1, 1) * scale
     x = to_layout(torch.randn(8, 17, 14, 14) * scale + offset, layout)
-    check_forward(x, make_parameters(17), training=True, eps=1e-12)
-    check_backward(x, make_grad((8, 17, 14, 14)), make_parameters(17), training=True, eps=1e-12)
-
-
-@threads("pytorch#97084")
-@pytest.mark.usefixtures("fresh_compiler")
-def test_no_graph_breaks_in_a_network(thread: str) -> None:
-    model = nn.Sequential(
-        *(nn.Sequential(nn.Conv2d(3, 3, 1), bnext.BatchNorm2d(3), nn.ReLU()) for _ in range(6)),
-        nn.Flatten(),
-        nn.LazyLinear(2),
-    )
-    x = torch.randn(2, 3, 4, 4)
-    model(x)
-    explanation = torch._dynamo.explain(model)(x)
-    assert (explanation.graph_count, explanation.graph_break_count) == (1, 0)
+    check_call(make_inputs(tuple(x.shape))._replace(input=x), training=True, eps=1e-12)
 
 
 def free_memory() -> int:

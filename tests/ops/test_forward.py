@@ -157,8 +157,7 @@ def test_every_mix_of_parameter_dtypes(
 def test_weight_and_bias_are_optional(
     case: Case, missing: str, act: Act, training: bool, has_residual: bool, device: str
 ) -> None:
-    # Where neither input nor weight is kept, the gradient has the layout of grad_output.
-    inputs = make_inputs(*case, device=device, has_residual=has_residual, grad_layout=case.layout)
+    inputs = make_inputs(*case, device=device, has_residual=has_residual)
     params = inputs.params._replace(**{what: None for what in ("weight", "bias") if what in missing})
     check_call(inputs._replace(params=params), training=training, act=act)
 

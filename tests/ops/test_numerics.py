@@ -25,7 +25,7 @@ from cases import (
     parameter_dtype,
     to_layout,
 )
-from checks import call, check_backward, check_forward
+from checks import Inputs, call, check_call
 from marks import EVERY_ACT, FLAGS, in_emulation, pairs
 from reference import Act
 from tolerances import assert_within
@@ -112,8 +112,8 @@ def test_offset_does_not_cost_accuracy_before_an_activation(
     fwd = reference.forward(x, residual=residual, act=act)
     assert_within(y, fwd.output, 1.5 * OUTPUT_BAR * (fwd.z.abs() / 4).clamp(min=1), "output")
     params = make_parameters(case.shape[1], device=device)
-    check_forward(x, params, training=True, residual=residual, act=act)
-    check_backward(x, make_grad(case.shape, device=device), params, training=True, residual=residual, act=act)
+    inputs = Inputs(x, make_grad(case.shape, device=device), params, residual)
+    check_call(inputs, training=True, act=act)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
@@ -189,6 +189,7 @@ def test_constant_channel_is_exactly_bias(case: Case, dtype: torch.dtype, device
         y = batch_norm(x, None, None, p.weight, p.bias, training=True)
         expected = reference.along_channels(p.bias.to(dtype), x.ndim).expand(case.shape)
         assert torch.equal(y, expected), value
+        assert torch.equal(batch_norm(x, None, None, training=True), torch.zeros_like(x)), value
 
 
 @pytest.mark.parametrize("case", [*FEW_CASES, *BAR_CASES[3:5]], ids=name)
@@ -291,8 +292,7 @@ def test_pre_activations_of_any_size(size: float, act: Act, device: str) -> None
     x, g = make_input((6, 5, 7, 3), device=device), make_grad((6, 5, 7, 3), device=device)
     params = make_parameters(5, device=device)
     for training in (True, False):
-        check_forward(x, params, training=training, residual=residual, act=act)
-        check_backward(x, g, params, training=training, residual=residual, act=act)
+        check_call(Inputs(x, g, params, residual), training=training, act=act)
 
 
 @pairs(case=[*FEW_CASES, *BAR_CASES], dtype=LOW_PRECISION, training=FLAGS)

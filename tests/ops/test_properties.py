@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from cases import ACTS, DTYPES, Case, Parameters, make_grad, make_input, make_parameters, make_residual, name
-from checks import check_backward, check_forward
+from checks import Inputs, check_call
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import Act
@@ -73,11 +73,10 @@ def test_any_problem_equals_the_reference(
     x, g = data.draw(anyhow((x, g)))
     dtypes = tuple(data.draw(st.sampled_from([dtype, torch.float32]), label=n) for n in Parameters._fields)
     params = make_parameters(case.shape[1], dtypes)
-    affine = data.draw(st.booleans(), label="affine")
+    params = params if data.draw(st.booleans(), label="affine") else params._replace(weight=None, bias=None)
     momentum = data.draw(st.sampled_from([0.0, 0.1, 0.75, 1.0]), label="momentum")
     eps = data.draw(st.sampled_from([1e-5, 1e-3]), label="eps")
-    check_forward(x, params, training=training, affine=affine, momentum=momentum, eps=eps)
-    check_backward(x, g, params, training=training, eps=eps)
+    check_call(Inputs(x, g, params), training=training, momentum=momentum, eps=eps)
 
 
 # By dtype, as three roundings in place of one show in half precision alone.
@@ -100,6 +99,5 @@ def test_any_fused_problem_equals_the_reference(
     x, g, residual = data.draw(anyhow((x, g, residual)))
     dtypes = tuple(data.draw(st.sampled_from([dtype, torch.float32]), label=n) for n in Parameters._fields)
     params = make_parameters(case.shape[1], dtypes)
-    options = {"training": training, "act": act, "residual": residual if has_residual else None}
-    check_forward(x, params, affine=data.draw(st.booleans(), label="affine"), **options)
-    check_backward(x, g, params, **options)
+    params = params if data.draw(st.booleans(), label="affine") else params._replace(weight=None, bias=None)
+    check_call(Inputs(x, g, params, residual if has_residual else None), training=training, act=act)

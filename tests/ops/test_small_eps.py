@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import make_grad, make_input, make_parameters, to_layout
-from checks import check_backward, check_forward
+from cases import make_input, make_parameters, to_layout
+from checks import check_call, make_inputs
+from marks import MODES
 
 import bnext
 from bnext.functional import batch_norm
@@ -20,20 +21,17 @@ EPS = 1e-8
 CASES = [((64, 5), "contiguous"), ((8, 5, 7, 7), "contiguous"), ((8, 5, 7, 7), "channels_last")]
 
 
-@pytest.mark.parametrize("training", [True, False])
+@MODES
 @pytest.mark.parametrize(("shape", "layout"), CASES)
 def test_small_eps_is_as_right_as_any(shape: tuple[int, ...], layout: str, training: bool, device: str) -> None:
-    x, params = make_input(shape, layout, device=device), make_parameters(shape[1], device=device)
-    check_forward(x, params, training=training, eps=EPS)
-    check_backward(x, make_grad(shape, layout, device=device), params, training=training, eps=EPS)
+    check_call(make_inputs(shape, layout, device=device, grad_layout=layout), training=training, eps=EPS)
 
 
 @pytest.mark.parametrize("std", [1e-3, 1e-4, 1e-5], ids="std={:g}".format)
 @pytest.mark.parametrize(("shape", "layout"), CASES)
 def test_variance_of_the_size_of_eps(shape: tuple[int, ...], layout: str, std: float, device: str) -> None:
-    x, params = std * make_input(shape, layout, device=device), make_parameters(shape[1], device=device)
-    check_forward(x, params, training=True, eps=EPS)
-    check_backward(x, make_grad(shape, layout, device=device), params, training=True, eps=EPS)
+    inputs = make_inputs(shape, layout, device=device, grad_layout=layout)
+    check_call(inputs._replace(input=std * inputs.input), training=True, eps=EPS)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -3.7, 1e4 / 3, 1e-12, -1e30], ids="{:g}".format)
