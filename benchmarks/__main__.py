@@ -7,35 +7,27 @@ on Ctrl-C.
 import argparse
 import os
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.command import POSITIVE, WHOLE, OneLineParser, add_report_options, make_writable, run_command
-from benchmarks.document import DOCUMENT, NUMERICS, blocks, report_update
-from benchmarks.model_suites import (
-    MODEL_SUITES,
-    STEP,
-    default_model_seconds,
-    model_case_work,
-    model_names,
-    select_model_cases,
-)
-from benchmarks.rows import InputError, load_rows, save_rows, write_atomically
+from benchmarks.document import DOCUMENT, NUMERICS, report_update
+from benchmarks.rows import TOUCHED, InputError, is_touched, load_rows, save_rows, write_atomically
 from benchmarks.suites import (
     DEFAULT_DTYPES,
     DEFAULT_SECONDS,
-    DEVICE_SUITES,
     ITEM_BYTES,
     LAYOUTS,
+    STEP,
+    SUITES,
     TENSOR_PASSES,
-    Case,
     default_seconds,
     default_suites,
+    names,
     select_cases,
 )
-from benchmarks.touched import is_touched, start_again
 
 PROGRAM = "python -m benchmarks"
 RESULTS = Path(__file__).parent / "results"
@@ -47,7 +39,7 @@ class Parser(OneLineParser):
     program = PROGRAM
 
 
-def names(choices: Collection[str], text: str) -> list[str]:
+def listed(choices: Collection[str], text: str) -> list[str]:
     """A comma-separated list of known names."""
     chosen = text.split(",")
     for name in chosen:
@@ -89,20 +81,20 @@ def add_output(parser: argparse.ArgumentParser, default: Path) -> None:
 
 def add_measure_options(measure: argparse.ArgumentParser) -> None:
     measure.set_defaults(run=run_measure)
-    measure.add_argument("--device", choices=tuple(DEVICE_SUITES), default="cpu", help="default: %(default)s")
-    suites = list(dict.fromkeys(name for device in DEVICE_SUITES for name in suite_names(device)))
+    measure.add_argument("--device", choices=tuple(SUITES), default="cpu", help="default: %(default)s")
     dtypes = "; ".join(f"{device}: {','.join(chosen)}" for device, chosen in DEFAULT_DTYPES.items())
     for option, choices, default in (
-        ("--suite", suites, "the device's of batch norm alone"),
+        ("--suite", names("suite"), "the device's of batch norm alone"),
         ("--dtype", ITEM_BYTES, dtypes),
         ("--layout", LAYOUTS, "all"),
         ("--op", (*TENSOR_PASSES, STEP), "all"),
-        ("--model", model_names(), "all of the suite"),
+        ("--model", names("model"), "all of the suite"),
     ):
         measure.add_argument(
             option,
             action="extend",
-            type=partial(names, choices),
+            default=[],
+            type=partial(listed, choices),
             metavar="NAME[,NAME]",
             help=f"{', '.join(choices)} (repeatable; default: {default})",
         )
@@ -128,78 +120,59 @@ def add_measure_options(measure: argparse.ArgumentParser) -> None:
     add_output(measure, LATEST)
 
 
-def suite_names(device: str) -> list[str]:
-    return [*DEVICE_SUITES[device], *MODEL_SUITES[device]]
-
-
 def run_measure(arguments: argparse.Namespace) -> int:
     device = arguments.device
     suites = arguments.suite or default_suites(device)
-    foreign = [name for name in suites if name not in suite_names(device)]
+    foreign = [name for name in suites if name not in SUITES[device]]
     if foreign:
-        raise InputError(f"suite {foreign[0]!r} is not one of {device}'s: {', '.join(suite_names(device))}")
+        raise InputError(f"suite {foreign[0]!r} is not one of {device}'s: {', '.join(SUITES[device])}")
     if arguments.touched and device != "cpu":
         raise InputError("--touched is about the CPU's memory")
     if arguments.plans and device != "cuda":
         raise InputError("--plans is about CUDA kernels: it needs --device cuda")
-    tensor_suites = [name for name in suites if name in DEVICE_SUITES[device]]
     cases = select_cases(
-        suites=tensor_suites,
-        dtypes=arguments.dtype or DEFAULT_DTYPES[device],
-        layouts=arguments.layout or LAYOUTS,
-        operations=arguments.op or TENSOR_PASSES,
-        quick=arguments.quick,
-        device=device,
-    )
-    model_cases = select_model_cases(
         suites,
         device,
-        arguments.dtype,
-        arguments.layout,
-        arguments.op,
-        arguments.quick,
-        not arguments.no_compile,
-        arguments.model,
+        dtypes=arguments.dtype,
+        layouts=arguments.layout,
+        operations=arguments.op,
+        models=arguments.model,
+        quick=arguments.quick,
+        with_compile=not arguments.no_compile,
+        with_plans=arguments.plans,
     )
-    if not cases and not model_cases:
+    if not cases:
         raise InputError("nothing to measure: no chosen suite has the chosen layout, operation, model and size")
     make_writable(arguments.output)
     if arguments.touched and not is_touched(os.environ):
-        start_again(arguments.argv)
+        # Replaced by a process whose malloc, which looks at them at its start only, finds the variables.
+        command = [sys.executable, "-m", "benchmarks", *arguments.argv]
+        os.execve(sys.executable, command, {**os.environ, **TOUCHED})
 
     import benchmarks.pictures  # noqa: F401, to find out before the minutes of measuring that pandas is missing
 
     # Here, so that report, --help and bad input need no torch, no bnext and no second.
     try:
-        from benchmarks.measure import Outcome
+        from benchmarks.measure import Host, Outcome, measure, total_work
 
+        measured_on: Any = Host()
         if device == "cuda":
             from benchmarks.cuda.device import require
+            from benchmarks.cuda.measure import Gpu
 
             require()
-        runs = []
-        if cases:
-            run, work = measuring(device, cases, not arguments.no_compile, arguments.plans)
-            runs.append((run, work, default_seconds(device, tensor_suites)))
-        if model_cases:
-            from benchmarks.model_measure import measure_models
-
-            work = sum(model_case_work(case, device) for case in model_cases)
-            run = partial(measure_models, model_cases, device=device)
-            runs.append((run, work, default_model_seconds(device, suites)))
+            measured_on = Gpu()
     except ImportError as error:
         raise InputError(f"cannot measure: {error} (build bnext first: make build)") from None
     from benchmarks.progress import ProgressBar
 
     outcome = Outcome()
     interrupted = False
+    seconds = arguments.budget or default_seconds(device, suites)
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else None)
-    # A budget is for all of it.
-    share = arguments.budget / sum(seconds for _, _, seconds in runs) if arguments.budget else 1.0
     try:
-        with ProgressBar(sum(work for _, work, _ in runs)) as progress:
-            for run, _, seconds in runs:
-                run(outcome, progress.show, share * seconds, rounds, arguments.threads)
+        with ProgressBar(total_work(cases, measured_on)) as progress:
+            measure(cases, measured_on, outcome, progress.show, seconds, rounds, arguments.threads)
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -209,22 +182,6 @@ def run_measure(arguments: argparse.Namespace) -> int:
         for note in outcome.notes:
             print(f"{PROGRAM}: note: {note}", file=sys.stderr)
     return finish(arguments.output, outcome.mismatches, bool(outcome.rows), interrupted)
-
-
-def measuring(
-    name: str, cases: Sequence[Case], with_compile: bool, with_plans: bool
-) -> tuple[Callable[..., None], int]:
-    """What measures the cases on a device, and how much work that is."""
-    from benchmarks.measure import Host, case_work, measure
-
-    device: Any
-    if name == "cpu":
-        device = Host(with_compile)
-    else:
-        from benchmarks.cuda.measure import Gpu
-
-        device = Gpu(with_compile, with_plans)
-    return partial(measure, cases, device), sum(case_work(device, case) for case in cases)
 
 
 def finish(output: Path, mismatches: Sequence[str], measured: bool, interrupted: bool) -> int:
@@ -242,22 +199,17 @@ def finish(output: Path, mismatches: Sequence[str], measured: bool, interrupted:
 
 
 def show(file: Path) -> None:
-    """Draw the picture of a file beside it, of batch norms or else of models, and print its tables."""
-    from benchmarks import model_report, report
-    from benchmarks.pictures import draw_models
-    from benchmarks.plot import draw
+    """Draw the picture of a file beside it, and print its tables."""
+    from benchmarks import report
+    from benchmarks.pictures import draw
     from benchmarks.style import save
 
     rows = load_rows(file)
-    tensors, models = model_report.of_tensors(rows), model_report.of_models(rows)
-    figure = draw(tensors) if tensors else draw_models(models)
+    figure = draw(rows)
     picture = file.with_suffix(".png")
     if figure:
         save(picture, figure)
-    if tensors:
-        report.print_report(tensors)
-    if models:
-        model_report.print_report(models)
+    report.print_report(rows)
     print(f"{file}\n{picture}" if figure else file)
 
 
@@ -297,7 +249,7 @@ def show_numerics(file: Path, results: Any) -> int:
 
 
 def run_report(arguments: argparse.Namespace) -> int:
-    from benchmarks import numerics_report
+    from benchmarks import numerics_report, report
 
     if arguments.check and not arguments.document:
         raise InputError("--check needs --document")
@@ -310,7 +262,7 @@ def run_report(arguments: argparse.Namespace) -> int:
     if of_numerics:
         new = {NUMERICS: numerics_report.block(numerics_report.load_results(arguments.file))}
     else:
-        new = blocks(load_rows(arguments.file))
+        new = report.blocks(load_rows(arguments.file))
     return report_update(f"{PROGRAM} report {arguments.file}", arguments.document, new, arguments.check)
 
 

@@ -1,12 +1,10 @@
 """The measured tables of docs/benchmarks.md, each rewritten between two markers of its own."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.rows import InputError, Row, write_atomically
-from benchmarks.suites import PLAIN
-from benchmarks.touched import is_touched
+from benchmarks.rows import InputError, write_atomically
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
@@ -16,31 +14,8 @@ NUMERICS, TUNING = "numerics", "tuning"
 UNMEASURED = "Not measured yet."  # what is between the markers of a table whose results are not committed
 
 
-def block_name(row: Row) -> str:
-    """By device, by suite of whole models or of a batch norm with an activation, and by what memory was touched."""
-    what = row.suite if row.model else "fused" if row.epilogue != PLAIN else ""
-    touched = is_touched(row.environment)
-    if touched and what:
-        raise InputError(f"there is no table for {what} in memory already touched")
-    device = "" if row.device == "cpu" else row.device
-    return ":".join(filter(None, ("benchmark", device, what, "touched" if touched else "")))
-
-
 def markers(name: str) -> tuple[str, str]:
     return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-
-
-def blocks(rows: Sequence[Row]) -> dict[str, str]:
-    """The text of each block that the rows belong to, by its name."""
-    from benchmarks import model_report, report  # pandas is not needed to say where the document is
-
-    members: dict[str, list[Row]] = {}
-    for row in rows:
-        members.setdefault(block_name(row), []).append(row)
-    return {
-        name: model_report.block(chosen) if chosen[0].model else report.block(chosen)
-        for name, chosen in members.items()
-    }
 
 
 def rewritten(text: str, name: str, block: str) -> str:

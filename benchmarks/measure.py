@@ -1,8 +1,8 @@
-"""The run of batch norms: every case is checked, then its operations are timed, on whatever device."""
+"""The run: the providers of every case are checked, then timed in turn, on whatever device."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from timeit import Timer
 from typing import Any, Protocol
@@ -10,19 +10,32 @@ from typing import Any, Protocol
 import torch
 from torch.utils.benchmark.utils.common import set_torch_threads
 
-from benchmarks.check import checked_providers
+from benchmarks.closeness import MismatchError
 from benchmarks.command import error_summary
 from benchmarks.float64 import Checker
-from benchmarks.memory import held_by_provider
-from benchmarks.operations import Tensors, floor_call, make_tensors, provider_call
+from benchmarks.operators import Provider, Tensors, floor_call, held, make_provider, make_tensors, provider_call
+from benchmarks.peak import PeakError, measure_peak
 from benchmarks.provenance import provenance
-from benchmarks.providers import PROVIDERS, Provider, provider_makers
 from benchmarks.rows import CLOCK, Provenance, Row
-from benchmarks.suites import COPY, Case, check_work, estimated_work, model_bytes
-from benchmarks.timing import Budget, Stopwatch, Timing, time_in_turn
+from benchmarks.suites import (
+    BNEXT,
+    COMPILE,
+    COPY,
+    STEP,
+    SUITES,
+    TORCH,
+    TORCH_COMPILE,
+    Case,
+    check_work,
+    model_bytes,
+    operation_work,
+)
+from benchmarks.timing import Budget, Call, Stopwatch, time_in_turn
+from benchmarks.training import ModelChecker
 
-Progress = Callable[[str, int], None]  # (what is being done, work that has been finished by it)
-Makers = dict[str, Callable[[], Provider]]
+Progress = Callable[[str, float], None]  # (what is being done, work that has been finished by it)
+Context = Callable[[], AbstractContextManager[object]]
+Fields = dict[str, Any]  # of a row
 
 WARM_BYTES = 2 * 1024**3
 
@@ -36,12 +49,16 @@ class Outcome:
     notes: list[str] = field(default_factory=list)  # what could not be measured and is not bnext's fault
 
     def report(self, message: str, required: bool) -> None:
-        """Keep what went wrong with a provider."""
-        (self.mismatches if required else self.notes).append(message)
+        """Keep what went wrong with a provider, once."""
+        kept = self.mismatches if required else self.notes
+        kept += [] if message in kept else [message]
 
 
 class Device(Protocol):
-    """What cases are measured on, with which providers, and how calls are timed there."""
+    """What cases are measured on, and how calls are timed there."""
+
+    name: str  # whose suites are measured
+    tensors: str  # torch's name of it
 
     def ready(self) -> AbstractContextManager[object]:
         """Warm; all work that follows is the device's."""
@@ -50,46 +67,35 @@ class Device(Protocol):
 
     def modes(self, case: Case) -> tuple[str, ...]: ...
 
-    def check_work(self, case: Case) -> int:
-        """The share of the time budget, and of the progress bar, that the check of a case gets."""
-
-    def work(self, operation: str, case: Case) -> int:
-        """The same for an operation in one mode."""
-
-    def makers(self, case: Case) -> Makers: ...
+    def make_provider(self, case: Case, name: str) -> Provider: ...
 
     def make_sets(self, case: Case) -> list[Tensors]:
         """As many sets of tensors as an operation goes round at the most."""
 
     def sets(self, operation: str, case: Case) -> int: ...
 
-    def stopwatch(
-        self, mode: str, operation: str, case: Case, provider: Provider | None, sets: list[Tensors]
-    ) -> tuple[Stopwatch, dict[str, Any]]:
-        """Of a provider, or of the copy, ready to be timed; and fields of its row."""
+    def copy_call(self, operation: str, case: Case, tensors: Tensors) -> Call: ...
+
+    def stopwatch(self, mode: str, calls: Sequence[Call], context: Context, moved: int) -> tuple[Stopwatch, Fields]:
+        """Of one call on each set of tensors, which moves so many bytes, ready to be timed."""
 
     def synchronize(self) -> None:
         """Raises where the device can no longer be used."""
 
 
-def warm_memory() -> None:
-    """Write to as much memory as the largest cases use at once, and give it back.
-
-    A virtual machine gets its memory from the host when it first writes to it, which takes twenty times as long as
-    the system's own page fault; the case that happened to come first would pay for that.
-    """
-    torch.zeros(WARM_BYTES, dtype=torch.uint8).fill_(1)
-
-
 class Host:
     """The CPU: calls from Python, by the host's clock, on one set of tensors."""
 
-    def __init__(self, with_compile: bool) -> None:
-        self._with_compile = with_compile
+    name = tensors = "cpu"
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        warm_memory()
+        """Write to as much memory as the largest cases use at once, and give it back.
+
+        A virtual machine gets its memory from the host when it first writes to it, which takes twenty times as long as
+        the system's own page fault; the case that happened to come first would pay for that.
+        """
+        torch.zeros(WARM_BYTES, dtype=torch.uint8).fill_(1)
         yield
 
     def provenance(self, threads: int) -> Provenance:
@@ -98,14 +104,8 @@ class Host:
     def modes(self, case: Case) -> tuple[str, ...]:
         return (CLOCK,)
 
-    def check_work(self, case: Case) -> int:
-        return check_work(case, self._with_compile)
-
-    def work(self, operation: str, case: Case) -> int:
-        return estimated_work(operation, case)
-
-    def makers(self, case: Case) -> Makers:
-        return provider_makers(case, self._with_compile)
+    def make_provider(self, case: Case, name: str) -> Provider:
+        return make_provider(case, name)
 
     def make_sets(self, case: Case) -> list[Tensors]:
         return [make_tensors(case)]
@@ -113,20 +113,84 @@ class Host:
     def sets(self, operation: str, case: Case) -> int:
         return 1
 
-    def stopwatch(
-        self, mode: str, operation: str, case: Case, provider: Provider | None, sets: list[Tensors]
-    ) -> tuple[Stopwatch, dict[str, Any]]:
-        (tensors,) = sets
-        call = provider_call(operation, provider.function, tensors) if provider else floor_call(operation, tensors)
+    def copy_call(self, operation: str, case: Case, tensors: Tensors) -> Call:
+        return floor_call(operation, tensors)
+
+    def stopwatch(self, mode: str, calls: Sequence[Call], context: Context, moved: int) -> tuple[Stopwatch, Fields]:
+        (call,) = calls
         return Timer(call), {}
 
     def synchronize(self) -> None:
         """Nothing is under way."""
 
 
-def case_work(device: Device, case: Case) -> int:
-    operations = sum(device.work(operation, case) for operation in case.operations)
-    return device.check_work(case) + len(device.modes(case)) * operations
+class Subject(Protocol):
+    """What is measured of one case: makes its providers, knows their right results, and what one call is."""
+
+    floors: tuple[str, ...]  # timed beside the providers, without a check
+
+    def make(self, provider: str) -> Any: ...
+
+    def check(self, provider: str, made: Any) -> None:
+        """Raise MismatchError, naming case, provider and tensor, where a result is not right."""
+
+    def stopwatch(self, mode: str, operation: str, made: Any) -> tuple[Stopwatch, Fields]:
+        """``made`` is None for a floor."""
+
+
+class BatchNorms:
+    floors = (COPY,)
+
+    def __init__(self, case: Case, device: Device) -> None:
+        self._case = case
+        self._device = device
+        self._sets = device.make_sets(case)
+        self._checker = Checker(case, self._sets[0])
+
+    def make(self, provider: str) -> Provider:
+        return self._device.make_provider(self._case, provider)
+
+    def check(self, provider: str, made: Provider) -> None:
+        self._checker.check(made)
+
+    def stopwatch(self, mode: str, operation: str, made: Provider | None) -> tuple[Stopwatch, Fields]:
+        case = self._case
+        sets = self._sets[: self._device.sets(operation, case)]
+        moved = model_bytes(operation, case.shape, case.dtype, case.epilogue)
+        fields: Fields = {"bytes": moved, "buffer_sets": len(sets)}
+        if made is None:
+            calls = [self._device.copy_call(operation, case, tensors) for tensors in sets]
+            stopwatch, how = self._device.stopwatch(mode, calls, nullcontext, moved)
+            return stopwatch, {**fields, **how, "plan": ""}
+        with made.context():  # for backward this makes the graphs
+            calls = [provider_call(operation, made.function, tensors) for tensors in sets]
+            if operation == "forward" and case.epilogue.act:
+                fields |= held(made.function, sets[0])
+        stopwatch, how = self._device.stopwatch(mode, calls, made.context, moved)
+        # How bnext's kernels were launched, which only they say.
+        return stopwatch, {**fields, **how, **({} if made.name.startswith(BNEXT) else {"plan": ""})}
+
+
+class Models(ModelChecker):
+    floors = ()
+
+    def __init__(self, case: Case, device: Device) -> None:
+        torch.compiler.reset()  # after a few models of the same classes torch would refuse to compile another one
+        super().__init__(case, device.tensors)
+        self._on = device
+
+    def stopwatch(self, mode: str, operation: str, made: Any) -> tuple[Stopwatch, Fields]:
+        stopwatch, how = self._on.stopwatch(mode, [made.prepared(operation)], nullcontext, 0)
+        return stopwatch, {**how, "bytes": 0, "plan": "", "losses": made.losses}
+
+
+def total_work(cases: Sequence[Case], device: Device) -> float:
+    """Of the time budget, and of the progress bar."""
+    return sum(
+        check_work(case, device.name)
+        + len(device.modes(case)) * sum(operation_work(op, case, device.name) for op in case.operations)
+        for case in cases
+    )
 
 
 def measure(
@@ -140,15 +204,26 @@ def measure(
 ) -> None:
     """Check and time the cases within about ``seconds``, or with a fixed number of rounds.
 
-    Where bnext's result is wrong, or bnext, torch or the copy fails, there is no number but an entry in
-    ``outcome.mismatches``; where another provider does, it is left out with an entry in ``outcome.notes``.
-    ``threads=None`` takes torch's own number.
+    What goes wrong is an entry in ``outcome.mismatches``, or in ``outcome.notes`` where it is not bnext's fault.
+    ``threads=None`` takes the suite's own number, or torch's.
     """
-    with set_torch_threads(threads or torch.get_num_threads()), device.ready():
-        run = Run(device, outcome, device.provenance(torch.get_num_threads()))
-        budget = Budget(seconds, sum(case_work(device, case) for case in cases), rounds)
+    usual = threads or torch.get_num_threads()
+    with set_torch_threads(usual), device.ready():
+        run = Run(device, outcome, device.provenance(usual))
+        budget = Budget(seconds, total_work(cases, device), rounds)
         for case in cases:
-            run.measure_case(case, budget, progress)
+            with set_torch_threads(threads or SUITES[device.name][case.suite].threads or usual):
+                run.measure_case(case, budget, progress)
+
+
+def is_required(case: Case, provider: str, checked: Mapping[str, Any]) -> bool:
+    """Whether it is an error, and not a note, where a provider fails.
+
+    Where torch's own layers cannot be compiled either it is the compiler that is missing.
+    """
+    if provider.endswith(COMPILE):
+        return provider != TORCH_COMPILE and (TORCH_COMPILE in checked or TORCH_COMPILE not in case.providers)
+    return bool(case.model) or provider in (TORCH, BNEXT, COPY)
 
 
 class Run:
@@ -161,80 +236,111 @@ class Run:
 
     def measure_case(self, case: Case, budget: Budget, progress: Progress) -> None:
         progress(f"{case} check", 0)
-        sets, providers = self._prepare(case)
-        work = self._device.check_work(case)
+        checked: dict[str, Any] = {}
+        peaks: dict[str, int] = {}
+        try:
+            subject: Subject = (Models if case.model else BatchNorms)(case, self._device)
+        except ModuleNotFoundError as error:
+            self._report(f"{case.suite} {case.model} is left out: {error}", False)
+        except Exception as error:  # no memory, or whatever torch raises: the next case may be fine
+            self._report(f"{case}: torch failed: {error_summary(error)}", True)
+        else:
+            checked = self._checked(case, subject, progress)
+            peaks = self._peaks(case, checked, progress)
+        work = check_work(case, self._device.name)
         budget.skip(work)
         progress(f"{case} check", work)
         for operation in case.operations:
-            work = self._device.work(operation, case)
+            work = operation_work(operation, case, self._device.name)
             for mode in self._device.modes(case):
                 doing = f"{case} {operation} {mode}"
                 progress(doing, 0)
-                if providers:
-                    chosen = sets[: self._device.sets(operation, case)]
-                    self._time_operation(operation, mode, case, chosen, providers, budget)
-                else:
+                if not checked or not self._time(case, subject, operation, mode, checked, peaks, budget):
                     budget.skip(work)
                 progress(doing, work)
 
-    def _prepare(self, case: Case) -> tuple[list[Tensors], list[Provider]]:
-        """The tensors, and the providers to be timed on them: none where bnext or torch is not right."""
-        try:
-            sets = self._device.make_sets(case)
-            checker = Checker(case, sets[0])
-        except Exception as error:  # no memory, or whatever torch raises: the next case may be fine
-            self._report(f"{case}: torch failed: {error_summary(error)}", True)
-            return [], []
-        return sets, checked_providers(case, self._device.makers(case), checker, self._report)
+    def _checked(self, case: Case, subject: Subject, progress: Progress) -> dict[str, Any]:
+        """The providers to be timed: of a batch norm none where bnext is wrong, or bnext or torch fails.
 
-    def _time_operation(
+        torch's own are timed even where they are further from right, with a note: on a CPU, for one, torch.compile
+        keeps statistics in the data's dtype from forward to backward. That is how torch is; but in training all are to
+        learn the same.
+        """
+        checked: dict[str, Any] = {}
+        for provider in case.providers:
+            progress(f"{case} check {provider}", 0)
+            try:
+                made = subject.make(provider)
+                subject.check(provider, made)
+            except MismatchError as error:
+                as_it_is = provider.startswith(TORCH) and STEP not in case.operations
+                self._report(str(error), not as_it_is)
+                if not as_it_is:
+                    continue
+            except Exception as error:  # no memory, or whatever torch or a compiler raises: others may be fine
+                message = f"{case}: {provider} failed: {error_summary(error)}"
+                self._report(message, is_required(case, provider, checked))
+                continue
+            checked[provider] = made
+        return checked if case.model or {TORCH, BNEXT} <= checked.keys() else {}
+
+    def _peaks(self, case: Case, checked: Mapping[str, Any], progress: Progress) -> dict[str, int]:
+        """Of training, by provider: bytes, each in a process of its own."""
+        peaks: dict[str, int] = {}
+        if not SUITES[self._device.name][case.suite].peak_s:
+            return peaks
+        if self._device.tensors == "cuda":
+            torch.cuda.empty_cache()  # the other process needs as much of the device as this one did
+        for provider in checked:
+            progress(f"{case} memory {provider}", 0)
+            try:
+                peaks[provider] = measure_peak(case, provider, self._device.tensors, torch.get_num_threads())
+            except PeakError as error:
+                self._report(f"{case}: no peak memory of {provider}: {error}", False)
+        return peaks
+
+    def _time(
         self,
+        case: Case,
+        subject: Subject,
         operation: str,
         mode: str,
-        case: Case,
-        sets: list[Tensors],
-        providers: Sequence[Provider],
+        checked: Mapping[str, Any],
+        peaks: Mapping[str, int],
         budget: Budget,
-    ) -> None:
-        """One row per provider and one for the copy, or none."""
-        work = self._device.work(operation, case)
+    ) -> bool:
+        """One row per provider and floor; or none, where one that is required fails. Tells which."""
         stopwatches, details = {}, {}
-        for name, provider in {**{provider.name: provider for provider in providers}, COPY: None}.items():
+        for name in (*checked, *subject.floors):
             try:
-                made = self._device.stopwatch(mode, operation, case, provider, sets)
+                stopwatches[name], details[name] = subject.stopwatch(mode, operation, checked.get(name))
             except Exception as error:  # a kernel that refuses, no memory: whatever it is, others can be measured
-                required = name in (*PROVIDERS, COPY)
+                required = is_required(case, name, checked)
                 self._report(f"{case} {operation}: {name} failed: {error_summary(error)}", required)
                 if required:
-                    budget.skip(work)
-                    return
-            else:
-                stopwatches[name], details[name] = made
-        timings = time_in_turn(stopwatches, partial(budget.rounds, work))
-        held = held_by_provider(operation, case, sets[0], providers)
-        for name, timing in timings.items():
-            fields = {"mode": mode, "buffer_sets": len(sets), **details[name], **held.get(name, {})}
-            self._outcome.rows.append(make_row(case, operation, name, timing, self._source, **fields))
+                    return False
+        work = operation_work(operation, case, self._device.name)
+        source = replace(self._source, threads=torch.get_num_threads())
+        for name, timing in time_in_turn(stopwatches, partial(budget.rounds, work)).items():
+            row = Row(
+                suite=case.suite,
+                model=case.model,
+                op=operation,
+                provider=name,
+                shape=case.shape,
+                dtype=case.dtype,
+                layout=case.layout,
+                mode=mode,
+                **asdict(timing),
+                gb_per_s=details[name]["bytes"] / timing.median_s / 1e9,
+                peak_bytes=peaks.get(name),
+                **case.epilogue._asdict(),
+                **details[name],
+                **asdict(source),
+            )
+            self._outcome.rows.append(row)
+        return True
 
     def _report(self, message: str, required: bool) -> None:
         self._device.synchronize()
         self._outcome.report(message, required)
-
-
-def make_row(case: Case, operation: str, provider: str, timing: Timing, source: Provenance, **details: Any) -> Row:
-    """``details``: fields of Measurement that have a default."""
-    moved = model_bytes(operation, case.shape, case.dtype, case.epilogue)
-    return Row(
-        suite=case.suite,
-        op=operation,
-        provider=provider,
-        shape=case.shape,
-        dtype=case.dtype,
-        layout=case.layout,
-        **asdict(timing),
-        bytes=moved,
-        gb_per_s=moved / timing.median_s / 1e9,
-        **case.epilogue._asdict(),
-        **details,
-        **asdict(source),
-    )

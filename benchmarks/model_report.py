@@ -5,11 +5,19 @@ from math import nan
 
 import pandas as pd
 
-from benchmarks.model_suites import COMPILE, EAGER_PROVIDERS, STEP, WITHOUT
-from benchmarks.report import command, operation_label
 from benchmarks.rows import Row
-from benchmarks.suites import MB, TORCH, shape_label
-from benchmarks.tables import Sheet, frame, how_measured, markdown, mean_of, print_sheets, texts
+from benchmarks.suites import COMPILE, EAGER_PROVIDERS, MB, STEP, TORCH, WITHOUT, shape_label
+from benchmarks.tables import (
+    Sheet,
+    command,
+    frame,
+    how_measured,
+    markdown,
+    mean_of,
+    operation_label,
+    print_sheets,
+    texts,
+)
 
 COMPILED_SUITE, SMALL_SUITE = "compiled", "small-models"
 LIMIT = 1.0  # a compiled model is not slower with bnext, nor a small one for fusing
@@ -37,14 +45,6 @@ PEAK_LEGENDS = {
     "cuda": "Peak: allocated memory of a process that does nothing else.",
 }
 CALLS_LEGEND = "x torch: the time with torch alone / that with bnext, both compiled."
-
-
-def of_models(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row.model]
-
-
-def of_tensors(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if not row.model]
 
 
 def compare(rows: Sequence[Row]) -> pd.DataFrame:
@@ -220,7 +220,7 @@ def curves_line(trained: pd.DataFrame) -> str:
     )
 
 
-def print_report(rows: Sequence[Row]) -> None:
+def print_models(rows: Sequence[Row]) -> None:
     """A suite after the other."""
     table = compare(rows)
     for suite, members in table.groupby("suite", sort=False):

@@ -11,9 +11,8 @@ from torch.utils.benchmark.utils.common import set_torch_threads
 from benchmarks.numerics_cases import PATHS, Case, in_path, make_arguments
 from benchmarks.numerics_error import Exact, error_of, exact_results
 from benchmarks.numerics_report import QUANTITIES, Results, judged
-from benchmarks.operations import BatchNorm, Tensors
+from benchmarks.operators import BatchNorm, Tensors, functions
 from benchmarks.provenance import provenance
-from benchmarks.providers import functions
 
 # What a channel of one value leaves no room for rounding in: xhat is 0, and so is what it is a factor of.
 EXACT_IF_CONSTANT = ("output", "grad_weight", "running_var")

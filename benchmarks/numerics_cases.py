@@ -8,7 +8,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from benchmarks.operations import EPS, MEMORY_FORMATS, Tensors
+from benchmarks.operators import EPS, MEMORY_FORMATS, Tensors
 from benchmarks.suites import PLAIN, Epilogue, Shape
 
 # 16,384 values a channel, as the accuracy bars of the tests have them.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks.numerics_cases import KINK, Case, by_channel
 from benchmarks.numerics_report import FLOOR, RELATIVE, ULP
-from benchmarks.operations import Tensors
+from benchmarks.operators import Tensors
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 
 from benchmarks.command import end_with_parent, error_summary, without_interrupts
-from benchmarks.model_suites import ModelCase
+from benchmarks.suites import Case
 
 WARM_STEPS = 2  # the first makes gradients and the optimiser's buffers
 STEPS = 2
@@ -26,7 +26,7 @@ class PeakError(Exception):
     """There is no number; the message is one line."""
 
 
-def measure_peak(case: ModelCase, provider: str, device: str, threads: int) -> int:
+def measure_peak(case: Case, provider: str, device: str, threads: int) -> int:
     """The peak in bytes; raises PeakError. What is running when this is interrupted is ended."""
     with futures.ProcessPoolExecutor(1, get_context("spawn"), begin, (threads,)) as pool:
         try:
@@ -68,7 +68,7 @@ def reset_high_water() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # man 5 proc: the peak is what is resident now
 
 
-def peak_here(case: ModelCase, provider: str, device: str) -> int:
+def peak_here(case: Case, provider: str, device: str) -> int:
     """What ``measure_peak`` returns, of this process."""
     import torch
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks pictures``: the pictures of the README, drawn from the committed results alone."""
+"""The picture beside a file of results, and those of the README, drawn from the committed results alone."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -7,25 +7,69 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks import model_report, report
-from benchmarks.model_suites import WITHOUT
+from benchmarks import model_report
 from benchmarks.numerics_report import DATA, RELATIVE, Results, distance, is_numerics, load_results
-from benchmarks.rows import InputError, Row, load_rows
+from benchmarks.report import compare, device_times, group_label, means, of_kinds
+from benchmarks.rows import InputError, Row, is_touched, load_rows
 from benchmarks.style import BLACK, BLUE, LABEL, NUMBER, ORANGE, SKY, TITLE, bar, panels, ratio_axis, save
-from benchmarks.suites import SIZE_CLASSES
-from benchmarks.tables import mean_of
-from benchmarks.touched import is_touched
+from benchmarks.suites import SIZE_CLASSES, WITHOUT
+from benchmarks.tables import how_measured, mean_of, operation_label
 
 FOLDER = Path(__file__).parents[1] / "docs" / "pictures"
 
 LINE_INCHES = 0.21  # a bar or a mark with a number beside it
 HEAD_INCHES = 1.1  # the titles and the scale
 
+# Of the picture beside a file.
+BAR_INCHES = 0.24
+PANEL_HEAD_INCHES = 0.9
+PANEL_WIDTH_INCHES = 3.4
+
 SHOWN_OPS = ("forward", "backward")
 SIZE_COLOURS = {name: colour for (name, _), colour in zip(SIZE_CLASSES, (BLUE, SKY, ORANGE), strict=True)}
 MODEL_TICKS = (0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 3, 4)
 MODEL_COLOURS = {"bnext": SKY, "bnext-fused": BLUE}
 SMALLEST_ERROR, LARGEST_ERROR = 1e-9, 1e2  # 0 is drawn at the one, NaN, inf and what is beyond at the other
+
+
+def draw(rows: Sequence[Row]) -> Figure | None:
+    """The picture beside a file: of batch norms, or else of what they cost a model."""
+    tensors, models = of_kinds(rows)
+    return draw_tensors(tensors) if tensors else draw_models(models)
+
+
+def draw_tensors(rows: Sequence[Row]) -> Figure:
+    """One line of panels a dtype and layout, one column an operation, a common logarithmic scale."""
+    rows = device_times(rows)
+    table = compare(rows)
+    groups, ops = list(table.groupby("group")), table["op"].cat.categories
+    heights = [PANEL_HEAD_INCHES + BAR_INCHES * members["label"].nunique() for _, members in groups]
+    figure, grid = panels(
+        1 + sum(heights),
+        len(groups),
+        len(ops),
+        width=1.5 + PANEL_WIDTH_INCHES * len(ops),
+        sharex=True,
+        gridspec_kw={"height_ratios": heights},
+    )
+    for (_, members), line in zip(groups, grid, strict=True):
+        for op, axes in zip(ops, line, strict=True):
+            chosen = members[members["op"] == op]
+            if chosen.empty:
+                axes.set_axis_off()
+                continue
+            for position, speedup in enumerate(chosen["speedup"]):
+                bar(axes, position, speedup, BLUE if speedup >= 1 else ORANGE, height=0.7)
+            ratio_axis(axes)
+            axes.xaxis.set_tick_params(labelbottom=True)
+            axes.set_yticks(range(len(chosen)), chosen["label"])
+            axes.invert_yaxis()
+            axes.set_title(f"{group_label(chosen.iloc[0])}: {operation_label(op)}", fontsize=LABEL)
+    # Room on the right for the numbers at the ends of the bars.
+    grid[0, 0].set_xlim(min(0.8, 0.8 * table["speedup"].min()), max(2.0, 1.6 * table["speedup"].max()))
+    figure.suptitle("torch's time / bnext's time, by input shape", fontsize=LABEL)
+    figure.supxlabel(how_measured(rows).replace("; ", "\n"), fontsize=7)
+    return figure
 
 
 def draw_models(rows: Sequence[Row]) -> Figure | None:
@@ -61,15 +105,15 @@ def draw_models(rows: Sequence[Row]) -> Figure | None:
 
 def draw_operators(rows: Sequence[Row]) -> Figure:
     """Forward and backward beside torch's: one bar per dtype, layout and size class, geometric means over shapes."""
-    means = report.means(report.compare(report.device_times(rows))).reset_index()
-    means["name"] = means["dtype"] + ", " + means["layout_shown"]
-    names = means["name"].unique()
+    table = means(compare(device_times(rows))).reset_index()
+    table["name"] = table["dtype"] + ", " + table["layout_shown"]
+    names = table["name"].unique()
     figure, ((*grid,),) = panels(
         HEAD_INCHES + 2 * LINE_INCHES * len(names), columns=len(SHOWN_OPS), sharex=True, sharey=True
     )
     for op, axes in zip(SHOWN_OPS, grid, strict=True):
         for line, name in enumerate(names):
-            found = means[(means["op"] == op) & (means["name"] == name)]
+            found = table[(table["op"] == op) & (table["name"] == name)]
             height = 0.8 / max(len(found), 1)
             for index, (size, speedup) in enumerate(zip(found["size_class"], found["speedup"], strict=True)):
                 bar(axes, line - 0.4 + (index + 0.5) * height, speedup, SIZE_COLOURS[size], height=0.9 * height)
@@ -77,8 +121,8 @@ def draw_operators(rows: Sequence[Row]) -> Figure:
         axes.set_title(op, fontsize=TITLE)
     grid[0].set_yticks(range(len(names)), names)
     grid[0].invert_yaxis()
-    grid[0].set_xlim(min(0.9, means["speedup"].min()), 1.6 * means["speedup"].max())
-    legend(figure, {name: colour for name, colour in SIZE_COLOURS.items() if name in set(means["size_class"])})
+    grid[0].set_xlim(min(0.9, table["speedup"].min()), 1.6 * table["speedup"].max())
+    legend(figure, {name: colour for name, colour in SIZE_COLOURS.items() if name in set(table["size_class"])})
     figure.suptitle("Single operators: torch's time / bnext's, by size of the tensor", fontsize=TITLE)
     return figure
 
@@ -131,7 +175,8 @@ def drawn(folder: Path) -> Iterator[tuple[str, Figure]]:
             yield "accuracy.png", draw_accuracy(load_results(file))
             continue
         rows = [row for row in load_rows(file) if not is_touched(row.environment)]
-        models, plain = model_report.of_models(rows), [row for row in rows if not row.model and not row.act]
+        tensors, models = of_kinds(rows)
+        plain = [row for row in tensors if not row.act]
         costs = draw_models(models) if models else None
         if costs:
             yield "models.png", costs

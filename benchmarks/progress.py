@@ -6,7 +6,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 class ProgressBar(Progress):
     """A context with a bar over ``total`` units of work; on anything but a terminal it shows nothing."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: float) -> None:
         columns = (
             BarColumn(bar_width=30),
             TextColumn("{task.percentage:3.0f} %"),
@@ -18,9 +18,9 @@ class ProgressBar(Progress):
         super().__init__(*columns, transient=True)
         self.add_task("", total=total)
 
-    def show(self, doing: str, finished: int) -> None:
+    def show(self, doing: str, finished: float) -> None:
         """``finished``: units since the last call."""
         self.update(self.task_ids[0], description=doing, advance=finished)
 
-    def show_total(self, doing: str, finished: int) -> None:
+    def show_total(self, doing: str, finished: float) -> None:
         self.update(self.task_ids[0], description=doing, completed=finished)

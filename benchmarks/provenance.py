@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 
 import bnext
-from benchmarks.rows import Provenance
-from benchmarks.touched import VARIABLES
+from benchmarks.rows import TOUCHED, Provenance
 from bnext import _C
 
 # They decide whether a large output is made of fresh 4 KB pages, huge pages or memory already touched.
-ENVIRONMENT = ("THP_MEM_ALLOC_ENABLE", *VARIABLES, "BNEXT_HUGE_PAGES", "BNEXT_CACHE_MB")
+ENVIRONMENT = ("THP_MEM_ALLOC_ENABLE", *TOUCHED, "BNEXT_HUGE_PAGES", "BNEXT_CACHE_MB")
 
 
 def cpu_name() -> str:

@@ -1,12 +1,16 @@
-"""What the rows of batch norms say: bnext beside torch and a copy, a measurement at a time and as geometric means."""
+"""The report on rows: of batch norms bnext beside torch and a copy, a measurement at a time and as geometric means.
+
+Those of whole models are in model_report.py.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
+from benchmarks import model_report
 from benchmarks.bars import BARS, bars_text, has_bars, mean_verdicts, summary, verdicts
-from benchmarks.rows import CLOCK, GRAPH, InputError, Row
+from benchmarks.rows import CLOCK, GRAPH, InputError, Row, is_touched
 from benchmarks.suites import (
     BNEXT,
     COPY,
@@ -23,8 +27,18 @@ from benchmarks.suites import (
     tensor_bytes,
     tensor_label,
 )
-from benchmarks.tables import Sheet, frame, how_measured, markdown, mean_of, print_sheets, row_label, texts
-from benchmarks.touched import is_touched
+from benchmarks.tables import (
+    Sheet,
+    command,
+    frame,
+    how_measured,
+    markdown,
+    mean_of,
+    operation_label,
+    print_sheets,
+    row_label,
+    texts,
+)
 
 # What tells one measurement from another, and one table of measurements from another.
 KEYS = ["suite", "op", "shape", "act", "residual", "dtype", "layout", "mode"]
@@ -88,9 +102,7 @@ def means(table: pd.DataFrame) -> pd.DataFrame:
         layout_shown=("layout_shown", "first"),
         mode=("mode", "first"),
         fused=("fused", "first"),
-        shapes=("speedup", "size"),
         speedup=("speedup", mean_of),
-        worst=("speedup", "min"),
         over_copy=("over_copy", mean_of),
         over_compile=("over_compile", mean_of),
     )
@@ -110,27 +122,7 @@ def means_by_operation(table: pd.DataFrame) -> Sheet:
     lines.columns = [operation_label(op) for op in lines.columns]
     labels = lines.index.to_frame(index=False).drop(columns="group").astype(str)
     labels.columns = ["dtype", "layout", "tensor"]
-    return Sheet(labels.join(lines.reset_index(drop=True)), labels=3)
-
-
-def operation_label(op: str) -> str:
-    return op.replace("_", " + ")
-
-
-def means_sheet(table: pd.DataFrame) -> Sheet:
-    """One line per mean, with the number of shapes and the worst of them."""
-    found = means(table).reset_index()
-    cells = {
-        "means": found.apply(group_label, axis=1),
-        "tensor": found["size_class"].astype(str),
-        "operation": found["op"].astype(str),
-        "shapes": texts(found["shapes"], "{}"),
-        "x torch": texts(found["speedup"], "{:.2f}"),
-        "x torch, worst": texts(found["worst"], "{:.2f}"),
-        "compile": texts(found["over_compile"], "{:.2f}"),
-        "x copy": texts(found["over_copy"], "{:.2f}"),
-    }
-    return Sheet(without_empty(pd.DataFrame(cells)), labels=3, title="geometric means")
+    return Sheet(labels.join(lines.reset_index(drop=True)), labels=3, title="geometric means")
 
 
 def without_empty(cells: pd.DataFrame) -> pd.DataFrame:
@@ -197,13 +189,13 @@ def device_times(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.mode == GRAPH] or list(rows)
 
 
-def print_report(rows: Sequence[Row]) -> None:
+def print_batch_norms(rows: Sequence[Row]) -> None:
     """Every measurement, one table per group; then the geometric means and the memory; then the bars, and how."""
     table = compare(rows)
     print_sheets(measurements_sheet(members) for _, members in table.groupby("group"))
     held = held_sheet(rows)
-    print_sheets([means_sheet(table), *([held] if held.labels else [])])
-    print("x torch: torch's time / bnext's. x copy: bnext's time / that of a copy of the same bytes.")
+    print_sheets([means_by_operation(table), *([held] if held.labels else [])])
+    print("x torch, bold: torch's time / bnext's. x copy, in brackets: bnext's / that of a copy of the same bytes.")
     if (table["device"] == "cuda").any():
         print("no cuDNN, compile, and bnext planned as said: the time of torch without cuDNN, ... / bnext's.")
         print("bars: bnext's time is at most so many times the copy's, that of torch with or without cuDNN.")
@@ -255,12 +247,35 @@ def passes_text(op: str, fused: bool) -> str:
     return f"{passes} ({passes + RESIDUAL_PASSES[op]} with a residual)" if fused else f"{passes}"
 
 
-def command(rows: Sequence[Row]) -> str:
-    """What measures such rows."""
-    row = rows[0]
-    parts = ["python -m benchmarks"]
-    parts += ["--device cuda"] if row.device == "cuda" else []
-    parts += ["--touched"] if is_touched(row.environment) else []
-    named = row.model or row.epilogue != PLAIN
-    parts += [f"--suite {','.join(dict.fromkeys(row.suite for row in rows))}"] if named else []
-    return " ".join(parts)
+# Of whatever rows.
+
+
+def of_kinds(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Those of batch norms, and those of whole models."""
+    return [row for row in rows if not row.model], [row for row in rows if row.model]
+
+
+def print_report(rows: Sequence[Row]) -> None:
+    tensors, models = of_kinds(rows)
+    if tensors:
+        print_batch_norms(tensors)
+    if models:
+        model_report.print_models(models)
+
+
+def block_name(row: Row) -> str:
+    """By device, by suite of whole models or of a batch norm with an activation, and by what memory was touched."""
+    what = row.suite if row.model else "fused" if row.epilogue != PLAIN else ""
+    touched = is_touched(row.environment)
+    if touched and what:
+        raise InputError(f"there is no table for {what} in memory already touched")
+    device = "" if row.device == "cpu" else row.device
+    return ":".join(filter(None, ("benchmark", device, what, "touched" if touched else "")))
+
+
+def blocks(rows: Sequence[Row]) -> dict[str, str]:
+    """The text of each block of a document that the rows belong to, by its name."""
+    members: dict[str, list[Row]] = {}
+    for row in rows:
+        members.setdefault(block_name(row), []).append(row)
+    return {name: model_report.block(of) if of[0].model else block(of) for name, of in members.items()}

@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,16 @@ class InputError(Exception):
 CLOCK = "clock"  # from Python, by the host's clock
 EAGER = "eager"  # from Python, by events on the device: the host's overhead is in it where the device waits
 GRAPH = "graph"  # replays of a CUDA graph, by events on the device: its own time
+
+
+# With these glibc's malloc maps no block by itself, and gives none back: what is freed stays in the heap with its
+# pages, and is there for the next output of any provider. So page faults, most of torch's time on large tensors, do
+# not show.
+TOUCHED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "30000000000"}
+
+
+def is_touched(environment: Mapping[str, str]) -> bool:
+    return all(environment.get(name) == value for name, value in TOUCHED.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +55,11 @@ class Measurement:
     # What follows the batch norm in the same call: suites.Epilogue.
     act: str = ""
     residual: bool = False
-    # Of a forward with an activation: what its graph holds; memory.Held says which bytes are where.
+    # Of a forward with an activation: what its graph holds; operators.held says which bytes are where.
     held_arguments_bytes: int | None = None
     held_result_bytes: int | None = None
     held_bytes: int | None = None
-    # Of the suites of whole models: its name; in training, what peak.py measures, and training.Trainer.curve.
+    # Of the suites of whole models: its name; in training, what peak.py measures, and training.Trainer.results.
     model: str = ""
     peak_bytes: int | None = None
     losses: tuple[float, ...] = ()

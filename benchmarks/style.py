@@ -13,7 +13,6 @@ from benchmarks.rows import InputError, write_atomically
 
 # Of Okabe and Ito's palette: they differ in lightness as well.
 BLUE, SKY, ORANGE, BLACK = "#0072b2", "#7fc4ee", "#d55e00", "#222222"
-FASTER, SLOWER = BLUE, ORANGE
 
 WIDTH_INCHES = 8.0
 DOTS_PER_INCH = 100  # 800 pixels in all

@@ -1,17 +1,24 @@
-"""What is measured: the suites, their shapes and operations, and the bytes an operation has to move."""
+"""What is measured: the suites of batch norms and of whole models, their cases, and about how long each takes."""
 
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
 Shape = tuple[int, ...]
 
-# Providers: what is compared on every case, and what is not measured everywhere.
+# Providers: what is compared on a batch norm, and what is not measured everywhere.
 TORCH, BNEXT, COPY = "torch", "bnext", "copy"
 NO_CUDNN = "torch-no-cudnn"
+COMPILE = "-compile"
 TORCH_COMPILE = "torch-compile"
-PLANNED = "bnext-"  # bnext as planned for a lesser device; benchmarks/cuda/providers.py
+PLANNED = "bnext-"  # bnext as it would be planned for a lesser device; benchmarks/cuda/providers.py
+PLANS = ("clusters-of-8", "no-clusters", "half-memory")
+
+# Of whole models: whose layers are in the model, or whose back end of torch.compile it goes through.
+EAGER_PROVIDERS = ("torch", "bnext", "bnext-fused")
+COMPILED_PROVIDERS = ("torch-compile", "bnext-compile")
+WITHOUT = "without"  # no batch norm at all: what it costs is what can be gained, fusing apart
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 LAYOUTS = ("contiguous", "channels_last")
@@ -28,6 +35,8 @@ TENSOR_PASSES = {
     "eval": 2,  # input -> output, running statistics
     "forward_backward": 5,
 }
+BOTH_TOO = tuple(TENSOR_PASSES)
+STEP = "step"  # of a model: forward, loss, backward and the optimiser's update
 
 # What a residual adds: it is read, or its gradient is written.
 RESIDUAL_PASSES = {"forward": 1, "backward": 1, "eval": 1, "forward_backward": 2}
@@ -36,20 +45,15 @@ RESIDUAL_PASSES = {"forward": 1, "backward": 1, "eval": 1, "forward_backward": 2
 # anyway, what was positive; with one, it would have to read that too, and forward keeps the bits instead.
 MASK_PASSES = {"forward": 1, "backward": 1, "eval": 0, "forward_backward": 2}
 
-# Measuring a small tensor takes about as long as moving this many bytes: a round has a shortest length.
-FIXED_WORK_BYTES = 10_000_000
-
-# Making and checking a tensor takes about as long as timing an operation with so many passes over it.
-CHECK_PASSES = 2
-
-# The same for torch.compile on a case: four seconds or so, forward, backward and evaluation.
-COMPILE_WORK_BYTES = 400_000_000
-
 QUICK_MAX_ELEMENTS = 2_000_000
 
-
-# In the order they are measured and shown in.
+# In the order they are measured and shown in. Of models float32 is as it is; bfloat16 is autocast: parameters,
+# statistics and the loss stay float32.
 DEFAULT_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float32")}
+MODEL_DTYPES = ("float32", "bfloat16")
+
+# The time budget of the suites that are measured when none is named, all together.
+DEFAULT_SECONDS = {"cpu": 110.0, "cuda": 150.0}
 
 
 class Epilogue(NamedTuple):
@@ -67,132 +71,55 @@ BN_RELU = Epilogue("relu")
 BN_ADD_RELU = Epilogue("relu", residual=True)
 
 
+class Input(NamedTuple):
+    """A tensor that is given to a batch norm, or to a whole model."""
+
+    shape: Shape
+    model: str = ""
+    epilogue: Epilogue = PLAIN
+
+
 @dataclass(frozen=True)
 class Suite:
-    """A list of input shapes, and the operations measured on each of them.
+    """A list of inputs, and what is measured on each of them.
 
-    ``compiled`` are those that torch.compile is measured on too, in ``compiled_dtypes``: it takes seconds a shape and
-    layout. ``fused`` are shapes by what follows the batch norm. ``seconds``: the time budget of a suite that is
-    measured only when it is asked for; all others share the device's.
+    ``compiled``: the shapes, or the models, that torch.compile is measured on too; None: all; where there are
+    ``compiled_dtypes``, in these only. ``providers``: of whole models; ``compile_s``: what compiling one takes.
+    ``seconds``: the time budget of a suite that is measured only when it is asked for, compiling included; all others
+    share the device's. ``peak_s``: what measuring the memory of a provider takes; 0: it is not measured. ``quick``: the
+    models of a quick look, which then compiles nothing. ``threads``, unless told; None: torch's own number.
     """
 
-    shapes: tuple[Shape, ...] = ()
+    inputs: tuple[Input, ...]
     operations: tuple[str, ...] = ("forward", "backward", "eval")
-    compiled: tuple[Shape, ...] = ()
-    compiled_dtypes: tuple[str, ...] = ("bfloat16",)
-    fused: tuple[tuple[Epilogue, tuple[Shape, ...]], ...] = ()
+    compiled: tuple[Shape | str, ...] | None = ()
+    compiled_dtypes: tuple[str, ...] = ()
+    providers: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()  # none: the device's
+    layouts: tuple[str, ...] = LAYOUTS
     seconds: float | None = None
+    compile_s: float = 0
+    peak_s: float = 0
+    quick: tuple[str, ...] = ()
+    threads: int | None = None
 
-    def tensors(self) -> Iterator[tuple[Shape, Epilogue]]:
-        for epilogue, shapes in ((PLAIN, self.shapes), *self.fused):
-            for shape in shapes:
-                yield shape, epilogue
-
-
-# (C, H) of every distinct BatchNorm input of ResNet-50 on 224x224 images, in the order of the network.
-_RESNET50_CHANNELS_SIZE = (
-    (64, 112),
-    (64, 56),
-    (256, 56),
-    (128, 56),
-    (128, 28),
-    (512, 28),
-    (256, 28),
-    (256, 14),
-    (1024, 14),
-    (512, 14),
-    (512, 7),
-    (2048, 7),
-)
-
-# Those of them whose batch norm a ReLU follows at once, and those before which the shortcut is added.
-_FUSED_CHANNELS_SIZE = {
-    BN_RELU: ((64, 112), (64, 56), (128, 28), (256, 14), (512, 7)),
-    BN_ADD_RELU: ((256, 56), (512, 28), (1024, 14), (2048, 7)),
-}
-
-
-def _resnet50(batch: int, channels_size: Iterable[tuple[int, int]] = _RESNET50_CHANNELS_SIZE) -> tuple[Shape, ...]:
-    return tuple((batch, channels, size, size) for channels, size in channels_size)
-
-
-def _fused(batch: int, compiled: Iterable[tuple[int, int]], dtypes: tuple[str, ...], seconds: float) -> Suite:
-    """ResNet-50's layers; then a call that is mostly overhead, and the other activations on one shape."""
-    layers = {epilogue: _resnet50(batch, shapes) for epilogue, shapes in _FUSED_CHANNELS_SIZE.items()}
-    small: Shape = (8, 64, 14, 14)
-    others = tuple((Epilogue(act), _resnet50(batch, [(128, 28)])) for act in ("silu", "hardswish", "gelu"))
-    return Suite(
-        operations=("forward", "backward", "eval", "forward_backward"),
-        compiled=(*_resnet50(batch, compiled), small),
-        compiled_dtypes=dtypes,
-        fused=(*layers.items(), *((epilogue, (small,)) for epilogue in layers), *others),
-        seconds=seconds,
-    )
-
-
-def is_fused_layer(shape: Shape, epilogue: Epilogue) -> bool:
-    """Whether it is one of ResNet-50's, at any batch size."""
-    return shape[1:3] in _FUSED_CHANNELS_SIZE.get(epilogue, ())
-
-
-SUITES = {
-    "resnet50": Suite(_resnet50(32)),
-    "large": Suite(((8, 64, 224, 224), (128, 64, 32, 32))),
-    # A small (N,C) call is mostly overhead, paid once for both directions together: hence forward_backward.
-    "2d": Suite(
-        ((1024, 1024), (4096, 256), (64, 512), (4, 8)),
-        ("forward", "backward", "eval", "forward_backward"),
-    ),
-    # Compiled are, beside the small one, those that are above 32 MB in a dtype: to these the bars apply.
-    "fused": _fused(32, ((64, 112), (256, 56), (512, 28)), ("float32", "bfloat16"), seconds=360),
-}
-
-_ALL_FUSED_CHANNELS_SIZE = sum(_FUSED_CHANNELS_SIZE.values(), ())
-
-CUDA_SUITES = {
-    # A training step's batch: most of these tensors are far larger than a GPU's L2 cache.
-    "resnet50-256": Suite(
-        _resnet50(256),
-        compiled=_resnet50(256, ((64, 112), (64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7))),
-    ),
-    # Here launches, and how many blocks share a channel, decide.
-    "resnet50-32": Suite(_resnet50(32)),
-    "2d": Suite(
-        ((32768, 1024), (4096, 1024), (1024, 1024), (4096, 256), (64, 512), (4, 8)),
-        ("forward", "backward", "eval", "forward_backward"),
-    ),
-    "fused": _fused(32, _ALL_FUSED_CHANNELS_SIZE, ("bfloat16",), seconds=200),
-    "fused-256": _fused(256, _ALL_FUSED_CHANNELS_SIZE, ("bfloat16",), seconds=240),
-}
-
-DEVICE_SUITES = {"cpu": SUITES, "cuda": CUDA_SUITES}
-
-# Of the suites that are measured when none is named, all together; on CUDA compiling comes out of it.
-DEFAULT_SECONDS = {"cpu": 110.0, "cuda": 150.0}
-
-
-def default_suites(device: str) -> list[str]:
-    return [name for name, suite in DEVICE_SUITES[device].items() if suite.seconds is None]
-
-
-def default_seconds(device: str, suites: Collection[str]) -> float:
-    """The time budget of the chosen suites of a device."""
-    own = [DEVICE_SUITES[device][name].seconds for name in set(suites)]
-    shared = DEFAULT_SECONDS[device] if None in own else 0.0
-    return shared + sum(seconds or 0.0 for seconds in own)
+    def is_compiled(self, input: Input, dtype: str) -> bool:
+        chosen = self.compiled is None or (input.model or input.shape) in self.compiled
+        return chosen and dtype in (self.compiled_dtypes or (dtype,))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One input tensor and the operations to measure on it."""
+    """One input, the operations to measure on it, and with which providers."""
 
     suite: str
     shape: Shape
     dtype: str
     layout: str
-    operations: tuple[str, ...]
+    operations: tuple[str, ...] = ()
+    providers: tuple[str, ...] = ()
+    model: str = ""
     epilogue: Epilogue = PLAIN
-    compiled: bool = False  # whether torch.compile is measured on it too
 
     @property
     def count(self) -> int:
@@ -200,7 +127,236 @@ class Case:
         return prod(self.shape) // self.shape[1]
 
     def __str__(self) -> str:
-        return f"{self.suite} {tensor_label(self.shape, self.epilogue)} {self.dtype} {self.layout}"
+        what = f"{self.model} {shape_label(self.shape)}" if self.model else tensor_label(self.shape, self.epilogue)
+        return f"{self.suite} {what} {self.dtype} {self.layout}"
+
+
+# (C, H) of every distinct BatchNorm input of ResNet-50 on 224x224 images, in the order of the network.
+_RESNET50_SIZES = ((64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28))
+_RESNET50_SIZES += ((256, 28), (256, 14), (1024, 14), (512, 14), (512, 7), (2048, 7))
+
+# Those of them whose batch norm a ReLU follows at once, and those before which the shortcut is added.
+_FUSED_SIZES = {
+    BN_RELU: ((64, 112), (64, 56), (128, 28), (256, 14), (512, 7)),
+    BN_ADD_RELU: ((256, 56), (512, 28), (1024, 14), (2048, 7)),
+}
+_ALL_FUSED_SIZES = sum(_FUSED_SIZES.values(), ())
+
+
+def _images(batch: int, sizes: Iterable[tuple[int, int]] = _RESNET50_SIZES) -> tuple[Shape, ...]:
+    return tuple((batch, channels, size, size) for channels, size in sizes)
+
+
+def _plain(*shapes: Shape) -> tuple[Input, ...]:
+    return tuple(map(Input, shapes))
+
+
+def _fused(batch: int, compiled: Iterable[tuple[int, int]], dtypes: tuple[str, ...], seconds: float) -> Suite:
+    """ResNet-50's layers; then a call that is mostly overhead, and the other activations on one shape."""
+    small: Shape = (8, 64, 14, 14)
+    layers = [(shape, epilogue) for epilogue, sizes in _FUSED_SIZES.items() for shape in _images(batch, sizes)]
+    layers += [(small, epilogue) for epilogue in _FUSED_SIZES]
+    layers += [((batch, 128, 28, 28), Epilogue(act)) for act in ("silu", "hardswish", "gelu")]
+    return Suite(
+        inputs=tuple(Input(shape, epilogue=epilogue) for shape, epilogue in layers),
+        operations=BOTH_TOO,
+        compiled=(*_images(batch, compiled), small),
+        compiled_dtypes=dtypes,
+        seconds=seconds,
+    )
+
+
+def is_fused_layer(shape: Shape, epilogue: Epilogue) -> bool:
+    """Whether it is one of ResNet-50's, at any batch size."""
+    return shape[1:3] in _FUSED_SIZES.get(epilogue, ())
+
+
+# The shapes of a batch norm alone, of three 3x3 convolutions with one each, and of ResNet-50's bottlenecks.
+_COMPILED = Suite(
+    inputs=(
+        Input((32, 64, 56, 56), "bn"),
+        Input((32, 256, 14, 14), "bn"),
+        Input((8, 64, 28, 28), "conv-bn-relu"),
+        Input((8, 256, 28, 28), "bottleneck"),
+        Input((8, 1024, 14, 14), "bottleneck"),
+    ),
+    operations=("forward_backward", "eval"),
+    providers=COMPILED_PROVIDERS,
+    compiled=None,
+    seconds=180,
+    compile_s=3,
+)
+
+_TRAINING = Suite(
+    inputs=(Input((8, 3, 64, 64), "resnet50"),),
+    operations=(STEP,),
+    providers=(*EAGER_PROVIDERS, *COMPILED_PROVIDERS),
+    compiled=None,
+    dtypes=("float32",),
+    seconds=270,
+    compile_s=25,
+    peak_s=5,
+)
+
+# What people train, by the package that has it, or of networks.py.
+_PICTURES: Shape = (16, 3, 128, 128)
+_MODELS = (
+    Input((128, 3, 32, 32), "resnet20"),
+    Input(_PICTURES, "torchvision/resnet18"),
+    Input(_PICTURES, "torchvision/resnet50"),
+    Input(_PICTURES, "torchvision/mobilenet_v2"),
+    Input(_PICTURES, "torchvision/mobilenet_v3_large"),
+    Input(_PICTURES, "torchvision/efficientnet_b0"),
+    Input(_PICTURES, "torchvision/densenet121"),
+    Input(_PICTURES, "torchvision/shufflenet_v2_x1_0"),
+    Input(_PICTURES, "torchvision/regnet_y_400mf"),
+    Input((8, 3, 128, 128), "unet"),
+    Input((64, 3, 64, 64), "dcgan-discriminator"),
+    Input((32, 3, 1024), "pointnet"),
+    Input(_PICTURES, "timm/efficientnet_b0"),
+    Input(_PICTURES, "timm/densenet121"),
+    Input(_PICTURES, "timm/regnety_004"),
+)
+
+SUITES = {
+    "cpu": {
+        "resnet50": Suite(_plain(*_images(32))),
+        "large": Suite(_plain((8, 64, 224, 224), (128, 64, 32, 32))),
+        # A small (N,C) call is mostly overhead, paid once for both directions together: hence forward_backward.
+        "2d": Suite(_plain((1024, 1024), (4096, 256), (64, 512), (4, 8)), BOTH_TOO),
+        # Compiled are, beside the small one, those that are above 32 MB in a dtype: to these the bars apply.
+        "fused": _fused(32, ((64, 112), (256, 56), (512, 28)), ("float32", "bfloat16"), seconds=360),
+        "training": _TRAINING,
+        "models": Suite(
+            inputs=_MODELS,
+            operations=(STEP,),
+            providers=(*EAGER_PROVIDERS, WITHOUT, *COMPILED_PROVIDERS),
+            compiled=("resnet20", "torchvision/resnet18"),  # no dropout, which inductor has of its own
+            dtypes=MODEL_DTYPES,
+            seconds=1400,
+            compile_s=20,
+            quick=("resnet20", "torchvision/mobilenet_v3_large", "timm/regnety_004"),
+        ),
+        # Where a step is mostly Python and dispatch: what a fused model's guards cost must not show.
+        "small-models": Suite(
+            inputs=(Input((8, 3, 32, 32), "resnet20"),),
+            operations=(STEP,),
+            providers=EAGER_PROVIDERS,
+            dtypes=("float32",),
+            seconds=20,
+            threads=1,
+        ),
+        "compiled": _COMPILED,
+    },
+    "cuda": {
+        # A training step's batch: most of these tensors are far larger than a GPU's L2 cache.
+        "resnet50-256": Suite(
+            _plain(*_images(256)),
+            compiled=_images(256, ((64, 112), (64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7))),
+            compiled_dtypes=("bfloat16",),
+        ),
+        # Here launches, and how many blocks share a channel, decide.
+        "resnet50-32": Suite(_plain(*_images(32))),
+        "2d": Suite(
+            _plain((32768, 1024), (4096, 1024), (1024, 1024), (4096, 256), (64, 512), (4, 8)),
+            BOTH_TOO,
+        ),
+        "fused": _fused(32, _ALL_FUSED_SIZES, ("bfloat16",), seconds=200),
+        "fused-256": _fused(256, _ALL_FUSED_SIZES, ("bfloat16",), seconds=240),
+        "training": replace(
+            _TRAINING,
+            inputs=(Input((256, 3, 224, 224), "resnet50"),),
+            dtypes=("bfloat16",),
+            layouts=("channels_last",),
+            seconds=240,
+            compile_s=30,
+            peak_s=15,
+        ),
+        "compiled": replace(
+            _COMPILED,
+            inputs=(
+                Input((256, 64, 56, 56), "bn"),
+                Input((256, 1024, 14, 14), "bn"),
+                Input((256, 64, 56, 56), "conv-bn-relu"),
+                Input((256, 256, 56, 56), "bottleneck"),
+                Input((256, 1024, 14, 14), "bottleneck"),
+            ),
+            seconds=240,
+        ),
+    },
+}
+
+
+def names(what: str) -> list[str]:
+    """Of all devices' suites: "suite", or "model"."""
+    if what == "suite":
+        found = [name for suites in SUITES.values() for name in suites]
+    else:
+        found = [input.model for suites in SUITES.values() for suite in suites.values() for input in suite.inputs]
+    return list(filter(None, dict.fromkeys(found)))
+
+
+def default_suites(device: str) -> list[str]:
+    return [name for name, suite in SUITES[device].items() if suite.seconds is None]
+
+
+def default_seconds(device: str, suites: Collection[str]) -> float:
+    """The time budget of the chosen suites of a device."""
+    own = [SUITES[device][name].seconds for name in set(suites)]
+    shared = DEFAULT_SECONDS[device] if None in own else 0.0
+    return shared + sum(seconds or 0.0 for seconds in own)
+
+
+def select_cases(
+    suites: Collection[str],
+    device: str = "cpu",
+    dtypes: Collection[str] = (),
+    layouts: Collection[str] = (),
+    operations: Collection[str] = (),
+    models: Collection[str] = (),
+    quick: bool = False,
+    with_compile: bool = True,
+    with_plans: bool = False,
+) -> list[Case]:
+    """The cases of the chosen suites of a device, in their order, with what they do not have in common left out.
+
+    Nothing given is all that a suite has; a dtype or layout that it does not have by itself is measured where it is
+    asked for. A tensor that is not (N, C, H, W) has one layout, contiguous. ``quick`` leaves out what is above
+    ``QUICK_MAX_ELEMENTS``, and models that are not among a suite's quick ones.
+    """
+    cases = []
+    for name, suite in SUITES[device].items():
+        chosen = tuple(op for op in suite.operations if op in (operations or suite.operations))
+        if name not in suites or not chosen:
+            continue
+        looked_at = (quick and suite.quick) or ()
+        for dtype in dtypes or suite.dtypes or DEFAULT_DTYPES[device]:
+            for layout in layouts or suite.layouts:
+                for input in suite.inputs:
+                    wanted = not input.model or (
+                        dtype in MODEL_DTYPES
+                        and input.model in (models or (input.model,))
+                        and input.model in (looked_at or (input.model,))
+                    )
+                    compiles = with_compile and not looked_at and suite.is_compiled(input, dtype)
+                    providers = _providers(suite, input, device, compiles, with_plans)
+                    if (
+                        wanted
+                        and providers
+                        and (layout == "contiguous" or len(input.shape) == 4)
+                        and not (quick and prod(input.shape) > QUICK_MAX_ELEMENTS)
+                    ):
+                        case = Case(name, input.shape, dtype, layout, chosen, providers, input.model, input.epilogue)
+                        cases.append(case)
+    return cases
+
+
+def _providers(suite: Suite, input: Input, device: str, compiles: bool, with_plans: bool) -> tuple[str, ...]:
+    """torch.compile, which may fail, is the last."""
+    if input.model:
+        return tuple(name for name in suite.providers if compiles or not name.endswith(COMPILE))
+    on_gpu = (NO_CUDNN, *(f"{PLANNED}{name}" for name in PLANS if with_plans)) if device == "cuda" else ()
+    return (TORCH, BNEXT, *on_gpu, *((TORCH_COMPILE,) if compiles else ()))
 
 
 def shape_label(shape: Shape) -> str:
@@ -220,67 +376,39 @@ def size_class(size: int) -> str:
     return next(name for name, above in SIZE_CLASSES if size > above)
 
 
-def tensor_passes(operation: str, epilogue: Epilogue) -> int:
-    return TENSOR_PASSES[operation] + (RESIDUAL_PASSES[operation] if epilogue.residual else 0)
-
-
-def mask_bytes(operation: str, shape: Shape, epilogue: Epilogue) -> int:
-    return MASK_PASSES[operation] * -(-prod(shape) // 8) if epilogue.residual else 0
-
-
 def model_bytes(operation: str, shape: Shape, dtype: str, epilogue: Epilogue = PLAIN) -> int:
     """Bytes of the single-pass model: each tensor of the input's size, and the mask, is read or written once.
 
     The C-sized parameters and statistics are left out; they are at most a few per cent of any shape that is
     bound by memory.
     """
-    passes = tensor_passes(operation, epilogue)
-    return passes * tensor_bytes(shape, dtype) + mask_bytes(operation, shape, epilogue)
+    passes = TENSOR_PASSES[operation] + epilogue.residual * RESIDUAL_PASSES[operation]
+    mask = epilogue.residual * MASK_PASSES[operation] * -(-prod(shape) // 8)
+    return passes * tensor_bytes(shape, dtype) + mask
 
 
-def estimated_work(operation: str, case: Case) -> int:
-    """The share of the time budget, and of the progress bar, that a measurement gets; in bytes."""
-    return FIXED_WORK_BYTES + model_bytes(operation, case.shape, case.dtype, case.epilogue)
+# The shares of the time budget, and of the progress bar, are in seconds, roughly. On a CPU a second moves so many
+# bytes, and measuring a small tensor takes a tenth, as a round has a shortest length; on a GPU all take a second. An
+# operation of a model is timed for as long as any other of its suite.
+SECOND_BYTES = 100_000_000
+SHORTEST_S = 0.1
+COMPILE_S = {"cpu": 4.0, "cuda": 10.0}  # of a batch norm: forward, backward and evaluation
+CHECK_PASSES = 2  # making and checking a tensor takes about as long as timing an operation with so many passes over it
 
 
-def check_work(case: Case, with_compile: bool = True) -> int:
-    """The same for making the tensors of a case, compiling, and comparing the results."""
-    compiling = COMPILE_WORK_BYTES if with_compile and case.compiled else 0
-    return CHECK_PASSES * tensor_bytes(case.shape, case.dtype) + compiling
+def operation_work(operation: str, case: Case, device: str) -> float:
+    if case.model:
+        return 2.0 * len(case.providers)
+    if device == "cuda":
+        return 1.0
+    return SHORTEST_S + model_bytes(operation, case.shape, case.dtype, case.epilogue) / SECOND_BYTES
 
 
-def select_cases(
-    suites: Collection[str],
-    dtypes: Collection[str],
-    layouts: Collection[str],
-    operations: Collection[str] = tuple(TENSOR_PASSES),
-    quick: bool = False,
-    device: str = "cpu",
-) -> list[Case]:
-    """The cases of the chosen suites of a device, in their order, with what they do not have in common left out.
-
-    An (N,C) tensor has one layout, contiguous. ``quick`` leaves out what is above ``QUICK_MAX_ELEMENTS``.
-    """
-    cases = []
-    for name, suite in DEVICE_SUITES[device].items():
-        if name not in suites:
-            continue
-        chosen = tuple(operation for operation in suite.operations if operation in operations)
-        cases += [
-            Case(
-                name,
-                shape,
-                dtype,
-                layout,
-                chosen,
-                epilogue,
-                compiled=shape in suite.compiled and dtype in suite.compiled_dtypes,
-            )
-            for dtype in dtypes
-            for layout in layouts
-            for shape, epilogue in suite.tensors()
-            if chosen
-            and (layout == "contiguous" or len(shape) == 4)
-            and not (quick and prod(shape) > QUICK_MAX_ELEMENTS)
-        ]
-    return cases
+def check_work(case: Case, device: str) -> float:
+    """Making tensors and models, compiling, comparing the results, measuring memory."""
+    compiled = sum(name.endswith(COMPILE) for name in case.providers)
+    if case.model:
+        suite = SUITES[device][case.suite]
+        return suite.compile_s * compiled + (1 + suite.peak_s) * len(case.providers)
+    tensors = 1.0 if device == "cuda" else CHECK_PASSES * tensor_bytes(case.shape, case.dtype) / SECOND_BYTES
+    return COMPILE_S[device] * compiled + tensors

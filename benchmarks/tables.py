@@ -10,8 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.rows import InputError, Row
-from benchmarks.suites import shape_label
+from benchmarks.rows import InputError, Row, is_touched
+from benchmarks.suites import PLAIN, shape_label
 
 # In a narrower terminal, or a log, lines may wrap; rich would cut numbers instead.
 MIN_WIDTH = 140
@@ -77,6 +77,21 @@ def row_label(row: pd.Series) -> str:
     """Provider, operation and tensor of a line of ``frame``."""
     parts = (row["provider"], row["op"], row["model"], shape_label(row["shape"]), row["dtype"], row["layout"])
     return " ".join(filter(None, parts))
+
+
+def operation_label(op: str) -> str:
+    return op.replace("_", " + ")
+
+
+def command(rows: Sequence[Row]) -> str:
+    """What measures such rows."""
+    row = rows[0]
+    parts = ["python -m benchmarks"]
+    parts += ["--device cuda"] if row.device == "cuda" else []
+    parts += ["--touched"] if is_touched(row.environment) else []
+    named = row.model or row.epilogue != PLAIN
+    parts += [f"--suite {','.join(dict.fromkeys(row.suite for row in rows))}"] if named else []
+    return " ".join(parts)
 
 
 def how_measured(rows: Sequence[Row]) -> str:

@@ -1,16 +1,17 @@
-"""Training: steps of SGD with momentum on one synthetic batch, and the loss that they lead to."""
+"""What is timed of a whole model, steps of training or single calls, and whether it is right."""
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from benchmarks.closeness import require_as_close
-from benchmarks.model_suites import STEP, WITHOUT, ModelCase
-from benchmarks.models import Built, build, build_reference, make_data, make_model
-from benchmarks.operations import SEED
+from benchmarks.models import REFERENCE_DTYPES, Built, build, build_reference, make_data, make_model
+from benchmarks.operators import SEED
+from benchmarks.suites import STEP, TORCH, WITHOUT, Case
 from benchmarks.timing import Call
 
 # The loss falls by half and more within the steps, so that each of them shows in it; one more would learn the batch by
@@ -20,9 +21,9 @@ LEARNING_RATE, MOMENTUM = 0.01, 0.9
 
 
 class Trainer:
-    """A model in training, on its one batch."""
+    """A model in training by SGD with momentum on one synthetic batch."""
 
-    def __init__(self, case: ModelCase, model: Built, device: str, learning_rate: float = LEARNING_RATE) -> None:
+    def __init__(self, case: Case, model: Built, device: str, learning_rate: float = LEARNING_RATE) -> None:
         self.losses: tuple[float, ...] = ()
         self._model = model
         parameters = list(model.module.parameters())
@@ -38,6 +39,9 @@ class Trainer:
         self._optimizer.step()
         return loss.detach()
 
+    def prepared(self, operation: str) -> Call:
+        return self.step
+
     def evaluate(self) -> Tensor:
         """The loss by running statistics: never compiled, nor captured, as it is not timed."""
         module = self._model.module
@@ -47,7 +51,7 @@ class Trainer:
         module.train()
         return loss
 
-    def curve(self) -> Tensor:
+    def results(self) -> dict[str, Tensor]:
         """The loss at each of a few steps, and after them in evaluation, which shows the running statistics.
 
         What a step drops at random is the same whoever takes it.
@@ -59,10 +63,7 @@ class Trainer:
                 found.append(self.step())
         losses = torch.stack([*found, self.evaluate()])
         self.losses = tuple(losses.tolist())
-        return losses
-
-    def prepared(self, operation: str) -> Call:
-        return {STEP: self.step}[operation]
+        return {"losses": losses}
 
     def _loss(self, output: Tensor) -> Tensor:
         output = output.float() if output.dtype == torch.bfloat16 else output
@@ -80,36 +81,89 @@ def make_target(output: Tensor) -> Tensor:
     return torch.randint(max(classes, 2), (samples, *pixels), generator=generator).to(output.device)
 
 
-@cache
-def reference_curve(case: ModelCase, device: str) -> Tensor:
-    """In double precision it takes longer than all else: once for both layouts, in which it is the same."""
-    return Trainer(case, build_reference(case, make_model(case, device), device), device).curve()
+class Calls:
+    """A model with an input that requires its gradient, as of a layer in the middle of a network.
+
+    The values of input and gradient are those of the case's dtype, whichever they are computed in.
+    """
+
+    losses = ()
+
+    def __init__(self, case: Case, model: Built, device: str, dtype: torch.dtype) -> None:
+        rounded: torch.dtype = getattr(torch, case.dtype)
+        self._model = model
+        self._input = make_data(case, device, case.shape).to(rounded).to(dtype, copy=True).requires_grad_()
+        # Not the input's values: of these batch norm's gradient is zero but for rounding.
+        with torch.no_grad(), model.autocast():
+            shape = tuple(model.module.eval()(self._input).shape)
+        self._grad_output = make_data(case, device, shape, SEED + 1).to(rounded).to(dtype)
+
+    def forward_backward(self) -> tuple[Tensor, ...]:
+        """The output, and the gradients of the input and the parameters."""
+        output = self._model(self._input)
+        leaves = (self._input, *self._model.module.parameters())
+        return output, *torch.autograd.grad(output, leaves, self._grad_output)
+
+    @torch.no_grad()
+    def evaluate(self) -> Tensor:
+        return self._model(self._input)
+
+    def prepared(self, operation: str) -> Call:
+        """The call of an operation, with the model in its mode: to be made before another operation is prepared."""
+        training = operation == "forward_backward"
+        self._model.module.train(training)
+        return self.forward_backward if training else self.evaluate
+
+    def results(self) -> dict[str, Tensor]:
+        """By name; running statistics as they are after one call in training."""
+        module = self._model.module
+        output, grad_input, *gradients = self.prepared("forward_backward")()
+        found = {"output": output.detach(), "grad_input": grad_input}
+        names = (name for name, _ in module.named_parameters())
+        found |= {f"gradient of {name}": gradient for name, gradient in zip(names, gradients, strict=True)}
+        found |= {name: buffer.clone() for name, buffer in module.named_buffers() if "running" in name}
+        return {**found, "eval output": self.prepared("eval")()}
 
 
-class TrainingChecker:
-    """Knows the right loss curve of one case."""
+Made = Trainer | Calls
 
-    def __init__(self, case: ModelCase, device: str) -> None:
+
+class ModelChecker:
+    """Makes the providers of one case, and knows their right results."""
+
+    def __init__(self, case: Case, device: str) -> None:
         self._case = case
         self._device = device
         self._model = make_model(case, device)
-        plain = replace(case, suite="", layout="contiguous", operations=(), providers=())
-        self._reference = reference_curve(plain, device)
-        self._torch = Trainer(case, build(case, "torch", self._model, device), device)
-        self._torchs = self._torch.curve()
+        reference = reference_curve if STEP in case.operations else reference_results
+        self._reference = reference(replace(case, suite="", layout="contiguous", providers=()), device)
+        self._torch = self._make(TORCH)
+        self._torchs = self._torch.results()
 
-    def make(self, provider: str) -> Trainer:
-        if provider == "torch":
-            return self._torch
+    def make(self, provider: str) -> Made:
+        return self._torch if provider == TORCH else self._make(provider)
+
+    def _make(self, provider: str) -> Made:
         built = build(self._case, provider, self._model, self._device)
+        if STEP not in self._case.operations:
+            return Calls(self._case, built, self._device, getattr(torch, self._case.dtype))
         # The same work at rate 0: without batch norm some go to inf within a few steps.
         return Trainer(self._case, built, self._device, 0.0 if provider == WITHOUT else LEARNING_RATE)
 
-    def check(self, provider: str, trainer: Trainer) -> None:
-        """Train it; raise MismatchError where its losses are others. Without batch norm they may be."""
+    def check(self, provider: str, made: Any) -> None:
+        """Train or call it; raise MismatchError at the first result that is not right. Without batch norm any is."""
         if provider == WITHOUT:
-            trainer.step()
-        if provider in ("torch", WITHOUT):
-            return
-        curves = ({"losses": curve} for curve in (trainer.curve(), self._torchs, self._reference))
-        require_as_close(f"{self._case}: {{}} of {provider}", *curves)
+            made.step()
+        elif provider != TORCH:
+            require_as_close(f"{self._case}: {{}} of {provider}", made.results(), self._torchs, self._reference)
+
+
+def reference_results(case: Case, device: str) -> dict[str, Tensor]:
+    model = build_reference(case, make_model(case, device), device)
+    if STEP in case.operations:
+        return Trainer(case, model, device).results()
+    return Calls(case, model, device, REFERENCE_DTYPES[case.dtype]).results()
+
+
+# Of training, in double precision, it takes longer than all else: once for both layouts, in which it is the same.
+reference_curve = cache(reference_results)

@@ -1,22 +1,18 @@
 """What is compared on a GPU beside what is compared everywhere: torch without cuDNN, bnext planned otherwise."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 
-from benchmarks import providers
-from benchmarks.providers import Provider, eager
-from benchmarks.suites import NO_CUDNN, PLANNED, TORCH_COMPILE, Case
+from benchmarks import operators
+from benchmarks.operators import Provider
+from benchmarks.suites import BNEXT, NO_CUDNN, PLANNED, PLANS, TORCH, Case
 from bnext import _C
 
 # As for a lesser device: what large clusters, clusters at all, and one block with all of an SM's memory bring.
-PLANS = {
-    "clusters-of-8": {"max_cluster": 8},
-    "no-clusters": {"max_cluster": 1},
-    "half-memory": {"shared_per_block": 113 * 1024},
-}
+CAPS = dict(zip(PLANS, ({"max_cluster": 8}, {"max_cluster": 1}, {"shared_per_block": 113 * 1024}), strict=True))
 
 
 @contextmanager
@@ -43,12 +39,10 @@ def planned(cap: dict[str, int]) -> Iterator[None]:
         _C.cap_cuda_device()
 
 
-def provider_makers(case: Case, with_compile: bool, with_plans: bool = False) -> dict[str, Callable[[], Provider]]:
-    """What to compare on a case, by name; torch.compile, which may fail, is the last."""
-    makers = providers.provider_makers(case, with_compile)
-    last = {name: makers.pop(name) for name in (TORCH_COMPILE,) if name in makers}
-    makers[NO_CUDNN] = partial(Provider, NO_CUDNN, eager(case.epilogue), without_cudnn)
-    for name, cap in PLANS.items() if with_plans else ():
-        function = providers.functions(case.epilogue)["bnext"]
-        makers[PLANNED + name] = partial(Provider, PLANNED + name, function, partial(planned, cap))
-    return {**makers, **last}
+def make_provider(case: Case, name: str) -> Provider:
+    functions = operators.functions(case.epilogue)
+    if name == NO_CUDNN:
+        return Provider(name, functions[TORCH], without_cudnn)
+    if name.startswith(PLANNED):
+        return Provider(name, functions[BNEXT], partial(planned, CAPS[name.removeprefix(PLANNED)]))
+    return operators.make_provider(case, name)

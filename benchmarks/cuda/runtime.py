@@ -1,8 +1,11 @@
-"""All that is asked of the device while measuring: streams, events, graphs and memory, and how bnext planned."""
+"""All that is asked of the device while measuring: streams, events, graphs and memory, and how bnext planned.
+
+The tests put the host in its place.
+"""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol, TypeVar
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
@@ -18,49 +21,8 @@ SCRATCH_BYTES = 512 * 1024**2
 WARM_FILLS = 4000  # about half a second: a GPU that was idle raises its clocks within that
 
 
-class Event(Protocol):
-    """A point in the device's work, as torch.cuda.Event is one."""
-
-    def record(self) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def elapsed_time(self, end_event: Any) -> float:
-        """Milliseconds from this event to the other, of the same class."""
-
-
-class Runtime(Protocol):
-    """A device that works through what is enqueued, in order."""
-
-    device: str
-    l2_bytes: int
-
-    def provenance(self, threads: int) -> Provenance: ...
-
-    def stream(self) -> AbstractContextManager[None]:
-        """Where everything that follows is enqueued."""
-
-    def free_bytes(self) -> int: ...
-
-    def event(self) -> Event: ...
-
-    def synchronize(self) -> None:
-        """Wait until the device is idle; raises what went wrong on it."""
-
-    def occupy(self) -> None:
-        """Give the device something to do that leaves nothing of use in its caches."""
-
-    def warm_up(self) -> None: ...
-
-    def last_plan(self) -> str:
-        """The way that the last launch of bnext's took."""
-
-    def capture(self, run: Callable[[], Result]) -> tuple[Call, Result]:
-        """A call that replays what ``run`` enqueues, and what ``run`` returned: where the replays write."""
-
-
 class CudaRuntime:
-    """The current GPU."""
+    """The current GPU, which works through what is enqueued, in order."""
 
     def __init__(self) -> None:
         self.device = "cuda"
@@ -76,6 +38,7 @@ class CudaRuntime:
 
     @contextmanager
     def stream(self) -> Iterator[None]:
+        """Where everything that follows is enqueued."""
         torch.cuda.synchronize()
         with torch.cuda.stream(self._stream):
             yield
@@ -85,13 +48,15 @@ class CudaRuntime:
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
-    def event(self) -> Event:
+    def event(self) -> torch.cuda.Event:
         return torch.cuda.Event(enable_timing=True)
 
     def synchronize(self) -> None:
+        """Wait until the device is idle; raises what went wrong on it."""
         torch.cuda.synchronize()
 
     def occupy(self) -> None:
+        """Give the device something to do that leaves nothing of use in its caches."""
         self._scratch.zero_()
 
     def warm_up(self) -> None:
@@ -100,9 +65,11 @@ class CudaRuntime:
         torch.cuda.synchronize()
 
     def last_plan(self) -> str:
+        """The way that the last launch of bnext's took."""
         return _C.last_cuda_plan()
 
     def capture(self, run: Callable[[], Result]) -> tuple[Call, Result]:
+        """A call that replays what ``run`` enqueues, and what ``run`` returned: where the replays write."""
         graph = torch.cuda.CUDAGraph()
         first: Exception | None = None
         try:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cuda.rotation import Rotation
-from benchmarks.cuda.runtime import Runtime
+from benchmarks.cuda.runtime import CudaRuntime
 
 WARM_CALLS = 3  # torch compiles, tunes and chooses algorithms in the first calls; a capture must find that done
 
@@ -34,7 +34,7 @@ class EventStopwatch:
     between the events. Otherwise it is idle at the first event, and what Python takes is part of the time.
     """
 
-    runtime: Runtime
+    runtime: CudaRuntime
     run: Callable[[int], object]  # told how many repeats
     calls: int = 1
     head_start: bool = False
@@ -54,12 +54,12 @@ class EventStopwatch:
         return begin.elapsed_time(end) / 1e3 * number / (repeats * self.calls)
 
 
-def eager_stopwatch(rotation: Rotation, runtime: Runtime) -> EventStopwatch:
+def eager_stopwatch(rotation: Rotation, runtime: CudaRuntime) -> EventStopwatch:
     """Calls as a user makes them: where they are short, this measures Python and torch."""
     return EventStopwatch(runtime, rotation.run)
 
 
-def graph_stopwatch(rotation: Rotation, calls: int, runtime: Runtime) -> EventStopwatch:
+def graph_stopwatch(rotation: Rotation, calls: int, runtime: CudaRuntime) -> EventStopwatch:
     """Replays of a graph of so many calls; raises whatever prevents a capture."""
     rotation.run(max(WARM_CALLS, len(rotation)))
     runtime.synchronize()
@@ -78,7 +78,7 @@ class EmptyGraphError(Exception):
     """A capture that left the work out, as where it went to another stream, would give a splendid time."""
 
 
-def require_replay_writes(replay: Callable[[], object], result: object, runtime: Runtime) -> None:
+def require_replay_writes(replay: Callable[[], object], result: object, runtime: CudaRuntime) -> None:
     """Raise EmptyGraphError unless a replay gives the result that is erased here the finite values it should."""
     tensor = result[0] if isinstance(result, tuple) else result
     if not isinstance(tensor, Tensor):

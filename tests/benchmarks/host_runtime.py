@@ -9,30 +9,34 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
+from benchmarks.cuda.runtime import CudaRuntime
 from benchmarks.provenance import provenance
 from benchmarks.rows import Provenance
 
 
 class HostEvent:
+    def __init__(self, runtime: HostRuntime) -> None:
+        self.runtime = runtime
+
     def record(self) -> None:
-        self.seconds = time.perf_counter()
+        self.runtime.log.append("record")
+        self.seconds = self.runtime.clock()
 
     def synchronize(self) -> None:
-        pass
+        self.runtime.log.append("wait")
 
     def elapsed_time(self, end_event: HostEvent) -> float:
         return 1e3 * (end_event.seconds - self.seconds)
 
 
-class HostRuntime:
+class HostRuntime(CudaRuntime):
     """``captures``: whether graphs can be; a replay computes anew and writes over what the capture returned."""
 
-    device = "cpu"
-    l2_bytes = 500
-
-    def __init__(self, captures: bool = True) -> None:
-        self.captures = captures
+    def __init__(self, captures: bool = True, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.device, self.l2_bytes = "cpu", 500
+        self.captures, self.clock = captures, clock
         self.log: list[str] = []
 
     def provenance(self, threads: int) -> Provenance:
@@ -48,7 +52,7 @@ class HostRuntime:
         return "cluster of 8, read once"
 
     def event(self) -> Any:
-        return HostEvent()
+        return HostEvent(self)
 
     def synchronize(self) -> None:
         self.log.append("synchronize")
@@ -65,9 +69,7 @@ class HostRuntime:
         results = run()
 
         def replay() -> None:
-            for old, new in zip(
-                torch.utils._pytree.tree_leaves(results), torch.utils._pytree.tree_leaves(run()), strict=True
-            ):
+            for old, new in zip(tree_leaves(results), tree_leaves(run()), strict=True):
                 if isinstance(old, torch.Tensor):
                     old.detach().copy_(new.detach())
 

@@ -88,27 +88,11 @@ class ImaginedDevice(HostRuntime):
     """Time passes only by ``work``: seconds that whatever runs adds to the device's clock."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(clock=lambda: self.now)
         self.now = 0.0
 
     def work(self, seconds: float) -> None:
         self.now += seconds
-
-    def event(self) -> Any:
-        device = self
-
-        class Event:
-            def record(self) -> None:
-                device.log.append("record")
-                self.at = device.now
-
-            def synchronize(self) -> None:
-                device.log.append("wait")
-
-            def elapsed_time(self, end: Event) -> float:
-                return 1e3 * (end.at - self.at)
-
-        return Event()
 
 
 def test_events_give_seconds() -> None:

@@ -18,10 +18,10 @@ from canned import (
 )
 
 from benchmarks.__main__ import RESULTS, main
-from benchmarks.document import DOCUMENT, NUMERICS, TUNING, UNMEASURED, block_name, blocks, markers, rewritten
+from benchmarks.document import DOCUMENT, NUMERICS, TUNING, UNMEASURED, markers, rewritten
 from benchmarks.numerics_report import is_numerics, load_results, page
-from benchmarks.rows import InputError, load_rows, save_rows
-from benchmarks.touched import VARIABLES
+from benchmarks.report import block_name, blocks
+from benchmarks.rows import TOUCHED, InputError, load_rows, save_rows
 
 FILES = sorted(RESULTS.glob("*.json"))
 STUDY = RESULTS / "tuning" / "results.json"
@@ -32,7 +32,7 @@ EVERYTHING = [
     *imagined_fused_gpu_run(),
     *imagined_training(),
     *imagined_calls(),
-    *rows_of(4.0, 1.0, 0.5, environment=dict(VARIABLES)),
+    *rows_of(4.0, 1.0, 0.5, environment=dict(TOUCHED)),
 ]
 
 
@@ -102,7 +102,7 @@ def test_without_one_pair_of_markers_it_is_one_line_and_status_2(
 
 @pytest.mark.parametrize("rows", [imagined_fused_run(), imagined_training()], ids=["fused", "training"])
 def test_there_is_no_block_of_them_in_touched_memory(rows: list) -> None:
-    rows[0].environment.update(VARIABLES)
+    rows[0].environment.update(TOUCHED)
     try:
         with pytest.raises(InputError, match="in memory already touched"):
             block_name(rows[0])

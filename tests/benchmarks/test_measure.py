@@ -5,109 +5,131 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from host_runtime import HostRuntime
-from torch import Tensor
+from tiny_suites import FIVE, FUSED, PLAIN, SHAPE, TINY, TRAINING, Run, spoil
+from torch import Tensor, nn
 
-from benchmarks import measure, providers, timing
+from benchmarks import measure, models, operators, training
 from benchmarks.__main__ import main
-from benchmarks.check import MismatchError
-from benchmarks.cuda import device, rotation
+from benchmarks.closeness import MismatchError
+from benchmarks.cuda import device
 from benchmarks.cuda import measure as cuda
 from benchmarks.float64 import Checker
-from benchmarks.measure import Host, Outcome, case_work
-from benchmarks.providers import Provider, eager
-from benchmarks.rows import Row, load_rows
-from benchmarks.suites import (
-    BN_ADD_RELU,
-    BN_RELU,
-    CUDA_SUITES,
-    SUITES,
-    TENSOR_PASSES,
-    Suite,
-    model_bytes,
-    select_cases,
-)
-from benchmarks.touched import is_touched
+from benchmarks.measure import Host, Outcome, total_work
+from benchmarks.operators import eager
+from benchmarks.peak import PeakError
+from benchmarks.rows import is_touched, load_rows
+from benchmarks.suites import EAGER_PROVIDERS, TENSOR_PASSES, WITHOUT, Case, Suite, model_bytes, select_cases
+from benchmarks.training import STEPS, ModelChecker
 from bnext import _C
 
-PLAIN = Suite(((2, 3, 4, 4), (4, 8)), tuple(TENSOR_PASSES), compiled=((2, 3, 4, 4), (4, 8)))
-FUSED = Suite(
-    operations=tuple(TENSOR_PASSES),
-    compiled=((2, 3, 4, 4),),
-    compiled_dtypes=("float32", "bfloat16"),
-    fused=((BN_RELU, ((2, 3, 4, 4),)), (BN_ADD_RELU, ((2, 3, 4, 4),))),
-    seconds=5,
-)
-
-
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    for suites in (SUITES, CUDA_SUITES):
-        monkeypatch.setitem(suites, "tiny", PLAIN)
-        monkeypatch.setitem(suites, "tiny-fused", FUSED)
-    monkeypatch.setattr(device, "missing", lambda: None)
-    monkeypatch.setattr(cuda, "CudaRuntime", HostRuntime)
-    # What the calls take does not matter here: few of them.
-    monkeypatch.setattr(rotation, "MAX_GRAPH_CALLS", 4)
-    monkeypatch.setattr(timing, "MIN_ROUND_S", 1e-5)
-    monkeypatch.setattr(measure, "WARM_BYTES", 1)
-    monkeypatch.setattr(providers, "compiled", providers.out_of_place)
-
-
-DEVICES = {"cpu": {"clock"}, "cuda": {"graph", "eager"}}
-OURS = {"cpu": set(), "cuda": {"torch-no-cudnn"}}
+MODES = {"cpu": {"clock"}, "cuda": {"graph", "eager"}}
+OURS: dict[str, set[str]] = {"cpu": set(), "cuda": {"torch-no-cudnn"}}
 ONE = ("--dtype", "float32", "--layout", "contiguous")
 
 
-def run(output: Path, suite: str, *options: str) -> int:
-    return main(["--suite", suite, "--rounds", "1", "--threads", "1", "--output", str(output), *options])
+# What is left of a run.
 
 
-def rows_in(output: Path) -> list[Row]:
-    return load_rows(output / "results.json")
-
-
-@pytest.mark.parametrize("suite", [PLAIN, FUSED], ids=["plain", "fused"])
-@pytest.mark.parametrize("name", DEVICES)
-def test_run_leaves_rows_of_every_provider_tables_and_picture(
-    name: str, suite: Suite, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("name", "suite"), [("tiny", PLAIN), ("tiny-fused", FUSED)])
+@pytest.mark.parametrize("on", MODES)
+def test_batch_norms_leave_rows_of_every_provider_and_a_picture(
+    on: str, name: str, suite: Suite, run: Run, tmp_path: Path
 ) -> None:
-    output, threads = tmp_path / "new" / "folder", torch.get_num_threads()
-    chosen = "tiny-fused" if suite is FUSED else "tiny"
-    assert run(output, chosen, "--device", name, "--dtype", "float32,bfloat16") == 0
-    rows = rows_in(output)
+    threads = torch.get_num_threads()
+    status, rows, errors = run(name, "--device", on, "--dtype", "float32,bfloat16")
+    assert (status, errors) == (0, [])
     keys = {(row.shape, row.epilogue, row.dtype, row.layout, row.op, row.mode, row.provider) for row in rows}
     assert len(keys) == len(rows)
-    assert {(row.op, row.mode) for row in rows} == {(op, mode) for op in TENSOR_PASSES for mode in DEVICES[name]}
-    everywhere = {"torch", "bnext", "copy", *OURS[name]}
-    compiled = suite.compiled_dtypes
+    assert {(row.op, row.mode) for row in rows} == set(product(TENSOR_PASSES, MODES[on]))
     for dtype in ("float32", "bfloat16"):
-        expected = everywhere | ({"torch-compile"} if dtype in compiled else set())
+        expected = {"torch", "bnext", "copy", *OURS[on]}
+        expected |= {"torch-compile"} if dtype in suite.compiled_dtypes else set()
         assert {row.provider for row in rows if row.dtype == dtype} == expected
     for row in rows:
-        assert (row.device, row.rounds, row.threads) == (name, 1, 1)
+        assert (row.device, row.rounds, row.threads, row.model) == (on, 1, 1, "")
         assert row.bytes == model_bytes(row.op, row.shape, row.dtype, row.epilogue)
         assert row.gb_per_s == pytest.approx(row.bytes / row.median_s / 1e9)
         assert (row.held_bytes is not None) == (suite is FUSED and row.op == "forward" and row.provider != "copy")
-        assert row.plan == ("cluster of 8, read once" if (name, row.provider) == ("cuda", "bnext") else "")
-        assert row.buffer_sets == (3 * 500 // row.bytes + 1 if name == "cuda" else 1), (
-            "three times a cache of 500 bytes"
-        )
-    assert sorted(path.name for path in output.iterdir()) == ["results.json", "results.png"]
-    printed = capsys.readouterr()
-    assert "2x3x4x4" in printed.out
-    assert not printed.err
+        assert row.plan == ("cluster of 8, read once" if (on, row.provider) == ("cuda", "bnext") else "")
+        # Three times a cache of 500 bytes.
+        assert row.buffer_sets == (3 * 500 // row.bytes + 1 if on == "cuda" else 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "results.png"]
     assert torch.get_num_threads() == threads
 
 
-def test_without_compile_nothing_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(providers, "compiled", None)
-    assert run(tmp_path, "tiny-fused", "--no-compile", "--op", "eval") == 0
+def test_training_leaves_five_providers_with_losses_and_memory(run: Run, tmp_path: Path) -> None:
+    status, rows, errors = run("training")
+    assert (status, errors) == (0, [])
+    assert [(row.layout, row.provider) for row in rows] == list(product(TRAINING.layouts, FIVE))
+    for row in rows:
+        assert (row.suite, row.model, row.op, row.shape) == ("training", "tiny", "step", SHAPE)
+        assert (row.peak_bytes, row.rounds, row.threads, row.bytes) == (5_000_000, 1, 1, 0)
+        assert len(row.losses) == STEPS + 1
+        assert row.losses == pytest.approx(rows[0].losses, rel=1e-4)
+    assert rows[0].losses[0] > 1.02 * rows[0].losses[STEPS - 1], "it learns"
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_calls_of_models_are_timed_compiled_in_training_and_evaluation(run: Run) -> None:
+    suite = TINY["compiled"]
+    _, rows, _ = run("compiled")
+    assert {(row.model, row.dtype, row.op, row.provider) for row in rows} == set(
+        product(("bn", "bottleneck"), suite.dtypes, suite.operations, suite.providers)
+    )
+    assert not any(row.losses or row.peak_bytes for row in rows)
+
+
+def test_without_batch_norm_a_model_is_timed_and_has_no_losses(run: Run, tmp_path: Path) -> None:
+    _, rows, _ = run("models")
+    suite = TINY["models"]
+    assert [(row.layout, row.provider) for row in rows] == list(product(suite.layouts, suite.providers))
+    assert [bool(row.losses) for row in rows] == [row.provider != WITHOUT for row in rows]
+    assert {row.peak_bytes for row in rows} == {None}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "results.png"]
+
+
+def test_batch_norms_and_models_are_measured_in_one_run_on_a_gpu_too(run: Run) -> None:
+    options = ("--device", "cuda", "--dtype", "bfloat16", "--layout", "channels_last")
+    _, rows, _ = run("tiny,training,compiled", *options)
+    assert {row.device for row in rows} == {"cuda"}
+    assert {row.suite for row in rows} == {"tiny", "training", "compiled"}
+    assert {row.mode for row in rows if row.model} == {"eager"}
+    assert [row.provider for row in rows if row.suite == "training"] == list(FIVE)
+
+
+def test_without_compile_nothing_is_compiled(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "compiled", None)
+    assert run("tiny-fused", "--no-compile", "--op", "eval")[0] == 0
+
+
+@pytest.mark.parametrize(("threads", "expected"), [(None, 1), (2, 2)])
+def test_a_suite_has_its_own_number_of_threads(
+    threads: int | None, expected: int, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, before, seen = training.make_model, torch.get_num_threads(), []
+
+    def seeing(case: Case, device: str) -> nn.Module:
+        seen.append(torch.get_num_threads())
+        return make(case, device)
+
+    monkeypatch.setattr(training, "make_model", seeing)
+    torch.set_num_threads(3)
+    try:
+        _, rows, _ = run("models", *ONE, threads=threads)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert {row.threads for row in rows} == set(seen) == {expected}
+
+
+# What goes wrong.
 
 
 def wrong(*args: Any) -> Tensor:
@@ -122,48 +144,119 @@ def raising(*args: Any) -> Tensor:
     ("function", "message"),
     [(wrong, "output of bnext is not float64's"), (raising, "bnext failed: ValueError: no kernel")],
 )
-@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("on", MODES)
 def test_bnext_wrong_or_failing_is_an_error_and_not_a_number(
-    name: str, function: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    on: str, function: Any, message: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(providers.PROVIDERS, "bnext", function)
-    monkeypatch.setattr(providers, "fused", lambda epilogue: lambda *args: eager(epilogue)(*args) * 1.01)
-    assert run(tmp_path, "tiny", "--device", name, *ONE) == 1
-    assert not list(tmp_path.iterdir())
-    errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == len(PLAIN.shapes)
-    assert all(message in error for error in errors)
-    assert run(tmp_path, "tiny-fused", *ONE) == 1
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(operators, "fused", lambda _: function)
+    status, rows, errors = run("tiny", "--device", on, *ONE)
+    assert (status, rows) == (1, [])
+    assert len(errors) == len(PLAIN.inputs)
+    assert all("error: tiny " in error and message in error for error in errors)
 
 
-@pytest.mark.parametrize("provider", ["torch", "torch-no-cudnn"])
-def test_torch_further_from_float64_is_timed_with_a_note(
-    provider: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("provider", ["torch", "torch-no-cudnn", "torch-compile"])
+def test_torch_further_from_right_is_timed_with_a_note(
+    provider: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = Checker.check
 
-    def check(self: Checker, made: Provider) -> None:
+    def check(self: Checker, made: operators.Provider) -> None:
         if made.name == provider:
             raise MismatchError("inaccurate")
         original(self, made)
 
     monkeypatch.setattr(Checker, "check", check)
-    assert run(tmp_path, "tiny", "--device", "cuda", *ONE) == 0
-    assert capsys.readouterr().err.splitlines() == ["python -m benchmarks: note: inaccurate"] * 2
-    assert provider in {row.provider for row in rows_in(tmp_path)}
+    status, rows, errors = run("tiny", "--device", "cuda", "--dtype", "bfloat16", "--layout", "contiguous")
+    assert (status, errors) == (0, ["python -m benchmarks: note: inaccurate"]), "once"
+    assert provider in {row.provider for row in rows}
 
 
-@pytest.mark.parametrize("made", [wrong, raising, None], ids=["wrong", "raising", "no compiler"])
-def test_torch_compile_wrong_or_failing_is_left_out_with_a_note(
-    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(providers, "compiled", lambda _: made if made else raising())
-    assert run(tmp_path, "tiny", "--dtype", "bfloat16", "--layout", "contiguous") == 0
-    errors = capsys.readouterr().err.splitlines()
+def test_torch_compile_that_fails_is_left_out_with_a_note(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "compiled", raising)
+    status, rows, errors = run("tiny", "--dtype", "bfloat16", "--layout", "contiguous")
+    assert status == 0
     assert len(errors) == 2
-    assert all("note: tiny " in error and "torch-compile" in error for error in errors)
-    assert {row.provider for row in rows_in(tmp_path)} == {"torch", "bnext", "copy"}
+    assert all("note: tiny " in error and "torch-compile failed" in error for error in errors)
+    assert {row.provider for row in rows} == {"torch", "bnext", "copy"}
+
+
+@pytest.mark.parametrize("settings", [{"eps": 1e-2}, {"momentum": 0.15}], ids=str)
+def test_another_loss_is_an_error_and_not_a_number(
+    settings: dict[str, float], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wrong statistics of the batch show while it learns, wrong running ones in evaluation."""
+    spoil(monkeypatch, **settings)
+    status, rows, errors = run("training", "--no-compile", *ONE)
+    assert status == 1
+    assert [row.provider for row in rows] == ["torch"]
+    assert len(errors) == 2
+    assert "error: training tiny 4x3x8x8 float32 contiguous: losses of bnext:" in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "left"),
+    [("-compile", 0, EAGER_PROVIDERS), ("bnext-compile", 1, (*EAGER_PROVIDERS, "torch-compile"))],
+)
+def test_where_torch_cannot_be_compiled_either_it_is_the_compiler_that_is_missing(
+    ending: str, status: int, left: tuple[str, ...], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = models.build
+
+    def fail(case: Case, provider: str, *rest: Any) -> models.Built:
+        if provider.endswith(ending):
+            raise RuntimeError("no compiler\nmore")
+        return build(case, provider, *rest)
+
+    monkeypatch.setattr(training, "build", fail)
+    found, rows, errors = run("training", *ONE)
+    assert found == status
+    assert tuple(row.provider for row in rows) == left
+    assert all(line.endswith("failed: RuntimeError: no compiler") for line in errors)
+    assert ["note" in line for line in errors] == ([False] if status else [True, True])
+
+
+def test_torch_compile_that_is_off_in_a_call_is_timed_with_a_note(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = ModelChecker.check
+
+    def check(self: ModelChecker, provider: str, made: Any) -> None:
+        if provider == "torch-compile":
+            raise MismatchError("inaccurate")
+        original(self, provider, made)
+
+    monkeypatch.setattr(ModelChecker, "check", check)
+    status, rows, errors = run("compiled", "--dtype", "float32", "--op", "eval")
+    assert (status, errors) == (0, ["python -m benchmarks: note: inaccurate"])
+    assert {row.provider for row in rows} == {"torch-compile", "bnext-compile"}
+
+
+@pytest.mark.parametrize("error", [PeakError("no memory"), KeyboardInterrupt()], ids=["fails", "interrupted"])
+def test_a_peak_that_cannot_be_measured_is_a_note_and_an_interrupt_keeps_what_was(
+    error: BaseException, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(case: Case, *_: object) -> int:
+        if case.layout == "channels_last":
+            raise error
+        return 1
+
+    interrupted = isinstance(error, KeyboardInterrupt)
+    monkeypatch.setattr(measure, "measure_peak", fail)
+    status, rows, errors = run("training", "--no-compile")
+    assert status == (130 if interrupted else 0)
+    peaks = {(row.layout, row.peak_bytes) for row in rows}
+    assert peaks == {("contiguous", 1)} | (set() if interrupted else {("channels_last", None)})
+    note = "note: training tiny 4x3x8x8 float32 channels_last: no peak memory of torch: no memory"
+    assert any(note in line for line in errors) != interrupted
+
+
+def test_a_missing_package_is_one_note(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(case: Case, device: str) -> nn.Module:
+        raise ModuleNotFoundError("No module named 'timm'")
+
+    monkeypatch.setattr(training, "make_model", missing)
+    status, rows, errors = run("tiny,models", "--op", "eval,step")
+    assert (status, {row.suite for row in rows}) == (0, {"tiny"})
+    assert errors == ["python -m benchmarks: note: models tiny is left out: No module named 'timm'"]
 
 
 def failing_in(operation: str, error: BaseException) -> Callable[..., Any]:
@@ -177,56 +270,65 @@ def failing_in(operation: str, error: BaseException) -> Callable[..., Any]:
     return make
 
 
-def test_bnext_failing_in_one_operation_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "provider_call", failing_in("backward", MemoryError("out of memory")))
-    assert run(tmp_path, "tiny", *ONE) == 1
-    assert {row.op for row in rows_in(tmp_path)} == set(TENSOR_PASSES) - {"backward"}
-
-
-def test_interrupt_keeps_what_was_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("error", "status", "left"),
+    [(MemoryError("out of memory"), 1, set(TENSOR_PASSES) - {"backward"}), (KeyboardInterrupt(), 130, {"forward"})],
+    ids=["fails", "interrupted"],
+)
+def test_what_was_measured_before_or_after_a_failure_is_kept(
+    error: BaseException, status: int, left: set[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "provider_call", failing_in("backward", KeyboardInterrupt()))
-    assert run(tmp_path, "tiny") == 130
-    assert {row.op for row in rows_in(tmp_path)} == {"forward"}
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
-    assert "measured so far" in capsys.readouterr().err
+    monkeypatch.setattr(measure, "provider_call", failing_in("backward", error))
+    found, rows, errors = run("tiny", *ONE)
+    assert (found, {row.op for row in rows}) == (status, left)
+    if status == 130:
+        assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+        assert "measured so far" in errors[0]
 
 
-def test_the_progress_bar_ends_where_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(providers.PROVIDERS, "bnext", wrong)
-    cases = select_cases(["tiny", "tiny-fused"], ["float32"], ["contiguous"])
-    for chosen in (Host(with_compile=True), cuda.Gpu(with_compile=True)):
-        outcome, finished = Outcome(), []
-        measure.measure(cases, chosen, outcome, lambda _, work, f=finished: f.append(work), 1.0, rounds=1, threads=1)
-        assert outcome.mismatches
-        assert outcome.rows
-        assert sum(finished) == sum(case_work(chosen, case) for case in cases)
+@pytest.mark.parametrize("on", MODES)
+def test_the_progress_bar_ends_where_it_should(on: str, tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is nothing to be timed."""
+    monkeypatch.setattr(operators, "fused", lambda epilogue: wrong if epilogue.act == "" else eager(epilogue))
+    monkeypatch.setitem(models.BACKENDS, "bnext-compile", "none of this name")
+    cases = select_cases(["tiny", "tiny-fused", "training", "compiled"], on, ["float32"], ["contiguous"])
+    chosen: Any = Host() if on == "cpu" else cuda.Gpu()
+    outcome, finished = Outcome(), []
+    measure.measure(cases, chosen, outcome, lambda _, work: finished.append(work), 1.0, rounds=1, threads=1)
+    assert outcome.mismatches
+    assert outcome.rows
+    assert sum(finished) == pytest.approx(total_work(cases, chosen))
 
 
-def test_large_tensors_are_timed_in_graphs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# A GPU.
+
+
+def test_large_tensors_are_timed_in_graphs_only(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "EAGER_MAX_BYTES", 200)
-    assert run(tmp_path, "tiny", "--device", "cuda", *ONE) == 0
-    modes = {(row.shape, row.mode) for row in rows_in(tmp_path)}
+    _, rows, _ = run("tiny", "--device", "cuda", *ONE)
+    modes = {(row.shape, row.mode) for row in rows}
     assert modes == {((2, 3, 4, 4), "graph"), ((4, 8), "graph"), ((4, 8), "eager")}
 
 
-def test_what_cannot_be_captured_is_timed_eagerly_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_captured_is_timed_eagerly_and_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "CudaRuntime", lambda: HostRuntime(captures=False))
-    assert run(tmp_path, "tiny", "--device", "cuda", *ONE) == 0
+    _, rows, _ = run("tiny", "--device", "cuda", *ONE)
     reason = "eager, not captured: RuntimeError: operation not permitted when stream is capturing"
-    assert {(row.mode, row.note) for row in rows_in(tmp_path)} == {("graph", reason), ("eager", "")}
+    assert {(row.mode, row.note) for row in rows} == {("graph", reason), ("eager", "")}
 
 
-def test_plans_for_lesser_devices_are_timed_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plans_for_lesser_devices_are_timed_when_asked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     caps: list[dict[str, int]] = []
     monkeypatch.setattr(_C, "cap_cuda_device", lambda **cap: caps.append(cap))
-    assert run(tmp_path, "tiny", "--device", "cuda", "--plans", *ONE) == 0
-    planned = {row.provider for row in rows_in(tmp_path) if row.provider.startswith("bnext-")}
+    _, rows, _ = run("tiny", "--device", "cuda", "--plans", *ONE)
+    planned = {row.provider for row in rows if row.provider.startswith("bnext-")}
     assert planned == {"bnext-clusters-of-8", "bnext-no-clusters", "bnext-half-memory"}
     # Each cap is lifted before anything else is called.
     assert caps[1::2] == [{}] * (len(caps) // 2)
     assert {tuple(cap) for cap in caps[::2]} == {("max_cluster",), ("shared_per_block",)}
+
+
+# Bad input.
 
 
 @pytest.mark.parametrize(
@@ -245,7 +347,7 @@ def test_plans_for_lesser_devices_are_timed_when_asked_for(tmp_path: Path, monke
         (["--suite", "resnet50-256"], "'resnet50-256' is not one of cpu's"),
         (["--plans"], "--plans"),
         (["--touched", "--device", "cuda"], "--touched"),
-        (["--suite", "tiny", "--output", __file__], "cannot make the folder"),
+        (["--suite", "2d", "--output", __file__], "cannot make the folder"),
         (["--nonsense"], "--nonsense"),
         (["nonsense"], "nonsense"),
         (["report"], "FILE.json"),
@@ -265,28 +367,21 @@ def test_bad_argument_is_one_line_and_status_2(
     assert error.count("\n") == 1
 
 
-def test_a_package_that_is_missing_is_one_line_and_status_2(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_package_that_is_missing_is_one_line_and_status_2(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "benchmarks.pictures", None)
-    assert run(tmp_path, "tiny", *ONE) == 2
-    error = capsys.readouterr().err
-    assert error.endswith("(the extra bench has what is needed)\n")
-    assert error.count("\n") == 1
-    assert not list(tmp_path.iterdir()), "nothing was measured"
+    status, rows, (error,) = run("tiny", *ONE)
+    assert (status, rows) == (2, []), "nothing was measured"
+    assert error.endswith("(the extra bench has what is needed)")
 
 
-def test_without_cuda_is_one_line_and_status_2(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_cuda_is_one_line_and_status_2(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "missing", lambda: "it is not here")
-    for suite in ("tiny", "training"):
-        assert run(tmp_path, suite, "--device", "cuda") == 2
-        assert capsys.readouterr().err == "python -m benchmarks: error: cannot measure on cuda: it is not here\n"
+    error = "python -m benchmarks: error: cannot measure on cuda: it is not here"
+    assert run("tiny,training", "--device", "cuda") == (2, [], [error])
 
 
 def test_touched_run_is_one_in_an_environment_of_its_own(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "--touched", "--suite", "2d", "--quick", "--rounds", "1"]
     command += ["--dtype", "float32", "--op", "eval", "--no-compile", "--output", str(tmp_path)]
     subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
-    assert all(is_touched(row.environment) for row in rows_in(tmp_path))
+    assert all(is_touched(row.environment) for row in load_rows(tmp_path / "results.json"))

@@ -1,4 +1,4 @@
-"""Whole models in bars, costs, tables and picture, from imagined runs."""
+"""Whole models in bars, costs and tables, from imagined runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from canned import imagined_calls, imagined_costs, imagined_training, trained
 
 from benchmarks.__main__ import main
 from benchmarks.model_report import block, compare, compare_costs, compiled_bar, cost_gone, curves_line, fused_bar
-from benchmarks.pictures import draw_models
 from benchmarks.rows import InputError, save_rows
 
 
@@ -69,21 +68,6 @@ def test_report_prints_tables_and_draws_costs_alone(tmp_path: Path, capsys: pyte
     assert main(["report", str(path)]) == 0
     assert "-40%" in capsys.readouterr().out
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_picture_has_two_bars_a_model_and_a_mark_without_batch_norm() -> None:
-    figure = draw_models(imagined_costs(dtype="bfloat16"))
-    assert figure
-    (panel,) = figure.axes
-    assert panel.get_title() == "bfloat16"
-    # unet over both layouts: sqrt(0.4 / 0.375 * 0.4 / 0.5).
-    unet = [(0.4 / 0.375 * 0.8) ** 0.5, (0.4 / 0.44) ** 0.5]
-    assert [1 + bar.get_width() for bar in panel.patches] == pytest.approx([0.4 / 0.35, 0.4 / 0.3, *unet])
-    marks = [
-        line.get_xdata()[0] for line in panel.lines if len(set(line.get_ydata())) == 2 and line.get_xdata()[0] != 1
-    ]
-    assert marks == pytest.approx([4 / 3, (4 / 3 * 0.4 / 0.41) ** 0.5])
-    assert draw_models(imagined_training()) is None
 
 
 def test_block_of_training() -> None:

@@ -8,7 +8,7 @@ import torch
 from benchmarks.numerics import rows_of
 from benchmarks.numerics_cases import CASES, LONG_SHAPE, Case
 from benchmarks.numerics_report import SUM_LIMIT, judged
-from benchmarks.providers import functions
+from benchmarks.operators import functions
 from bnext.functional import batch_norm
 
 

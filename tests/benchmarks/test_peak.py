@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from benchmarks import peak
-from benchmarks.model_suites import STEP, ModelCase
+from benchmarks.suites import STEP, Case
 
-CASE = ModelCase("training", "resnet50", (2, 3, 32, 32), "float32", "contiguous", (STEP,), ())
+CASE = Case("training", (2, 3, 32, 32), "float32", "contiguous", (STEP,), model="resnet50")
 PARAMETERS = 4 * 25_557_032
 MB = 1_000_000
 

@@ -1,21 +1,55 @@
-"""python -m benchmarks pictures: what is drawn, and that the committed pictures are small enough for a README."""
+"""What is drawn beside results and by python -m benchmarks pictures; committed pictures are small enough for a README."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from canned import imagined_costs, imagined_run, rows_of
+from canned import (
+    imagined_costs,
+    imagined_fused_gpu_run,
+    imagined_fused_run,
+    imagined_gpu_run,
+    imagined_run,
+    imagined_training,
+    rows_of,
+)
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
 from test_numerics_report import imagined, result
 
 from benchmarks.__main__ import RESULTS, main
 from benchmarks.numerics_report import DATA, ULP, save_results
-from benchmarks.pictures import FOLDER, LARGEST_ERROR, SMALLEST_ERROR, draw_accuracy, draw_operators, drawn
-from benchmarks.rows import save_rows
+from benchmarks.pictures import FOLDER, LARGEST_ERROR, SMALLEST_ERROR, draw, draw_accuracy, draw_operators, drawn
+from benchmarks.rows import TOUCHED, save_rows
 from benchmarks.style import BLUE, ORANGE, SKY
-from benchmarks.touched import VARIABLES
+
+
+def test_picture_has_a_bar_a_tensor_and_the_time_of_the_device() -> None:
+    titles = {axes.get_title(): axes for axes in draw([*imagined_gpu_run(), *imagined_fused_gpu_run()]).axes}
+    assert "bfloat16, contiguous, graph: forward" in titles
+    assert not any("eager" in title for title in titles)
+    panel = {axes.get_title(): axes for axes in draw(imagined_fused_run()).axes}[
+        "float32, contiguous, fused: forward + backward"
+    ]
+    labels = ["32x256x56x56 add+relu", "32x64x112x112 relu", "8x64x14x14 relu", "8x64x14x14 silu"]
+    assert [label.get_text() for label in panel.get_yticklabels()] == labels
+    assert [1 + bar.get_width() for bar in panel.patches] == pytest.approx([3.0, 2.9, 0.8, 1.0])
+
+
+def test_picture_has_two_bars_a_model_and_a_mark_without_batch_norm() -> None:
+    figure = draw(imagined_costs(dtype="bfloat16"))
+    assert figure
+    (panel,) = figure.axes
+    assert panel.get_title() == "bfloat16"
+    # unet over both layouts: sqrt(0.4 / 0.375 * 0.4 / 0.5).
+    unet = [(0.4 / 0.375 * 0.8) ** 0.5, (0.4 / 0.44) ** 0.5]
+    assert [1 + bar.get_width() for bar in panel.patches] == pytest.approx([0.4 / 0.35, 0.4 / 0.3, *unet])
+    marks = [
+        line.get_xdata()[0] for line in panel.lines if len(set(line.get_ydata())) == 2 and line.get_xdata()[0] != 1
+    ]
+    assert marks == pytest.approx([4 / 3, (4 / 3 * 0.4 / 0.41) ** 0.5])
+    assert draw(imagined_training()) is None
 
 
 def test_operators_have_a_bar_a_group_and_size() -> None:
@@ -47,7 +81,7 @@ def test_command_draws_what_there_are_results_of(tmp_path: Path, capsys: pytest.
     results, output = tmp_path / "results", tmp_path / "new" / "pictures"
     results.mkdir()
     save_rows(results / "a.json", imagined_run())
-    save_rows(results / "touched.json", rows_of(4.0, 1.0, 0.5, environment=dict(VARIABLES)))
+    save_rows(results / "touched.json", rows_of(4.0, 1.0, 0.5, environment=dict(TOUCHED)))
     save_rows(results / "models.json", imagined_costs())
     save_results(results / "numerics.json", imagined(*(result(1e-7, 2e-3, quantity=name) for name in DATA)))
     command = ["pictures", "--results", str(results), "--output", str(output)]

@@ -1,4 +1,4 @@
-"""What ``python -m benchmarks report`` makes of batch norms: means, bars, memory, tables, picture of imagined runs."""
+"""What ``python -m benchmarks report`` makes of batch norms: file, means, bars, memory, tables of imagined runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from canned import imagined_fused_gpu_run, imagined_fused_run, imagined_gpu_run,
 
 from benchmarks.__main__ import main
 from benchmarks.bars import mean_verdicts, summary, verdicts
-from benchmarks.plot import draw
 from benchmarks.report import block, compare, means
 from benchmarks.rows import InputError, Row, load_rows, save_rows, write_atomically
 from benchmarks.tables import how_measured
@@ -73,7 +72,7 @@ def test_means_are_geometric_and_of_a_group_size_and_operation() -> None:
         (True, "contiguous", "< 1 MB", "forward_backward"),
     ]
     big, fused, small = found.iloc[0], found.iloc[5], found.iloc[6]
-    assert (big["speedup"], big["over_copy"], big["worst"], big["shapes"]) == pytest.approx((4, 2, 2, 2))  # sqrt(8 * 2)
+    assert (big["speedup"], big["over_copy"]) == pytest.approx((4, 2))  # sqrt(8 * 2)
     assert fused["over_compile"] == pytest.approx((8.0 * 7.9) ** 0.5)
     assert small.isna()["over_compile"]
 
@@ -291,15 +290,3 @@ def test_block_of_a_document(rows: list[Row], lines: list[str], parts: list[str]
     assert text.splitlines()[: len(lines)] == lines
     for part in parts:
         assert part in text
-
-
-def test_picture_has_a_bar_a_tensor_and_the_time_of_the_device() -> None:
-    titles = {axes.get_title(): axes for axes in draw([*imagined_gpu_run(), *imagined_fused_gpu_run()]).axes}
-    assert "bfloat16, contiguous, graph: forward" in titles
-    assert not any("eager" in title for title in titles)
-    panel = {axes.get_title(): axes for axes in draw(imagined_fused_run()).axes}[
-        "float32, contiguous, fused: forward + backward"
-    ]
-    labels = ["32x256x56x56 add+relu", "32x64x112x112 relu", "8x64x14x14 relu", "8x64x14x14 silu"]
-    assert [label.get_text() for label in panel.get_yticklabels()] == labels
-    assert [1 + bar.get_width() for bar in panel.patches] == pytest.approx([3.0, 2.9, 0.8, 1.0])

@@ -1,0 +1,1 @@
+from tiny_suites import run, tiny  # noqa: F401, fixtures
