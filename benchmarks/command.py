@@ -8,11 +8,13 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from benchmarks.rows import InputError
 
@@ -87,13 +89,24 @@ def end_with_parent(number: int) -> None:
 
 
 @contextmanager
-def without_interrupts() -> Iterator[None]:
-    """A process started meanwhile never sees Ctrl-C, which reaches all of a terminal: it is the parent that ends it."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+def processes(
+    function: Callable[..., Any], calls: Collection[tuple[Any, ...]], begin: Callable[..., None], *arguments: Any
+) -> Iterator[Collection[Future[Any]]]:
+    """A new process for each call, which first begins with the arguments; none is left at the end of the block.
+
+    They never see Ctrl-C, which reaches all of a terminal: it is the parent that ends them.
+    """
+    with ProcessPoolExecutor(len(calls) or 1, get_context("spawn"), begin, arguments) as pool:
+        try:
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            try:
+                futures = [pool.submit(function, *call) for call in calls]
+            finally:
+                signal.signal(signal.SIGINT, before)
+            yield futures
+        finally:
+            for child in active_children():
+                child.kill()
 
 
 def run_command(parser: OneLineParser, arguments: Sequence[str], default: str) -> int:

@@ -11,10 +11,9 @@ import gc
 import os
 import signal
 from concurrent import futures
-from multiprocessing import active_children, get_context
 from pathlib import Path
 
-from benchmarks.command import end_with_parent, error_summary, without_interrupts
+from benchmarks.command import end_with_parent, error_summary, processes
 from benchmarks.suites import Case
 
 WARM_STEPS = 2  # the first makes gradients and the optimiser's buffers
@@ -28,18 +27,13 @@ class PeakError(Exception):
 
 def measure_peak(case: Case, provider: str, device: str, threads: int) -> int:
     """The peak in bytes; raises PeakError. What is running when this is interrupted is ended."""
-    with futures.ProcessPoolExecutor(1, get_context("spawn"), begin, (threads,)) as pool:
+    with processes(peak_here, [(case, provider, device)], begin, threads) as (peak,):
         try:
-            with without_interrupts():
-                peak = pool.submit(peak_here, case, provider, device)
             return peak.result(TIMEOUT_S)
         except futures.TimeoutError:  # not Python 3.10's own
             raise PeakError(f"not done after {TIMEOUT_S} s") from None
         except Exception as error:  # whatever torch raises there; or the process was killed, as where memory ran out
             raise PeakError(error_summary(error)) from None
-        finally:
-            for child in active_children():
-                child.kill()
 
 
 def begin(threads: int) -> None:

@@ -1,4 +1,4 @@
-"""What is drawn beside results and by python -m benchmarks pictures; committed pictures are small enough for a README."""
+"""What is drawn beside results and for the README, whose committed pictures are small enough."""
 
 from __future__ import annotations
 

@@ -33,7 +33,6 @@ def machine() -> dict[str, Any]:
 
 
 study.run_trial, study.this_machine = pretend, machine
-study.HEARTBEAT_S, study.GRACE_S, study.PATIENCE_S = 1, 2, 5
 command.show = lambda *_: None
 
 if __name__ == "__main__":
