@@ -10,9 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils.benchmark.utils.common import set_torch_threads
 
-from benchmarks.closeness import MismatchError
+from benchmarks.closeness import Checker, MismatchError
 from benchmarks.command import error_summary
-from benchmarks.float64 import Checker
 from benchmarks.operators import Provider, Tensors, floor_call, held, make_provider, make_tensors, provider_call
 from benchmarks.peak import PeakError, measure_peak
 from benchmarks.provenance import provenance

@@ -47,11 +47,15 @@ class Tensors:
     def leaves(self) -> tuple[Tensor, ...]:
         return self.input, self.weight, self.bias, *self.residual
 
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "Tensors":
+        """The function of each."""
+        singles = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "residual"}
+        found = {name: function(tensor) for name, tensor in singles.items()}
+        return Tensors(**found, residual=tuple(map(function, self.residual)))
+
     def detached(self) -> "Tensors":
         """The same memory without gradients: what inference under torch.no_grad() works on."""
-        singles = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "residual"}
-        results = {name: tensor.detach() for name, tensor in singles.items()}
-        return Tensors(**results, residual=tuple(map(Tensor.detach, self.residual)))
+        return self.mapped(Tensor.detach)
 
 
 def make_tensors(case: Case, device: str = "cpu") -> Tensors:
