@@ -25,7 +25,7 @@ from cases import (
     same_bits,
     to_layout,
 )
-from checks import call
+from checks import call, make_inputs
 from marks import FLAGS, MODES, PLAIN_OR_ACT, each, pairs, rows
 from reference import Act
 from tolerances import assert_within
@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import bnext
-from bnext.functional import batch_norm, batch_norm_act
+from bnext.functional import batch_norm_act
 
 EITHER = each(act=PLAIN_OR_ACT)
 
@@ -53,14 +53,6 @@ STRIDED = [
     Case((2, 3, 2, 2), "sliced"),
     Case((3, 2, 1, 2), "expanded"),
 ]
-CHECKED = rows(
-    ("case", "act", "training", "has_residual"),
-    [
-        *pairwise(DENSE, (None, *ACTS), FLAGS, FLAGS),
-        *pairwise(STRIDED, (None, "relu", "gelu"), FLAGS, FLAGS),
-    ],
-)
-
 NAMES = ("input", "weight", "bias", "residual")
 DISTANCE = 1e-2  # from the kinks: ten thousand steps of the numerical derivative
 
@@ -76,87 +68,68 @@ SUBSETS = [Needs(s) for s in itertools.product(FLAGS, repeat=4) if any(s)]
 
 
 class Problem:
-    """Inputs in float64, none of whose pre-activations lies near a kink, and the function of them alone."""
+    """Inputs in float64, none of whose pre-activations lies near a kink, and the function of those that are there."""
 
-    def __init__(self, case: Case, act: Act, training: bool, has_residual: bool = True, own: bool = False) -> None:
+    def __init__(
+        self, case: Case, act: Act, training: bool, has_residual: bool = True, own: bool = False, missing: str = ""
+    ) -> None:
         self.layout, self.act, self.training, self.own = case.layout, act, training, own
-        channels = case.shape[1]
         while True:
-            p = self.stats = make_parameters(channels, torch.float64)
-            x, residual = make_input(case.shape, dtype=torch.float64), make_residual(case.shape, dtype=torch.float64)
-            self.values = (x, p.weight, p.bias, *([residual] if has_residual else []))
-            added = self.values[3] if has_residual else None
-            frozen = {} if training else {"running_mean": p.running_mean, "running_var": p.running_var}
-            laid_out = [None if t is None else to_layout(t, case.layout) for t in (x, added)]
-            added = laid_out[0] if own else laid_out[1]
-            z = reference.forward(laid_out[0], p.weight, p.bias, **frozen, residual=added).z
-            if all(((z - kink).abs() > DISTANCE).all() for kink in tolerances.shape(act).kinks):
+            x, _, self.stats, residual = make_inputs(case.shape, dtype=torch.float64, has_residual=has_residual)
+            weight, bias = (None if what in missing else getattr(self.stats, what) for what in ("weight", "bias"))
+            self.slots = (x, weight, bias, residual)
+            self.values = tuple(value for value in self.slots if value is not None)
+            x, weight, bias, added = self.arguments(self.values)
+            mean, var = (None, None) if training else self.stats[2:]
+            z = reference.forward(x, weight, bias, running_mean=mean, running_var=var, residual=added).z
+            # Without a bias a channel may lie on a kink, which is no obstacle to the formula.
+            if missing or all(((z - kink).abs() > DISTANCE).all() for kink in tolerances.shape(act).kinks):
                 break
+
+    def arguments(self, tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        rest = iter(tensors)
+        x, weight, bias, residual = (None if slot is None else next(rest) for slot in self.slots)
+        x, residual = (None if t is None else to_layout(t, self.layout) for t in (x, residual))
+        return x, weight, bias, x if self.own else residual
 
     def leaves(self, needs: Sequence[bool] = (True,) * 4) -> tuple[Tensor, ...]:
         return tuple(v.detach().requires_grad_(n) for v, n in zip(self.values, needs, strict=False))
 
-    def run(
-        self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None
-    ) -> Tensor:
+    def run(self, *tensors: Tensor) -> Tensor:
         """Each call has fresh running statistics."""
-        x, residual = (None if t is None else to_layout(t, self.layout) for t in (x, residual))
-        mean, var = self.stats.running_mean.clone(), self.stats.running_var.clone()
-        stats = self.stats._replace(running_mean=mean, running_var=var)
-        added = x if self.own else residual
-        return call(x, stats, weight, bias, self.training, residual=added, act=self.act)
+        x, weight, bias, added = self.arguments(tensors)
+        return call(x, self.stats.clone(), weight, bias, self.training, residual=added, act=self.act)
 
-    def composite(
-        self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None
-    ) -> Tensor:
-        x, residual = (None if t is None else to_layout(t, self.layout) for t in (x, residual))
-        mean, var = self.stats[2:]
-        return reference.composite(x, mean, var, weight, bias, self.training, residual=residual, act=self.act)
+    def composite(self, *tensors: Tensor) -> Tensor:
+        x, weight, bias, added = self.arguments(tensors)
+        return reference.composite(x, *self.stats[2:], weight, bias, self.training, residual=added, act=self.act)
+
+    def check(self, needs: Sequence[bool] = (True,) * 4) -> None:
+        """First and second derivatives of each kind, against differences."""
+        leaves = self.leaves(needs)
+        assert gradcheck(
+            self.run, leaves, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
+        )
+        assert gradgradcheck(self.run, leaves, check_fwd_over_rev=True, check_batched_grad=True)
 
 
-@CHECKED
+@rows(
+    ("case", "act", "training", "has_residual"),
+    [*pairwise(DENSE, (None, *ACTS), FLAGS, FLAGS), *pairwise(STRIDED, (None, "relu", "gelu"), FLAGS, FLAGS)],
+)
 def test_gradcheck_in_every_layout(case: Case, act: Act, training: bool, has_residual: bool) -> None:
-    problem = Problem(case, act, training, has_residual)
-    assert gradcheck(
-        problem.run,
-        problem.leaves(),
-        check_forward_ad=True,
-        check_batched_grad=True,
-        check_batched_forward_grad=True,
-    )
-
-
-@CHECKED
-def test_gradgradcheck_in_every_layout(case: Case, act: Act, training: bool, has_residual: bool) -> None:
-    problem = Problem(case, act, training, has_residual)
-    assert gradgradcheck(problem.run, problem.leaves(), check_fwd_over_rev=True, check_batched_grad=True)
+    Problem(case, act, training, has_residual).check()
 
 
 @pairs(needs=SUBSETS, act=(None, "identity", "relu", "silu"), shape=((3, 2, 2), (2, 2, 2, 1)), training=FLAGS)
 def test_every_subset_of_needs_input_grad(needs: Needs, act: Act, shape: tuple[int, ...], training: bool) -> None:
     # Three ways to know act'(z): it is 1; it is a bit of a mask; z is computed again.
-    problem = Problem(Case(shape, "contiguous"), act, training, has_residual=act is not None or needs[3])
-    assert gradcheck(problem.run, problem.leaves(needs), check_forward_ad=True, check_batched_grad=True)
-    assert gradgradcheck(problem.run, problem.leaves(needs), check_fwd_over_rev=True)
+    Problem(Case(shape, "contiguous"), act, training, has_residual=act is not None or needs[3]).check(needs)
 
 
-@pairs(given=("neither", "weight", "bias"), act=PLAIN_OR_ACT, training=FLAGS, has_residual=FLAGS)
-def test_derivatives_without_weight_or_bias(given: str, act: Act, training: bool, has_residual: bool) -> None:
-    problem = Problem(Case((2, 3, 2, 2), "channels_last"), act, training, has_residual)
-    x, weight, bias, *residual = problem.leaves()
-    args = {"neither": (x, None, None), "weight": (x, weight, None), "bias": (x, None, bias)}[given]
-    # The formula and not gradcheck: without the weight or the bias the pre-activations lie elsewhere, near a kink too.
-    inputs = [t for t in (*args, *residual) if t is not None]
-
-    def fill(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def filled(*tensors: Tensor) -> Tensor:
-            rest = iter(tensors)
-            return run(*(None if t is None else next(rest) for t in (*args, *residual)))
-
-        return filled
-
-    for a, b in zip(*(derivatives(fill(run), inputs, 2) for run in (problem.run, problem.composite)), strict=True):
-        assert_within(a, b, 1e-11 * b.abs().max(), "derivative")  # as below
+@pairs(act=FEW_ACTS, training=FLAGS)
+def test_derivatives_where_the_input_is_its_own_residual(act: Act, training: bool) -> None:
+    Problem(Case((2, 3, 2, 2), "contiguous"), act, training, has_residual=False, own=True).check()
 
 
 @MODES
@@ -192,36 +165,23 @@ def derivatives(run: Callable[..., Tensor], inputs: Sequence[Tensor], order: int
     return results
 
 
-@pairs(case=FEW_CASES, act=(None, *ACTS), training=FLAGS, has_residual=FLAGS)
-def test_three_derivatives_equal_those_of_the_formula(case: Case, act: Act, training: bool, has_residual: bool) -> None:
-    problem = Problem(case, act, training, has_residual)
+@pairs(
+    case=FEW_CASES,
+    act=(None, *ACTS),
+    training=FLAGS,
+    has_residual=FLAGS,
+    missing=("", "bias", "weight", "weight+bias"),
+)
+def test_derivatives_equal_those_of_the_formula(
+    case: Case, act: Act, training: bool, has_residual: bool, missing: str
+) -> None:
+    problem = Problem(case, act, training, has_residual, missing=missing)
     inputs = problem.leaves()
     ours, theirs = (derivatives(run, inputs, 3) for run in (problem.run, problem.composite))
     for a, b in zip(ours, theirs, strict=True):
         # Each derivative sums a few hundred terms, whose size may exceed that of the result by 1e3 at most here:
         # 2^-53 * 1e2 * 1e3 = 1e-11 of the largest element.
         assert_within(a, b, 1e-11 * b.abs().max(), "derivative")
-
-
-@pytest.mark.parametrize("vectorize", [False, True], ids=["loop", "vmap"])
-@MODES
-def test_hessian_equals_that_of_the_formula(vectorize: bool, training: bool) -> None:
-    problem = Problem(Case((3, 2, 2, 1), "channels_last"), None, training, has_residual=False)
-    x, weight, _ = problem.leaves()
-
-    hessian = torch.autograd.functional.hessian
-    ours = hessian(lambda *a: problem.run(*a).sin().sum(), (x, weight), vectorize=vectorize)
-    theirs = hessian(lambda *a: problem.composite(*a).sin().sum(), (x, weight))
-    for row, expected_row in zip(ours, theirs, strict=True):
-        for a, b in zip(row, expected_row, strict=True):
-            assert_within(a, b, 1e-11 * (1 + b.abs().max()), "hessian")  # as above
-
-
-@pairs(act=FEW_ACTS, training=FLAGS)
-def test_derivatives_where_the_input_is_its_own_residual(act: Act, training: bool) -> None:
-    problem = Problem(Case((2, 3, 2, 2), "contiguous"), act, training, has_residual=False, own=True)
-    assert gradcheck(problem.run, problem.leaves(), check_forward_ad=True, check_batched_grad=True)
-    assert gradgradcheck(problem.run, problem.leaves(), check_fwd_over_rev=True)
 
 
 @pairs(moving=SUBSETS, act=PLAIN_OR_ACT, layout=("contiguous", "channels_last", "sliced"), training=FLAGS)
@@ -245,41 +205,32 @@ def test_forward_mode(moving: Needs, act: Act, layout: str, training: bool) -> N
         assert_within(actual, expected, 2.0**-53 * 1e3 * (1 + expected.abs().max()), "tangent")
 
 
-@MODES
-@each(dtype=(torch.float32, torch.bfloat16))
-def test_forward_mode_keeps_the_dtype(dtype: torch.dtype, training: bool) -> None:
-    x, t = make_input((6, 5, 7, 3), dtype=dtype), make_grad((6, 5, 7, 3), dtype=dtype)
-    p = make_parameters(5)
+@rows(
+    ("along", "act", "dtype", "training"),
+    [
+        # The derivative of the plain op along the input is self-adjoint, and that along the residual is act'(z) of each
+        # element: the tangent is what backward makes of the same vector.
+        *pairwise(("input",), (None,), (torch.float32, torch.bfloat16), FLAGS),
+        *pairwise(("residual",), FEW_ACTS, (torch.float32, torch.bfloat16), FLAGS),
+    ],
+)
+def test_forward_mode_keeps_the_dtype(along: str, act: Act, dtype: torch.dtype, training: bool) -> None:
+    x, t, p, residual = make_inputs((6, 5, 7, 3), dtype=dtype, has_residual=along == "residual")
     with forward_ad.dual_level():
-        dual = forward_ad.make_dual(x, t)
-        y = batch_norm(dual, p.running_mean.clone(), p.running_var.clone(), p.weight, p.bias, training)
+        dual = forward_ad.make_dual(x if along == "input" else residual, t)
+        args = {"input": x, "residual": residual, along: dual}
+        y = call(args["input"], p.clone(), *p[:2], training, residual=args["residual"], act=act)
         tangent = forward_ad.unpack_dual(y).tangent
     assert tangent.dtype == dtype
-    # The derivative along x is self-adjoint: the tangent is what backward makes of the same vector.
-    frozen = {} if training else {"running_mean": p.running_mean, "running_var": p.running_var}
-    fwd = reference.forward(x, p.weight, p.bias, **frozen)
-    expected = reference.backward(t, fwd, p.weight, training=training).input
-    limit = tolerances.grad_input(t, fwd, p.weight, dtype, training=training)
+    mean, var = (None, None) if training else p[2:]
+    fwd = reference.forward(x, *p[:2], running_mean=mean, running_var=var, residual=residual, act=act)
+    expected = getattr(reference.backward(t, fwd, p.weight, training=training, act=act), along)
+    if along == "input":
+        limit = tolerances.grad_input(t, fwd, p.weight, dtype, training=training)
+    else:
+        limit = tolerances.slack(t, fwd, *p[:2], dtype, training=training, has_residual=True, act=act)
     # Composed of torch's ops, the tangent may round more than once to its dtype.
     assert_within(tangent, expected, 4 * limit + 4 * tolerances.ulp(expected.abs().max(), dtype), "tangent")
-
-
-@pairs(act=FEW_ACTS, dtype=(torch.float32, torch.bfloat16), training=FLAGS)
-def test_forward_mode_along_the_residual_keeps_the_dtype(act: Act, dtype: torch.dtype, training: bool) -> None:
-    x, t, residual = (make((6, 5, 7, 3), dtype=dtype) for make in (make_input, make_grad, make_residual))
-    p = make_parameters(5)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(residual, t)
-        y = batch_norm_act(x, p.running_mean.clone(), p.running_var.clone(), p.weight, p.bias, dual, training, act=act)
-        tangent = forward_ad.unpack_dual(y).tangent
-    assert tangent.dtype == dtype
-    # The derivative along the residual is act'(z), element by element: what backward makes of the same vector.
-    frozen = {} if training else {"running_mean": p.running_mean, "running_var": p.running_var}
-    fwd = reference.forward(x, p.weight, p.bias, **frozen, residual=residual, act=act)
-    expected = reference.backward(t, fwd, p.weight, training=training, act=act).residual
-    slack = tolerances.slack(t, fwd, p.weight, p.bias, dtype, training=training, has_residual=True, act=act)
-    # Composed of torch's ops, the tangent may round more than once to its dtype.
-    assert_within(tangent, expected, 4 * slack + 4 * tolerances.ulp(expected.abs().max(), dtype), "tangent")
 
 
 def layer(act: Act, device: str) -> torch.nn.Module:

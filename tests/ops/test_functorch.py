@@ -196,8 +196,9 @@ def test_grad_and_grad_of_grad(act: Act, training: bool, has_residual: bool, sta
     assert_equal(*nested)
 
 
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr:UserWarning")  # torch.func.linearize's own
 @pairs(act=PLAIN_OR_ACT, training=FLAGS, has_residual=FLAGS)
-def test_vjp_and_jvp(act: Act, training: bool, has_residual: bool, stats: Parameters) -> None:
+def test_vjp_jvp_and_linearize(act: Act, training: bool, has_residual: bool, stats: Parameters) -> None:
     ours, theirs = pair(stats, training, act)
     args = arguments(stats, has_residual)
     tangents = tuple(torch.randn_like(a) for a in args)
@@ -205,14 +206,7 @@ def test_vjp_and_jvp(act: Act, training: bool, has_residual: bool, stats: Parame
     assert_equal(jvp(ours, args, tangents), jvp(theirs, args, tangents))
     results = [(out, back(g)) for out, back in (vjp(run, *args) for run in (ours, theirs))]
     assert_equal(*results)
-
-
-@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr:UserWarning")  # torch.func.linearize's own
-@MODES
-def test_linearize(training: bool, stats: Parameters) -> None:
-    ours, theirs = pair(stats, training)
-    x, tangent = make_input(SHAPE, dtype=torch.float64), torch.randn(SHAPE, dtype=torch.float64)
-    results = [(out, push(tangent)) for out, push in (linearize(run, x) for run in (ours, theirs))]
+    results = [(out, push(*tangents)) for out, push in (linearize(run, *args) for run in (ours, theirs))]
     assert_equal(*results)
 
 
@@ -262,45 +256,20 @@ def test_vmap_of_grad(act: Act, training: bool, has_residual: bool, stats: Param
     assert_equal(*results)
 
 
-class Block(torch.nn.Module):
-    """The end of a residual block; without an activation, a convolution and batch norm alone."""
-
-    def __init__(self, act: Act) -> None:
-        super().__init__()
-        self.conv = torch.nn.Conv2d(4, 4, 3, padding=1, bias=False)
-        self.norm = bnext.BatchNorm2d(4) if act is None else bnext.BatchNormAct2d(4, act=act)
-        self.head = torch.nn.Linear(4, 2)
-        self.act = act
-        self.norm.running_mean.normal_()
-        self.norm.running_var.uniform_(0.5, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        return self.head((self.norm(y) if self.act is None else self.norm(y, x)).mean((2, 3)))
-
-
 @EITHER
-def test_per_sample_gradients(act: Act) -> None:
-    # The use of vmap(grad) that differential privacy makes, with frozen statistics.
-    model = Block(act).double().eval()
-    xs, targets = torch.randn(6, 4, 5, 5, dtype=torch.float64), torch.randint(2, (6,))
+def test_per_sample_gradients_of_a_module(act: Act) -> None:
+    # As differential privacy takes them, with frozen statistics.
+    model = bnext.BatchNorm2d(4) if act is None else bnext.BatchNormAct2d(4, act=act)
+    model.running_mean.normal_()
+    model = model.double().eval()
+    xs = batch(6)
     params, buffers = {k: v.detach() for k, v in model.named_parameters()}, dict(model.named_buffers())
 
-    def loss(params: dict[str, Tensor], x: Tensor, target: Tensor) -> Tensor:
-        logits = functional_call(model, (params, buffers), (x.unsqueeze(0),))
-        return torch.nn.functional.cross_entropy(logits, target.unsqueeze(0))
+    def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(model, (params, buffers), (x,)).sin().sum()
 
-    together = vmap(grad(loss), (None, 0, 0))(params, xs, targets)
-    for i in range(6):
+    together = vmap(grad(loss), (None, 0))(params, xs)
+    for i, x in enumerate(xs):
         model.zero_grad()
-        torch.nn.functional.cross_entropy(model(xs[i : i + 1]), targets[i : i + 1]).backward()
+        model(x).sin().sum().backward()
         assert_equal({k: v[i] for k, v in together.items()}, {k: p.grad for k, p in model.named_parameters()})
-
-
-@each(act=(None, "relu"))
-def test_ensemble_of_modules(act: Act) -> None:
-    models = [Block(act).double().eval() for _ in range(3)]
-    params, buffers = stack_module_state(models)
-    x = torch.randn(5, 4, 6, 6, dtype=torch.float64)
-    together = vmap(lambda p, b: functional_call(models[0], (p, b), (x,)))(params, buffers)
-    assert_equal(together, torch.stack([model(x) for model in models]))
