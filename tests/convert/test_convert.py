@@ -20,6 +20,9 @@ PAIRS = [
 ]
 
 
+EACH_SYNC = pytest.mark.parametrize("sync", [False, True], ids=["alone", "synchronised"])
+
+
 class BatchNormReLU(nn.BatchNorm2d):
     """A user's subclass: replacing it would lose the activation."""
 
@@ -61,19 +64,8 @@ def test_a_single_layer_is_swapped_in_place(theirs: type[nn.Module], ours: type[
     assert module.__dict__ == state
 
 
-def test_every_layer_of_a_model_is_swapped() -> None:
-    model = network()
-    names = [name for name, _ in model.named_modules()]
-    others = [type(m) for m in model.modules() if m not in batch_norms(model)]
-    assert bnext.convert(model) is model
-    assert [type(m) for m in batch_norms(model)] == [bnext.BatchNorm2d] * 3 + [bnext.BatchNorm1d]
-    assert [name for name, _ in model.named_modules()] == names
-    assert [type(m) for m in model.modules() if m not in batch_norms(model)] == others
-    bnext.revert(model)
-    assert [type(m) for m in batch_norms(model)] == [nn.BatchNorm2d] * 3 + [nn.BatchNorm1d]
-
-
-def test_parameters_buffers_hooks_and_flags_are_kept() -> None:
+@EACH_SYNC
+def test_parameters_buffers_hooks_and_flags_are_kept(sync: bool) -> None:
     model = network()
     layer = model[0].bn
     layer.eval().requires_grad_(False)
@@ -83,36 +75,44 @@ def test_parameters_buffers_hooks_and_flags_are_kept() -> None:
     layer.register_forward_pre_hook(lambda *_: calls.append("pre"))
     layer.register_forward_hook(lambda *_: calls.append("forward"))
     layer.register_state_dict_pre_hook(lambda *_: calls.append("state_dict"))
-    before = {id(t) for t in (*model.parameters(), *model.buffers())}
-    flags = [(m.training, [p.requires_grad for p in m.parameters()]) for m in model.modules()]
 
-    bnext.convert(model)
-    assert {id(t) for t in (*model.parameters(), *model.buffers())} == before
-    assert [(m.training, [p.requires_grad for p in m.parameters()]) for m in model.modules()] == flags
-    assert model[0].again is model[0].bn is layer
-    assert (layer.weight.note, layer.custom) == ("kept", 17)
-    model(torch.randn(2, 3, 4, 4))
-    assert calls == ["pre", "forward"] * 2
-    model.state_dict()
-    assert calls[4:] == ["state_dict"] * 2
+    def kept() -> list[object]:
+        others = [type(m) for m in model.modules() if m not in batch_norms(model)]
+        flags = [(m.training, [p.requires_grad for p in m.parameters()]) for m in model.modules()]
+        tensors = [id(t) for t in (*model.parameters(), *model.buffers())]
+        return [[name for name, _ in model.named_modules()], others, flags, tensors, list(model.state_dict())]
+
+    before = kept()
+    ours = [bnext.SyncBatchNorm] * 4 if sync else [bnext.BatchNorm2d] * 3 + [bnext.BatchNorm1d]
+    for convert, classes in (
+        (lambda: bnext.convert(model, sync=sync), ours),
+        (lambda: bnext.revert(model), [nn.BatchNorm2d] * 3 + [nn.BatchNorm1d]),
+    ):
+        assert convert() is model
+        assert [type(m) for m in batch_norms(model)] == classes
+        assert kept() == before
+        assert model[0].again is model[0].bn is layer
+        assert (layer.weight.note, layer.custom) == ("kept", 17)
+        calls.clear()
+        model(torch.randn(2, 3, 4, 4))
+        assert calls == ["pre", "forward"] * 2
+        model.state_dict()
+        assert calls[4:] == ["state_dict"] * 2
 
 
-def test_state_dicts_are_interchangeable() -> None:
+@EACH_SYNC
+def test_state_dicts_are_interchangeable(sync: bool) -> None:
     model = network()
-    converted = bnext.convert(copy.deepcopy(model))
-    x = torch.randn(2, 3, 4, 4)
-    converted(x)
-    assert list(model.state_dict()) == list(converted.state_dict())
-    assert model.state_dict()._metadata == converted.state_dict()._metadata
-    model.load_state_dict(converted.state_dict(), strict=True)
-    for (key, a), b in zip(model.state_dict().items(), converted.state_dict().values(), strict=True):
-        assert torch.equal(a, b), key
-    model(x)
-    converted.load_state_dict(model.state_dict(), strict=True)
-    assert all(
-        m.num_batches_tracked == n.num_batches_tracked
-        for m, n in zip(batch_norms(model), batch_norms(converted), strict=True)
-    )
+    converted = bnext.convert(copy.deepcopy(model), sync=sync)
+    converted(torch.randn(2, 3, 4, 4))
+    for source, target in ((converted, model), (model, converted)):
+        assert source.state_dict()._metadata == target.state_dict()._metadata
+        target.load_state_dict(source.state_dict(), strict=True)
+        for (key, a), b in zip(source.state_dict().items(), target.state_dict().values(), strict=True):
+            assert torch.equal(a, b), key
+        source(torch.randn(2, 3, 4, 4))
+    if sync:  # and with torch's class of the same name
+        nn.SyncBatchNorm(5).load_state_dict(bnext.SyncBatchNorm(5, act="relu").state_dict(), strict=True)
 
 
 def test_the_converted_model_computes_the_same() -> None:
@@ -164,6 +164,8 @@ def test_nothing_is_said_when_nothing_is_left(caplog: pytest.LogCaptureFixture) 
 def test_verbose_prints_how_many_layers_are_ours(capsys: pytest.CaptureFixture[str]) -> None:
     bnext.convert(network(), verbose=True)
     assert capsys.readouterr().out == "4 batch norm(s) are bnext's\n"
+    bnext.convert(network(), sync=True, verbose=True)
+    assert capsys.readouterr().out == "4 batch norm(s) are bnext's\n4 batch norm(s) are synchronised\n"
 
 
 def test_converting_twice_changes_nothing_more(caplog: pytest.LogCaptureFixture) -> None:
@@ -227,10 +229,3 @@ def test_a_model_without_batch_norm_passes_through() -> None:
     types = [type(m) for m in model.modules()]
     assert bnext.convert(model) is model
     assert [type(m) for m in model.modules()] == types
-
-
-@pytest.mark.parametrize("function", [bnext.convert, bnext.revert, bnext.fusion_report], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("wrong", [None, [nn.BatchNorm2d(3)], nn.BatchNorm2d], ids=["None", "list", "class"])
-def test_what_is_no_module_raises(function: object, wrong: object) -> None:
-    with pytest.raises(TypeError, match="module"):
-        function(wrong)

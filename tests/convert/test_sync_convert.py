@@ -15,7 +15,7 @@ import torch
 from cases import make_grad, make_input, same_bits
 from marks import MODES
 from networks import NETWORKS, assert_same
-from test_convert import BatchNormReLU, batch_norms, network
+from test_convert import BatchNormReLU, batch_norms
 from torch import Tensor, nn
 
 import bnext
@@ -77,54 +77,6 @@ def test_the_group_goes_to_every_layer_and_is_kept() -> None:
     bnext.revert(model)
     assert [type(m) for m in model] == [nn.BatchNorm2d, nn.ReLU, nn.BatchNorm2d, nn.SyncBatchNorm]
     assert not any(hasattr(m, "process_group") for m in model[:3])
-
-
-def test_every_layer_of_a_model_and_nothing_else() -> None:
-    model = network()
-    layer = model[0].bn
-    layer.eval().requires_grad_(False)
-    layer.weight.note = "kept"
-    calls: list[str] = []
-    layer.register_forward_pre_hook(lambda *_: calls.append("pre"))
-    layer.register_forward_hook(lambda *_: calls.append("forward"))
-    layer.register_state_dict_pre_hook(lambda *_: calls.append("state_dict"))
-    names = [name for name, _ in model.named_modules()]
-    keys = list(model.state_dict())
-    calls.clear()
-    tensors = {id(t) for t in (*model.parameters(), *model.buffers())}
-    flags = [(m.training, [p.requires_grad for p in m.parameters()]) for m in model.modules()]
-    others = [type(m) for m in model.modules() if m not in batch_norms(model)]
-    for convert, classes in (
-        (lambda: bnext.convert(model, sync=True), [bnext.SyncBatchNorm] * 4),
-        (lambda: bnext.revert(model), [nn.BatchNorm2d] * 3 + [nn.BatchNorm1d]),
-    ):
-        assert convert() is model
-        assert [type(m) for m in batch_norms(model)] == classes
-        assert [type(m) for m in model.modules() if m not in batch_norms(model)] == others
-        assert [name for name, _ in model.named_modules()] == names
-        assert {id(t) for t in (*model.parameters(), *model.buffers())} == tensors
-        assert [(m.training, [p.requires_grad for p in m.parameters()]) for m in model.modules()] == flags
-        assert model[0].again is model[0].bn is layer
-        assert layer.weight.note == "kept"
-        calls.clear()
-        model(torch.randn(2, 3, 4, 4))
-        assert calls == ["pre", "forward"] * 2
-        assert list(model.state_dict()) == keys
-        assert calls[4:] == ["state_dict"] * 2
-
-
-def test_state_dicts_are_interchangeable() -> None:
-    model = network()
-    converted = bnext.convert(copy.deepcopy(model), sync=True)
-    converted(torch.randn(2, 3, 4, 4))
-    assert model.state_dict()._metadata == converted.state_dict()._metadata
-    model.load_state_dict(converted.state_dict(), strict=True)
-    for (key, a), b in zip(model.state_dict().items(), converted.state_dict().values(), strict=True):
-        assert torch.equal(a, b), key
-    converted.load_state_dict(model.state_dict(), strict=True)
-    # And with torch's class of the same name.
-    theirs = nn.SyncBatchNorm(5)
-    theirs.load_state_dict(bnext.SyncBatchNorm(5, act="relu").state_dict(), strict=True)
 
 
 @pytest.mark.parametrize(("network", "order"), FUSED)
@@ -233,13 +185,6 @@ def test_shared_layers_stay_shared() -> None:
     assert model["a"] is model["b"][0] is layer
     assert type(layer) is bnext.SyncBatchNorm
     assert model["c"][0].weight is layer.weight
-
-
-def test_verbose_says_how_many(capsys: pytest.CaptureFixture[str]) -> None:
-    model = bnext.convert(network(), sync=True, verbose=True)
-    assert capsys.readouterr().out == "4 batch norm(s) are bnext's\n4 batch norm(s) are synchronised\n"
-    bnext.convert(model, verbose=True)
-    assert capsys.readouterr().out == "4 batch norm(s) are bnext's\n"
 
 
 def test_convert_sync_batchnorm_is_ours_on_our_class() -> None:

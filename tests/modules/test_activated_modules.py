@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from cases import ACTS, make_grad, make_input, make_residual, name, same_bits
+from cases import ACTS, make_input, make_residual, name, same_bits
 from marks import EVERY_ACT, FEW, FLAGS, pairs
 from reference import Act
 from test_modules import (
     DIMS,
     EACH_DIM,
     SHAPES,
-    TORCH_ACTS,
     WITHOUT_BIAS,
-    assert_same_results,
-    assert_same_state,
     assert_same_step,
     both,
     combined,
@@ -39,23 +34,6 @@ def test_every_activation_behaves_as_torchs(act: Act, dim: int, has_residual: bo
 
 def fused(dim: int) -> type[nn.Module]:
     return getattr(bnext, f"BatchNormAct{dim}d")
-
-
-@EVERY_ACT
-def test_equal_to_a_sequential_step_by_step(act: Act) -> None:
-    # Trained by the same optimiser, the two stay together; the state_dict of one is that of the other's first layer.
-    ours, theirs = (
-        bnext.BatchNormAct2d(5, act=act, dtype=torch.float64),
-        nn.Sequential(nn.BatchNorm2d(5, dtype=torch.float64), copy.deepcopy(TORCH_ACTS[act])),
-    )
-    optimisers = [torch.optim.SGD(model.parameters(), 0.1, 0.9) for model in (ours, theirs)]
-    for _ in range(5):
-        assert_same_results(ours, theirs, (3, 5, 4, 3))
-        for optimiser in optimisers:
-            optimiser.step()
-        assert_same_state(ours, theirs[0])
-    theirs[0].load_state_dict(ours.state_dict(), strict=True)
-    assert_same_results(ours.eval(), theirs.eval(), (3, 5, 4, 3))
 
 
 @EVERY_ACT
@@ -106,12 +84,11 @@ LISTED = "identity, relu, relu6, leaky_relu, silu, gelu, hardswish, mish, elu"
 WRONG_ACTS = ["swish", "ReLU", "", 5, True, 0.1, ("relu", 1), ("leaky_relu",), ("elu", float("nan")), nn.ReLU]
 
 
-@EACH_DIM
 @pytest.mark.parametrize("act", WRONG_ACTS, ids=str)
-def test_unknown_activation_is_refused(act: object, dim: int) -> None:
+def test_unknown_activation_is_refused(act: object) -> None:
     with pytest.raises(ValueError, match=LISTED):
-        fused(dim)(5, act=act)
-    module = fused(dim)(5, act="silu")
+        bnext.BatchNormAct2d(5, act=act)
+    module = bnext.BatchNormAct2d(5, act="silu")
     with pytest.raises(ValueError, match=LISTED):
         module.act = act
     assert module.act == "silu"
@@ -124,28 +101,3 @@ def test_residual_is_a_keyword_too() -> None:
     assert same_bits(module(input=x, residual=residual), module(x, residual))
     assert same_bits(module(x, None), module(x))
     assert not torch.equal(module(x), module(x, residual))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_modules_and_float32_parameters_agree(dtype: torch.dtype) -> None:
-    # The weight (1) and bias (0) are exact in either: the same arithmetic, the same bits.
-    x, residual, g = (make((3, 5, 4, 3), dtype=dtype) for make in (make_input, make_residual, make_grad))
-    results = []
-    for module in (bnext.BatchNormAct2d(5), bnext.BatchNormAct2d(5).to(dtype)):
-        leaves = [t.detach().requires_grad_() for t in (x, residual)]
-        y = module(*leaves)
-        y.backward(g)
-        assert module.weight.grad.dtype == module.weight.dtype
-        results.append((y, *(leaf.grad for leaf in leaves)))
-    assert all(map(same_bits, *results))
-    assert results[0][0].dtype == dtype
-
-
-def test_autocast_gives_the_dtype_of_the_input() -> None:
-    module = bnext.BatchNormAct2d(5)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        x, residual = make_input((3, 5, 4, 3), dtype=dtype), make_residual((3, 5, 4, 3), dtype=dtype)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = module(x, residual)
-        assert y.dtype == dtype
-        assert same_bits(bnext.BatchNormAct2d(5)(x, residual), y)

@@ -70,20 +70,13 @@ def assert_same_steps(
 FUSED = ("relu", "silu", ("leaky_relu", 0.3))
 
 
-@pairs(case=COMPILED_CASES, act=(None, *FUSED), momentum=(0.1, None), training=FLAGS)
-def test_steps_equal_eager(case: Case, act: Act, momentum: float | None, training: bool) -> None:
+@pairs(case=COMPILED_CASES, act=(None, *FUSED), momentum=(0.1, None), training=FLAGS, has_residual=FLAGS)
+def test_steps_equal_eager(case: Case, act: Act, momentum: float | None, training: bool, has_residual: bool) -> None:
     module = module_for(case, act, momentum=momentum).train(training)
     module.running_mean.normal_()
     twin, run = twins(module)
-    assert_same_steps(module, twin, run, case, has_residual=act is not None)
+    assert_same_steps(module, twin, run, case, has_residual=has_residual and act is not None)
     assert twin.num_batches_tracked.item() == 3 * training
-
-
-@each(act=FUSED)
-def test_steps_without_a_residual(act: Act) -> None:
-    module = module_for(COMPILED_CASES[2], act)
-    twin, run = twins(module)
-    assert_same_steps(module, twin, run, COMPILED_CASES[2])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import io
-import itertools
 import pickle
 
 import pytest
@@ -34,7 +33,6 @@ OPTIONS = {
     # bnext's layers with an activation take the options that the contract names; torch's `bias` is none of them.
     "bias": FLAGS if TORCH_HAS_BIAS_OPTION else (True,),
 }
-EVERY_OPTION = [dict(zip(OPTIONS, values, strict=True)) for values in itertools.product(*OPTIONS.values())]
 WITHOUT_BIAS = {key: values for key, values in OPTIONS.items() if key != "bias"}
 
 TORCH_ACTS = {
@@ -147,13 +145,8 @@ def check_training_and_evaluation(ours: nn.Module, theirs: nn.Module, dim: int, 
         assert_same_step(ours.eval(), theirs.eval(), shape, has_residual)
 
 
-# With each combination of options one number of dimensions, in turn.
-@pytest.mark.parametrize(
-    ("options", "dim"),
-    list(zip(EVERY_OPTION, itertools.cycle(DIMS), strict=False)),
-    ids=lambda v: option_name(v) if isinstance(v, dict) else f"{v}d",
-)
-def test_every_constructor_option_behaves_as_in_torch(options: dict[str, object], dim: int) -> None:
+@combined(OPTIONS, dim=DIMS)
+def test_every_constructor_option_behaves_as_in_torch(dim: int, options: dict[str, object]) -> None:
     ours, theirs = both(dim, dtype=torch.float64, **given(options))
     assert repr(ours) == repr(theirs)
     assert isinstance(ours, type(theirs))
@@ -261,16 +254,6 @@ def test_one_value_a_channel_raises_as_in_torch(dim: int) -> None:
     assert ours.eval()(x).shape == x.shape
 
 
-def test_momentum_none_is_the_average_over_all_batches() -> None:
-    ours, theirs = both(2, momentum=None, dtype=torch.float64)
-    batches = [make_input((3, 5, 4, 3), dtype=torch.float64) for _ in range(5)]
-    for x in batches:
-        ours(x)
-        theirs(x)
-        assert_same_state(ours, theirs)
-    assert_close(ours.running_mean, torch.stack([x.mean((0, 2, 3)) for x in batches]).mean(0), "running_mean")
-
-
 def test_update_bn_recomputes_the_statistics() -> None:
     # Stochastic weight averaging finds the layers by isinstance and sets momentum to None for the while.
     models = [nn.Sequential(module) for module in both(1, dtype=torch.float64)]
@@ -366,23 +349,6 @@ def test_half_modules(dim: int, dtype: torch.dtype) -> None:
     assert {k: v.dtype for k, v in ours.state_dict().items()} == {k: v.dtype for k, v in theirs.state_dict().items()}
     y.sum().backward()
     assert ours.weight.grad.dtype == theirs.weight.dtype == dtype
-
-
-@pytest.mark.parametrize("params", [torch.float32, torch.bfloat16], ids=lambda d: f"params={d}")
-@pytest.mark.parametrize("stats", [torch.float32, torch.bfloat16], ids=lambda d: f"stats={d}")
-def test_mixed_modules_train(params: torch.dtype, stats: torch.dtype) -> None:
-    # What FSDP's mixed precision makes of a model: parameters in one dtype, buffers in another.
-    module = bnext.BatchNorm2d(5)
-    module.weight.data, module.bias.data = module.weight.to(params).data, module.bias.to(params).data
-    module.running_mean, module.running_var = module.running_mean.to(stats), module.running_var.to(stats)
-    x = make_input((3, 5, 4, 3), dtype=torch.bfloat16)
-    y = module(x)
-    y.sum().backward()
-    plain = bnext.BatchNorm2d(5)
-    assert same_bits(y, plain(x))
-    assert module.weight.grad.dtype == params
-    assert torch.equal(module.running_mean, plain.running_mean.to(stats))
-    assert torch.equal(module.running_var, plain.running_var.to(stats))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -120,6 +120,7 @@ def test_every_argument_of_whole_model_calls_is_covered() -> None:
     [
         *((bnext.convert, argument) for argument in ("module", "fuse", "sync", "verbose")),
         (bnext.revert, "module"),
+        (bnext.fusion_report, "module"),
         (bnext.SyncBatchNorm.convert_sync_batchnorm, "module"),
     ],
     ids=lambda v: getattr(v, "__name__", v),
