@@ -15,7 +15,6 @@ from benchmarks.tables import (
     markdown,
     mean_of,
     operation_label,
-    print_sheets,
     texts,
 )
 
@@ -218,14 +217,6 @@ def curves_line(trained: pd.DataFrame) -> str:
         f"Losses of {len(steps) + 1} steps from {first:.4f} to {steps[-1]:.4f}, then {last:.4f} in evaluation; the "
         f"providers' differ by {spread.max().max():.1g} at most."
     )
-
-
-def print_models(rows: Sequence[Row]) -> None:
-    """A suite after the other."""
-    table = compare(rows)
-    for suite, members in table.groupby("suite", sort=False):
-        print_sheets(sheet._replace(title=suite) for sheet in sheets(members))
-    print("\n".join([*notes(table), how_measured(rows)]))
 
 
 def block(rows: Sequence[Row]) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks import model_report
-from benchmarks.bars import BARS, bars_text, has_bars, mean_verdicts, summary, verdicts
+from benchmarks.bars import BARS, bars_text, mean_verdicts, summary, verdicts
 from benchmarks.rows import CLOCK, GRAPH, InputError, Row, is_touched
 from benchmarks.suites import (
     BNEXT,
@@ -35,6 +35,7 @@ from benchmarks.tables import (
     markdown,
     mean_of,
     operation_label,
+    print_markdown,
     print_sheets,
     row_label,
     texts,
@@ -122,7 +123,7 @@ def means_by_operation(table: pd.DataFrame) -> Sheet:
     lines.columns = [operation_label(op) for op in lines.columns]
     labels = lines.index.to_frame(index=False).drop(columns="group").astype(str)
     labels.columns = ["dtype", "layout", "tensor"]
-    return Sheet(labels.join(lines.reset_index(drop=True)), labels=3, title="geometric means")
+    return Sheet(labels.join(lines.reset_index(drop=True)), labels=3)
 
 
 def without_empty(cells: pd.DataFrame) -> pd.DataFrame:
@@ -175,7 +176,7 @@ def held_sheet(rows: Sequence[Row]) -> Sheet:
     total = (sums["held_result_bytes"] + sums["held_bytes"]) / sums["size"]
     cells = pd.Series([f"{a:.3f} ({b:.3f})" for a, b in zip(total, result, strict=True)], sums.index)
     lines = cells.unstack("provider", sort=False).fillna("").reset_index()
-    return Sheet(lines.rename_axis(columns=None), labels=2, title="held by the graph after forward")
+    return Sheet(lines.rename_axis(columns=None), labels=2)
 
 
 HELD_LEGEND = (
@@ -187,27 +188,6 @@ HELD_LEGEND = (
 def device_times(rows: Sequence[Row]) -> list[Row]:
     """The rows to show where there is room for one mode: a graph's, in which Python has no part, if there are any."""
     return [row for row in rows if row.mode == GRAPH] or list(rows)
-
-
-def print_batch_norms(rows: Sequence[Row]) -> None:
-    """Every measurement, one table per group; then the geometric means and the memory; then the bars, and how."""
-    table = compare(rows)
-    print_sheets(measurements_sheet(members) for _, members in table.groupby("group"))
-    held = held_sheet(rows)
-    print_sheets([means_by_operation(table), *([held] if held.labels else [])])
-    print("x torch, bold: torch's time / bnext's. x copy, in brackets: bnext's / that of a copy of the same bytes.")
-    if (table["device"] == "cuda").any():
-        print("no cuDNN, compile, and bnext planned as said: the time of torch without cuDNN, ... / bnext's.")
-        print("bars: bnext's time is at most so many times the copy's, that of torch with or without cuDNN.")
-    elif has_bars(table).any():
-        print("compile: the time of torch.compile / bnext's. bars: bnext is at least so many times faster.")
-    found = verdicts(table)
-    print("\n".join([*([f"{summary(found)}."] if len(found) else []), *mean_verdicts(table)]))
-    for row in rows:
-        if row.note:
-            what = f"{row.suite} {tensor_label(row.shape, row.epilogue)} {row.dtype} {row.layout} {row.op} {row.mode}"
-            print(f"{what}: {row.provider} {row.note}")
-    print(how_measured(rows))
 
 
 def block(rows: Sequence[Row]) -> str:
@@ -256,11 +236,18 @@ def of_kinds(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def print_report(rows: Sequence[Row]) -> None:
-    tensors, models = of_kinds(rows)
+    """Every measurement of batch norms, one table per group; then the block of each kind, as a document has it."""
+    tensors, _ = of_kinds(rows)
     if tensors:
-        print_batch_norms(tensors)
-    if models:
-        model_report.print_models(models)
+        print_sheets(measurements_sheet(members) for _, members in compare(tensors).groupby("group"))
+    for row in filter(lambda row: row.note, tensors):
+        what = f"{row.suite} {tensor_label(row.shape, row.epilogue)} {row.dtype} {row.layout} {row.op} {row.mode}"
+        print(f"{what}: {row.provider} {row.note}")
+    kinds: dict[str, list[Row]] = {}
+    for row in rows:
+        kinds.setdefault(row.suite if row.model else "fused" if row.act else "", []).append(row)
+    for members in kinds.values():
+        print_markdown(model_report.block(members) if members[0].model else block(members))
 
 
 def block_name(row: Row) -> str:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pandas as pd
 from rich import box
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
 
 from benchmarks.rows import InputError, Row, is_touched
@@ -43,9 +44,17 @@ def markdown(sheet: Sheet) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def terminal() -> Console:
+    return Console(width=max(Console().width, MIN_WIDTH))
+
+
+def print_markdown(text: str) -> None:
+    terminal().print(Markdown(text))
+
+
 def print_sheets(sheets: Iterable[Sheet]) -> None:
     """On the terminal, with what is slower than torch, or misses its bar, in red."""
-    console = Console(width=max(Console().width, MIN_WIDTH))
+    console = terminal()
     for sheet in sheets:
         table = Table(title=sheet.title, title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1))
         heads = list(sheet.cells.columns)

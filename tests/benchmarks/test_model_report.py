@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from canned import imagined_calls, imagined_costs, imagined_training, trained
 
-from benchmarks.__main__ import main
 from benchmarks.model_report import block, compare, compare_costs, compiled_bar, cost_gone, curves_line, fused_bar
-from benchmarks.rows import InputError, save_rows
+from benchmarks.rows import InputError
 
 
 def test_eager_is_compared_with_eager_and_compiled_with_compiled() -> None:
@@ -53,21 +50,6 @@ def test_the_curves_are_summed_up() -> None:
         "Losses of 3 steps from 7.0000 to 5.0000, then 6.5000 in evaluation; the providers' differ by 0.001 at most."
     )
     assert curves_line(compare(imagined_calls())) == ""
-
-
-def test_report_prints_tables_and_draws_costs_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "run.json"
-    save_rows(path, [*imagined_training(), *imagined_calls()])
-    assert main(["report", str(path)]) == 0
-    printed = capsys.readouterr().out
-    for part in ("bnext-compile", "40.0", "3.00", "500", "5.0000", "8x256x28x28", "4.00", "0.50", "2 of 3 pass"):
-        assert part in printed, part
-    assert "…" not in printed, "a number was cut"
-    assert [found.name for found in tmp_path.iterdir()] == ["run.json"]
-    save_rows(path, imagined_costs())
-    assert main(["report", str(path)]) == 0
-    assert "-40%" in capsys.readouterr().out
-    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_block_of_training() -> None:

@@ -16,7 +16,7 @@ from canned import (
 )
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
-from test_numerics_report import imagined, result
+from test_numerics import imagined, result
 
 from benchmarks.__main__ import RESULTS, main
 from benchmarks.numerics_report import DATA, ULP, save_results

@@ -69,16 +69,23 @@ def test_a_long_call_is_a_round() -> None:
     assert len(calls) == 1
 
 
-def test_every_call_is_timed_in_every_round() -> None:
+class Clocked:
+    """A call of so many imagined seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.calls = seconds, 0
+
+    def timeit(self, number: int) -> float:
+        self.calls += number
+        return number * self.seconds
+
+
+def test_every_call_is_timed_in_every_round_and_has_its_own_time() -> None:
+    stopwatches = {"fast": Clocked(1e-5), "slow": Clocked(4e-5)}
     seen: list[float] = []
-
-    def choose_rounds(round_s: float) -> int:
-        seen.append(round_s)
-        return 4
-
-    timers = {"a": timeit.Timer(lambda: None), "b": timeit.Timer(lambda: sum(range(100)))}
-    timings = time_in_turn(timers, choose_rounds)
-    assert {name: timing.rounds for name, timing in timings.items()} == {"a": 4, "b": 4}
-    assert all(0 < timing.p20_s <= timing.median_s <= timing.p80_s for timing in timings.values())
+    timings = time_in_turn(stopwatches, lambda round_s: seen.append(round_s) or 4)  # type: ignore[func-returns-value]
+    assert {name: timing.median_s for name, timing in timings.items()} == pytest.approx({"fast": 1e-5, "slow": 4e-5})
+    assert {timing.rounds for timing in timings.values()} == {4}
     assert len(seen) == 1
     assert seen[0] >= 2 * MIN_ROUND_S
+    assert all(watch.calls * watch.seconds >= 5 * MIN_ROUND_S for watch in stopwatches.values())

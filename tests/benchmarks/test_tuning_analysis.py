@@ -22,12 +22,6 @@ def test_grid_is_complete_and_without_duplicates() -> None:
     assert len(points) == 5 * 8 * 2 * 3
 
 
-def test_default_is_what_the_issue_asks_for() -> None:
-    assert Settings().alphas == (1e-4, 1e-3, 1e-2, 1e-1, 1)
-    assert Settings().betas == (0.8, 0.88, 0.9, 0.99, 0.998, 0.999, 0.9995)
-    assert len(Settings().seeds) == 3
-
-
 @pytest.mark.parametrize("steps", [1, 7, 300, 2000])
 def test_evaluations_end_with_the_last_step(steps: int) -> None:
     found = Settings(steps=steps).evaluations
@@ -35,10 +29,6 @@ def test_evaluations_end_with_the_last_step(steps: int) -> None:
     assert found[0] >= 1
     assert found[-1] == steps
     assert len(found) <= 36
-
-
-def test_settings_survive_json() -> None:
-    assert Settings.from_json(SETTINGS.to_json()) == SETTINGS
 
 
 def test_a_diverged_trial_has_no_accuracy_from_there_on() -> None:
@@ -118,8 +108,3 @@ def test_a_move_is_measured_by_what_another_seed_does(start: int, said: str) -> 
 
     line = conclusion(Results.of(SETTINGS, [], [trial(p, moved(p)) for p in SETTINGS.points]))[2]
     assert f"from 0.999 to 0.9995 {said}" in line
-
-
-def test_conclusion_of_nothing_says_so() -> None:
-    assert [line for line in conclusion(Results.of(SETTINGS, [], [])) if not line] == []
-    assert "not measured" in conclusion(Results.of(SETTINGS, [], []))[0]

@@ -154,12 +154,3 @@ def test_beta_is_adams_second() -> None:
     optimizer = make_optimizer("adam", nn.Linear(1, 1), alpha=0.1, beta=0.5)
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.5)
     assert set(OPTIMIZERS) == {"sgd", "average", "adam"}
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_optimiser_trains(optimizer: str) -> None:
-    alpha = 0.01 if optimizer == "adam" else 0.1
-    settings = Settings(optimizer=optimizer, activation="relu", steps=100)
-    trial = train(settings, Point(alpha, 0.9, True, 0))
-    assert trial.correct[-1] > 0.8 * trial.tests
-    assert trial.loss[-1] < trial.loss[0]

@@ -19,7 +19,7 @@ from torch.nn.functional import batch_norm as torch_batch_norm
 
 from benchmarks import numerics
 from benchmarks.__main__ import main
-from benchmarks.numerics_cases import CASES, KINK, PATHS, Case, by_channel, in_path, make_arguments, normal
+from benchmarks.numerics_cases import CASES, KINK, LONG_SHAPE, PATHS, Case, by_channel, in_path, make_arguments, normal
 from benchmarks.numerics_error import Exact, error_of, exact_results
 from benchmarks.numerics_report import (
     ELEMENT_LIMIT,
@@ -34,9 +34,9 @@ from benchmarks.numerics_report import (
     line_a_case,
     load_results,
     page,
-    ratio_text,
     save_results,
 )
+from benchmarks.operators import functions
 from benchmarks.rows import InputError, Provenance
 from benchmarks.suites import Epilogue
 from bnext.functional import batch_norm
@@ -200,25 +200,6 @@ def test_the_bar(row: dict[str, object], holds: bool) -> None:
     assert imagined(row).errors["holds"].tolist() == [holds]
 
 
-@pytest.mark.parametrize(
-    ("bnext", "torch", "ratio"),
-    [
-        (1.0, 3.0, "3.00"),
-        (1e-7, 2e-3, "20000"),
-        (1e-7, 1.0, "1.0e+07"),
-        (1.0, 1e-3, "1.0e-03"),
-        (0.0, 0.0, "1.00"),
-        (0.0, 1.0, "inf"),
-        (1.0, nan, "inf"),
-        (nan, 1.0, "0"),
-        (inf, nan, "1.00"),
-        (2.0, 0.0, "0"),
-    ],
-)
-def test_ratio(bnext: float, torch: float, ratio: str) -> None:
-    assert ratio_text(bnext, torch) == ratio
-
-
 # Planted errors.
 
 
@@ -237,11 +218,6 @@ def failing(case: Case, bnext: Callable[..., Tensor], torchs: Callable[..., Tens
     errors = judged({}, numerics.rows_of(case, {"bnext": bnext, "torch": torchs})).errors
     assert errors[["path", "quantity"]].to_numpy().tolist() == [[path, name] for path in PATHS for name in QUANTITIES]
     return errors[~errors["holds"]]
-
-
-def test_a_right_batch_norm_holds() -> None:
-    assert failing(NEAR, batch_norm).empty
-    assert failing(CONSTANT, batch_norm).empty
 
 
 def biased(x: Tensor, mean: Tensor, var: Tensor, *rest: object) -> Tensor:
@@ -274,9 +250,20 @@ def test_a_constant_channel_has_to_be_exact() -> None:
     assert "output" in set(failing(CONSTANT, broken(one_ulp_more))["quantity"])
 
 
-def test_the_other_way_round_torch_fails_far_from_zero() -> None:
-    case = replace(NEAR, make=partial(normal, mean=1e5))
-    assert set(failing(case, torch_batch_norm, batch_norm)["quantity"]) >= {"output", "grad_input", "grad_weight"}
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.shape != LONG_SHAPE], ids=lambda case: f"{case.name}, {case.dtype}"
+)
+def test_bnext_is_right_to_rounding_or_nearer_than_torch(case: Case) -> None:
+    errors = judged({}, numerics.rows_of(case, functions(case.epilogue))).errors
+    assert errors[~errors["holds"]].to_dict("records") == []
+
+
+def test_xhat_adds_up_to_zero() -> None:
+    # By a shift with more bits than the values, x - shift rounds the same way for many of them: the mean of data near
+    # zero was a tenth of a rounding off, and grad_weight by that times sum(dy).
+    x, weight = torch.randn(2**18, 8), torch.ones(8, requires_grad=True)
+    (total,) = torch.autograd.grad(batch_norm(x, None, None, weight, None, True).sum(), weight)
+    assert float(total.abs().max()) <= SUM_LIMIT * 2**9  # the norm of 2^18 numbers of size 1
 
 
 # The file, the tables, the command.
@@ -372,8 +359,3 @@ def test_command_names_what_fails_and_ends_with_status_1(
     for path, line in zip(PATHS, named, strict=True):
         assert line.startswith(f"python -m benchmarks: error: near, float32, {path}, output: bnext ")
     assert main(["report", str(tmp_path / "numerics.json")]) == 1
-
-
-def test_folder_that_cannot_be_written_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["numerics", "--output", "/proc/x"]) == 2
-    assert "cannot make the folder /proc/x" in capsys.readouterr().err
