@@ -111,6 +111,8 @@ FEW_CASES = [
     Case((6, 5, 7, 3), "sliced"),
 ]
 
+EMPTY_CASES = [Case((0, 3), "contiguous"), Case((0, 3, 4, 5), "contiguous"), Case((2, 3, 0), "contiguous")]
+
 
 def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Rows, of one value from each axis, in which every two values of two axes meet: the same rows each time.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import reference
@@ -19,6 +20,7 @@ from cases import (
 from reference import Act
 from tolerances import assert_within
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bnext.functional import batch_norm, batch_norm_act
 
@@ -53,6 +55,19 @@ def call(
     return batch_norm_act(
         input, stats.running_mean, stats.running_var, weight, bias, residual, training, momentum, eps, act
     )
+
+
+def assert_predicts(op: object, args: Sequence[object], keywords: Mapping[str, object] | None = None) -> object:
+    """The fake kernel says of what shape, dtype, device and strides the results are; returns the real ones."""
+    keywords = keywords or {}
+    with FakeTensorMode() as mode:
+        fake = lambda v: mode.from_tensor(v) if isinstance(v, Tensor) else v  # noqa: E731
+        predicted = op(*map(fake, args), **{key: fake(value) for key, value in keywords.items()})
+    real = op(*args, **keywords)
+    for a, b in zip(*([r] if isinstance(r, Tensor) else r for r in (predicted, real)), strict=True):
+        assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device), op
+        assert significant_strides(a) == significant_strides(b), op
+    return real
 
 
 class Inputs(NamedTuple):

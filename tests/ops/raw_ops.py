@@ -13,8 +13,6 @@ train = torch.ops.bnext.batch_norm_train
 evaluate = torch.ops.bnext.batch_norm_eval
 backward = torch.ops.bnext.batch_norm_backward
 
-EMPTY_CASES = [Case((0, 3), "contiguous"), Case((0, 3, 4, 5), "contiguous"), Case((2, 3, 0), "contiguous")]
-
 
 def act_args(act: Act) -> dict[str, object]:
     """The activation as the ops take it."""
