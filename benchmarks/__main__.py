@@ -231,14 +231,15 @@ def run_numerics(arguments: argparse.Namespace) -> int:
 
 def show_numerics(file: Path, results: Any) -> int:
     """Write the page beside the file, print the table, name the rows that miss the bar, and choose the exit status."""
-    from benchmarks.numerics_report import page, print_report
+    from benchmarks.numerics_report import page
+    from benchmarks.tables import print_markdown
 
     table = file.with_suffix(".md")
     try:
         write_atomically(table, page(results).encode())
     except OSError as error:
         raise InputError(f"cannot write {table}: {error.strerror}") from None
-    print_report(results)
+    print_markdown(page(results))
     print(f"{file}\n{table}", flush=True)
     failing = results.errors[~results.errors["holds"]]
     for row in failing.itertuples():

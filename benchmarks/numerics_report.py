@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.rows import InputError, read_json, write_atomically
-from benchmarks.tables import Sheet, markdown, print_sheets
+from benchmarks.tables import Sheet, markdown
 
 FILE = "numerics.json"
 
@@ -194,9 +194,3 @@ def page(results: Results) -> str:
     table = markdown(every_row(results.errors))
     parts = [title, LEGEND, f"{BAR} {results.summary}", table, how_measured(results.machine)]
     return "\n\n".join(parts) + "\n"
-
-
-def print_report(results: Results) -> None:
-    """For the terminal: what fails is red, and the last line says how many do not."""
-    print_sheets([every_row(results.errors)])
-    print("\n".join([LEGEND, BAR, how_measured(results.machine)]))

@@ -11,19 +11,15 @@ from benchmarks import model_report
 from benchmarks.numerics_report import DATA, RELATIVE, Results, distance, is_numerics, load_results
 from benchmarks.report import compare, device_times, group_label, means, of_kinds
 from benchmarks.rows import InputError, Row, is_touched, load_rows
-from benchmarks.style import BLACK, BLUE, LABEL, NUMBER, ORANGE, SKY, TITLE, bar, panels, ratio_axis, save
+from benchmarks.style import BLACK, BLUE, LABEL, NUMBER, ORANGE, SKY, TITLE, WIDTH_INCHES, bar, panels, ratio_axis, save
 from benchmarks.suites import SIZE_CLASSES, WITHOUT
-from benchmarks.tables import how_measured, mean_of, operation_label
+from benchmarks.tables import mean_of, operation_label
 
 FOLDER = Path(__file__).parents[1] / "docs" / "pictures"
 
 LINE_INCHES = 0.21  # a bar or a mark with a number beside it
+OP_INCHES = 3.0
 HEAD_INCHES = 1.1  # the titles and the scale
-
-# Of the picture beside a file.
-BAR_INCHES = 0.24
-PANEL_HEAD_INCHES = 0.9
-PANEL_WIDTH_INCHES = 3.4
 
 SHOWN_OPS = ("forward", "backward")
 SIZE_COLOURS = {name: colour for (name, _), colour in zip(SIZE_CLASSES, (BLUE, SKY, ORANGE), strict=True)}
@@ -35,41 +31,7 @@ SMALLEST_ERROR, LARGEST_ERROR = 1e-9, 1e2  # 0 is drawn at the one, NaN, inf and
 def draw(rows: Sequence[Row]) -> Figure | None:
     """The picture beside a file: of batch norms, or else of what they cost a model."""
     tensors, models = of_kinds(rows)
-    return draw_tensors(tensors) if tensors else draw_models(models)
-
-
-def draw_tensors(rows: Sequence[Row]) -> Figure:
-    """One line of panels a dtype and layout, one column an operation, a common logarithmic scale."""
-    rows = device_times(rows)
-    table = compare(rows)
-    groups, ops = list(table.groupby("group")), table["op"].cat.categories
-    heights = [PANEL_HEAD_INCHES + BAR_INCHES * members["label"].nunique() for _, members in groups]
-    figure, grid = panels(
-        1 + sum(heights),
-        len(groups),
-        len(ops),
-        width=1.5 + PANEL_WIDTH_INCHES * len(ops),
-        sharex=True,
-        gridspec_kw={"height_ratios": heights},
-    )
-    for (_, members), line in zip(groups, grid, strict=True):
-        for op, axes in zip(ops, line, strict=True):
-            chosen = members[members["op"] == op]
-            if chosen.empty:
-                axes.set_axis_off()
-                continue
-            for position, speedup in enumerate(chosen["speedup"]):
-                bar(axes, position, speedup, BLUE if speedup >= 1 else ORANGE, height=0.7)
-            ratio_axis(axes)
-            axes.xaxis.set_tick_params(labelbottom=True)
-            axes.set_yticks(range(len(chosen)), chosen["label"])
-            axes.invert_yaxis()
-            axes.set_title(f"{group_label(chosen.iloc[0])}: {operation_label(op)}", fontsize=LABEL)
-    # Room on the right for the numbers at the ends of the bars.
-    grid[0, 0].set_xlim(min(0.8, 0.8 * table["speedup"].min()), max(2.0, 1.6 * table["speedup"].max()))
-    figure.suptitle("torch's time / bnext's time, by input shape", fontsize=LABEL)
-    figure.supxlabel(how_measured(rows).replace("; ", "\n"), fontsize=7)
-    return figure
+    return draw_operators(tensors) if tensors else draw_models(models)
 
 
 def draw_models(rows: Sequence[Row]) -> Figure | None:
@@ -103,22 +65,23 @@ def draw_models(rows: Sequence[Row]) -> Figure | None:
     return figure
 
 
-def draw_operators(rows: Sequence[Row]) -> Figure:
-    """Forward and backward beside torch's: one bar per dtype, layout and size class, geometric means over shapes."""
+def draw_operators(rows: Sequence[Row], ops: Sequence[str] = ()) -> Figure:
+    """Each operation beside torch's: one bar per dtype, layout and size class, geometric means over shapes."""
     table = means(compare(device_times(rows))).reset_index()
-    table["name"] = table["dtype"] + ", " + table["layout_shown"]
+    ops = ops or list(table["op"].cat.categories)
+    table["name"] = table.apply(group_label, axis=1)
     names = table["name"].unique()
-    figure, ((*grid,),) = panels(
-        HEAD_INCHES + 2 * LINE_INCHES * len(names), columns=len(SHOWN_OPS), sharex=True, sharey=True
-    )
-    for op, axes in zip(SHOWN_OPS, grid, strict=True):
+    height = HEAD_INCHES + 2 * LINE_INCHES * len(names)
+    width = max(WIDTH_INCHES, OP_INCHES * len(ops))
+    figure, ((*grid,),) = panels(height, columns=len(ops), width=width, sharex=True, sharey=True)
+    for op, axes in zip(ops, grid, strict=True):
         for line, name in enumerate(names):
             found = table[(table["op"] == op) & (table["name"] == name)]
             height = 0.8 / max(len(found), 1)
             for index, (size, speedup) in enumerate(zip(found["size_class"], found["speedup"], strict=True)):
                 bar(axes, line - 0.4 + (index + 0.5) * height, speedup, SIZE_COLOURS[size], height=0.9 * height)
         ratio_axis(axes)
-        axes.set_title(op, fontsize=TITLE)
+        axes.set_title(operation_label(op), fontsize=TITLE)
     grid[0].set_yticks(range(len(names)), names)
     grid[0].invert_yaxis()
     grid[0].set_xlim(min(0.9, table["speedup"].min()), 1.6 * table["speedup"].max())
@@ -181,7 +144,7 @@ def drawn(folder: Path) -> Iterator[tuple[str, Figure]]:
         if costs:
             yield "models.png", costs
         if plain:
-            yield "operators.png", draw_operators(plain)
+            yield "operators.png", draw_operators(plain, SHOWN_OPS)
 
 
 def draw_all(results: Path, output: Path) -> list[Path]:
