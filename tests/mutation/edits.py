@@ -13,7 +13,7 @@ class Fault(NamedTuple):
     file: str
     before: str
     after: str
-    tests: tuple[str, ...]  # what should notice, as pytest takes it
+    test: str  # which should notice, in the folder tests
 
     def __str__(self) -> str:
         before, after = (" ".join(text.split()) for text in (self.before, self.after))

@@ -5,7 +5,7 @@
     python tests/mutation/run.py NAME...      these
 
 The faults are in faults.py. Those of the C++ sources are compiled once, all together, and turned on one at a time; one
-of the Python files is written into a copy of the package. A fault is met by the tests named beside it, which have to
+of the Python files is written into a copy of the package. A fault is met by the test named beside it, which has to
 pass without it first. tests/simt/mutants.py does the same to the CUDA kernels.
 """
 
@@ -42,7 +42,7 @@ def copy_package(library: Path, folder: Path) -> Path:
 def failed(folder: Path, tests: Sequence[str], number: int) -> str | None:
     """The first of the tests that the package in this folder fails, with the compiled fault of this number; 0: none."""
     return failed_test(
-        *("-o", f"pythonpath={folder}", "-m", "not slow and not simt", *tests),
+        *("-o", f"pythonpath={folder}", "-m", "not slow and not simt", *(f"tests/{test}" for test in tests)),
         timeout=120,
         PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",  # hypothesis alone takes longer to import than most tests run
         OMP_NUM_THREADS="1",  # as many runs at a time as cores
@@ -67,17 +67,17 @@ def prepare(faults: Sequence[Fault]) -> Iterator[Callable[[Fault], str | None]]:
             if (test := failed(sound, tests, 0)) is not None:
                 raise RuntimeError(f"{test} fails without a fault, too")
 
-        tests = sorted({test for fault in faults for test in fault.tests})
+        tests = sorted({fault.test for fault in faults})
         print(f"test: {len(tests)} tests without a fault", flush=True)
         in_parallel(JOBS, passes, [part for i in range(JOBS) if (part := tests[i::JOBS])])
 
         def judge(fault: Fault) -> str | None:
             if fault in compiled:
-                return failed(sound, fault.tests, compiled.index(fault) + 1)
+                return failed(sound, [fault.test], compiled.index(fault) + 1)
             faulty = copy_package(library, folder / fault.name)
             path = faulty / fault.file
             path.write_text(planted(path.read_text(), [fault], lambda it: it.after))
-            return failed(faulty, fault.tests, 0)
+            return failed(faulty, [fault.test], 0)
 
         yield judge
 
