@@ -5,6 +5,7 @@ What the processes do and assert is in sync_jobs.py, sync_model_jobs.py and pool
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,30 +14,28 @@ import pytest
 import sync_jobs as jobs
 import sync_model_jobs as model_jobs
 import torch
-from cases import FEW_ACTS, LOW_PRECISION, name
+from cases import FEW_ACTS, LOW_PRECISION, Case, name
+from marks import pairs
 from processes import Pool
 from reference import Act
 
 Run = Callable[..., list[Any]]
 
 EACH_WORLD = pytest.mark.parametrize("size", [2, 3], ids="world={}".format)
-EACH_ACT = pytest.mark.parametrize("act", FEW_ACTS, ids=name)
-
 # The shares of a batch: uneven; one empty; one of a single image; all empty.
 SHARES = ((5, 2), (4, 0, 3), (1, 3), (2, 1, 1), (0, 6))
-EACH_SHARES = pytest.mark.parametrize("sizes", SHARES, ids=lambda sizes: "+".join(map(str, sizes)))
+FEW_SHARES = SHARES[:2]
+EACH_OF_FEW_SHARES = pytest.mark.parametrize("sizes", FEW_SHARES, ids=name)
 
-# An image with its layout.
 IMAGES = (
-    ((5,), "contiguous"),
-    ((5, 7), "contiguous"),
-    ((5, 3, 3), "contiguous"),
-    ((5, 3, 3), "channels_last"),
-    ((5, 4, 4), "transposed"),
-    ((17, 2, 3, 2), "contiguous"),
-    ((17, 2, 3, 2), "channels_last_3d"),
+    Case((5,), "contiguous"),
+    Case((5, 7), "contiguous"),
+    Case((5, 3, 3), "contiguous"),
+    Case((5, 3, 3), "channels_last"),
+    Case((5, 4, 4), "transposed"),
+    Case((17, 2, 3, 2), "contiguous"),
+    Case((17, 2, 3, 2), "channels_last_3d"),
 )
-EACH_IMAGE = pytest.mark.parametrize(("shape", "layout"), IMAGES, ids=lambda v: name(v) if isinstance(v, str) else None)
 
 
 @pytest.fixture
@@ -49,33 +48,21 @@ def run(pools: Callable[[int], Pool]) -> Run:
     return start
 
 
-@EACH_SHARES
-@EACH_ACT
-def test_equals_one_process_with_the_whole_batch(act: Act, sizes: tuple[int, ...], run: Run) -> None:
-    run(jobs.equals_the_whole_batch, sizes=sizes, shape=(5, 3, 3), acts=[act], offset=1e4)
+@pairs(image=IMAGES, act=(None, *FEW_ACTS), sizes=SHARES)
+def test_equals_one_process_with_the_whole_batch(image: Case, act: Act, sizes: tuple[int, ...], run: Run) -> None:
+    run(jobs.equals_the_whole_batch, sizes=sizes, shape=image.shape, layout=image.layout, acts=[act], offset=1e4)
 
 
-@EACH_SHARES
-@EACH_IMAGE
-def test_shapes_and_layouts(shape: tuple[int, ...], layout: str, sizes: tuple[int, ...], run: Run) -> None:
-    acts = [None, "relu", "gelu"]
-    run(jobs.equals_the_whole_batch, sizes=sizes, shape=shape, layout=layout, acts=acts, offset=1e4)
-
-
-@pytest.mark.parametrize("parameters", ["own", "float32"])
-@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION], ids=name)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("sizes", SHARES[:2], ids=lambda sizes: "+".join(map(str, sizes)))
+@pairs(
+    sizes=FEW_SHARES,
+    layout=("contiguous", "channels_last"),
+    dtype=(torch.float32, *LOW_PRECISION),
+    parameters=("own", "float32"),
+)
 def test_dtypes(sizes: tuple[int, ...], layout: str, dtype: torch.dtype, parameters: str, run: Run) -> None:
-    run(
-        jobs.equals_the_whole_batch,
-        sizes=sizes,
-        shape=(5, 7, 6),
-        layout=layout,
-        dtype=dtype,
-        parameters=dtype if parameters == "own" else torch.float32,
-        acts=FEW_ACTS,
-    )
+    own = dtype if parameters == "own" else torch.float32
+    image = {"shape": (5, 7, 6), "layout": layout, "dtype": dtype}
+    run(jobs.equals_the_whole_batch, sizes=sizes, **image, parameters=own, acts=FEW_ACTS)
 
 
 OPTIONS = (
@@ -88,33 +75,20 @@ OPTIONS = (
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()))
-@pytest.mark.parametrize("sizes", SHARES[:2], ids=lambda sizes: "+".join(map(str, sizes)))
+@EACH_OF_FEW_SHARES
 def test_options_over_several_steps(sizes: tuple[int, ...], options: dict[str, Any], run: Run) -> None:
+    call = {"shape": (5, 3, 4), "acts": [None, "relu"], "options": options, "steps": 3}
     for dtype in (torch.float64, torch.float32):
-        run(
-            jobs.equals_the_whole_batch,
-            sizes=sizes,
-            shape=(5, 3, 4),
-            acts=[None, "relu"],
-            dtype=dtype,
-            options=options,
-            steps=3,
-        )
+        run(jobs.equals_the_whole_batch, sizes=sizes, dtype=dtype, **call)
 
 
-@pytest.mark.parametrize("sizes", SHARES[:2], ids=lambda sizes: "+".join(map(str, sizes)))
+@EACH_OF_FEW_SHARES
 def test_any_subset_of_gradients(sizes: tuple[int, ...], run: Run) -> None:
-    needs = [tuple(bool(bits >> i & 1) for i in range(4)) for bits in range(1, 16)]
-    for residuals in ([True], [False]):
-        some = needs if residuals == [True] else [need for need in needs if any(need[:3]) and not need[3]]
-        run(
-            jobs.equals_the_whole_batch,
-            sizes=sizes,
-            shape=(5, 3, 2),
-            acts=[None, "relu", "silu"],
-            residuals=residuals,
-            needs=some,
-        )
+    needs = [need for need in itertools.product((True, False), repeat=4) if any(need)]
+    without = [need for need in needs if any(need[:3]) and not need[3]]
+    call = {"sizes": sizes, "shape": (5, 3, 2), "acts": [None, "relu", "silu"]}
+    run(jobs.equals_the_whole_batch, **call, residuals=[True], needs=needs)
+    run(jobs.equals_the_whole_batch, **call, residuals=[False], needs=without)
 
 
 @pytest.mark.parametrize("sizes", [(0, 0), (0, 0, 0), (1, 0), (0, 1, 0), (1, 1)], ids=lambda s: "+".join(map(str, s)))
@@ -154,7 +128,7 @@ def test_no_collective_in_eval(size: int, run: Run) -> None:
     run(jobs.exchanges_nothing_in_eval, size=size)
 
 
-@pytest.mark.parametrize("sizes", SHARES[:2], ids=lambda sizes: "+".join(map(str, sizes)))
+@EACH_OF_FEW_SHARES
 def test_called_twice_before_backward(sizes: tuple[int, ...], run: Run) -> None:
     run(jobs.is_called_twice_before_backward, sizes=sizes)
 
@@ -166,10 +140,6 @@ def test_second_derivatives_and_forward_mode_are_refused(size: int, run: Run) ->
 
 def test_second_derivatives_of_chosen_inputs_are_refused(run: Run) -> None:
     run(jobs.refuses_second_derivatives_of_chosen_inputs, size=2)
-
-
-def test_second_derivatives_of_parameter_gradients_are_refused(run: Run) -> None:
-    run(jobs.refuses_second_derivatives_of_parameter_gradients, size=2)
 
 
 @pytest.mark.parametrize("wrong", jobs.WRONG)
@@ -207,28 +177,14 @@ COMPILED = (
 
 @pytest.mark.parametrize(("act", "has_residual", "dynamic", "options"), COMPILED, ids=lambda v: str(v) or "none")
 def test_compiled_equals_eager(act: Act, has_residual: bool, dynamic: bool, options: dict[str, Any], run: Run) -> None:
-    run(
-        model_jobs.equals_eager_when_compiled,
-        size=2,
-        act=act,
-        has_residual=has_residual,
-        dynamic=dynamic,
-        options=options,
-    )
+    call = {"act": act, "has_residual": has_residual, "dynamic": dynamic, "options": options}
+    run(model_jobs.equals_eager_when_compiled, size=2, **call)
 
 
 @pytest.mark.slow
 def test_compiled_by_inductor_equals_eager(run: Run) -> None:
-    run(
-        model_jobs.equals_eager_when_compiled,
-        size=2,
-        act="relu",
-        has_residual=True,
-        dynamic=False,
-        options={},
-        backend="inductor",
-        timeout=120,
-    )
+    call = {"act": "relu", "has_residual": True, "dynamic": False, "options": {}, "backend": "inductor"}
+    run(model_jobs.equals_eager_when_compiled, size=2, **call, timeout=120)
 
 
 # Deaths. Processes of their own, and a group that waits for less time than the suite's.
