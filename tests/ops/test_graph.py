@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 import reference
@@ -20,7 +18,7 @@ from cases import (
     make_residual,
     same_bits,
 )
-from checks import call
+from checks import call, make_inputs
 from marks import EVERY_ACT, FLAGS, MODES, PLAIN_OR_ACT, RESIDUAL, pairs
 from reference import Act
 from torch import Tensor
@@ -28,9 +26,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnext
-from bnext.functional import batch_norm, batch_norm_act
 
-NAMES = ("input", "weight", "bias")
 ONE_SIDED = ("relu6", ("leaky_relu", -0.5))
 SMOOTH = ("silu", ("elu", 0.5))
 HELD_CASES = [
@@ -44,157 +40,126 @@ HELD_CASES = [
 HELD_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def saved_bytes(run: Callable[[], Tensor]) -> int:
-    """Of the tensors that the graph of the result holds."""
-    total = 0
+class Graph:
+    """A call, and what its graph holds; `needs` says which of input, weight, bias and residual need a gradient."""
 
-    def pack(tensor: Tensor) -> Tensor:
-        nonlocal total
-        total += tensor.numel() * tensor.element_size()
-        return tensor
+    def __init__(
+        self,
+        case: Case,
+        dtype: torch.dtype,
+        act: Act,
+        training: bool,
+        has_residual: bool,
+        needs: str = "xwbr",
+        device: str = "cpu",
+    ) -> None:
+        x, _, self.params, residual = make_inputs(*case, dtype, device, has_residual)
+        values = zip("xwbr", (x, *self.params[:2], residual), strict=True)
+        self.x, self.weight, self.bias, self.residual = (
+            None if v is None else v.detach().requires_grad_(key in needs) for key, v in values
+        )
+        self.act, self.training, self.layout = act, training, case.layout
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = run()
-    del result
-    return total
+    def run(self) -> Tensor:
+        vectors = (self.params, self.weight, self.bias)
+        return call(self.x, *vectors, self.training, residual=self.residual, act=self.act)
+
+    def kept(self) -> list[Tensor]:
+        """The tensors that it holds."""
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            self.run()
+        return kept
+
+    def held(self) -> int:
+        """Bytes."""
+        return sum(t.nbytes for t in self.kept())
+
+    @property
+    def vectors(self) -> int:
+        """Most bytes of weight and bias in float32 and save_stats in float64."""
+        return self.x.shape[1] * (4 + 4 + 2 * 8)
+
+    @property
+    def mask(self) -> int:
+        """Most bytes of a bit an element; a plane (channels first) or pixel is rounded up to at most 8 bytes more."""
+        channels, pixels = self.x.shape[1], self.x.numel() // self.x.shape[1]
+        in_planes = self.layout != "channels_last" and self.x.ndim > 2
+        rows, row = (len(self.x) * channels, pixels // len(self.x)) if in_planes else (pixels, channels)
+        return rows * (-(-row // 8) + 8)
 
 
-@pairs(layout=("contiguous", "channels_last", "sliced"), dtype=HELD_DTYPES)
+@pairs(case=HELD_CASES[:3], dtype=HELD_DTYPES)
 @pytest.mark.parametrize(
     ("training", "needs", "holds_input"),
     [
-        (True, (True, True, True), True),
-        (True, (True, False, False), True),
-        (True, (False, True, False), True),
-        (True, (False, False, True), False),
-        (False, (True, True, True), True),
-        (False, (False, True, False), True),
-        (False, (True, False, True), False),
-        (False, (True, False, False), False),
-        (False, (False, False, True), False),
+        (True, "xwb", True),
+        (True, "x", True),
+        (True, "w", True),
+        (True, "b", False),
+        (False, "xwb", True),
+        (False, "w", True),
+        (False, "xb", False),
+        (False, "x", False),
+        (False, "b", False),
     ],
-    ids=lambda v: "+".join(itertools.compress(NAMES, v)) if isinstance(v, tuple) else str(v),
 )
 def test_the_graph_holds_no_more_than_backward_needs(
-    training: bool, needs: tuple[bool, ...], holds_input: bool, layout: str, dtype: torch.dtype, device: str
+    training: bool, needs: str, holds_input: bool, case: Case, dtype: torch.dtype, device: str
 ) -> None:
-    x = make_input((6, 5, 7, 3), layout, dtype, device)
-    p = make_parameters(5, device=device)
-    x, weight, bias = (t.detach().requires_grad_(n) for t, n in zip((x, p.weight, p.bias), needs, strict=True))
-    held = saved_bytes(lambda: batch_norm(x, p.running_mean, p.running_var, weight, bias, training))
-    per_channel = 5 * (4 + 2 * 8)  # the weight, and save_stats
-    activation = x.numel() * x.element_size()
-    if holds_input:
-        assert activation <= held <= activation + per_channel
-    else:
-        assert 0 < held <= per_channel
-
-
-class Held(NamedTuple):
-    """Upper bounds, in bytes, of what a graph may hold."""
-
-    activation: int  # one tensor of the input's size
-    mask: int
-    vectors: int  # weight and bias in float32, save_stats in float64
-
-
-def held(x: Tensor, layout: str) -> Held:
-    """A mask is 1 bit an element; each plane (channels first) or pixel is rounded up to at most 8 bytes more."""
-    channels, pixels = x.shape[1], x.numel() // x.shape[1]
-    spatial = pixels // x.shape[0]
-    in_planes = layout != "channels_last" and x.ndim > 2
-    rows, row = (x.shape[0] * channels, spatial) if in_planes else (pixels, channels)
-    return Held(x.numel() * x.element_size(), rows * (-(-row // 8) + 8), channels * (4 + 4 + 2 * 8))
-
-
-def run_fused(
-    case: Case,
-    dtype: torch.dtype,
-    act: Act,
-    training: bool,
-    has_residual: bool,
-    needs: tuple[bool, bool, bool, bool] = (True, True, True, True),
-    run: Callable[..., Tensor] = batch_norm_act,
-) -> tuple[Callable[[], Tensor], Tensor, Tensor | None]:
-    """The call, its input and its residual; `needs` says which of input, weight, bias and residual need a gradient."""
-    p = make_parameters(case.shape[1])
-    values = (make_input(*case, dtype), p.weight, p.bias, make_residual(*case, dtype))
-    x, weight, bias, residual = (v.detach().requires_grad_(n) for v, n in zip(values, needs, strict=True))
-    added = residual if has_residual else None
-    call = lambda: run(x, p.running_mean, p.running_var, weight, bias, added, training, act=act)  # noqa: E731
-    return call, x, added
+    graph = Graph(case, dtype, None, training, False, needs, device)
+    activation = graph.x.nbytes if holds_input else 0
+    assert activation <= graph.held() <= activation + graph.vectors
+    assert graph.held() > 0
 
 
 @pairs(case=HELD_CASES, dtype=HELD_DTYPES, training=FLAGS, has_residual=FLAGS)
 def test_identity_holds_what_plain_batch_norm_holds(
     case: Case, dtype: torch.dtype, has_residual: bool, training: bool
 ) -> None:
-    def plain(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, *_: object, act: Act) -> Tensor:
-        return batch_norm(x, mean, var, weight, bias, training)
-
-    for needs in itertools.product((True, False), repeat=3):
-        fused, expected = (
-            run_fused(case, dtype, "identity", training, has_residual, (*needs, any(needs)), run)[0]
-            for run in (batch_norm_act, plain)
-        )
-        assert saved_bytes(fused) == saved_bytes(expected), needs
+    for needs in ("x", "w", "b", "xw", "xb", "wb", "xwb"):
+        plain = Graph(case, dtype, None, training, False, needs)
+        assert Graph(case, dtype, "identity", training, has_residual, needs + "r").held() == plain.held(), needs
 
 
 @pairs(case=HELD_CASES, act=FEW_ACTS, dtype=HELD_DTYPES, training=FLAGS)
 def test_without_a_residual_the_graph_holds_what_torchs_batch_norm_does(
     case: Case, dtype: torch.dtype, act: Act, training: bool
 ) -> None:
-    run, x, _ = run_fused(case, dtype, act, training, has_residual=False)
-    limit = held(x, case.layout)
-    assert limit.activation <= saved_bytes(run) <= limit.activation + limit.vectors
+    graph = Graph(case, dtype, act, training, has_residual=False)
+    assert graph.x.nbytes <= graph.held() <= graph.x.nbytes + graph.vectors
 
 
 @pairs(case=HELD_CASES, act=ONE_SIDED, dtype=HELD_DTYPES, training=FLAGS)
 def test_with_a_residual_relu_holds_a_mask_more(case: Case, dtype: torch.dtype, act: Act, training: bool) -> None:
-    run, x, _ = run_fused(case, dtype, act, training, has_residual=True)
-    limit = held(x, case.layout)
-    assert limit.activation <= saved_bytes(run) <= limit.activation + limit.vectors + limit.mask
+    graph = Graph(case, dtype, act, training, has_residual=True)
+    assert graph.x.nbytes <= graph.held() <= graph.x.nbytes + graph.vectors + graph.mask
 
 
 @pairs(case=HELD_CASES, act=SMOOTH, dtype=HELD_DTYPES, training=FLAGS)
 def test_with_a_residual_smooth_activations_hold_the_users_own(
     case: Case, dtype: torch.dtype, act: Act, training: bool
 ) -> None:
-    run, x, residual = run_fused(case, dtype, act, training, has_residual=True)
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = run()
-    limit = held(x, case.layout)
-    total = sum(t.numel() * t.element_size() for t in kept)
-    assert 2 * limit.activation <= total <= 2 * limit.activation + limit.vectors
+    graph = Graph(case, dtype, act, training, has_residual=True)
+    assert 2 * graph.x.nbytes <= graph.held() <= 2 * graph.x.nbytes + graph.vectors
     if case.layout != "sliced":
-        pointers = {t.data_ptr() for t in kept}
-        assert {x.data_ptr(), residual.data_ptr()} <= pointers
-        assert y.data_ptr() not in pointers
+        assert {graph.x.data_ptr(), graph.residual.data_ptr()} <= {t.data_ptr() for t in graph.kept()}
 
 
-@pairs(case=HELD_CASES, needs=("input", "residual", "both"), act=ONE_SIDED, dtype=HELD_DTYPES, has_residual=FLAGS)
+@pairs(case=HELD_CASES, needs=("x", "r", "xr"), act=ONE_SIDED, dtype=HELD_DTYPES, has_residual=FLAGS)
 def test_frozen_batch_norm_holds_a_mask_and_no_activation(
     needs: str, case: Case, dtype: torch.dtype, act: Act, has_residual: bool
 ) -> None:
     # Backward of eval mode with frozen weight and bias is g*act'(z)*weight*invstd: of z, its sign.
-    wanted = (needs != "residual" or not has_residual, False, False, needs != "input")
-    run, x, _ = run_fused(case, dtype, act, False, has_residual, wanted)
-    limit = held(x, case.layout)
-    assert 0 < saved_bytes(run) <= limit.mask + limit.vectors
+    graph = Graph(case, dtype, act, False, has_residual, needs if has_residual else "x")
+    assert 0 < graph.held() <= graph.mask + graph.vectors
 
 
 @pairs(act=PLAIN_OR_ACT, training=FLAGS, has_residual=FLAGS)
 def test_without_gradients_the_graph_holds_nothing(act: Act, training: bool, has_residual: bool, device: str) -> None:
-    x, p = make_input((6, 5, 7, 3), device=device), make_parameters(5, device=device)
-    residual = make_residual((6, 5, 7, 3), device=device) if has_residual else None
-
-    def run() -> Tensor:
-        y = call(x, p, p.weight, p.bias, training, residual=residual, act=act)
-        assert y.grad_fn is None
-        return y
-
-    assert saved_bytes(run) == 0
+    graph = Graph(HELD_CASES[0], torch.float32, act, training, has_residual, "", device)
+    assert graph.run().grad_fn is None
+    assert graph.held() == 0
 
 
 @pairs(act=PLAIN_OR_ACT, training=FLAGS)
@@ -215,17 +180,17 @@ def test_output_changed_in_place_does_not_reach_backward(act: Act, training: boo
 @MODES
 @EVERY_ACT
 def test_residual_changed_in_place_is_noticed_where_it_is_kept(act: Act, training: bool) -> None:
-    run, x, residual = run_fused(Case((6, 5, 7, 3), "contiguous"), torch.float32, act, training, has_residual=True)
-    g = make_grad((6, 5, 7, 3))
-    expected = torch.autograd.grad(run(), (x, residual), g)
-    y = run()
+    graph = Graph(HELD_CASES[0], torch.float32, act, training, has_residual=True)
+    g, leaves = make_grad((6, 5, 7, 3)), (graph.x, graph.residual)
+    expected = torch.autograd.grad(graph.run(), leaves, g)
+    y = graph.run()
     with torch.no_grad():
-        residual.mul_(2)
+        graph.residual.mul_(2)
     if reference.named(act)[0] not in ("identity", *RECTIFIERS):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            torch.autograd.grad(y, (x, residual), g)
+            torch.autograd.grad(y, leaves, g)
     else:
-        assert all(map(same_bits, torch.autograd.grad(y, (x, residual), g), expected))
+        assert all(map(same_bits, torch.autograd.grad(y, leaves, g), expected))
 
 
 class Recorder(TorchDispatchMode):
@@ -243,13 +208,13 @@ class Recorder(TorchDispatchMode):
 
 @pairs(act=FEW_ACTS, training=FLAGS, has_residual=FLAGS)
 def test_one_operator_and_one_node_a_direction(act: Act, has_residual: bool, training: bool) -> None:
-    run, x, residual = run_fused(FEW_CASES[3], torch.float32, act, training, has_residual)
+    graph = Graph(FEW_CASES[3], torch.float32, act, training, has_residual)
+    g, wanted = make_grad(*FEW_CASES[3]), [t for t in (graph.x, graph.residual) if t is not None]
     with Recorder() as recorder:
-        y = run()
+        y = graph.run()
     assert recorder.names == [f"bnext.batch_norm_{'train' if training else 'eval'}.default"]
     leaves = {node.variable for node, _ in y.grad_fn.next_functions if node is not None}
-    assert {x, residual} - {None} <= leaves, "the output's own node reaches the leaves"
-    g, wanted = make_grad(*FEW_CASES[3]), [x, *([residual] if has_residual else [])]
+    assert set(wanted) <= leaves, "the output's own node reaches the leaves"
     with Recorder() as recorder:
         torch.autograd.grad(y, wanted, g)
     assert recorder.names == ["bnext.batch_norm_backward.default"]

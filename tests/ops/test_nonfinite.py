@@ -22,7 +22,7 @@ from cases import (
     parameter_dtype,
     same_bits,
 )
-from checks import call
+from checks import call, make_inputs
 from marks import EVERY_ACT, FLAGS, PLAIN_OR_ACT, RESIDUAL, pairs
 from reference import Act
 from tolerances import assert_within
@@ -45,8 +45,7 @@ def train_and_differentiate(x: Tensor, residual: Tensor | None, g: Tensor, act: 
 def test_nan_and_inf_poison_only_their_own_channel(
     case: Case, dtype: torch.dtype, act: Act, poison: float, has_residual: bool, device: str
 ) -> None:
-    x, g = make_input(*case, dtype, device), make_grad(case.shape, dtype=dtype, device=device)
-    residual = make_residual(*case, dtype, device) if has_residual else None
+    x, g, _, residual = make_inputs(*case, dtype, device, has_residual)
     bad = x.clone(memory_format=torch.preserve_format)
     bad[-1, 1, ...] = poison
     healthy = [c for c in range(case.shape[1]) if c != 1]
