@@ -157,10 +157,11 @@ def run_measure(arguments: argparse.Namespace) -> int:
 
         measured_on: Any = Host()
         if device == "cuda":
-            from benchmarks.cuda.device import require
+            from benchmarks.cuda import device as gpu
             from benchmarks.cuda.measure import Gpu
 
-            require()
+            if lacking := gpu.missing():
+                raise InputError(f"cannot measure on cuda: {lacking}")
             measured_on = Gpu()
     except ImportError as error:
         raise InputError(f"cannot measure: {error} (build bnext first: make build)") from None

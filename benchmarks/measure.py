@@ -138,7 +138,7 @@ class Subject(Protocol):
 
 
 class BatchNorms:
-    floors = (COPY,)
+    floors: tuple[str, ...] = (COPY,)
 
     def __init__(self, case: Case, device: Device) -> None:
         self._case = case
@@ -171,7 +171,7 @@ class BatchNorms:
 
 
 class Models(ModelChecker):
-    floors = ()
+    floors: tuple[str, ...] = ()
 
     def __init__(self, case: Case, device: Device) -> None:
         torch.compiler.reset()  # after a few models of the same classes torch would refuse to compile another one

@@ -132,8 +132,10 @@ class Case:
 
 
 # (C, H) of every distinct BatchNorm input of ResNet-50 on 224x224 images, in the order of the network.
-_RESNET50_SIZES = ((64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28))
-_RESNET50_SIZES += ((256, 28), (256, 14), (1024, 14), (512, 14), (512, 7), (2048, 7))
+_RESNET50_SIZES: tuple[tuple[int, int], ...] = (
+    *((64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28)),
+    *((256, 28), (256, 14), (1024, 14), (512, 14), (512, 7), (2048, 7)),
+)
 
 # Those of them whose batch norm a ReLU follows at once, and those before which the shortcut is added.
 _FUSED_SIZES = {

@@ -87,7 +87,7 @@ class Calls:
     The values of input and gradient are those of the case's dtype, whichever they are computed in.
     """
 
-    losses = ()
+    losses: tuple[float, ...] = ()
 
     def __init__(self, case: Case, model: Built, device: str, dtype: torch.dtype) -> None:
         rounded: torch.dtype = getattr(torch, case.dtype)
@@ -117,12 +117,14 @@ class Calls:
     def results(self) -> dict[str, Tensor]:
         """By name; running statistics as they are after one call in training."""
         module = self._model.module
-        output, grad_input, *gradients = self.prepared("forward_backward")()
+        self.prepared("forward_backward")
+        output, grad_input, *gradients = self.forward_backward()
         found = {"output": output.detach(), "grad_input": grad_input}
         names = (name for name, _ in module.named_parameters())
         found |= {f"gradient of {name}": gradient for name, gradient in zip(names, gradients, strict=True)}
         found |= {name: buffer.clone() for name, buffer in module.named_buffers() if "running" in name}
-        return {**found, "eval output": self.prepared("eval")()}
+        self.prepared("eval")
+        return {**found, "eval output": self.evaluate()}
 
 
 Made = Trainer | Calls

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks.provenance import provenance
-from benchmarks.rows import InputError, Provenance
+from benchmarks.rows import Provenance
 from bnext import _C
 
 # They change the allocator, the launches or the compiler, and with them what is measured.
@@ -33,13 +33,6 @@ def missing() -> str | None:
     if not _C.cuda:
         return "bnext was built without its CUDA kernels (python -m bnext says what was built)"
     return None
-
-
-def require() -> None:
-    """Raise InputError where something is missing."""
-    lacking = missing()
-    if lacking:
-        raise InputError(f"cannot measure on cuda: {lacking}")
 
 
 def driver_version() -> str:

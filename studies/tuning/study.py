@@ -86,14 +86,11 @@ def opened(url: str, name: str, settings: Settings | None = None) -> Iterator[op
     """A study that is there; with settings, whose points are handed out. Raises InputError where it is not there."""
     with connected(url) as storage:
         try:
-            study = optuna.load_study(storage=storage, study_name=name, sampler=settings and sampler(settings))
+            sampler = GridSampler(settings.space, seed=0) if settings else None
+            study = optuna.load_study(storage=storage, study_name=name, sampler=sampler)
         except KeyError:
             raise InputError(f"the storage {shown(url)} has no tuning study {name!r}") from None
         yield study
-
-
-def sampler(settings: Settings) -> GridSampler:
-    return GridSampler(settings.space, seed=0)
 
 
 def prepare(url: str, name: str, settings: Settings) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,9 +103,5 @@ def test_without_one_pair_of_markers_it_is_one_line_and_status_2(
 
 @pytest.mark.parametrize("rows", [imagined_fused_run(), imagined_training()], ids=["fused", "training"])
 def test_there_is_no_block_of_them_in_touched_memory(rows: list) -> None:
-    rows[0].environment.update(TOUCHED)
-    try:
-        with pytest.raises(InputError, match="in memory already touched"):
-            block_name(rows[0])
-    finally:
-        rows[0].environment.clear()
+    with pytest.raises(InputError, match="in memory already touched"):
+        block_name(replace(rows[0], environment=dict(TOUCHED)))
