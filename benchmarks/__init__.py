@@ -3,7 +3,7 @@
 suites.py says what is measured; measure.py checks and times it on a device, which is the host or that of cuda/, in turn
 and within a budget (timing.py). Of batch norms operators.py has the calls; of whole models, models.py and networks.py
 build them, training.py says what is called, and peak.py measures how much memory training takes. closeness.py says when
-a result is right. Errors: numerics.py runs numerics_cases.py, measured as numerics_error.py says.
+a result is right. Errors: numerics.py runs numerics_cases.py.
 
 rows.py holds the results. report.py, with bars.py and model_report.py, and numerics_report.py make tables of them,
 which tables.py prints or writes as Markdown and document.py puts into docs/benchmarks.md; pictures.py draws them in the

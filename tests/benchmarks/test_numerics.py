@@ -19,8 +19,8 @@ from torch.nn.functional import batch_norm as torch_batch_norm
 
 from benchmarks import numerics
 from benchmarks.__main__ import main
+from benchmarks.numerics import Exact, error_of, exact_results
 from benchmarks.numerics_cases import CASES, KINK, LONG_SHAPE, PATHS, Case, by_channel, in_path, make_arguments, normal
-from benchmarks.numerics_error import Exact, error_of, exact_results
 from benchmarks.numerics_report import (
     ELEMENT_LIMIT,
     QUANTITIES,
