@@ -1,9 +1,8 @@
 """Groups of processes over loopback, for tests of what several of them do together.
 
 Importing torch takes seconds, so the workers of a `Pool` stay and are handed one job after the other: a function of a
-module that they can import, called with the worker's `World` and the job's arguments. A worker is this file, run with
-`python -m processes`. It takes jobs from one pipe; the other, its standard input, is never written to: its end tells
-the worker that the test process is gone, however that ended.
+module that they can import, called with the worker's `World` and the job's arguments. A worker ends with the test
+process, however that ended.
 
 No call waits forever: collectives have the group's timeout, and a job has a deadline. When a worker dies or does not
 answer, all of them are killed, and the next job starts new ones.
@@ -14,12 +13,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import faulthandler
-import importlib.util
+import importlib
+import multiprocessing
 import os
 import pickle
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -51,59 +49,32 @@ class WorkerError(AssertionError):
 
 class _Worker:
     def __init__(self, rank: int, size: int, folder: Path, group_timeout: float) -> None:
-        self.rank = rank
-        self.log = folder / f"rank{rank}.log"
-        ours, theirs = socket.socketpair()
-        try:
-            with self.log.open("wb") as log:
-                self.process = subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-m",
-                        "processes",
-                        *map(str, (rank, size, theirs.fileno(), folder, group_timeout)),
-                    ],
-                    stdin=subprocess.PIPE,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=[theirs.fileno()],
-                    env=_environment(),
-                    # Ctrl-C is for the test process, which then ends this one.
-                    start_new_session=True,
-                )
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        self.connection = Connection(ours.detach())
+        self.rank, self.log = rank, folder / f"rank{rank}.log"
+        spawn = multiprocessing.get_context("spawn")
+        self.connection, theirs = spawn.Pipe()
+        self.process = spawn.Process(
+            target=_serve, args=(theirs, World(rank, size), folder, group_timeout), daemon=True
+        )
+        self.process.start()
+        theirs.close()
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait()
+        self.process.join()
         self.connection.close()
-        self.process.stdin.close()
 
     def where(self) -> str:
         """The stacks of a worker that does not answer, and what it printed."""
-        self.process.send_signal(signal.SIGUSR1)
+        os.kill(self.process.pid, signal.SIGUSR1)
         time.sleep(0.5)
         return self.printed()
 
+    def exit_code(self) -> int | None:
+        self.process.join(GRACE)
+        return self.process.exitcode
+
     def printed(self) -> str:
-        return self.log.read_text(errors="replace")[-4000:]
-
-
-def _environment() -> dict[str, str]:
-    bnext = importlib.util.find_spec("bnext")  # the one under test; without torch, whose import takes seconds
-    tests = Path(__file__).resolve().parent
-    # A job is imported from wherever the tests that hand it over found it.
-    folders = [path for path in sys.path if path and Path(path).resolve().is_relative_to(tests)]
-    paths = [tests, *folders, Path(bnext.origin).resolve().parents[1]]
-    path = os.pathsep.join(filter(None, (*map(str, paths), os.environ.get("PYTHONPATH"))))
-    # Loopback has another name elsewhere, where gloo finds an interface by itself.
-    interface = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-    return {**os.environ, **interface, "PYTHONPATH": path}
+        return self.log.read_text(errors="replace")[-4000:] if self.log.exists() else ""
 
 
 class Pool:
@@ -182,7 +153,7 @@ class Pool:
                     answers[worker.rank] = pickle.loads(connection.recv_bytes())
                     failed = not answers[worker.rank][0]
                 except (EOFError, OSError):
-                    dead[worker.rank] = f"died, exit code {worker.process.wait(GRACE)}\n{worker.printed()}"
+                    dead[worker.rank] = f"died, exit code {worker.exit_code()}\n{worker.printed()}"
                     failed = worker.rank not in exits
                 if failed:
                     deadline = min(deadline, time.monotonic() + GRACE)
@@ -196,8 +167,7 @@ class Pool:
 
 
 def _die_with_the_tests() -> None:
-    while os.read(0, 1):
-        pass
+    wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
 
@@ -215,27 +185,24 @@ def _run(world: World, message: bytes) -> tuple[bool, Any]:
         return False, traceback.format_exc()
 
 
-def _serve(rank: int, size: int, descriptor: int, folder: str, group_timeout: float) -> None:
+def _serve(connection: Connection, world: World, folder: Path, group_timeout: float) -> None:
+    os.setsid()  # Ctrl-C is for the test process, which then ends this one
+    with (folder / f"rank{world.rank}.log").open("wb") as log:
+        for descriptor in (1, 2):
+            os.dup2(log.fileno(), descriptor)
     threading.Thread(target=_die_with_the_tests, daemon=True).start()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+    if sys.platform == "linux":  # elsewhere loopback has another name, and gloo finds an interface by itself
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 
     import torch
 
     torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=group_timeout)
+    store = f"file://{folder}/store"
     torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=size,
-        timeout=datetime.timedelta(seconds=group_timeout),
+        "gloo", init_method=store, rank=world.rank, world_size=world.size, timeout=timeout
     )
-    connection = Connection(descriptor)
     connection.send_bytes(pickle.dumps((True, None)))
     while True:
-        answer = _run(World(rank, size), connection.recv_bytes())
-        connection.send_bytes(pickle.dumps(answer))
-
-
-if __name__ == "__main__":
-    rank, size, descriptor, folder, group_timeout = sys.argv[1:]
-    _serve(int(rank), int(size), int(descriptor), folder, float(group_timeout))
+        connection.send_bytes(pickle.dumps(_run(world, connection.recv_bytes())))
