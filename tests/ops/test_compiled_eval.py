@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import ACTS, DTYPES, Case, make_input, make_parameters, make_residual, parameter_dtype
-from checks import check_forward
+from cases import ACTS, DTYPES, Case
+from checks import check_forward, make_inputs
 from marks import FLAGS, pairs
 from reference import Act
 from torch import Tensor, fx
@@ -35,23 +35,14 @@ def composed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
 
 
-@pairs(case=CASES, dtype=DTYPES, affine=FLAGS)
+@pairs(case=CASES, act=(None, *ACTS), dtype=DTYPES, affine=FLAGS, has_residual=FLAGS)
 @torch.no_grad()
-def test_composed_equals_the_reference(case: Case, dtype: torch.dtype, affine: bool, composed: None) -> None:
-    params = make_parameters(case.shape[1], parameter_dtype(dtype))
-    params = params if affine else params._replace(weight=None, bias=None)
-    check_forward(make_input(*case, dtype), params, training=False)
-
-
-@pairs(act=ACTS, dtype=(torch.float32, torch.float64, torch.bfloat16), has_residual=FLAGS)
-@torch.no_grad()
-def test_composed_activations_equal_the_reference(
-    act: Act, dtype: torch.dtype, has_residual: bool, composed: None
+def test_composed_equals_the_reference(
+    case: Case, act: Act, dtype: torch.dtype, affine: bool, has_residual: bool, composed: None
 ) -> None:
-    case = CASES[1]
-    params = make_parameters(case.shape[1], parameter_dtype(dtype))
-    residual = make_residual(case.shape, case.layout, dtype) if has_residual else None
-    check_forward(make_input(*case, dtype), params, training=False, residual=residual, act=act)
+    x, _, params, residual = make_inputs(*case, dtype, has_residual=has_residual)
+    params = params if affine else params._replace(weight=None, bias=None)
+    check_forward(x, params, training=False, residual=residual, act=act)
 
 
 @torch.no_grad()

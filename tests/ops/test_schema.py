@@ -17,60 +17,40 @@ from cases import (
     STRIDED_CASES,
     Case,
     make_grad,
-    make_input,
-    make_parameters,
     name,
     pairwise,
-    parameter_dtype,
     same_bits,
 )
-from checks import assert_predicts
+from checks import assert_predicts, make_inputs
 from marks import FLAGS, pairs, rows
 from raw_ops import Call, act_args, backward, evaluate, train
 from reference import Act
 from torch import Tensor
 
 
-def train_args(
-    case: Case, dtype: torch.dtype, given: str = "weight bias stats counter", *, grad: bool = False
+def forward_args(
+    training: bool, case: Case, dtype: torch.dtype, given: str = "weight bias stats counter", *, grad: bool = False
 ) -> tuple[object, ...]:
-    """Arguments of batch_norm_train with those optional tensors that `given` names."""
-    p = make_parameters(case.shape[1], parameter_dtype(dtype))
-    has = given.split()
-    return (
-        make_input(*case, dtype).detach().requires_grad_(grad),
-        p.weight.requires_grad_(grad) if "weight" in has else None,
-        p.bias.requires_grad_(grad) if "bias" in has else None,
-        p.running_mean if "stats" in has else None,
-        p.running_var if "stats" in has else None,
-        torch.tensor(3) if "counter" in has else None,
-        None if "cumulative" in has else 0.1,
-        1e-5,
+    """Arguments with those optional tensors that `given` names."""
+    x, _, p, _ = make_inputs(*case, dtype)
+    x, weight, bias = (
+        t.detach().requires_grad_(grad) if what in ("", *given.split()) else None
+        for what, t in (("", x), ("weight", p.weight), ("bias", p.bias))
     )
-
-
-def eval_args(case: Case, dtype: torch.dtype, given: str = "weight bias", *, grad: bool = False) -> tuple[object, ...]:
-    p = make_parameters(case.shape[1], parameter_dtype(dtype))
-    return (
-        make_input(*case, dtype).detach().requires_grad_(grad),
-        p.weight.requires_grad_(grad) if "weight" in given else None,
-        p.bias.requires_grad_(grad) if "bias" in given else None,
-        p.running_mean,
-        p.running_var,
-        1e-5,
-    )
+    if not training:
+        return x, weight, bias, *p[2:], 1e-5
+    stats = p[2:] if "stats" in given else (None, None)
+    counter = torch.tensor(3) if "counter" in given else None
+    return x, weight, bias, *stats, counter, None if "cumulative" in given else 0.1, 1e-5
 
 
 def backward_args(
     case: Case, dtype: torch.dtype, training: bool, mask: tuple[bool, ...] = (True, True, True), *, grad: bool = False
 ) -> tuple[object, ...]:
-    x, weight = eval_args(case, dtype)[:2]
-    if training:
-        _, stats, _ = train(*train_args(case, dtype, ""))
-    else:
-        _, stats, _ = evaluate(*eval_args(case, dtype))
+    args = forward_args(training, case, dtype)
+    _, stats, _ = (train if training else evaluate)(*args)
     g = make_grad(case.shape, "contiguous", dtype)
-    g, x, weight = (t.detach().requires_grad_(grad) for t in (g, x, weight))
+    g, x, weight = (t.detach().requires_grad_(grad) for t in (g, *args[:2]))
     needs_input = mask[1] or (training and mask[0])
     return g, x if needs_input else None, weight, stats, training, 1e-5, [*mask, False]
 
@@ -116,7 +96,7 @@ CHANNELS_LAST = [Case((3, 5, 5, 3), "channels_last")]
     ],
 )
 def test_opcheck_train(case: Case, dtype: torch.dtype, given: str, grad: bool) -> None:
-    torch.library.opcheck(train.default, train_args(case, dtype, given, grad=grad))
+    torch.library.opcheck(train.default, forward_args(True, case, dtype, given, grad=grad))
 
 
 @rows(
@@ -127,7 +107,7 @@ def test_opcheck_train(case: Case, dtype: torch.dtype, given: str, grad: bool) -
     ],
 )
 def test_opcheck_eval(case: Case, dtype: torch.dtype, given: str) -> None:
-    torch.library.opcheck(evaluate.default, eval_args(case, dtype, given, grad=bool(given)))
+    torch.library.opcheck(evaluate.default, forward_args(False, case, dtype, given, grad=bool(given)))
 
 
 @pairs(
@@ -166,8 +146,7 @@ ALL_CASES = [*FEW_CASES, *STRIDED_CASES, *EMPTY_CASES]
 def test_fake_kernels_predict_shape_dtype_and_strides(
     case: Case, mask: tuple[bool, ...], dtype: torch.dtype, training: bool
 ) -> None:
-    op, args = (train, train_args(case, dtype)) if training else (evaluate, eval_args(case, dtype))
-    assert_predicts(op, args)
+    assert_predicts(train if training else evaluate, forward_args(training, case, dtype))
     assert_predicts(backward, backward_args(case, dtype, training, mask))
 
 
@@ -185,7 +164,7 @@ def test_fake_kernels_with_an_epilogue(case: Case, dtype: torch.dtype, act: Act,
 
 def test_meta_tensors_run() -> None:
     # What torch.device("meta") initialisation and shape propagation ask of every op.
-    args = [a.to("meta") if isinstance(a, Tensor) else a for a in train_args(FEW_CASES[3], torch.bfloat16)]
+    args = [a.to("meta") if isinstance(a, Tensor) else a for a in forward_args(True, FEW_CASES[3], torch.bfloat16)]
     y, stats, _ = train(*args)
     assert (y.shape, y.dtype, y.device.type) == (args[0].shape, torch.bfloat16, "meta")
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -195,7 +174,7 @@ def test_meta_tensors_run() -> None:
 @pytest.mark.parametrize("case", FEW_CASES, ids=name)
 def test_train_bumps_the_version_of_what_it_writes(case: Case) -> None:
     # Otherwise autograd would not see that a tensor saved elsewhere has changed.
-    args = train_args(case, torch.float32)
+    args = forward_args(True, case, torch.float32)
     before = [t._version for t in args[:6]]
     train(*args)
     assert [t._version for t in args[:3]] == before[:3]
@@ -203,7 +182,7 @@ def test_train_bumps_the_version_of_what_it_writes(case: Case) -> None:
 
 
 def test_ops_take_keywords() -> None:
-    args = train_args(FEW_CASES[3], torch.float32, "weight bias")
+    args = forward_args(True, FEW_CASES[3], torch.float32, "weight bias")
     names = [a.name for a in train.default._schema.arguments]
     for a, b in zip(train(*args), train(**dict(zip(names, args, strict=False))), strict=True):
         assert same_bits(a, b)

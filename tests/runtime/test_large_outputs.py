@@ -11,7 +11,6 @@ import math
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -327,16 +326,6 @@ def test_freed_by_another_thread() -> None:
     thread.start()
     thread.join()
     assert _C.cached_bytes() == 34 * MIB
-
-
-def test_several_threads_at_once() -> None:
-    def run(job: int) -> bool:
-        first = output(32 + job % 3, job)
-        second = output(33 + job % 2, -job)
-        return is_all(first, job) and is_all(second, -job)
-
-    with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(run, range(12)))
 
 
 @linux_only
