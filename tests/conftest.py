@@ -107,6 +107,17 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.fixture
+def check_script(run_python: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[..., None]:
+    """Runs code that prints "done" at its end and nothing else, least of all a warning."""
+
+    def check(code: str, *options: str, **environment: str) -> None:
+        done = run_python("-W", "error", *options, "-c", code, **environment)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+    return check
+
+
 @pytest.fixture(scope="session")
 def pools() -> Iterator[Callable[[int], Pool]]:
     """Workers that the whole session shares."""

@@ -201,14 +201,6 @@ def test_convert_sync_batchnorm_is_ours_on_our_class() -> None:
     assert type(layer) is bnext.SyncBatchNorm
 
 
-def test_torchs_convert_sync_batchnorm_first() -> None:
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm1d(3))))
-    bnext.convert(model, sync=True)
-    assert [type(m) for m in batch_norms(model)] == [bnext.SyncBatchNorm] * 2
-    bnext.revert(model)
-    assert [type(m) for m in batch_norms(model)] == [nn.SyncBatchNorm] * 2
-
-
 def test_repr() -> None:
     theirs = nn.SyncBatchNorm(4, eps=1e-3, momentum=None, affine=False)
     assert repr(bnext.SyncBatchNorm(4, eps=1e-3, momentum=None, affine=False)) == repr(theirs)

@@ -12,8 +12,7 @@ import pickle
 
 import pytest
 import torch
-from cases import TORCH_HAS_BIAS_OPTION, Parameters, make_grad, make_input, make_residual, pairwise, same_bits
-from checks import check_forward
+from cases import TORCH_HAS_BIAS_OPTION, make_grad, make_input, make_residual, pairwise, same_bits
 from marks import FLAGS, PLAIN_OR_ACT, each, label, pairs
 from reference import Act
 from tolerances import assert_within
@@ -333,22 +332,6 @@ def test_pickle_and_deepcopy(dim: int, act: Act) -> None:
     module.weight.data.fill_(7)
     assert all(not (twin.weight == 7).any() for twin in copies)
     assert act is None or module.act == act
-
-
-@pairs(dim=DIMS, dtype=(torch.float16, torch.bfloat16))
-def test_half_modules(dim: int, dtype: torch.dtype) -> None:
-    ours, theirs = both(dim)
-    for module in (ours, theirs):
-        module.to(dtype)
-    # Values are checked against the reference: torch's own round the parameters' arithmetic to half precision.
-    params = Parameters(*(t.detach().clone() for t in (ours.weight, ours.bias, ours.running_mean, ours.running_var)))
-    x = make_input(SHAPES[dim][-1], dtype=dtype)
-    y, z = ours(x), theirs(x)
-    assert same_bits(y, check_forward(x, params, training=True))
-    assert y.dtype == z.dtype == dtype
-    assert {k: v.dtype for k, v in ours.state_dict().items()} == {k: v.dtype for k, v in theirs.state_dict().items()}
-    y.sum().backward()
-    assert ours.weight.grad.dtype == theirs.weight.dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
 from collections.abc import Callable
 
 import pytest
 from marks import posix_only
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
+Check = Callable[..., None]
 
 SETUP = """
 import atexit, gc, os, signal, sys, threading, time
@@ -35,15 +34,9 @@ large = torch.linspace(-2, 3, 34 * MIB // 4).view(34, 4, 256, 256)  # whose outp
 """
 
 
-def check_script(run_python: Run, code: str, **environment: str) -> None:
-    """It ends as it should, and nothing complains."""
-    done = run_python("-W", "error", "-c", SETUP + inspect.cleandoc(code), **environment)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
-
-
 @posix_only
 @pytest.mark.parametrize("batch", ["small", "large"])
-def test_interrupted_training_goes_on(batch: str, run_python: Run) -> None:
+def test_interrupted_training_goes_on(batch: str, check_script: Check) -> None:
     code = f"""
     x, interrupts = {batch}, 12
     layer = bnext.BatchNormAct2d(4, act="silu")
@@ -70,7 +63,7 @@ def test_interrupted_training_goes_on(batch: str, run_python: Run) -> None:
     assert _C.cached_bytes() == kept
     print("done")
     """
-    check_script(run_python, code)
+    check_script(SETUP + inspect.cleandoc(code))
 
 
 EXITS = {
@@ -133,6 +126,6 @@ EXITS = {
 
 
 @pytest.mark.parametrize("held", EXITS)
-def test_interpreter_ends_in_silence(held: str, run_python: Run) -> None:
-    code = inspect.cleandoc(EXITS[held])
-    check_script(run_python, code if held == "sys.exit" else f'{code}\nprint("done")')
+def test_interpreter_ends_in_silence(held: str, check_script: Check) -> None:
+    code = SETUP + inspect.cleandoc(EXITS[held])
+    check_script(code if held == "sys.exit" else f'{code}\nprint("done")')

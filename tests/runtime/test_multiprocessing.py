@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import subprocess
 import sys
 from collections.abc import Callable
 
@@ -17,8 +16,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import bnext
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 # Since 3.12 Python warns of a fork when there are threads: torch's, here, which the children do not use.
 FORK_WARNING = "ignore:This process:DeprecationWarning"
@@ -109,9 +106,7 @@ def test_loader_whose_workers_normalize(method: str) -> None:
     bnext._C.empty_cache()
 
 
-def run_script(run_python: Run, code: str) -> None:
-    """The code prints "done" at its end and nothing else, and its children do not hang."""
-    names = """
+CHILD = """
     import sys
     def child(run):
         "Whether it returns in a fork of this process, which then ends as processes do."
@@ -122,15 +117,15 @@ def run_script(run_python: Run, code: str) -> None:
         run()
         sys.exit()
     """
-    done = run_python(
-        "-W", "error", "-W", FORK_WARNING, "-c", script(f"{inspect.cleandoc(names)}\n{inspect.cleandoc(code)}")
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+def forking(code: str) -> str:
+    return script(f"{inspect.cleandoc(CHILD)}\n{inspect.cleandoc(code)}")
 
 
 @needs_fork
 @linux_only
-def test_fork_frees_what_is_its_parents(run_python: Run) -> None:
+def test_fork_frees_what_is_its_parents(check_script: Callable[..., None]) -> None:
     code = """
     output(34)
     y, other = output(34, 2.0), output(40, 5.0)  # the first in memory that was kept
@@ -157,11 +152,11 @@ def test_fork_frees_what_is_its_parents(run_python: Run) -> None:
         assert is_all(output(50, 7.0), 7.0)
     print("done")
     """
-    run_script(run_python, code)
+    check_script(forking(code), "-W", FORK_WARNING)
 
 
 @needs_fork
-def test_fork_while_threads_train(run_python: Run) -> None:
+def test_fork_while_threads_train(check_script: Callable[..., None]) -> None:
     # A small batch is one thread's work, in a child too; torch's own operators wait for threads that are not there if
     # the child does not say that it has one.
     code = """
@@ -203,4 +198,4 @@ def test_fork_while_threads_train(run_python: Run) -> None:
     assert all(same(step(x), e) for x, e in zip(inputs, expected))
     print("done")
     """
-    run_script(run_python, code)
+    check_script(forking(code), "-W", FORK_WARNING)
