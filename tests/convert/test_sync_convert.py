@@ -6,9 +6,8 @@ import copy
 import itertools
 import logging
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -267,7 +266,6 @@ print(DistributedDataParallel._passing_sync_batchnorm_handle is check)
 """
 
 
-def test_distributed_data_parallel_is_adapted_when_a_layer_is_unpickled() -> None:
-    code = UNPICKLE.format(pickle.dumps(bnext.SyncBatchNorm(4)).hex())
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["False"]
+def test_distributed_data_parallel_is_adapted_when_a_layer_is_unpickled(run_python: Callable[..., Any]) -> None:
+    done = run_python("-c", UNPICKLE.format(pickle.dumps(bnext.SyncBatchNorm(4)).hex()))
+    assert done.stdout.split() == ["False"], done.stderr

@@ -16,25 +16,10 @@ from torch import Tensor, distributed
 # Processes that die under SyncBatchNorm; each job returns the seconds that the others waited.
 
 
-def survives_a_death_in_forward(world: World, *, dying: int) -> float:
-    """How long the others waited."""
+def survives_a_death(world: World, *, dying: int, backward: bool) -> float:
+    """How long the others waited for a process that dies while they are in their forward, or backward."""
     layer = make_layer(5, act="relu")
-    layer(make_batch((3, 5, 2, 2)).input)
-    before = stats_of(layer)
-    if world.rank == dying:
-        time.sleep(0.3)  # the others are in their forward
-        os._exit(7)
-    start = time.monotonic()
-    with pytest.raises(RuntimeError):
-        layer(make_batch((3, 5, 2, 2)).input)
-    waited = time.monotonic() - start
-    assert all(map(same_bits, before, stats_of(layer)))
-    return waited
-
-
-def survives_a_death_in_backward(world: World, *, dying: int) -> float:
-    layer = make_layer(5, act="relu")
-    x = make_batch((3, 5, 2, 2)).input.requires_grad_()
+    x = make_batch((3, 5, 2, 2)).input.requires_grad_(backward)
     y = layer(x)
     before = stats_of(layer)
     distributed.barrier()
@@ -43,7 +28,7 @@ def survives_a_death_in_backward(world: World, *, dying: int) -> float:
         os._exit(7)
     start = time.monotonic()
     with pytest.raises(RuntimeError):
-        y.sum().backward()
+        y.sum().backward() if backward else layer(x)
     assert x.grad is None
     assert all(map(same_bits, before, stats_of(layer)))
     return time.monotonic() - start

@@ -190,10 +190,10 @@ def test_compiled_by_inductor_equals_eager(run: Run) -> None:
 # Deaths. Processes of their own, and a group that waits for less time than the suite's.
 
 
-@pytest.mark.parametrize("job", [pool_jobs.survives_a_death_in_forward, pool_jobs.survives_a_death_in_backward])
-def test_a_rank_that_dies_is_an_error_for_the_others(job: Callable[..., Any], short_lived: Callable[..., Pool]) -> None:
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_a_rank_that_dies_is_an_error_for_the_others(backward: bool, short_lived: Callable[..., Pool]) -> None:
     group_timeout = 10.0
-    waited = short_lived(3, group_timeout).run(job, dying=1, exits=[1])
+    waited = short_lived(3, group_timeout).run(pool_jobs.survives_a_death, dying=1, backward=backward, exits=[1])
     assert waited[1] is None
     assert all(seconds < group_timeout + 1 for seconds in (waited[0], waited[2]))
 
