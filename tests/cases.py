@@ -51,20 +51,12 @@ DENSE_LAYOUTS = {
     4: ("contiguous", "channels_last"),
     5: ("contiguous", "channels_last_3d"),
 }
+STRIDED = ("offset", "sliced", "sliced_batch", "channel_slice", "transposed", "expanded", "expanded_channels")
 STRIDED_LAYOUTS = {
-    2: ("offset", "sliced", "sliced_batch", "channel_slice", "transposed", "expanded_channels"),
-    3: ("offset", "sliced", "sliced_batch", "channel_slice", "transposed", "expanded", "expanded_channels"),
-    4: (
-        "offset",
-        "channels_last_offset",
-        "sliced",
-        "sliced_batch",
-        "channel_slice",
-        "transposed",
-        "expanded",
-        "expanded_channels",
-    ),
-    5: ("offset", "sliced", "sliced_batch", "channel_slice", "transposed", "expanded", "expanded_channels"),
+    2: tuple(layout for layout in STRIDED if layout != "expanded"),
+    3: STRIDED,
+    4: (*STRIDED, "channels_last_offset"),
+    5: STRIDED,
 }
 
 
@@ -187,16 +179,12 @@ def to_layout(values: Tensor, layout: str) -> Tensor:
     """
     if layout == "contiguous":
         return values.contiguous()
-    if layout == "channels_last":
-        return values.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    if layout == "channels_last_3d":
-        return values.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
+    if layout in ("channels_last", "channels_last_3d"):
+        return values.movedim(1, -1).contiguous().movedim(-1, 1)
     if layout == "offset":  # one element off: no vector load is aligned
         return torch.cat([values.new_zeros(1), values.reshape(-1)])[1:].view(values.shape)
     if layout == "channels_last_offset":
-        n, c, h, w = values.shape
-        flat = torch.cat([values.new_zeros(1), values.permute(0, 2, 3, 1).reshape(-1)])[1:]
-        return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+        return to_layout(values.movedim(1, -1), "offset").movedim(-1, 1)
     if layout == "sliced":
         return torch.stack([values, values + 1], -1).flatten(-2)[..., ::2]
     if layout == "sliced_batch":

@@ -124,7 +124,10 @@ def assert_output(
         expected = reference.updated_running_stats(*params[2:], fwd, momentum)
         limits = tolerances.running_stats(expected, fwd, momentum, input.dtype, *(t.dtype for t in params[2:]))
         assert_within(stats.running_mean, expected[0], limits[0], "running_mean")
-        assert_within(stats.running_var, expected[1], limits[1], "running_var")
+        # A variance that the dtype does not hold is stored as inf, which is what it rounds to: never as NaN.
+        largest = torch.finfo(params.running_var.dtype).max
+        running_var = torch.where(expected[1] > largest, torch.inf, expected[1])
+        assert_within(stats.running_var, running_var, limits[1], "running_var")
     else:
         assert torch.equal(stats.running_mean, params.running_mean)
         assert torch.equal(stats.running_var, params.running_var)

@@ -161,17 +161,10 @@ def coarseness(act: Act, dtype: torch.dtype) -> float:
 
 
 def output(
-    fwd: Forward,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    *,
-    training: bool,
-    has_residual: bool = False,
-    act: Act = None,
+    fwd: Forward, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype, *, act: Act = None, **about: bool
 ) -> Tensor:
     """|y - reference|: the error of z, the evaluation of the activation, and y rounded to its dtype."""
-    error = preactivation(fwd, weight, bias, dtype, training=training, has_residual=has_residual)
+    error = preactivation(fwd, weight, bias, dtype, **about)
     error = error * shape(act).steepest
     if not only_selects(act):
         error = error + 4 * unit(dtype) * (fwd.output.abs() + fwd.z.abs())
@@ -186,12 +179,11 @@ def slack(
     bias: Tensor | None,
     dtype: torch.dtype,
     *,
-    training: bool,
-    has_residual: bool = False,
     act: Act = None,
+    **about: bool,
 ) -> Tensor:
     """|g*act'(z) - reference| where the product is not rounded to a dtype."""
-    e = preactivation(fwd, weight, bias, dtype, training=training, has_residual=has_residual)
+    e = preactivation(fwd, weight, bias, dtype, **about)
     of = shape(act)
     error = of.curvature * e
     for kink, jump in of.kinks.items():
