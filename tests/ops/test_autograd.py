@@ -264,12 +264,9 @@ def test_same_module_twice_before_backward(act: Act, device: str) -> None:
 
 @pairs(act=PLAIN_OR_ACT, training=FLAGS, has_residual=FLAGS)
 def test_backward_twice_gives_the_same_bits(act: Act, training: bool, has_residual: bool, device: str) -> None:
-    x = make_input((6, 5, 7, 3), device=device).requires_grad_()
-    residual = make_residual((6, 5, 7, 3), device=device).requires_grad_() if has_residual else None
-    p = make_parameters(5, device=device)
-    inputs = [t for t in (x, p.weight.requires_grad_(), residual) if t is not None]
+    x, g, p, residual = make_inputs((6, 5, 7, 3), device=device, has_residual=has_residual)
+    inputs = [t.requires_grad_() for t in (x, p.weight, residual) if t is not None]
     y = call(x, p, p.weight, p.bias, training, residual=residual, act=act)
-    g = make_grad(tuple(y.shape), device=device)
     first = torch.autograd.grad(y, inputs, g, retain_graph=True)
     second = torch.autograd.grad(y, inputs, g)
     assert all(map(same_bits, first, second))
@@ -279,13 +276,10 @@ def test_backward_twice_gives_the_same_bits(act: Act, training: bool, has_residu
 
 @pairs(act=PLAIN_OR_ACT, training=FLAGS, changed=("input", "weight"))
 def test_in_place_change_of_a_saved_tensor_raises(act: Act, training: bool, changed: str, device: str) -> None:
-    x = make_input((6, 5, 7, 3), device=device).requires_grad_()
-    residual = make_residual((6, 5, 7, 3), device=device) if act else None
-    p = make_parameters(5, device=device)
-    weight = p.weight.requires_grad_()
-    y = call(x, p, weight, p.bias, training, residual=residual, act=act)
+    x, _, p, residual = make_inputs((6, 5, 7, 3), device=device, has_residual=act is not None)
+    y = call(x.requires_grad_(), p, p.weight.requires_grad_(), p.bias, training, residual=residual, act=act)
     with torch.no_grad():
-        {"input": x, "weight": weight}[changed].mul_(2)
+        {"input": x, "weight": p.weight}[changed].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
@@ -293,14 +287,13 @@ def test_in_place_change_of_a_saved_tensor_raises(act: Act, training: bool, chan
 @pairs(act=PLAIN_OR_ACT, training=FLAGS)
 def test_later_updates_of_the_running_stats_do_not_reach_backward(act: Act, training: bool, device: str) -> None:
     # A training step between an eval-mode forward and its backward: the statistics belong to the graph.
-    x, residual, g = (make((6, 5, 7, 3), device=device) for make in (make_input, make_residual, make_grad))
-    p = make_parameters(5, device=device)
+    x, g, p, residual = make_inputs((6, 5, 7, 3), device=device, has_residual=act is not None)
 
     def gradients(disturb: bool) -> tuple[Tensor, ...]:
-        stats, leaves = p.clone(), [t.detach().requires_grad_() for t in ((x, residual) if act else (x,))]
+        stats, leaves = p.clone(), [t.detach().requires_grad_() for t in (x, residual) if t is not None]
         y = call(leaves[0], stats, p.weight, p.bias, training, residual=leaves[1] if act else None, act=act)
         if disturb:
-            batch_norm_act(residual, stats.running_mean, stats.running_var, training=True)
+            batch_norm_act(g, *stats[2:], training=True)
         return torch.autograd.grad(y, leaves, g)
 
     assert all(map(same_bits, gradients(True), gradients(False)))

@@ -14,8 +14,6 @@ from cases import (
     Case,
     make_grad,
     make_input,
-    make_parameters,
-    make_residual,
     same_bits,
 )
 from checks import call, make_inputs
@@ -165,11 +163,10 @@ def test_without_gradients_the_graph_holds_nothing(act: Act, training: bool, has
 @pairs(act=PLAIN_OR_ACT, training=FLAGS)
 def test_output_changed_in_place_does_not_reach_backward(act: Act, training: bool, device: str) -> None:
     # Nothing of the output is kept: what follows may write to it, be it dropout, an in-place relu or a masked fill.
-    x, residual, g = (make((6, 5, 7, 3), device=device) for make in (make_input, make_residual, make_grad))
-    p = make_parameters(5, device=device)
+    x, g, p, residual = make_inputs((6, 5, 7, 3), device=device, has_residual=act is not None)
 
     def gradients(inplace: bool) -> tuple[Tensor, ...]:
-        leaves = [t.detach().requires_grad_() for t in ((x, residual) if act else (x,))]
+        leaves = [t.detach().requires_grad_() for t in (x, residual) if t is not None]
         y = call(leaves[0], p.clone(), p.weight, p.bias, training, residual=leaves[1] if act else None, act=act)
         y = torch.nn.functional.relu(y.mul_(2) if inplace else y * 2, inplace=inplace)
         return torch.autograd.grad(y, leaves, g)

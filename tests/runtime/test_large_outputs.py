@@ -111,23 +111,18 @@ def check_reuse(make: Callable[[], Tensor], expected: Tensor) -> None:
 @linux_only
 @MODES
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_freed_output_serves_the_next(layout: str, training: bool) -> None:
-    x, mean, var = wave(layout, 3.0), torch.linspace(-1, 1, 64), torch.linspace(0.5, 2, 64)
-    expected = torch.nn.functional.batch_norm(wave("contiguous", 3.0), mean.clone(), var.clone(), training=training)
-    check_reuse(lambda: batch_norm(x, mean, var, training=training), expected)
+@pytest.mark.parametrize("what", ["output", "gradient"])
+def test_freed_memory_serves_the_next(what: str, layout: str, training: bool) -> None:
+    def result(normalise: Callable[..., Tensor], layout: str) -> Callable[[], Tensor]:
+        x, g = wave(layout, 3.0).requires_grad_(what == "gradient"), wave(layout, 5.0)
+        mean, var = torch.linspace(-1, 1, 64), torch.linspace(0.5, 2, 64)
+        if what == "output":
+            return lambda: normalise(x, mean, var, training=training)
+        y = normalise(x, mean, var, training=training)
+        return lambda: torch.autograd.grad(y, x, g, retain_graph=True)[0]
 
-
-@linux_only
-@MODES
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_freed_gradient_serves_the_next(layout: str, training: bool) -> None:
-    mean, var = torch.linspace(-1, 1, 64), torch.linspace(0.5, 2, 64)
-    x, g = wave("contiguous", 3.0).requires_grad_(), wave("contiguous", 5.0)
-    y = torch.nn.functional.batch_norm(x, mean.clone(), var.clone(), training=training)
-    (expected,) = torch.autograd.grad(y, x, g)
-    x, g = wave(layout, 3.0).requires_grad_(), wave(layout, 5.0)
-    y = batch_norm(x, mean, var, training=training)
-    check_reuse(lambda: torch.autograd.grad(y, x, g, retain_graph=True)[0], expected)
+    expected = result(torch.nn.functional.batch_norm, "contiguous")()
+    check_reuse(result(batch_norm, layout), expected)
 
 
 @linux_only
