@@ -15,7 +15,7 @@ from canned import (
 )
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
-from test_numerics import imagined, result
+from test_numeric_errors import imagined, result
 
 from benchmarks.__main__ import RESULTS, main
 from benchmarks.numerics_report import DATA, ULP, save_results

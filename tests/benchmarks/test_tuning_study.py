@@ -77,11 +77,12 @@ def group(pgid: int) -> set[int]:
 def trials(folder: Path, state: str) -> list[tuple[int, str]]:
     """Number and time of completion of each trial in a state.
 
-    Read only, and not by Optuna, which would make the tables where they are being made.
+    Not by Optuna, which would make the tables where they are being made. Not read only: what a killed process was
+    writing has to be taken back first.
     """
     query = "select number, datetime_complete from trials where state = ?"
     try:
-        with closing(sqlite3.connect(f"file:{folder / 'study.db'}?mode=ro", uri=True)) as database:
+        with closing(sqlite3.connect(f"file:{folder / 'study.db'}?mode=rw", uri=True)) as database:
             return database.execute(query, (state,)).fetchall()
     except sqlite3.OperationalError:  # not made yet, or locked
         return []
