@@ -168,29 +168,14 @@ def test_a_patch_would_be_noticed() -> None:
     assert names <= set(patches(planted))
 
 
-def stub_names() -> dict[str, bool]:
-    """Public names of _C.pyi, and whether each is a function."""
-    names: dict[str, bool] = {}
-    for node in ast.parse((PACKAGE / "_C.pyi").read_text()).body:
-        if isinstance(node, ast.FunctionDef):
-            names[node.name] = True
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            names[node.target.id] = False
-    return names
-
-
 def test_stub_agrees_with_the_binary() -> None:
+    stub = ast.parse((PACKAGE / "_C.pyi").read_text()).body
+    functions = [node for node in stub if isinstance(node, ast.FunctionDef)]
+    constants = [node.target.id for node in stub if isinstance(node, ast.AnnAssign)]
     binary = {name: callable(getattr(bnext._C, name)) for name in dir(bnext._C) if not name.startswith("_")}
-    assert stub_names() == binary
-
-
-def test_stub_signatures_agree_with_the_binary() -> None:
-    # pybind11 writes the signature into the first line of the docstring: "name(a: int) -> str".
-    for node in ast.parse((PACKAGE / "_C.pyi").read_text()).body:
-        if not isinstance(node, ast.FunctionDef):
-            continue
-        first = getattr(bnext._C, node.name).__doc__.splitlines()[0]
-        signature = ast.parse(f"def {first}: ...").body[0]
-        assert isinstance(signature, ast.FunctionDef)
+    assert {node.name: True for node in functions} | dict.fromkeys(constants, False) == binary
+    for node in functions:
+        # pybind11 writes the signature into the first line of the docstring: "name(a: int) -> str".
+        (signature,) = ast.parse(f"def {getattr(bnext._C, node.name).__doc__.splitlines()[0]}: ...").body
         assert [a.arg for a in signature.args.args] == [a.arg for a in node.args.args], node.name
         assert ast.unparse(signature.returns) == ast.unparse(node.returns), node.name

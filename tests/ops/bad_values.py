@@ -63,7 +63,6 @@ DTYPES = (
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e5m2),
     *(torch.uint8, torch.int32, torch.int64, torch.bool, torch.complex64),
 )
-FLOATING = DTYPES[:4]
 
 
 def _cast(dtypes: tuple[torch.dtype, ...], good: Callable[[], Tensor]) -> list[Bad]:

@@ -15,10 +15,7 @@ from cases import (
     RECTIFIERS,
     Case,
     Parameters,
-    make_grad,
     make_input,
-    make_parameters,
-    make_residual,
     parameter_dtype,
     same_bits,
 )
@@ -66,10 +63,7 @@ def test_nan_and_inf_poison_only_their_own_channel(
 def test_nan_beside_the_input_stays_in_its_channel(
     case: Case, act: Act, training: bool, where: str, device: str
 ) -> None:
-    x, residual, g = (make(case.shape, device=device) for make in (make_input, make_residual, make_grad))
-    if act is None and where == "grad_output":
-        residual = None  # the plain op
-    p = make_parameters(case.shape[1], device=device)
+    x, g, p, residual = make_inputs(case.shape, device=device, has_residual=act is not None or where == "residual")
     bad = (residual if where == "residual" else g).clone()
     bad[:, 1] = torch.nan  # where one value alone is NaN, a rectifier may be closed
 
@@ -95,8 +89,7 @@ def test_nan_beside_the_input_stays_in_its_channel(
 
 @pairs(case=FEW_CASES, act=PLAIN_OR_ACT)
 def test_nan_in_eval_mode_stays_where_it_is(case: Case, act: Act, device: str) -> None:
-    x, residual = make_input(*case, device=device), make_residual(case.shape, device=device) if act else None
-    p = make_parameters(case.shape[1], device=device)
+    x, _, p, residual = make_inputs(*case, device=device, has_residual=act is not None)
     bad = x.clone(memory_format=torch.preserve_format)
     bad[-1, 1, ...] = torch.nan
     y, z = (call(t, p, p.weight, p.bias, False, residual=residual, act=act) for t in (x, bad))
@@ -133,15 +126,13 @@ def test_infinity_in_eval_mode(infinity: float, act: Act, device: str) -> None:
 def test_gradient_of_relu_at_nan_is_torchs(has_residual: bool, device: str) -> None:
     # relu(NaN) is NaN, and the gradient passes: torch drops it where z <= 0 and only there.
     for case in FEW_CASES:
-        x, g = make_input(*case, device=device), make_grad(case.shape, device=device)
+        x, g, p, residual = make_inputs(*case, device=device, has_residual=has_residual)
         x = x.clone(memory_format=torch.preserve_format)
         x[-1, 1, ...] = torch.nan
-        p = make_parameters(case.shape[1], device=device)
-        residual = make_residual(*case, device=device).requires_grad_() if has_residual else None
-        bias = p.bias.clone().requires_grad_()
-        leaves = [bias] if residual is None else [bias, residual]
-        y = batch_norm_act(x, p.running_mean, p.running_var, p.weight, bias, residual)
-        plain = batch_norm_act(x, p.running_mean, p.running_var, p.weight, bias, act=None)
+        leaves = [t.detach().requires_grad_() for t in (p.bias, residual) if t is not None]
+        bias, residual = (*leaves, None)[:2]
+        y = batch_norm_act(x, *p[2:], p.weight, bias, residual)
+        plain = batch_norm_act(x, *p[2:], p.weight, bias, act=None)
         expected = torch.nn.functional.relu(plain if residual is None else plain + residual)
         assert same_bits(y.isnan(), expected.isnan())
         ours, theirs = (torch.autograd.grad(t, leaves, g) for t in (y, expected))

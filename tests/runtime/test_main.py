@@ -23,11 +23,9 @@ def test_prints_versions_instruction_set_and_threads(run_python: Run) -> None:
 
 
 def test_import_is_quiet_and_starts_nothing(run_python: Run) -> None:
-    # Importing patches nothing in torch, warns of nothing, and loads no compiler.
+    # Importing warns of nothing, and loads no compiler; that it patches nothing is test_architecture.py's.
     code = (
-        "import torch; before = torch.nn.BatchNorm2d, torch.nn.functional.batch_norm, torch.batch_norm\n"
-        "import sys, bnext\n"
-        "assert (torch.nn.BatchNorm2d, torch.nn.functional.batch_norm, torch.batch_norm) == before\n"
+        "import sys, torch, bnext\n"
         "assert not torch.cuda.is_initialized()\n"
         "assert 'torch._inductor' not in sys.modules\n"
     )
