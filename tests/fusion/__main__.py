@@ -11,8 +11,8 @@ import copy
 import sys
 
 import torch
-from counting import census, left
-from real_models import MODELS, RealModel, tensors, why_not
+from counting import census, left, tensors
+from real_models import MODELS, RealModel, why_not
 
 import bnext
 

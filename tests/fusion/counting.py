@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 Node = Any  # torch.autograd.graph.Node, whose attributes are the saved values of its kind
 
@@ -39,6 +40,11 @@ class Census:
     norms: int
     ours: int  # of these, bnext's
     pairs: list[Pair]
+
+
+def tensors(output: object) -> list[Tensor]:
+    """What a model gives: a tensor, or a dict or tuple of them."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def activation(node: Node) -> str | None:
@@ -67,7 +73,7 @@ def is_norm(node: Node) -> bool:
     return "BatchNorm" in node.name()
 
 
-def _is_sum(node: Node) -> bool:
+def is_sum(node: Node) -> bool:
     return node.name() == "AddBackward0" and node._saved_alpha == 1
 
 
@@ -75,28 +81,32 @@ def _shape(node: Node, index: int) -> tuple[int, ...]:
     return tuple(node._input_metadata[index].shape)
 
 
-class _Graph:
-    def __init__(self, model: nn.Module, outputs: Iterable[Tensor]) -> None:
-        self.names = {parameter: name for name, parameter in model.named_parameters()}
-        roots = [(t.grad_fn, t.output_nr) for t in outputs if t.grad_fn is not None]
-        self.uses: Counter[tuple[Node, int]] = Counter(roots)
-        # A node is the same object for as long as something holds it.
-        self.nodes: dict[Node, None] = {}
-        stack = [node for node, _ in roots]
-        while stack:
-            node = stack.pop()
-            if node in self.nodes:
-                continue
-            if node.name() == "CheckpointFunctionBackward":
-                raise ValueError("a reentrant checkpoint hides what is inside it")
-            self.nodes[node] = None
-            for source in self.sources(node):
-                self.uses[source] += 1
-                stack.append(source[0])
+def sources(node: Node) -> list[tuple[Node, int]]:
+    """The values that a node was applied to: the nodes they come from, and which of their results they are."""
+    return [(source, index) for source, index in node.next_functions if source is not None]
 
-    @staticmethod
-    def sources(node: Node) -> list[tuple[Node, int]]:
-        return [(source, index) for source, index in node.next_functions if source is not None]
+
+def nodes(outputs: Iterable[Tensor]) -> list[Node]:
+    """All that the outputs hang on."""
+    # A node is the same object for as long as something holds it.
+    found: dict[Node, None] = {}
+    waiting = [t.grad_fn for t in outputs if t.grad_fn is not None]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found[node] = None
+            waiting += [source for source, _ in sources(node)]
+    return list(found)
+
+
+class _Graph:
+    def __init__(self, model: nn.Module, outputs: list[Tensor]) -> None:
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        self.nodes = nodes(outputs)
+        if any(node.name() == "CheckpointFunctionBackward" for node in self.nodes):
+            raise ValueError("a reentrant checkpoint hides what is inside it")
+        self.uses = Counter((t.grad_fn, t.output_nr) for t in outputs if t.grad_fn is not None)
+        self.uses.update(source for node in self.nodes for source in sources(node))
 
     def name(self, norm: Node) -> str:
         """That of a batch norm's layer, by way of its weight or bias."""
@@ -115,7 +125,7 @@ class _Graph:
             source, index = node.next_functions[0]
             if source is None or self.uses[source, index] != 1:
                 continue
-            summed = _is_sum(source)
+            summed = is_sum(source)
             terms = source.next_functions if summed else [(source, index)]
             norms = frozenset(
                 self.name(term)
@@ -129,7 +139,7 @@ class _Graph:
                 yield Pair(act, summed, norms)
 
 
-def census(model: nn.Module, outputs: Iterable[Tensor]) -> Census:
+def census(model: nn.Module, outputs: list[Tensor]) -> Census:
     """Of a forward with gradients, of which these are the outputs, before it goes back."""
     graph = _Graph(model, outputs)
     norms = [node for node in graph.nodes if is_norm(node)]

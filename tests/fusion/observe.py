@@ -9,20 +9,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from counting import activation, is_sum, nodes, tensors
 from networks import assert_close, conv, random_input
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 import bnext
-
-# Nodes of torch's graph: of activations that bnext has kernels for, and of sums.
-ACTIVATIONS = ("Relu", "Hardtanh", "LeakyRelu", "Silu", "Gelu", "Hardswish", "Mish", "Elu")
-SUMS = ("Add",)
 
 Pair = tuple[nn.Module, nn.Module]
 
@@ -43,34 +38,29 @@ class Net(nn.Module):
         return type("Net", (cls,), {"forward": forward})
 
 
-def pair(make: Callable[[], nn.Module]) -> Pair:
-    """A model in float64, of torch's layers, and its fused copy."""
-    original = make().double()
-    return original, bnext.convert(copy.deepcopy(original), fuse=True)
-
-
 def sequential(*more: nn.Module, act: nn.Module | None = None) -> nn.Sequential:
     """One pair that is fused, "1" and "2", between a convolution and what else is given."""
     return nn.Sequential(conv(3, 1), nn.BatchNorm2d(3), nn.ReLU() if act is None else act, *more)
 
 
-def nodes(output: Any) -> Counter[str]:
-    """The names of the nodes that a result hangs on, without "Backward0"."""
-    found: Counter[str] = Counter()
-    waiting = [t.grad_fn for t in tree_leaves(output) if isinstance(t, Tensor)]
-    seen = set()
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            found[node.name().partition("Backward")[0]] += 1
-            waiting += [following for following, _ in node.next_functions]
-    return found
+def net() -> nn.Module:
+    """A pair between two convolutions."""
+    return sequential(conv(3, 1))
 
 
-def count(output: Any, names: tuple[str, ...] = ACTIVATIONS) -> int:
-    found = nodes(output)
-    return sum(found[name] for name in names)
+def pair(make: Callable[[], nn.Module] = net) -> Pair:
+    """A model in float64, of torch's layers, and its fused copy."""
+    original = make().double()
+    return original, bnext.convert(copy.deepcopy(original), fuse=True)
+
+
+def count(output: Any) -> int:
+    """The activations that a result hangs on, of those that bnext has kernels for."""
+    return sum(activation(node) is not None for node in nodes(tensors(output)))
+
+
+def count_sums(output: Any) -> int:
+    return sum(map(is_sum, nodes(tensors(output))))
 
 
 def fused_names(model: nn.Module) -> list[str]:
@@ -85,8 +75,8 @@ def why_left(model: nn.Module, name: str) -> str:
 def assert_fuses(original: nn.Module, fused: nn.Module, *inputs: Any, pairs: int = 1, sums: int = 0) -> None:
     """One step of training more: the fused graph has `pairs` activations less, and `sums` sums."""
     expected, actual = (model.train()(*clones(leaves_of(inputs))) for model in (original, fused))
-    assert count(expected) - count(actual) == pairs, f"activations: {nodes(expected)}, {nodes(actual)}"
-    assert count(expected, SUMS) - count(actual, SUMS) == sums, f"sums: {nodes(expected)}, {nodes(actual)}"
+    saved = count(expected) - count(actual), count_sums(expected) - count_sums(actual)
+    assert saved == (pairs, sums), bnext.fusion_report(fused)
     assert_close(actual, expected, "output")
 
 
@@ -153,14 +143,14 @@ def outcome(model: nn.Module, leaves: list[Any], given: list[Any], output: Any) 
 
 def backward(output: Any, leaves: list[Any]) -> dict[str, Any]:
     """The leaves' gradients; or the error, where a pattern overwrote what backward needs."""
-    differentiable = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+    differentiable = [t for t in tensors(output) if t.requires_grad]
     if not differentiable:
         return {}
     try:
         torch.autograd.backward(differentiable, [grad_of(t) for t in differentiable])
     except RuntimeError as error:
         return {"error": str(error)}
-    return {"gradients": [0 if t.grad is None else t.grad for t in leaves if isinstance(t, Tensor)]}
+    return {"gradients": [0 if t.grad is None else t.grad for t in tensors(leaves)]}
 
 
 def grad_of(output: Tensor) -> Tensor:

@@ -10,11 +10,10 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 CLASSES = 5
 _kept: list[torch.library.Library] = []  # what a Library declares is gone with it
@@ -88,83 +87,35 @@ def _create(library: str, name: str, options: Mapping[str, object]) -> nn.Module
     return model
 
 
-def tensors(output: object) -> list[Tensor]:
-    """What a model gives: a tensor, or a dict or tuple of them."""
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+def _models(library: str, names: str, **fields: Any) -> list[RealModel]:
+    return [RealModel(library, name, **fields) for name in names.split()]
 
 
 _BACKBONE = {"weights_backbone": None}
+_MORE_OF_TORCHVISION = """
+    resnet50 resnext50_32x4d wide_resnet50_2 densenet121 regnet_x_400mf regnet_y_400mf mobilenet_v3_large
+    efficientnet_b0 efficientnet_v2_s mnasnet0_5 vgg11_bn
+"""
+_TIMM = """
+    resnet18d dla46_c ese_vovnet19b_slim_dw cs3darknet_s darknet17 mobilenetv1_100 mobilenetv2_035
+    mobilenetv3_small_050 regnety_002 gernet_s lcnet_050 resnetv2_18d dpn48b tinynet_e skresnet18 resnest14d seresnet18
+"""
+_MORE_OF_TIMM = """
+    resnet50 efficientnet_b0 densenet121 dla34 hrnet_w18_small xception41 repvgg_a0 vovnet39a cspdarknet53 cspresnet50
+    darknet53 mobilenetv4_conv_small_035 regnety_004 mobileone_s0 resnetv2_50d res2net50_26w_4s selecsls42b dpn68
+    ghostnet_050 rexnet_100 hardcorenas_a legacy_seresnet18 ecaresnet26t tresnet_m mixnet_s fbnetc_100 hgnetv2_b0
+    repvit_m0_9 fastvit_t8 mobilevit_xxs
+"""
 
 MODELS = [
-    RealModel("torchvision", "resnet18"),
-    RealModel("torchvision", "resnet50", long=True),
-    RealModel("torchvision", "resnext50_32x4d", long=True),
-    RealModel("torchvision", "wide_resnet50_2", long=True),
-    RealModel("torchvision", "densenet121", long=True),
-    RealModel("torchvision", "regnet_x_400mf", long=True),
-    RealModel("torchvision", "regnet_y_400mf", long=True),
-    RealModel("torchvision", "mobilenet_v2"),
-    RealModel("torchvision", "mobilenet_v3_small"),
-    RealModel("torchvision", "mobilenet_v3_large", long=True),
-    RealModel("torchvision", "efficientnet_b0", long=True),
-    RealModel("torchvision", "efficientnet_v2_s", long=True),
-    RealModel("torchvision", "shufflenet_v2_x0_5"),
-    RealModel("torchvision", "mnasnet0_5", long=True),
-    RealModel("torchvision", "googlenet", options={"init_weights": False}, long=True),
-    RealModel("torchvision", "inception_v3", 96, {"aux_logits": False, "init_weights": False}, long=True),
-    RealModel("torchvision", "vgg11_bn", long=True),
-    RealModel("torchvision", "fcn_resnet50", options=_BACKBONE, long=True),
-    RealModel("torchvision", "deeplabv3_mobilenet_v3_large", options=_BACKBONE, long=True),
-    RealModel("torchvision", "lraspp_mobilenet_v3_large", options=_BACKBONE),
-    RealModel("timm", "resnet50", long=True),
-    RealModel("timm", "resnet18d"),
-    RealModel("timm", "efficientnet_b0", long=True),
-    RealModel("timm", "densenet121", long=True),
-    RealModel("timm", "dla34", long=True),
-    RealModel("timm", "dla46_c"),
-    RealModel("timm", "hrnet_w18_small", long=True),
-    RealModel("timm", "xception41", long=True),
-    RealModel("timm", "repvgg_a0", long=True),
-    RealModel("timm", "vovnet39a", long=True),
-    RealModel("timm", "ese_vovnet19b_slim_dw"),
-    RealModel("timm", "cspdarknet53", long=True),
-    RealModel("timm", "cspresnet50", long=True),
-    RealModel("timm", "cs3darknet_s"),
-    RealModel("timm", "darknet17"),
-    RealModel("timm", "darknet53", long=True),
-    RealModel("timm", "inception_v4", 96, long=True),
-    RealModel("timm", "mobilenetv1_100"),
-    RealModel("timm", "mobilenetv2_035"),
-    RealModel("timm", "mobilenetv3_small_050"),
-    RealModel("timm", "mobilenetv4_conv_small_035", long=True),
-    RealModel("timm", "regnety_002"),
-    RealModel("timm", "regnety_004", long=True),
-    RealModel("timm", "mobileone_s0", long=True),
-    RealModel("timm", "gernet_s"),
-    RealModel("timm", "lcnet_050"),
-    RealModel("timm", "resnetv2_18d"),
-    RealModel("timm", "resnetv2_50d", long=True),
-    RealModel("timm", "res2net50_26w_4s", long=True),
-    RealModel("timm", "selecsls42b", long=True),
-    RealModel("timm", "dpn48b"),
-    RealModel("timm", "dpn68", long=True),
-    RealModel("timm", "ghostnet_050", long=True),
-    RealModel("timm", "tinynet_e"),
-    RealModel("timm", "rexnet_100", long=True),
-    RealModel("timm", "hardcorenas_a", long=True),
-    RealModel("timm", "skresnet18"),
-    RealModel("timm", "resnest14d"),
-    RealModel("timm", "seresnet18"),
-    RealModel("timm", "legacy_seresnet18", long=True),
-    RealModel("timm", "ecaresnet26t", long=True),
-    RealModel("timm", "tresnet_m", long=True),
-    RealModel("timm", "mixnet_s", long=True),
-    RealModel("timm", "fbnetc_100", long=True),
-    RealModel("timm", "hgnetv2_b0", long=True),
-    RealModel("timm", "repvit_m0_9", long=True),
-    RealModel("timm", "fastvit_t8", long=True),
-    RealModel("timm", "mobilevit_xxs", long=True),
-    RealModel("timm", "test_resnet", 32),
-    RealModel("timm", "test_efficientnet", 32),
-    RealModel("timm", "test_byobnet", 32),
+    *_models("torchvision", "resnet18 mobilenet_v2 mobilenet_v3_small shufflenet_v2_x0_5"),
+    *_models("torchvision", "lraspp_mobilenet_v3_large", options=_BACKBONE),
+    *_models("torchvision", _MORE_OF_TORCHVISION, long=True),
+    *_models("torchvision", "googlenet", options={"init_weights": False}, long=True),
+    *_models("torchvision", "inception_v3", size=96, options={"aux_logits": False, "init_weights": False}, long=True),
+    *_models("torchvision", "fcn_resnet50 deeplabv3_mobilenet_v3_large", options=_BACKBONE, long=True),
+    *_models("timm", _TIMM),
+    *_models("timm", "test_resnet test_efficientnet test_byobnet", size=32),
+    *_models("timm", _MORE_OF_TIMM, long=True),
+    *_models("timm", "inception_v4", size=96, long=True),
 ]

@@ -85,21 +85,6 @@ def remembers(self: End, x: Tensor) -> Tensor:
     return self.end(x * len(self.seen))
 
 
-def changes_a_tensor(self: End, x: Tensor) -> Tensor:
-    self.tensor.add_(1)
-    return self.end(x * self.tensor.item())
-
-
-def counts_in_a_buffer(self: End, x: Tensor) -> Tensor:
-    self.calls.add_(1)
-    return self.end(x * self.calls)
-
-
-def structured(self: End, x: Tensor) -> Out:
-    y = self.end(x)
-    return Out(y, tuple(y.shape), [y[:, 0], y[..., 1:]])
-
-
 def second_name(self: End, x: Tensor) -> Tensor:
     n = x.size(0)
     m = n
@@ -107,26 +92,10 @@ def second_name(self: End, x: Tensor) -> Tensor:
     return self.end(x * m) * n
 
 
-def by_value_between(self: End, x: Tensor) -> Tensor:
-    y = self.bn(x)
-    return F.relu(y) if y.sum() > x.sum() else F.silu(y)
-
-
-def item_between(self: End, x: Tensor) -> Tensor:
-    y = self.bn(x)
-    m = y.max().item()
-    return F.relu(y) * m
-
-
 def layers_of_a_generator(self: End, x: Tensor) -> Tensor:
     for layer in (getattr(self, name) for name in ("conv", "bn", "relu")):
         x = layer(x)
     return x
-
-
-def in_lists(self: End, x: Tensor) -> list[Tensor]:
-    first = self.stages[0](x)
-    return [first, F.relu(self.stages[1]["a"](first))]
 
 
 CASES = {
@@ -141,8 +110,10 @@ CASES = {
     "by the mode of a layer": Case(lambda self, x: self.end(x + 1 if self.conv.training else x)),
     "by grad mode": Case(lambda self, x: self.end(x * 2 if torch.is_grad_enabled() else x)),
     "by value": Case(lambda self, x: self.end(x if x.sum() > 0 else -x), inputs=((X,), (-X,))),
-    "by value, between": Case(by_value_between, None, ((X,), (-X,))),
-    "a number of it, between": Case(item_between, None),
+    "by value, between": Case(
+        lambda self, x: F.relu(y) if (y := self.bn(x)).sum() > x.sum() else F.silu(y), None, ((X,), (-X,))
+    ),
+    "a number of it, between": Case(lambda self, x: (y := self.bn(x)).max().item() * F.relu(y), None),
     "a block": Case(with_block),
     "saved tensors": Case(saved_tensors, None),
     "saved tensors, around": Case(saved_around, None),
@@ -151,17 +122,17 @@ CASES = {
     "a gradient of its own": Case(lambda self, x: self.end(Flipped.apply(x))),
     "a gradient of its own, between": Case(lambda self, x: F.relu(Flipped.apply(self.bn(x))), None),
     "a list that grows": Case(remembers),
-    "a tensor that changes": Case(changes_a_tensor, None),
-    "a buffer that counts": Case(counts_in_a_buffer),
+    "a tensor that changes": Case(lambda self, x: self.end(x * self.tensor.add_(1).item()), None),
+    "a buffer that counts": Case(lambda self, x: self.end(x * self.calls.add_(1))),
     "a constant": Case(lambda self, x: self.end(x * torch.full((3, 1, 1), 2.0, dtype=torch.float64))),
     "a random number": Case(lambda self, x: self.end(x * torch.rand(()).item()), None),
     "a random number of Python's": Case(lambda self, x: self.end(x * (0.5 + random.random())), None),
     "numpy": Case(lambda self, x: self.end(x * float(x.detach().numpy().std())), None),
     "gives a dict": Case(lambda self, x: collections.OrderedDict(out=self.end(x), mean=x.mean())),
-    "gives a named tuple": Case(structured),
+    "gives a named tuple": Case(lambda self, x: Out(y := self.end(x), tuple(y.shape), [y[:, 0], y[..., 1:]])),
     "a second name": Case(second_name),
     "layers of a generator": Case(layers_of_a_generator),
-    "layers in lists": Case(in_lists, "bn2"),
+    "layers in lists": Case(lambda self, x: [y := self.stages[0](x), F.relu(self.stages[1]["a"](y))], "bn2"),
 }
 
 

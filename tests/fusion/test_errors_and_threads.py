@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from networks import assert_close, conv
+from networks import assert_close
 from observe import Net, assert_fuses, assert_same_steps, count, fused_names, pair, sequential, small
 from torch import Tensor, nn
 
@@ -117,7 +117,7 @@ def in_threads(calls: list[Callable[[], Any]]) -> list[Any]:
 
 @pytest.mark.parametrize("same", [True, False], ids=["one model", "copies"])
 def test_first_calls_in_several_threads(same: bool) -> None:
-    original, fused = pair(lambda: sequential(conv(3, 1)))
+    original, fused = pair()
     fused.eval()
     models = [fused] * 4 if same else [copy.deepcopy(fused) for _ in range(4)]
     inputs = [small() for _ in models]

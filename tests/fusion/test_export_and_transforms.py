@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from networks import assert_close, conv
-from observe import Pair, assert_fuses, assert_same_results, assert_same_steps, count, pair, sequential, small
+from networks import assert_close
+from observe import Pair, assert_fuses, assert_same_results, assert_same_steps, count, net, pair, small
 from torch import Tensor, fx, nn
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -24,30 +24,24 @@ import bnext
 Call = Callable[[nn.Module, Tensor], Any]
 
 
-def net() -> nn.Module:
-    return sequential(conv(3, 1))
-
-
-class Functions(TorchFunctionMode):
-    """Notes what is called."""
+class Notes:
+    """What is called, and calls it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(getattr(function, "__name__", "?"))
-        return function(*args, **(kwargs or {}))
-
-
-class Operators(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def note(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.seen.append(str(function))
         return function(*args, **(kwargs or {}))
+
+
+class Functions(Notes, TorchFunctionMode):
+    __torch_function__ = Notes.note
+
+
+class Operators(Notes, TorchDispatchMode):
+    __torch_dispatch__ = Notes.note
 
 
 def under(mode: Callable[[], Any], look: Callable[[Any], Any]) -> Call:
@@ -91,6 +85,16 @@ def ensemble(model: nn.Module, x: Tensor) -> Any:
     return vmap(lambda p, b: functional_call(base, (p, b), (x,)))(params, buffers)
 
 
+def with_plain_tensors(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Their gradients, and the buffers after two calls."""
+    params = {k: (p.detach() * 1.5).requires_grad_() for k, p in model.named_parameters()}
+    buffers = {k: b.clone() for k, b in model.named_buffers()}
+    functional_call(model, (params, buffers), (x,))
+    y = functional_call(model, (params, buffers), (x,))
+    assert count(y) == (model._compiled_call_impl is None), "a fused model is fused"
+    return [y, *torch.autograd.grad(y.square().sum(), list(params.values())), *buffers.values()]
+
+
 CALLS: dict[str, Call] = {
     "export": lambda m, x: exported(m.eval(), x),
     "export, training": exported,
@@ -107,6 +111,7 @@ CALLS: dict[str, Call] = {
     "a dispatch mode": under(Operators, noted),
     "a flop counter": under(lambda: FlopCounterMode(display=False), FlopCounterMode.get_total_flops),
     "functional_call": lambda m, x: functional_call(m, {"0.weight": torch.ones(3, 3, 1, 1).to(x)}, (x,)),
+    "functional_call, all of it": with_plain_tensors,
     "functionalize": lambda m, x: torch.func.functionalize(lambda z: m.eval()(z))(x),
 }
 
@@ -127,21 +132,6 @@ def test_it_sees_the_plain_model(name: str, called: bool) -> None:
     assert_same_results(plain.train(), fused.train(), lambda model: CALLS[name](model, x))
     assert_close(state(fused), state(plain), "parameters and buffers")
     assert_fuses(plain, fused, x)
-
-
-def test_functional_call_with_plain_tensors_has_their_gradients() -> None:
-    original, fused = pair(net)
-
-    def call(model: nn.Module) -> list[Tensor]:
-        params = {k: (p.detach() * 1.5).requires_grad_() for k, p in model.named_parameters()}
-        buffers = {k: b.clone() for k, b in model.named_buffers()}
-        for _ in range(2):
-            y = functional_call(model, (params, buffers), (small(),))
-        assert count(y) == (model is original)
-        return [y, *torch.autograd.grad(y.square().sum(), list(params.values())), *buffers.values()]
-
-    assert_same_results(original, fused, call)
-    assert_close(state(fused), state(original), "the model's own")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -191,7 +181,7 @@ def test_a_tensor_subclass_is_what_it_is_unfused() -> None:
 
 @pytest.mark.filterwarnings("ignore:Profiler clears events")
 def test_the_profiler_and_anomaly_mode() -> None:
-    original, fused = pair(net)
+    original, fused = pair()
     with torch.autograd.set_detect_anomaly(True):
         assert_same_steps(original, fused, small(), modes=("training",), steps=1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

@@ -10,11 +10,8 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from bank import Bank, Pattern, step
-from observe import assert_same_step
+from bank import Bank, Pattern, failures, step
 from torch import Tensor
-
-import bnext
 
 # Of the names y (the normalised value), s (a residual), h (the norm's input), x and r (arguments), v (a view).
 BEFORE = ("h = self.conv(x)", "h = x", "h = x * 2", "h = x[:]", "h = self.conv(x).relu_()")
@@ -99,19 +96,9 @@ def check(seed: int, modes: tuple[str, ...]) -> None:
         if runs(source):
             sources[source] = None
     torch.manual_seed(seed)
-    original = Bank([Pattern(compiled(source)) for source in sources]).double()
-    fused = bnext.convert(Bank([Pattern(compiled(source)) for source in sources]).double(), fuse=True)
-    fused.load_state_dict(original.state_dict())
-    some = 0
-    for mode in modes:
-        steps = [step(bank, (2, 3, 4, 3), mode) for bank in (original, fused)]
-        for source, expected, actual in zip(sources, *steps, strict=True):
-            some += actual.pop("nodes") != expected.pop("nodes")
-            try:
-                assert_same_step(expected, actual, mode)
-            except AssertionError as error:
-                raise AssertionError(f"{error}\n{source}") from error
-    assert some > COUNT // 20, "hardly anything was fused"
+    patterns = {source: Pattern(compiled(source), None) for source in sources}
+    wrong = failures(patterns, modes, at_least=COUNT // 20)
+    assert not wrong, "\n\n".join(f"{why}\n{source}" for source, why in wrong.items())
 
 
 @pytest.mark.parametrize("seed", range(4))

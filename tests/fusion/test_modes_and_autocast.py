@@ -20,17 +20,14 @@ from observe import (
     assert_same_steps,
     count,
     fused_names,
+    net,
     pair,
     sequential,
     small,
 )
-from torch import Tensor, nn
+from torch import nn
 
 import bnext
-
-
-def net() -> nn.Module:
-    return sequential(conv(3, 1))
 
 
 def test_modes_in_any_order() -> None:
@@ -41,7 +38,7 @@ def test_modes_in_any_order() -> None:
 
 
 def test_inference_tensors_and_then_training() -> None:
-    original, fused = pair(net)
+    original, fused = pair()
     with torch.inference_mode():
         x = small()
         assert_close(fused(x), original(x), "output")
@@ -63,26 +60,19 @@ AUTOCAST = {
 }
 
 
-class Inside(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            y = F.relu(self.bn(self.conv(x)))
-        return F.silu(self.bn2(y.float()) + x)
-
-
-class Between(Net):
-    """The activation is outside."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            y = self.bn(self.conv(x))
-        return F.relu(y)
+INSIDE: dict[str, Callable[[], nn.Module]] = {
+    "not inside": lambda: Basic(3),
+    "inside": Net.of(
+        lambda self, x: F.silu(self.bn2(autocast(lambda: F.relu(self.bn(self.conv(x)))).float()) + x),
+    ),
+    "the activation outside": Net.of(lambda self, x: F.relu(autocast(lambda: self.bn(self.conv(x))))),
+}
 
 
 @pytest.mark.parametrize("where", AUTOCAST)
-@pytest.mark.parametrize("make", [lambda: Basic(3), Inside, Between], ids=["not inside", "inside", "between"])
-def test_autocast(make: Callable[[], nn.Module], where: str) -> None:
-    original = make()
+@pytest.mark.parametrize("inside", INSIDE)
+def test_autocast(inside: str, where: str) -> None:
+    original = INSIDE[inside]()
     plain, fused = bnext.convert(copy.deepcopy(original)), bnext.convert(copy.deepcopy(original), fuse=True)
     x = torch.randn(4, 3, 6, 6)
     for _ in range(2):
@@ -95,7 +85,7 @@ def test_autocast(make: Callable[[], nn.Module], where: str) -> None:
         assert (p.grad is None) == (q.grad is None)
         if q.grad is not None:
             torch.testing.assert_close(p.grad, q.grad, rtol=0.1, atol=0.1 * q.grad.abs().max().item() + 1e-2)
-    if make is Between:
+    if inside == "the activation outside":
         assert count(actual) == count(expected)
 
 
@@ -134,7 +124,7 @@ def test_flags_of_parts_are_followed() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_whose_dtype_changes(dtype: torch.dtype) -> None:
-    original, fused = pair(net)
+    original, fused = pair()
     assert_same_steps(original, fused, small(), modes=("training",), steps=1)
     x = small().to(dtype)
     y = fused.to(dtype)(x)
@@ -144,7 +134,7 @@ def test_a_model_whose_dtype_changes(dtype: torch.dtype) -> None:
 
 
 def test_a_default_device() -> None:
-    original, fused = pair(net)
+    original, fused = pair()
     with torch.device("cpu"):
         assert_same_steps(original, fused, small(), modes=("training",))
         assert count(fused(small())) == 0
@@ -171,7 +161,7 @@ def test_called_twice_before_backward_and_backward_twice() -> None:
         y.square().sum().backward()
         return [p.grad for p in model.parameters()]
 
-    assert_same_results(*pair(net), gradients)
+    assert_same_results(*pair(), gradients)
 
 
 def test_random_numbers_are_the_same() -> None:

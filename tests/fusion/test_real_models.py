@@ -17,17 +17,19 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
-from counting import Census, census, left
-from real_models import MODELS, RealModel, tensors, why_not
+from counting import Census, census, left, tensors
+from real_models import MODELS, RealModel, why_not
 from tolerances import assert_within
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.debugging import aot_eager
 
 import bnext
+from bnext.fusion.backend import eager, inductor
 
 PERTURBATION = 2.0**-46
 COPIES = 3
@@ -35,9 +37,9 @@ U = 2.0**-53
 # Of the largest value. Beyond it a model says nothing of its batch norms, and has no place here.
 LARGEST_LIMIT = 1e-6
 
-KINDS = ["outputs", "gradients", "buffers", "evaluation"]
+KINDS = ("outputs", "gradients", "buffers", "evaluation")
 # A minute each, and the first always. None with a hardsigmoid: inductor's gradient of it is right to float32 only.
-COMPILED = ["test_resnet", "test_byobnet", "test_efficientnet", "resnet18d", "tinynet_e", "darknet17"]
+GENERATED = ["test_resnet", "test_byobnet", "test_efficientnet", "resnet18d", "tinynet_e", "darknet17"]
 
 
 class Step(NamedTuple):
@@ -49,16 +51,6 @@ class Step(NamedTuple):
     buffers: dict[str, Tensor]
     evaluation: dict[str, Tensor]
     census: Census
-
-
-class Trial(NamedTuple):
-    model: RealModel
-    original: Step
-    perturbed: list[Step]
-    fused: Step
-    original_keys: list[str]
-    fused_keys: list[str]
-    report: str
 
 
 def size(tensor: Tensor) -> Tensor:
@@ -73,7 +65,9 @@ def numbered(output: object) -> dict[str, Tensor]:
     return {str(i): t.detach() for i, t in enumerate(tensors(output))}
 
 
-def step(model: nn.Module, input: Tensor, call: Callable[[Tensor], object] | None = None) -> Step:
+def step(
+    model: nn.Module, input: Tensor, call: Callable[[Tensor], object] | None = None, evaluate: bool = True
+) -> Step:
     """``call``: the model, compiled."""
     call = model if call is None else call
     leaf = input.clone().requires_grad_()
@@ -88,7 +82,7 @@ def step(model: nn.Module, input: Tensor, call: Callable[[Tensor], object] | Non
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.eval()
     with torch.no_grad():
-        evaluation = numbered(call(input))
+        evaluation = numbered(call(input)) if evaluate else {}
     return Step(numbered(output), gradients, buffers, evaluation, counted)
 
 
@@ -120,13 +114,51 @@ def limits(original: Step, perturbed: list[Step], kind: str) -> dict[str, Tensor
     }
 
 
-def assert_same(actual: Step, original: Step, perturbed: list[Step], kind: str) -> None:
-    got, wanted, allowed = getattr(actual, kind), getattr(original, kind), limits(original, perturbed, kind)
-    assert list(got) == list(wanted)
-    assert wanted
-    for name, value in wanted.items():
-        assert got[name].dtype == value.dtype, name
-        assert_within(got[name], value.double(), allowed[name], name)
+class Original:
+    """A model, a step of it, and how far that of another may be off."""
+
+    def __init__(self, model: RealModel) -> None:
+        self.model, self.input = model.make(), model.input()
+        self.unused = copy.deepcopy(self.model)  # before its first step
+        perturbed = [perturbed_step(self.model, self.input, seed) for seed in range(COPIES)]
+        self.step = step(self.model, self.input)
+        self.limits = {kind: limits(self.step, perturbed, kind) for kind in KINDS}
+        for kind in KINDS:
+            assert max(self.limits[kind].values()) <= LARGEST_LIMIT * largest(getattr(self.step, kind)), kind
+        assert self.step.census.pairs, "a model with nothing to fuse"
+
+    def assert_same(self, other: Step, kinds: tuple[str, ...] = KINDS) -> None:
+        for kind in kinds:
+            got, wanted = getattr(other, kind), getattr(self.step, kind)
+            assert list(got) == list(wanted)
+            assert wanted
+            for name, value in wanted.items():
+                assert got[name].dtype == value.dtype, name
+                assert_within(got[name], value.double(), self.limits[kind][name], f"{kind}: {name}")
+
+    def assert_same_compiled(self, compiled: nn.Module, call: Callable[[Tensor], object]) -> None:
+        """In training: an evaluation without gradients is left to the compiler."""
+        self.assert_same(step(compiled, self.input, call, evaluate=False), KINDS[:-1])
+
+    def assert_logged(self, caplog: pytest.LogCaptureFixture) -> None:
+        """That the back end "bnext" fused the pairs."""
+        fused = [int(r.message.split()[0]) for r in caplog.records if r.module == "backend"]
+        assert fused
+        assert max(fused) >= 0.95 * len(self.step.census.pairs), caplog.text
+
+
+class Both:
+    """In place of the back end of converted models. A graph of training is given to the back end of torch.compile, too:
+    capturing takes most of the time. Inductor would need a minute for its code; the graph runs operator by operator."""
+
+    def __init__(self) -> None:
+        self.compiled = False  # which of the two runs
+
+    def __call__(self, module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        twin = fx.GraphModule(module, copy.deepcopy(module.graph))
+        run = eager(module, inputs)
+        compiled = inductor(twin, inputs) if torch.is_grad_enabled() else None
+        return lambda *args: (compiled if self.compiled else run)(*args)
 
 
 def parameters(models: list[RealModel]) -> list[object]:
@@ -144,58 +176,40 @@ def parameters(models: list[RealModel]) -> list[object]:
     ]
 
 
-@pytest.fixture(scope="module", params=parameters(MODELS))
-def trial(request: pytest.FixtureRequest) -> Iterator[Trial]:
-    model: RealModel = request.param
-    original, input = model.make(), model.input()
-    fused = bnext.convert(copy.deepcopy(original), fuse=True)
-    perturbed = [perturbed_step(original, input, seed) for seed in range(COPIES)]
-    steps = step(original, input), perturbed, step(fused, input)
-    yield Trial(model, *steps, [*original.state_dict()], [*fused.state_dict()], str(bnext.fusion_report(fused)))
-    torch._dynamo.reset()
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("model", parameters(MODELS))
+def test_a_model_is_fused_and_nothing_else_changes(
+    model: RealModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, both = Original(model), Both()
+    monkeypatch.setattr("bnext.fusion.backend.eager", both)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda module, inputs, **_: aot_eager(module, inputs))
+    converted = bnext.convert(copy.deepcopy(original.unused), fuse=True)
+    with caplog.at_level(logging.INFO, "bnext"):
+        fused = step(converted, original.input)
+    report = str(bnext.fusion_report(converted))
+    original.assert_same(fused)
+    assert list(converted.state_dict()) == list(original.model.state_dict())
+    could, unfused = original.step.census.pairs, left(original.step.census, fused.census)
+    assert len(unfused) <= 0.05 * len(could), f"left: {', '.join(map(str, unfused))}\n{report}"
+    assert fused.census.norms == original.step.census.norms
+    assert fused.census.ours >= 0.98 * fused.census.norms, report
 
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_nothing_changes(trial: Trial, kind: str) -> None:
-    assert_same(trial.fused, trial.original, trial.perturbed, kind)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_model_would_show_errors(trial: Trial, kind: str) -> None:
-    allowed = limits(trial.original, trial.perturbed, kind)
-    assert max(allowed.values()) <= LARGEST_LIMIT * largest(getattr(trial.original, kind))
-
-
-def test_the_state_dict_has_the_same_keys(trial: Trial) -> None:
-    assert trial.fused_keys == trial.original_keys
-
-
-def test_what_could_be_fused_is(trial: Trial) -> None:
-    could, unfused = trial.original.census.pairs, left(trial.original.census, trial.fused.census)
-    assert could, "a model with nothing to fuse"
-    assert len(unfused) <= 0.05 * len(could), f"left: {', '.join(map(str, unfused))}\n{trial.report}"
-
-
-def test_the_batch_norms_are_ours(trial: Trial) -> None:
-    original, fused = trial.original.census, trial.fused.census
-    assert fused.norms == original.norms
-    assert fused.ours >= 0.98 * fused.norms, trial.report
+    converted.load_state_dict(original.unused.state_dict())
+    both.compiled = True
+    original.assert_same_compiled(converted, converted)
+    original.assert_logged(caplog)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
-    "model", parameters([m._replace(long=m.name != COMPILED[0]) for m in MODELS if m.name in COMPILED])
+    "model", parameters([m._replace(long=m.name != GENERATED[0]) for m in MODELS if m.name in GENERATED])
 )
-def test_compiling_changes_nothing(model: RealModel, caplog: pytest.LogCaptureFixture) -> None:
+def test_inductors_code_changes_nothing(model: RealModel, caplog: pytest.LogCaptureFixture) -> None:
     """By itself, of a model that is not converted."""
-    original, input = model.make(), model.input()
-    compiled, perturbed = copy.deepcopy(original), [perturbed_step(original, input, seed) for seed in range(COPIES)]
-    expected = step(original, input)
+    original = Original(model)
+    compiled = copy.deepcopy(original.unused)
     with caplog.at_level(logging.INFO, "bnext"):
-        actual = step(compiled, input, torch.compile(compiled, backend="bnext"))
-    for kind in KINDS:
-        assert_same(actual, expected, perturbed, kind)
-    fused = [int(r.message.split()[0]) for r in caplog.records if " batch norm(s) fused" in r.message]
-    assert fused
-    assert fused[0] >= 0.95 * len(expected.census.pairs), caplog.text
+        original.assert_same_compiled(compiled, torch.compile(compiled, backend="bnext"))
+    original.assert_logged(caplog)

@@ -5,6 +5,9 @@ one in all that a call does, and is fused only where that does not show.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -170,31 +173,14 @@ RESIDUAL_WRITTEN_LATER = {
 }
 
 
-def no_grad_around_the_norm(self: Net, x: Tensor, r: Tensor) -> Tensor:
+def without_grad(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
     with torch.no_grad():
-        y = self.bn(x)
-    return F.relu(y + r)
+        return function(*arguments)
 
 
-def no_grad_around_the_activation(self: Net, x: Tensor, r: Tensor) -> Tensor:
-    y = self.bn(x)
-    with torch.no_grad():
-        z = F.relu(y)
-    return z + self.conv(x)
-
-
-def no_grad_around_the_sum(self: Net, x: Tensor, r: Tensor) -> Tensor:
-    y = self.bn(x)
-    with torch.no_grad():
-        z = y + r
-    return F.relu(z) + self.conv(x)
-
-
-def no_grad_in_between(self: Net, x: Tensor, r: Tensor) -> Tensor:
-    y = self.bn(x)
-    with torch.no_grad():
-        s = r.abs().mean()
-    return F.relu(y + r) * s
+def under_autocast(function: Callable[..., Tensor], *arguments: Any, enabled: bool = True) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled):
+        return function(*arguments)
 
 
 def grad_mode_set_in_between(self: Net, x: Tensor, r: Tensor) -> Tensor:
@@ -206,28 +192,18 @@ def grad_mode_set_in_between(self: Net, x: Tensor, r: Tensor) -> Tensor:
     return z + self.conv(x)
 
 
-def autocast_between(self: Net, x: Tensor, r: Tensor) -> Tensor:
-    y = self.bn(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        z = F.relu(y)
-    return z.double()
-
-
-def autocast_disabled_between(self: Net, x: Tensor, r: Tensor) -> Tensor:
-    y = self.bn(x)
-    with torch.autocast("cpu", enabled=False):
-        s = r + 1
-    return F.relu(y + s)
-
-
 MODE_SWITCHED = {
-    "no_grad around the norm": Pattern(no_grad_around_the_norm, None),
-    "no_grad around the activation": Pattern(no_grad_around_the_activation, 0),
-    "no_grad around the sum": Pattern(no_grad_around_the_sum, 0),
-    "no_grad in between": Pattern(no_grad_in_between, None),
+    "no_grad around the norm": Pattern(lambda self, x, r: F.relu(without_grad(self.bn, x) + r), None),
+    "no_grad around the activation": Pattern(lambda self, x, r: without_grad(F.relu, self.bn(x)) + self.conv(x), 0),
+    "no_grad around the sum": Pattern(
+        lambda self, x, r: F.relu(without_grad(torch.add, self.bn(x), r)) + self.conv(x), 0
+    ),
+    "no_grad in between": Pattern(lambda self, x, r: F.relu(self.bn(x) + r * without_grad(torch.mean, r)), None),
     "grad mode set": Pattern(grad_mode_set_in_between, 0),
-    "autocast": Pattern(autocast_between, 0),
-    "autocast disabled": Pattern(autocast_disabled_between, None),
+    "autocast": Pattern(lambda self, x, r: under_autocast(F.relu, self.bn(x)).double(), 0),
+    "autocast disabled": Pattern(
+        lambda self, x, r: F.relu(self.bn(x) + under_autocast(torch.add, r, 1, enabled=False)), None
+    ),
 }
 
 

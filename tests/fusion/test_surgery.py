@@ -11,7 +11,7 @@ import torch
 from networks import Basic, assert_close, conv
 from observe import Pair, assert_fuses, assert_same_steps, count, pair, sequential, small
 from torch import Tensor, nn
-from torch.nn.utils import fusion, parametrizations, parametrize
+from torch.nn.utils import fusion, parametrizations, parametrize, prune
 from torch.utils import mkldnn
 
 import bnext
@@ -33,7 +33,7 @@ class Wrapper(nn.Module):
         return self.inner(*args)
 
 
-def net() -> nn.Module:
+def two() -> nn.Module:
     return nn.Sequential(*sequential(), *sequential(), conv(3, 1))
 
 
@@ -102,6 +102,9 @@ CHANGES: dict[str, tuple[Change, int | None]] = {
     "parametrised": (parametrized, None),
     "parametrised, and no more": (parametrized_and_removed, 2),
     "spectral norm": (lambda m: parametrizations.spectral_norm(m[0]), 2),
+    "pruned": (lambda m: prune.random_structured(m[0], "weight", amount=1, dim=0), 2),
+    "norm pruned": (lambda m: prune.l1_unstructured(m[1], "weight", amount=1), None),
+    "a hook that changes the norm's output": (lambda m: m[1].register_forward_hook(lambda *a: a[2] - 0.5), 1),
     "frozen": (lambda m: m[1].requires_grad_(False).running_mean.add_(0.5), 2),
     "other settings": (lambda m: vars(m[1]).update(eps=0.5, momentum=0.3), 2),
     "without statistics": (without_statistics, 2),
@@ -111,7 +114,7 @@ CHANGES: dict[str, tuple[Change, int | None]] = {
 
 def changed(change: str) -> Pair:
     """After a first call."""
-    original, fused = pair(net)
+    original, fused = pair(two)
     assert_same_steps(original, fused, small(), modes=("training",), steps=1)
     for model in (original, fused):
         torch.manual_seed(5)
@@ -124,7 +127,7 @@ def changed(change: str) -> Pair:
 def test_a_change_after_the_first_call_is_seen(change: str) -> None:
     original, fused = changed(change)
     pairs = CHANGES[change][1]
-    assert_same_steps(original, fused, small(), modes=("training",), steps=1)
+    assert_same_steps(original, fused, small(), modes=("training", "evaluation"), steps=1)
     if pairs is not None:
         assert_fuses(original, fused, small(), pairs=pairs)
 
@@ -139,7 +142,7 @@ def test_then_revert_or_convert_again(again: Change, change: str) -> None:
 
 
 def test_slices_and_parts_are_plain() -> None:
-    original, fused = pair(net)
+    original, fused = pair(two)
     x = small()
     assert_same_steps(original, fused, x, steps=1)
     for take in (
@@ -167,7 +170,7 @@ def test_a_submodule_called_by_itself_and_the_whole_in_turn() -> None:
 
 
 def test_a_fused_model_as_a_part_of_others() -> None:
-    original, fused = pair(lambda: sequential(conv(3, 1)))
+    original, fused = pair()
     x = small()
     for wrap in (lambda m: nn.Sequential(m, nn.Tanh()), Wrapper, lambda m: nn.Sequential(m, m)):
         assert_same_steps(wrap(original), wrap(fused), x, modes=("training",))
@@ -177,7 +180,7 @@ def test_a_fused_model_as_a_part_of_others() -> None:
 
 
 def test_folding_a_convolution() -> None:
-    original, fused = pair(net)
+    original, fused = pair(two)
     x = small()
     assert_same_steps(original, fused, x)
     want = original.eval()(x)
@@ -190,7 +193,7 @@ def test_folding_a_convolution() -> None:
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no mkldnn")
 def test_to_mkldnn() -> None:
-    model = bnext.convert(net().eval(), fuse=True)
+    model = bnext.convert(two().eval(), fuse=True)
     x = torch.randn(2, 3, 8, 8)
     want = model(x).detach()
     dense = mkldnn.to_mkldnn(copy.deepcopy(model))

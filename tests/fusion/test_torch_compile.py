@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from networks import Basic, assert_close, conv
+from networks import Basic, assert_close
 from observe import assert_fuses, assert_same_steps, pair, sequential, small
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -46,7 +46,7 @@ def test_a_compilation_of_the_users_own_wins(order: str, caplog: pytest.LogCaptu
 @pytest.mark.parametrize("called", [False, True])
 def test_torch_compile_on_top(called: bool) -> None:
     """The compiler sees the layers; with bnext's back end it fuses them."""
-    original, fused = pair(lambda: sequential(conv(3, 1)))
+    original, fused = pair()
     if called:
         assert_same_steps(original, fused, small(), modes=("training",))
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
