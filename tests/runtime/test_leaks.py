@@ -57,24 +57,18 @@ def worker() -> Iterator[Pool]:
     pool.close()
 
 
-def check_calls(worker: Pool, calls_of: str, calls: int) -> None:
-    ((left, alive),) = worker.run(
-        jobs.leave_behind, timeout=300, calls_of=calls_of, calls=calls, warm_up=WARM_UP.get(calls_of)
-    )
+MANY = {calls_of: 1_000 if calls_of == "traced_conversions" else 10_000 for calls_of in CALLS}
+
+
+@pytest.mark.parametrize(
+    ("calls_of", "calls"), [*CALLS.items(), *(pytest.param(*row, marks=pytest.mark.long) for row in MANY.items())]
+)
+def test_nothing_is_left_behind(calls_of: str, calls: int, worker: Pool) -> None:
+    arguments = {"calls_of": calls_of, "calls": calls, "warm_up": WARM_UP.get(calls_of)}
+    ((left, alive),) = worker.run(jobs.leave_behind, timeout=300, **arguments)
     most = MOST._replace(resident=RESIDENT.get(calls_of, MOST.resident))
     assert excess(left, most) == {}, f"left behind by {calls} calls: {left}"
     assert alive == [], "tensors of these shapes outlive all that they were made for"
-
-
-@pytest.mark.parametrize("calls_of", CALLS)
-def test_nothing_is_left_behind(calls_of: str, worker: Pool) -> None:
-    check_calls(worker, calls_of, CALLS[calls_of])
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("calls_of", CALLS)
-def test_nothing_is_left_behind_by_many_calls(calls_of: str, worker: Pool) -> None:
-    check_calls(worker, calls_of, 1_000 if calls_of == "traced_conversions" else 10_000)
 
 
 @pytest.mark.parametrize("calls", [35, pytest.param(490, marks=pytest.mark.long)])
