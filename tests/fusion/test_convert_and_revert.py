@@ -4,10 +4,8 @@ it; and what the report and the log say."""
 from __future__ import annotations
 
 import copy
-import gc
 import logging
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -162,14 +160,6 @@ def test_what_was_fused_is_logged_or_printed(
     printed = capsys.readouterr().out
     for text in (entry.getMessage(), printed, str(bnext.fusion_report(model))):
         assert "1: batch norm -> relu" in text
-
-
-@pytest.fixture
-def without_collector() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 @pytest.mark.usefixtures("without_collector")

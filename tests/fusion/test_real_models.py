@@ -176,7 +176,7 @@ def parameters(models: list[RealModel]) -> list[object]:
     ]
 
 
-@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler", "without_collector")  # which would take a third of a capture's time
 @pytest.mark.parametrize("model", parameters(MODELS))
 def test_a_model_is_fused_and_nothing_else_changes(
     model: RealModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
