@@ -89,9 +89,14 @@ def convert(
         if not isinstance(flag, bool):
             raise TypeError(f"expected {name} to be a bool, but got {type(flag).__name__}")
     _check(module)
-    _swap(module, _TO_BNEXT)
-    ours = [m for m in module.modules() if type(m) in _OURS or known.adopt(m)]
-    left = [(name, m) for name, m in module.named_modules() if _is_unknown(m)]
+    # Before anything is changed: a part may walk through its own parts in a way that fails.
+    layers = list(module.named_modules())
+    if fuse:
+        from bnext.fusion import eager  # imports torch._dynamo, which takes a second
+    for _, m in layers:
+        m.__class__ = _TO_BNEXT.get(type(m), type(m))
+    ours = [m for _, m in layers if type(m) in _OURS or known.adopt(m)]
+    left = [(name, m) for name, m in layers if _is_unknown(m)]
     if left:
         classes = sorted({f"{type(m).__module__}.{type(m).__qualname__}" for _, m in left})
         names = ", ".join(name or "(the module itself)" for name, _ in left)
@@ -101,15 +106,13 @@ def convert(
     lines = [f"{len(ours)} batch norm(s) are bnext's"]
     if sync:
         synchronization.synchronize(module, process_group)
-        lazy = [name for name, m in module.named_modules() if type(m) in _LAZY]
+        lazy = [name for name, m in layers if type(m) in _LAZY]
         if lazy:
             _logger.warning(
                 "convert left %d batch norm(s) without sync until they are initialised: %s", len(lazy), ", ".join(lazy)
             )
-        lines.append(f"{sum(type(m) is SyncBatchNorm for m in module.modules())} batch norm(s) are synchronised")
+        lines.append(f"{sum(type(m) is SyncBatchNorm for _, m in layers)} batch norm(s) are synchronised")
     if fuse:
-        from bnext.fusion import eager  # imports torch._dynamo, which takes a second
-
         eager.install(module, verbose)
     if verbose:
         print("\n".join(lines))
@@ -176,8 +179,3 @@ def _check(module: object) -> None:
 
 def _is_unknown(m: torch.nn.Module) -> bool:
     return isinstance(m, _BatchNorm) and type(m) not in _OURS and not known.is_adopted(m)
-
-
-def _swap(module: torch.nn.Module, classes: _Classes) -> None:
-    for m in module.modules():
-        m.__class__ = classes.get(type(m), type(m))

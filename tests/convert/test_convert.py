@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -218,3 +219,21 @@ def test_a_model_without_batch_norm_passes_through() -> None:
     types = [type(m) for m in model.modules()]
     assert bnext.convert(model) is model
     assert [type(m) for m in model.modules()] == types
+
+
+class FailsInTheMiddle(nn.Module):
+    """Walks through its parts in a way of its own, which fails."""
+
+    def named_modules(self, *args: object, **kwargs: object) -> Iterator[tuple[str, nn.Module]]:
+        raise RuntimeError("no parts today")
+
+
+@EACH_SYNC
+@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fuse"])
+def test_nothing_is_changed_when_a_model_cannot_be_walked_through(fuse: bool, sync: bool) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(2), FailsInTheMiddle(), nn.BatchNorm2d(2))
+    entries = [set(vars(m)) for m in (model, *model)]
+    with pytest.raises(RuntimeError, match="no parts today"):
+        bnext.convert(model, fuse=fuse, sync=sync)
+    assert [type(m) for m in model] == [nn.BatchNorm2d, FailsInTheMiddle, nn.BatchNorm2d]
+    assert [set(vars(m)) for m in (model, *model)] == entries
