@@ -12,7 +12,7 @@
 
 namespace bnext {
 
-enum class Act : std::uint8_t { kIdentity, kRelu, kRelu6, kLeakyRelu, kSilu, kGelu, kHardswish, kMish, kElu };
+enum class Act : std::int32_t { kIdentity, kRelu, kRelu6, kLeakyRelu, kSilu, kGelu, kHardswish, kMish, kElu };
 
 // As users name them.
 struct NamedAct {

@@ -165,7 +165,8 @@ struct ScaleGrad {
 };
 
 // The same with an activation, and perhaps a residual. In backward dz = dy*act'(z) takes the place of dy, where the
-// pre-activation z is computed again, or a mask knows what the rectifier made of it.
+// pre-activation z is computed again, or a mask knows what the rectifier made of it. Each comes in parts, so that a
+// traversal may decide which activation it is once for several elements: z, then act(z) or dz, then the rest.
 
 // z = (x - shift)*scale + offset + residual: in forward and in backward the same operations, hence the same bits.
 template <typename V>
@@ -182,13 +183,20 @@ struct ActivatedGradSums {
   static constexpr bool kReadsGrad = true;
   static constexpr bool kActivated = true;
   static constexpr int kCoefficients = 3;
+  template <typename V>
+  BNEXT_INLINE static V z(const V (&in)[kMaxInputs], const V (&c)[kMaxReduceCoefficients], const Epilogue& epilogue) {
+    return preactivation(in, c[0], c[1], c[2], epilogue);
+  }
+  template <typename V>
+  BNEXT_INLINE static void add_given(const V& dz, V& first, V& second, const V (&in)[kMaxInputs],
+                                     const V (&c)[kMaxReduceCoefficients]) {
+    first += dz;
+    second += dz * (in[0] - c[0]);
+  }
   template <typename T, typename V>
   BNEXT_INLINE static void add(V& first, V& second, const V (&in)[kMaxInputs], const V (&c)[kMaxReduceCoefficients],
                                const Epilogue& epilogue) {
-    const V z = preactivation(in, c[0], c[1], c[2], epilogue);
-    const V dz = epilogue.grad<T>(z, in[1]);
-    first += dz;
-    second += dz * (in[0] - c[0]);
+    add_given(epilogue.grad<T>(z(in, c, epilogue), in[1]), first, second, in, c);
   }
 };
 
@@ -198,11 +206,15 @@ struct ActivatedNormalize {
   static constexpr bool kReadsGrad = false;
   static constexpr bool kActivated = true;
   static constexpr int kCoefficients = 3;
+  template <typename V>
+  BNEXT_INLINE static V z(const V (&in)[kMaxInputs], const V (&c)[kMaxCoefficients], const Epilogue& epilogue) {
+    return preactivation(in, c[0], c[1], c[2], epilogue);
+  }
   template <typename T, typename V>
   BNEXT_INLINE static Mapped<V> apply(const V (&in)[kMaxInputs], const V (&c)[kMaxCoefficients],
                                       const Epilogue& epilogue) {
-    const V z = preactivation(in, c[0], c[1], c[2], epilogue);
-    return {epilogue.activate<T>(z), opening(epilogue.activation, z)};
+    const V before = z(in, c, epilogue);
+    return {epilogue.activate<T>(before), opening(epilogue.activation, before)};
   }
 };
 
@@ -212,14 +224,22 @@ struct ActivatedGrad {
   static constexpr bool kReadsGrad = true;
   static constexpr bool kActivated = true;
   static constexpr int kCoefficients = 5;
+  template <typename V>
+  BNEXT_INLINE static V z(const V (&in)[kMaxInputs], const V (&c)[kMaxCoefficients], const Epilogue& epilogue) {
+    return preactivation(in, c[0], c[1], c[4], epilogue);
+  }
+  template <typename V>
+  BNEXT_INLINE static V grad_input(const V& dz, const V (&in)[kMaxInputs], const V (&c)[kMaxCoefficients],
+                                   const Epilogue& epilogue) {
+    // To add -0 changes nothing, a zero's sign neither.
+    const V by_statistics = epilogue.differentiates_statistics ? (in[0] - c[0]) * c[2] + c[3] : -V{};
+    return dz * c[1] + by_statistics;
+  }
   template <typename T, typename V>
   BNEXT_INLINE static Mapped<V> apply(const V (&in)[kMaxInputs], const V (&c)[kMaxCoefficients],
                                       const Epilogue& epilogue) {
-    const V z = preactivation(in, c[0], c[1], c[4], epilogue);
-    const V dz = epilogue.grad<T>(z, in[1]);
-    // To add -0 changes nothing, a zero's sign neither.
-    const V by_statistics = epilogue.differentiates_statistics ? (in[0] - c[0]) * c[2] + c[3] : -V{};
-    return {dz * c[1] + by_statistics, dz};
+    const V dz = epilogue.grad<T>(z(in, c, epilogue), in[1]);
+    return {grad_input(dz, in, c, epilogue), dz};
   }
 };
 

@@ -21,14 +21,6 @@
 
 namespace bnext::cuda {
 
-struct KernelArgs {
-  LaunchPlan plan;
-  Tensors tensors;
-  Epilogue epilogue;
-  unsigned char* workspace;
-  std::int64_t* count_batch;  // incremented by one thread; null: not here
-};
-
 // Pointers into a block's shared memory.
 struct Shared {
   unsigned char* staging;
@@ -60,6 +52,7 @@ class BlockTask {
   // The shift is a sample of the channel's own values; else it is known.
   static constexpr bool kSamples = std::is_same_v<Reduce, MomentSums>;
   static constexpr int kN = kLanes<scalar_t>;
+  using Staging = StagingBuffer<scalar_t, Reduce, Map>;
 
  public:
   __device__ __forceinline__ BlockTask(const KernelArgs& args, const Op& op, const Shared& shared, GroupRank& self,
@@ -69,34 +62,33 @@ class BlockTask {
         op_(op),
         shared_(shared),
         self_(self),
-        span_(args.plan, tile),
-        staging_(args.plan, args.tensors, shared.staging, shared.mask) {}
+        span_{tile},
+        staging_(args, shared.staging, shared.mask) {}
 
   __device__ __forceinline__ void run() {
-    const TileIterator<scalar_t, kTile> iterator(plan_, span_, span_.tile, self_.rank);
-    const std::int64_t items = iterator.items();
-    const int kept = items < plan_.kept ? static_cast<int>(items) : plan_.kept;
+    const int items = this->items();
+    const int kept = items < plan_.kept ? items : plan_.kept;
     Verdict verdict;
     if constexpr (kReduces) {
       // The samples are requested first: behind all other loads they would arrive last.
       const Acc sample = kSamples ? load_sample(0) : Acc{};
-      request_kept(iterator, kept);
+      whole_or_not([&](auto whole) { request_kept<whole.value>(kept); });
       // Where float32 cannot begin, every channel needs float64.
       verdict = {true, false};
-      if (choose_coefficients(sample)) verdict = finish(group_sums<Acc>(iterator, items, kept), /*again=*/false);
+      if (choose_coefficients(sample)) verdict = finish(group_sums<Acc>(items, kept), /*again=*/false);
       if (verdict.needs_fp64) {
         const bool wide = verdict.wide;
-        verdict = finish(group_sums<double>(restarted(), items, kept), /*again=*/true);
+        verdict = finish(group_sums<double>(items, kept), /*again=*/true);
         verdict.wide |= wide;
       }
     } else {
       verdict = finish(nullptr, /*again=*/false);
     }
     if (!args_.tensors.maps()) return;
-    if (std::is_same_v<Acc, double> || verdict.wide) {
+    if (verdict.wide) {
       map<double>(items, kept);
     } else {
-      map<float>(items, kept);
+      map<Acc>(items, kept);
     }
   }
 
@@ -107,21 +99,43 @@ class BlockTask {
     bool wide;        // nor for a channel's coefficients
   };
 
-  // An iterator at the first step, computed again by a few divisions: kept, it would take registers during the
-  // reduction. The asm statement stops the compiler from keeping it all the same.
-  __device__ __forceinline__ TileIterator<scalar_t, kTile> restarted() const {
+  // The loops over vectors have a fast form for plans whose vectors are all whole.
+  template <typename F>
+  __device__ __forceinline__ void whole_or_not(F&& f) const {
+    if (plan_.whole) {
+      f(std::true_type{});
+    } else {
+      f(std::false_type{});
+    }
+  }
+
+  template <bool kWhole>
+  using Iterator = TileIterator<scalar_t, kTile, kWhole>;
+
+  __device__ __forceinline__ int items() const {
+    return Iterator<false>(plan_, span_, span_.tile, self_.rank).items();
+  }
+
+  // An iterator at the first step, computed by a few divisions every time: kept, it would take registers in between.
+  // The asm statement stops the compiler from keeping it all the same.
+  template <bool kWhole>
+  __device__ __forceinline__ Iterator<kWhole> first_step() const {
     std::int64_t tile = span_.tile;
     int rank = self_.rank;
     asm volatile("" : "+l"(tile), "+r"(rank));
-    return TileIterator<scalar_t, kTile>(plan_, span_, tile, rank);
+    return Iterator<kWhole>(plan_, span_, tile, rank);
   }
 
-  __device__ __forceinline__ void request_kept(TileIterator<scalar_t, kTile> iterator, int kept) {
+  template <bool kWhole>
+  __device__ __forceinline__ void request_kept(int kept) {
+    Iterator<kWhole> iterator = first_step<kWhole>();
     int k = 0;
 #pragma unroll 1
     for (int stage = 0; stage < kLoadStages; ++stage) {
-      for (const int end = stage_end(stage, kept); k < end; ++k, iterator.next())
+#pragma unroll(kWhole ? 4 : 1)
+      for (const int end = stage_end(stage, kept); k < end; ++k, iterator.next()) {
         staging_.request(k, iterator.segment());
+      }
       __pipeline_commit();
     }
   }
@@ -132,7 +146,7 @@ class BlockTask {
   __device__ __forceinline__ Acc load_sample(int first) const {
     const int sample = static_cast<int>(threadIdx.x) % kMaxSamples;
     const int channel = first + static_cast<int>(threadIdx.x) / kMaxSamples;
-    if (sample >= plan_.samples || channel >= span_.channels) return 0;
+    if (sample >= plan_.samples || channel >= span_.channels(plan_)) return 0;
     const auto* input = static_cast<const scalar_t*>(args_.tensors.in[0]);
     return widen(input[plan_.sample_offsets[sample] + (span_.first_channel(plan_) + channel) * plan_.sample_stride]);
   }
@@ -144,7 +158,7 @@ class BlockTask {
       return true;
     } else {
       bool wide = false;
-      for (int i = static_cast<int>(threadIdx.x); i < span_.channels; i += plan_.threads) {
+      for (int i = static_cast<int>(threadIdx.x); i < span_.channels(plan_); i += plan_.threads) {
         double value[kMaxReduceCoefficients] = {};
         op_.reduce_coefficients(span_.first_channel(plan_) + i, value);
         if (Reduce::kActivated) wide |= !fits_float32(value, kMaxReduceCoefficients);
@@ -160,7 +174,7 @@ class BlockTask {
   __device__ __forceinline__ void choose_shift(Acc value) {
     const bool stores = threadIdx.x % kMaxSamples == 0;
     const int step = plan_.threads / kMaxSamples;
-    for (int first = 0; first < span_.channels; first += step) {
+    for (int first = 0; first < span_.channels(plan_); first += step) {
       const int channel = first + static_cast<int>(threadIdx.x) / kMaxSamples;
       if (first > 0) value = load_sample(first);
       Acc mean = value;
@@ -171,7 +185,7 @@ class BlockTask {
       for (int lanes = 1; lanes < plan_.samples; lanes *= 2) {
         distance = farthest(distance, __shfl_xor_sync(0xffffffffu, distance, lanes));
       }
-      if (stores && channel < span_.channels) {
+      if (stores && channel < span_.channels(plan_)) {
         shared_.shift[channel] = static_cast<double>(shift_of_samples(mean, distance));
       }
     }
@@ -180,23 +194,16 @@ class BlockTask {
 
   // The tile's sums over the whole group: double [2][tile_channels].
   template <typename acc_t>
-  __device__ __forceinline__ const double* group_sums(TileIterator<scalar_t, kTile> iterator, std::int64_t items,
-                                                      int kept) {
+  __device__ __forceinline__ const double* group_sums(int items, int kept) {
     spread<acc_t, Reduce>(shared_.shift);
-    Accumulator<scalar_t, acc_t, Reduce, kTile> sums(plan_, span_, shared_.shift, shared_.columns, args_.epilogue);
-    int k = 0;
-#pragma unroll 1
-    for (int stage = 0; stage < kLoadStages; ++stage) {
-      wait_for_stage(stage);
-      for (const int end = stage_end(stage, kept); k < end; ++k, iterator.next()) {
-        const Segment segment = iterator.segment();
-        sums.add(segment, staging_.template read<Reduce>(k, segment));
-      }
-    }
-    if (items > kept) {
-      staging_.template stream<Reduce>(
-          iterator, items - kept, plan_.kept, [](auto& w) { w.next(); },
-          [&](const Segment& segment, const auto& item) { sums.add(segment, item); });
+    Sums<acc_t> sums(plan_, span_, shared_.shift, shared_.columns, args_.epilogue);
+    if constexpr (kIsOpmath<scalar_t, acc_t>) {
+      whole_or_not([&](auto whole) { add_all<whole.value>(sums, items, kept); });
+    } else {
+      wait_prior<0>();
+      for_each_rare<Reduce>(items, kept, [&](const Segment<scalar_t>& segment, const Item& item) {
+        sums.add(item, segment.low, segment.high);
+      });
     }
     sums.flush();
     const int values = 2 * plan_.tile_channels;
@@ -206,7 +213,50 @@ class BlockTask {
     } else {
       merge_columns(plan_, sums.first, sums.second, shared_.merge, own);
     }
-    return all_reduce(plan_, self_, own, shared_.total, shared_.merge, values);
+    return all_reduce(plan_, self_, args_.workspace, own, shared_.total, shared_.merge, values);
+  }
+
+  template <typename acc_t>
+  using Sums = Accumulator<scalar_t, acc_t, Reduce, kTile>;
+
+  // Where float32 was too narrow: no haste, so that no registers are taken for it.
+  template <typename Functor, typename Visit>
+  __device__ __forceinline__ void for_each_rare(int items, int kept, Visit&& visit) {
+    Iterator<false> iterator = first_step<false>();
+#pragma unroll 1
+    for (int k = 0; k < items; ++k, iterator.next()) {
+      const Segment<scalar_t> segment = iterator.segment();
+      visit(segment, k < kept ? staging_.template read<Functor>(k, segment) : staging_.template load<Functor>(segment));
+    }
+  }
+
+  // Adds the vectors that are kept, a stage after another as they arrive, and then those that pass through the ring.
+  template <bool kWhole>
+  __device__ __forceinline__ void add_all(Sums<Acc>& sums, int items, int kept) {
+    Iterator<kWhole> iterator = first_step<kWhole>();
+    Iterator<kWhole> behind_kept = iterator;
+    if (items > kept) behind_kept.seek(kept);
+    Ring<Reduce, Staging, Iterator<kWhole>, /*kForward=*/true> ring(staging_, plan_.kept, items - kept, behind_kept);
+    for (int stage = 0; stage < kLoadStages || !ring.empty(); ++stage) {
+      const bool streams = stage >= kLoadStages;
+      int slot = 0;
+      int end = 0;
+      if (streams) {
+        if (stage == kLoadStages) ring.start();
+        slot = ring.wait();
+        end = slot + 1;
+      } else {
+        wait_for_stage(stage);
+        slot = stage_end(stage - 1, kept);
+        end = stage_end(stage, kept);
+      }
+      sums.for_each(slot, end, [&](int k) {
+        const auto segment = iterator.segment();
+        sums.add(staging_.template read<Reduce>(k, segment), segment.low, segment.high);
+        iterator.next();
+      });
+      if (streams) ring.refill();
+    }
   }
 
   // From sums to results and coefficients, a channel a thread. The second time only of the channels that need float64:
@@ -214,7 +264,7 @@ class BlockTask {
   __device__ __forceinline__ Verdict finish(const double* sums, bool again) {
     bool needs_fp64 = false;
     bool wide = false;
-    for (int i = static_cast<int>(threadIdx.x); i < span_.channels; i += plan_.threads) {
+    for (int i = static_cast<int>(threadIdx.x); i < span_.channels(plan_); i += plan_.threads) {
       ChannelSums channel;
       if constexpr (kReduces) {
         channel = {shared_.shift[i], sums[i], sums[plan_.tile_channels + i]};
@@ -243,25 +293,41 @@ class BlockTask {
   template <typename acc_t, typename Functor>
   __device__ __forceinline__ void spread(const double* channels) const {
     if constexpr (kKeep<scalar_t, acc_t, Functor, kTile> == Keep::kColumns) {
-      spread_to_columns(plan_, span_, kN, Functor::kCoefficients, channels, static_cast<acc_t*>(shared_.columns));
+      spread_to_columns<scalar_t>(plan_, span_, Functor::kCoefficients, channels, static_cast<acc_t*>(shared_.columns));
+    }
+  }
+
+  template <typename acc_t>
+  __device__ __forceinline__ void map(int items, int kept) {
+    spread<acc_t, Map>(shared_.coefficients);
+    const MapCoefficients<acc_t> coefficients(plan_, span_, shared_.coefficients, shared_.columns);
+    if constexpr (kIsOpmath<scalar_t, acc_t>) {
+      whole_or_not([&](auto whole) { map_all<whole.value>(coefficients, items, kept); });
+    } else {
+      for_each_rare<Map>(items, kept, [&](const Segment<scalar_t>& segment, const Item& item) {
+        map_item(segment, item, coefficients);
+      });
     }
   }
 
   // Elements from the last to the first: those that were not kept were read last, and L2 may still have them.
-  template <typename acc_t>
-  __device__ __forceinline__ void map(std::int64_t items, int kept) {
-    spread<acc_t, Map>(shared_.coefficients);
-    const MapCoefficients<acc_t> coefficients(plan_, span_, shared_.coefficients, shared_.columns);
-    TileIterator<scalar_t, kTile> iterator = restarted();
+  template <bool kWhole, typename Coefficients>
+  __device__ __forceinline__ void map_all(const Coefficients& coefficients, int items, int kept) {
+    Iterator<kWhole> iterator = first_step<kWhole>();
     iterator.seek(items - 1);
-    if (items > kept) {
-      staging_.template stream<Map>(
-          iterator, items - kept, plan_.kept, [](auto& w) { w.prev(); },
-          [&](const Segment& segment, const auto& item) { map_item(segment, item, coefficients); });
-    }
-    for (int k = kept - 1; k >= 0; --k, iterator.prev()) {
-      const Segment segment = iterator.segment();
-      map_item(segment, staging_.template read<Map>(k, segment), coefficients);
+    Ring<Map, Staging, Iterator<kWhole>, /*kForward=*/false> ring(staging_, plan_.kept, items - kept, iterator);
+    if (!ring.empty()) ring.start();
+    for (int left = items; left > 0;) {
+      const bool streams = left > kept;
+      const int last = streams ? ring.wait() : kept - 1;
+      const int first = streams ? last : 0;
+#pragma unroll 1
+      for (int slot = last; slot >= first; --slot, iterator.prev()) {
+        const auto segment = iterator.segment();
+        map_item(segment, staging_.template read<Map>(slot, segment), coefficients);
+      }
+      left -= last - first + 1;
+      if (streams) ring.refill();
     }
   }
 
@@ -274,33 +340,99 @@ class BlockTask {
                            : kKeep<scalar_t, acc_t, Map, kTile>,
                        Map::kCoefficients>;
 
-  template <typename acc_t>
-  __device__ __forceinline__ void map_item(const Segment& segment, const Item<scalar_t>& item,
-                                           const MapCoefficients<acc_t>& coefficients) {
+  // A vector's results. `second` and the bits of a mask are an activated map's: grad_residual in backward, and in
+  // forward what a rectifier let through.
+  struct Results {
+    Lanes<scalar_t> first;
+    Lanes<scalar_t> second;
+    unsigned open;
+  };
+
+  template <typename Where, typename Coefficients>
+  __device__ __forceinline__ void map_item(const Where& segment, const Item& item, const Coefficients& coefficients) {
     const Tensors& tensors = args_.tensors;
-    Vec<scalar_t> first;
-    Vec<scalar_t> second;
-    unsigned open = 0;
-#pragma unroll
-    for (int e = 0; e < kN; ++e) {
-      acc_t in[kMaxInputs] = {};
-      widen_lane<Map>(item, e, args_.epilogue, in);
-      acc_t c[kMaxCoefficients] = {};
-      coefficients.get(e, c);
-      const Mapped<acc_t> mapped = Map::template apply<scalar_t>(in, c, args_.epilogue);
-      narrow(mapped.first, first.lane[e]);
-      if (Map::kActivated && Map::kReadsGrad) narrow(mapped.second, second.lane[e]);
-      if (Map::kActivated && !Map::kReadsGrad) open |= (mapped.second <= 0 ? 0u : 1u) << e;
-    }
-    if (!Map::kActivated || tensors.out[0] != nullptr) {
-      store_vec(static_cast<scalar_t*>(tensors.out[0]), segment, first);
+    Results results = {};
+    if constexpr (!std::is_same_v<Coefficients, MapCoefficients<Acc>>) {
+      map_wide(item, coefficients, results);
+    } else if constexpr (!Map::kActivated) {
+      map_plain(item, coefficients, results);
+    } else if constexpr (Map::kReadsGrad) {
+      map_activated_grad(item, coefficients, results);
+    } else {
+      Inputs<scalar_t> in = {};
+      widen_inputs<scalar_t, Map>(item, in);
+      preactivation_lanes<scalar_t, Map, kMaxCoefficients>(0, kN, in, coefficients, args_.epilogue, results.first);
+      results.open = activate_lanes<scalar_t>(args_.epilogue, results.first);
     }
     if constexpr (Map::kActivated && Map::kReadsGrad) {
-      if (tensors.out[1] != nullptr) store_vec(static_cast<scalar_t*>(tensors.out[1]), segment, second);
+      if (tensors.out[1] != nullptr) store_vec<scalar_t>(tensors.out[1], segment, narrow_lanes<scalar_t>(results.second));
+      if (tensors.out[0] == nullptr) return;
     }
     if constexpr (Map::kActivated && !Map::kReadsGrad) {
-      const bool some = segment.low < segment.high;
-      if (tensors.new_mask != nullptr && some) tensors.new_mask[segment.mask] = static_cast<unsigned char>(open);
+      if (tensors.new_mask != nullptr && !segment.empty()) {
+        tensors.new_mask[segment.mask] = static_cast<unsigned char>(results.open);
+      }
+    }
+    store_vec<scalar_t>(tensors.out[0], segment, narrow_lanes<scalar_t>(results.first));
+  }
+
+  template <typename Coefficients>
+  __device__ __forceinline__ void map_plain(const Item& item, const Coefficients& coefficients, Results& results) {
+    Inputs<scalar_t> in = {};
+    Acc c[kN][kMaxCoefficients] = {};
+    widen_inputs<scalar_t, Map>(item, in);
+    coefficients.get(0, kN, c);
+#pragma unroll
+    for (int e = 0; e < kN; ++e) {
+      Acc lane[kMaxInputs];
+      lane_of<scalar_t>(in, e, lane);
+      results.first[e] = Map::template apply<scalar_t>(lane, c[e], args_.epilogue).first;
+    }
+  }
+
+  template <typename Coefficients>
+  __device__ __forceinline__ void map_activated_grad(const Item& item, const Coefficients& coefficients,
+                                                     Results& results) {
+    constexpr int kAtOnce = kLanesAtOnce<scalar_t, kTile>;
+    Inputs<scalar_t> in = {};
+    Acc c[kN][kMaxCoefficients] = {};
+    widen_inputs<scalar_t, Map>(item, in);
+#pragma unroll
+    for (int begin = 0; begin < kN; begin += kAtOnce) {
+      const int end = begin + kAtOnce;
+      dz_lanes<scalar_t, Map, kMaxCoefficients>(begin, end, item, in, coefficients, args_.epilogue, results.second);
+      coefficients.get(begin, end, c);
+      const auto grad_input = [&](auto differentiates) {
+        Epilogue known = args_.epilogue;
+        known.differentiates_statistics = differentiates.value;
+#pragma unroll
+        for (int e = begin; e < end; ++e) {
+          Acc lane[kMaxInputs];
+          lane_of<scalar_t>(in, e, lane);
+          results.first[e] = Map::grad_input(results.second[e], lane, c[e], known);
+        }
+      };
+      if (args_.epilogue.differentiates_statistics) {
+        grad_input(std::true_type{});
+      } else {
+        grad_input(std::false_type{});
+      }
+    }
+  }
+
+  // What was computed in float64 for a 16-bit type is rounded twice.
+  template <typename Coefficients>
+  __device__ __forceinline__ void map_wide(const Item& item, const Coefficients& coefficients, Results& results) {
+    double c[kN][kMaxCoefficients] = {};
+#pragma unroll
+    for (int e = 0; e < kN; ++e) {
+      double lane[kMaxInputs] = {};
+      wide_lane_of<scalar_t, Map>(item, e, args_.epilogue, lane);
+      coefficients.get(e, e + 1, c);
+      const Mapped<double> mapped = Map::template apply<scalar_t>(lane, c[e], args_.epilogue);
+      results.first[e] = static_cast<Acc>(mapped.first);
+      results.second[e] = static_cast<Acc>(mapped.second);
+      results.open |= (mapped.second <= 0 ? 0u : 1u) << e;
     }
   }
 
@@ -310,7 +442,7 @@ class BlockTask {
   const Shared& shared_;
   GroupRank& self_;
   TileSpan span_;
-  StagingBuffer<scalar_t, Reduce, Map> staging_;
+  Staging staging_;
 };
 
 template <typename scalar_t, typename Op, typename Reduce, typename Map, Tile kTile>
@@ -323,9 +455,6 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSM)
   self.group = static_cast<int>(blockIdx.x) / plan.group_blocks;
   self.rank = static_cast<int>(blockIdx.x) % plan.group_blocks;
   self.round = 0;
-  self.counter = reinterpret_cast<unsigned*>(args.workspace) + self.group;
-  self.published = reinterpret_cast<double*>(args.workspace + plan.counter_bytes) +
-                   std::int64_t{self.group} * 2 * plan.group_blocks * 2 * plan.tile_channels;
   for (std::int64_t tile = self.group; tile < plan.tiles; tile += plan.groups) {
     BlockTask<scalar_t, Op, Reduce, Map, kTile>(args, op, shared, self, tile).run();
     // The next tile's coefficients take the place of this one's: sums have barriers enough before that.

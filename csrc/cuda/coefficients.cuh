@@ -14,7 +14,7 @@ constexpr int kSums = kTile == Tile::kChannel ? 1 : kLanes<scalar_t>;
 // The in-tile channel of a column. Beyond the last column that of any other: no element lies there.
 __device__ __forceinline__ int column_channel(const LaunchPlan& plan, const TileSpan& span, int column) {
   const int channel = column / static_cast<int>(plan.columns_per_channel) % plan.tile_channels;
-  return channel < span.channels ? channel : 0;
+  return channel < span.channels(plan) ? channel : 0;
 }
 
 template <typename scalar_t, Tile kTile>
@@ -31,25 +31,39 @@ enum class Keep { kRegisters, kChannels, kColumns };
 // for each lane, and so are float64 ones in a kernel that computes in float32 but for rare channels.
 template <typename scalar_t, typename acc_t, typename Functor, Tile kTile>
 constexpr Keep kKeep = Functor::kActivated && kTile == Tile::kColumns
-                           ? (std::is_same_v<acc_t, opmath_t<scalar_t>> ? Keep::kColumns : Keep::kChannels)
+                           ? (kIsOpmath<scalar_t, acc_t> ? Keep::kColumns : Keep::kChannels)
                            : Keep::kRegisters;
 
-// In shared memory for Keep::kColumns: [coefficient][lane][thread x], which no two threads of a warp's row read in the
-// same bank.
-template <typename acc_t>
-__device__ __forceinline__ void spread_to_columns(const LaunchPlan& plan, const TileSpan& span, int lanes, int count,
+// Lanes whose coefficients are read from shared memory as one word.
+template <typename scalar_t>
+constexpr int kWordLanes = kLanes<scalar_t> < 4 ? kLanes<scalar_t> : 4;
+
+// In shared memory for Keep::kColumns: [coefficient][word of lanes][thread x][lane of the word], so that the words that
+// a warp reads lie side by side.
+template <typename scalar_t, typename acc_t>
+__device__ __forceinline__ void spread_to_columns(const LaunchPlan& plan, const TileSpan& span, int count,
                                                   const double* channels, acc_t* columns) {
-  const int width = lanes * plan.threads_x;
+  constexpr int kL = kWordLanes<scalar_t>;
+  const int words = kL * plan.threads_x;
+  const int width = kLanes<scalar_t> * plan.threads_x;
   for (int i = static_cast<int>(threadIdx.x); i < count * width; i += plan.threads) {
-    const int column = i % plan.threads_x * lanes + i % width / plan.threads_x;
+    const int lane = i % width / words * kL + i % kL;
+    const int column = i % words / kL * kLanes<scalar_t> + lane;
     columns[i] = static_cast<acc_t>(channels[i / width * plan.tile_channels + column_channel(plan, span, column)]);
   }
   __syncthreads();
 }
 
+// Lanes that are taken through an activation's backward pass together: with all of a vector's, and a channel for each,
+// registers would run out.
+template <typename scalar_t, Tile kTile>
+constexpr int kLanesAtOnce = kTile == Tile::kChannel ? kLanes<scalar_t> : kWordLanes<scalar_t>;
+
 template <typename scalar_t, typename acc_t, Tile kTile, Keep kWhere, int kCount>
 class LaneCoefficients {
   static constexpr bool kHeld = kWhere == Keep::kRegisters;
+  static constexpr int kN = kLanes<scalar_t>;
+  static constexpr int kL = kWordLanes<scalar_t>;
   static constexpr int kP = kSums<scalar_t, kTile>;
 
  public:
@@ -59,7 +73,7 @@ class LaneCoefficients {
       : plan_(plan),
         span_(span),
         channels_(channels),
-        columns_(static_cast<const acc_t*>(columns) + static_cast<int>(threadIdx.x) % plan.threads_x) {
+        columns_(static_cast<const Word*>(columns) + static_cast<int>(threadIdx.x) % plan.threads_x) {
     if constexpr (kHeld) {
 #pragma unroll
       for (int p = 0; p < kP; ++p) {
@@ -70,26 +84,45 @@ class LaneCoefficients {
     }
   }
 
+  // Those of the lanes [first, end), which are whole words.
   template <int kMax>
-  __device__ __forceinline__ void get(int lane, acc_t (&c)[kMax]) const {
-    const int p = kP == 1 ? 0 : lane;
+  __device__ __forceinline__ void get(int first, int end, acc_t (&c)[kN][kMax]) const {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      if constexpr (kHeld) {
-        c[j] = held_[p][j];
-      } else if constexpr (kWhere == Keep::kColumns) {
-        c[j] = columns_[(j * kLanes<scalar_t> + lane) * plan_.threads_x];
+      if constexpr (kWhere == Keep::kColumns) {
+#pragma unroll
+        for (int w = first / kL; w < end / kL; ++w) {
+          const Word word = columns_[(j * (kN / kL) + w) * plan_.threads_x];
+#pragma unroll
+          for (int l = 0; l < kL; ++l) c[w * kL + l][j] = word.lane[l];
+        }
       } else {
-        c[j] = static_cast<acc_t>(channels_[j * plan_.tile_channels + lane_channel<scalar_t, kTile>(plan_, span_, p)]);
+#pragma unroll
+        for (int e = first; e < end; ++e) {
+          const int p = kP == 1 ? 0 : e;
+          if constexpr (kHeld) {
+            c[e][j] = held_[p][j];
+          } else {
+            // Computed every time: a register for each lane's would be too many. The asm statement sees to that.
+            int lane = p;
+            asm volatile("" : "+r"(lane));
+            const int channel = lane_channel<scalar_t, kTile>(plan_, span_, lane);
+            c[e][j] = static_cast<acc_t>(channels_[j * plan_.tile_channels + channel]);
+          }
+        }
       }
     }
   }
 
  private:
+  struct alignas(kL * sizeof(acc_t)) Word {
+    acc_t lane[kL];
+  };
+
   const LaunchPlan& plan_;
   const TileSpan& span_;
   const double* channels_;
-  const acc_t* columns_;
+  const Word* columns_;
   acc_t held_[kHeld ? kP : 1][kCount > 0 ? kCount : 1];
 };
 

@@ -59,15 +59,14 @@ __device__ __forceinline__ const double* of_cluster_block(double* own, int rank)
 struct GroupRank {
   int group;
   int rank;
-  unsigned round;     // all-reduces so far
-  unsigned* counter;  // of this group; Group::kGrid only, likewise
-  double* published;  // [2: parity][block][values] of this group
+  unsigned round;  // all-reduces so far
 };
 
 // own: this block's `values` sums, in shared memory, written by any of its threads, at an address that depends on the
-// round's parity. Returns the group's sums, readable by all threads of the block.
-__device__ __forceinline__ const double* all_reduce(const LaunchPlan& plan, GroupRank& self, double* own, double* total,
-                                                    double* merge, int values) {
+// round's parity. workspace: Group::kGrid only, a counter for each group, then [group][2: parity][block][values].
+// Returns the group's sums, readable by all threads of the block.
+__device__ __forceinline__ const double* all_reduce(const LaunchPlan& plan, GroupRank& self, unsigned char* workspace,
+                                                    double* own, double* total, double* merge, int values) {
   const int t = static_cast<int>(threadIdx.x);
   const int threads = plan.threads;
   if (plan.group == Group::kBlock) {
@@ -92,10 +91,12 @@ __device__ __forceinline__ const double* all_reduce(const LaunchPlan& plan, Grou
     __syncthreads();
     return total;
   }
-  double* published = self.published + std::int64_t{self.round & 1} * plan.group_blocks * values;
+  unsigned* counter = reinterpret_cast<unsigned*>(workspace) + self.group;
+  double* published = reinterpret_cast<double*>(workspace + plan.counter_bytes) +
+                      (std::int64_t{self.group} * 2 + (self.round & 1)) * plan.group_blocks * values;
   __syncthreads();
   for (int i = t; i < values; i += threads) published[std::int64_t{self.rank} * values + i] = own[i];
-  grid_group_barrier(self.counter, static_cast<unsigned>(plan.group_blocks), self.round);
+  grid_group_barrier(counter, static_cast<unsigned>(plan.group_blocks), self.round);
   ++self.round;
   // Several threads add up one value where there are enough of them. Read from L2: L1 may hold an older round.
   const int most = values < threads ? threads / values : 1;

@@ -15,6 +15,8 @@ constexpr std::int64_t kSmallTensorBytes = 8 << 20;  // L2 brings the sectors of
 constexpr std::int64_t kMinItems = 4;        // vectors a thread should have before a tile is shared by more blocks
 constexpr std::int64_t kMapItems = 8;        // the same where the blocks of a tile need not wait for each other
 constexpr std::int64_t kMaxExtraParts = 32;  // tried, to cut rows evenly
+// Counted in 32 bits, and so are their bytes of a mask, of which a plane takes up to three more than it has vectors.
+constexpr std::int64_t kMaxWholeVectors = std::int64_t{1} << 30;
 constexpr std::int64_t kMaxFoldedRowBytes = 2048;  // a tile of all channels: their sums have to fit beside the slots
 
 static_assert(kVectorBytes == kCudaMaskBytes, "a vector's lanes share a byte of a mask");
@@ -103,11 +105,12 @@ void choose_threads(LaunchPlan& plan, const Problem& problem) {
   // A few steps more if they make all of them equally long, so that no thread stands beyond the end of a row.
   const std::int64_t fewest = divide_up(vectors, kMaxThreads);
   const std::int64_t most = std::min(2 * fewest, fewest + kMaxExtraParts);
-  plan.parts = fewest;
-  while (vectors % plan.parts != 0 && plan.parts < most) ++plan.parts;
-  if (vectors % plan.parts != 0) plan.parts = fewest;
-  const std::int64_t x = divide_up(vectors, plan.parts);
-  const std::int64_t y = std::min<std::int64_t>(kMaxThreads / x, plan.rows * plan.parts);
+  std::int64_t parts = fewest;
+  while (vectors % parts != 0 && parts < most) ++parts;
+  if (vectors % parts != 0) parts = fewest;
+  const std::int64_t x = divide_up(vectors, parts);
+  const std::int64_t y = std::min<std::int64_t>(kMaxThreads / x, plan.rows * parts);
+  plan.parts = static_cast<int>(parts);
   plan.threads_x = static_cast<int>(x);
   plan.threads_y = static_cast<int>(y);
   plan.workers = static_cast<int>(x * y);
@@ -115,7 +118,8 @@ void choose_threads(LaunchPlan& plan, const Problem& problem) {
   // More at a time would be fewer barriers; the memory keeps vectors.
   plan.merge_rows = static_cast<int>(divide_up(y, 8));
   plan.whole = plan.row_width % V == 0 && plan.row_width % plan.tile_width == 0 &&
-               plan.numel == plan.rows * plan.row_width && plan.tile_width == x * plan.parts * V;
+               plan.numel == plan.rows * plan.row_width && plan.tile_width == x * plan.parts * V &&
+               plan.numel / V < kMaxWholeVectors;
 }
 
 // ---- shared memory
@@ -268,11 +272,17 @@ void choose_samples(LaunchPlan& plan, const Problem& problem) {
   }
 }
 
-void choose_steps(LaunchPlan& plan) {
+void choose_steps(LaunchPlan& plan, const Problem& problem) {
+  const std::int64_t V = kVectorBytes / element_size(problem.dtype);
+  const std::int64_t row = std::int64_t{plan.parts} * plan.threads_x;  // in vectors, the end's idle ones included
   plan.step = std::int64_t{plan.threads_y} * plan.group_blocks;
-  plan.row_step = plan.step / plan.parts * plan.row_width;
   plan.part_step = static_cast<int>(plan.step % plan.parts);
-  plan.mask_row_step = plan.step / plan.parts * plan.mask_row;
+  const std::int64_t rows = plan.step / plan.parts;
+  const std::int64_t vectors = std::int64_t{plan.part_step} * plan.threads_x;
+  plan.vector_step = rows * plan.row_width + vectors * V;
+  plan.vector_wrap = plan.row_width - row * V;
+  plan.mask_step = rows * plan.mask_row + vectors;
+  plan.mask_wrap = plan.mask_row - row;
 }
 
 // A vector has a byte of its own. Where tiles are single channels, whose ends may cut vectors in two, a plane's bytes
@@ -311,7 +321,7 @@ LaunchPlan make_launch_plan(const Problem& problem, const KernelTraits& traits, 
     choose_map_blocks(plan, limits);
   }
   lay_out_shared(plan, problem, traits);
-  choose_steps(plan);
+  choose_steps(plan, problem);
   choose_workspace(plan);
   choose_samples(plan, problem);
   return plan;

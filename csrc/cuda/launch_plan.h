@@ -80,13 +80,14 @@ struct LaunchPlan {
   int workers;         // threads_x*threads_y
   int threads;         // blockDim.x: the workers, and idle threads up to a whole warp
   int merge_rows;      // of threads, whose sums pass through the merge buffer at a time
-  std::int64_t parts;  // of a row, a step each: more than 1 if it has more than threads_x vectors
-  // from one step of a thread to its next: `step` parts of rows, which are so many elements of whole rows and so many
-  // parts
+  int parts;           // of a row, a step each: more than 1 if it has more than threads_x vectors
+  // From one step of a thread to its next: `step` parts of rows, of which part_step are no whole rows. A vector moves on
+  // by vector_step elements, and where its part passes the end of a row by vector_wrap more.
   std::int64_t step;
-  std::int64_t row_step;
   int part_step;
-  bool whole;       // every vector of every thread lies in the tile and on a 16-byte boundary
+  std::int64_t vector_step;
+  std::int64_t vector_wrap;
+  bool whole;       // every vector of every thread lies in the tile and on a 16-byte boundary, and 32 bits count them
   bool reduces;     // there are sums
   int inputs;       // tensors that are read
   bool reads_mask;  // beside them, the masks of their vectors
@@ -96,7 +97,8 @@ struct LaunchPlan {
   // a mask (common/mask.h): the byte of a vector of row r, tile t is r*mask_row + t*mask_tile + its place in the tile
   std::int64_t mask_row;
   std::int64_t mask_tile;
-  std::int64_t mask_row_step;
+  std::int64_t mask_step;  // likewise, in bytes of the mask
+  std::int64_t mask_wrap;
   std::int64_t workspace_bytes;  // global memory; its first counter_bytes zero
   std::int64_t counter_bytes;
   // where to take the samples of the first channel; those of channel c are c*sample_stride further on

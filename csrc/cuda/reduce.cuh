@@ -6,6 +6,7 @@
 
 #include <type_traits>
 
+#include "activation_lanes.cuh"
 #include "coefficients.cuh"
 
 namespace bnext::cuda {
@@ -27,18 +28,28 @@ class Accumulator {
     for (int p = 0; p < kP; ++p) first[p] = second[p] = 0.0;
   }
 
-  __device__ __forceinline__ void add(const Segment& segment, const Item<scalar_t>& item) {
-    // Beyond a segment dy is zero, and so is what it adds.
-    if (Reduce::kActivated || segment.whole) {
-#pragma unroll
-      for (int e = 0; e < kN; ++e) add_lane(e, item);
-    } else {
-#pragma unroll
-      for (int e = 0; e < kN; ++e) {
-        if (e >= segment.low && e < segment.high) add_lane(e, item);
-      }
+  // Calls step(slot) for the slots [slot, end), one after another, each of which is to add a vector; flushes when the
+  // chains are full.
+  template <typename Step>
+  __device__ __forceinline__ void for_each(int slot, int end, Step&& step) {
+    while (slot < end) {
+      const int stop = end - slot < room_ ? end : slot + room_;
+      room_ -= stop - slot;
+#pragma unroll 1
+      for (; slot < stop; ++slot) step(slot);
+      if (room_ == 0) flush();
     }
-    if (kChains && ++length_ == kChain) flush();
+  }
+
+  // Lanes outside [low, high) do not belong to the tile.
+  __device__ __forceinline__ void add(const Item& item, int low, int high) {
+    if constexpr (!kIsOpmath<scalar_t, acc_t>) {
+      add_wide(item, low, high);
+    } else if constexpr (Reduce::kActivated) {
+      add_activated(item);
+    } else {
+      add_plain(item, low, high);
+    }
   }
 
   // Before the sums are looked at.
@@ -51,24 +62,80 @@ class Accumulator {
         second[p] += static_cast<double>(chain_second_[e]);
         chain_first_[e] = chain_second_[e] = 0.0f;
       }
-      length_ = 0;
     }
+    room_ = kChain;
   }
 
   double first[kP];
   double second[kP];
 
  private:
-  __device__ __forceinline__ void add_lane(int e, const Item<scalar_t>& item) {
-    acc_t in[kMaxInputs] = {};
-    widen_lane<Reduce>(item, e, epilogue_, in);
-    acc_t c[kMaxReduceCoefficients] = {};
-    coefficients_.get(e, c);
-    const int p = kP == 1 ? 0 : e;
-    if constexpr (kChains) {
-      Reduce::template add<scalar_t>(chain_first_[e], chain_second_[e], in, c, epilogue_);
+  __device__ __forceinline__ void add_plain(const Item& item, int low, int high) {
+    Inputs<scalar_t> in = {};
+    acc_t c[kN][kMaxReduceCoefficients] = {};
+    widen_inputs<scalar_t, Reduce>(item, in);
+    coefficients_.get(0, kN, c);
+    const auto add_lane = [&](int e) {
+      acc_t lane[kMaxInputs];
+      lane_of<scalar_t>(in, e, lane);
+      Reduce::template add<scalar_t>(first_of(e), second_of(e), lane, c[e], epilogue_);
+    };
+    if (low == 0 && high == kN) {
+#pragma unroll
+      for (int e = 0; e < kN; ++e) add_lane(e);
     } else {
-      Reduce::template add<scalar_t>(first[p], second[p], in, c, epilogue_);
+#pragma unroll
+      for (int e = 0; e < kN; ++e) {
+        if (e >= low && e < high) add_lane(e);
+      }
+    }
+  }
+
+  // Outside the tile dy is zero, and so is what it adds.
+  __device__ __forceinline__ void add_activated(const Item& item) {
+    constexpr int kAtOnce = kLanesAtOnce<scalar_t, kTile>;
+    Inputs<scalar_t> in = {};
+    acc_t c[kN][kMaxReduceCoefficients] = {};
+    Lanes<scalar_t> dz;
+    widen_inputs<scalar_t, Reduce>(item, in);
+#pragma unroll
+    for (int begin = 0; begin < kN; begin += kAtOnce) {
+      const int end = begin + kAtOnce;
+      dz_lanes<scalar_t, Reduce, kMaxReduceCoefficients>(begin, end, item, in, coefficients_, epilogue_, dz);
+      coefficients_.get(begin, end, c);
+#pragma unroll
+      for (int e = begin; e < end; ++e) {
+        acc_t lane[kMaxInputs];
+        lane_of<scalar_t>(in, e, lane);
+        Reduce::add_given(dz[e], first_of(e), second_of(e), lane, c[e]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_wide(const Item& item, int low, int high) {
+    acc_t c[kN][kMaxReduceCoefficients] = {};
+#pragma unroll
+    for (int e = 0; e < kN; ++e) {
+      if (e < low || e >= high) continue;
+      acc_t lane[kMaxInputs] = {};
+      wide_lane_of<scalar_t, Reduce>(item, e, epilogue_, lane);
+      coefficients_.get(e, e + 1, c);
+      Reduce::template add<scalar_t>(first_of(e), second_of(e), lane, c[e], epilogue_);
+    }
+  }
+
+  __device__ __forceinline__ acc_t& first_of(int e) {
+    if constexpr (kChains) {
+      return chain_first_[e];
+    } else {
+      return first[kP == 1 ? 0 : e];
+    }
+  }
+  __device__ __forceinline__ acc_t& second_of(int e) {
+    if constexpr (kChains) {
+      return chain_second_[e];
+    } else {
+      return second[kP == 1 ? 0 : e];
     }
   }
 
@@ -76,7 +143,7 @@ class Accumulator {
   LaneCoefficients<scalar_t, acc_t, kTile, kKeep<scalar_t, acc_t, Reduce, kTile>, Reduce::kCoefficients> coefficients_;
   float chain_first_[kChains ? kN : 1] = {};
   float chain_second_[kChains ? kN : 1] = {};
-  int length_ = 0;
+  int room_ = kChain;
 };
 
 __device__ __forceinline__ double warp_sum(double value) {

@@ -6,6 +6,7 @@
 
 #include <cuda_pipeline_primitives.h>
 
+#include "activation_lanes.cuh"
 #include "tile_iterator.cuh"
 
 namespace bnext::cuda {
@@ -18,6 +19,14 @@ struct Tensors {
   unsigned char* new_mask;     // to be written
 
   __device__ __forceinline__ bool maps() const { return out[0] != nullptr || out[1] != nullptr; }
+};
+
+struct KernelArgs {
+  LaunchPlan plan;
+  Tensors tensors;
+  Epilogue epilogue;  // says of residual and mask what the tensors do
+  unsigned char* workspace;
+  std::int64_t* count_batch;  // incremented by one thread; null: not here
 };
 
 // Of this thread's groups of copies, all but the last kGroups have landed.
@@ -39,18 +48,19 @@ class StagingBuffer {
   };
 
  public:
-  __device__ __forceinline__ StagingBuffer(const LaunchPlan& plan, const Tensors& tensors, unsigned char* slots,
-                                           unsigned char* mask_slots)
-      : tensors_(tensors),
+  __device__ __forceinline__ StagingBuffer(const KernelArgs& args, unsigned char* slots, unsigned char* mask_slots)
+      : tensors_(args.tensors),
+        epilogue_(args.epilogue),
         slots_(slots + threadIdx.x * kVectorBytes),
         mask_slots_(reinterpret_cast<unsigned*>(mask_slots) + threadIdx.x),
-        workers_(plan.workers),
-        inputs_(plan.inputs) {}
+        workers_(args.plan.workers),
+        place_(workers_ * kVectorBytes),
+        step_(args.plan.inputs * place_) {}
 
   // Begins to fill slot k; it may be read when the copy has been committed and waited for.
-  template <typename Functor = Either>
-  __device__ __forceinline__ void request(int k, const Segment& segment) {
-    if (reads_mask<Functor>() && segment.low < segment.high) {
+  template <typename Functor = Either, typename Where>
+  __device__ __forceinline__ void request(int k, const Where& segment) const {
+    if (reads_mask<Functor>() && !segment.empty()) {
       // The word that the byte lies in, as less cannot be copied. A row of a mask is a whole number of words.
       __pipeline_memcpy_async(mask_slots_ + k * workers_, tensors_.mask + (segment.mask & ~std::int64_t{3}),
                               sizeof(unsigned));
@@ -58,96 +68,121 @@ class StagingBuffer {
 #pragma unroll
     for (int i = 0; i < kMaxInputs; ++i) {
       if (!reads<Functor>(i)) continue;
-      const auto* data = static_cast<const scalar_t*>(tensors_.in[i]);
       if (segment.whole) {
-        __pipeline_memcpy_async(slot(k, i), data + segment.offset, kVectorBytes);
+        __pipeline_memcpy_async(slot(k, i), segment.word(tensors_.in[i]), kVectorBytes);
       } else {
-        *slot(k, i) = as_word(load_lanes(data, segment));
+        *slot(k, i) = load_lanes(static_cast<const scalar_t*>(tensors_.in[i]), segment);
       }
     }
   }
 
-  template <typename Functor>
-  __device__ __forceinline__ Item<scalar_t> read(int k, const Segment& segment) const {
-    Item<scalar_t> item;
-    item.bits = 0;
-    if (reads_mask<Functor>() && segment.low < segment.high) {
+  template <typename Functor, typename Where>
+  __device__ __forceinline__ Item read(int k, const Where& segment) const {
+    Item item = {};
+    if (reads_mask<Functor>() && !segment.empty()) {
       item.bits = mask_slots_[k * workers_] >> (8 * static_cast<int>(segment.mask & 3));
     }
 #pragma unroll
     for (int i = 0; i < kMaxInputs; ++i) {
-      if (!reads<Functor>(i)) {
-        item.vec[i] = as_vec<scalar_t>(uint4{0, 0, 0, 0});
-        continue;
-      }
-      // Component by component: a whole-struct copy is taken apart into loads of single bytes.
-      const uint4* word = slot(k, i);
-      item.vec[i] = as_vec<scalar_t>(make_uint4(word->x, word->y, word->z, word->w));
+      if (!reads<Functor>(i)) continue;
+      const uint4 word = *slot(k, i);
+      item.vec[i] = {word.x, word.y, word.z, word.w};
     }
     return item;
   }
 
-  // Hands visit(segment, item) `count` items, from where the iterator stands, that are not to be kept. They pass
-  // through the slots from `first` on, kRingSlots of them at a time.
-  template <typename Functor, typename Iterator, typename Step, typename Visit>
-  __device__ __forceinline__ void stream(Iterator& iterator, std::int64_t count, int first, Step&& step,
-                                         Visit&& visit) {
-    Iterator ahead = iterator;
-#pragma unroll 1
-    for (int r = 0; r < kRingSlots; ++r) {
-      if (r < count) {
-        request<Functor>(first + r, ahead.segment());
-        step(ahead);
-      }
-      __pipeline_commit();
+  // The same from global memory, where nobody has requested it.
+  template <typename Functor>
+  __device__ __forceinline__ Item load(const Segment<scalar_t>& segment) const {
+    Item item = {};
+    if (reads_mask<Functor>() && !segment.empty()) item.bits = tensors_.mask[segment.mask];
+#pragma unroll
+    for (int i = 0; i < kMaxInputs; ++i) {
+      if (!reads<Functor>(i)) continue;
+      const uint4 word = segment.whole ? __ldg(segment.word(tensors_.in[i]))
+                                       : load_lanes(static_cast<const scalar_t*>(tensors_.in[i]), segment);
+      item.vec[i] = {word.x, word.y, word.z, word.w};
     }
-    int slot = first;
-#pragma unroll 1
-    for (std::int64_t k = 0; k < count; ++k) {
-      wait_prior<kRingSlots - 1>();
-      const Segment segment = iterator.segment();
-      visit(segment, read<Functor>(slot, segment));
-      if (k + kRingSlots < count) {
-        request<Functor>(slot, ahead.segment());
-        step(ahead);
-      }
-      __pipeline_commit();
-      step(iterator);
-      slot = slot + 1 == first + kRingSlots ? first : slot + 1;
-    }
+    return item;
   }
 
  private:
+  // With a mask the input may be missing in backward.
+  template <typename Functor>
+  static constexpr bool kAlwaysInput = !(Functor::kActivated && Functor::kReadsGrad);
+
   template <typename Functor>
   __device__ __forceinline__ bool reads(int i) const {
-    if (i == 0) return Functor::kReadsInput && (!Functor::kActivated || tensors_.in[0] != nullptr);
+    if (i == 0) return Functor::kReadsInput && (kAlwaysInput<Functor> || tensors_.in[0] != nullptr);
     if (i == 1) return Functor::kReadsGrad;
-    return Functor::kActivated && tensors_.in[2] != nullptr;
+    return Functor::kActivated && epilogue_.has_residual;
   }
 
   template <typename Functor>
   __device__ __forceinline__ bool reads_mask() const {
-    return Functor::kActivated && tensors_.mask != nullptr;
+    return Functor::kActivated && Functor::kReadsGrad && epilogue_.has_mask;
   }
 
   // The slots of a step lie one after another: the input's, grad_output's, the residual's, as far as the call has them.
   __device__ __forceinline__ uint4* slot(int k, int input) const {
-    int index = 0;
-    if constexpr (Either::kActivated) {
-      index = input == 0 ? 0 : input == 2 ? inputs_ - 1 : (tensors_.in[0] != nullptr ? 1 : 0);
-      index += k * inputs_;
-    } else {
-      constexpr int kInputs = (Either::kReadsInput ? 1 : 0) + (Either::kReadsGrad ? 1 : 0);
-      index = kInputs == 2 ? 2 * k + input : k;
-    }
-    return reinterpret_cast<uint4*>(slots_ + index * workers_ * kVectorBytes);
+    unsigned char* first = slots_ + k * step_;
+    if (input == 0) return reinterpret_cast<uint4*>(first);
+    if (input == 2) return reinterpret_cast<uint4*>(first + (step_ - place_));
+    const bool second = Either::kReadsInput && (kAlwaysInput<Either> || tensors_.in[0] != nullptr);
+    return reinterpret_cast<uint4*>(second ? first + place_ : first);
   }
 
   const Tensors& tensors_;
+  const Epilogue& epilogue_;
   unsigned char* slots_;
   unsigned* mask_slots_;
   int workers_;
-  int inputs_;
+  int place_;  // bytes between a step's slots of two inputs
+  int step_;   // and between two steps' slots of one
+};
+
+// Vectors that are not kept pass through slots of their own, kRingSlots of them at a time.
+template <typename Functor, typename Staging, typename Iterator, bool kForward>
+class Ring {
+ public:
+  // first: the first of the slots; ahead: at the first of `count` vectors that are to pass. Nothing is requested yet.
+  __device__ __forceinline__ Ring(const Staging& staging, int first, int count, const Iterator& ahead)
+      : staging_(staging), first_(first), slot_(first), left_(count), ahead_(ahead) {}
+
+  __device__ __forceinline__ bool empty() const { return left_ <= 0; }
+
+  __device__ __forceinline__ void start() {
+#pragma unroll 1
+    for (int r = 0; r < kRingSlots; ++r) request(first_ + r, r < left_);
+  }
+
+  // The slot of the next vector, which has arrived.
+  __device__ __forceinline__ int wait() const {
+    wait_prior<kRingSlots - 1>();
+    return slot_;
+  }
+
+  // The vector has been read: its slot is for the next one.
+  __device__ __forceinline__ void refill() {
+    request(slot_, left_ > kRingSlots);
+    slot_ = slot_ + 1 == first_ + kRingSlots ? first_ : slot_ + 1;
+    --left_;
+  }
+
+ private:
+  __device__ __forceinline__ void request(int slot, bool more) {
+    if (more) {
+      staging_.template request<Functor>(slot, ahead_.segment());
+      kForward ? ahead_.next() : ahead_.prev();
+    }
+    __pipeline_commit();
+  }
+
+  const Staging& staging_;
+  int first_;
+  int slot_;
+  int left_;
+  Iterator ahead_;
 };
 
 // Waits until what has been read is there, but for the groups of copies committed last, as many as the stages after

@@ -2,24 +2,23 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "vec.cuh"
 
 namespace bnext::cuda {
 
-// The columns of one tile.
+// The columns of one tile. What follows from its number is computed where it is wanted, rather than held in registers
+// all the time.
 struct TileSpan {
   std::int64_t tile;
-  int channels;
 
-  __device__ __forceinline__ TileSpan(const LaunchPlan& plan, std::int64_t tile) : tile(tile) {
-    const std::int64_t left = plan.C - first_channel(plan);
-    channels = left < plan.tile_channels ? static_cast<int>(left) : plan.tile_channels;
-  }
-
-  // Computed where they are wanted, rather than held in registers all the time.
   __device__ __forceinline__ std::int64_t first_channel(const LaunchPlan& plan) const {
     return tile * plan.tile_channels;
+  }
+  __device__ __forceinline__ int channels(const LaunchPlan& plan) const {
+    const std::int64_t left = plan.C - first_channel(plan);
+    return left < plan.tile_channels ? static_cast<int>(left) : plan.tile_channels;
   }
   __device__ __forceinline__ std::int64_t width(const LaunchPlan& plan) const {
     const std::int64_t begin = tile * plan.tile_width;
@@ -27,10 +26,13 @@ struct TileSpan {
   }
 };
 
-template <typename scalar_t, Tile kTile>
+// kWhole: the plan promises whole vectors, which are counted in 32 bits; else elements are.
+template <typename scalar_t, Tile kTile, bool kWhole>
 class TileIterator {
   static constexpr int kN = kLanes<scalar_t>;
+  static constexpr int kUnit = kWhole ? kN : 1;
   static constexpr bool kParts = kTile == Tile::kChannel;  // a thread keeps to its columns elsewhere
+  using Index = std::conditional_t<kWhole, unsigned, std::int64_t>;
 
  public:
   __device__ __forceinline__ TileIterator(const LaunchPlan& plan, const TileSpan& span, std::int64_t tile, int rank)
@@ -39,59 +41,66 @@ class TileIterator {
     const int y = static_cast<int>(threadIdx.x) / plan.threads_x;
     const std::int64_t units = plan.rows * plan.parts;
     const std::int64_t unit = std::int64_t{rank} * plan.threads_y + y;
-    items_ = y < plan.threads_y && unit < units ? (units - unit + plan.step - 1) / plan.step : 0;
-    row_ = unit / plan.parts * plan.row_width + tile * plan.tile_width;
-    mask_row_ = unit / plan.parts * plan.mask_row + tile * plan.mask_tile;
+    items_ = y < plan.threads_y && unit < units ? static_cast<int>((units - unit + plan.step - 1) / plan.step) : 0;
+    const std::int64_t row = unit / plan.parts;
     part_ = static_cast<int>(unit % plan.parts);
-    x_ = x * kN;
+    const std::int64_t vector = std::int64_t{part_} * plan.threads_x + x;  // of the row
+    at_ = static_cast<Index>((row * plan.row_width + tile * plan.tile_width) / kUnit + vector * (kN / kUnit));
+    mask_ = static_cast<Index>(row * plan.mask_row + tile * plan.mask_tile + vector);
   }
 
   // Steps this thread takes.
-  __device__ __forceinline__ std::int64_t items() const { return items_; }
+  __device__ __forceinline__ int items() const { return items_; }
 
   // From the first step to the k-th.
-  __device__ __forceinline__ void seek(std::int64_t k) {
+  __device__ __forceinline__ void seek(int steps) {
+    const std::int64_t k = steps;
     const std::int64_t part = part_ + k * plan_.part_step;
-    row_ += k * plan_.row_step + part / plan_.parts * plan_.row_width;
-    mask_row_ += k * plan_.mask_row_step + part / plan_.parts * plan_.mask_row;
+    const std::int64_t wraps = part / plan_.parts;
+    at_ += static_cast<Index>((k * plan_.vector_step + wraps * plan_.vector_wrap) / kUnit);
+    mask_ += static_cast<Index>(k * plan_.mask_step + wraps * plan_.mask_wrap);
     part_ = static_cast<int>(part % plan_.parts);
   }
 
   __device__ __forceinline__ void next() {
-    row_ += plan_.row_step;
-    mask_row_ += plan_.mask_row_step;
-    if (!kParts || plan_.parts == 1) return;
+    at_ += static_cast<Index>(plan_.vector_step / kUnit);
+    mask_ += static_cast<Index>(plan_.mask_step);
+    if (!kParts) return;
     part_ += plan_.part_step;
     if (part_ >= plan_.parts) {
       part_ -= plan_.parts;
-      row_ += plan_.row_width;
-      mask_row_ += plan_.mask_row;
+      at_ += static_cast<Index>(plan_.vector_wrap / kUnit);
+      mask_ += static_cast<Index>(plan_.mask_wrap);
     }
   }
 
   __device__ __forceinline__ void prev() {
-    row_ -= plan_.row_step;
-    mask_row_ -= plan_.mask_row_step;
-    if (!kParts || plan_.parts == 1) return;
+    at_ -= static_cast<Index>(plan_.vector_step / kUnit);
+    mask_ -= static_cast<Index>(plan_.mask_step);
+    if (!kParts) return;
     part_ -= plan_.part_step;
     if (part_ < 0) {
       part_ += plan_.parts;
-      row_ -= plan_.row_width;
-      mask_row_ -= plan_.mask_row;
+      at_ -= static_cast<Index>(plan_.vector_wrap / kUnit);
+      mask_ -= static_cast<Index>(plan_.mask_wrap);
     }
   }
 
-  __device__ __forceinline__ Segment segment() const {
-    const std::int64_t column = kParts ? std::int64_t{part_} * plan_.threads_x * kN + x_ : x_;
-    const std::int64_t mask = mask_row_ + column / kN;
-    if (plan_.whole) return {row_ + column, mask, 0, kN, true};
-    const std::int64_t end = row_ + span_.width(plan_) < plan_.numel ? row_ + span_.width(plan_) : plan_.numel;
-    // A single channel may begin anywhere: its vectors are cut where memory has its words. Columns are cut from the
-    // tile's first one on.
-    const std::int64_t offset = (kTile == Tile::kChannel ? row_ - row_ % kN : row_) + column;
-    const int low = within(row_ - offset);
-    const int high = within(end - offset);
-    return {offset, mask, low, high, low == 0 && high == kN && offset % kN == 0};
+  __device__ __forceinline__ auto segment() const {
+    if constexpr (kWhole) {
+      return WholeSegment<scalar_t>{at_, mask_};
+    } else {
+      const int x = static_cast<int>(threadIdx.x) % plan_.threads_x;
+      const std::int64_t column = kParts ? (std::int64_t{part_} * plan_.threads_x + x) * kN : x * kN;
+      const std::int64_t row = at_ - column;  // its first element
+      const std::int64_t end = row + span_.width(plan_) < plan_.numel ? row + span_.width(plan_) : plan_.numel;
+      // A single channel may begin anywhere: its vectors are cut where memory has its words. Columns are cut from the
+      // tile's first one on.
+      const std::int64_t offset = (kTile == Tile::kChannel ? row - row % kN : row) + column;
+      const int low = within(row - offset);
+      const int high = within(end - offset);
+      return Segment<scalar_t>{offset, mask_, low, high, low == 0 && high == kN && offset % kN == 0};
+    }
   }
 
  private:
@@ -101,11 +110,10 @@ class TileIterator {
 
   const LaunchPlan& plan_;
   const TileSpan& span_;
-  std::int64_t items_;
-  std::int64_t row_;       // its first element
-  std::int64_t mask_row_;  // the row's and the tile's first byte in a mask
+  int items_;
+  Index at_;    // its vector
+  Index mask_;  // the vector's byte in a mask
   int part_;
-  int x_;
 };
 
 }  // namespace bnext::cuda

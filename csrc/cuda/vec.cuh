@@ -19,101 +19,164 @@ namespace bnext::cuda {
 template <typename scalar_t>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(scalar_t));
 
+// Whether elements are computed in their opmath_t, as nearly all are, or in float64 where float32 is too narrow.
+template <typename scalar_t, typename acc_t>
+constexpr bool kIsOpmath = std::is_same_v<acc_t, opmath_t<scalar_t>>;
+
+// One element, and two 16-bit ones that share a register: one instruction or two on the device, with the roundings of
+// common/half.h.
 __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ double widen(double value) { return value; }
 __device__ __forceinline__ float widen(BFloat16 value) { return to_float(value); }
-
-// One instruction each on the device, with the roundings of common/half.h.
-#if defined(__CUDACC__)
-__device__ __forceinline__ float widen(Half value) { return __half2float(__ushort_as_half(value.bits)); }
-__device__ __forceinline__ void narrow(float value, Half& result) {
-  result.bits = __half_as_ushort(__float2half_rn(value));
+__device__ __forceinline__ float2 widen_pair(unsigned word, BFloat16) {
+  return {__builtin_bit_cast(float, word << 16), __builtin_bit_cast(float, word & 0xffff0000u)};
 }
-__device__ __forceinline__ void narrow(float value, BFloat16& result) {
-  result.bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
+#if defined(__CUDACC__)
+template <typename To, typename From>
+__device__ __forceinline__ To same_bits(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+__device__ __forceinline__ float widen(Half value) { return __half2float(__ushort_as_half(value.bits)); }
+__device__ __forceinline__ float2 widen_pair(unsigned word, Half) { return __half22float2(same_bits<__half2>(word)); }
+__device__ __forceinline__ unsigned narrow_pair(float low, float high, Half) {
+  return same_bits<unsigned>(__floats2half2_rn(low, high));
+}
+__device__ __forceinline__ unsigned narrow_pair(float low, float high, BFloat16) {
+  return same_bits<unsigned>(__floats2bfloat162_rn(low, high));
 }
 #else
 __device__ __forceinline__ float widen(Half value) { return to_float(value); }
-__device__ __forceinline__ void narrow(float value, Half& result) { result = to_half(value); }
-__device__ __forceinline__ void narrow(float value, BFloat16& result) { result = to_bfloat16(value); }
-#endif
-__device__ __forceinline__ void narrow(float value, float& result) { result = value; }
-__device__ __forceinline__ void narrow(double value, double& result) { result = value; }
-// float64 stands in where float32 is too narrow; what does not fit is rounded twice.
-template <typename scalar_t>
-__device__ __forceinline__ void narrow(double value, scalar_t& result) {
-  narrow(static_cast<float>(value), result);
+__device__ __forceinline__ float2 widen_pair(unsigned word, Half) {
+  return {to_float(Half{static_cast<std::uint16_t>(word)}), to_float(Half{static_cast<std::uint16_t>(word >> 16)})};
 }
+__device__ __forceinline__ unsigned narrow_pair(float low, float high, Half) {
+  return to_half(low).bits | static_cast<unsigned>(to_half(high).bits) << 16;
+}
+__device__ __forceinline__ unsigned narrow_pair(float low, float high, BFloat16) {
+  return to_bfloat16(low).bits | static_cast<unsigned>(to_bfloat16(high).bits) << 16;
+}
+#endif
 
-template <typename scalar_t>
-struct alignas(kVectorBytes) Vec {
-  scalar_t lane[kLanes<scalar_t>];
+struct Words {
+  unsigned word[kVectorBytes / sizeof(unsigned)];
 };
 
-// The vectors of each input at one place, as elementwise.h counts them, and that place's bits of a mask.
+// A vector's lanes, widened, and back.
 template <typename scalar_t>
-struct Item {
-  Vec<scalar_t> vec[kMaxInputs];
-  unsigned bits;
-};
-
-// What the functor reads of lane e.
-template <typename Functor, typename scalar_t, typename acc_t>
-__device__ __forceinline__ void widen_lane(const Item<scalar_t>& item, int e, const Epilogue& epilogue,
-                                           acc_t (&in)[kMaxInputs]) {
-  if (Functor::kReadsInput) in[0] = static_cast<acc_t>(widen(item.vec[0].lane[e]));
-  if (Functor::kReadsGrad) in[1] = static_cast<acc_t>(widen(item.vec[1].lane[e]));
-  if (Functor::kActivated) {
-    in[2] =
-        epilogue.has_mask ? static_cast<acc_t>(item.bits >> e & 1u) : static_cast<acc_t>(widen(item.vec[2].lane[e]));
+__device__ __forceinline__ void widen_lanes(const Words& vec, opmath_t<scalar_t> (&lanes)[kLanes<scalar_t>]) {
+  if constexpr (sizeof(scalar_t) == 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = widen_pair(vec.word[i], scalar_t{});
+      lanes[2 * i] = pair.x;
+      lanes[2 * i + 1] = pair.y;
+    }
+  } else if constexpr (sizeof(scalar_t) == 4) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) lanes[e] = __builtin_bit_cast(float, vec.word[e]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const std::uint64_t bits = vec.word[2 * e] | static_cast<std::uint64_t>(vec.word[2 * e + 1]) << 32;
+      lanes[e] = __builtin_bit_cast(double, bits);
+    }
   }
 }
 
-// Which lanes of the vector at element `offset` belong to the tile: [low, high). `whole`: all of them, and the vector
-// can be moved as one word.
+template <typename scalar_t>
+__device__ __forceinline__ opmath_t<scalar_t> widen_lane(const Words& vec, int e) {
+  if constexpr (sizeof(scalar_t) == 2) {
+    const float2 pair = widen_pair(vec.word[e / 2], scalar_t{});
+    return e % 2 == 0 ? pair.x : pair.y;
+  } else {
+    opmath_t<scalar_t> lanes[kLanes<scalar_t>];
+    widen_lanes<scalar_t>(vec, lanes);
+    return lanes[e];
+  }
+}
+
+template <typename scalar_t>
+__device__ __forceinline__ Words narrow_lanes(const opmath_t<scalar_t> (&lanes)[kLanes<scalar_t>]) {
+  Words vec;
+  if constexpr (sizeof(scalar_t) == 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      vec.word[i] = narrow_pair(lanes[2 * i], lanes[2 * i + 1], scalar_t{});
+    }
+  } else if constexpr (sizeof(scalar_t) == 4) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) vec.word[e] = __builtin_bit_cast(unsigned, lanes[e]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const auto bits = __builtin_bit_cast(std::uint64_t, lanes[e]);
+      vec.word[2 * e] = static_cast<unsigned>(bits);
+      vec.word[2 * e + 1] = static_cast<unsigned>(bits >> 32);
+    }
+  }
+  return vec;
+}
+
+// Where a vector lies: which of its lanes belong to the tile, [low, high), and the byte that a mask has for it. `whole`:
+// all of them, and the vector can be moved as one word.
+template <typename scalar_t>
 struct Segment {
-  std::int64_t offset;
-  std::int64_t mask;  // the byte that a mask has for it
+  std::int64_t offset;  // in elements
+  std::int64_t mask;
   int low;
   int high;
   bool whole;
+
+  __device__ __forceinline__ bool empty() const { return low >= high; }
+  __device__ __forceinline__ const uint4* word(const void* data) const {
+    return reinterpret_cast<const uint4*>(static_cast<const scalar_t*>(data) + offset);
+  }
 };
 
+// The same where the plan promises that every vector is whole, and counts them in 32 bits.
 template <typename scalar_t>
-__device__ __forceinline__ Vec<scalar_t> as_vec(const uint4& word) {
-  Vec<scalar_t> vec;
-  __builtin_memcpy(&vec, &word, kVectorBytes);
-  return vec;
-}
+struct WholeSegment {
+  unsigned vector;
+  unsigned mask;
+  static constexpr int low = 0;
+  static constexpr int high = kLanes<scalar_t>;
+  static constexpr bool whole = true;
+  static constexpr std::int64_t offset = 0;  // not looked at
 
-template <typename scalar_t>
-__device__ __forceinline__ uint4 as_word(const Vec<scalar_t>& vec) {
+  __device__ __forceinline__ static constexpr bool empty() { return false; }
+  __device__ __forceinline__ const uint4* word(const void* data) const {
+    return static_cast<const uint4*>(data) + vector;
+  }
+};
+
+// Lanes outside the segment are zero, and not read.
+template <typename scalar_t, typename Where>
+__device__ __forceinline__ uint4 load_lanes(const scalar_t* data, const Where& segment) {
+  scalar_t lanes[kLanes<scalar_t>] = {};
+#pragma unroll
+  for (int e = 0; e < kLanes<scalar_t>; ++e) {
+    if (e >= segment.low && e < segment.high) lanes[e] = data[segment.offset + e];
+  }
   uint4 word;
-  __builtin_memcpy(&word, &vec, kVectorBytes);
+  __builtin_memcpy(&word, lanes, kVectorBytes);
   return word;
 }
 
-// Lanes outside the segment are zero, and not read.
-template <typename scalar_t>
-__device__ __forceinline__ Vec<scalar_t> load_lanes(const scalar_t* data, const Segment& segment) {
-  Vec<scalar_t> vec = as_vec<scalar_t>(uint4{0, 0, 0, 0});
-#pragma unroll
-  for (int e = 0; e < kLanes<scalar_t>; ++e) {
-    if (e >= segment.low && e < segment.high) vec.lane[e] = data[segment.offset + e];
-  }
-  return vec;
-}
-
 // Outputs are written once and not read again here: they should not push what will be read out of L2.
-template <typename scalar_t>
-__device__ __forceinline__ void store_vec(scalar_t* data, const Segment& segment, const Vec<scalar_t>& vec) {
+template <typename scalar_t, typename Where>
+__device__ __forceinline__ void store_vec(void* data, const Where& segment, const Words& vec) {
   if (segment.whole) {
-    __stcs(reinterpret_cast<uint4*>(data + segment.offset), as_word(vec));
+    __stcs(const_cast<uint4*>(segment.word(data)), uint4{vec.word[0], vec.word[1], vec.word[2], vec.word[3]});
     return;
   }
+  scalar_t lanes[kLanes<scalar_t>];
+  __builtin_memcpy(lanes, vec.word, kVectorBytes);
 #pragma unroll
   for (int e = 0; e < kLanes<scalar_t>; ++e) {
-    if (e >= segment.low && e < segment.high) data[segment.offset + e] = vec.lane[e];
+    if (e >= segment.low && e < segment.high) static_cast<scalar_t*>(data)[segment.offset + e] = lanes[e];
   }
 }
 

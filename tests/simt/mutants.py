@@ -44,7 +44,7 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"^\s*__pipeline_wait_prior\(kGroups\);", ""),
     (r"^\s*__pipeline_commit\(\);", ""),
     (r"& 1\) \* values", "& 0) * values"),
-    (r"\{self\.round & 1\}", "{self.round & 0}"),
+    (r"\(self\.round & 1\)\) \* plan", "(self.round & 0)) * plan"),
 )
 
 

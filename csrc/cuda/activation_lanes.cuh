@@ -1,0 +1,139 @@
+// What the functors read of a vector, and the activation of its lanes: one branch on which it is for all of them, not
+// one for each.
+#pragma once
+
+#include "vec.cuh"
+
+namespace bnext::cuda {
+
+// The vectors of each input at one place, as elementwise.h counts them, and that place's bits of a mask.
+struct Item {
+  Words vec[kMaxInputs];
+  unsigned bits;
+};
+
+template <typename scalar_t>
+using Lanes = opmath_t<scalar_t>[kLanes<scalar_t>];
+template <typename scalar_t>
+using Inputs = opmath_t<scalar_t>[kMaxInputs][kLanes<scalar_t>];
+
+template <typename scalar_t, typename Functor>
+__device__ __forceinline__ void widen_inputs(const Item& item, Inputs<scalar_t>& in) {
+  if constexpr (Functor::kReadsInput) widen_lanes<scalar_t>(item.vec[0], in[0]);
+  if constexpr (Functor::kReadsGrad) widen_lanes<scalar_t>(item.vec[1], in[1]);
+  if constexpr (Functor::kActivated) widen_lanes<scalar_t>(item.vec[2], in[2]);
+}
+
+// A mask's bits as what the functors take them for.
+template <typename scalar_t>
+__device__ __forceinline__ void widen_bits(unsigned bits, Lanes<scalar_t>& lanes) {
+#pragma unroll
+  for (int e = 0; e < kLanes<scalar_t>; ++e) lanes[e] = (bits >> e & 1u) != 0 ? 1 : 0;
+}
+
+// One lane of each input, in the type that it is computed with.
+template <typename scalar_t, typename acc_t>
+__device__ __forceinline__ void lane_of(const Inputs<scalar_t>& in, int e, acc_t (&lane)[kMaxInputs]) {
+#pragma unroll
+  for (int i = 0; i < kMaxInputs; ++i) lane[i] = static_cast<acc_t>(in[i][e]);
+}
+
+// The epilogue, whose activation the compiler knows.
+template <Act kAct>
+__device__ __forceinline__ Epilogue with_activation(std::integral_constant<Act, kAct>, Epilogue epilogue) {
+  epilogue.activation.act = kAct;
+  return epilogue;
+}
+
+// The same for what is computed in float64, straight from the words: rare, and to take few registers.
+template <typename scalar_t, typename Functor>
+__device__ __forceinline__ void wide_lane_of(const Item& item, int e, const Epilogue& epilogue,
+                                             double (&lane)[kMaxInputs]) {
+  if constexpr (Functor::kReadsInput) lane[0] = widen_lane<scalar_t>(item.vec[0], e);
+  if constexpr (Functor::kReadsGrad) lane[1] = widen_lane<scalar_t>(item.vec[1], e);
+  if constexpr (Functor::kActivated) {
+    lane[2] = epilogue.has_mask ? static_cast<double>(item.bits >> e & 1u) : widen_lane<scalar_t>(item.vec[2], e);
+  }
+}
+
+// Calls f with the activation, as a constant. The commonest comes first.
+template <typename F>
+__device__ __forceinline__ void with_known(Act act, F&& f) {
+  if (act == Act::kRelu) return f(std::integral_constant<Act, Act::kRelu>{});
+  switch (act) {
+    case Act::kRelu6: return f(std::integral_constant<Act, Act::kRelu6>{});
+    case Act::kLeakyRelu: return f(std::integral_constant<Act, Act::kLeakyRelu>{});
+    case Act::kSilu: return f(std::integral_constant<Act, Act::kSilu>{});
+    case Act::kGelu: return f(std::integral_constant<Act, Act::kGelu>{});
+    case Act::kHardswish: return f(std::integral_constant<Act, Act::kHardswish>{});
+    case Act::kMish: return f(std::integral_constant<Act, Act::kMish>{});
+    case Act::kElu: return f(std::integral_constant<Act, Act::kElu>{});
+    default: return f(std::integral_constant<Act, Act::kIdentity>{});
+  }
+}
+
+// An activated functor's z of the lanes [first, end), where no mask stands for it.
+template <typename scalar_t, typename Functor, int kMax, typename Coefficients>
+__device__ __forceinline__ void preactivation_lanes(int first, int end, const Inputs<scalar_t>& in,
+                                                    const Coefficients& coefficients, Epilogue epilogue,
+                                                    Lanes<scalar_t>& z) {
+  opmath_t<scalar_t> c[kLanes<scalar_t>][kMax] = {};
+  coefficients.get(first, end, c);
+  epilogue.has_mask = false;
+#pragma unroll
+  for (int e = first; e < end; ++e) {
+    opmath_t<scalar_t> lane[kMaxInputs];
+    lane_of<scalar_t>(in, e, lane);
+    z[e] = Functor::z(lane, c[e], epilogue);
+  }
+}
+
+// z = act(z); returns a mask's bits, of what a rectifier lets through.
+template <typename scalar_t>
+__device__ __forceinline__ unsigned activate_lanes(const Epilogue& epilogue, Lanes<scalar_t>& z) {
+  unsigned open = 0;
+  with_known(epilogue.activation.act, [&](auto act) {
+    const Epilogue known = with_activation(act, epilogue);
+#pragma unroll
+    for (int e = 0; e < kLanes<scalar_t>; ++e) {
+      open |= (opening(known.activation, z[e]) <= 0 ? 0u : 1u) << e;
+      z[e] = known.activate<scalar_t>(z[e]);
+    }
+  });
+  return open;
+}
+
+// A backward functor's dz = dy*act'(z), of the lanes [first, end).
+template <typename scalar_t, typename Functor, int kMax, typename Coefficients>
+__device__ __forceinline__ void dz_lanes(int first, int end, const Item& item, const Inputs<scalar_t>& in,
+                                         const Coefficients& coefficients, const Epilogue& epilogue,
+                                         Lanes<scalar_t>& dz) {
+  Lanes<scalar_t> z;
+  const auto grad = [&](auto act) {
+    const Epilogue known = with_activation(act, epilogue);
+#pragma unroll
+    for (int e = first; e < end; ++e) dz[e] = known.grad<scalar_t>(z[e], in[1][e]);
+  };
+  const auto grad_of_bits = [&](auto act) {
+    // Each branch tests the bits for itself, an instruction a lane. The compiler would take them apart before the
+    // branch, and test the parts behind it.
+    unsigned bits = item.bits;
+    asm volatile("" : "+r"(bits));
+    widen_bits<scalar_t>(bits, z);
+    grad(act);
+  };
+  if (epilogue.has_mask) {
+    if (epilogue.activation.act == Act::kLeakyRelu) {
+      grad_of_bits(std::integral_constant<Act, Act::kLeakyRelu>{});
+    } else {
+      grad_of_bits(std::integral_constant<Act, Act::kRelu>{});  // which makes of bits what relu6 makes of them
+    }
+  } else {
+    preactivation_lanes<scalar_t, Functor, kMax>(first, end, in, coefficients, epilogue, z);
+    with_known(epilogue.activation.act, grad);
+  }
+  // Coefficients that wait in shared memory are read again after this, rather than held in registers.
+  asm volatile("" ::: "memory");
+}
+
+}  // namespace bnext::cuda
