@@ -4,8 +4,8 @@
 
 Rules: the compiler warns of nothing; no kernel spills registers or has a stack frame; the machine code of each kernel
 that handles elements moves them by 128-bit loads and stores, takes no vector in shared memory apart, and never touches
-local memory. The tensor-level file is compiled too, against whatever torch is there. Without nvcc it says so and
-checks nothing.
+local memory; on sm_90 the inner loops keep to a number of instructions (machine_code.py). The tensor-level file is
+compiled too, against whatever torch is there. Without nvcc it says so and checks nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from machine_code import Steps, steps
+
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("80", "90", "100")
 SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
@@ -38,6 +40,28 @@ TORCH_MACROS = (
 # The register file: two blocks of 256 threads on an SM.
 MAX_REGISTERS = 128
 
+COUNTED = "90"
+
+
+class Limit(NamedTuple):
+    """Instructions for a step of 16 bytes of each input (request + reduce + map), at most, in a call that reads and
+    writes so many tensors. Column tiles may take a fifth more."""
+
+    half: int  # of 16-bit data
+    single: int  # of float32
+    inputs: int
+    outputs: int
+
+
+# By reduction and map; with an activation there is a residual, and in backward its mask. At the rate of the
+# memory of an H200 there is time for 249, 373, 373 and 498 of 16-bit data.
+LIMITS = {
+    "MomentSums, Normalize": Limit(90, 75, inputs=1, outputs=1),
+    "GradSums, GradInput": Limit(150, 110, inputs=2, outputs=1),
+    "MomentSums, ActivatedNormalize": Limit(170, 115, inputs=2, outputs=1),
+    "ActivatedGradSums, ActivatedGrad": Limit(240, 180, inputs=2, outputs=2),
+}
+
 
 class Kernel(NamedTuple):
     """What ptxas and the disassembler say of one kernel for one architecture."""
@@ -51,6 +75,7 @@ class Kernel(NamedTuple):
     wide_stores: int
     local: int
     narrow_shared: int
+    steps: Steps | None  # of the kernels that LIMITS names, on COUNTED
 
     @property
     def faults(self) -> list[str]:
@@ -65,7 +90,26 @@ class Kernel(NamedTuple):
             found.append(f"{self.wide_loads} loads and {self.wide_stores} stores of 128 bits")
         if self.narrow_shared > 0:
             found.append(f"{self.narrow_shared} loads of less than 32 bits from shared memory")
+        if self.steps is not None and not (all(self.steps) and sum(self.steps) <= self.most_steps):
+            found.append(f"{self.steps} for a step of 16 bytes, expected all of them and {self.most_steps:.0f} at most")
         return found
+
+    @property
+    def most_steps(self) -> float:
+        limit = LIMITS[functors(self.name)]
+        return (limit.single if "<float" in self.name else limit.half) * (1.2 if "kColumns" in self.name else 1.0)
+
+
+def functors(name: str) -> str:
+    """A kernel's reduction and map."""
+    return ", ".join(name.partition("<")[2].rstrip(">").split(", ")[2:4])
+
+
+def count_steps(name: str, architecture: str, sass: str | None) -> Steps | None:
+    limit = LIMITS.get(functors(name))
+    if sass is None or limit is None or architecture != COUNTED or "<double" in name:
+        return None
+    return steps(sass, limit.inputs, limit.outputs)
 
 
 def find_nvcc() -> str | None:
@@ -149,6 +193,7 @@ def compile_one(nvcc: str, disassembler: str | None, source: Path, architecture:
                 wide_stores=count(r"\bSTG\.E[.\w]*\.128\b", sass),
                 local=count(r"\b(?:LDL|STL)\b", sass),
                 narrow_shared=count(r"\bLDS\.[US](?:8|16)\b", sass),
+                steps=count_steps(short(name), architecture, sass),
             )
         )
     return kernels
@@ -189,6 +234,16 @@ def table(kernels: list[Kernel], shown_architectures: tuple[str, ...]) -> Iterat
         yield f"{name:<{width}}{''.join(cells)}"
 
 
+def step_table(kernels: list[Kernel]) -> Iterator[str]:
+    """Instructions of the inner loops."""
+    counted = sorted(k for k in kernels if k.steps is not None)
+    yield f"instructions for a step of 16 bytes of each input, sm_{COUNTED}: request + reduce + map, and their limit"
+    for k in counted:
+        assert k.steps is not None
+        parts = " + ".join(f"{part:.1f}" for part in k.steps)
+        yield f"  {k.name}: {parts} = {sum(k.steps):.0f}, at most {k.most_steps:.0f}"
+
+
 def main() -> int:
     nvcc = find_nvcc()
     if nvcc is None:
@@ -218,6 +273,7 @@ def main() -> int:
             print(f"cuda-check failed: {error}", file=sys.stderr)
             return 1
     print("\n".join(table(kernels, ARCHITECTURES)))
+    print("\n".join(step_table(kernels)))
     print("Static shared memory: none. Dynamic: csrc/cuda/launch_plan.cpp, half an SM at most for two blocks.")
     broken = [f"{k.name} sm_{k.architecture}: {fault}" for k in kernels for fault in k.faults]
     for line in broken:

@@ -16,6 +16,7 @@ namespace bnext {
 constexpr std::int64_t kCpuMaskLanes = 8;
 constexpr std::int64_t kCudaMaskBytes = 16;
 constexpr std::int64_t cuda_mask_lanes(std::int64_t element_bytes) { return kCudaMaskBytes / element_bytes; }
+static_assert(cuda_mask_lanes(2) <= 8, "the lanes of a vector of the smallest elements share a byte");
 
 // Bytes reserved for a row of `elements`, where a byte holds `lanes` of them. A row that is no multiple of a byte may
 // begin inside one, hence one more; rows are whole words.

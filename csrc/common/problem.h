@@ -7,6 +7,7 @@ namespace bnext {
 
 enum class DType : std::uint8_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
 constexpr int kDTypes = 4;
+static_assert(static_cast<int>(DType::kBFloat16) == kDTypes - 1, "tables by dtype have a row for each");
 
 constexpr std::int64_t element_size(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;

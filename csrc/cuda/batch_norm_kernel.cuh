@@ -112,9 +112,7 @@ class BlockTask {
   template <bool kWhole>
   using Iterator = TileIterator<scalar_t, kTile, kWhole>;
 
-  __device__ __forceinline__ int items() const {
-    return Iterator<false>(plan_, span_, span_.tile, self_.rank).items();
-  }
+  __device__ __forceinline__ int items() const { return Iterator<false>(plan_, span_, span_.tile, self_.rank).items(); }
 
   // An iterator at the first step, computed by a few divisions every time: kept, it would take registers in between.
   // The asm statement stops the compiler from keeping it all the same.
@@ -206,6 +204,8 @@ class BlockTask {
       });
     }
     sums.flush();
+    // The merge takes the place of the coefficients, which others may still be reading.
+    if constexpr (kKeep<scalar_t, acc_t, Reduce, kTile> == Keep::kColumns) __syncthreads();
     const int values = 2 * plan_.tile_channels;
     double* own = shared_.own + (self_.round & 1) * values;
     if constexpr (kTile == Tile::kChannel) {
@@ -321,7 +321,7 @@ class BlockTask {
       const bool streams = left > kept;
       const int last = streams ? ring.wait() : kept - 1;
       const int first = streams ? last : 0;
-#pragma unroll 1
+#pragma unroll(kWhole && !Map::kActivated ? 2 : 1)
       for (int slot = last; slot >= first; --slot, iterator.prev()) {
         const auto segment = iterator.segment();
         map_item(segment, staging_.template read<Map>(slot, segment), coefficients);
@@ -365,7 +365,8 @@ class BlockTask {
       results.open = activate_lanes<scalar_t>(args_.epilogue, results.first);
     }
     if constexpr (Map::kActivated && Map::kReadsGrad) {
-      if (tensors.out[1] != nullptr) store_vec<scalar_t>(tensors.out[1], segment, narrow_lanes<scalar_t>(results.second));
+      if (tensors.out[1] != nullptr)
+        store_vec<scalar_t>(tensors.out[1], segment, narrow_lanes<scalar_t>(results.second));
       if (tensors.out[0] == nullptr) return;
     }
     if constexpr (Map::kActivated && !Map::kReadsGrad) {

@@ -30,9 +30,9 @@ enum class Keep { kRegisters, kChannels, kColumns };
 // Where a functor's coefficients wait: an activated one's are too many for the registers of a thread that has a channel
 // for each lane, and so are float64 ones in a kernel that computes in float32 but for rare channels.
 template <typename scalar_t, typename acc_t, typename Functor, Tile kTile>
-constexpr Keep kKeep = Functor::kActivated && kTile == Tile::kColumns
-                           ? (kIsOpmath<scalar_t, acc_t> ? Keep::kColumns : Keep::kChannels)
-                           : Keep::kRegisters;
+constexpr Keep kKeep =
+    Functor::kActivated && kTile == Tile::kColumns ? (kIsOpmath<scalar_t, acc_t> ? Keep::kColumns : Keep::kChannels)
+                                                   : Keep::kRegisters;
 
 // Lanes whose coefficients are read from shared memory as one word.
 template <typename scalar_t>

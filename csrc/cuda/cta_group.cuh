@@ -1,8 +1,11 @@
 // CTA groups: the blocks that work on one tile, and the all-reduce of their sums.
 //
-// Every block adds up all of the group's sums itself, in the order of the blocks, so that all of them get the same bits
-// and go on without a second barrier. What a block publishes lies in one of two places in turn (`round` is even or
-// odd): it is overwritten only after another barrier, which no block passes before it has read.
+// All blocks get the same bits, because the order of the additions depends on the plan alone. Where they are few, every
+// block adds up all of the group's sums itself, and goes on without a second barrier. Where that would be too many
+// reads (plan.share > 0), each block adds up a share of the values for all of them, and a second barrier hands the
+// totals out. What a block publishes lies in one of two places in turn (`round` is even or odd): it is overwritten only
+// after another barrier, which no block passes before it has read. Totals have one place: two barriers lie between
+// their readers and the next writer.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -10,7 +13,7 @@
 
 #include <cstdint>
 
-#include "launch_plan.h"
+#include "block_sum.cuh"
 
 namespace bnext::cuda {
 
@@ -62,9 +65,42 @@ struct GroupRank {
   unsigned round;  // all-reduces so far
 };
 
+// Adds up `count` values over the group's blocks: store(i, sum). published: double [block][values], the first of them.
+// The threads share each value's sum, in `merge`, and ask for several blocks' parts at once: each takes its time.
+template <typename Store>
+__device__ __forceinline__ void sum_published(const LaunchPlan& plan, const double* published, int values, int count,
+                                              double* merge, Store&& store) {
+  constexpr int kAtOnce = 8;
+  const int most = count < plan.threads ? plan.threads / count : 1;
+  const int adders = most < plan.group_blocks ? most : plan.group_blocks;
+  for (int i = static_cast<int>(threadIdx.x); i < adders * count; i += plan.threads) {
+    double sum = 0.0;
+#pragma unroll 1
+    for (int block = i / count; block < plan.group_blocks; block += kAtOnce * adders) {
+      double part[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int b = block + k * adders;
+        // Read from L2: L1 may hold an older round.
+        part[k] = b < plan.group_blocks ? __ldcg(published + std::int64_t{b} * values + i % count) : 0.0;
+      }
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) sum += part[k];
+    }
+    if (adders == 1) {
+      store(i, sum);
+    } else {
+      merge[i] = sum;
+    }
+  }
+  if (adders == 1) return;
+  __syncthreads();
+  sum_parts(plan.threads, count, adders, [&](int i, int adder) { return merge[adder * count + i]; }, store);
+}
+
 // own: this block's `values` sums, in shared memory, written by any of its threads, at an address that depends on the
-// round's parity. workspace: Group::kGrid only, a counter for each group, then [group][2: parity][block][values].
-// Returns the group's sums, readable by all threads of the block.
+// round's parity. workspace: Group::kGrid only, a counter for each group, then double [group][2: parity][block][values]
+// and, with shares, double [group][values]. Returns the group's sums, readable by all threads of the block.
 __device__ __forceinline__ const double* all_reduce(const LaunchPlan& plan, GroupRank& self, unsigned char* workspace,
                                                     double* own, double* total, double* merge, int values) {
   const int t = static_cast<int>(threadIdx.x);
@@ -92,29 +128,27 @@ __device__ __forceinline__ const double* all_reduce(const LaunchPlan& plan, Grou
     return total;
   }
   unsigned* counter = reinterpret_cast<unsigned*>(workspace) + self.group;
-  double* published = reinterpret_cast<double*>(workspace + plan.counter_bytes) +
-                      (std::int64_t{self.group} * 2 + (self.round & 1)) * plan.group_blocks * values;
+  const auto blocks = static_cast<unsigned>(plan.group_blocks);
+  double* all = reinterpret_cast<double*>(workspace + plan.counter_bytes);
+  double* published = all + (std::int64_t{self.group} * 2 + (self.round & 1)) * plan.group_blocks * values;
   __syncthreads();
   for (int i = t; i < values; i += threads) published[std::int64_t{self.rank} * values + i] = own[i];
-  grid_group_barrier(counter, static_cast<unsigned>(plan.group_blocks), self.round);
-  ++self.round;
-  // Several threads add up one value where there are enough of them. Read from L2: L1 may hold an older round.
-  const int most = values < threads ? threads / values : 1;
-  const int adders = most < plan.group_blocks ? most : plan.group_blocks;
-  for (int i = t; i < adders * values; i += threads) {
-    double sum = 0.0;
-    for (int block = i / values; block < plan.group_blocks; block += adders) {
-      sum += __ldcg(published + std::int64_t{block} * values + i % values);
+  if (plan.share == 0) {
+    grid_group_barrier(counter, blocks, self.round);
+    sum_published(plan, published, values, values, merge, [&](int i, double sum) { total[i] = sum; });
+  } else {
+    grid_group_barrier(counter, blocks, 2 * self.round);
+    double* totals = all + (std::int64_t{plan.groups} * 2 * plan.group_blocks + self.group) * values;
+    const int first = self.rank * plan.share;
+    const int left = values - first;
+    const int count = left < plan.share ? left : plan.share;
+    if (count > 0) {
+      sum_published(plan, published + first, values, count, merge, [&](int i, double sum) { totals[first + i] = sum; });
     }
-    (adders == 1 ? total : merge)[i] = sum;
+    grid_group_barrier(counter, blocks, 2 * self.round + 1);
+    for (int i = t; i < values; i += threads) total[i] = __ldcg(totals + i);
   }
-  __syncthreads();
-  if (adders == 1) return total;
-  for (int i = t; i < values; i += threads) {
-    double sum = 0.0;
-    for (int adder = 0; adder < adders; ++adder) sum += merge[adder * values + i];
-    total[i] = sum;
-  }
+  ++self.round;
   __syncthreads();
   return total;
 }

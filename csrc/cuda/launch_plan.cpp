@@ -12,8 +12,10 @@ namespace {
 constexpr std::int64_t kSectorBytes = 32;            // less of a row is wasted bandwidth
 constexpr std::int64_t kLineBytes = 128;             // more of a row gains nothing
 constexpr std::int64_t kSmallTensorBytes = 8 << 20;  // L2 brings the sectors of a line together
-constexpr std::int64_t kMinItems = 4;        // vectors a thread should have before a tile is shared by more blocks
-constexpr std::int64_t kMapItems = 8;        // the same where the blocks of a tile need not wait for each other
+constexpr std::int64_t kMinItems = 4;  // vectors a thread should have before a tile is shared by more blocks
+constexpr std::int64_t kMapItems = 8;  // the same where the blocks of a tile need not wait for each other
+// Doubles of other blocks that a thread reads before it is better to read a share of them and wait for another barrier.
+constexpr std::int64_t kMaxDirectReads = 8;
 constexpr std::int64_t kMaxExtraParts = 32;  // tried, to cut rows evenly
 // Counted in 32 bits, and so are their bytes of a mask, of which a plane takes up to three more than it has vectors.
 constexpr std::int64_t kMaxWholeVectors = std::int64_t{1} << 30;
@@ -49,13 +51,13 @@ std::int64_t row_bytes(const Problem& problem, int inputs, const DeviceLimits& l
   return problem.count() * bytes * inputs <= kept ? bytes : bytes / 2;
 }
 
-void choose_channels_last(LaunchPlan& plan, const Problem& problem, const DeviceLimits& limits) {
+void choose_channels_last(LaunchPlan& plan, const Problem& problem, const DeviceLimits& limits, bool may_fold) {
   const std::int64_t size = element_size(problem.dtype);
   const std::int64_t M = problem.count();
   const std::int64_t fold = vector_group(problem.C * size);
   plan.tile = Tile::kColumns;
   plan.columns_per_channel = 1;
-  if (fold > 1 && fold <= M && fold * problem.C * size <= kMaxFoldedRowBytes) {
+  if (may_fold && fold > 1 && fold <= M && fold * problem.C * size <= kMaxFoldedRowBytes) {
     // A channel's values lie in `fold` columns, which one tile has to hold: it is as wide as the row.
     plan.rows = divide_up(M, fold);
     plan.row_width = plan.tile_width = fold * problem.C;
@@ -95,6 +97,14 @@ void choose_channels_first(LaunchPlan& plan, const Problem& problem) {
 
 // ---- threads
 
+void set_thread_rows(LaunchPlan& plan, int y) {
+  plan.threads_y = y;
+  plan.workers = plan.threads_x * y;
+  plan.threads = static_cast<int>(round_up(plan.workers, 32));
+  // More at a time would be fewer barriers; the memory keeps vectors.
+  plan.merge_rows = static_cast<int>(divide_up(y, 8));
+}
+
 void choose_threads(LaunchPlan& plan, const Problem& problem) {
   const std::int64_t V = kVectorBytes / element_size(problem.dtype);
   std::int64_t vectors = divide_up(plan.tile_width, V);
@@ -112,11 +122,7 @@ void choose_threads(LaunchPlan& plan, const Problem& problem) {
   const std::int64_t y = std::min<std::int64_t>(kMaxThreads / x, plan.rows * parts);
   plan.parts = static_cast<int>(parts);
   plan.threads_x = static_cast<int>(x);
-  plan.threads_y = static_cast<int>(y);
-  plan.workers = static_cast<int>(x * y);
-  plan.threads = static_cast<int>(round_up(x * y, 32));
-  // More at a time would be fewer barriers; the memory keeps vectors.
-  plan.merge_rows = static_cast<int>(divide_up(y, 8));
+  set_thread_rows(plan, static_cast<int>(y));
   plan.whole = plan.row_width % V == 0 && plan.row_width % plan.tile_width == 0 &&
                plan.numel == plan.rows * plan.row_width && plan.tile_width == x * plan.parts * V &&
                plan.numel / V < kMaxWholeVectors;
@@ -150,7 +156,6 @@ void lay_out_shared(LaunchPlan& plan, const Problem& problem, const KernelTraits
   };
   const std::int64_t doubles = plan.tile_channels * static_cast<std::int64_t>(sizeof(double));
   SharedLayout& shared = plan.shared;
-  shared.merge = take(merge_bytes(plan, problem, reduces));
   shared.own = take(reduces ? 4 * doubles : 0);
   shared.total = take(reduces ? 2 * doubles : 0);
   shared.shift = take(reduces ? (traits.activated ? kMaxReduceCoefficients : 1) * doubles : 0);
@@ -159,11 +164,32 @@ void lay_out_shared(LaunchPlan& plan, const Problem& problem, const KernelTraits
   const std::int64_t lanes = kVectorBytes / element_size(problem.dtype);
   const std::int64_t compute_bytes = problem.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
   const bool spreads = traits.activated && plan.tile == Tile::kColumns;
-  shared.columns = take(spreads ? kMaxCoefficients * lanes * plan.threads_x * compute_bytes : 0);
+  const std::int64_t column_bytes = spreads ? kMaxCoefficients * lanes * plan.threads_x * compute_bytes : 0;
+  shared.merge = shared.columns = take(std::max(merge_bytes(plan, problem, reduces), column_bytes));
   const std::int64_t slots = std::int64_t{plan.kept + plan.ring} * plan.workers;
   shared.staging = take(slots * plan.inputs * kVectorBytes);
   shared.mask = take(plan.reads_mask ? slots * kMaskWordBytes : 0);
   shared.bytes = static_cast<int>(offset);
+}
+
+bool fits(const LaunchPlan& plan, const DeviceLimits& limits) {
+  return plan.shared.bytes + kRingSlots * slot_bytes(plan) <= limits.shared_per_block;
+}
+
+// Tiles and threads. A wide tile's sums and coefficients may leave too little room for the slots of many threads.
+void choose_tiles(LaunchPlan& plan, const Problem& problem, const KernelTraits& traits, const DeviceLimits& limits,
+                  bool may_fold) {
+  if (problem.layout == Layout::kChannelsFirst) {
+    choose_channels_first(plan, problem);
+  } else {
+    choose_channels_last(plan, problem, limits, may_fold);
+  }
+  choose_threads(plan, problem);
+  lay_out_shared(plan, problem, traits);
+  while (plan.threads_y > 1 && !fits(plan, limits)) {
+    set_thread_rows(plan, (plan.threads_y + 1) / 2);
+    lay_out_shared(plan, problem, traits);
+  }
 }
 
 // ---- groups
@@ -252,13 +278,19 @@ void choose_group(LaunchPlan& plan, const DeviceLimits& limits) {
 
 // ---- workspace, samples, steps, masks
 
-// A counter for each group, then its blocks' sums: double [2: parity][block][2][channels].
+// A counter for each group, then its blocks' sums, double [2: parity][block][2][channels], and their totals, where the
+// blocks share the additions.
 void choose_workspace(LaunchPlan& plan) {
+  plan.share = 0;
   plan.counter_bytes = plan.workspace_bytes = 0;
   if (plan.group != Group::kGrid) return;
+  const std::int64_t values = 2 * std::int64_t{plan.tile_channels};
+  if (plan.group_blocks * values > kMaxDirectReads * plan.threads) {
+    plan.share = static_cast<int>(divide_up(values, plan.group_blocks));
+  }
   plan.counter_bytes = round_up(plan.groups * static_cast<std::int64_t>(sizeof(unsigned)), kVectorBytes);
-  const std::int64_t sums = std::int64_t{plan.groups} * 2 * plan.group_blocks * 2 * plan.tile_channels;
-  plan.workspace_bytes = plan.counter_bytes + sums * static_cast<std::int64_t>(sizeof(double));
+  const std::int64_t doubles = plan.groups * (2 * plan.group_blocks + (plan.share > 0 ? 1 : 0)) * values;
+  plan.workspace_bytes = plan.counter_bytes + doubles * static_cast<std::int64_t>(sizeof(double));
 }
 
 void choose_samples(LaunchPlan& plan, const Problem& problem) {
@@ -307,14 +339,10 @@ LaunchPlan make_launch_plan(const Problem& problem, const KernelTraits& traits, 
   plan.reduces = traits.reduces;
   plan.C = problem.C;
   plan.numel = problem.numel();
-  if (problem.layout == Layout::kChannelsFirst) {
-    choose_channels_first(plan, problem);
-  } else {
-    choose_channels_last(plan, problem, limits);
-  }
-  choose_threads(plan, problem);
+  choose_tiles(plan, problem, traits, limits, /*may_fold=*/true);
+  // All channels of folded pixels may be too many.
+  if (!fits(plan, limits)) choose_tiles(plan, problem, traits, limits, /*may_fold=*/false);
   choose_mask(plan, problem);
-  lay_out_shared(plan, problem, traits);
   if (traits.reduces) {
     choose_group(plan, limits);
   } else {

@@ -46,15 +46,16 @@ enum class Tile : std::uint8_t { kChannel, kColumns };
 
 // Offsets into a block's dynamic shared memory, bytes.
 struct SharedLayout {
-  int staging;       // [kept + ring][input][worker] vectors
-  int mask;          // [kept + ring][worker] words: the one that holds the byte of the thread's vector
-  int merge;         // doubles; the block's threads add up in it
-  int own;           // double [2: parity][2][channels]: this block's sums, read by the others of its cluster
-  int total;         // double [2][channels]: the group's
-  int shift;         // double [kMaxReduceCoefficients][channels], or just the first of them, the shift
+  int staging;  // [kept + ring][input][worker] vectors
+  int mask;     // [kept + ring][worker] words: the one that holds the byte of the thread's vector
+  int merge;    // doubles; the block's threads add up in it
+  int columns;  // [coefficient][lane][thread x] in the compute type, where lanes have channels of their own. In the
+                // same place: the sums' coefficients are read before their merge, the map's written after it.
+  int own;      // double [2: parity][2][channels]: this block's sums, read by the others of its cluster
+  int total;    // double [2][channels]: the group's
+  int shift;    // double [kMaxReduceCoefficients][channels], or just the first of them, the shift
   int coefficients;  // double [kMaxCoefficients][channels]
   int needs_fp64;    // int [channels]
-  int columns;       // [coefficient][lane][thread x] in the compute type, where lanes have channels of their own
   int bytes;
 };
 
@@ -77,12 +78,12 @@ struct LaunchPlan {
   int group_blocks;  // gridDim.x = groups*group_blocks
   int threads_x;
   int threads_y;
-  int workers;         // threads_x*threads_y
-  int threads;         // blockDim.x: the workers, and idle threads up to a whole warp
-  int merge_rows;      // of threads, whose sums pass through the merge buffer at a time
-  int parts;           // of a row, a step each: more than 1 if it has more than threads_x vectors
-  // From one step of a thread to its next: `step` parts of rows, of which part_step are no whole rows. A vector moves on
-  // by vector_step elements, and where its part passes the end of a row by vector_wrap more.
+  int workers;     // threads_x*threads_y
+  int threads;     // blockDim.x: the workers, and idle threads up to a whole warp
+  int merge_rows;  // of threads, whose sums pass through the merge buffer at a time
+  int parts;       // of a row, a step each: more than 1 if it has more than threads_x vectors
+  // From one step of a thread to its next: `step` parts of rows, of which part_step are no whole rows. A vector moves
+  // on by vector_step elements, and where its part passes the end of a row by vector_wrap more.
   std::int64_t step;
   int part_step;
   std::int64_t vector_step;
@@ -99,6 +100,7 @@ struct LaunchPlan {
   std::int64_t mask_tile;
   std::int64_t mask_step;  // likewise, in bytes of the mask
   std::int64_t mask_wrap;
+  int share;                     // values that a block adds up for its group; 0: every block adds up all of them
   std::int64_t workspace_bytes;  // global memory; its first counter_bytes zero
   std::int64_t counter_bytes;
   // where to take the samples of the first channel; those of channel c are c*sample_stride further on

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "activation_lanes.cuh"
+#include "block_sum.cuh"
 #include "coefficients.cuh"
 
 namespace bnext::cuda {
@@ -146,11 +147,6 @@ class Accumulator {
   int room_ = kChain;
 };
 
-__device__ __forceinline__ double warp_sum(double value) {
-  for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
-  return value;
-}
-
 // One channel: own[0], own[1] become the sums of all threads' first and second.
 __device__ __forceinline__ void merge_channel(const LaunchPlan& plan, const double (&first)[1],
                                               const double (&second)[1], double* merge, double* own) {
@@ -206,23 +202,16 @@ __device__ __forceinline__ void merge_columns(const LaunchPlan& plan, double (&f
     }
   }
   __syncthreads();
-  // A channel's columns: runs of columns_per_channel, one for each time the channels repeat in a folded row. As many
-  // threads as it has columns, up to a warp, add them up.
+  // A channel's columns: runs of columns_per_channel, one for each time the channels repeat in a folded row.
   const int run = static_cast<int>(plan.columns_per_channel);
   const int each = static_cast<int>(plan.tile_width) / plan.tile_channels;
-  int lanes = 1;
-  while (2 * lanes <= each && lanes < 32) lanes *= 2;
-  const int at_once = plan.threads / lanes;
-  for (int begin = 0; begin < 2 * plan.tile_channels; begin += at_once) {
-    const int i = begin + t / lanes;
-    double sum = 0.0;
-    if (i < 2 * plan.tile_channels) {
-      const double* sums = merge + i / plan.tile_channels * columns + i % plan.tile_channels * run;
-      for (int j = t % lanes; j < each; j += lanes) sum += sums[j / run * plan.tile_channels * run + j % run];
-    }
-    for (int distance = lanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-    if (t % lanes == 0 && i < 2 * plan.tile_channels) own[i] = sum;
-  }
+  sum_parts(
+      plan.threads, 2 * plan.tile_channels, each,
+      [&](int i, int j) {
+        const double* sums = merge + i / plan.tile_channels * columns + i % plan.tile_channels * run;
+        return sums[j / run * plan.tile_channels * run + j % run];
+      },
+      [&](int i, double sum) { own[i] = sum; });
 }
 
 }  // namespace bnext::cuda

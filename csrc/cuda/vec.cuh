@@ -120,8 +120,8 @@ __device__ __forceinline__ Words narrow_lanes(const opmath_t<scalar_t> (&lanes)[
   return vec;
 }
 
-// Where a vector lies: which of its lanes belong to the tile, [low, high), and the byte that a mask has for it. `whole`:
-// all of them, and the vector can be moved as one word.
+// Where a vector lies: which of its lanes belong to the tile, [low, high), and the byte that a mask has for it.
+// `whole`: all of them, and the vector can be moved as one word.
 template <typename scalar_t>
 struct Segment {
   std::int64_t offset;  // in elements

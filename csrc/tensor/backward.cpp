@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   const Tensor dense_residual = dense(reads_preactivation, residual);
   const auto dense_weight = densely(weight);
   const auto dense_bias = densely(bias);
-  const auto dense_mask = densely(mask);
+  const Tensor dense_mask = is_given(mask) ? kernel_input(*mask, at::MemoryFormat::Contiguous, backend) : Tensor();
   const auto dense_means = densely(mean_grads);
   const auto mean_of = [&](std::int64_t row) {
     return is_given(mean_grads) ? channels(dense_means->select(0, row)) : ChannelVector{};
@@ -138,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
                        .activation = activation,
                        .bias = channels(dense_bias),
                        .residual = pointer(dense_residual),
-                       .mask = is_given(mask) ? dense_mask->const_data_ptr<std::uint8_t>() : nullptr,
+                       .mask = is_given(mask) ? dense_mask.const_data_ptr<std::uint8_t>() : nullptr,
                        .grad_residual = wants_residual ? grad_residual.mutable_data_ptr() : nullptr},
               grad_output.device());
   return {grad_input, grad_weight, grad_bias, grad_residual};

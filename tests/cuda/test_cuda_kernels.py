@@ -250,6 +250,39 @@ def test_an_infinite_gradient_where_the_sums_begin_in_float64(path: Path, case: 
         assert same_bits(infinite[2][others], finite[2][others])
 
 
+@pytest.mark.parametrize(("act", "has_residual"), [("identity", False), ("relu", True)])
+def test_blocks_that_share_the_additions_of_an_all_reduce(act: str, has_residual: bool, kernel_device: str) -> None:
+    # Two hundred values over a dozen blocks: each adds up some of them, the last one fewer.
+    limits = Limits(sms=16, max_cluster=1, shared_per_block=60 * KB)
+    case = Case((20, 100, 7, 7), "channels_last")
+    with planned_for(limits, kernel_device, seed=1) as device:
+        x, g = make_input(*case, torch.bfloat16, device), make_grad(*case, torch.bfloat16, device)
+        residual = make_residual(*case, torch.bfloat16, device) if has_residual else None
+        params = make_parameters(case.shape[1], parameter_dtype(torch.bfloat16), device)
+        check_backward(x, g, params, training=True, residual=residual, act=act, output_too=True)
+        if kernel_device == "simt":
+            plan = last_plan()
+            assert 1 < plan["share"] < 2 * case.shape[1]
+            assert 2 * case.shape[1] % plan["share"] != 0
+
+
+def test_a_mask_that_begins_at_an_odd_address(kernel_device: str) -> None:
+    with planned_for(Limits(), kernel_device) as device:
+        case = Case((4, 8, 8, 8), "contiguous")
+        x, g = make_input(*case, torch.float32, device), make_grad(*case, torch.float32, device)
+        residual = make_residual(*case, torch.float32, device)
+        weight = torch.ones(8, device=device)
+        forward, backward = torch.ops.bnext.batch_norm_train, torch.ops.bnext.batch_norm_backward
+        _, stats, mask = forward(x, weight, weight, None, None, None, 0.1, 1e-5, residual, "relu", 0.0, True)
+        shifted = torch.empty(mask.numel() + 1, dtype=torch.uint8, device=device)[1:].view(mask.shape).copy_(mask)
+        expected, actual = (
+            backward(g, x, weight, stats, True, 1e-5, [True] * 4, weight, residual, m, "relu", 0.0)
+            for m in (mask, shifted)
+        )
+        for a, b in zip(expected, actual, strict=True):
+            assert same_bits(a, b)
+
+
 def test_the_ways_lead_everywhere() -> None:
     load()
     seen = set()
@@ -260,7 +293,7 @@ def test_the_ways_lead_everywhere() -> None:
                 batch, channels, height, width = shape
                 last = layout != "contiguous"
                 plan = torch.ops.bnext_simt.plan(
-                    batch, channels, height * width, last, dtype, inputs, True, *path.limits[:3]
+                    batch, channels, height * width, last, dtype, inputs, False, True, inputs == 3, *path.limits[:3]
                 )
                 kind = "folded" if last and plan["row_width"] > channels else layout
                 large_cluster = GROUPS[plan["group"]] == "cluster" and plan["group_blocks"] > 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import pytest
@@ -36,11 +37,35 @@ RESNET = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024
 HUGE = ((2**33, 1, 1), (1, 2**33, 1), (1, 1, 2**33), (70_000, 64, 1), (900_000, 3, 49), (2**20, 2**11, 2**9))
 
 
-def make_plan(
-    shape: tuple[int, int, int], last: bool, dtype: torch.dtype, inputs: int, reduces: bool, gpu: Device
-) -> dict[str, int]:
+class Call(NamedTuple):
+    """What of a call the geometry depends on."""
+
+    inputs: int
+    reads_mask: bool = False
+    reduces: bool = True
+    activated: bool = False
+
+
+FORWARD = Call(1)
+BACKWARD = Call(2)
+CALLS = (
+    FORWARD,
+    BACKWARD,
+    Call(1, reduces=False),
+    # With an activation: forward without and with a residual, the latter also backward without one; backward of a
+    # smooth activation with a residual; backward by a mask, of the gradient alone and with the input; evaluation.
+    Call(1, activated=True),
+    Call(2, activated=True),
+    Call(3, activated=True),
+    Call(1, reads_mask=True, activated=True),
+    Call(2, reads_mask=True, activated=True),
+    Call(1, reads_mask=True, reduces=False, activated=True),
+)
+
+
+def make_plan(shape: tuple[int, int, int], last: bool, dtype: torch.dtype, call: Call, gpu: Device) -> dict[str, int]:
     load()
-    return dict(torch.ops.bnext_simt.plan(*shape, last, dtype, inputs, reduces, *gpu))
+    return dict(torch.ops.bnext_simt.plan(*shape, last, dtype, *call, *gpu))
 
 
 def assert_sound(plan: dict[str, int], shape: tuple[int, int, int], dtype: torch.dtype, gpu: Device) -> None:
@@ -80,9 +105,8 @@ def assert_sound(plan: dict[str, int], shape: tuple[int, int, int], dtype: torch
 def test_plans_are_sound(last: bool, dtype: torch.dtype, gpu: Device) -> None:
     shapes = [(256, C, side * side) for C, side in RESNET] + list(HUGE)
     for shape in shapes:
-        for inputs, reduces in ((1, True), (2, True), (1, False)):
-            plan = make_plan(shape, last, dtype, inputs, reduces, gpu)
-            assert_sound(plan, shape, dtype, gpu)
+        for call in CALLS:
+            assert_sound(make_plan(shape, last, dtype, call, gpu), shape, dtype, gpu)
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids="{0.sms}SMs".format)
@@ -91,8 +115,8 @@ def test_any_number_of_channels_has_a_plan(dtype: torch.dtype, gpu: Device) -> N
     # Each has a way of its own to fill vectors, and its sums and coefficients take shared memory.
     for channels in range(1, 1100):
         for shape, last in (((64, channels, 49), True), ((64, channels, 3), False)):
-            for inputs in (1, 2):
-                assert_sound(make_plan(shape, last, dtype, inputs, True, gpu), shape, dtype, gpu)
+            for call in (FORWARD, BACKWARD):
+                assert_sound(make_plan(shape, last, dtype, call, gpu), shape, dtype, gpu)
 
 
 @settings(max_examples=300, deadline=None)
@@ -100,13 +124,42 @@ def test_any_number_of_channels_has_a_plan(dtype: torch.dtype, gpu: Device) -> N
     st.tuples(st.integers(1, 5000), st.integers(1, 3000), st.integers(1, 20_000)),
     st.booleans(),
     st.sampled_from(DTYPES),
-    st.sampled_from([(1, True), (2, True), (1, False)]),
+    st.sampled_from(CALLS),
     st.sampled_from(GPUS),
 )
 def test_any_plan_is_sound(
-    shape: tuple[int, int, int], last: bool, dtype: torch.dtype, reads: tuple[int, bool], gpu: Device
+    shape: tuple[int, int, int], last: bool, dtype: torch.dtype, call: Call, gpu: Device
 ) -> None:
-    assert_sound(make_plan(shape, last, dtype, *reads, gpu), shape, dtype, gpu)
+    assert_sound(make_plan(shape, last, dtype, call, gpu), shape, dtype, gpu)
+
+
+# Planes and numbers of channels that do not fill vectors: column tiles of many channels, or of long rows.
+RAGGED_CHANNELS = (16, 24, 36, 60, 100, 132, 196, 250, 340, 436, 500, 512, 1001)
+RAGGED_SIDES = (1, 7, 9, 11, 13, 15, 17, 21, 35)
+
+
+@pytest.mark.parametrize("gpu", [gpu for gpu in GPUS if gpu.shared_per_block == 99 * KB], ids="{0.sms}SMs".format)
+def test_plans_fit_into_the_least_shared_memory(gpu: Device) -> None:
+    for channels, side, batch in itertools.product(RAGGED_CHANNELS, RAGGED_SIDES, (64, 512, 4096)):
+        shape = (batch, channels, side * side)
+        for last, dtype, call in itertools.product((False, True), DTYPES, CALLS):
+            assert_sound(make_plan(shape, last, dtype, call, gpu), shape, dtype, gpu)
+
+
+def test_few_reads_one_after_another_in_an_all_reduce() -> None:
+    # Sums of up to 128 values over as many blocks as an H200 can hold: eight doubles a thread at most.
+    seen = set()
+    for channels, side in RESNET:
+        for last, dtype, call in itertools.product((False, True), DTYPES, CALLS):
+            plan = make_plan((256, channels, side * side), last, dtype, call, H200)
+            values = 2 * plan["tile_channels"]
+            if GROUPS[plan["group"]] != "grid" or values > 128:
+                continue
+            count = plan["share"] or values
+            adders = max(1, min(plan["threads"] // count, plan["group_blocks"]))
+            assert -(-plan["group_blocks"] // adders) <= 8, plan
+            seen.add(plan["share"] > 0)
+    assert seen == {False, True}
 
 
 @pytest.mark.parametrize("inputs", [1, 2], ids=["forward", "backward"])
@@ -114,7 +167,7 @@ def test_any_plan_is_sound(
 @pytest.mark.parametrize(("channels", "side"), RESNET, ids=str)
 def test_what_an_h200_reads_once(channels: int, side: int, last: bool, inputs: int) -> None:
     # bfloat16 at N = 256: whatever fits into three quarters of all shared memory, a tile at a time.
-    plan = make_plan((256, channels, side * side), last, torch.bfloat16, inputs, True, H200)
+    plan = make_plan((256, channels, side * side), last, torch.bfloat16, Call(inputs), H200)
     tile_bytes = plan["rows"] * plan["tile_width"] * 2 * inputs
     assert plan["ring"] == 0 or tile_bytes > 0.75 * H200.sms * H200.shared_per_block, plan
 
@@ -138,11 +191,11 @@ def test_what_an_h200_reads_once(channels: int, side: int, last: bool, inputs: i
     ids=str,
 )
 def test_worked_examples(shape: tuple[int, int, int], last: bool, dtype: torch.dtype, group: str, tile: str) -> None:
-    plan = make_plan(shape, last, dtype, 1, True, H200)
+    plan = make_plan(shape, last, dtype, FORWARD, H200)
     assert (GROUPS[plan["group"]], TILES[plan["tile"]]) == (group, tile), plan
 
 
 def test_small_tensors_take_one_launch_without_workspace() -> None:
     for shape in ((64, 512, 1), (8, 64, 196), (32, 128, 49)):
         for last in (False, True):
-            assert make_plan(shape, last, torch.float32, 1, True, H200)["workspace_bytes"] == 0
+            assert make_plan(shape, last, torch.float32, FORWARD, H200)["workspace_bytes"] == 0

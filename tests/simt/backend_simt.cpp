@@ -206,14 +206,15 @@ Facts facts_of(const cuda::LaunchPlan& plan) {
   facts.insert("whole", plan.whole);
   facts.insert("kept", plan.kept);
   facts.insert("ring", plan.ring);
+  facts.insert("share", plan.share);
   facts.insert("shared_bytes", plan.shared.bytes);
   facts.insert("workspace_bytes", plan.workspace_bytes);
   return facts;
 }
 
 Facts plan(std::int64_t N, std::int64_t C, std::int64_t HW, bool channels_last, at::ScalarType dtype,
-           std::int64_t inputs, bool reduces, std::int64_t sms, std::int64_t shared_per_block,
-           std::int64_t max_cluster) {
+           std::int64_t inputs, bool reads_mask, bool reduces, bool activated, std::int64_t sms,
+           std::int64_t shared_per_block, std::int64_t max_cluster) {
   const DType dtypes[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16};
   const at::ScalarType types[] = {at::kFloat, at::kDouble, at::kHalf, at::kBFloat16};
   Problem problem{N, C, HW, channels_last ? Layout::kChannelsLast : Layout::kChannelsFirst, DType::kFloat32};
@@ -226,8 +227,7 @@ Facts plan(std::int64_t N, std::int64_t C, std::int64_t HW, bool channels_last, 
                                   1024,
                                   static_cast<int>(max_cluster),
                                   std::numeric_limits<int>::max()};
-  // Three inputs are those of a backward call with an activation.
-  const cuda::KernelTraits traits{static_cast<int>(inputs), /*reads_mask=*/false, reduces, /*activated=*/inputs == 3};
+  const cuda::KernelTraits traits{static_cast<int>(inputs), reads_mask, reduces, activated};
   return facts_of(cuda::make_launch_plan(problem, traits, limits));
 }
 
@@ -267,8 +267,8 @@ TORCH_LIBRARY(bnext_simt, m) {
   m.def("configure(int sms, int shared_per_block, int max_cluster, int max_grid, int seed, bool check) -> ()",
         &bnext::configure);
   m.def(
-      "plan(int N, int C, int HW, bool channels_last, ScalarType dtype, int inputs, bool reduces, int sms, "
-      "int shared_per_block, int max_cluster) -> Dict(str, int)",
+      "plan(int N, int C, int HW, bool channels_last, ScalarType dtype, int inputs, bool reads_mask, bool reduces, "
+      "bool activated, int sms, int shared_per_block, int max_cluster) -> Dict(str, int)",
       &bnext::plan);
   m.def("last_plan() -> Dict(str, int)", [] { return bnext::facts_of(bnext::last_plan); });
   m.def("last_description() -> str", [] { return bnext::cuda::description(bnext::last_plan); });

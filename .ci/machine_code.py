@@ -1,0 +1,111 @@
+"""The inner loops of a CUDA kernel, read from its disassembly: how many instructions a step takes.
+
+A kernel spends its time in three kinds of innermost loops: those that request vectors (asynchronous copies into shared
+memory), those that reduce what has arrived, and those that map it and store. Of each kind the shortest is the form for
+whole vectors, and of that the shortest way through that moves what the call reads or writes.
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+from typing import NamedTuple
+
+_BRANCH = re.compile(r"^(@!?U?P\w+\s+)?BRA(?:\.\w+)*\s.*?`\((\.L_x_\d+)\)")
+_NO_FALL_THROUGH = re.compile(r"^(EXIT|RET|BRX)")
+_COPY = "LDGSTS.E.BYPASS.128"
+_LOAD = "LDS.128"
+_STORE = "STG.E.EF.128"
+
+
+class Code(NamedTuple):
+    instructions: list[str]
+    labels: dict[str, int]
+
+
+def parse(sass: str) -> Code:
+    """nvdisasm's text of one function."""
+    code = Code([], {})
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            code.labels[label[1]] = len(code.instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.instructions.append(instruction[1].strip())
+    return code
+
+
+def innermost_loops(code: Code) -> list[tuple[int, int]]:
+    """First and last instruction of each loop that holds no other."""
+    loops = set()
+    for last, instruction in enumerate(code.instructions):
+        branch = _BRANCH.search(instruction)
+        if branch and (first := code.labels.get(branch[2], last + 1)) <= last:
+            loops.add((first, last))
+    return [loop for loop in sorted(loops) if not any(loop != o and loop[0] <= o[0] and o[1] <= loop[1] for o in loops)]
+
+
+def shortest_way(code: Code, first: int, last: int, marker: str, times: int) -> list[int]:
+    """The fewest instructions that lead from one to the other, forwards, past so many that hold `marker`; empty if no
+    way does."""
+
+    def passed(at: int, before: int) -> int:
+        return min(before + (marker in code.instructions[at]), times)
+
+    # A state is an instruction, and how many markers lie before or at it.
+    start = (first, passed(first, 0))
+    came_from: dict[tuple[int, int], tuple[int, int]] = {}
+    length = {start: 1}
+    queue = [(1, start)]
+    while queue:
+        steps, (at, marks) = heapq.heappop(queue)
+        if (at, marks) == (last, times):
+            way = [(last, times)]
+            while way[-1] != start:
+                way.append(came_from[way[-1]])
+            return [at for at, _ in way]
+        instruction = code.instructions[at]
+        branch = _BRANCH.search(instruction)
+        following = []
+        if branch and at < (target := code.labels.get(branch[2], -1)) <= last:
+            following.append(target)
+        if at < last and (branch is None or branch[1]) and not _NO_FALL_THROUGH.search(instruction):
+            following.append(at + 1)
+        for to in following:
+            state = (to, passed(to, marks))
+            if steps + 1 < length.get(state, len(code.instructions) * (times + 1)):
+                length[state] = steps + 1
+                came_from[state] = (at, marks)
+                heapq.heappush(queue, (steps + 1, state))
+    return []
+
+
+class Steps(NamedTuple):
+    """Instructions for a 16-byte vector of each input; 0 where a kernel has no such loop."""
+
+    request: float
+    reduce: float
+    map: float
+
+
+def steps(sass: str, inputs: int, outputs: int) -> Steps:
+    """Of the kernel's fastest loops, in a call that reads and writes so many tensors."""
+    code = parse(sass)
+    found: dict[str, list[float]] = {"request": [], "reduce": [], "map": []}
+    for first, last in innermost_loops(code):
+        body = "\n".join(code.instructions[first : last + 1])
+        copies, loads, stores = _COPY in body, _LOAD in body, _STORE in body
+        if "DADD" in body or "DFMA" in body:
+            continue  # the flush of sums, and what is computed in float64
+        if copies and not loads:
+            kind, marker, times = "request", _COPY, inputs
+        elif stores and loads and not copies:
+            kind, marker, times = "map", _STORE, outputs
+        elif loads and not copies:
+            kind, marker, times = "reduce", _LOAD, 1
+        else:
+            continue
+        way = shortest_way(code, first, last, marker, times)
+        if way:
+            unrolled = 1 if kind == "reduce" else sum(marker in code.instructions[at] for at in way) // times
+            found[kind].append(len(way) / unrolled)
+    return Steps(*(min(found[kind], default=0.0) for kind in Steps._fields))
