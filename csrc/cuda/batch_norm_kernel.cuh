@@ -67,18 +67,17 @@ class BlockTask {
 
   __device__ __forceinline__ void run() {
     const int items = this->items();
-    const int kept = items < plan_.kept ? items : plan_.kept;
     Verdict verdict;
     if constexpr (kReduces) {
       // The samples are requested first: behind all other loads they would arrive last.
       const Acc sample = kSamples ? load_sample(0) : Acc{};
-      whole_or_not([&](auto whole) { request_kept<whole.value>(kept); });
+      whole_or_not([&](auto whole) { request_kept<whole.value>(kept_of(items)); });
       // Where float32 cannot begin, every channel needs float64.
       verdict = {true, false};
-      if (choose_coefficients(sample)) verdict = finish(group_sums<Acc>(items, kept), /*again=*/false);
+      if (choose_coefficients(sample)) verdict = finish(group_sums<Acc>(items), /*again=*/false);
       if (verdict.needs_fp64) {
         const bool wide = verdict.wide;
-        verdict = finish(group_sums<double>(items, kept), /*again=*/true);
+        verdict = finish(group_sums<double>(items), /*again=*/true);
         verdict.wide |= wide;
       }
     } else {
@@ -86,9 +85,9 @@ class BlockTask {
     }
     if (!args_.tensors.maps()) return;
     if (verdict.wide) {
-      map<double>(items, kept);
+      map<double>(items);
     } else {
-      map<Acc>(items, kept);
+      map<Acc>(items);
     }
   }
 
@@ -99,10 +98,11 @@ class BlockTask {
     bool wide;        // nor for a channel's coefficients
   };
 
-  // The loops over vectors have a fast form for plans whose vectors are all whole.
+  // The loops over vectors have a fast form for plans whose vectors are all whole. float64 goes without: it is rare,
+  // and the kernels take long to compile.
   template <typename F>
   __device__ __forceinline__ void whole_or_not(F&& f) const {
-    if (plan_.whole) {
+    if (sizeof(scalar_t) < sizeof(double) && plan_.whole) {
       f(std::true_type{});
     } else {
       f(std::false_type{});
@@ -112,16 +112,18 @@ class BlockTask {
   template <bool kWhole>
   using Iterator = TileIterator<scalar_t, kTile, kWhole>;
 
-  __device__ __forceinline__ int items() const { return Iterator<false>(plan_, span_, span_.tile, self_.rank).items(); }
+  __device__ __forceinline__ int items() const { return first_step<false>().items(); }
+  __device__ __forceinline__ int kept_of(int items) const { return items < plan_.kept ? items : plan_.kept; }
 
   // An iterator at the first step, computed by a few divisions every time: kept, it would take registers in between.
-  // The asm statement stops the compiler from keeping it all the same.
+  // The asm statement stops the compiler from keeping it, or parts of it, all the same.
   template <bool kWhole>
   __device__ __forceinline__ Iterator<kWhole> first_step() const {
     std::int64_t tile = span_.tile;
     int rank = self_.rank;
-    asm volatile("" : "+l"(tile), "+r"(rank));
-    return Iterator<kWhole>(plan_, span_, tile, rank);
+    int thread = static_cast<int>(threadIdx.x);
+    asm volatile("" : "+l"(tile), "+r"(rank), "+r"(thread));
+    return Iterator<kWhole>(plan_, span_, tile, rank, thread);
   }
 
   template <bool kWhole>
@@ -156,6 +158,7 @@ class BlockTask {
       return true;
     } else {
       bool wide = false;
+#pragma unroll 1
       for (int i = static_cast<int>(threadIdx.x); i < span_.channels(plan_); i += plan_.threads) {
         double value[kMaxReduceCoefficients] = {};
         op_.reduce_coefficients(span_.first_channel(plan_) + i, value);
@@ -192,14 +195,14 @@ class BlockTask {
 
   // The tile's sums over the whole group: double [2][tile_channels].
   template <typename acc_t>
-  __device__ __forceinline__ const double* group_sums(int items, int kept) {
+  __device__ __forceinline__ const double* group_sums(int items) {
     spread<acc_t, Reduce>(shared_.shift);
     Sums<acc_t> sums(plan_, span_, shared_.shift, shared_.columns, args_.epilogue);
     if constexpr (kIsOpmath<scalar_t, acc_t>) {
-      whole_or_not([&](auto whole) { add_all<whole.value>(sums, items, kept); });
+      whole_or_not([&](auto whole) { add_all<whole.value>(sums, items); });
     } else {
       wait_prior<0>();
-      for_each_rare<Reduce>(items, kept, [&](const Segment<scalar_t>& segment, const Item& item) {
+      for_each_rare<Reduce>(items, [&](const Segment<scalar_t>& segment, const Item& item) {
         sums.add(item, segment.low, segment.high);
       });
     }
@@ -221,18 +224,20 @@ class BlockTask {
 
   // Where float32 was too narrow: no haste, so that no registers are taken for it.
   template <typename Functor, typename Visit>
-  __device__ __forceinline__ void for_each_rare(int items, int kept, Visit&& visit) {
+  __device__ __forceinline__ void for_each_rare(int items, Visit&& visit) {
     Iterator<false> iterator = first_step<false>();
 #pragma unroll 1
     for (int k = 0; k < items; ++k, iterator.next()) {
       const Segment<scalar_t> segment = iterator.segment();
-      visit(segment, k < kept ? staging_.template read<Functor>(k, segment) : staging_.template load<Functor>(segment));
+      visit(segment,
+            k < plan_.kept ? staging_.template read<Functor>(k, segment) : staging_.template load<Functor>(segment));
     }
   }
 
   // Adds the vectors that are kept, a stage after another as they arrive, and then those that pass through the ring.
   template <bool kWhole>
-  __device__ __forceinline__ void add_all(Sums<Acc>& sums, int items, int kept) {
+  __device__ __forceinline__ void add_all(Sums<Acc>& sums, int items) {
+    const int kept = kept_of(items);
     Iterator<kWhole> iterator = first_step<kWhole>();
     Iterator<kWhole> behind_kept = iterator;
     if (items > kept) behind_kept.seek(kept);
@@ -264,6 +269,7 @@ class BlockTask {
   __device__ __forceinline__ Verdict finish(const double* sums, bool again) {
     bool needs_fp64 = false;
     bool wide = false;
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < span_.channels(plan_); i += plan_.threads) {
       ChannelSums channel;
       if constexpr (kReduces) {
@@ -298,21 +304,21 @@ class BlockTask {
   }
 
   template <typename acc_t>
-  __device__ __forceinline__ void map(int items, int kept) {
+  __device__ __forceinline__ void map(int items) {
     spread<acc_t, Map>(shared_.coefficients);
     const MapCoefficients<acc_t> coefficients(plan_, span_, shared_.coefficients, shared_.columns);
     if constexpr (kIsOpmath<scalar_t, acc_t>) {
-      whole_or_not([&](auto whole) { map_all<whole.value>(coefficients, items, kept); });
+      whole_or_not([&](auto whole) { map_all<whole.value>(coefficients, items); });
     } else {
-      for_each_rare<Map>(items, kept, [&](const Segment<scalar_t>& segment, const Item& item) {
-        map_item(segment, item, coefficients);
-      });
+      for_each_rare<Map>(
+          items, [&](const Segment<scalar_t>& segment, const Item& item) { map_item(segment, item, coefficients); });
     }
   }
 
   // Elements from the last to the first: those that were not kept were read last, and L2 may still have them.
   template <bool kWhole, typename Coefficients>
-  __device__ __forceinline__ void map_all(const Coefficients& coefficients, int items, int kept) {
+  __device__ __forceinline__ void map_all(const Coefficients& coefficients, int items) {
+    const int kept = kept_of(items);
     Iterator<kWhole> iterator = first_step<kWhole>();
     iterator.seek(items - 1);
     Ring<Map, Staging, Iterator<kWhole>, /*kForward=*/false> ring(staging_, plan_.kept, items - kept, iterator);
@@ -453,10 +459,10 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSM)
   const LaunchPlan& plan = args.plan;
   const Shared shared(plan.shared, bytes);
   GroupRank self;
-  self.group = static_cast<int>(blockIdx.x) / plan.group_blocks;
   self.rank = static_cast<int>(blockIdx.x) % plan.group_blocks;
   self.round = 0;
-  for (std::int64_t tile = self.group; tile < plan.tiles; tile += plan.groups) {
+  const int group = static_cast<int>(blockIdx.x) / plan.group_blocks;
+  for (std::int64_t tile = group; tile < plan.tiles; tile += plan.groups) {
     BlockTask<scalar_t, Op, Reduce, Map, kTile>(args, op, shared, self, tile).run();
     // The next tile's coefficients take the place of this one's: sums have barriers enough before that.
     if constexpr (std::is_same_v<Reduce, NoSums>) __syncthreads();

@@ -60,7 +60,6 @@ __device__ __forceinline__ const double* of_cluster_block(double* own, int rank)
 }
 
 struct GroupRank {
-  int group;
   int rank;
   unsigned round;  // all-reduces so far
 };
@@ -127,10 +126,11 @@ __device__ __forceinline__ const double* all_reduce(const LaunchPlan& plan, Grou
     __syncthreads();
     return total;
   }
-  unsigned* counter = reinterpret_cast<unsigned*>(workspace) + self.group;
+  const int group = static_cast<int>(blockIdx.x) / plan.group_blocks;  // again: it would take a register all the time
+  unsigned* counter = reinterpret_cast<unsigned*>(workspace) + group;
   const auto blocks = static_cast<unsigned>(plan.group_blocks);
   double* all = reinterpret_cast<double*>(workspace + plan.counter_bytes);
-  double* published = all + (std::int64_t{self.group} * 2 + (self.round & 1)) * plan.group_blocks * values;
+  double* published = all + (std::int64_t{group} * 2 + (self.round & 1)) * plan.group_blocks * values;
   __syncthreads();
   for (int i = t; i < values; i += threads) published[std::int64_t{self.rank} * values + i] = own[i];
   if (plan.share == 0) {
@@ -138,7 +138,7 @@ __device__ __forceinline__ const double* all_reduce(const LaunchPlan& plan, Grou
     sum_published(plan, published, values, values, merge, [&](int i, double sum) { total[i] = sum; });
   } else {
     grid_group_barrier(counter, blocks, 2 * self.round);
-    double* totals = all + (std::int64_t{plan.groups} * 2 * plan.group_blocks + self.group) * values;
+    double* totals = all + (std::int64_t{plan.groups} * 2 * plan.group_blocks + group) * values;
     const int first = self.rank * plan.share;
     const int left = values - first;
     const int count = left < plan.share ? left : plan.share;

@@ -35,10 +35,11 @@ class TileIterator {
   using Index = std::conditional_t<kWhole, unsigned, std::int64_t>;
 
  public:
-  __device__ __forceinline__ TileIterator(const LaunchPlan& plan, const TileSpan& span, std::int64_t tile, int rank)
+  __device__ __forceinline__ TileIterator(const LaunchPlan& plan, const TileSpan& span, std::int64_t tile, int rank,
+                                          int thread)
       : plan_(plan), span_(span) {
-    const int x = static_cast<int>(threadIdx.x) % plan.threads_x;
-    const int y = static_cast<int>(threadIdx.x) / plan.threads_x;
+    const int x = thread % plan.threads_x;
+    const int y = thread / plan.threads_x;
     const std::int64_t units = plan.rows * plan.parts;
     const std::int64_t unit = std::int64_t{rank} * plan.threads_y + y;
     items_ = y < plan.threads_y && unit < units ? static_cast<int>((units - unit + plan.step - 1) / plan.step) : 0;

@@ -5,7 +5,9 @@
     python tests/simt/mutants.py NAME...      these
 
 A mutant is a copy of csrc/ with one barrier, wait, release or acquire taken away or weakened. Every synchronisation
-lies in a header that the forward and the backward kernels share: only the forward ones are compiled anew.
+lies in a header that the forward and the backward kernels share: only the forward ones are compiled anew; but where a
+line is about the reduction's coefficients by column, only those of a backward pass with an activation, which alone has
+them.
 """
 
 from __future__ import annotations
@@ -26,19 +28,21 @@ from simt.build import BUILD, ROOT, build
 
 KERNELS = ROOT / "csrc" / "cuda"
 # What the mutants have to survive: one dtype on every way through the kernels.
-TESTS = ("tests/cuda/test_cuda_kernels.py", "-k", "(every_way and bfloat16) or cannot_hold or several")
+TESTS = ("tests/cuda/test_cuda_kernels.py", "-k")
+FORWARD = "(every_way and bfloat16) or cannot_hold or several or share_the_additions"
+ACTIVATED = "with_an_epilogue and bfloat16-relu-residual"
 
 # (what a line holds, what takes its place): the rules of mutation. None deletes the statement.
 RULES: tuple[tuple[str, str], ...] = (
     (r"^\s*(if constexpr .*)?__syncthreads\(\);", ""),
     (r"__syncthreads_or\((.*?)\) != 0", r"(\1) != 0"),
     (r"^\s*cluster_barrier\(\);", ""),
-    (r"if \(plan\.team == Group::kCluster\) cluster_barrier\(\);", ""),
+    (r"if \(plan\.group == Group::kCluster\) cluster_barrier\(\);", ""),
     (r"^\s*grid_group_barrier\(.*\);", ""),
     (r"bnext_add_release\(counter, 1\)", "atomicAdd(counter, 1u)"),
     (r"bnext_load_acquire\(counter\)", "*static_cast<const volatile unsigned*>(counter)"),
     (r"^\s*wait_for_stage\(stage\);", ""),
-    (r"^\s*wait_prior<kRingSlots - 1>\(\);", ""),
+    (r"^\s*wait_prior<(kRingSlots - 1|0)>\(\);", ""),
     (r"wait_prior<kRingSlots - 1>\(\);", "wait_prior<kRingSlots>();"),
     (r"(case|default)(.*)wait_prior<(\d)>\(\);", r"\1\2wait_prior<\3 + 1>();"),
     (r"^\s*__pipeline_wait_prior\(kGroups\);", ""),
@@ -58,6 +62,10 @@ class Mutant(NamedTuple):
     after: str
 
     @property
+    def activated(self) -> bool:
+        return "Reduce, kTile" in self.before
+
+    @property
     def name(self) -> str:
         return f"{self.file}:{self.line}:{self.rule}"
 
@@ -75,28 +83,30 @@ def all_mutants() -> Iterator[Mutant]:
 
 
 def compiled(mutant: Mutant, folder: Path) -> Path:
-    """The emulated device with the mutant's forward kernels."""
+    """The emulated device with the mutant's kernels."""
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     path = folder / "csrc" / "cuda" / mutant.file
     lines = path.read_text().splitlines(keepends=True)
     lines[mutant.line - 1] = mutant.after + "\n"
     path.write_text("".join(lines))
-    return build(folder / "build", kernels={"csrc/cuda/forward.cu": folder}, objects=BUILD)
+    kernels = "csrc/cuda/backward_activated.cu" if mutant.activated else "csrc/cuda/forward.cu"
+    return build(folder / "build", kernels={kernels: folder}, objects=BUILD)
 
 
-def noticed_by(library: Path) -> str | None:
+def noticed_by(mutant: Mutant, library: Path) -> str | None:
     """The test that fails with it. They need a process of their own: torch keeps what it has loaded."""
-    return failed_test(*TESTS, timeout=3600, BNEXT_SIMT_LIBRARY=str(library), PYTHONPATH=str(ROOT))
+    tests = (*TESTS, ACTIVATED if mutant.activated else FORWARD)
+    return failed_test(*tests, timeout=3600, BNEXT_SIMT_LIBRARY=str(library), PYTHONPATH=str(ROOT))
 
 
-def survives(library: Path) -> bool:
+def survives(mutant: Mutant, library: Path) -> bool:
     """Whether the tests pass with it."""
-    return noticed_by(library) is None
+    return noticed_by(mutant, library) is None
 
 
 def judge(mutant: Mutant) -> str | None:
     with tempfile.TemporaryDirectory() as name:
-        return noticed_by(compiled(mutant, Path(name)))
+        return noticed_by(mutant, compiled(mutant, Path(name)))
 
 
 @contextlib.contextmanager

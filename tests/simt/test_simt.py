@@ -31,4 +31,4 @@ def test_a_missing_synchronisation_is_noticed() -> None:
     (mutant,) = [mutant for mutant in all_mutants() if "bnext_add_release(counter, 1)" in mutant.before]
     build()
     with tempfile.TemporaryDirectory() as folder:
-        assert not survives(compiled(mutant, Path(folder))), mutant
+        assert not survives(mutant, compiled(mutant, Path(folder))), mutant
