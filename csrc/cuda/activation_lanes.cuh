@@ -17,11 +17,11 @@ using Lanes = opmath_t<scalar_t>[kLanes<scalar_t>];
 template <typename scalar_t>
 using Inputs = opmath_t<scalar_t>[kMaxInputs][kLanes<scalar_t>];
 
+// All but the residual, which not every activated call looks at.
 template <typename scalar_t, typename Functor>
 __device__ __forceinline__ void widen_inputs(const Item& item, Inputs<scalar_t>& in) {
   if constexpr (Functor::kReadsInput) widen_lanes<scalar_t>(item.vec[0], in[0]);
   if constexpr (Functor::kReadsGrad) widen_lanes<scalar_t>(item.vec[1], in[1]);
-  if constexpr (Functor::kActivated) widen_lanes<scalar_t>(item.vec[2], in[2]);
 }
 
 // A mask's bits as what the functors take them for.
@@ -74,10 +74,11 @@ __device__ __forceinline__ void with_known(Act act, F&& f) {
 
 // An activated functor's z of the lanes [first, end), where no mask stands for it.
 template <typename scalar_t, typename Functor, int kMax, typename Coefficients>
-__device__ __forceinline__ void preactivation_lanes(int first, int end, const Inputs<scalar_t>& in,
+__device__ __forceinline__ void preactivation_lanes(int first, int end, const Item& item, Inputs<scalar_t>& in,
                                                     const Coefficients& coefficients, Epilogue epilogue,
                                                     Lanes<scalar_t>& z) {
   opmath_t<scalar_t> c[kLanes<scalar_t>][kMax] = {};
+  widen_lanes<scalar_t>(item.vec[2], in[2]);
   coefficients.get(first, end, c);
   epilogue.has_mask = false;
 #pragma unroll
@@ -105,7 +106,7 @@ __device__ __forceinline__ unsigned activate_lanes(const Epilogue& epilogue, Lan
 
 // A backward functor's dz = dy*act'(z), of the lanes [first, end).
 template <typename scalar_t, typename Functor, int kMax, typename Coefficients>
-__device__ __forceinline__ void dz_lanes(int first, int end, const Item& item, const Inputs<scalar_t>& in,
+__device__ __forceinline__ void dz_lanes(int first, int end, const Item& item, Inputs<scalar_t>& in,
                                          const Coefficients& coefficients, const Epilogue& epilogue,
                                          Lanes<scalar_t>& dz) {
   Lanes<scalar_t> z;
@@ -129,7 +130,7 @@ __device__ __forceinline__ void dz_lanes(int first, int end, const Item& item, c
       grad_of_bits(std::integral_constant<Act, Act::kRelu>{});  // which makes of bits what relu6 makes of them
     }
   } else {
-    preactivation_lanes<scalar_t, Functor, kMax>(first, end, in, coefficients, epilogue, z);
+    preactivation_lanes<scalar_t, Functor, kMax>(first, end, item, in, coefficients, epilogue, z);
     with_known(epilogue.activation.act, grad);
   }
   // Coefficients that wait in shared memory are read again after this, rather than held in registers.

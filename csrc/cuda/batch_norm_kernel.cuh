@@ -11,6 +11,7 @@
 #include "../common/channel_ops.h"
 #include "../common/samples.h"
 #include "cta_group.cuh"
+#include "map.cuh"
 #include "reduce.cuh"
 #include "staging.cuh"
 
@@ -51,7 +52,6 @@ class BlockTask {
   static constexpr bool kReduces = !std::is_same_v<Reduce, NoSums>;
   // The shift is a sample of the channel's own values; else it is known.
   static constexpr bool kSamples = std::is_same_v<Reduce, MomentSums>;
-  static constexpr int kN = kLanes<scalar_t>;
   using Staging = StagingBuffer<scalar_t, Reduce, Map>;
 
  public:
@@ -306,7 +306,8 @@ class BlockTask {
   template <typename acc_t>
   __device__ __forceinline__ void map(int items) {
     spread<acc_t, Map>(shared_.coefficients);
-    const MapCoefficients<acc_t> coefficients(plan_, span_, shared_.coefficients, shared_.columns);
+    const MapCoefficients<scalar_t, Map, kTile, acc_t> coefficients(plan_, span_, shared_.coefficients,
+                                                                    shared_.columns);
     if constexpr (kIsOpmath<scalar_t, acc_t>) {
       whole_or_not([&](auto whole) { map_all<whole.value>(coefficients, items); });
     } else {
@@ -337,42 +338,14 @@ class BlockTask {
     }
   }
 
-  // float64 ones wait in shared memory, where registers would run out.
-  template <typename acc_t>
-  using MapCoefficients =
-      LaneCoefficients<scalar_t, acc_t, kTile,
-                       std::is_same_v<acc_t, double> && kKeep<scalar_t, acc_t, Map, kTile> == Keep::kRegisters
-                           ? Keep::kChannels
-                           : kKeep<scalar_t, acc_t, Map, kTile>,
-                       Map::kCoefficients>;
-
-  // A vector's results. `second` and the bits of a mask are an activated map's: grad_residual in backward, and in
-  // forward what a rectifier let through.
-  struct Results {
-    Lanes<scalar_t> first;
-    Lanes<scalar_t> second;
-    unsigned open;
-  };
-
   template <typename Where, typename Coefficients>
   __device__ __forceinline__ void map_item(const Where& segment, const Item& item, const Coefficients& coefficients) {
     const Tensors& tensors = args_.tensors;
-    Results results = {};
-    if constexpr (!std::is_same_v<Coefficients, MapCoefficients<Acc>>) {
-      map_wide(item, coefficients, results);
-    } else if constexpr (!Map::kActivated) {
-      map_plain(item, coefficients, results);
-    } else if constexpr (Map::kReadsGrad) {
-      map_activated_grad(item, coefficients, results);
-    } else {
-      Inputs<scalar_t> in = {};
-      widen_inputs<scalar_t, Map>(item, in);
-      preactivation_lanes<scalar_t, Map, kMaxCoefficients>(0, kN, in, coefficients, args_.epilogue, results.first);
-      results.open = activate_lanes<scalar_t>(args_.epilogue, results.first);
-    }
+    const Results<scalar_t> results = map_vector<scalar_t, Map, kTile>(item, args_.epilogue, coefficients);
     if constexpr (Map::kActivated && Map::kReadsGrad) {
-      if (tensors.out[1] != nullptr)
+      if (tensors.out[1] != nullptr) {
         store_vec<scalar_t>(tensors.out[1], segment, narrow_lanes<scalar_t>(results.second));
+      }
       if (tensors.out[0] == nullptr) return;
     }
     if constexpr (Map::kActivated && !Map::kReadsGrad) {
@@ -381,66 +354,6 @@ class BlockTask {
       }
     }
     store_vec<scalar_t>(tensors.out[0], segment, narrow_lanes<scalar_t>(results.first));
-  }
-
-  template <typename Coefficients>
-  __device__ __forceinline__ void map_plain(const Item& item, const Coefficients& coefficients, Results& results) {
-    Inputs<scalar_t> in = {};
-    Acc c[kN][kMaxCoefficients] = {};
-    widen_inputs<scalar_t, Map>(item, in);
-    coefficients.get(0, kN, c);
-#pragma unroll
-    for (int e = 0; e < kN; ++e) {
-      Acc lane[kMaxInputs];
-      lane_of<scalar_t>(in, e, lane);
-      results.first[e] = Map::template apply<scalar_t>(lane, c[e], args_.epilogue).first;
-    }
-  }
-
-  template <typename Coefficients>
-  __device__ __forceinline__ void map_activated_grad(const Item& item, const Coefficients& coefficients,
-                                                     Results& results) {
-    constexpr int kAtOnce = kLanesAtOnce<scalar_t, kTile>;
-    Inputs<scalar_t> in = {};
-    Acc c[kN][kMaxCoefficients] = {};
-    widen_inputs<scalar_t, Map>(item, in);
-#pragma unroll
-    for (int begin = 0; begin < kN; begin += kAtOnce) {
-      const int end = begin + kAtOnce;
-      dz_lanes<scalar_t, Map, kMaxCoefficients>(begin, end, item, in, coefficients, args_.epilogue, results.second);
-      coefficients.get(begin, end, c);
-      const auto grad_input = [&](auto differentiates) {
-        Epilogue known = args_.epilogue;
-        known.differentiates_statistics = differentiates.value;
-#pragma unroll
-        for (int e = begin; e < end; ++e) {
-          Acc lane[kMaxInputs];
-          lane_of<scalar_t>(in, e, lane);
-          results.first[e] = Map::grad_input(results.second[e], lane, c[e], known);
-        }
-      };
-      if (args_.epilogue.differentiates_statistics) {
-        grad_input(std::true_type{});
-      } else {
-        grad_input(std::false_type{});
-      }
-    }
-  }
-
-  // What was computed in float64 for a 16-bit type is rounded twice.
-  template <typename Coefficients>
-  __device__ __forceinline__ void map_wide(const Item& item, const Coefficients& coefficients, Results& results) {
-    double c[kN][kMaxCoefficients] = {};
-#pragma unroll
-    for (int e = 0; e < kN; ++e) {
-      double lane[kMaxInputs] = {};
-      wide_lane_of<scalar_t, Map>(item, e, args_.epilogue, lane);
-      coefficients.get(e, e + 1, c);
-      const Mapped<double> mapped = Map::template apply<scalar_t>(lane, c[e], args_.epilogue);
-      results.first[e] = static_cast<Acc>(mapped.first);
-      results.second[e] = static_cast<Acc>(mapped.second);
-      results.open |= (mapped.second <= 0 ? 0u : 1u) << e;
-    }
   }
 
   const KernelArgs& args_;

@@ -1,0 +1,122 @@
+// From a vector to its results, once the coefficients are known.
+#pragma once
+
+#include <type_traits>
+
+#include "activation_lanes.cuh"
+#include "coefficients.cuh"
+
+namespace bnext::cuda {
+
+// float64 coefficients wait in shared memory, where registers would run out.
+template <typename scalar_t, typename Map, Tile kTile, typename acc_t>
+using MapCoefficients =
+    LaneCoefficients<scalar_t, acc_t, kTile,
+                     std::is_same_v<acc_t, double> && kKeep<scalar_t, acc_t, Map, kTile> == Keep::kRegisters
+                         ? Keep::kChannels
+                         : kKeep<scalar_t, acc_t, Map, kTile>,
+                     Map::kCoefficients>;
+
+// `second` and the bits of a mask are an activated map's: grad_residual in backward, and in forward what a rectifier
+// let through.
+template <typename scalar_t>
+struct Results {
+  Lanes<scalar_t> first;
+  Lanes<scalar_t> second;
+  unsigned open;
+};
+
+template <typename scalar_t, typename Map, typename Coefficients>
+__device__ __forceinline__ void map_plain(const Item& item, const Epilogue& epilogue, const Coefficients& coefficients,
+                                          Results<scalar_t>& results) {
+  using Acc = opmath_t<scalar_t>;
+  constexpr int kN = kLanes<scalar_t>;
+  Inputs<scalar_t> in = {};
+  Acc c[kN][kMaxCoefficients] = {};
+  widen_inputs<scalar_t, Map>(item, in);
+  coefficients.get(0, kN, c);
+#pragma unroll
+  for (int e = 0; e < kN; ++e) {
+    Acc lane[kMaxInputs];
+    lane_of<scalar_t>(in, e, lane);
+    results.first[e] = Map::template apply<scalar_t>(lane, c[e], epilogue).first;
+  }
+}
+
+template <typename scalar_t, typename Map, typename Coefficients>
+__device__ __forceinline__ void map_activated(const Item& item, const Epilogue& epilogue,
+                                              const Coefficients& coefficients, Results<scalar_t>& results) {
+  Inputs<scalar_t> in = {};
+  widen_inputs<scalar_t, Map>(item, in);
+  preactivation_lanes<scalar_t, Map, kMaxCoefficients>(0, kLanes<scalar_t>, item, in, coefficients, epilogue,
+                                                       results.first);
+  results.open = activate_lanes<scalar_t>(epilogue, results.first);
+}
+
+template <typename scalar_t, typename Map, Tile kTile, typename Coefficients>
+__device__ __forceinline__ void map_activated_grad(const Item& item, const Epilogue& epilogue,
+                                                   const Coefficients& coefficients, Results<scalar_t>& results) {
+  using Acc = opmath_t<scalar_t>;
+  constexpr int kN = kLanes<scalar_t>;
+  constexpr int kAtOnce = kLanesAtOnce<scalar_t, kTile>;
+  Inputs<scalar_t> in = {};
+  Acc c[kN][kMaxCoefficients] = {};
+  widen_inputs<scalar_t, Map>(item, in);
+#pragma unroll
+  for (int begin = 0; begin < kN; begin += kAtOnce) {
+    const int end = begin + kAtOnce;
+    dz_lanes<scalar_t, Map, kMaxCoefficients>(begin, end, item, in, coefficients, epilogue, results.second);
+    coefficients.get(begin, end, c);
+    const auto grad_input = [&](auto differentiates) {
+      Epilogue known = epilogue;
+      known.differentiates_statistics = differentiates.value;
+#pragma unroll
+      for (int e = begin; e < end; ++e) {
+        Acc lane[kMaxInputs];
+        lane_of<scalar_t>(in, e, lane);
+        results.first[e] = Map::grad_input(results.second[e], lane, c[e], known);
+      }
+    };
+    if (epilogue.differentiates_statistics) {
+      grad_input(std::true_type{});
+    } else {
+      grad_input(std::false_type{});
+    }
+  }
+}
+
+// In float64, where float32 is too narrow: 16-bit results are rounded twice.
+template <typename scalar_t, typename Map, typename Coefficients>
+__device__ __forceinline__ void map_wide(const Item& item, const Epilogue& epilogue, const Coefficients& coefficients,
+                                         Results<scalar_t>& results) {
+  double c[kLanes<scalar_t>][kMaxCoefficients] = {};
+#pragma unroll
+  for (int e = 0; e < kLanes<scalar_t>; ++e) {
+    double lane[kMaxInputs] = {};
+    wide_lane_of<scalar_t, Map>(item, e, epilogue, lane);
+    coefficients.get(e, e + 1, c);
+    const Mapped<double> mapped = Map::template apply<scalar_t>(lane, c[e], epilogue);
+    results.first[e] = static_cast<opmath_t<scalar_t>>(mapped.first);
+    results.second[e] = static_cast<opmath_t<scalar_t>>(mapped.second);
+    results.open |= (mapped.second <= 0 ? 0u : 1u) << e;
+  }
+}
+
+template <typename scalar_t, typename Map, Tile kTile, typename Coefficients>
+__device__ __forceinline__ Results<scalar_t> map_vector(const Item& item, const Epilogue& epilogue,
+                                                        const Coefficients& coefficients) {
+  using Opmath = MapCoefficients<scalar_t, Map, kTile, opmath_t<scalar_t>>;
+  Results<scalar_t> results = {};
+  if constexpr (!std::is_same_v<Coefficients, Opmath>) {
+    map_wide<scalar_t, Map>(item, epilogue, coefficients, results);
+  } else if constexpr (!Map::kActivated) {
+    map_plain<scalar_t, Map>(item, epilogue, coefficients, results);
+  } else if constexpr (Map::kReadsGrad) {
+    map_activated_grad<scalar_t, Map, kTile>(item, epilogue, coefficients, results);
+  } else {
+    map_activated<scalar_t, Map>(item, epilogue, coefficients, results);
+  }
+  return results;
+}
+
+}  // namespace bnext::cuda
