@@ -16,7 +16,13 @@ namespace bnext {
 constexpr std::int64_t kCpuMaskLanes = 8;
 constexpr std::int64_t kCudaMaskBytes = 16;
 constexpr std::int64_t cuda_mask_lanes(std::int64_t element_bytes) { return kCudaMaskBytes / element_bytes; }
-static_assert(cuda_mask_lanes(2) <= 8, "the lanes of a vector of the smallest elements share a byte");
+constexpr bool lanes_fit_a_byte() {
+  for (int i = 0; i < kDTypes; ++i) {
+    if (cuda_mask_lanes(element_size(static_cast<DType>(i))) > 8) return false;
+  }
+  return true;
+}
+static_assert(lanes_fit_a_byte(), "a vector's lanes share a byte of a mask, whatever the dtype");
 
 // Bytes reserved for a row of `elements`, where a byte holds `lanes` of them. A row that is no multiple of a byte may
 // begin inside one, hence one more; rows are whole words.

@@ -68,8 +68,10 @@ __device__ __forceinline__ void with_known(Act act, F&& f) {
     case Act::kHardswish: return f(std::integral_constant<Act, Act::kHardswish>{});
     case Act::kMish: return f(std::integral_constant<Act, Act::kMish>{});
     case Act::kElu: return f(std::integral_constant<Act, Act::kElu>{});
-    default: return f(std::integral_constant<Act, Act::kIdentity>{});
+    case Act::kRelu:
+    case Act::kIdentity: break;
   }
+  f(std::integral_constant<Act, Act::kIdentity>{});
 }
 
 // An activated functor's z of the lanes [first, end), where no mask stands for it.
