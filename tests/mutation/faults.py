@@ -111,8 +111,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "mask-of-relu6-is-the-sign",
         "csrc/common/elementwise.h",
-        "opening(epilogue.activation, z)",
-        "z",
+        "opening(epilogue.activation, before)",
+        "before",
         "ops/test_forward.py::test_every_activation",
     ),
     Fault(
@@ -169,15 +169,15 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "convert-loses-hooks",
         "bnext/convert.py",
-        "        m.__class__ = classes.get",
-        "        m._forward_hooks = type(m._forward_hooks)()\n        m.__class__ = classes.get",
+        "        m.__class__ = _TO_BNEXT.get",
+        "        m._forward_hooks = type(m._forward_hooks)()\n        m.__class__ = _TO_BNEXT.get",
         "convert/test_convert.py::test_parameters_buffers_hooks_and_flags_are_kept",
     ),
     Fault(
         "convert-loses-the-training-flag",
         "bnext/convert.py",
-        "        m.__class__ = classes.get",
-        "        m.train()\n        m.__class__ = classes.get",
+        "        m.__class__ = _TO_BNEXT.get",
+        "        m.train()\n        m.__class__ = _TO_BNEXT.get",
         "convert/test_convert.py::test_parameters_buffers_hooks_and_flags_are_kept",
     ),
     Fault(
