@@ -80,32 +80,42 @@ def shortest_way(code: Code, first: int, last: int, marker: str, times: int) -> 
 
 
 class Steps(NamedTuple):
-    """Instructions for a 16-byte vector of each input; 0 where a kernel has no such loop."""
+    """Instructions for a 16-byte vector of each input; 0 where a kernel lacks a form of a loop."""
 
     request: float
     reduce: float
     map: float
 
 
-def steps(sass: str, inputs: int, outputs: int) -> Steps:
-    """Of the kernel's fastest loops, in a call that reads and writes so many tensors."""
+class Call(NamedTuple):
+    """The call whose way through a kernel is counted."""
+
+    copies: int  # that a step's code holds
+    inputs: int  # that the call reads, each a copy
+    outputs: int
+
+
+def steps(sass: str, call: Call) -> Steps:
+    """Of the kernel's fastest loops. A kernel has a loop to reduce and one to map whole vectors, and one each for
+    others: with fewer, one of them was not recognised."""
     code = parse(sass)
-    found: dict[str, list[float]] = {"request": [], "reduce": [], "map": []}
+    requests: dict[int, float] = {}  # by how often a loop is unrolled
+    others: dict[str, list[float]] = {"reduce": [], "map": []}
     for first, last in innermost_loops(code):
         body = "\n".join(code.instructions[first : last + 1])
-        copies, loads, stores = _COPY in body, _LOAD in body, _STORE in body
+        copies, loads, stores = body.count(_COPY), _LOAD in body, _STORE in body
         if "DADD" in body or "DFMA" in body:
             continue  # the flush of sums, and what is computed in float64
         if copies and not loads:
-            kind, marker, times = "request", _COPY, inputs
-        elif stores and loads and not copies:
-            kind, marker, times = "map", _STORE, outputs
+            unrolled = copies // call.copies
+            way = shortest_way(code, first, last, _COPY, unrolled * call.inputs)
+            if unrolled and way:
+                requests[unrolled] = min(len(way) / unrolled, requests.get(unrolled, len(way)))
         elif loads and not copies:
-            kind, marker, times = "reduce", _LOAD, 1
-        else:
-            continue
-        way = shortest_way(code, first, last, marker, times)
-        if way:
-            unrolled = 1 if kind == "reduce" else sum(marker in code.instructions[at] for at in way) // times
-            found[kind].append(len(way) / unrolled)
-    return Steps(*(min(found[kind], default=0.0) for kind in Steps._fields))
+            kind, marker, times = ("map", _STORE, call.outputs) if stores else ("reduce", _LOAD, 1)
+            way = shortest_way(code, first, last, marker, times)
+            if way:
+                unrolled = sum(marker in code.instructions[at] for at in way) // times if stores else 1
+                others[kind].append(len(way) / unrolled)
+    fastest = [min(found) if len(found) >= 2 else 0.0 for found in others.values()]
+    return Steps(requests[max(requests)] if requests else 0.0, *fastest)

@@ -38,13 +38,6 @@ __device__ __forceinline__ void lane_of(const Inputs<scalar_t>& in, int e, acc_t
   for (int i = 0; i < kMaxInputs; ++i) lane[i] = static_cast<acc_t>(in[i][e]);
 }
 
-// The epilogue, whose activation the compiler knows.
-template <Act kAct>
-__device__ __forceinline__ Epilogue with_activation(std::integral_constant<Act, kAct>, Epilogue epilogue) {
-  epilogue.activation.act = kAct;
-  return epilogue;
-}
-
 // The same for what is computed in float64, straight from the words: rare, and to take few registers.
 template <typename scalar_t, typename Functor>
 __device__ __forceinline__ void wide_lane_of(const Item& item, int e, const Epilogue& epilogue,
@@ -54,6 +47,13 @@ __device__ __forceinline__ void wide_lane_of(const Item& item, int e, const Epil
   if constexpr (Functor::kActivated) {
     lane[2] = epilogue.has_mask ? static_cast<double>(item.bits >> e & 1u) : widen_lane<scalar_t>(item.vec[2], e);
   }
+}
+
+// The epilogue, whose activation the compiler knows.
+template <Act kAct>
+__device__ __forceinline__ Epilogue with_activation(std::integral_constant<Act, kAct>, Epilogue epilogue) {
+  epilogue.activation.act = kAct;
+  return epilogue;
 }
 
 // Calls f with the activation, as a constant. The commonest comes first.

@@ -4,8 +4,8 @@
 // block adds up all of the group's sums itself, and goes on without a second barrier. Where that would be too many
 // reads (plan.share > 0), each block adds up a share of the values for all of them, and a second barrier hands the
 // totals out. What a block publishes lies in one of two places in turn (`round` is even or odd): it is overwritten only
-// after another barrier, which no block passes before it has read. Totals have one place: two barriers lie between
-// their readers and the next writer.
+// after another barrier, which no block passes before it has read. Totals have one place: who writes the next ones has
+// passed the next round's first barrier, which all readers of these have reached.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -30,12 +30,12 @@ __device__ __forceinline__ unsigned bnext_load_acquire(const unsigned* counter) 
 #endif
 
 // A barrier among the blocks of one group of a cooperative launch, which has them all running at once. The counter
-// starts at zero and is never reset; `round` counts the barriers passed so far.
-__device__ __forceinline__ void grid_group_barrier(unsigned* counter, unsigned group_blocks, unsigned round) {
+// starts at zero and is never reset; `passed` counts the barriers so far.
+__device__ __forceinline__ void grid_group_barrier(unsigned* counter, unsigned group_blocks, unsigned passed) {
   __syncthreads();
   if (threadIdx.x == 0) {
     bnext_add_release(counter, 1);
-    while (bnext_load_acquire(counter) < (round + 1) * group_blocks) __nanosleep(32);
+    while (bnext_load_acquire(counter) < (passed + 1) * group_blocks) __nanosleep(32);
   }
   __syncthreads();
 }

@@ -49,11 +49,11 @@ struct SharedLayout {
   int staging;  // [kept + ring][input][worker] vectors
   int mask;     // [kept + ring][worker] words: the one that holds the byte of the thread's vector
   int merge;    // doubles; the block's threads add up in it
-  int columns;  // [coefficient][lane][thread x] in the compute type, where lanes have channels of their own. In the
-                // same place: the sums' coefficients are read before their merge, the map's written after it.
-  int own;      // double [2: parity][2][channels]: this block's sums, read by the others of its cluster
-  int total;    // double [2][channels]: the group's
-  int shift;    // double [kMaxReduceCoefficients][channels], or just the first of them, the shift
+  int columns;  // coefficients.cuh; where lanes have channels of their own. In the same place: the sums' coefficients
+                // are read before their merge, the map's written after it.
+  int own;           // double [2: parity][2][channels]: this block's sums, read by the others of its cluster
+  int total;         // double [2][channels]: the group's
+  int shift;         // double [kMaxReduceCoefficients][channels], or just the first of them, the shift
   int coefficients;  // double [kMaxCoefficients][channels]
   int needs_fp64;    // int [channels]
   int bytes;

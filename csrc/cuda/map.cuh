@@ -8,11 +8,11 @@
 
 namespace bnext::cuda {
 
-// float64 coefficients wait in shared memory, where registers would run out.
+// Where float32 is too narrow coefficients wait in shared memory: in float64, registers would run out.
 template <typename scalar_t, typename Map, Tile kTile, typename acc_t>
 using MapCoefficients =
     LaneCoefficients<scalar_t, acc_t, kTile,
-                     std::is_same_v<acc_t, double> && kKeep<scalar_t, acc_t, Map, kTile> == Keep::kRegisters
+                     !kIsOpmath<scalar_t, acc_t> && kKeep<scalar_t, acc_t, Map, kTile> == Keep::kRegisters
                          ? Keep::kChannels
                          : kKeep<scalar_t, acc_t, Map, kTile>,
                      Map::kCoefficients>;

@@ -61,7 +61,7 @@ class StagingBuffer {
   template <typename Functor = Either, typename Where>
   __device__ __forceinline__ void request(int k, const Where& segment) const {
     if (reads_mask<Functor>() && !segment.empty()) {
-      // The word that the byte lies in, as less cannot be copied. A row of a mask is a whole number of words.
+      // The word that the byte lies in, as less cannot be copied. A mask is a whole number of words.
       __pipeline_memcpy_async(mask_slots_ + k * workers_, tensors_.mask + (segment.mask & ~std::int64_t{3}),
                               sizeof(unsigned));
     }

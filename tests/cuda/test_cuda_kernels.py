@@ -260,6 +260,10 @@ def test_blocks_that_share_the_additions_of_an_all_reduce(act: str, has_residual
         residual = make_residual(*case, torch.bfloat16, device) if has_residual else None
         params = make_parameters(case.shape[1], parameter_dtype(torch.bfloat16), device)
         check_backward(x, g, params, training=True, residual=residual, act=act, output_too=True)
+        # A channel whose squares overflow is added up again: there is a second all-reduce in the places of the first.
+        large = x.clone(memory_format=torch.preserve_format)
+        large[:, 1] *= 1e19
+        check_forward(large, params, training=True)
         if kernel_device == "simt":
             plan = last_plan()
             assert 1 < plan["share"] < 2 * case.shape[1]
