@@ -51,9 +51,9 @@ struct SharedLayout {
   int merge;    // doubles; the block's threads add up in it
   int columns;  // coefficients.cuh; where lanes have channels of their own. In the same place: the sums' coefficients
                 // are read before their merge, the map's written after it.
-  int own;           // double [2: parity][2][channels]: this block's sums, read by the others of its cluster
-  int total;         // double [2][channels]: the group's
-  int shift;         // double [kMaxReduceCoefficients][channels], or just the first of them, the shift
+  int own;      // double [2: parity][2][channels]: this block's sums, read by the others of its cluster
+  int total;    // double [2][channels]: the group's
+  int shift;    // double [kMaxReduceCoefficients][channels], or just the first of them, the shift
   int coefficients;  // double [kMaxCoefficients][channels]
   int needs_fp64;    // int [channels]
   int bytes;
