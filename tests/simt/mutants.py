@@ -5,9 +5,8 @@
     python tests/simt/mutants.py NAME...      these
 
 A mutant is a copy of csrc/ with one barrier, wait, release or acquire taken away or weakened. Every synchronisation
-lies in a header that the forward and the backward kernels share: only the forward ones are compiled anew; but where a
-line is about the reduction's coefficients by column, only those of a backward pass with an activation, which alone has
-them.
+lies in a header that the forward and the backward kernels share: only the forward ones are compiled anew. Two lines
+matter to a backward pass with an activation alone, which reduces with coefficients by column, and may begin in float64.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ KERNELS = ROOT / "csrc" / "cuda"
 # What the mutants have to survive: one dtype on every way through the kernels.
 TESTS = ("tests/cuda/test_cuda_kernels.py", "-k")
 FORWARD = "(every_way and bfloat16) or cannot_hold or several or share_the_additions"
-ACTIVATED = "with_an_epilogue and bfloat16-relu-residual"
+ACTIVATED = "(with_an_epilogue and bfloat16-relu-residual) or coefficients_float32_cannot_hold"
 
 # (what a line holds, what takes its place): the rules of mutation. None deletes the statement.
 RULES: tuple[tuple[str, str], ...] = (
@@ -63,7 +62,7 @@ class Mutant(NamedTuple):
 
     @property
     def activated(self) -> bool:
-        return "Reduce, kTile" in self.before
+        return "Reduce, kTile" in self.before or self.before.strip() == "wait_prior<0>();"
 
     @property
     def name(self) -> str:
