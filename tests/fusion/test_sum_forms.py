@@ -23,8 +23,8 @@ def in_place_of_the_residual(y: Tensor, r: Tensor) -> Tensor:
     return r
 
 
-# Of the normalised value and a residual that only this forward holds.
-SUMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
+# Of the normalised value and a residual that only this forward holds; whether it is fused, None: not asked.
+SUMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool | None]] = {
     "y + r": (lambda y, r: y + r, True),
     "r + y": (lambda y, r: r + y, True),
     "y += r": (in_place, True),
@@ -40,8 +40,8 @@ SUMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
     "__radd__": (lambda y, r: y.__radd__(r), True),
     "alpha=2": (lambda y, r: torch.add(y, r, alpha=2), False),
     "method, alpha=2": (lambda y, r: y.add(r, alpha=2), False),
-    # Before 2.13 dynamo writes the product as a node of its own, and the sum is a sum.
-    "in place, alpha=2": (lambda y, r: y.add_(r, alpha=2), torch.__version__ < "2.13"),
+    # Before 2.13 dynamo writes the product as a node of its own, and the rest is fused; such a sum is not counted.
+    "in place, alpha=2": (lambda y, r: y.add_(r, alpha=2), None if torch.__version__ < "2.13" else False),
     "of three": (lambda y, r: y + r + r.sin(), False),
     "of three, from the left": (lambda y, r: r.sin() + r + y, True),
     "in place, of three": (lambda y, r: y.add_(r).add_(r.sin()), False),
