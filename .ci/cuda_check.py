@@ -56,7 +56,7 @@ class Limit(NamedTuple):
 LIMITS = {
     "MomentSums, Normalize": Limit(Steps(12, 41, 46), Steps(12, 19, 24), Call(copies=1, inputs=1, outputs=1)),
     "GradSums, GradInput": Limit(Steps(17, 53, 66), Steps(17, 22, 31), Call(copies=2, inputs=2, outputs=1)),
-    "MomentSums, ActivatedNormalize": Limit(Steps(19, 41, 120), Steps(19, 19, 70), Call(copies=2, inputs=2, outputs=1)),
+    "MomentSums, ActivatedNormalize": Limit(Steps(19, 41, 120), Steps(19, 19, 70), Call(copies=1, inputs=1, outputs=1)),
     "ActivatedGradSums, ActivatedGrad": Limit(
         Steps(44, 115, 120), Steps(44, 67, 76), Call(copies=3, inputs=2, outputs=2)
     ),

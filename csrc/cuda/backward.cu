@@ -9,7 +9,7 @@ extern template cudaError_t launch_dtype<NoSums, ActivatedGrad>(const KernelArgs
 
 LaunchPlan plan_for(const Problem& problem, const Backward& args, const DeviceLimits& limits) {
   const bool reads_residual = args.reads_preactivation() && args.residual != nullptr;
-  KernelTraits traits;
+  KernelTraits traits = {};
   traits.inputs = 1 + (args.reads_input() ? 1 : 0) + (reads_residual ? 1 : 0);
   traits.reads_mask = args.mask != nullptr;
   traits.reduces = args.reduces();

@@ -24,8 +24,7 @@ namespace bnext::cuda {
 
 // Pointers into a block's shared memory.
 struct Shared {
-  unsigned char* staging;
-  unsigned char* mask;
+  unsigned char* base;
   void* columns;
   double* merge;
   double* own;
@@ -35,8 +34,7 @@ struct Shared {
   int* needs_fp64;
 
   __device__ __forceinline__ Shared(const SharedLayout& layout, unsigned char* base)
-      : staging(base + layout.staging),
-        mask(base + layout.mask),
+      : base(base),
         columns(base + layout.columns),
         merge(reinterpret_cast<double*>(base + layout.merge)),
         own(reinterpret_cast<double*>(base + layout.own)),
@@ -52,29 +50,36 @@ class BlockTask {
   static constexpr bool kReduces = !std::is_same_v<Reduce, NoSums>;
   // The shift is a sample of the channel's own values; else it is known.
   static constexpr bool kSamples = std::is_same_v<Reduce, MomentSums>;
+  static constexpr bool kStreamsResidual = Map::kActivated && !Map::kReadsGrad;
   using Staging = StagingBuffer<scalar_t, Reduce, Map>;
 
  public:
   __device__ __forceinline__ BlockTask(const KernelArgs& args, const Op& op, const Shared& shared, GroupRank& self,
-                                       std::int64_t tile)
+                                       std::int64_t tile, bool last)
       : args_(args),
         plan_(args.plan),
         op_(op),
         shared_(shared),
         self_(self),
         span_{tile},
-        staging_(args, shared.staging, shared.mask) {}
+        last_(last),
+        staging_(args, shared.base),
+        streams_(opaque(args.plan.exceeds_l2)) {}
 
-  __device__ __forceinline__ void run() {
+  // requested: whether what is kept has been asked for. Returns whether that of the group's next tile has.
+  __device__ __forceinline__ bool run(bool requested) {
     const int items = this->items();
     Verdict verdict;
     if constexpr (kReduces) {
       // The samples are requested first: behind all other loads they would arrive last.
       const Acc sample = kSamples ? load_sample(0) : Acc{};
-      whole_or_not([&](auto whole) { request_kept<whole.value>(kept_of(items)); });
+      if (!requested) whole_or_not([&](auto whole) { request_kept<whole.value>(kept_of(items)); });
       // Where float32 cannot begin, every channel needs float64.
       verdict = {true, false};
-      if (choose_coefficients(sample)) verdict = finish(group_sums<Acc>(items), /*again=*/false);
+      const bool begins = choose_coefficients(sample);
+      // What was asked for in the map came in another order than the sums'.
+      if (requested) wait_prior<0>();
+      if (begins) verdict = finish(group_sums<Acc>(items), /*again=*/false);
       if (verdict.needs_fp64) {
         const bool wide = verdict.wide;
         verdict = finish(group_sums<double>(items), /*again=*/true);
@@ -83,12 +88,16 @@ class BlockTask {
     } else {
       verdict = finish(nullptr, /*again=*/false);
     }
-    if (!args_.tensors.maps()) return;
+    // The others of the cluster may have looked at this block's sums for the last time: it need not wait for its stores
+    // to say so.
+    if (kReduces && last_ && plan_.group == Group::kCluster) cluster_barrier_arrive();
+    if (!args_.tensors.maps()) return false;
     if (verdict.wide) {
       map<double>(items);
-    } else {
-      map<Acc>(items);
+      return false;
     }
+    map<Acc>(items);
+    return asks_ahead();
   }
 
  private:
@@ -107,6 +116,18 @@ class BlockTask {
     } else {
       f(std::false_type{});
     }
+  }
+
+  // Held in a register: from constant memory it would be read at every vector.
+  __device__ __forceinline__ static bool opaque(bool holds) {
+    int value = holds ? 1 : 0;
+    asm volatile("" : "+r"(value));
+    return value != 0;
+  }
+
+  // Whether the map fills the slots that fall free with the group's next tile.
+  __device__ __forceinline__ bool asks_ahead() const {
+    return kReduces && sizeof(scalar_t) < sizeof(double) && plan_.whole && !last_;
   }
 
   template <bool kWhole>
@@ -132,11 +153,19 @@ class BlockTask {
     int k = 0;
 #pragma unroll 1
     for (int stage = 0; stage < kLoadStages; ++stage) {
+      const int end = stage_end(stage, kept);
 #pragma unroll(kWhole ? 4 : 1)
-      for (const int end = stage_end(stage, kept); k < end; ++k, iterator.next()) {
-        staging_.request(k, iterator.segment());
-      }
+      for (; k < end; ++k, iterator.next()) staging_.request(k, iterator.segment());
       __pipeline_commit();
+    }
+  }
+
+  // Into the slots [first, end) the same vectors of the group's next tile. iterator: before the first of them.
+  __device__ __forceinline__ void request_next(int first, int end, Iterator<true> iterator) const {
+#pragma unroll 4
+    for (int k = first; k < end; ++k) {
+      iterator.next();
+      staging_.request(k, iterator.segment().of_next_tile(plan_));
     }
   }
 
@@ -229,8 +258,7 @@ class BlockTask {
 #pragma unroll 1
     for (int k = 0; k < items; ++k, iterator.next()) {
       const Segment<scalar_t> segment = iterator.segment();
-      visit(segment,
-            k < plan_.kept ? staging_.template read<Functor>(k, segment) : staging_.template load<Functor>(segment));
+      visit(segment, staging_.template load<Functor>(k, segment));
     }
   }
 
@@ -311,12 +339,17 @@ class BlockTask {
     if constexpr (kIsOpmath<scalar_t, acc_t>) {
       whole_or_not([&](auto whole) { map_all<whole.value>(coefficients, items); });
     } else {
-      for_each_rare<Map>(
-          items, [&](const Segment<scalar_t>& segment, const Item& item) { map_item(segment, item, coefficients); });
+      for_each_rare<Map>(items, [&](const Segment<scalar_t>& segment, Item item) {
+        if (kStreamsResidual && args_.tensors.in[2] != nullptr) {
+          item.vec[2] = load_vec<scalar_t>(args_.tensors.in[2], segment);
+        }
+        map_item(segment, item, coefficients);
+      });
     }
   }
 
-  // Elements from the last to the first: those that were not kept were read last, and L2 may still have them.
+  // Elements from the last to the first: those that were not kept were read last, and L2 may still have them. Slots of
+  // what has been mapped are filled for the group's next tile, a few at a time.
   template <bool kWhole, typename Coefficients>
   __device__ __forceinline__ void map_all(const Coefficients& coefficients, int items) {
     const int kept = kept_of(items);
@@ -324,18 +357,31 @@ class BlockTask {
     iterator.seek(items - 1);
     Ring<Map, Staging, Iterator<kWhole>, /*kForward=*/false> ring(staging_, plan_.kept, items - kept, iterator);
     if (!ring.empty()) ring.start();
+    ResidualStream<scalar_t, Iterator<kWhole>> residual(kStreamsResidual ? args_.tensors.in[2] : nullptr, items,
+                                                        iterator);
+    const int at_once = (kept + kLoadStages - 1) / kLoadStages;
+    int asked = kept;
     for (int left = items; left > 0;) {
       const bool streams = left > kept;
-      const int last = streams ? ring.wait() : kept - 1;
-      const int first = streams ? last : 0;
-#pragma unroll(kWhole && !Map::kActivated ? 2 : 1)
+      const int last = streams ? ring.wait() : left - 1;
+      const int first = streams ? last : left > at_once ? left - at_once : 0;
+#pragma unroll(kWhole && !Map::kActivated ? 4 : 1)
       for (int slot = last; slot >= first; --slot, iterator.prev()) {
         const auto segment = iterator.segment();
-        map_item(segment, staging_.template read<Map>(slot, segment), coefficients);
+        Item item = staging_.template read<Map>(slot, segment);
+        if constexpr (kStreamsResidual) item.vec[2] = residual.take();
+        map_item(segment, item, coefficients);
       }
       left -= last - first + 1;
       if (streams) ring.refill();
+      if constexpr (kWhole && kReduces) {
+        if (asks_ahead() && (left == 0 || asked - left >= at_once)) {
+          request_next(left, asked, iterator);
+          asked = left;
+        }
+      }
     }
+    if (asks_ahead()) __pipeline_commit();
   }
 
   template <typename Where, typename Coefficients>
@@ -344,7 +390,7 @@ class BlockTask {
     const Results<scalar_t> results = map_vector<scalar_t, Map, kTile>(item, args_.epilogue, coefficients);
     if constexpr (Map::kActivated && Map::kReadsGrad) {
       if (tensors.out[1] != nullptr) {
-        store_vec<scalar_t>(tensors.out[1], segment, narrow_lanes<scalar_t>(results.second));
+        store_vec<scalar_t>(tensors.out[1], segment, narrow_lanes<scalar_t>(results.second), streams_);
       }
       if (tensors.out[0] == nullptr) return;
     }
@@ -353,7 +399,7 @@ class BlockTask {
         tensors.new_mask[segment.mask] = static_cast<unsigned char>(results.open);
       }
     }
-    store_vec<scalar_t>(tensors.out[0], segment, narrow_lanes<scalar_t>(results.first));
+    store_vec<scalar_t>(tensors.out[0], segment, narrow_lanes<scalar_t>(results.first), streams_);
   }
 
   const KernelArgs& args_;
@@ -362,11 +408,13 @@ class BlockTask {
   const Shared& shared_;
   GroupRank& self_;
   TileSpan span_;
+  bool last_;  // of the group's tiles
   Staging staging_;
+  bool streams_;
 };
 
 template <typename scalar_t, typename Op, typename Reduce, typename Map, Tile kTile>
-__global__ void __launch_bounds__(kMaxThreads, kBlocksPerSM)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     batch_norm_kernel(const __grid_constant__ KernelArgs args, const __grid_constant__ Op op) {
   BNEXT_DYNAMIC_SHARED(bytes);
   const LaunchPlan& plan = args.plan;
@@ -375,13 +423,15 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSM)
   self.rank = static_cast<int>(blockIdx.x) % plan.group_blocks;
   self.round = 0;
   const int group = static_cast<int>(blockIdx.x) / plan.group_blocks;
+  bool requested = false;
   for (std::int64_t tile = group; tile < plan.tiles; tile += plan.groups) {
-    BlockTask<scalar_t, Op, Reduce, Map, kTile>(args, op, shared, self, tile).run();
+    const bool last = tile + plan.groups >= plan.tiles;
+    requested = BlockTask<scalar_t, Op, Reduce, Map, kTile>(args, op, shared, self, tile, last).run(requested);
     // The next tile's coefficients take the place of this one's: sums have barriers enough before that.
     if constexpr (std::is_same_v<Reduce, NoSums>) __syncthreads();
   }
   // A block's shared memory must outlive the others' look at it.
-  if (plan.group == Group::kCluster) cluster_barrier();
+  if (plan.group == Group::kCluster) cluster_barrier_wait();
   if (args.count_batch != nullptr && blockIdx.x == 0 && threadIdx.x == 0) ++*args.count_batch;
 }
 

@@ -40,12 +40,25 @@ __device__ __forceinline__ void grid_group_barrier(unsigned* counter, unsigned g
   __syncthreads();
 }
 
-__device__ __forceinline__ void cluster_barrier() {
+__device__ __forceinline__ void cluster_barrier_arrive() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  cooperative_groups::this_cluster().sync();
+  (void)cooperative_groups::this_cluster().barrier_arrive();
 #else
   __trap();
 #endif
+}
+
+__device__ __forceinline__ void cluster_barrier_wait() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  cooperative_groups::this_cluster().barrier_wait();
+#else
+  __trap();
+#endif
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+  cluster_barrier_arrive();
+  cluster_barrier_wait();
 }
 
 // What lies at `own` in the cluster's block `rank`.

@@ -19,7 +19,7 @@ cudaError_t count_after(cudaError_t error, const Running& running, cudaStream_t 
 }
 
 KernelTraits traits(const ForwardEpilogue& epilogue, bool reduces) {
-  return {epilogue.residual != nullptr ? 2 : 1, /*reads_mask=*/false, reduces, epilogue.present()};
+  return {/*inputs=*/1, /*reads_mask=*/false, reduces, epilogue.present()};
 }
 
 template <typename Reduce, typename Args, typename Op>

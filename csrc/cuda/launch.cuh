@@ -28,9 +28,8 @@ cudaError_t set_kernel_attributes() {
   // The plan counts on two blocks an SM; of the first-level cache only a few reads have any use.
   allow(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
-  // Where that is refused it was refused to current_limits() too, and no plan has larger clusters.
-  if (limits.max_cluster > 1 &&
-      cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) {
+  // Where that is refused it was refused to current_limits() too, and no plan has large clusters.
+  if (cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) {
     cudaGetLastError();
   }
   done.fetch_or(bit, std::memory_order_release);

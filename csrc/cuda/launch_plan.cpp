@@ -20,6 +20,7 @@ constexpr std::int64_t kMaxExtraParts = 32;  // tried, to cut rows evenly
 // Counted in 32 bits, and so are their bytes of a mask, of which a plane takes up to three more than it has vectors.
 constexpr std::int64_t kMaxWholeVectors = std::int64_t{1} << 30;
 constexpr std::int64_t kMaxFoldedRowBytes = 2048;  // a tile of all channels: their sums have to fit beside the slots
+constexpr std::int64_t kL2Share = 2;  // results beyond the cache's size over this are stored past it
 
 static_assert(kVectorBytes == kCudaMaskBytes, "a vector's lanes share a byte of a mask");
 
@@ -83,7 +84,7 @@ void choose_channels_first(LaunchPlan& plan, const Problem& problem) {
   std::int64_t channels = vector_group(plane);
   while (channels * plane < kLineBytes) channels *= 2;
   const bool aligned_rows = plan.row_width * size % kVectorBytes == 0;
-  if (channels > 1 && aligned_rows && channels * plane <= kMaxThreads * kVectorBytes) {
+  if (channels > 1 && aligned_rows && channels * plane <= kThreads * kVectorBytes) {
     plan.tile = Tile::kColumns;
     channels = std::min(channels, problem.C);
   } else {
@@ -105,7 +106,7 @@ void set_thread_rows(LaunchPlan& plan, int y) {
   plan.merge_rows = static_cast<int>(divide_up(y, 8));
 }
 
-void choose_threads(LaunchPlan& plan, const Problem& problem) {
+void choose_threads(LaunchPlan& plan, const Problem& problem, int max_threads) {
   const std::int64_t V = kVectorBytes / element_size(problem.dtype);
   std::int64_t vectors = divide_up(plan.tile_width, V);
   // A row that begins within a vector may touch one more.
@@ -113,13 +114,13 @@ void choose_threads(LaunchPlan& plan, const Problem& problem) {
     vectors = divide_up(plan.tile_width + V - 1, V);
   }
   // A few steps more if they make all of them equally long, so that no thread stands beyond the end of a row.
-  const std::int64_t fewest = divide_up(vectors, kMaxThreads);
+  const std::int64_t fewest = divide_up(vectors, max_threads);
   const std::int64_t most = std::min(2 * fewest, fewest + kMaxExtraParts);
   std::int64_t parts = fewest;
   while (vectors % parts != 0 && parts < most) ++parts;
   if (vectors % parts != 0) parts = fewest;
   const std::int64_t x = divide_up(vectors, parts);
-  const std::int64_t y = std::min<std::int64_t>(kMaxThreads / x, plan.rows * parts);
+  const std::int64_t y = std::min<std::int64_t>(max_threads / x, plan.rows * parts);
   plan.parts = static_cast<int>(parts);
   plan.threads_x = static_cast<int>(x);
   set_thread_rows(plan, static_cast<int>(y));
@@ -167,7 +168,9 @@ void lay_out_shared(LaunchPlan& plan, const Problem& problem, const KernelTraits
   const std::int64_t column_bytes = spreads ? kMaxCoefficients * lanes * plan.threads_x * compute_bytes : 0;
   shared.merge = shared.columns = take(std::max(merge_bytes(plan, problem, reduces), column_bytes));
   const std::int64_t slots = std::int64_t{plan.kept + plan.ring} * plan.workers;
-  shared.staging = take(slots * plan.inputs * kVectorBytes);
+  shared.slot = plan.workers * kVectorBytes;
+  shared.region = static_cast<int>(slots * kVectorBytes);
+  shared.staging = take(std::int64_t{plan.inputs} * shared.region);
   shared.mask = take(plan.reads_mask ? slots * kMaskWordBytes : 0);
   shared.bytes = static_cast<int>(offset);
 }
@@ -178,13 +181,13 @@ bool fits(const LaunchPlan& plan, const DeviceLimits& limits) {
 
 // Tiles and threads. A wide tile's sums and coefficients may leave too little room for the slots of many threads.
 void choose_tiles(LaunchPlan& plan, const Problem& problem, const KernelTraits& traits, const DeviceLimits& limits,
-                  bool may_fold) {
+                  int max_threads, bool may_fold) {
   if (problem.layout == Layout::kChannelsFirst) {
     choose_channels_first(plan, problem);
   } else {
     choose_channels_last(plan, problem, limits, may_fold);
   }
-  choose_threads(plan, problem);
+  choose_threads(plan, problem, max_threads);
   lay_out_shared(plan, problem, traits);
   while (plan.threads_y > 1 && !fits(plan, limits)) {
     set_thread_rows(plan, (plan.threads_y + 1) / 2);
@@ -228,9 +231,16 @@ std::int64_t balanced_groups(const LaunchPlan& plan, std::int64_t fewest, std::i
   return best;
 }
 
+// Clusters of so many blocks that run at once.
+std::int64_t clusters_at_once(const DeviceLimits& limits, std::int64_t blocks, int per_sm) {
+  int size = 0;
+  while ((2 << size) < blocks) ++size;
+  return std::min<std::int64_t>(limits.clusters_at_once[per_sm - 1][size], limits.sms * per_sm / blocks);
+}
+
 void choose_group(LaunchPlan& plan, const DeviceLimits& limits) {
   // Half of an SM's memory for each of its two blocks, if that is enough to work with at all.
-  const std::int64_t half = capacity(plan, limits, kBlocksPerSM);
+  const std::int64_t half = plan.threads <= kThreads ? capacity(plan, limits, kBlocksPerSM) : 0;
   const std::int64_t whole = capacity(plan, limits, 1);
   const int per_sm = half >= kRingSlots ? kBlocksPerSM : 1;
   std::int64_t resident = std::int64_t{limits.sms} * per_sm;
@@ -257,8 +267,20 @@ void choose_group(LaunchPlan& plan, const DeviceLimits& limits) {
     cluster = true;
   }
   plan.group = blocks == 1 ? Group::kBlock : cluster ? Group::kCluster : Group::kGrid;
+  if (plan.group == Group::kGrid && !limits.cooperative) {
+    blocks = std::min<std::int64_t>(limits.max_cluster, resident);
+    while (power_of_two_from(blocks) > blocks) --blocks;
+    plan.group = blocks == 1 ? Group::kBlock : Group::kCluster;
+  }
   if (plan.group == Group::kCluster) blocks = power_of_two_from(blocks);
   std::int64_t groups = limits.max_grid / blocks;
+  if (plan.group != Group::kGrid && plan.whole) {
+    // No more than run at once: each asks for its next tile while it maps the one before.
+    const int blocks_per_sm = slots == half ? kBlocksPerSM : 1;
+    groups = std::min(groups, plan.group == Group::kBlock ? std::int64_t{limits.sms} * blocks_per_sm
+                                                          : clusters_at_once(limits, blocks, blocks_per_sm));
+    groups = std::max<std::int64_t>(groups, 1);
+  }
   if (plan.group == Group::kGrid) {
     // An SM's memory undivided holds a little more: there is one set of sums and coefficients beside it.
     if (items(plan, resident) > slots && items(plan, limits.sms) <= whole) {
@@ -313,6 +335,11 @@ void choose_steps(LaunchPlan& plan, const Problem& problem) {
   const std::int64_t vectors = std::int64_t{plan.part_step} * plan.threads_x;
   plan.vector_step = rows * plan.row_width + vectors * V;
   plan.vector_wrap = plan.row_width - row * V;
+  const std::int64_t units = plan.rows * plan.parts;
+  plan.full_steps = static_cast<int>(units / plan.step);
+  plan.partial_step = units % plan.step;
+  plan.next_tile = plan.groups * plan.tile_width / V;
+  plan.next_mask = plan.groups * plan.mask_tile;
   plan.mask_step = rows * plan.mask_row + vectors;
   plan.mask_wrap = plan.mask_row - row;
 }
@@ -330,18 +357,18 @@ void choose_mask(LaunchPlan& plan, const Problem& problem) {
   }
 }
 
-}  // namespace
-
-LaunchPlan make_launch_plan(const Problem& problem, const KernelTraits& traits, const DeviceLimits& limits) {
+LaunchPlan plan_of_blocks(const Problem& problem, const KernelTraits& traits, const DeviceLimits& limits,
+                          int max_threads) {
   LaunchPlan plan = {};
   plan.inputs = traits.inputs;
   plan.reads_mask = traits.reads_mask;
   plan.reduces = traits.reduces;
   plan.C = problem.C;
   plan.numel = problem.numel();
-  choose_tiles(plan, problem, traits, limits, /*may_fold=*/true);
+  plan.exceeds_l2 = kL2Share * plan.numel * element_size(problem.dtype) > limits.l2_bytes;
+  choose_tiles(plan, problem, traits, limits, max_threads, /*may_fold=*/true);
   // All channels of folded pixels may be too many.
-  if (!fits(plan, limits)) choose_tiles(plan, problem, traits, limits, /*may_fold=*/false);
+  if (!fits(plan, limits)) choose_tiles(plan, problem, traits, limits, max_threads, /*may_fold=*/false);
   choose_mask(plan, problem);
   if (traits.reduces) {
     choose_group(plan, limits);
@@ -353,6 +380,21 @@ LaunchPlan make_launch_plan(const Problem& problem, const KernelTraits& traits, 
   choose_workspace(plan);
   choose_samples(plan, problem);
   return plan;
+}
+
+bool fills_an_sm(const LaunchPlan& plan, const DeviceLimits& limits) {
+  return plan.shared.bytes > limits.shared_per_sm / kBlocksPerSM - limits.reserved_shared;
+}
+
+}  // namespace
+
+LaunchPlan make_launch_plan(const Problem& problem, const KernelTraits& traits, const DeviceLimits& limits) {
+  const LaunchPlan plan = plan_of_blocks(problem, traits, limits, kThreads);
+  if (!plan.reduces || !fills_an_sm(plan, limits)) return plan;
+  // A block that has an SM for itself has the registers of two, as long as more threads do not change what is kept.
+  const LaunchPlan wide = plan_of_blocks(problem, traits, limits, kMaxThreads);
+  const bool alike = wide.group == plan.group && wide.group_blocks <= plan.group_blocks && wide.ring <= plan.ring;
+  return alike && fills_an_sm(wide, limits) && wide.shared.bytes <= limits.shared_per_block ? wide : plan;
 }
 
 std::string description(const LaunchPlan& plan) {

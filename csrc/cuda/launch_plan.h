@@ -22,11 +22,12 @@
 namespace bnext::cuda {
 
 constexpr int kVectorBytes = 16;
-// Two blocks an SM need at most 128 registers a thread and half of the shared memory each.
-constexpr int kMaxThreads = 256;
+// Two blocks an SM, of half of its shared memory each, or one of all of it and twice the threads: 128 registers a thread.
+constexpr int kThreads = 256;
 constexpr int kBlocksPerSM = 2;
-constexpr int kPortableCluster = 8;  // blocks; every device with clusters has as many
-constexpr int kMaxCluster = 16;      // where a kernel asks for it and the device has it
+constexpr int kMaxThreads = kBlocksPerSM * kThreads;
+constexpr int kClusterSizes = 4;  // 2, 4, 8 and 16 blocks
+constexpr int kMaxCluster = 1 << kClusterSizes;
 // What is kept is waited for in this many stages; what is not passes through this many slots a thread.
 constexpr int kLoadStages = 4;
 constexpr int kRingSlots = 4;
@@ -38,7 +39,12 @@ struct DeviceLimits {
   int shared_per_sm;
   int reserved_shared;  // of each block, by the system
   int max_cluster;      // blocks that can share a cluster; 1: no clusters
-  int max_grid;         // gridDim.x
+  // Clusters of 2 << i blocks that run at once, with one block an SM and with two, as the driver says: a cluster lies
+  // within one group of SMs, whose number need not be a multiple of its size.
+  int clusters_at_once[kBlocksPerSM][kClusterSizes];
+  int max_grid;      // gridDim.x
+  int l2_bytes;      // of the cache that all SMs share
+  bool cooperative;  // whether the grid's blocks can be launched all at once
 };
 
 enum class Group : std::uint8_t { kBlock, kCluster, kGrid };  // how a group's blocks all-reduce their sums
@@ -46,8 +52,10 @@ enum class Tile : std::uint8_t { kChannel, kColumns };
 
 // Offsets into a block's dynamic shared memory, bytes.
 struct SharedLayout {
-  int staging;  // [kept + ring][input][worker] vectors
-  int mask;     // [kept + ring][worker] words: the one that holds the byte of the thread's vector
+  int staging;   // [input][kept + ring][worker] vectors
+  int slot;      // from one of a thread's slots to its next
+  int region;    // from an input's slots to those of the next input
+  int mask;      // [kept + ring][worker] words: the one that holds the byte of the thread's vector
   int merge;    // doubles; the block's threads add up in it
   int columns;  // coefficients.cuh; where lanes have channels of their own. In the same place: the sums' coefficients
                 // are read before their merge, the map's written after it.
@@ -88,12 +96,17 @@ struct LaunchPlan {
   int part_step;
   std::int64_t vector_step;
   std::int64_t vector_wrap;
-  bool whole;       // every vector of every thread lies in the tile and on a 16-byte boundary, and 32 bits count them
-  bool reduces;     // there are sums
-  int inputs;       // tensors that are read
-  bool reads_mask;  // beside them, the masks of their vectors
-  int kept;         // vectors of each input that a thread keeps in shared memory
-  int ring;         // slots for all other vectors to pass through; 0 if there are none
+  int full_steps;             // that every worker takes; one more is taken by
+  std::int64_t partial_step;  // so many parts of rows
+  bool whole;             // every vector of every thread lies in the tile, on a 16-byte boundary; 32 bits count them
+  std::int64_t next_tile; // of whole vectors: from one of a tile to that of the group's next tile
+  std::int64_t next_mask; // likewise, in bytes of the mask
+  bool reduces;           // there are sums
+  int inputs;             // tensors that are read, but for forward's residual, which the map alone reads
+  bool reads_mask;        // beside them, the masks of their vectors
+  int kept;               // vectors of each input that a thread keeps in shared memory
+  int ring;               // slots for all other vectors to pass through; 0 if there are none
+  bool exceeds_l2;        // the results are too large for L2 to be of use to who reads them next
   SharedLayout shared;
   // a mask (common/mask.h): the byte of a vector of row r, tile t is r*mask_row + t*mask_tile + its place in the tile
   std::int64_t mask_row;
@@ -111,7 +124,7 @@ struct LaunchPlan {
 
 // What of a call the geometry depends on.
 struct KernelTraits {
-  int inputs;  // 1 to 3 tensors to read
+  int inputs;  // 1 to 3 tensors to read, forward's residual not counted
   bool reads_mask;
   bool reduces;  // there are sums to be known before the map
   bool activated;

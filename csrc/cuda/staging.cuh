@@ -40,30 +40,27 @@ __device__ __forceinline__ void wait_prior() {
 // Reduce and Map: the functors that want the vectors. A plain one reads what it says; an activated one what there is.
 template <typename scalar_t, typename Reduce, typename Map>
 class StagingBuffer {
-  // Both of them at once, for what is kept.
+  // Both of them at once, for what is kept. Forward's residual is not: the sums have no use for it.
   struct Either {
     static constexpr bool kReadsInput = Reduce::kReadsInput || Map::kReadsInput;
     static constexpr bool kReadsGrad = Reduce::kReadsGrad || Map::kReadsGrad;
-    static constexpr bool kActivated = Map::kActivated;
+    static constexpr bool kActivated = Map::kActivated && Map::kReadsGrad;
   };
 
  public:
-  __device__ __forceinline__ StagingBuffer(const KernelArgs& args, unsigned char* slots, unsigned char* mask_slots)
-      : tensors_(args.tensors),
+  __device__ __forceinline__ StagingBuffer(const KernelArgs& args, unsigned char* shared)
+      : plan_(args.plan),
+        tensors_(args.tensors),
         epilogue_(args.epilogue),
-        slots_(slots + threadIdx.x * kVectorBytes),
-        mask_slots_(reinterpret_cast<unsigned*>(mask_slots) + threadIdx.x),
-        workers_(args.plan.workers),
-        place_(workers_ * kVectorBytes),
-        step_(args.plan.inputs * place_) {}
+        slots_(shared + args.plan.shared.staging + threadIdx.x * kVectorBytes),
+        mask_slots_(reinterpret_cast<unsigned*>(shared + args.plan.shared.mask) + threadIdx.x) {}
 
   // Begins to fill slot k; it may be read when the copy has been committed and waited for.
   template <typename Functor = Either, typename Where>
   __device__ __forceinline__ void request(int k, const Where& segment) const {
     if (reads_mask<Functor>() && !segment.empty()) {
       // The word that the byte lies in, as less cannot be copied. A mask is a whole number of words.
-      __pipeline_memcpy_async(mask_slots_ + k * workers_, tensors_.mask + (segment.mask & ~std::int64_t{3}),
-                              sizeof(unsigned));
+      __pipeline_memcpy_async(mask_slot(k), tensors_.mask + (segment.mask & ~std::int64_t{3}), sizeof(unsigned));
     }
 #pragma unroll
     for (int i = 0; i < kMaxInputs; ++i) {
@@ -80,28 +77,26 @@ class StagingBuffer {
   __device__ __forceinline__ Item read(int k, const Where& segment) const {
     Item item = {};
     if (reads_mask<Functor>() && !segment.empty()) {
-      item.bits = mask_slots_[k * workers_] >> (8 * static_cast<int>(segment.mask & 3));
+      item.bits = *mask_slot(k) >> (8 * static_cast<int>(segment.mask & 3));
     }
 #pragma unroll
     for (int i = 0; i < kMaxInputs; ++i) {
-      if (!reads<Functor>(i)) continue;
-      const uint4 word = *slot(k, i);
-      item.vec[i] = {word.x, word.y, word.z, word.w};
+      if (reads<Functor>(i)) item.vec[i] = words_of(*slot(k, i));
     }
     return item;
   }
 
-  // The same from global memory, where nobody has requested it.
+  // The same where nobody has requested what is not kept: that is loaded from global memory.
   template <typename Functor>
-  __device__ __forceinline__ Item load(const Segment<scalar_t>& segment) const {
+  __device__ __forceinline__ Item load(int k, const Segment<scalar_t>& segment) const {
+    const bool kept = k < plan_.kept;
     Item item = {};
-    if (reads_mask<Functor>() && !segment.empty()) item.bits = tensors_.mask[segment.mask];
+    if (reads_mask<Functor>() && !segment.empty()) {
+      item.bits = kept ? *mask_slot(k) >> (8 * static_cast<int>(segment.mask & 3)) : tensors_.mask[segment.mask];
+    }
 #pragma unroll
     for (int i = 0; i < kMaxInputs; ++i) {
-      if (!reads<Functor>(i)) continue;
-      const uint4 word = segment.whole ? __ldg(segment.word(tensors_.in[i]))
-                                       : load_lanes(static_cast<const scalar_t*>(tensors_.in[i]), segment);
-      item.vec[i] = {word.x, word.y, word.z, word.w};
+      if (reads<Functor>(i)) item.vec[i] = kept ? words_of(*slot(k, i)) : load_vec<scalar_t>(tensors_.in[i], segment);
     }
     return item;
   }
@@ -115,7 +110,7 @@ class StagingBuffer {
   __device__ __forceinline__ bool reads(int i) const {
     if (i == 0) return Functor::kReadsInput && (kAlwaysInput<Functor> || tensors_.in[0] != nullptr);
     if (i == 1) return Functor::kReadsGrad;
-    return Functor::kActivated && epilogue_.has_residual;
+    return Functor::kActivated && Functor::kReadsGrad && epilogue_.has_residual;
   }
 
   template <typename Functor>
@@ -123,22 +118,23 @@ class StagingBuffer {
     return Functor::kActivated && Functor::kReadsGrad && epilogue_.has_mask;
   }
 
-  // The slots of a step lie one after another: the input's, grad_output's, the residual's, as far as the call has them.
+  // The slots of the inputs lie one behind another: the input's, grad_output's, the residual's, as far as the call has
+  // them.
   __device__ __forceinline__ uint4* slot(int k, int input) const {
-    unsigned char* first = slots_ + k * step_;
-    if (input == 0) return reinterpret_cast<uint4*>(first);
-    if (input == 2) return reinterpret_cast<uint4*>(first + (step_ - place_));
+    unsigned char* const first = slots_ + k * plan_.shared.slot;
+    if (input == 2) return reinterpret_cast<uint4*>(first + (plan_.inputs - 1) * plan_.shared.region);
     const bool second = Either::kReadsInput && (kAlwaysInput<Either> || tensors_.in[0] != nullptr);
-    return reinterpret_cast<uint4*>(second ? first + place_ : first);
+    return reinterpret_cast<uint4*>(input == 1 && second ? first + plan_.shared.region : first);
   }
 
+  // The word that the vector's byte lies in.
+  __device__ __forceinline__ unsigned* mask_slot(int k) const { return mask_slots_ + k * plan_.workers; }
+
+  const LaunchPlan& plan_;
   const Tensors& tensors_;
   const Epilogue& epilogue_;
   unsigned char* slots_;
   unsigned* mask_slots_;
-  int workers_;
-  int place_;  // bytes between a step's slots of two inputs
-  int step_;   // and between two steps' slots of one
 };
 
 // Vectors that are not kept pass through slots of their own, kRingSlots of them at a time.
@@ -183,6 +179,40 @@ class Ring {
   int slot_;
   int left_;
   Iterator ahead_;
+};
+
+// Forward's residual, which the map alone reads: loaded into registers two vectors ahead, from the last to the first.
+template <typename scalar_t, typename Iterator>
+class ResidualStream {
+  static constexpr int kAhead = 2;
+
+ public:
+  // data: null where there is no residual; last: at the last of `count` vectors.
+  __device__ __forceinline__ ResidualStream(const void* data, int count, const Iterator& last)
+      : data_(data), left_(data == nullptr ? 0 : count), ahead_(last) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) next_[i] = load();
+  }
+
+  __device__ __forceinline__ Words take() {
+    const Words now = next_[0];
+#pragma unroll
+    for (int i = 1; i < kAhead; ++i) next_[i - 1] = next_[i];
+    next_[kAhead - 1] = load();
+    return now;
+  }
+
+ private:
+  __device__ __forceinline__ Words load() {
+    const auto segment = ahead_.segment();
+    ahead_.prev();
+    return left_-- > 0 ? load_vec<scalar_t>(data_, segment) : Words{};
+  }
+
+  const void* data_;
+  int left_;
+  Iterator ahead_;
+  Words next_[kAhead];
 };
 
 // Waits until what has been read is there, but for the groups of copies committed last, as many as the stages after

@@ -33,6 +33,7 @@ class TileIterator {
   static constexpr int kUnit = kWhole ? kN : 1;
   static constexpr bool kParts = kTile == Tile::kChannel;  // a thread keeps to its columns elsewhere
   using Index = std::conditional_t<kWhole, unsigned, std::int64_t>;
+  using Count = std::conditional_t<kWhole, int, std::int64_t>;  // divisions of 64 bits take a hundred instructions
 
  public:
   __device__ __forceinline__ TileIterator(const LaunchPlan& plan, const TileSpan& span, std::int64_t tile, int rank,
@@ -40,11 +41,10 @@ class TileIterator {
       : plan_(plan), span_(span) {
     const int x = thread % plan.threads_x;
     const int y = thread / plan.threads_x;
-    const std::int64_t units = plan.rows * plan.parts;
-    const std::int64_t unit = std::int64_t{rank} * plan.threads_y + y;
-    items_ = y < plan.threads_y && unit < units ? static_cast<int>((units - unit + plan.step - 1) / plan.step) : 0;
-    const std::int64_t row = unit / plan.parts;
-    part_ = static_cast<int>(unit % plan.parts);
+    const Count unit = Count{rank} * plan.threads_y + y;
+    items_ = y < plan.threads_y ? plan.full_steps + (unit < plan.partial_step ? 1 : 0) : 0;
+    const std::int64_t row = kParts ? unit / plan.parts : unit;
+    part_ = kParts ? static_cast<int>(unit % plan.parts) : 0;
     const std::int64_t vector = std::int64_t{part_} * plan.threads_x + x;  // of the row
     at_ = static_cast<Index>((row * plan.row_width + tile * plan.tile_width) / kUnit + vector * (kN / kUnit));
     mask_ = static_cast<Index>(row * plan.mask_row + tile * plan.mask_tile + vector);
@@ -55,12 +55,12 @@ class TileIterator {
 
   // From the first step to the k-th.
   __device__ __forceinline__ void seek(int steps) {
+    const Count part = part_ + Count{steps} * plan_.part_step;
     const std::int64_t k = steps;
-    const std::int64_t part = part_ + k * plan_.part_step;
-    const std::int64_t wraps = part / plan_.parts;
+    const std::int64_t wraps = kParts ? part / plan_.parts : 0;
     at_ += static_cast<Index>((k * plan_.vector_step + wraps * plan_.vector_wrap) / kUnit);
     mask_ += static_cast<Index>(k * plan_.mask_step + wraps * plan_.mask_wrap);
-    part_ = static_cast<int>(part % plan_.parts);
+    part_ = kParts ? static_cast<int>(part % plan_.parts) : 0;
   }
 
   __device__ __forceinline__ void next() {

@@ -150,6 +150,10 @@ struct WholeSegment {
   __device__ __forceinline__ const uint4* word(const void* data) const {
     return static_cast<const uint4*>(data) + vector;
   }
+  // The same vector of the group's next tile.
+  __device__ __forceinline__ WholeSegment of_next_tile(const LaunchPlan& plan) const {
+    return {vector + static_cast<unsigned>(plan.next_tile), mask + static_cast<unsigned>(plan.next_mask)};
+  }
 };
 
 // Lanes outside the segment are zero, and not read.
@@ -165,11 +169,36 @@ __device__ __forceinline__ uint4 load_lanes(const scalar_t* data, const Where& s
   return word;
 }
 
-// Outputs are written once and not read again here: they should not push what will be read out of L2.
+__device__ __forceinline__ Words words_of(const uint4& vec) { return {vec.x, vec.y, vec.z, vec.w}; }
+
 template <typename scalar_t, typename Where>
-__device__ __forceinline__ void store_vec(void* data, const Where& segment, const Words& vec) {
+__device__ __forceinline__ Words load_vec(const void* data, const Where& segment) {
+  return words_of(segment.whole ? __ldg(segment.word(data)) : load_lanes(static_cast<const scalar_t*>(data), segment));
+}
+
+// Of global memory, which the compiler does not know of an address that it cannot follow.
+__device__ __forceinline__ void store_word(uint4* to, const Words& vec) {
+#if defined(__CUDACC__)
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(vec.word[0]), "r"(vec.word[1]),
+               "r"(vec.word[2]), "r"(vec.word[3])
+               : "memory");
+#else
+  *to = {vec.word[0], vec.word[1], vec.word[2], vec.word[3]};
+#endif
+}
+
+// `streams`: results that are too large for whoever reads them next to find them in L2 should not push out what will be
+// read again.
+template <typename scalar_t, typename Where>
+__device__ __forceinline__ void store_vec(void* data, const Where& segment, const Words& vec, bool streams) {
   if (segment.whole) {
-    __stcs(const_cast<uint4*>(segment.word(data)), uint4{vec.word[0], vec.word[1], vec.word[2], vec.word[3]});
+    auto* to = const_cast<uint4*>(segment.word(data));
+    asm volatile("" : "+l"(to));  // or the address would be computed for each of the two
+    if (streams) {
+      __stcs(to, uint4{vec.word[0], vec.word[1], vec.word[2], vec.word[3]});
+    } else {
+      store_word(to, vec);
+    }
     return;
   }
   scalar_t lanes[kLanes<scalar_t>];

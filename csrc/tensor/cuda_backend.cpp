@@ -102,12 +102,14 @@ class CudaBackend final : public Backend {
   template <typename Args, typename Launch>
   static void enqueue(const Problem& problem, const Args& args, at::Device where, Launch&& launch) {
     const c10::cuda::CUDAGuard guard(where);
-    const cuda::LaunchPlan plan = cuda::plan_for(problem, args, limits_of_current_device());
-    const at::Tensor workspace = plan.workspace_bytes > 0 ? allocate_workspace(plan, where) : at::Tensor();
-    void* const scratch = workspace.defined() ? workspace.mutable_data_ptr() : nullptr;
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-    C10_CUDA_CHECK(launch(problem, args, plan, scratch, stream));
-    last_plan().set(plan);
+    const auto launch_plan = [&](const cuda::LaunchPlan& plan) {
+      const at::Tensor workspace = plan.workspace_bytes > 0 ? allocate_workspace(plan, where) : at::Tensor();
+      void* const scratch = workspace.defined() ? workspace.mutable_data_ptr() : nullptr;
+      last_plan().set(plan);
+      return launch(problem, args, plan, scratch, stream);
+    };
+    C10_CUDA_CHECK(cuda::plan_and_launch(problem, args, limits_of_current_device(), launch_plan));
   }
 };
 

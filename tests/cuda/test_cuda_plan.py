@@ -15,7 +15,7 @@ from simt.device import GROUPS, TILES, load
 pytestmark = pytest.mark.simt
 
 KB = 1024
-MAX_THREADS = 256
+MAX_THREADS = 512
 MAX_GRID = 2**31 - 1
 
 
@@ -23,14 +23,22 @@ class Device(NamedTuple):
     sms: int
     shared_per_block: int
     max_cluster: int
+    l2_bytes: int
+    cooperative: bool = True
 
 
-H200 = Device(132, 227 * KB, 16)
-RTX5090 = Device(170, 99 * KB, 8)
-A100 = Device(108, 163 * KB, 1)
-L4 = Device(58, 99 * KB, 1)
-TINY = Device(1, 99 * KB, 1)
-GPUS = (H200, RTX5090, A100, L4, TINY)
+H200 = Device(132, 227 * KB, 16, 60 << 20)
+RTX5090 = Device(170, 99 * KB, 8, 96 << 20)
+A100 = Device(108, 163 * KB, 1, 40 << 20)
+L4 = Device(58, 99 * KB, 1, 48 << 20)
+TINY = Device(1, 99 * KB, 1, 1 << 20)
+SHARED_H200 = H200._replace(cooperative=False)
+GPUS = (H200, RTX5090, A100, L4, TINY, SHARED_H200)
+
+
+def gpu_name(gpu: Device) -> str:
+    return f"{gpu.sms}SMs{'' if gpu.cooperative else '-shared'}"
+
 
 # (N, C, HW) of ResNet-50 at N = 256, and the shapes at the edges of the index types.
 RESNET = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7))
@@ -52,8 +60,8 @@ CALLS = (
     FORWARD,
     BACKWARD,
     Call(1, reduces=False),
-    # With an activation: forward without and with a residual, the latter also backward without one; backward of a
-    # smooth activation with a residual; backward by a mask, of the gradient alone and with the input; evaluation.
+    # With an activation: forward, whose residual is read in the map alone; backward, of a smooth activation with a
+    # residual, too; by a mask, of the gradient alone and with the input; evaluation.
     Call(1, activated=True),
     Call(2, activated=True),
     Call(3, activated=True),
@@ -68,7 +76,9 @@ def make_plan(shape: tuple[int, int, int], last: bool, dtype: torch.dtype, call:
     return dict(torch.ops.bnext_simt.plan(*shape, last, dtype, *call, *gpu))
 
 
-def assert_sound(plan: dict[str, int], shape: tuple[int, int, int], dtype: torch.dtype, gpu: Device) -> None:
+def assert_sound(
+    plan: dict[str, int], shape: tuple[int, int, int], dtype: torch.dtype, call: Call, gpu: Device
+) -> None:
     """Everything is covered, and the device can run it."""
     batch, channels, spatial = shape
     # Every channel has a tile, every column of a row a thread, every row a step.
@@ -76,6 +86,8 @@ def assert_sound(plan: dict[str, int], shape: tuple[int, int, int], dtype: torch
     assert (plan["tiles"] - 1) * plan["tile_channels"] < channels
     assert plan["rows"] * plan["row_width"] >= batch * channels * spatial
     assert plan["parts"] * plan["threads_x"] * (16 // dtype.itemsize) >= plan["tile_width"]
+    half = (gpu.shared_per_block + KB) // 2 - KB
+    per_sm = 2 if plan["shared_bytes"] <= half else 1
     assert 1 <= plan["threads_x"] * plan["threads_y"] <= plan["threads"] <= MAX_THREADS
     assert plan["threads"] % 32 == 0
     assert 1 <= plan["groups"] * plan["group_blocks"] <= MAX_GRID
@@ -89,34 +101,36 @@ def assert_sound(plan: dict[str, int], shape: tuple[int, int, int], dtype: torch
     if group == "cluster":
         assert plan["group_blocks"] in (2, 4, 8, 16)
         assert plan["group_blocks"] <= gpu.max_cluster
+    blocks = plan["groups"] * plan["group_blocks"]
+    if group == "grid" or (call.reduces and plan["whole"]):
+        # All blocks run at once.
+        assert blocks <= gpu.sms * per_sm
+        assert per_sm * plan["threads"] <= MAX_THREADS
     if group == "grid":
-        # All of its blocks run at once.
-        blocks = plan["groups"] * plan["group_blocks"]
-        half = (gpu.shared_per_block + KB) // 2 - KB
-        assert blocks <= gpu.sms * (2 if plan["shared_bytes"] <= half else 1)
+        assert gpu.cooperative
         assert plan["workspace_bytes"] >= 4 * plan["groups"] + blocks * 32 * plan["tile_channels"]
     else:
         assert plan["workspace_bytes"] == 0
 
 
-@pytest.mark.parametrize("gpu", GPUS, ids="{0.sms}SMs".format)
+@pytest.mark.parametrize("gpu", GPUS, ids=gpu_name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 def test_plans_are_sound(last: bool, dtype: torch.dtype, gpu: Device) -> None:
     shapes = [(256, C, side * side) for C, side in RESNET] + list(HUGE)
     for shape in shapes:
         for call in CALLS:
-            assert_sound(make_plan(shape, last, dtype, call, gpu), shape, dtype, gpu)
+            assert_sound(make_plan(shape, last, dtype, call, gpu), shape, dtype, call, gpu)
 
 
-@pytest.mark.parametrize("gpu", GPUS, ids="{0.sms}SMs".format)
+@pytest.mark.parametrize("gpu", GPUS, ids=gpu_name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_any_number_of_channels_has_a_plan(dtype: torch.dtype, gpu: Device) -> None:
     # Each has a way of its own to fill vectors, and its sums and coefficients take shared memory.
     for channels in range(1, 1100):
         for shape, last in (((64, channels, 49), True), ((64, channels, 3), False)):
             for call in (FORWARD, BACKWARD):
-                assert_sound(make_plan(shape, last, dtype, call, gpu), shape, dtype, gpu)
+                assert_sound(make_plan(shape, last, dtype, call, gpu), shape, dtype, call, gpu)
 
 
 @settings(max_examples=300, deadline=None)
@@ -130,7 +144,7 @@ def test_any_number_of_channels_has_a_plan(dtype: torch.dtype, gpu: Device) -> N
 def test_any_plan_is_sound(
     shape: tuple[int, int, int], last: bool, dtype: torch.dtype, call: Call, gpu: Device
 ) -> None:
-    assert_sound(make_plan(shape, last, dtype, call, gpu), shape, dtype, gpu)
+    assert_sound(make_plan(shape, last, dtype, call, gpu), shape, dtype, call, gpu)
 
 
 # Planes and numbers of channels that do not fill vectors: column tiles of many channels, or of long rows.
@@ -138,12 +152,12 @@ RAGGED_CHANNELS = (16, 24, 36, 60, 100, 132, 196, 250, 340, 436, 500, 512, 1001)
 RAGGED_SIDES = (1, 7, 9, 11, 13, 15, 17, 21, 35)
 
 
-@pytest.mark.parametrize("gpu", [gpu for gpu in GPUS if gpu.shared_per_block == 99 * KB], ids="{0.sms}SMs".format)
+@pytest.mark.parametrize("gpu", [gpu for gpu in GPUS if gpu.shared_per_block == 99 * KB], ids=gpu_name)
 def test_plans_fit_into_the_least_shared_memory(gpu: Device) -> None:
     for channels, side, batch in itertools.product(RAGGED_CHANNELS, RAGGED_SIDES, (64, 512, 4096)):
         shape = (batch, channels, side * side)
         for last, dtype, call in itertools.product((False, True), DTYPES, CALLS):
-            assert_sound(make_plan(shape, last, dtype, call, gpu), shape, dtype, gpu)
+            assert_sound(make_plan(shape, last, dtype, call, gpu), shape, dtype, call, gpu)
 
 
 def test_few_reads_one_after_another_in_an_all_reduce() -> None:

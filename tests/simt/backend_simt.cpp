@@ -171,17 +171,20 @@ class SimtBackend final : public Backend {
     limits.shared_per_block = std::min(limits.shared_per_block, shared_cap);
     limits.max_cluster = std::min(limits.max_cluster, cluster_cap);
     limits.max_grid = std::min(limits.max_grid, grid_cap);
-    last_plan = cuda::plan_for(problem, args, limits);
-    // Doubles, for their alignment.
-    std::vector<double> workspace(static_cast<std::size_t>(last_plan.workspace_bytes + 7) / 8, -1.0);
     Buffers buffers;
     add_arguments(buffers, problem, args);
-    if (!workspace.empty()) {
-      simt::register_buffer(workspace.data(), static_cast<std::size_t>(last_plan.workspace_bytes), "workspace",
+    const auto launch_plan = [&](const cuda::LaunchPlan& plan) {
+      last_plan = plan;
+      // Doubles, for their alignment.
+      std::vector<double> workspace(static_cast<std::size_t>(plan.workspace_bytes + 7) / 8, -1.0);
+      if (workspace.empty()) return launch(problem, args, plan, nullptr, cudaStream_t{});
+      simt::register_buffer(workspace.data(), static_cast<std::size_t>(plan.workspace_bytes), "workspace",
                             simt::Access::kUninitialised);
-    }
-    const cudaError_t error = launch(problem, args, last_plan, workspace.data(), cudaStream_t{});
-    buffers.finish(error);
+      const cudaError_t error = launch(problem, args, plan, workspace.data(), cudaStream_t{});
+      simt::unregister_buffer(workspace.data());
+      return error;
+    };
+    buffers.finish(cuda::plan_and_launch(problem, args, limits, launch_plan));
   }
 };
 
@@ -204,6 +207,7 @@ Facts facts_of(const cuda::LaunchPlan& plan) {
   facts.insert("threads", plan.threads);
   facts.insert("parts", plan.parts);
   facts.insert("whole", plan.whole);
+  facts.insert("exceeds_l2", plan.exceeds_l2);
   facts.insert("kept", plan.kept);
   facts.insert("ring", plan.ring);
   facts.insert("share", plan.share);
@@ -214,32 +218,41 @@ Facts facts_of(const cuda::LaunchPlan& plan) {
 
 Facts plan(std::int64_t N, std::int64_t C, std::int64_t HW, bool channels_last, at::ScalarType dtype,
            std::int64_t inputs, bool reads_mask, bool reduces, bool activated, std::int64_t sms,
-           std::int64_t shared_per_block, std::int64_t max_cluster) {
+           std::int64_t shared_per_block, std::int64_t max_cluster, std::int64_t l2_bytes, bool cooperative) {
   const DType dtypes[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16};
   const at::ScalarType types[] = {at::kFloat, at::kDouble, at::kHalf, at::kBFloat16};
   Problem problem{N, C, HW, channels_last ? Layout::kChannelsLast : Layout::kChannelsFirst, DType::kFloat32};
   for (int i = 0; i < kDTypes; ++i) {
     if (types[i] == dtype) problem.dtype = dtypes[i];
   }
-  const cuda::DeviceLimits limits{static_cast<int>(sms),
-                                  static_cast<int>(shared_per_block),
-                                  static_cast<int>(shared_per_block + 1024),
-                                  1024,
-                                  static_cast<int>(max_cluster),
-                                  std::numeric_limits<int>::max()};
+  cuda::DeviceLimits limits = {};
+  limits.sms = static_cast<int>(sms);
+  limits.shared_per_block = static_cast<int>(shared_per_block);
+  limits.shared_per_sm = limits.shared_per_block + 1024;
+  limits.reserved_shared = 1024;
+  limits.max_cluster = static_cast<int>(max_cluster);
+  for (int i = 0; i < cuda::kClusterSizes; ++i) {
+    for (int per_sm = 1; per_sm <= cuda::kBlocksPerSM; ++per_sm) {
+      limits.clusters_at_once[per_sm - 1][i] = limits.sms * per_sm >> (i + 1);
+    }
+  }
+  limits.max_grid = std::numeric_limits<int>::max();
+  limits.l2_bytes = static_cast<int>(l2_bytes);
+  limits.cooperative = cooperative;
   const cuda::KernelTraits traits{static_cast<int>(inputs), reads_mask, reduces, activated};
   return facts_of(cuda::make_launch_plan(problem, traits, limits));
 }
 
 void configure(std::int64_t sms, std::int64_t shared_per_block, std::int64_t max_cluster, std::int64_t max_grid,
-               std::int64_t seed, bool check) {
+               std::int64_t cooperative_sms, std::int64_t seed, bool check, bool count_requests) {
   simt::DeviceLimits limits;
   limits.sms = static_cast<int>(sms);
+  limits.cooperative_sms = static_cast<int>(cooperative_sms);
   simt::set_device(limits);
   shared_cap = static_cast<int>(shared_per_block);
   cluster_cap = static_cast<int>(max_cluster);
   grid_cap = static_cast<int>(max_grid);
-  simt::set_options({static_cast<std::uint64_t>(seed), check});
+  simt::set_options({static_cast<std::uint64_t>(seed), check, count_requests});
   Buffers::checking = check;
 }
 
@@ -249,6 +262,10 @@ Facts counters() {
   facts.insert("launches", static_cast<std::int64_t>(counted.launches));
   facts.insert("global_load_bytes", static_cast<std::int64_t>(counted.global_load_bytes));
   facts.insert("global_store_bytes", static_cast<std::int64_t>(counted.global_store_bytes));
+  facts.insert("global_vectors", static_cast<std::int64_t>(counted.global_vectors));
+  facts.insert("global_sectors", static_cast<std::int64_t>(counted.global_sectors));
+  facts.insert("shared_vectors", static_cast<std::int64_t>(counted.shared_vectors));
+  facts.insert("shared_wavefronts", static_cast<std::int64_t>(counted.shared_wavefronts));
   return facts;
 }
 
@@ -264,11 +281,14 @@ const Backend& backend_of(const at::Tensor&) {
 TORCH_LIBRARY(bnext_simt, m) {
   bnext::define_operators(m);
   bnext::register_kernels(m);
-  m.def("configure(int sms, int shared_per_block, int max_cluster, int max_grid, int seed, bool check) -> ()",
-        &bnext::configure);
+  m.def(
+      "configure(int sms, int shared_per_block, int max_cluster, int max_grid, int cooperative_sms, int seed, "
+      "bool check, bool count_requests) -> ()",
+      &bnext::configure);
   m.def(
       "plan(int N, int C, int HW, bool channels_last, ScalarType dtype, int inputs, bool reads_mask, bool reduces, "
-      "bool activated, int sms, int shared_per_block, int max_cluster) -> Dict(str, int)",
+      "bool activated, int sms, int shared_per_block, int max_cluster, int l2_bytes, bool cooperative) "
+      "-> Dict(str, int)",
       &bnext::plan);
   m.def("last_plan() -> Dict(str, int)", [] { return bnext::facts_of(bnext::last_plan); });
   m.def("last_description() -> str", [] { return bnext::cuda::description(bnext::last_plan); });

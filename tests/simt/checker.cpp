@@ -153,6 +153,9 @@ void check_access(Thread& thread, const MemoryAccess& access) {
   Region* const region = locate(thread, access);
   if (region == nullptr) return;
   Counters& counters = device().counters;
+  if (device().options.count_requests && access.bytes == kVectorBytes) {
+    device().requests.note(thread, access.site, access.address, region->shared);
+  }
   if (access.kind == Kind::kRead) {
     region->traffic.load_bytes += access.bytes;
     (region->shared ? counters.shared_load_bytes : counters.global_load_bytes) += access.bytes;

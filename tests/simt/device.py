@@ -35,6 +35,7 @@ class Limits(NamedTuple):
     shared_per_block: int = 227 * 1024
     max_cluster: int = 8
     max_grid: int = 2**31 - 1
+    cooperative_sms: int = 2**31 - 1  # that a cooperative launch gets, whatever the plan counted on
 
 
 @functools.cache
@@ -56,9 +57,9 @@ def load() -> None:
     torch.ops.load_library(library)
 
 
-def configure(limits: Limits, seed: int = 0, check: bool = True) -> None:
+def configure(limits: Limits, seed: int = 0, check: bool = True, count_requests: bool = False) -> None:
     load()
-    torch.ops.bnext_simt.configure(*limits, seed, check)
+    torch.ops.bnext_simt.configure(*limits, seed, check, count_requests)
 
 
 def last_plan() -> dict[str, int]:
@@ -67,9 +68,11 @@ def last_plan() -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def emulated(limits: Limits | None = None, seed: int = 0, check: bool = True) -> Iterator[None]:
+def emulated(
+    limits: Limits | None = None, seed: int = 0, check: bool = True, count_requests: bool = False
+) -> Iterator[None]:
     """torch.ops.bnext.* on CPU tensors are those of the emulated device, below autograd."""
-    configure(limits or Limits(), seed, check)
+    configure(limits or Limits(), seed, check, count_requests)
     library = torch.library.Library("bnext", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)

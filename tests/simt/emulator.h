@@ -13,6 +13,7 @@ namespace simt {
 // An H100's, but for the number of SMs: small grids should fill the device.
 struct DeviceLimits {
   int sms = 4;
+  int cooperative_sms = 1 << 30;  // of them, what a cooperative launch gets: less where others have a share of the device
   int shared_per_block = 227 * 1024;
   int shared_per_sm = 228 * 1024;
   int reserved_shared = 1024;  // of each resident block, by the system
@@ -28,6 +29,7 @@ void set_device(const DeviceLimits& limits);
 struct Options {
   std::uint64_t seed = 0;  // of the order in which blocks and threads run
   bool check = true;
+  bool count_requests = false;  // while checking; it takes long
 };
 void set_options(const Options& options);
 
@@ -68,6 +70,11 @@ struct Counters {
   std::uint64_t global_store_bytes = 0;
   std::uint64_t shared_load_bytes = 0;
   std::uint64_t shared_store_bytes = 0;
+  // Of 16 bytes, by any lane; and what the memory system makes of a warp's (requests.h).
+  std::uint64_t global_vectors = 0;
+  std::uint64_t global_sectors = 0;
+  std::uint64_t shared_vectors = 0;
+  std::uint64_t shared_wavefronts = 0;
 };
 Counters take_counters();
 

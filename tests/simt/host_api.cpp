@@ -85,7 +85,8 @@ cudaError_t refusal(const LaunchShape& shape, const FunctionState& state) {
   if (cluster > max_cluster(state)) return cudaErrorInvalidClusterSize;
   const int resident = limits.sms * blocks_per_sm(shape.threads(), shape.dynamic_shared);
   if (resident < cluster) return cudaErrorLaunchOutOfResources;
-  if (shape.cooperative && shape.blocks() > static_cast<std::uint32_t>(resident / cluster * cluster)) {
+  const int together = std::min(limits.sms, limits.cooperative_sms) * blocks_per_sm(shape.threads(), shape.dynamic_shared);
+  if (shape.cooperative && shape.blocks() > static_cast<std::uint32_t>(together / cluster * cluster)) {
     return cudaErrorCooperativeLaunchTooLarge;
   }
   return cudaSuccess;

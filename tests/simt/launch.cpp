@@ -43,7 +43,10 @@ Launch::Launch(const LaunchShape& shape, const Kernel& kernel)
   gridDim = {shape.grid.x, shape.grid.y, shape.grid.z};
 }
 
-Launch::~Launch() { last_tick = tick_; }
+Launch::~Launch() {
+  device().requests.take(device().counters);
+  last_tick = tick_;
+}
 
 void Launch::run() {
   std::uint64_t last_progress = 0;

@@ -15,6 +15,7 @@
 #include "include/simt_runtime.h"
 #include "knowledge.h"
 #include "memory.h"
+#include "requests.h"
 
 namespace simt {
 
@@ -231,6 +232,7 @@ struct Device {
   GlobalMemory memory;
   Findings findings;
   Counters counters;
+  Requests requests;
 };
 Device& device();
 
