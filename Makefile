@@ -56,8 +56,8 @@ base    = $(if $(wildcard $(PY)),$(PY) have-venv,$(PYTHON) $(if $(SYSTEM_SITE),n
 in_parallel = $(shell $(PY) -c 'import xdist' 2>/dev/null && printf '%s' '-n $(MAX_JOBS) --dist worksteal')
 
 .DEFAULT_GOAL := help
-.PHONY: help build test bench numerics sanitize package mutation mutants instructions cuda-check gpu lint format clean tools \
-        FORCE
+.PHONY: help build test bench numerics sanitize package mutation mutants instructions cuda-check cuda-model gpu lint \
+        format clean tools FORCE
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -83,6 +83,9 @@ instructions: tools $(BUILT) ## count the CPU kernels' instructions in valgrind,
 
 cuda-check: tools $(DEPS) ## compile the CUDA sources for three architectures, read registers and machine code
 	@$(PY) .ci/cuda_check.py
+
+cuda-model: tools $(DEPS) ## predict the times of the CUDA kernels from plans, instruction counts and latencies
+	@$(PY) -m benchmarks.cuda.predict
 
 sanitize: tools $(DEPS) ## the operators and the CPU kernels under AddressSanitizer and UBSan; ten minutes
 	@.ci/sanitize $(PY) $(PYTEST_ARGS)

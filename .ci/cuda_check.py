@@ -1,15 +1,19 @@
 """Compile every CUDA source for three generations of GPU, and read what came out; no GPU is needed.
 
     python .ci/cuda_check.py            prints a table; exit status 1 if a rule is broken
+    python .ci/cuda_check.py --update   writes loop_steps.json: the instructions that there are now
 
 Rules: the compiler warns of nothing; no kernel spills registers or has a stack frame; the machine code of each kernel
 that handles elements moves them by 128-bit loads and stores, takes no vector in shared memory apart, and never touches
-local memory; on sm_90 the inner loops keep to a number of instructions (machine_code.py). The tensor-level file is
-compiled too, against whatever torch is there. Without nvcc it says so and checks nothing.
+local memory; on sm_90 the inner loops take as many instructions as loop_steps.json says, within a tenth
+(machine_code.py). Fewer are to be written down too, since benchmarks/cuda/predict.py predicts times from them. The
+tensor-level file is compiled too, against whatever torch is there. Without nvcc it says so and checks nothing.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import re
 import shutil
@@ -42,26 +46,20 @@ MAX_REGISTERS = 128
 
 COUNTED = "90"
 
+# Instructions for a step of 16 bytes of each input, by kernel: request, reduce, map. At the rate of the memory of an
+# H200 there is time for 249, 373, 373 and 498 of 16-bit data, in the order of CALLS.
+STEPS_FILE = Path(__file__).with_name("loop_steps.json")
+STEPS_TOLERANCE = 0.1
 
-class Limit(NamedTuple):
-    """Instructions for a step of 16 bytes of each input, at most: a tenth more than there are."""
-
-    half: Steps  # of 16-bit data
-    single: Steps  # of float32
-    call: Call
-
-
-# By reduction and map; with an activation there is a residual, and in backward its mask. At the rate of the memory of
-# an H200 there is time for 249, 373, 373 and 498 instructions of 16-bit data. Kernels without sums have no limit.
-LIMITS = {
-    "MomentSums, Normalize": Limit(Steps(12, 41, 46), Steps(12, 19, 24), Call(copies=1, inputs=1, outputs=1)),
-    "GradSums, GradInput": Limit(Steps(17, 53, 66), Steps(17, 22, 31), Call(copies=2, inputs=2, outputs=1)),
-    "MomentSums, ActivatedNormalize": Limit(Steps(19, 41, 120), Steps(19, 19, 70), Call(copies=1, inputs=1, outputs=1)),
-    "ActivatedGradSums, ActivatedGrad": Limit(
-        Steps(44, 115, 120), Steps(44, 67, 76), Call(copies=3, inputs=2, outputs=2)
-    ),
+# By reduction and map, what is counted; with an activation there is a residual, which forward loads in its map, and in
+# backward its mask. Kernels without sums are not counted.
+CALLS = {
+    "MomentSums, Normalize": Call(copies=1, inputs=1, outputs=1),
+    "GradSums, GradInput": Call(copies=2, inputs=2, outputs=1),
+    "MomentSums, ActivatedNormalize": Call(copies=1, inputs=1, outputs=1),
+    "ActivatedGradSums, ActivatedGrad": Call(copies=3, inputs=2, outputs=2),
 }
-COUNTED_KERNELS = len(LIMITS) * 2 * 3  # kinds of tiles, dtypes
+COUNTED_KERNELS = len(CALLS) * 2 * 3  # kinds of tiles, dtypes
 
 
 class Kernel(NamedTuple):
@@ -76,7 +74,7 @@ class Kernel(NamedTuple):
     wide_stores: int
     local: int
     narrow_shared: int
-    steps: Steps | None  # of the kernels that LIMITS names, on COUNTED
+    steps: Steps | None  # of the kernels that CALLS names, on COUNTED
 
     @property
     def faults(self) -> list[str]:
@@ -92,15 +90,17 @@ class Kernel(NamedTuple):
         if self.narrow_shared > 0:
             found.append(f"{self.narrow_shared} loads of less than 32 bits from shared memory")
         if self.steps is not None:
-            for phase, count, most in zip(Steps._fields, self.steps, self.most_steps, strict=True):
-                if not 0 < count <= most:
-                    found.append(f"{count:.1f} instructions a step in its loop to {phase}, expected up to {most:.0f}")
+            for phase, count, before in zip(Steps._fields, self.steps, self.expected_steps, strict=True):
+                if count <= 0 or abs(count - before) > STEPS_TOLERANCE * before:
+                    found.append(
+                        f"{count:.1f} instructions a step in its loop to {phase}, expected about {before:.1f} "
+                        "(--update writes down what there are)"
+                    )
         return found
 
     @property
-    def most_steps(self) -> Steps:
-        limit = LIMITS[functors(self.name)]
-        return limit.single if "<float" in self.name else limit.half
+    def expected_steps(self) -> Steps:
+        return Steps(*json.loads(STEPS_FILE.read_text()).get(self.name, (0.0, 0.0, 0.0)))
 
 
 def functors(name: str) -> str:
@@ -109,10 +109,10 @@ def functors(name: str) -> str:
 
 
 def count_steps(name: str, architecture: str, sass: str | None) -> Steps | None:
-    limit = LIMITS.get(functors(name))
-    if sass is None or limit is None or architecture != COUNTED or "<double" in name:
+    call = CALLS.get(functors(name))
+    if sass is None or call is None or architecture != COUNTED or "<double" in name:
         return None
-    return steps(sass, limit.call)
+    return steps(sass, call)
 
 
 def find_nvcc() -> str | None:
@@ -242,15 +242,22 @@ def table(kernels: list[Kernel], shown_architectures: tuple[str, ...]) -> Iterat
 
 def step_table(kernels: list[Kernel]) -> Iterator[str]:
     """Instructions of the inner loops."""
-    counted = sorted(k for k in kernels if k.steps is not None)
-    yield f"instructions for a step of 16 bytes of each input, sm_{COUNTED}: request + reduce + map, and their limits"
-    for k in counted:
+    yield f"instructions for a step of 16 bytes of each input, sm_{COUNTED}: request + reduce + map, and as committed"
+    for k in sorted(k for k in kernels if k.steps is not None):
         assert k.steps is not None
-        parts = " + ".join(f"{part:.1f}" for part in k.steps)
-        yield f"  {k.name}: {parts} = {sum(k.steps):.0f}, at most {' + '.join(f'{m:.0f}' for m in k.most_steps)}"
+        found, before = (" + ".join(f"{part:.1f}" for part in parts) for parts in (k.steps, k.expected_steps))
+        yield f"  {k.name}: {found} = {sum(k.steps):.0f}, before {before} = {sum(k.expected_steps):.0f}"
+
+
+def save_steps(kernels: list[Kernel]) -> None:
+    lines = (f'  "{k.name}": {[round(part, 1) for part in k.steps]}' for k in sorted(kernels) if k.steps is not None)
+    STEPS_FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--update", action="store_true", help="write loop_steps.json")
+    update = parser.parse_args().update
     nvcc = find_nvcc()
     if nvcc is None:
         print("cuda-check: no nvcc here, so the CUDA sources were not compiled (install the toolkit, or set CUDA_HOME)")
@@ -280,6 +287,8 @@ def main() -> int:
             return 1
     print("\n".join(table(kernels, ARCHITECTURES)))
     print("\n".join(step_table(kernels)))
+    if update:
+        save_steps(kernels)
     print("Static shared memory: none. Dynamic: csrc/cuda/launch_plan.cpp, half an SM at most for two blocks.")
     broken = [f"{k.name} sm_{k.architecture}: {fault}" for k in kernels for fault in k.faults]
     counted = sum(k.steps is not None for k in kernels)

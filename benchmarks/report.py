@@ -10,6 +10,7 @@ import pandas as pd
 
 from benchmarks import model_report
 from benchmarks.bars import BARS, bars_text, mean_verdicts, summary, verdicts
+from benchmarks.cuda.predict import predicted_us
 from benchmarks.rows import CLOCK, GRAPH, InputError, Row, is_touched
 from benchmarks.suites import (
     BNEXT,
@@ -66,7 +67,7 @@ def compare(rows: Sequence[Row]) -> pd.DataFrame:
         raise InputError(f"{row_label(example)}: no measurement of {missing} beside it")
 
     ours = measured[measured["provider"] == BNEXT].set_index("number")
-    table = described(ours[[*KEYS, "device", "plan", "gb_per_s"]].join(seconds).sort_index())
+    table = described(ours[[*KEYS, "device", "device_name", "plan", "gb_per_s"]].join(seconds).sort_index())
     table = table.sort_values(["fused", "is_matrix"], kind="stable")
     table["group"] = table.groupby(GROUP, sort=False).ngroup()
     return table
@@ -146,6 +147,7 @@ def measurements_sheet(table: pd.DataFrame) -> Sheet:
         "operation": table["op"].astype(str),
         "MB": texts(table["bytes"] / 1e6, "{:.2f}"),
         "us": list(map(four_digits, table[BNEXT] * 1e6)),
+        "predicted": texts(predicted_us(table), "{:.4g}"),
         "GB/s": list(map(four_digits, table["gb_per_s"])),
         "x torch": texts(table["speedup"], "{:.2f}"),
         **{head: texts(table[name] / table[BNEXT], "{:.2f}") for head, name in others.items()},
