@@ -12,8 +12,8 @@ from benchmarks.command import error_summary
 from benchmarks.cuda.providers import make_provider
 from benchmarks.cuda.rotation import Rotation, buffer_sets, calls_per_graph
 from benchmarks.cuda.runtime import CudaRuntime
-from benchmarks.cuda.stopwatch import EventStopwatch, eager_stopwatch, graph_stopwatch
-from benchmarks.measure import Context
+from benchmarks.cuda.stopwatch import EventStopwatch, graph_stopwatch
+from benchmarks.measure import Context, Device
 from benchmarks.operators import SEED, Provider, Tensors, make_tensors
 from benchmarks.rows import EAGER, GRAPH, Provenance
 from benchmarks.suites import Case, model_bytes, tensor_bytes
@@ -26,7 +26,7 @@ EAGER_MAX_BYTES = 16 * 1024**2
 MEMORY_SHARE = 16
 
 
-class Gpu:
+class Gpu(Device):
     """Sets of tensors take turns, so that the L2 cache is cold."""
 
     name = "cuda"
@@ -72,12 +72,12 @@ class Gpu:
             try:
                 stopwatch = graph_stopwatch(rotation, calls_per_graph(moved, len(calls)), self._runtime)
                 return stopwatch, {"note": note, "plan": self._runtime.last_plan()}
-            except Exception as error:  # torch, CUDA and the compiler each raise their own
-                note = f"{EAGER}, not captured: {error_summary(error)}"
+            except Exception as error:  # torch, CUDA or a compiler's; where a capture has failed its end raises as well
+                note = f"{EAGER}, not captured: {error_summary(error.__context__ or error)}"
                 self._runtime.synchronize()
         rotation.run(len(rotation))
         self._runtime.synchronize()
-        return eager_stopwatch(rotation, self._runtime), {"note": note, "plan": self._runtime.last_plan()}
+        return EventStopwatch(self._runtime, rotation.run), {"note": note, "plan": self._runtime.last_plan()}
 
     def synchronize(self) -> None:
         self._runtime.synchronize()

@@ -71,14 +71,6 @@ class CudaRuntime:
     def capture(self, run: Callable[[], Result]) -> tuple[Call, Result]:
         """A call that replays what ``run`` enqueues, and what ``run`` returned: where the replays write."""
         graph = torch.cuda.CUDAGraph()
-        first: Exception | None = None
-        try:
-            with torch.cuda.graph(graph, stream=self._stream):
-                try:
-                    result = run()
-                except Exception as error:
-                    first = error
-                    raise
-        except Exception as error:  # ending a capture that has failed raises an error that hides why
-            raise first or error from None
+        with torch.cuda.graph(graph, stream=self._stream):
+            result = run()
         return graph.replay, result

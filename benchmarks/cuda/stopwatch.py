@@ -54,11 +54,6 @@ class EventStopwatch:
         return begin.elapsed_time(end) / 1e3 * number / (repeats * self.calls)
 
 
-def eager_stopwatch(rotation: Rotation, runtime: CudaRuntime) -> EventStopwatch:
-    """Calls as a user makes them: where they are short, this measures Python and torch."""
-    return EventStopwatch(runtime, rotation.run)
-
-
 def graph_stopwatch(rotation: Rotation, calls: int, runtime: CudaRuntime) -> EventStopwatch:
     """Replays of a graph of so many calls; raises whatever prevents a capture."""
     rotation.run(max(WARM_CALLS, len(rotation)))

@@ -65,7 +65,10 @@ class HostRuntime(CudaRuntime):
 
     def capture(self, run: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
         if not self.captures:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+            try:
+                raise RuntimeError("operation not permitted when stream is capturing\nmore")
+            finally:  # torch's own way out of a capture that has failed raises as well
+                raise RuntimeError("capture_end")
         results = run()
 
         def replay() -> None:
