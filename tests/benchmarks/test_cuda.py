@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from host_runtime import HostRuntime
+from host_gpu import HostGpu
 
 from benchmarks.cuda import device as gpu
 from benchmarks.cuda.rotation import GRAPH_BYTES, MAX_GRAPH_CALLS, MAX_SETS, Rotation, buffer_sets, calls_per_graph
@@ -67,7 +67,7 @@ def test_calls_go_round_in_the_context_and_results_stay_until_their_next_turn() 
     assert events == ["enter", "0", "1", "2", "0", "1", "leave"]
 
 
-class ImaginedDevice(HostRuntime):
+class ImaginedDevice(HostGpu):
     """Time passes only by ``work``: seconds that whatever runs adds to the device's clock."""
 
     def __init__(self) -> None:
@@ -114,7 +114,7 @@ def test_a_graph_is_captured_warm_and_replayed() -> None:
         made.append(1)
         return torch.ones(3)
 
-    stopwatch = graph_stopwatch(Rotation([call] * 2), 4, HostRuntime())
+    stopwatch = graph_stopwatch(Rotation([call] * 2), 4, HostGpu())
     warm, captured, checked = max(WARM_CALLS, 2), 4, 4
     assert len(made) == warm + captured + checked
     stopwatch.timeit(8)
@@ -124,13 +124,13 @@ def test_a_graph_is_captured_warm_and_replayed() -> None:
 
 @pytest.mark.parametrize("result", [torch.ones(4), (torch.ones(4), torch.ones(2))])
 def test_a_graph_without_the_work_is_an_error(result: Any) -> None:
-    runtime = HostRuntime()
+    gpu = HostGpu()
     tensor = result[0] if isinstance(result, tuple) else result
-    require_replay_writes(lambda: tensor.fill_(2.0), result, runtime)
+    require_replay_writes(lambda: tensor.fill_(2.0), result, gpu)
     with pytest.raises(EmptyGraphError, match="does not write"):
-        require_replay_writes(lambda: tensor[:2].fill_(2.0), result, runtime)
+        require_replay_writes(lambda: tensor[:2].fill_(2.0), result, gpu)
     with pytest.raises(EmptyGraphError, match="NoneType"):
-        require_replay_writes(lambda: None, None, runtime)
+        require_replay_writes(lambda: None, None, gpu)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from host_runtime import HostRuntime
+from host_gpu import HostGpu
 from tiny_suites import FIVE, FUSED, PLAIN, TINY, Run, spoil
 from torch import Tensor, nn
 
@@ -275,7 +275,7 @@ def test_large_tensors_are_timed_in_graphs_only(run: Run, monkeypatch: pytest.Mo
 
 
 def test_what_cannot_be_captured_is_timed_eagerly_and_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "CudaRuntime", lambda: HostRuntime(captures=False))
+    monkeypatch.setattr(cuda, "Gpu", lambda: HostGpu(captures=False))
     _, rows, _ = run("tiny", "--device", "cuda", *ONE)
     reason = "eager, not captured: RuntimeError: operation not permitted when stream is capturing"
     assert {(row.mode, row.note) for row in rows} == {("graph", reason), ("eager", "")}

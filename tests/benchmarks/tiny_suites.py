@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from host_runtime import HostRuntime
+from host_gpu import HostGpu
 from torch import nn
 
 from benchmarks import measure, models, operators, timing
@@ -85,7 +85,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "measure_peak", lambda *_: 5_000_000)
     monkeypatch.setattr(measure, "WARM_BYTES", 1)
     monkeypatch.setattr(device, "missing", lambda: None)
-    monkeypatch.setattr(cuda, "CudaRuntime", HostRuntime)
+    monkeypatch.setattr(cuda, "Gpu", HostGpu)
     # What the calls take does not matter here: few of them.
     monkeypatch.setattr(rotation, "MAX_GRAPH_CALLS", 4)
     monkeypatch.setattr(timing, "MIN_ROUND_S", 1e-5)
