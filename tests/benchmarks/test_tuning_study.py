@@ -163,7 +163,7 @@ def test_real_workers_to_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     found = {(t.point.alpha, t.point.batch_norm): t.diverged_at for t in results.trials}
     assert found[1e30, False] is not None
     assert found[0.1, False] is found[0.1, True] is None
-    assert "Batch norm" in capsys.readouterr().out
+    assert "with batch norm" in capsys.readouterr().out
 
 
 # The storage.
