@@ -12,8 +12,6 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 # The blocks that are not of rows.
 NUMERICS, TUNING = "numerics", "tuning"
 
-UNMEASURED = "Not measured yet."  # what is between the markers of a table whose results are not committed
-
 
 def markers(name: str) -> tuple[str, str]:
     return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"

@@ -67,14 +67,11 @@ class Device:
         torch.zeros(WARM_BYTES, dtype=torch.uint8).fill_(1)
         yield
 
-    def provenance(self, threads: int) -> Provenance:
-        return provenance(threads)
+    provenance = staticmethod(provenance)
+    make_provider = staticmethod(make_provider)
 
     def modes(self, case: Case) -> tuple[str, ...]:
         return (CLOCK,)
-
-    def make_provider(self, case: Case, name: str) -> Provider:
-        return make_provider(case, name)
 
     def make_sets(self, case: Case) -> list[Tensors]:
         """As many sets of tensors as an operation goes round at the most."""

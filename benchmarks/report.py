@@ -180,7 +180,11 @@ def block(rows: Sequence[Row]) -> str:
 
 def legend(table: pd.DataFrame) -> str:
     on_gpu, fused = table["device"].iloc[0] == "cuda", table["fused"].iloc[0]
-    passes = ", ".join(f"{operation_label(op)} {passes_text(op, fused)}" for op in table["op"].cat.categories)
+    passes = ", ".join(
+        f"{operation_label(op)} {TENSOR_PASSES[op]}"
+        + (f" ({TENSOR_PASSES[op] + RESIDUAL_PASSES[op]} with a residual)" if fused else "")
+        for op in table["op"].cat.categories
+    )
     copy = "a device copy" if on_gpu else "torch's copy (or addition)"
     touched = "" if on_gpu else " into memory already touched"
     compiled = fused and table["over_compile"].notna().any()
@@ -190,11 +194,6 @@ def legend(table: pd.DataFrame) -> str:
         f"Bold: torch's time / bnext's time, geometric mean over the shapes.{slash} In brackets: bnext's time / the "
         f"time of {copy} of the same bytes{touched}; passes over the tensor: {passes}{mask}."
     )
-
-
-def passes_text(op: str, fused: bool) -> str:
-    passes = TENSOR_PASSES[op]
-    return f"{passes} ({passes + RESIDUAL_PASSES[op]} with a residual)" if fused else f"{passes}"
 
 
 # Of whatever rows.

@@ -18,8 +18,8 @@ from benchmarks.cuda.providers import make_provider
 from benchmarks.cuda.rotation import Rotation, buffer_sets, calls_per_graph
 from benchmarks.cuda.stopwatch import EventStopwatch, graph_stopwatch
 from benchmarks.measure import Context, Device
-from benchmarks.operators import SEED, Provider, Tensors, make_tensors
-from benchmarks.rows import EAGER, GRAPH, Provenance
+from benchmarks.operators import SEED, Tensors, make_tensors
+from benchmarks.rows import EAGER, GRAPH
 from benchmarks.suites import Case, model_bytes, tensor_bytes
 from benchmarks.timing import Call
 from bnext import _C
@@ -61,16 +61,13 @@ class Gpu(Device):
             torch.cuda.synchronize()
             yield
 
-    def provenance(self, threads: int) -> Provenance:
-        return cuda_provenance(threads)
+    provenance = staticmethod(cuda_provenance)
+    make_provider = staticmethod(make_provider)
 
     def modes(self, case: Case) -> tuple[str, ...]:
         if case.model:
             return (EAGER,)
         return (GRAPH, EAGER) if tensor_bytes(case.shape, case.dtype) < EAGER_MAX_BYTES else (GRAPH,)
-
-    def make_provider(self, case: Case, name: str) -> Provider:
-        return make_provider(case, name)
 
     def make_sets(self, case: Case) -> list[Tensors]:
         return make_sets(case, self.tensors, max(self.sets(op, case) for op in case.operations))

@@ -118,6 +118,10 @@ def test_resnet50_has_the_batch_norms_of_its_suite_and_the_strides_of_version_1_
     assert all(block.conv1.stride == (1, 1) and block.shortcut[0].stride == (2, 2) for block in strided)
 
 
+def test_a_block_of_resnet50_begins_as_its_shortcut() -> None:
+    assert not any(block.bn3.weight.any() for block in ResNet50(num_classes=2).blocks)
+
+
 @pytest.mark.parametrize(("package", "name"), [("torchvision", "shufflenet_v2_x0_5"), ("timm", "regnetx_002")])
 def test_models_of_packages_are_made_beside_any_torch(package: str, name: str) -> None:
     if not find_spec("torchvision") or not find_spec(package):

@@ -18,8 +18,9 @@ from matplotlib.image import imread
 from test_numeric_errors import imagined, result
 
 from benchmarks.__main__ import RESULTS, main
+from benchmarks.document import DOCUMENT
 from benchmarks.numerics_report import ULP
-from benchmarks.pictures import FOLDER, LARGEST_ERROR, SMALLEST_ERROR, draw, draw_accuracy, draw_operators, drawn
+from benchmarks.pictures import LARGEST_ERROR, SMALLEST_ERROR, draw, draw_accuracy, draw_operators, drawn
 from benchmarks.rows import TOUCHED, save_rows
 from benchmarks.style import BLUE, ORANGE, SKY
 
@@ -87,7 +88,7 @@ def test_command_draws_what_there_are_results_of(tmp_path: Path, capsys: pytest.
 
 
 def test_there_is_a_committed_picture_of_all_that_can_be_drawn() -> None:
-    files = {path.name: path for path in FOLDER.glob("*.png")}
+    files = {path.name: path for path in (DOCUMENT.parent / "pictures").glob("*.png")}
     assert set(files) == {"tuning.png", *(name for name, _ in drawn(RESULTS))}
     for name, file in files.items():
         assert imread(file).shape[1] == 800, name
