@@ -49,8 +49,8 @@ def test_bfloat16_is_autocast() -> None:
 def test_what_is_dropped_at_random_is_the_same_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(models.MODELS, "tiny", lambda shape: nn.Sequential(classifier(shape), nn.Dropout(0.5)))
     checker = ModelChecker(case_of("models"), "cpu")
-    for provider in ("bnext", "bnext-fused"):
-        checker.check(provider, checker.make(provider))
+    ours, fused = (trainer_of(checker, provider).results()["losses"] for provider in ("bnext", "bnext-fused"))
+    torch.testing.assert_close(ours, fused, rtol=1e-3, atol=0)
 
 
 def test_without_batch_norm_a_step_leaves_the_parameters() -> None:

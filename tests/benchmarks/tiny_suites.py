@@ -11,7 +11,7 @@ import pytest
 from host_gpu import HostGpu
 from torch import nn
 
-from benchmarks import measure, models, operators, timing
+from benchmarks import measure, models, operators, timing, training
 from benchmarks.__main__ import main
 from benchmarks.cuda import device, rotation
 from benchmarks.cuda import measure as cuda
@@ -80,6 +80,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, suite in TINY.items():
             monkeypatch.setitem(suites, name, suite)
     monkeypatch.setitem(models.MODELS, "tiny", classifier)
+    training.reference_curve.cache_clear()  # another test may have had another "tiny"
     monkeypatch.setattr(models, "BACKENDS", dict.fromkeys(COMPILED_PROVIDERS, "eager"))
     monkeypatch.setattr(operators, "compiled", operators.out_of_place)
     monkeypatch.setattr(measure, "measure_peak", lambda *_: 5_000_000)
