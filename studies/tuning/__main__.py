@@ -62,7 +62,6 @@ def make_parser() -> OneLineParser:
         run.add_argument(option, type=number.list, help=f"default: {usual}")
     run.add_argument("--output", type=Path, metavar="DIR", help="default: benchmarks/results/tuning, or a folder in it")
     run.add_argument("--storage", metavar="URL", help="a database's, for SQLAlchemy; default: study.db in the output")
-    run.add_argument("--study", metavar="NAME", help="in the storage; default: made of the settings")
 
     report = commands.add_parser("report", help="show results again")
     report.set_defaults(run=run_report)
@@ -88,7 +87,7 @@ def study_name(settings: Settings) -> str:
 
 def run_study(arguments: argparse.Namespace) -> int:
     settings = settings_of(arguments)
-    name = arguments.study or study_name(settings)
+    name = study_name(settings)
     output: Path = arguments.output or (RESULTS if settings == DEFAULT else RESULTS / name)
     make_writable(output)
     url = arguments.storage or f"sqlite:///{output.absolute() / 'study.db'}"

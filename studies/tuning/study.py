@@ -55,23 +55,16 @@ def connect(url: str) -> RDBStorage:
 
 @contextmanager
 def opened(url: str, name: str, settings: Settings) -> Iterator[optuna.Study]:
-    """A study, made if it is not there, whose points are handed out; raises InputError where it has other settings."""
+    """A study, made if it is not there, whose points are handed out. Its name tells its settings from others."""
     storage = connect(url)
     try:
-        study = optuna.create_study(
+        yield optuna.create_study(
             storage=storage,
             sampler=GridSampler(settings.space, seed=0),
             study_name=name,
             direction="maximize",
             load_if_exists=True,
         )
-        if "settings" not in study.user_attrs:
-            study.set_user_attr("settings", asdict(settings))
-        ours, theirs = asdict(settings), asdict(Settings.from_json(study.user_attrs["settings"]))
-        if ours != theirs:
-            different = ", ".join(field for field in ours if ours[field] != theirs[field])
-            raise InputError(f"the study {name!r} has other {different}: choose another --study")
-        yield study
     finally:
         storage.remove_session()
         storage.engine.dispose()
@@ -83,9 +76,9 @@ def results(study: optuna.Study) -> dict[Point, Trial]:
     return {Point(**trial.params): Trial.from_json(trial.user_attrs["result"]) for trial in complete}
 
 
-def results_of(study: optuna.Study) -> Results:
+def results_of(study: optuna.Study, settings: Settings) -> Results:
     machines = [value for name, value in sorted(study.user_attrs.items()) if name.startswith("machine ")]
-    return Results.of(Settings.from_json(study.user_attrs["settings"]), machines, list(results(study).values()))
+    return Results.of(settings, machines, list(results(study).values()))
 
 
 # A worker.
@@ -161,4 +154,4 @@ def run(url: str, name: str, settings: Settings, jobs: int) -> Results:
                     raise WorkerError("a worker died") from None
                 done = len(results(study))
                 progress.show_total(f"{done} of {total} trials", done)
-        return results_of(study)
+        return results_of(study, settings)

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 from tuning_canned import MACHINE, curve, trial
 
-from benchmarks.rows import InputError
 from studies.tuning import study as study_module
 from studies.tuning.__main__ import main
 from studies.tuning.results import Results, load_results
@@ -50,7 +48,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     started: list[subprocess.Popen[str]] = []
 
     def begin(*arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, str(DRIVER), *arguments, *GRID, "--output", str(tmp_path), "--study", "s"]
+        command = [sys.executable, str(DRIVER), *arguments, *GRID, "--output", str(tmp_path)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
         started.append(subprocess.Popen(command, env=ENVIRONMENT, **pipes))
         return started[-1]
@@ -156,7 +154,7 @@ def test_a_storage_that_fails_on_the_way_is_one_line_and_status_2(
 def test_real_workers_to_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # α = 1e30 diverges where no batch norm holds it.
     grid = ("--alphas", "0.1,1e30", "--betas", "0.99", "--seeds", "0,1", "--activation", "relu", "--steps", "12")
-    assert main(["--jobs", "1", *grid, "--output", str(tmp_path), "--study", "s"]) == 0
+    assert main(["--jobs", "1", *grid, "--output", str(tmp_path)]) == 0
     results = load_results(tmp_path / "results.json")
     assert len(results.trials) == 8
     assert [machine["threads"] for machine in results.machines] == [1]
@@ -189,12 +187,4 @@ def test_what_is_done_is_not_tried_again_and_of_a_point_tried_twice_one_result_c
         assert {found.value for found in study.get_trials() if found.params.get("alpha") == 1.0} == {0, 0.97, 0.98}
         study.optimize(lambda made: objective(SETTINGS, made), n_trials=1)
         expected = [trial(point, curve(point)) for point in SETTINGS.points]
-        assert results_of(study) == Results.of(SETTINGS, [{**MACHINE, "date": "earlier"}], expected)
-
-
-def test_another_grid_under_the_same_name_is_refused(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'study.db'}"
-    with opened(url, "s", SETTINGS):
-        pass
-    with pytest.raises(InputError, match="other alphas"), opened(url, "s", replace(SETTINGS, alphas=(0.5,))):
-        pass
+        assert results_of(study, SETTINGS) == Results.of(SETTINGS, [{**MACHINE, "date": "earlier"}], expected)
