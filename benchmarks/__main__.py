@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import document
 from benchmarks.command import POSITIVE, WHOLE, OneLineParser, add_report_options, make_writable, run_command
-from benchmarks.document import DOCUMENT, NUMERICS, report_update
 from benchmarks.rows import TOUCHED, InputError, is_touched, load_rows, save_rows, write_atomically
 from benchmarks.suites import (
     DEFAULT_DTYPES,
@@ -35,10 +35,6 @@ LATEST = RESULTS / "latest"
 QUICK_ROUNDS = 5
 
 
-class Parser(OneLineParser):
-    program = PROGRAM
-
-
 def listed(choices: Collection[str], text: str) -> list[str]:
     """A comma-separated list of known names."""
     chosen = text.split(",")
@@ -48,8 +44,8 @@ def listed(choices: Collection[str], text: str) -> list[str]:
     return chosen
 
 
-def make_parser() -> Parser:
-    parser = Parser(
+def make_parser() -> OneLineParser:
+    parser = OneLineParser(
         prog=PROGRAM,
         description="Compare bnext with torch and with a copy of the same bytes.",
         epilog="Without a command: measure, with measure's options. "
@@ -65,12 +61,12 @@ def make_parser() -> Parser:
     report = commands.add_parser("report", help="show the tables and the plot of a JSON file again")
     report.set_defaults(run=run_report)
     report.add_argument("file", type=Path, metavar="FILE.json")
-    add_report_options(report, DOCUMENT)
+    add_report_options(report, document.DOCUMENT)
 
     pictures = commands.add_parser("pictures", help="draw the README's pictures from the committed results")
     pictures.set_defaults(run=run_pictures)
     pictures.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
-    add_output(pictures, DOCUMENT.parent / "pictures")
+    add_output(pictures, document.DOCUMENT.parent / "pictures")
     return parser
 
 
@@ -149,28 +145,24 @@ def run_measure(arguments: argparse.Namespace) -> int:
         command = [sys.executable, "-m", "benchmarks", *arguments.argv]
         os.execve(sys.executable, command, {**os.environ, **TOUCHED})
 
-    import benchmarks.pictures  # noqa: F401, to find out before the minutes of measuring that pandas is missing
-
     # Here, so that report, --help and bad input need no torch, no bnext and no second.
-    try:
-        from benchmarks.measure import Host, Outcome, measure, total_work
-
-        measured_on: Any = Host()
-        if device == "cuda":
-            from benchmarks.cuda import device as gpu
-            from benchmarks.cuda.measure import Gpu
-
-            if lacking := gpu.missing():
-                raise InputError(f"cannot measure on cuda: {lacking}")
-            measured_on = Gpu()
-    except ImportError as error:
-        raise InputError(f"cannot measure: {error} (build bnext first: make build)") from None
+    import benchmarks.pictures  # noqa: F401, to find out before the minutes of measuring that pandas is missing
+    from benchmarks.measure import Device, Outcome, measure, total_work
     from benchmarks.progress import ProgressBar
 
+    measured_on = Device()
+    if device == "cuda":
+        from benchmarks.cuda.device import missing
+        from benchmarks.cuda.measure import Gpu
+
+        if lacking := missing():
+            raise InputError(f"cannot measure on cuda: {lacking}")
+        measured_on = Gpu()
     outcome = Outcome()
     interrupted = False
     seconds = arguments.budget or default_seconds(device, suites)
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else None)
+    file = arguments.output / "results.json"
     try:
         with ProgressBar(total_work(cases, measured_on)) as progress:
             measure(cases, measured_on, outcome, progress.show, seconds, rounds, arguments.threads)
@@ -179,24 +171,18 @@ def run_measure(arguments: argparse.Namespace) -> int:
     finally:
         # Also where a provider fails with an error of its own: what was measured before it stays.
         if outcome.rows:
-            save_rows(arguments.output / "results.json", outcome.rows)
+            save_rows(file, outcome.rows)
         for note in outcome.notes:
             print(f"{PROGRAM}: note: {note}", file=sys.stderr)
-    return finish(arguments.output, outcome.mismatches, bool(outcome.rows), interrupted)
-
-
-def finish(output: Path, mismatches: Sequence[str], measured: bool, interrupted: bool) -> int:
-    """Report on what was saved, say what went wrong, and choose the exit status."""
-    file = output / "results.json"
     if interrupted:
-        kept = f"what was measured so far is in {file}" if measured else "nothing was measured"
+        kept = f"what was measured so far is in {file}" if outcome.rows else "nothing was measured"
         print(f"{PROGRAM}: interrupted; {kept}", file=sys.stderr)
         return 130
-    if measured:
+    if outcome.rows:
         show(file)
-    for mismatch in mismatches:
+    for mismatch in outcome.mismatches:
         print(f"{PROGRAM}: error: {mismatch}", file=sys.stderr)
-    return 1 if mismatches else 0
+    return 1 if outcome.mismatches else 0
 
 
 def show(file: Path) -> None:
@@ -216,11 +202,8 @@ def show(file: Path) -> None:
 
 def run_numerics(arguments: argparse.Namespace) -> int:
     make_writable(arguments.output)
-    try:
-        from benchmarks.numerics import measure
-        from benchmarks.numerics_cases import CASES
-    except ImportError as error:
-        raise InputError(f"cannot measure: {error} (build bnext first: make build)") from None
+    from benchmarks.numerics import measure
+    from benchmarks.numerics_cases import CASES
     from benchmarks.numerics_report import FILE, save_results
     from benchmarks.progress import ProgressBar
 
@@ -236,10 +219,7 @@ def show_numerics(file: Path, results: Any) -> int:
     from benchmarks.tables import print_markdown
 
     table = file.with_suffix(".md")
-    try:
-        write_atomically(table, page(results).encode())
-    except OSError as error:
-        raise InputError(f"cannot write {table}: {error.strerror}") from None
+    write_atomically(table, page(results).encode())
     print_markdown(page(results))
     print(f"{file}\n{table}", flush=True)
     failing = results.errors[~results.errors["holds"]]
@@ -262,10 +242,10 @@ def run_report(arguments: argparse.Namespace) -> int:
         show(arguments.file)
         return 0
     if of_numerics:
-        new = {NUMERICS: numerics_report.block(numerics_report.load_results(arguments.file))}
+        new = {document.NUMERICS: numerics_report.block(numerics_report.load_results(arguments.file))}
     else:
         new = report.blocks(load_rows(arguments.file))
-    return report_update(f"{PROGRAM} report {arguments.file}", arguments.document, new, arguments.check)
+    return document.update(f"{PROGRAM} report {arguments.file}", arguments.document, new, arguments.check)
 
 
 def run_pictures(arguments: argparse.Namespace) -> int:

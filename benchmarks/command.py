@@ -1,4 +1,4 @@
-"""What the commands share: how they complain, where they write, how they show progress, and how they end.
+"""What the commands share: how they complain, where they write, how they start processes, and how they end.
 
 Exit status: what the command says; 2 on bad input; 130 on Ctrl-C.
 """
@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 from benchmarks.rows import InputError
 
@@ -24,10 +24,8 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage."""
 
-    program: ClassVar[str]  # a subcommand's parser has a longer `prog`
-
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.program}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 @dataclass(frozen=True)
@@ -69,10 +67,7 @@ def add_report_options(parser: argparse.ArgumentParser, default: Path) -> None:
 
 def make_writable(folder: Path) -> None:
     """Find out before the minutes of measuring, not after, that the results have no place."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from None
+    folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise InputError(f"cannot write to the folder {folder}")
 
@@ -118,17 +113,17 @@ def run_command(parser: OneLineParser, arguments: Sequence[str], default: str) -
     parsed.argv = arguments
     try:
         status: int = parsed.run(parsed)
-    except InputError as error:
-        print(f"{parser.program}: error: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        print(f"{parser.program}: error: {error} (the extra bench has what is needed)", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{parser.program}: interrupted", file=sys.stderr)
-        return 130
+        return status
     except BrokenPipeError:
         # The reader of a pipe, such as head, has seen enough; what is buffered for it has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    return status
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    except ImportError as error:
+        message = f"{error} (make build builds bnext; the extra bench has what else is needed)"
+    except (InputError, OSError) as error:
+        message = str(error)
+    print(f"{parser.prog}: error: {message}", file=sys.stderr)
+    return 2

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from timeit import Timer
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.utils.benchmark.utils.common import set_torch_threads
@@ -47,45 +47,15 @@ class Outcome:
     mismatches: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what could not be measured and is not bnext's fault
 
-    def report(self, message: str, required: bool) -> None:
-        """Keep what went wrong with a provider, once."""
-        kept = self.mismatches if required else self.notes
-        kept += [] if message in kept else [message]
 
+class Device:
+    """What cases are measured on: the CPU, by calls from Python, by the host's clock, on one set of tensors.
 
-class Device(Protocol):
-    """What cases are measured on, and how calls are timed there."""
+    cuda.measure.Gpu does all of this otherwise.
+    """
 
-    name: str  # whose suites are measured
-    tensors: str  # torch's name of it
-
-    def ready(self) -> AbstractContextManager[object]:
-        """Warm; all work that follows is the device's."""
-
-    def provenance(self, threads: int) -> Provenance: ...
-
-    def modes(self, case: Case) -> tuple[str, ...]: ...
-
-    def make_provider(self, case: Case, name: str) -> Provider: ...
-
-    def make_sets(self, case: Case) -> list[Tensors]:
-        """As many sets of tensors as an operation goes round at the most."""
-
-    def sets(self, operation: str, case: Case) -> int: ...
-
-    def copy_call(self, operation: str, case: Case, tensors: Tensors) -> Call: ...
-
-    def stopwatch(self, mode: str, calls: Sequence[Call], context: Context, moved: int) -> tuple[Stopwatch, Fields]:
-        """Of one call on each set of tensors, which moves so many bytes, ready to be timed."""
-
-    def synchronize(self) -> None:
-        """Raises where the device can no longer be used."""
-
-
-class Host:
-    """The CPU: calls from Python, by the host's clock, on one set of tensors."""
-
-    name = tensors = "cpu"
+    name = "cpu"  # whose suites are measured
+    tensors = "cpu"  # torch's name of it
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -97,16 +67,14 @@ class Host:
         torch.zeros(WARM_BYTES, dtype=torch.uint8).fill_(1)
         yield
 
-    def provenance(self, threads: int) -> Provenance:
-        return provenance(threads)
+    provenance = staticmethod(provenance)
+    make_provider = staticmethod(make_provider)
 
     def modes(self, case: Case) -> tuple[str, ...]:
         return (CLOCK,)
 
-    def make_provider(self, case: Case, name: str) -> Provider:
-        return make_provider(case, name)
-
     def make_sets(self, case: Case) -> list[Tensors]:
+        """As many sets of tensors as an operation goes round at the most."""
         return [make_tensors(case)]
 
     def sets(self, operation: str, case: Case) -> int:
@@ -116,29 +84,16 @@ class Host:
         return floor_call(operation, tensors)
 
     def stopwatch(self, mode: str, calls: Sequence[Call], context: Context, moved: int) -> tuple[Stopwatch, Fields]:
+        """Of one call on each set of tensors, which moves so many bytes, ready to be timed."""
         (call,) = calls
         return Timer(call), {}
 
     def synchronize(self) -> None:
-        """Nothing is under way."""
-
-
-class Subject(Protocol):
-    """What is measured of one case: makes its providers, knows their right results, and what one call is."""
-
-    floors: tuple[str, ...]  # timed beside the providers, without a check
-
-    def make(self, provider: str) -> Any: ...
-
-    def check(self, provider: str, made: Any) -> None:
-        """Raise MismatchError, naming case, provider and tensor, where a result is not right."""
-
-    def stopwatch(self, mode: str, operation: str, made: Any) -> tuple[Stopwatch, Fields]:
-        """``made`` is None for a floor."""
+        """Raises where the device can no longer be used."""
 
 
 class BatchNorms:
-    floors: tuple[str, ...] = (COPY,)
+    floors: tuple[str, ...] = (COPY,)  # timed beside the providers, without a check
 
     def __init__(self, case: Case, device: Device) -> None:
         self._case = case
@@ -149,7 +104,7 @@ class BatchNorms:
     def make(self, provider: str) -> Provider:
         return self._device.make_provider(self._case, provider)
 
-    def check(self, provider: str, made: Provider) -> None:
+    def check(self, provider: str, made: Any) -> None:
         self._checker.check(made)
 
     def stopwatch(self, mode: str, operation: str, made: Provider | None) -> tuple[Stopwatch, Fields]:
@@ -183,6 +138,10 @@ class Models(ModelChecker):
         return stopwatch, {**how, "bytes": 0, "plan": "", "losses": made.losses}
 
 
+# What is measured of one case: makes its providers, knows their right results, and what one call is.
+Subject = BatchNorms | Models
+
+
 def total_work(cases: Sequence[Case], device: Device) -> float:
     """Of the time budget, and of the progress bar."""
     return sum(
@@ -208,11 +167,11 @@ def measure(
     """
     usual = threads or torch.get_num_threads()
     with set_torch_threads(usual), device.ready():
-        run = Run(device, outcome, device.provenance(usual))
         budget = Budget(seconds, total_work(cases, device), rounds)
+        run = Run(device, outcome, progress, budget, device.provenance(usual))
         for case in cases:
             with set_torch_threads(threads or SUITES[device.name][case.suite].threads or usual):
-                run.measure_case(case, budget, progress)
+                run.measure(case)
 
 
 def is_required(case: Case, provider: str, checked: Mapping[str, Any]) -> bool:
@@ -225,40 +184,41 @@ def is_required(case: Case, provider: str, checked: Mapping[str, Any]) -> bool:
     return bool(case.model) or provider in (TORCH, BNEXT, COPY)
 
 
+@dataclass(frozen=True)
 class Run:
     """What all cases of a run have in common."""
 
-    def __init__(self, device: Device, outcome: Outcome, source: Provenance) -> None:
-        self._device = device
-        self._outcome = outcome
-        self._source = source
+    device: Device
+    outcome: Outcome
+    progress: Progress
+    budget: Budget
+    source: Provenance
 
-    def measure_case(self, case: Case, budget: Budget, progress: Progress) -> None:
-        progress(f"{case} check", 0)
+    def measure(self, case: Case) -> None:
+        self.progress(f"{case} check", 0)
         checked: dict[str, Any] = {}
         peaks: dict[str, int] = {}
         try:
-            subject: Subject = (Models if case.model else BatchNorms)(case, self._device)
+            subject: Subject = (Models if case.model else BatchNorms)(case, self.device)
         except ModuleNotFoundError as error:
-            self._report(f"{case.suite} {case.model} is left out: {error}", False)
+            self.report(f"{case.suite} {case.model} is left out: {error}", False)
         except Exception as error:  # no memory, or whatever torch raises: the next case may be fine
-            self._report(f"{case}: torch failed: {error_summary(error)}", True)
+            self.report(f"{case}: torch failed: {error_summary(error)}", True)
         else:
-            checked = self._checked(case, subject, progress)
-            peaks = self._peaks(case, checked, progress)
-        work = check_work(case, self._device.name)
-        budget.skip(work)
-        progress(f"{case} check", work)
+            checked = self.check(case, subject)
+            peaks = self.peaks(case, checked)
+        work = check_work(case, self.device.name)
+        self.budget.skip(work)
+        self.progress(f"{case} check", work)
         for operation in case.operations:
-            work = operation_work(operation, case, self._device.name)
-            for mode in self._device.modes(case):
-                doing = f"{case} {operation} {mode}"
-                progress(doing, 0)
-                if not checked or not self._time(case, subject, operation, mode, checked, peaks, budget):
-                    budget.skip(work)
-                progress(doing, work)
+            work = operation_work(operation, case, self.device.name)
+            for mode in self.device.modes(case):
+                self.progress(f"{case} {operation} {mode}", 0)
+                if not checked or not self.time(case, subject, operation, mode, checked, peaks):
+                    self.budget.skip(work)
+                self.progress(f"{case} {operation} {mode}", work)
 
-    def _checked(self, case: Case, subject: Subject, progress: Progress) -> dict[str, Any]:
+    def check(self, case: Case, subject: Subject) -> dict[str, Any]:
         """The providers to be timed: of a batch norm none where bnext is wrong, or bnext or torch fails.
 
         torch's own are timed even where they are further from right, with a note: on a CPU, for one, torch.compile
@@ -267,38 +227,38 @@ class Run:
         """
         checked: dict[str, Any] = {}
         for provider in case.providers:
-            progress(f"{case} check {provider}", 0)
+            self.progress(f"{case} check {provider}", 0)
             try:
                 made = subject.make(provider)
                 subject.check(provider, made)
             except MismatchError as error:
                 as_it_is = provider.startswith(TORCH) and STEP not in case.operations
-                self._report(str(error), not as_it_is)
+                self.report(str(error), not as_it_is)
                 if not as_it_is:
                     continue
             except Exception as error:  # no memory, or whatever torch or a compiler raises: others may be fine
                 message = f"{case}: {provider} failed: {error_summary(error)}"
-                self._report(message, is_required(case, provider, checked))
+                self.report(message, is_required(case, provider, checked))
                 continue
             checked[provider] = made
         return checked if case.model or {TORCH, BNEXT} <= checked.keys() else {}
 
-    def _peaks(self, case: Case, checked: Mapping[str, Any], progress: Progress) -> dict[str, int]:
+    def peaks(self, case: Case, checked: Mapping[str, Any]) -> dict[str, int]:
         """Of training, by provider: bytes, each in a process of its own."""
         peaks: dict[str, int] = {}
-        if not SUITES[self._device.name][case.suite].peak_s:
+        if not SUITES[self.device.name][case.suite].peak_s:
             return peaks
-        if self._device.tensors == "cuda":
+        if self.device.tensors == "cuda":
             torch.cuda.empty_cache()  # the other process needs as much of the device as this one did
         for provider in checked:
-            progress(f"{case} memory {provider}", 0)
+            self.progress(f"{case} memory {provider}", 0)
             try:
-                peaks[provider] = measure_peak(case, provider, self._device.tensors, torch.get_num_threads())
+                peaks[provider] = measure_peak(case, provider, self.device.tensors, torch.get_num_threads())
             except PeakError as error:
-                self._report(f"{case}: no peak memory of {provider}: {error}", False)
+                self.report(f"{case}: no peak memory of {provider}: {error}", False)
         return peaks
 
-    def _time(
+    def time(
         self,
         case: Case,
         subject: Subject,
@@ -306,7 +266,6 @@ class Run:
         mode: str,
         checked: Mapping[str, Any],
         peaks: Mapping[str, int],
-        budget: Budget,
     ) -> bool:
         """One row per provider and floor; or none, where one that is required fails. Tells which."""
         stopwatches, details = {}, {}
@@ -315,12 +274,12 @@ class Run:
                 stopwatches[name], details[name] = subject.stopwatch(mode, operation, checked.get(name))
             except Exception as error:  # a kernel that refuses, no memory: whatever it is, others can be measured
                 required = is_required(case, name, checked)
-                self._report(f"{case} {operation}: {name} failed: {error_summary(error)}", required)
+                self.report(f"{case} {operation}: {name} failed: {error_summary(error)}", required)
                 if required:
                     return False
-        work = operation_work(operation, case, self._device.name)
-        source = replace(self._source, threads=torch.get_num_threads())
-        for name, timing in time_in_turn(stopwatches, partial(budget.rounds, work)).items():
+        work = operation_work(operation, case, self.device.name)
+        source = replace(self.source, threads=torch.get_num_threads())
+        for name, timing in time_in_turn(stopwatches, partial(self.budget.rounds, work)).items():
             row = Row(
                 suite=case.suite,
                 model=case.model,
@@ -337,9 +296,11 @@ class Run:
                 **details[name],
                 **asdict(source),
             )
-            self._outcome.rows.append(row)
+            self.outcome.rows.append(row)
         return True
 
-    def _report(self, message: str, required: bool) -> None:
-        self._device.synchronize()
-        self._outcome.report(message, required)
+    def report(self, message: str, required: bool) -> None:
+        """Keep what went wrong with a provider, once."""
+        self.device.synchronize()
+        kept = self.outcome.mismatches if required else self.outcome.notes
+        kept += [] if message in kept else [message]

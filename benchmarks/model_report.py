@@ -7,16 +7,7 @@ import pandas as pd
 
 from benchmarks.rows import Row
 from benchmarks.suites import COMPILE, EAGER_PROVIDERS, MB, STEP, TORCH, WITHOUT, shape_label
-from benchmarks.tables import (
-    Sheet,
-    command,
-    frame,
-    how_measured,
-    markdown,
-    mean_of,
-    operation_label,
-    texts,
-)
+from benchmarks.tables import Sheet, command, how_measured, markdown, mean_of, operation_label, texts
 
 COMPILED_SUITE, SMALL_SUITE = "compiled", "small-models"
 LIMIT = 1.0  # a compiled model is not slower with bnext, nor a small one for fusing
@@ -49,16 +40,16 @@ CALLS_LEGEND = "x torch: the time with torch alone / that with bnext, both compi
 def compare(rows: Sequence[Row]) -> pd.DataFrame:
     """One line per row with ``torch_s``, the seconds with torch's layers: eager beside eager, compiled beside compiled.
 
-    Rows without torch's beside them, as where it failed, are left out. Raises InputError where a provider is there
-    twice. ``costed``: whether the case was measured without batch norm, too.
+    Rows without torch's beside them, as where it failed, are left out. ``costed``: whether the case was measured
+    without batch norm, too.
     """
-    table = frame(rows, KEYS)
+    table = pd.DataFrame([vars(row) for row in rows])
     table["input"] = table["shape"].map(shape_label)
     table["compiled"] = table["provider"].str.endswith(COMPILE)
     is_torch = table["provider"] == (TORCH + table["compiled"].map({True: COMPILE, False: ""}))
     beside = [*KEYS, "compiled"]
     torchs = table.loc[is_torch, [*beside, "median_s"]].rename(columns={"median_s": "torch_s"})
-    table = table.assign(is_torch=is_torch).merge(torchs, on=beside)
+    table = table.assign(is_torch=is_torch).merge(torchs, on=beside, validate="many_to_one")
     table["speedup"] = table["torch_s"] / table["median_s"]
     table["costed"] = table.groupby(beside)["provider"].transform(lambda providers: WITHOUT in set(providers))
     return table
@@ -193,8 +184,7 @@ def compiled_bar(called: pd.DataFrame) -> str:
 def fused_bar(table: pd.DataFrame) -> str:
     """A line, or nothing where no small model was measured."""
     small = table[table["suite"] == SMALL_SUITE]
-    seconds = small.pivot(index=CASE, columns="provider", values="median_s").reindex(columns=list(OURS))
-    seconds = seconds.reindex(pd.MultiIndex.from_frame(small[CASE].drop_duplicates()))
+    seconds = small.set_index([*CASE, "provider"])["median_s"].unstack(sort=False).reindex(columns=list(OURS))
     ratios = (seconds["bnext"] / seconds["bnext-fused"]).dropna()
     if ratios.empty:
         return ""

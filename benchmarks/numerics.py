@@ -1,14 +1,15 @@
 """``python -m benchmarks numerics``: each case on each path, by bnext and by torch, against float64."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.benchmark.utils.common import set_torch_threads
 
-from benchmarks.numerics_cases import KINK, PATHS, Case, by_channel, in_path, make_arguments
+from benchmarks.closeness import away_from_kinks
+from benchmarks.numerics_cases import PATHS, Case, by_channel, in_path, make_arguments
 from benchmarks.numerics_report import FLOOR, QUANTITIES, RELATIVE, ULP, Results, judged
 from benchmarks.operators import BatchNorm, Tensors, functions
 from benchmarks.provenance import provenance
@@ -43,10 +44,10 @@ class Error:
     unit: str
 
 
-def exact_results(case: Case, arguments: Tensors) -> tuple[dict[str, Exact], Tensors]:
-    """Each quantity; and the arguments with a grad_output that is 0 near a kink."""
+def exact_results(case: Case, arguments: Tensors) -> dict[str, Exact]:
+    """Each quantity."""
     weight, bias = (vector.double()[:, None] for vector in (arguments.weight, arguments.bias))
-    x = by_channel(arguments.input).double()
+    x, g = (by_channel(data).double() for data in (arguments.input, arguments.grad_output))
     count = x.shape[1]
     results = {}
     if case.training:
@@ -64,10 +65,6 @@ def exact_results(case: Case, arguments: Tensors) -> tuple[dict[str, Exact], Ten
     z = xhat * weight + bias
     for residual in arguments.residual:
         z += by_channel(residual).double()
-
-    if case.epilogue.act:
-        arguments = replace(arguments, grad_output=_away_from_kinks(arguments.grad_output, z))
-    g = by_channel(arguments.grad_output).double()
     if case.epilogue.act:
         g *= z > 0
         z = z.clamp_(min=0)
@@ -77,13 +74,7 @@ def exact_results(case: Case, arguments: Tensors) -> tuple[dict[str, Exact], Ten
         mean_g, mean_gx = (results[name].values / count for name in ("grad_bias", "grad_weight"))
         g = g.sub_(mean_g).sub_(xhat.mul_(mean_gx))
     results["grad_input"] = Exact.of(g.mul_(weight * invstd))
-    return results, arguments
-
-
-def _away_from_kinks(grad_output: Tensor, z: Tensor) -> Tensor:
-    n, c, *spatial = grad_output.shape
-    near = (z.abs() < KINK).view(c, n, *spatial).transpose(0, 1)
-    return grad_output.masked_fill(near, 0)
+    return results
 
 
 def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -129,7 +120,8 @@ def rows_of(case: Case, providers: Mapping[str, BatchNorm]) -> list[dict[str, An
     """One row per path and quantity."""
     rows = []
     with set_torch_threads(1):  # these tensors are too small for a second one
-        exact, arguments = exact_results(case, make_arguments(case))
+        arguments = away_from_kinks(case.epilogue, make_arguments(case))
+        exact = exact_results(case, arguments)
     for path in PATHS:
         actual = {name: results_of(function, case, arguments, path) for name, function in providers.items()}
         for quantity in filter(exact.__contains__, QUANTITIES):

@@ -19,10 +19,6 @@ LONG_SHAPE = (16, 2, 512, 512)  # 4,194,304 values a channel
 ROWS = "(N,C)"
 PATHS = (*MEMORY_FORMATS, ROWS)
 
-# A pre-activation that is closer to ReLU's kink than this gets no gradient: which side of the kink it is on may be
-# rounding, and the jump of a whole gradient would hide all other errors. bfloat16 rounds numbers below 4 by 2^-7.
-KINK = 2.0**-5
-
 
 @dataclass(frozen=True)
 class Case:

@@ -15,8 +15,6 @@ from benchmarks.style import BLACK, BLUE, LABEL, NUMBER, ORANGE, SKY, TITLE, WID
 from benchmarks.suites import SIZE_CLASSES, WITHOUT
 from benchmarks.tables import mean_of, operation_label
 
-FOLDER = Path(__file__).parents[1] / "docs" / "pictures"
-
 LINE_INCHES = 0.21  # a bar or a mark with a number beside it
 OP_INCHES = 3.0
 HEAD_INCHES = 1.1  # the titles and the scale

@@ -11,7 +11,7 @@ import pandas as pd
 from benchmarks import model_report
 from benchmarks.bars import BARS, bars_text, mean_verdicts, summary, verdicts
 from benchmarks.cuda.predict import predicted_us
-from benchmarks.rows import CLOCK, GRAPH, InputError, Row, is_touched
+from benchmarks.rows import CLOCK, GRAPH, Row, is_touched
 from benchmarks.suites import (
     BNEXT,
     COPY,
@@ -28,44 +28,25 @@ from benchmarks.suites import (
     tensor_bytes,
     tensor_label,
 )
-from benchmarks.tables import (
-    Sheet,
-    command,
-    frame,
-    how_measured,
-    markdown,
-    mean_of,
-    operation_label,
-    print_markdown,
-    print_sheets,
-    row_label,
-    texts,
-)
+from benchmarks.tables import Sheet, command, how_measured, markdown, mean_of, operation_label, print_markdown, texts
 
 # What tells one measurement from another, and one table of measurements from another.
 KEYS = ["suite", "op", "shape", "act", "residual", "dtype", "layout", "mode"]
 GROUP = ["dtype", "layout_shown", "mode", "fused"]
 
-REQUIRED = (TORCH, BNEXT, COPY)
+PROVIDERS = (TORCH, BNEXT, COPY, TORCH_COMPILE, NO_CUDNN)  # those that have a column, measured or not
 
 
 def compare(rows: Sequence[Row]) -> pd.DataFrame:
     """One line per measurement, in the order of the rows, images before (N,C), fused ones last.
 
     One column per provider has its seconds, NaN where it was not measured. ``speedup`` is torch's time / bnext's,
-    ``over_copy`` bnext's / the copy's. Raises InputError where one of ``REQUIRED`` is missing or a provider is there
-    twice: means over such a file would be wrong.
+    ``over_copy`` bnext's / the copy's. Raises ValueError where a provider was measured twice.
     """
-    measured = frame(rows, KEYS)
+    measured = pd.DataFrame([vars(row) for row in rows])
     measured["number"] = measured.groupby(KEYS, sort=False).ngroup()
     seconds = measured.pivot(index="number", columns="provider", values="median_s")
-    seconds = seconds.reindex(columns=list(dict.fromkeys([*REQUIRED, TORCH_COMPILE, NO_CUDNN, *seconds.columns])))
-    incomplete = seconds[seconds[[*REQUIRED]].isna().any(axis=1)]
-    if not incomplete.empty:
-        missing = ", ".join(sorted(name for name in REQUIRED if pd.isna(incomplete[name].iloc[0])))
-        example = measured[measured["number"] == incomplete.index[0]].iloc[0]
-        raise InputError(f"{row_label(example)}: no measurement of {missing} beside it")
-
+    seconds = seconds.reindex(columns=list(dict.fromkeys([*PROVIDERS, *seconds.columns])))
     ours = measured[measured["provider"] == BNEXT].set_index("number")
     table = described(ours[[*KEYS, "device", "device_name", "plan", "gb_per_s"]].join(seconds).sort_index())
     table = table.sort_values(["fused", "is_matrix"], kind="stable")
@@ -127,13 +108,8 @@ def means_by_operation(table: pd.DataFrame) -> Sheet:
     return Sheet(labels.join(lines.reset_index(drop=True)), labels=3)
 
 
-def without_empty(cells: pd.DataFrame) -> pd.DataFrame:
-    """Without columns of what was not measured at all."""
-    return cells.loc[:, (cells != "").any()]
-
-
-def measurements_sheet(table: pd.DataFrame) -> Sheet:
-    """One line per measurement of one group."""
+def measurements(table: pd.DataFrame) -> pd.DataFrame:
+    """One line of text per measurement, without columns of what was not measured at all."""
     others = {"no cuDNN": NO_CUDNN, "compile": TORCH_COMPILE}
     others |= {name.removeprefix(PLANNED): name for name in table.columns if name.startswith(PLANNED)}
     limits = verdicts(table)
@@ -146,30 +122,24 @@ def measurements_sheet(table: pd.DataFrame) -> Sheet:
         "shape": table["label"],
         "operation": table["op"].astype(str),
         "MB": texts(table["bytes"] / 1e6, "{:.2f}"),
-        "us": list(map(four_digits, table[BNEXT] * 1e6)),
-        "predicted": texts(predicted_us(table), "{:.4g}"),
-        "GB/s": list(map(four_digits, table["gb_per_s"])),
+        "us": texts(table[BNEXT] * 1e6, "{:.1f}"),
+        "predicted": texts(predicted_us(table), "{:.1f}"),
+        "GB/s": texts(table["gb_per_s"], "{:.1f}"),
         "x torch": texts(table["speedup"], "{:.2f}"),
         **{head: texts(table[name] / table[BNEXT], "{:.2f}") for head, name in others.items()},
         "x copy": texts(table["over_copy"], "{:.2f}"),
         **{f"{bar} bar": texts(by_bar[bar], "{}") for bar in BARS},
         "plan": table["plan"],
     }
-    return Sheet(without_empty(pd.DataFrame(cells)), labels=3, title=group_label(table.iloc[0]))
+    lines = pd.DataFrame(cells)
+    return lines.loc[:, (lines != "").any()]
 
 
-def four_digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-def held_sheet(rows: Sequence[Row]) -> Sheet:
+def held_sheet(held: pd.DataFrame) -> Sheet:
     """What a forward's graph holds beyond the arguments, in sizes of the input: one line per dtype and activation.
 
     In brackets what of it is the result. A tensor that was timed in two modes counts twice.
     """
-    held = pd.DataFrame([vars(row) for row in rows if row.held_bytes is not None])
-    if held.empty:
-        return Sheet(held, labels=0)
     held["after batch norm"] = [str(Epilogue(a, r)) for a, r in held[["act", "residual"]].to_numpy()]
     held["size"] = [tensor_bytes(shape, dtype) for shape, dtype in zip(held["shape"], held["dtype"], strict=True)]
     keys = ["dtype", "after batch norm", "provider"]
@@ -196,10 +166,10 @@ def block(rows: Sequence[Row]) -> str:
     """The means, the memory and the bars as Markdown, of rows that are all plain batch norms or all fused."""
     rows = device_times(rows)
     table = compare(rows)
-    held = held_sheet(rows)
     parts = [markdown(means_by_operation(table)), legend(table)]
-    if held.labels:
-        parts += [markdown(held), HELD_LEGEND]
+    held = pd.DataFrame([vars(row) for row in rows if row.held_bytes is not None])
+    if len(held):
+        parts += [markdown(held_sheet(held)), HELD_LEGEND]
     found = verdicts(table)
     if len(found):
         how = {GRAPH: "Replays of CUDA graphs. "}.get(rows[0].mode, "Calls from Python. ")
@@ -212,7 +182,11 @@ def block(rows: Sequence[Row]) -> str:
 
 def legend(table: pd.DataFrame) -> str:
     on_gpu, fused = table["device"].iloc[0] == "cuda", table["fused"].iloc[0]
-    passes = ", ".join(f"{operation_label(op)} {passes_text(op, fused)}" for op in table["op"].cat.categories)
+    passes = ", ".join(
+        f"{operation_label(op)} {TENSOR_PASSES[op]}"
+        + (f" ({TENSOR_PASSES[op] + RESIDUAL_PASSES[op]} with a residual)" if fused else "")
+        for op in table["op"].cat.categories
+    )
     copy = "a device copy" if on_gpu else "torch's copy (or addition)"
     touched = "" if on_gpu else " into memory already touched"
     compiled = fused and table["over_compile"].notna().any()
@@ -224,11 +198,6 @@ def legend(table: pd.DataFrame) -> str:
     )
 
 
-def passes_text(op: str, fused: bool) -> str:
-    passes = TENSOR_PASSES[op]
-    return f"{passes} ({passes + RESIDUAL_PASSES[op]} with a residual)" if fused else f"{passes}"
-
-
 # Of whatever rows.
 
 
@@ -237,29 +206,11 @@ def of_kinds(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     return [row for row in rows if not row.model], [row for row in rows if row.model]
 
 
-def print_report(rows: Sequence[Row]) -> None:
-    """Every measurement of batch norms, one table per group; then the block of each kind, as a document has it."""
-    tensors, _ = of_kinds(rows)
-    if tensors:
-        print_sheets(measurements_sheet(members) for _, members in compare(tensors).groupby("group"))
-    for row in filter(lambda row: row.note, tensors):
-        what = f"{row.suite} {tensor_label(row.shape, row.epilogue)} {row.dtype} {row.layout} {row.op} {row.mode}"
-        print(f"{what}: {row.provider} {row.note}")
-    kinds: dict[str, list[Row]] = {}
-    for row in rows:
-        kinds.setdefault(row.suite if row.model else "fused" if row.act else "", []).append(row)
-    for members in kinds.values():
-        print_markdown(model_report.block(members) if members[0].model else block(members))
-
-
 def block_name(row: Row) -> str:
     """By device, by suite of whole models or of a batch norm with an activation, and by what memory was touched."""
-    what = row.suite if row.model else "fused" if row.epilogue != PLAIN else ""
-    touched = is_touched(row.environment)
-    if touched and what:
-        raise InputError(f"there is no table for {what} in memory already touched")
     device = "" if row.device == "cpu" else row.device
-    return ":".join(filter(None, ("benchmark", device, what, "touched" if touched else "")))
+    what = row.suite if row.model else "fused" if row.act else ""
+    return ":".join(filter(None, ("benchmark", device, what, "touched" if is_touched(row.environment) else "")))
 
 
 def blocks(rows: Sequence[Row]) -> dict[str, str]:
@@ -268,3 +219,16 @@ def blocks(rows: Sequence[Row]) -> dict[str, str]:
     for row in rows:
         members.setdefault(block_name(row), []).append(row)
     return {name: model_report.block(of) if of[0].model else block(of) for name, of in members.items()}
+
+
+def print_report(rows: Sequence[Row]) -> None:
+    """Every measurement of batch norms, one table per group; then the blocks as a document has them."""
+    tensors, _ = of_kinds(rows)
+    if tensors:
+        for _, members in compare(tensors).groupby("group"):
+            print(f"{group_label(members.iloc[0])}\n{measurements(members).to_string(index=False)}\n")
+    for row in filter(lambda row: row.note, tensors):
+        what = f"{row.suite} {tensor_label(row.shape, row.epilogue)} {row.dtype} {row.layout} {row.op} {row.mode}"
+        print(f"{what}: {row.provider} {row.note}")
+    for text in blocks(rows).values():
+        print_markdown(text)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,18 +96,12 @@ class Row(Provenance, Measurement):
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file that is either the old one or the whole new one, also when interrupted."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        # mkstemp makes the file private; a result is as readable as any other new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+        part.write_bytes(data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def save_rows(path: Path, rows: Iterable[Row]) -> None:
@@ -119,26 +112,19 @@ def save_rows(path: Path, rows: Iterable[Row]) -> None:
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from None
 
 
 def load_rows(path: Path) -> list[Row]:
     """The rows of a file; raises InputError where it is not one of ours."""
-    content = read_json(path)
-    if not isinstance(content, list) or not content:
-        raise InputError(f"{path} holds no benchmark rows: expected a JSON array of objects")
-    return [_row(path, number, fields) for number, fields in enumerate(content)]
-
-
-def _row(path: Path, number: int, fields: Any) -> Row:
     try:
-        row = Row(**{**fields, "shape": tuple(fields["shape"]), "losses": tuple(fields.get("losses", ()))})
-        valid = row.median_s > 0 and len(row.shape) >= 2
+        rows = [
+            Row(**{**fields, "shape": tuple(fields["shape"]), "losses": tuple(fields.get("losses", ()))})
+            for fields in read_json(path)
+        ]
     except (TypeError, KeyError) as error:
-        raise InputError(f"{path}: row {number} is not a benchmark row: {error}") from None
-    if not valid:
-        raise InputError(f"{path}: row {number} is not a benchmark row: shape {row.shape}, {row.median_s} s")
-    return row
+        raise InputError(f"{path} holds no benchmark rows: {error}") from None
+    if not rows:
+        raise InputError(f"{path} holds no benchmark rows")
+    return rows

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.rows import InputError, write_atomically
+from benchmarks.rows import write_atomically
 
 # Of Okabe and Ito's palette: they differ in lightness as well.
 BLUE, SKY, ORANGE, BLACK = "#0072b2", "#7fc4ee", "#d55e00", "#222222"
@@ -48,7 +48,4 @@ def bar(axes: Axes, position: float, ratio: float, colour: str, height: float, b
 def save(path: Path, figure: Figure) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
-    try:
-        write_atomically(path, buffer.getvalue())
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    write_atomically(path, buffer.getvalue())

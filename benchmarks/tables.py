@@ -1,18 +1,15 @@
 """Tables: cells of text in a pandas frame, as Markdown and on the terminal; and what every report has in common."""
 
 from collections.abc import Iterable, Sequence
-from math import isnan, nan
-from statistics import geometric_mean
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
-from rich import box
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.table import Table
 
-from benchmarks.rows import InputError, Row, is_touched
-from benchmarks.suites import PLAIN, shape_label
+from benchmarks.rows import Row, is_touched
+from benchmarks.suites import PLAIN
 
 # In a narrower terminal, or a log, lines may wrap; rich would cut numbers instead.
 MIN_WIDTH = 140
@@ -23,7 +20,6 @@ class Sheet(NamedTuple):
 
     cells: pd.DataFrame
     labels: int
-    title: str = ""
 
 
 def texts(values: Iterable[object], form: str) -> list[str]:
@@ -31,10 +27,9 @@ def texts(values: Iterable[object], form: str) -> list[str]:
     return ["" if pd.isna(value) else form.format(value) for value in values]
 
 
-def mean_of(values: Iterable[float]) -> float:
+def mean_of(values: pd.Series) -> float:
     """The geometric mean of what was measured; NaN where nothing was."""
-    known = [value for value in values if not isnan(value)]
-    return geometric_mean(known) if known else nan
+    return float(np.exp(np.log(values).mean()))
 
 
 def markdown(sheet: Sheet) -> str:
@@ -44,48 +39,8 @@ def markdown(sheet: Sheet) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def terminal() -> Console:
-    return Console(width=max(Console().width, MIN_WIDTH))
-
-
 def print_markdown(text: str) -> None:
-    terminal().print(Markdown(text))
-
-
-def print_sheets(sheets: Iterable[Sheet]) -> None:
-    """On the terminal, with what is slower than torch, or misses its bar, in red."""
-    console = terminal()
-    for sheet in sheets:
-        table = Table(title=sheet.title, title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1))
-        heads = list(sheet.cells.columns)
-        for index, head in enumerate(heads):
-            justify = "left" if index < sheet.labels else "right"
-            table.add_column(head.replace(", ", "\n"), justify=justify, no_wrap=True)
-        for line in sheet.cells.itertuples(index=False, name=None):
-            table.add_row(
-                *(f"[red]{cell}[/red]" if is_bad(head, cell) else cell for head, cell in zip(heads, line, strict=True))
-            )
-        console.print(table)
-
-
-def is_bad(head: str, cell: str) -> bool:
-    slower = head.startswith("x torch") and cell and float(cell.split()[0]) < 1
-    return bool(slower) or cell.endswith("MISS")
-
-
-def frame(rows: Sequence[Row], keys: Sequence[str]) -> pd.DataFrame:
-    """One line per row; raises InputError where a provider was measured twice on what ``keys`` tell apart."""
-    table = pd.DataFrame([vars(row) for row in rows])
-    twice = table[table.duplicated([*keys, "provider"])]
-    if not twice.empty:
-        raise InputError(f"{row_label(twice.iloc[0])} is there twice: one report shows one run")
-    return table
-
-
-def row_label(row: pd.Series) -> str:
-    """Provider, operation and tensor of a line of ``frame``."""
-    parts = (row["provider"], row["op"], row["model"], shape_label(row["shape"]), row["dtype"], row["layout"])
-    return " ".join(filter(None, parts))
+    Console(width=max(Console().width, MIN_WIDTH)).print(Markdown(text))
 
 
 def operation_label(op: str) -> str:

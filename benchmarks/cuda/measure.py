@@ -1,23 +1,30 @@
-"""The GPU as a device to measure on: calls are timed cold, in graphs and from Python."""
+"""The GPU as a device to measure on: calls are timed cold, in graphs and from Python.
 
-from collections.abc import Iterator, Sequence
+All that is asked of torch.cuda while measuring, and how bnext planned, are methods here; the tests put the host in
+their place.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from benchmarks.command import error_summary
+from benchmarks.cuda.device import cuda_provenance
 from benchmarks.cuda.providers import make_provider
 from benchmarks.cuda.rotation import Rotation, buffer_sets, calls_per_graph
-from benchmarks.cuda.runtime import CudaRuntime
-from benchmarks.cuda.stopwatch import EventStopwatch, eager_stopwatch, graph_stopwatch
-from benchmarks.measure import Context
-from benchmarks.operators import SEED, Provider, Tensors, make_tensors
-from benchmarks.rows import EAGER, GRAPH, Provenance
+from benchmarks.cuda.stopwatch import EventStopwatch, graph_stopwatch
+from benchmarks.measure import Context, Device
+from benchmarks.operators import SEED, Tensors, make_tensors
+from benchmarks.rows import EAGER, GRAPH
 from benchmarks.suites import Case, model_bytes, tensor_bytes
 from benchmarks.timing import Call
+from bnext import _C
+
+Result = TypeVar("Result")
 
 # A call on a larger tensor takes the device longer than Python; on a smaller one both numbers matter.
 EAGER_MAX_BYTES = 16 * 1024**2
@@ -25,39 +32,49 @@ EAGER_MAX_BYTES = 16 * 1024**2
 # Sets, graphs and results of all providers at once are at most about six times what one of them moves.
 MEMORY_SHARE = 16
 
+# Overwriting it takes a GPU of 4 TB/s 120 us, and Python about as long to enqueue the calls behind it.
+SCRATCH_BYTES = 512 * 1024**2
+WARM_FILLS = 4000  # about half a second: a GPU that was idle raises its clocks within that
 
-class Gpu:
-    """Sets of tensors take turns, so that the L2 cache is cold."""
 
-    name = "cuda"
+class Gpu(Device):
+    """The current GPU, which works through what is enqueued, in order.
 
-    def __init__(self, runtime: CudaRuntime | None = None) -> None:
-        self._runtime = runtime or CudaRuntime()
-        self.tensors = self._runtime.device
+    Sets of tensors take turns, so that the L2 cache is cold.
+    """
+
+    name = tensors = "cuda"
+
+    def __init__(self) -> None:
+        self.l2_bytes: int = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        # One stream for all: autograd runs a backward on the stream of its forward, and a capture that meets work
+        # of another stream, or of the legacy default one, fails.
+        self._stream = torch.cuda.Stream()
+        self._scratch = torch.empty(min(SCRATCH_BYTES, self.free_bytes() // 8), dtype=torch.uint8, device="cuda")
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        with self._runtime.stream():
-            self._runtime.warm_up()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):  # where everything that follows is enqueued
+            for _ in range(WARM_FILLS):
+                self.occupy()
+            torch.cuda.synchronize()
             yield
 
-    def provenance(self, threads: int) -> Provenance:
-        return self._runtime.provenance(threads)
+    provenance = staticmethod(cuda_provenance)
+    make_provider = staticmethod(make_provider)
 
     def modes(self, case: Case) -> tuple[str, ...]:
         if case.model:
             return (EAGER,)
         return (GRAPH, EAGER) if tensor_bytes(case.shape, case.dtype) < EAGER_MAX_BYTES else (GRAPH,)
 
-    def make_provider(self, case: Case, name: str) -> Provider:
-        return make_provider(case, name)
-
     def make_sets(self, case: Case) -> list[Tensors]:
         return make_sets(case, self.tensors, max(self.sets(op, case) for op in case.operations))
 
     def sets(self, operation: str, case: Case) -> int:
         moved = model_bytes(operation, case.shape, case.dtype, case.epilogue)
-        return buffer_sets(moved, self._runtime.l2_bytes, self._runtime.free_bytes() // MEMORY_SHARE)
+        return buffer_sets(moved, self.l2_bytes, self.free_bytes() // MEMORY_SHARE)
 
     def copy_call(self, operation: str, case: Case, tensors: Tensors) -> Call:
         return copy_call(operation, case, self.tensors)
@@ -70,17 +87,41 @@ class Gpu:
         note = ""
         if mode == GRAPH:
             try:
-                stopwatch = graph_stopwatch(rotation, calls_per_graph(moved, len(calls)), self._runtime)
-                return stopwatch, {"note": note, "plan": self._runtime.last_plan()}
-            except Exception as error:  # torch, CUDA and the compiler each raise their own
-                note = f"{EAGER}, not captured: {error_summary(error)}"
-                self._runtime.synchronize()
+                stopwatch = graph_stopwatch(rotation, calls_per_graph(moved, len(calls)), self)
+                return stopwatch, {"note": note, "plan": self.last_plan()}
+            except Exception as error:  # torch, CUDA or a compiler's; where a capture has failed its end raises as well
+                note = f"{EAGER}, not captured: {error_summary(error.__context__ or error)}"
+                self.synchronize()
         rotation.run(len(rotation))
-        self._runtime.synchronize()
-        return eager_stopwatch(rotation, self._runtime), {"note": note, "plan": self._runtime.last_plan()}
+        self.synchronize()
+        return EventStopwatch(self, rotation.run), {"note": note, "plan": self.last_plan()}
+
+    def free_bytes(self) -> int:
+        """What the driver has, and what torch's allocator keeps for the next tensors."""
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+    def event(self) -> torch.cuda.Event:
+        return torch.cuda.Event(enable_timing=True)
 
     def synchronize(self) -> None:
-        self._runtime.synchronize()
+        """Wait until the device is idle; raises what went wrong on it."""
+        torch.cuda.synchronize()
+
+    def occupy(self) -> None:
+        """Give the device something to do that leaves nothing of use in its caches."""
+        self._scratch.zero_()
+
+    def last_plan(self) -> str:
+        """The way that the last launch of bnext's took."""
+        return _C.last_cuda_plan()
+
+    def capture(self, run: Callable[[], Result]) -> tuple[Call, Result]:
+        """A call that replays what ``run`` enqueues, and what ``run`` returned: where the replays write."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            result = run()
+        return graph.replay, result
 
 
 def make_sets(case: Case, device: str, number: int) -> list[Tensors]:

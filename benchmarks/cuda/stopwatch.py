@@ -4,12 +4,15 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from benchmarks.cuda.rotation import Rotation
-from benchmarks.cuda.runtime import CudaRuntime
+
+if TYPE_CHECKING:
+    from benchmarks.cuda.measure import Gpu
 
 WARM_CALLS = 3  # torch compiles, tunes and chooses algorithms in the first calls; a capture must find that done
 
@@ -34,7 +37,7 @@ class EventStopwatch:
     between the events. Otherwise it is idle at the first event, and what Python takes is part of the time.
     """
 
-    runtime: CudaRuntime
+    gpu: "Gpu"
     run: Callable[[int], object]  # told how many repeats
     calls: int = 1
     head_start: bool = False
@@ -42,11 +45,11 @@ class EventStopwatch:
     def timeit(self, number: int) -> float:
         """The seconds of ``number`` calls: those of whole repeats, scaled."""
         repeats = -(-number // self.calls)
-        begin, end = self.runtime.event(), self.runtime.event()
+        begin, end = self.gpu.event(), self.gpu.event()
         with no_collection():
-            self.runtime.synchronize()
+            self.gpu.synchronize()
             if self.head_start:
-                self.runtime.occupy()
+                self.gpu.occupy()
             begin.record()
             self.run(repeats)
             end.record()
@@ -54,37 +57,32 @@ class EventStopwatch:
         return begin.elapsed_time(end) / 1e3 * number / (repeats * self.calls)
 
 
-def eager_stopwatch(rotation: Rotation, runtime: CudaRuntime) -> EventStopwatch:
-    """Calls as a user makes them: where they are short, this measures Python and torch."""
-    return EventStopwatch(runtime, rotation.run)
-
-
-def graph_stopwatch(rotation: Rotation, calls: int, runtime: CudaRuntime) -> EventStopwatch:
+def graph_stopwatch(rotation: Rotation, calls: int, gpu: "Gpu") -> EventStopwatch:
     """Replays of a graph of so many calls; raises whatever prevents a capture."""
     rotation.run(max(WARM_CALLS, len(rotation)))
-    runtime.synchronize()
+    gpu.synchronize()
     with no_collection():
-        replay, results = runtime.capture(lambda: rotation.run(calls))
-    require_replay_writes(replay, results[0], runtime)
+        replay, results = gpu.capture(lambda: rotation.run(calls))
+    require_replay_writes(replay, results[0], gpu)
 
     def replays(number: int) -> None:
         for _ in range(number):
             replay()
 
-    return EventStopwatch(runtime, replays, calls, head_start=True)
+    return EventStopwatch(gpu, replays, calls, head_start=True)
 
 
 class EmptyGraphError(Exception):
     """A capture that left the work out, as where it went to another stream, would give a splendid time."""
 
 
-def require_replay_writes(replay: Callable[[], object], result: object, runtime: CudaRuntime) -> None:
+def require_replay_writes(replay: Callable[[], object], result: object, gpu: "Gpu") -> None:
     """Raise EmptyGraphError unless a replay gives the result that is erased here the finite values it should."""
     tensor = result[0] if isinstance(result, tuple) else result
     if not isinstance(tensor, Tensor):
         raise EmptyGraphError(f"expected a tensor from the captured call, got {type(tensor).__name__}")
     tensor.detach().fill_(torch.nan)
     replay()
-    runtime.synchronize()
+    gpu.synchronize()
     if not bool(tensor.isfinite().all()):
         raise EmptyGraphError("a replay does not write the result")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
+from benchmarks import document
 from benchmarks.command import (
     POSITIVE,
     WHOLE,
@@ -22,7 +23,6 @@ from benchmarks.command import (
     make_writable,
     run_command,
 )
-from benchmarks.document import DOCUMENT, TUNING, report_update
 from benchmarks.rows import InputError, write_atomically
 from studies.tuning.results import Results, load_results, save_results
 from studies.tuning.settings import ACTIVATIONS, INITS, MODELS, OPTIMIZERS, QUICK_SEEDS, QUICK_STEPS, Settings
@@ -35,12 +35,8 @@ MOMENTUM = Number(float, "numbers from 0 to below 1", lambda value: 0 <= value <
 SEED = Number(int, "whole numbers from 0 to below 2^31", lambda value: 0 <= value < 2**31)
 
 
-class Parser(OneLineParser):
-    program = PROGRAM
-
-
-def make_parser() -> Parser:
-    parser = Parser(
+def make_parser() -> OneLineParser:
+    parser = OneLineParser(
         prog=PROGRAM,
         description="Train over a grid of learning rates α and momenta β, with batch norm and without.",
         epilog="Without a command: run, with run's options. The same command goes on with a study that was stopped, "
@@ -65,16 +61,14 @@ def make_parser() -> Parser:
         usual = ",".join(f"{value:g}" for value in getattr(DEFAULT, option[2:]))
         run.add_argument(option, type=number.list, help=f"default: {usual}")
     run.add_argument("--output", type=Path, metavar="DIR", help="default: benchmarks/results/tuning, or a folder in it")
+    run.add_argument("--storage", metavar="URL", help="a database's, for SQLAlchemy; default: study.db in the output")
 
-    report = commands.add_parser("report", help="show results again, from a file or from the storage alone")
+    report = commands.add_parser("report", help="show results again")
     report.set_defaults(run=run_report)
-    report.add_argument("file", type=Path, nargs="?", metavar="FILE.json", help="default: the committed results")
+    file = RESULTS / "results.json"
+    report.add_argument("file", type=Path, nargs="?", default=file, metavar="FILE.json", help="default: the committed")
     report.add_argument("--output", type=Path, metavar="DIR", help="default: the file's folder")
-    add_report_options(report, DOCUMENT)
-
-    for command, default in ((run, "study.db in the output folder"), (report, "the file")):
-        command.add_argument("--storage", metavar="URL", help=f"a database's, for SQLAlchemy; default: {default}")
-        command.add_argument("--study", metavar="NAME", help="in the storage; default: made of the settings")
+    add_report_options(report, document.DOCUMENT)
     return parser
 
 
@@ -85,30 +79,20 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 
 def study_name(settings: Settings) -> str:
-    """The default study's is short; what is different from it is part of a name."""
-    if settings == DEFAULT:
-        return "default"
-    names = ("model", "activation", "optimizer", "init")
-    parts = [getattr(settings, name) for name in names if getattr(settings, name) != getattr(DEFAULT, name)]
-    if (settings.steps, settings.seeds) == (QUICK_STEPS, QUICK_SEEDS):
-        parts.append("quick")
-    elif settings.steps != DEFAULT.steps:
-        parts.append(f"{settings.steps}-steps")
-    return "-".join(parts) or "other-grid"
+    """What is different from the default study."""
+    given = {field.name: getattr(settings, field.name) for field in fields(Settings)}
+    different = {name: value for name, value in given.items() if value != getattr(DEFAULT, name)}
+    return "-".join(f"{name}={value}".replace(" ", "") for name, value in different.items()) or "default"
 
 
 def run_study(arguments: argparse.Namespace) -> int:
     settings = settings_of(arguments)
-    name = arguments.study or study_name(settings)
+    name = study_name(settings)
     output: Path = arguments.output or (RESULTS if settings == DEFAULT else RESULTS / name)
     make_writable(output)
     url = arguments.storage or f"sqlite:///{output.absolute() / 'study.db'}"
 
-    # Here, so that report, --help and bad input need no Optuna and no second.
-    try:
-        from studies.tuning import study
-    except ImportError as error:
-        raise InputError(f"cannot run a study: {error} (it is one of the extra bench)") from None
+    from studies.tuning import study  # here, so that report, --help and bad input need no Optuna and no second
 
     try:
         results = study.run(url, name, settings, arguments.jobs)
@@ -120,7 +104,7 @@ def run_study(arguments: argparse.Namespace) -> int:
         return 1
     except study.STORAGE_ERRORS as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"the storage {study.shown(url)} failed: {reason}") from None
+        raise InputError(f"the storage failed: {reason}") from None
     save_results(output / "results.json", results)
     show(output, results)
     return 0
@@ -128,40 +112,27 @@ def run_study(arguments: argparse.Namespace) -> int:
 
 def show(folder: Path, results: Results) -> None:
     """Draw the pictures, write the page that shows them, print the table and the conclusion."""
-    from benchmarks.tables import print_sheets
     from studies.tuning.analysis import conclusion, page, sides_sheet
     from studies.tuning.pictures import captions, save_pictures
 
     make_writable(folder)
     save_pictures(folder, results)
     write_atomically(folder / "README.md", page(results, captions()).encode())
-    print_sheets([sides_sheet(results)])
+    print(sides_sheet(results).cells.to_string(index=False))
     print("\n".join([*conclusion(results), str(folder)]))
 
 
 def run_report(arguments: argparse.Namespace) -> int:
     if arguments.check and not arguments.document:
         raise InputError("--check needs --document")
-    if arguments.file and arguments.storage:
-        raise InputError("report is of a file or of a --storage, not of both")
-    if arguments.storage:
-        try:
-            from studies.tuning.study import load_study
-        except ImportError as error:
-            raise InputError(f"cannot read a storage: {error} (it is one of the extra bench)") from None
-
-        results = load_study(arguments.storage, arguments.study or study_name(DEFAULT))
-        folder = arguments.output or RESULTS
-    else:
-        file = arguments.file or RESULTS / "results.json"
-        results = load_results(file)
-        folder = arguments.output or file.parent
+    results = load_results(arguments.file)
     if not arguments.document:
-        show(folder, results)
+        show(arguments.output or arguments.file.parent, results)
         return 0
     from studies.tuning.analysis import block
 
-    return report_update(f"{PROGRAM} report", arguments.document, {TUNING: block(results)}, arguments.check)
+    new = {document.TUNING: block(results)}
+    return document.update(f"{PROGRAM} report", arguments.document, new, arguments.check)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

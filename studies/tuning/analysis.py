@@ -16,11 +16,6 @@ from studies.tuning.settings import Point
 
 GOAL = 90.0  # percent of the test images
 
-# A ratio of two medians inside these is called no difference.
-SAME = (0.8, 1.25)
-# Of what another seed changes: up to here a move of β changes almost nothing. As much as another seed is a lot.
-ALMOST_NOTHING = 0.1
-
 
 def trials(results: Results) -> pd.DataFrame:
     """One line per trial: its point, ``curve`` with the percentage at each evaluation, the last of them as ``final``.
@@ -131,69 +126,28 @@ def moves_sheet(results: Results) -> Sheet:
 
 
 def conclusion(results: Results) -> list[str]:
-    """The three lines that say which of the text's claims the results bear out."""
-    return [_range_line(results), _still_line(results), _moves_line(results)]
-
-
-def _range_line(results: Results) -> str:
+    """A line for each of the text's claims: the range that trains, the inputs held still, the moves of β."""
     without, with_it = sides(results).itertuples()
-    if not without.trials or not with_it.trials:
-        return "Range: not measured."
-    verdict = "widens" if with_it.at_goal / with_it.trials > without.at_goal / without.trials else "does not widen"
-    line = (
-        f"Batch norm {verdict} the range that trains: {with_it.at_goal} of {with_it.trials} trials end at ≥ {GOAL:g} % "
-        f"with it, {without.at_goal} of {without.trials} without; best accuracy {with_it.best:.1f} % and "
-        f"{without.best:.1f} %"
-    )
     both = pairs(results)
-    if both.empty:
-        return f"{line}; no α and β trains both."
-    steps = both[["steps_with", "steps_without"]].median()
-    return f"{line}; steps to {GOAL:g} % where both train {steps.iloc[0]:.0f} and {steps.iloc[1]:.0f} (median)."
-
-
-def _still_line(results: Results) -> str:
-    ways = pairs(results)[["travel_with", "travel_without"]].fillna(0.0)
-    with_it, without = ways.median()
-    if ways.empty or not without:
-        return "Whether it holds the layers' inputs still cannot be said: no α and β trains both."
-    ratio = with_it / without
-    verdict = "stiller" if ratio < SAME[0] else "less still" if ratio > SAME[1] else "no stiller"
-    stiller = (ways["travel_with"] < ways["travel_without"]).sum()
-    return (
-        f"It holds the inputs of the last hidden layer {verdict}: where both train, their medians travel "
-        f"{with_it:.1f} widths (15th to 85th percentile) with it, {without:.1f} without; the shorter way "
-        f"is batch norm's in {stiller} of {len(ways)} pairs."
-    )
-
-
-def move_medians(results: Results) -> pd.DataFrame:
-    """Of each move, over α without and with batch norm: at the edge of what trains, anything moves a lot."""
-    return effects(results).groupby(["start", "end"])[["change", "spread"]].median()
-
-
-def _moves_line(results: Results) -> str:
-    medians = move_medians(results)
-    if medians.empty:
-        return "Moves of β: not measured."
-    parts = [
-        f"{start:g} to {end:g} changes {_amount(change, spread)} ({change:.2f} points of accuracy"
-        + (f"; another seed {spread:.2f})" if pd.notna(spread) else ")")
+    steps, ways = (both[[f"{what}_with", f"{what}_without"]] for what in ("steps", "travel"))
+    fast, slow = steps.median()
+    still, moving = ways.median()
+    shorter = (ways["travel_with"] < ways["travel_without"]).sum()
+    # Over α without and with batch norm, as at the edge of what trains anything moves a lot.
+    medians = effects(results).groupby(["start", "end"])[["change", "spread"]].median()
+    moves = [
+        f"{start:g} to {end:g} changes {change:.2f} points of accuracy (another seed {spread:.2f})"
         for (start, end), change, spread in medians.itertuples()
     ]
-    line = f"β from {', from '.join(parts)}, medians over α without and with batch norm"
-    changes = medians["change"]
-    if len(changes) == 2 and changes.iloc[0] > 0:
-        line += f"; the second is {changes.iloc[1] / changes.iloc[0]:.1f} times the first"
-    return f"{line}."
-
-
-def _amount(change: float, spread: float) -> str:
-    if pd.isna(spread):
-        return "something"
-    if change <= ALMOST_NOTHING * spread:
-        return "almost nothing"
-    return "less than another seed" if change < spread else "a lot"
+    return [
+        f"{with_it.at_goal} of {with_it.trials} trials end at ≥ {GOAL:g} % with batch norm, {without.at_goal} of "
+        f"{without.trials} without; best accuracy {with_it.best:.1f} % and {without.best:.1f} %; steps to {GOAL:g} % "
+        f"where both train {fast:.0f} and {slow:.0f} (median).",
+        f"Where both train, the medians of the last hidden layer's inputs travel {still:.1f} widths (15th to 85th "
+        f"percentile) with batch norm, {moving:.1f} without; the shorter way is batch norm's in {shorter} of "
+        f"{len(ways)} pairs.",
+        f"β from {', from '.join(moves)}; medians over α without and with batch norm.",
+    ]
 
 
 def how_measured(results: Results) -> str:

@@ -3,7 +3,7 @@
 # The names of the study are Greek, and signs in what people read are the right ones.
 # ruff: noqa: RUF001
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from benchmarks.style import BLACK, BLUE, LABEL, NUMBER, ORANGE, TITLE, panels, save
 from studies.tuning.analysis import GOAL, cells, effects
 from studies.tuning.results import Results, Trial
-from studies.tuning.settings import Point
 
 SIDES = {False: "without batch norm", True: "with batch norm"}
 COLOURS = {False: ORANGE, True: BLUE}
@@ -50,9 +49,8 @@ def heat_maps(results: Results) -> Figure:
     return figure
 
 
-def of_seeds(results: Results, alpha: float, beta: float, batch_norm: bool) -> Iterator[Trial]:
-    points = (Point(alpha, beta, batch_norm, seed) for seed in results.settings.seeds)
-    return (trial for point in points if (trial := results.at(point)) is not None)
+def of_seeds(results: Results, alpha: float, beta: float, batch_norm: bool) -> list[Trial]:
+    return [t for t in results.trials if (t.point.alpha, t.point.beta, t.point.batch_norm) == (alpha, beta, batch_norm)]
 
 
 def losses(results: Results) -> Figure:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +64,10 @@ class Results:
         ordered = sorted(trials, key=lambda trial: trial.point)
         return Results(settings, list(machines), [trial.rounded() for trial in ordered])
 
-    def at(self, point: Point) -> Trial | None:
-        return self._by_point.get(point)
-
-    @cached_property
-    def _by_point(self) -> dict[Point, Trial]:
-        return {trial.point: trial for trial in self.trials}
-
 
 def save_results(path: Path, results: Results) -> None:
     trials = ",\n".join(json.dumps(trial.to_json(), separators=(",", ":")) for trial in results.trials)
-    settings, machines = json.dumps(results.settings.to_json()), json.dumps(results.machines)
+    settings, machines = json.dumps(asdict(results.settings)), json.dumps(results.machines)
     text = f'{{\n"settings": {settings},\n"machines": {machines},\n"trials": [\n{trials}\n]\n}}\n'
     write_atomically(path, text.encode())
 

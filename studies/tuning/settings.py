@@ -1,7 +1,7 @@
 """What is studied: the grid, the network, the optimiser, and at which steps a trial is looked at."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -75,9 +75,6 @@ class Settings:
         medium = [self.steps * fortieth / 40 for fortieth in range(5, 21)]
         sparse = [self.steps * twentieth / 20 for twentieth in range(11, 21)]
         return sorted({max(1, round(step)) for step in dense + medium + sparse})
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> "Settings":

@@ -39,26 +39,22 @@ def travel(history: Tensor) -> float | None:
     return (path[wide] / width[wide]).mean().item() if wide.any() else None
 
 
-class _Watch:
-    """Keeps what went into a layer, one column per unit (of a convolution: a channel, at all positions)."""
+def evaluate(network: Network, data: Split) -> tuple[int, Tensor] | None:
+    """How many test images are right, and the percentiles of each watched unit; None if anything is not finite.
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.values = torch.empty(0)
-        layer.register_forward_pre_hook(self._keep)
-
-    def _keep(self, _layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        self.values = arguments[0].detach().movedim(1, -1).flatten(0, -2)
-
-
-def evaluate(network: Network, watch: _Watch, data: Split) -> tuple[int, Tensor] | None:
-    """How many test images are right, and the percentiles of each watched unit; None if anything is not finite."""
+    A unit of a convolution is a channel, at all positions.
+    """
+    inputs: list[Tensor] = []
+    hook = network.watched.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     network.module.eval()
     with torch.no_grad():
         scores = network.module(data.test_images)
     network.module.train()
-    if not (scores.isfinite().all() and watch.values.isfinite().all()):
+    hook.remove()
+    values = inputs[0].movedim(1, -1).flatten(0, -2)
+    if not (scores.isfinite().all() and values.isfinite().all()):
         return None
-    return int((scores.argmax(1) == data.test_targets).sum()), percentiles(watch.values)
+    return int((scores.argmax(1) == data.test_targets).sum()), percentiles(values)
 
 
 def train(settings: Settings, point: Point) -> Trial:
@@ -66,7 +62,6 @@ def train(settings: Settings, point: Point) -> Trial:
     start = time.process_time()
     data = split(point.seed)
     network = build(settings, point.batch_norm, point.seed)
-    watch = _Watch(network.watched)
     optimizer = make_optimizer(settings.optimizer, network.module, point.alpha, point.beta)
     generator = torch.Generator().manual_seed(point.seed)
     batches = torch.randint(len(data.targets), (settings.steps, BATCH), generator=generator)
@@ -88,7 +83,7 @@ def train(settings: Settings, point: Point) -> Trial:
         optimizer.step()
         if step not in evaluations:
             continue
-        found = evaluate(network, watch, data)
+        found = evaluate(network, data)
         if found is None:
             diverged_at = step
             break

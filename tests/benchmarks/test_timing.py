@@ -23,48 +23,30 @@ def test_percentiles_are_interpolated() -> None:
     timing = summarise([6.0, 1.0, 2.0, 3.0, 4.0, 5.0])
     assert (timing.p20_s, timing.median_s, timing.p80_s) == pytest.approx((2.0, 3.5, 5.0))
     assert timing.rounds == 6
-    alone = summarise([2.0])
-    assert (alone.p20_s, alone.median_s, alone.p80_s, alone.rounds) == (2.0, 2.0, 2.0, 1)
 
 
 def test_budget_shares_what_is_left_by_work() -> None:
     now = 0.0
-    budget = Budget(100.0, work=10.0, clock=lambda: now)
-    assert budget.rounds(work=2.0, round_s=1.0) == 20
-    now = 20.0  # as planned: 80 seconds for 8 units
-    assert budget.rounds(work=1.0, round_s=1.0) == 10
-    now = 23.0  # 7 seconds spared go to the others: 77 seconds for 7 units
-    assert budget.rounds(work=1.0, round_s=1.0) == 11
-
-
-def test_skipped_work_gives_its_share_away() -> None:
-    budget = Budget(10.0, work=10.0, clock=lambda: 0.0)
+    budget = Budget(100.0, work=15.0, clock=lambda: now)
     budget.skip(5.0)
-    assert budget.rounds(work=5.0, round_s=1.0) == 10
+    assert budget.rounds(work=2.0, round_s=1.0) == 20
+    now = 23.0  # 3 seconds later than planned: 77 seconds are left for 8 units
+    assert budget.rounds(work=4.0, round_s=2.0) == 19
 
 
-def test_spent_budget_still_measures() -> None:
-    now = itertools.chain([0.0], itertools.repeat(99.0)).__next__
-    budget = Budget(1.0, work=2.0, clock=now)
-    assert budget.rounds(work=1.0, round_s=10.0) == MIN_ROUNDS
-    assert budget.rounds(work=1.0, round_s=1e-3) == GOOD_ROUNDS
+def test_rounds_are_limited_or_fixed_also_where_the_budget_is_spent() -> None:
+    assert Budget(1000.0, work=1.0).rounds(1.0, 1e-3) == MAX_ROUNDS
+    assert Budget(1000.0, work=1.0, rounds=3).rounds(1.0, 1e-3) == 3
+    assert Budget(0.0, work=1.0).rounds(1.0, 10.0) == MIN_ROUNDS
+    assert Budget(0.0, work=1.0).rounds(1.0, 1e-3) == GOOD_ROUNDS
 
 
-def test_rounds_are_limited_or_fixed() -> None:
-    assert Budget(1000.0, work=1.0, clock=lambda: 0.0).rounds(1.0, 1e-3) == MAX_ROUNDS
-    assert Budget(1000.0, work=1.0, rounds=3, clock=lambda: 0.0).rounds(1.0, 1e-3) == 3
-
-
-def test_calibrated_round_is_long_enough() -> None:
+def test_a_round_is_long_enough_and_a_long_call_is_one() -> None:
     number, seconds = calibrate(timeit.Timer(lambda: None))
     assert number > 1
     assert seconds >= MIN_ROUND_S
-
-
-def test_a_long_call_is_a_round() -> None:
-    now = itertools.count(step=1.0).__next__
     calls: list[int] = []
-    timer = timeit.Timer(lambda: calls.append(1), timer=now)
+    timer = timeit.Timer(lambda: calls.append(1), timer=itertools.count(step=1.0).__next__)
     assert calibrate(timer) == (1, 1.0)
     assert len(calls) == 1
 

@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from tuning_canned import SETTINGS, curve, imagined_study, trial
+from tuning_canned import curve, imagined_study, trial
 
 from studies.tuning.__main__ import RESULTS, main, make_parser, settings_of, study_name
 from studies.tuning.analysis import conclusion
-from studies.tuning.pictures import PICTURES, heat_maps, inputs, losses, moves
+from studies.tuning.pictures import PICTURES, heat_maps, inputs, losses, moves, of_seeds
 from studies.tuning.results import Results, load_results, save_results
 from studies.tuning.settings import Point, Settings
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    path = tmp_path / "run.json"
-    save_results(path, imagined_study())
-    return path
-
-
-def test_results_survive_the_file(file: Path) -> None:
+def test_report_from_the_file_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.json"
+    save_results(file, imagined_study())
     assert load_results(file) == imagined_study()
-
-
-def test_report_from_the_file_alone(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(file)]) == 0
     printed = capsys.readouterr().out
-    for line in conclusion(imagined_study()):
-        assert line in printed
-    assert "8 of 8" in printed
-    assert "4 of 8" in printed
+    for part in (*conclusion(imagined_study()), "8 of 8", "4 of 8"):
+        assert part in printed
     page = (tmp_path / "README.md").read_text()
     assert "| without | 4 of 8 | 50 % | 4 | 4 | 92.0 % | 0.1, 0.9 | 3 | 3 |" in page
     assert "| with batch norm | 8 of 8 | 100 % | 8 | 0 | 97.5 % | 0.1, 0.9 | 2 | 2 |" in page
@@ -60,13 +49,9 @@ def test_curves_end_where_a_trial_diverged() -> None:
 
 def test_percentiles_are_drawn_at_the_best_without_batch_norm() -> None:
     study = imagined_study()
-    panels = inputs(study).axes
-    assert len(panels) == 2  # seeds
-    for seed, axes in enumerate(panels):
+    for seed, axes in enumerate(inputs(study).axes):
         for line, batch_norm in zip(axes.lines, (False, True), strict=True):
-            kept = study.at(Point(0.1, 0.9, batch_norm, seed))
-            assert kept is not None
-            assert list(line.get_ydata()) == kept.percentiles[1]
+            assert list(line.get_ydata()) == of_seeds(study, 0.1, 0.9, batch_norm)[seed].percentiles[1]
 
 
 def test_bars_are_the_effects_of_the_moves() -> None:
@@ -87,32 +72,23 @@ def test_a_report_of_part_of_the_grid(keep: int, tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["--jobs", "0"], "expected a positive whole number, got '0'"),
-        (["--jobs", "-2"], "expected a positive whole number, got '-2'"),
-        (["--jobs", "two"], "got 'two'"),
-        (["--optimizer", "lbfgs"], "invalid choice: 'lbfgs'"),
         (["--model", "vgg"], "invalid choice: 'vgg'"),
         (["--alphas", "0.1,nan"], "expected positive numbers, got 'nan'"),
-        (["--alphas", "0"], "expected positive numbers, got '0'"),
         (["--betas", "1"], "expected numbers from 0 to below 1, got '1'"),
-        (["--betas", ""], "got ''"),
         (["--seeds", "0.5"], "got '0.5'"),
-        (["--steps", "0"], "got '0'"),
-        (["--storage", "sqlite:////no/such/folder/study.db"], "cannot use the storage sqlite:////no/such/folder"),
-        (["--storage", "nonsense"], "cannot use the storage nonsense"),
-        (["--storage", "nosuch://host/study"], "cannot use the storage nosuch://host/study"),
-        (["--output", "/proc/x"], "cannot make the folder /proc/x"),
-        (["report", "/no/such.json"], "cannot read /no/such.json"),
-        (["report", "x.json", "--storage", "sqlite://"], "not of both"),
-        (["report", "--storage", "sqlite:////no/such.db"], "no such file"),
+        (["--storage", "sqlite:////no/such/folder/study.db"], "cannot use the storage: "),
+        (["--storage", "nosuch://host/study"], "cannot use the storage: "),
+        (["report", "/no/such.json"], "/no/such.json"),
+        (["report", __file__], "is not JSON"),
+        (["report", str(RESULTS.parent / "numerics.json")], "numerics.json holds no results of a tuning study"),
         (["report", "--check"], "--check needs --document"),
-        (["frobnicate"], "invalid choice: 'frobnicate'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
     arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if arguments[0] != "report" and "--output" not in arguments:
-        arguments = [*arguments, *(["--output", str(tmp_path)] if arguments[0].startswith("-") else [])]
+    if arguments[0] != "report":
+        arguments = [*arguments, "--output", str(tmp_path)]
     try:
         status: object = main(arguments)
     except SystemExit as stopped:
@@ -120,40 +96,16 @@ def test_bad_input_is_one_line_and_status_2(
     error = capsys.readouterr().err
     assert status == 2
     assert said in error
-    assert error.startswith("python -m benchmarks tuning: error: ")
-    assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"settings": {"x": 1}, "machines": [], "trials": []}', "trial"])
-def test_foreign_file_is_one_line_and_status_2(
-    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if content == "trial":
-        content = json.dumps({"settings": SETTINGS.to_json(), "machines": [], "trials": [{"alpha": 1}]})
-    path = tmp_path / "foreign.json"
-    path.write_text(content)
-    assert main(["report", str(path)]) == 2
-    error = capsys.readouterr().err
-    assert "foreign.json" in error
+    assert error.startswith("python -m benchmarks tuning")
     assert error.count("\n") == 1
 
 
 def test_different_studies_have_different_names() -> None:
-    def named(*arguments: str) -> str:
-        return study_name(settings_of(make_parser().parse_args(["run", *arguments])))
-
-    options = (
-        "--quick",
-        "--model cnn",
-        "--activation relu",
-        "--optimizer adam",
-        "--init torch",
-        "--steps 5",
-        "--seeds 7",
-    )
-    names = [named(*option.split()) for option in (*options, "--model cnn --quick")]
-    assert named() == "default"
-    assert len({*names, "default"}) == len(names) + 1
+    options = "", "--quick", "--model cnn", "--activation relu", "--optimizer adam", "--init torch", "--steps 5"
+    options = *options, "--seeds 7", "--model cnn --quick"
+    names = [study_name(settings_of(make_parser().parse_args(["run", *option.split()]))) for option in options]
+    assert names[0] == "default"
+    assert len(set(names)) == len(names)
 
 
 def test_committed_results_are_the_default_study() -> None:

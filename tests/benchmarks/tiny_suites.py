@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from host_runtime import HostRuntime
+from host_gpu import HostGpu
 from torch import nn
 
-from benchmarks import measure, models, operators, timing
+from benchmarks import measure, models, operators, timing, training
 from benchmarks.__main__ import main
 from benchmarks.cuda import device, rotation
 from benchmarks.cuda import measure as cuda
@@ -80,12 +80,13 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, suite in TINY.items():
             monkeypatch.setitem(suites, name, suite)
     monkeypatch.setitem(models.MODELS, "tiny", classifier)
+    training.reference_curve.cache_clear()  # another test may have had another "tiny"
     monkeypatch.setattr(models, "BACKENDS", dict.fromkeys(COMPILED_PROVIDERS, "eager"))
     monkeypatch.setattr(operators, "compiled", operators.out_of_place)
     monkeypatch.setattr(measure, "measure_peak", lambda *_: 5_000_000)
     monkeypatch.setattr(measure, "WARM_BYTES", 1)
     monkeypatch.setattr(device, "missing", lambda: None)
-    monkeypatch.setattr(cuda, "CudaRuntime", HostRuntime)
+    monkeypatch.setattr(cuda, "Gpu", HostGpu)
     # What the calls take does not matter here: few of them.
     monkeypatch.setattr(rotation, "MAX_GRAPH_CALLS", 4)
     monkeypatch.setattr(timing, "MIN_ROUND_S", 1e-5)
