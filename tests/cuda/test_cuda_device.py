@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import reference
 import torch
@@ -66,6 +69,29 @@ def test_captured_in_a_graph_and_replayed(shape: tuple[int, ...]) -> None:
         expected = step(x, g, weight, bias, eager)
         assert all(same_bits(a, b) for a, b in zip(results, expected, strict=True))
         assert all(same_bits(a, b) for a, b in zip(captured, eager, strict=True))
+
+
+# The kernels' attributes are set, their code is loaded and the device is asked for its limits, all while a stream is
+# being captured.
+FIRST_CALL = """
+import sys
+import torch
+import bnext
+shape = tuple(map(int, sys.argv[1:]))
+x = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    y = bnext.functional.batch_norm(x, None, None, training=True)
+graph.replay()
+assert torch.equal(y, bnext.functional.batch_norm(x, None, None, training=True))
+"""
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_first_call_of_a_process_is_captured(shape: tuple[int, ...]) -> None:
+    command = [sys.executable, "-c", FIRST_CALL, *map(str, shape)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
