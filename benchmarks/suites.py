@@ -13,7 +13,7 @@ NO_CUDNN = "torch-no-cudnn"
 COMPILE = "-compile"
 TORCH_COMPILE = "torch-compile"
 PLANNED = "bnext-"  # bnext as it would be planned for a lesser device; benchmarks/cuda/providers.py
-PLANS = ("clusters-of-8", "no-clusters", "half-memory")
+PLANS = ("clusters-of-8", "no-clusters", "half-memory", "narrow-tiles")
 
 # Of whole models: whose layers are in the model, or whose back end of torch.compile it goes through.
 EAGER_PROVIDERS = ("torch", "bnext", "bnext-fused")

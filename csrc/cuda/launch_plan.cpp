@@ -10,7 +10,7 @@ namespace bnext::cuda {
 namespace {
 
 constexpr std::int64_t kSectorBytes = 32;            // less of a row is wasted bandwidth
-constexpr std::int64_t kLineBytes = 128;             // more of a row gains nothing
+constexpr std::int64_t kLineBytes = 128;             // more of a row gains nothing where all of a tile is kept
 constexpr std::int64_t kSmallTensorBytes = 8 << 20;  // L2 brings the sectors of a line together
 constexpr std::int64_t kMinItems = 4;  // vectors a thread should have before a tile is shared by more blocks
 constexpr std::int64_t kMapItems = 8;  // the same where the blocks of a tile need not wait for each other
@@ -38,8 +38,8 @@ std::int64_t vector_group(std::int64_t bytes) { return kVectorBytes / std::gcd(s
 
 // ---- tiles
 
-// How much of a row to take. A group across the device wants whole lines, as long as it can keep what it reads; of a
-// small tensor, narrower tiles make more groups.
+// How much of a row to take: whole lines, as long as a group across the device can keep them. A tile that cannot be kept
+// anyway is to be read in long runs, by one group. Of a small tensor, narrower tiles make more groups.
 std::int64_t row_bytes(const Problem& problem, int inputs, const DeviceLimits& limits) {
   const std::int64_t row = problem.C * element_size(problem.dtype);
   std::int64_t bytes = kLineBytes;
@@ -49,7 +49,10 @@ std::int64_t row_bytes(const Problem& problem, int inputs, const DeviceLimits& l
   }
   // The sums and the coefficients take a fifth of shared memory at most.
   const std::int64_t kept = std::int64_t{limits.sms} * limits.shared_per_block * 4 / 5;
-  return problem.count() * bytes * inputs <= kept ? bytes : bytes / 2;
+  if (problem.count() * bytes * inputs <= kept) return bytes;
+  bytes = limits.max_row_bytes;
+  while (bytes > kSectorBytes && row > bytes && row % bytes != 0) bytes /= 2;
+  return bytes;
 }
 
 void choose_channels_last(LaunchPlan& plan, const Problem& problem, const DeviceLimits& limits, bool may_fold) {

@@ -28,6 +28,7 @@ constexpr int kBlocksPerSM = 2;
 constexpr int kMaxThreads = kBlocksPerSM * kThreads;
 constexpr int kClusterSizes = 4;  // 2, 4, 8 and 16 blocks
 constexpr int kMaxCluster = 1 << kClusterSizes;
+constexpr int kMaxRowBytes = 256;
 // What is kept is waited for in this many stages; what is not passes through this many slots a thread.
 constexpr int kLoadStages = 4;
 constexpr int kRingSlots = 4;
@@ -45,6 +46,8 @@ struct DeviceLimits {
   int max_grid;      // gridDim.x
   int l2_bytes;      // of the cache that all SMs share
   bool cooperative;  // whether the grid's blocks can be launched all at once
+  // A choice, not a limit: bytes of a row that a channels_last tile takes at most where no group can keep one of a line.
+  int max_row_bytes = kMaxRowBytes;
 };
 
 enum class Group : std::uint8_t { kBlock, kCluster, kGrid };  // how a group's blocks all-reduce their sums

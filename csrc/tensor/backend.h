@@ -45,6 +45,7 @@ struct CudaCap {
   int sms = std::numeric_limits<int>::max();
   int shared_per_block = std::numeric_limits<int>::max();
   int max_cluster = std::numeric_limits<int>::max();
+  int max_row_bytes = std::numeric_limits<int>::max();
 };
 void cap_cuda_device(const CudaCap& cap);
 

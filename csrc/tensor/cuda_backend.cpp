@@ -39,6 +39,7 @@ cuda::DeviceLimits limits_of_current_device() {
   limits.sms = std::min(limits.sms, cap.sms);
   limits.shared_per_block = std::min(limits.shared_per_block, cap.shared_per_block);
   limits.max_cluster = std::min(limits.max_cluster, cap.max_cluster);
+  limits.max_row_bytes = std::min(limits.max_row_bytes, cap.max_row_bytes);
   return limits;
 }
 

@@ -36,7 +36,8 @@ constexpr bool kCuda = false;
 constexpr const char* kCudaArchitectures = "";
 #endif
 
-void cap_cuda_device(std::optional<int> sms, std::optional<int> shared_per_block, std::optional<int> max_cluster) {
+void cap_cuda_device(std::optional<int> sms, std::optional<int> shared_per_block, std::optional<int> max_cluster,
+                     std::optional<int> max_row_bytes) {
 #if defined(BNEXT_CUDA)
   const auto checked = [](const char* name, std::optional<int> value, int none) {
     if (value.value_or(none) > 0) return value.value_or(none);
@@ -46,9 +47,10 @@ void cap_cuda_device(std::optional<int> sms, std::optional<int> shared_per_block
   const bnext::CudaCap none;
   bnext::cap_cuda_device({checked("sms", sms, none.sms),
                           checked("shared_per_block", shared_per_block, none.shared_per_block),
-                          checked("max_cluster", max_cluster, none.max_cluster)});
+                          checked("max_cluster", max_cluster, none.max_cluster),
+                          checked("max_row_bytes", max_row_bytes, none.max_row_bytes)});
 #else
-  (void)sms, (void)shared_per_block, (void)max_cluster;
+  (void)sms, (void)shared_per_block, (void)max_cluster, (void)max_row_bytes;
   throw std::runtime_error("cap_cuda_device: bnext was built without CUDA");
 #endif
 }
@@ -93,6 +95,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_mask_bytes") = bnext::kCudaMaskBytes;  // bytes of elements that do on CUDA
   m.def("cap_cuda_device", &cap_cuda_device, pybind11::arg("sms") = pybind11::none(),
         pybind11::arg("shared_per_block") = pybind11::none(), pybind11::arg("max_cluster") = pybind11::none(),
+        pybind11::arg("max_row_bytes") = pybind11::none(),
         "Plan as for a device with no more than this, for tests; without arguments, for the real one.");
   m.def("last_cuda_plan", &last_cuda_plan, "How the last CUDA launch was planned; empty before the first.");
   m.def("cpu_isas", &cpu_isas, "Instruction sets the kernels can use on this machine, slowest first.");

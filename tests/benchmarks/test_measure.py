@@ -286,10 +286,10 @@ def test_plans_for_lesser_devices_are_timed_when_asked_for(run: Run, monkeypatch
     monkeypatch.setattr(_C, "cap_cuda_device", lambda **cap: caps.append(cap))
     _, rows, _ = run("tiny", "--device", "cuda", "--plans", *ONE)
     planned = {row.provider for row in rows if row.provider.startswith("bnext-")}
-    assert planned == {"bnext-clusters-of-8", "bnext-no-clusters", "bnext-half-memory"}
+    assert planned == {"bnext-clusters-of-8", "bnext-no-clusters", "bnext-half-memory", "bnext-narrow-tiles"}
     # Each cap is lifted before anything else is called.
     assert caps[1::2] == [{}] * (len(caps) // 2)
-    assert {tuple(cap) for cap in caps[::2]} == {("max_cluster",), ("shared_per_block",)}
+    assert {tuple(cap) for cap in caps[::2]} == {("max_cluster",), ("shared_per_block",), ("max_row_bytes",)}
 
 
 # Bad input.

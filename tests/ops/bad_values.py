@@ -236,6 +236,7 @@ KINDS: dict[str, Callable[[Target, str], list[Bad]]] = {
     "sms": _cap,
     "shared_per_block": _cap,
     "max_cluster": _cap,
+    "max_row_bytes": _cap,
 }
 
 
@@ -374,5 +375,5 @@ def torchs(cls: type) -> type:
 # Signatures of the extension's functions are in its stub alone; a test of test_architecture.py keeps it true.
 EXTENSION = [
     Target("set_cpu_isa", _C.set_cpu_isa, ("name",), lambda: {"name": _C.cpu_isa()}),
-    Target("cap_cuda_device", _C.cap_cuda_device, ("sms", "shared_per_block", "max_cluster"), dict),
+    Target("cap_cuda_device", _C.cap_cuda_device, ("sms", "shared_per_block", "max_cluster", "max_row_bytes"), dict),
 ]

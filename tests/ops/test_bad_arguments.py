@@ -175,4 +175,4 @@ def has_default(target: Target, argument: str) -> bool:
         return next(a for a in target.call.default._schema.arguments if a.name == argument).has_default_value()
     if target.name.startswith("function"):
         return inspect.signature(target.call).parameters[argument].default is not inspect.Parameter.empty
-    return argument in ("residual", "sms", "shared_per_block", "max_cluster")
+    return argument in ("residual", "sms", "shared_per_block", "max_cluster", "max_row_bytes")
