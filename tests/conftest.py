@@ -31,6 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # Not deselected: there is no such test.
     items[:] = [item for item in items if not {"simt", "not_emulated"} <= {m.name for m in item.iter_markers()}]
+    # Or a process would begin a long one when the others have nothing left to do.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if not config.getoption("--long"):
         for item in items:
             if item.get_closest_marker("long"):
@@ -45,6 +47,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes several seconds (deselect with -m 'not slow')")
     for line in torch_warnings.pytest_lines():
         config.addinivalue_line("filterwarnings", line)
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    if workers > 1:
+        # They share the cores: threads beyond its own each would wait for those of the others wherever work is divided.
+        # What a test says about threads it says with a number of its own.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -70,13 +77,10 @@ def _seed(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(params=bnext._C.cpu_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test with each set of CPU kernels that this machine can execute, on one thread: the instructions do not
-    depend on it, and threads that share so little work wait for one another wherever the cores are busy."""
-    before, threads = bnext._C.cpu_isa(), torch.get_num_threads()
+    """Runs the test with each set of CPU kernels that this machine can execute."""
+    before = bnext._C.cpu_isa()
     bnext._C.set_cpu_isa(request.param)
-    torch.set_num_threads(1)
     yield request.param
-    torch.set_num_threads(threads)
     bnext._C.set_cpu_isa(before)
 
 
