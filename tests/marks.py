@@ -29,6 +29,10 @@ posix_only = pytest.mark.skipif(sys.platform == "win32", reason="sends a process
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system has no fork")
 
 
+# Since 3.12 Python warns of a fork when there are threads: torch's, or numpy's, which the children do not use.
+FORK_WARNING = "ignore:This process:DeprecationWarning"
+
+
 def _eps_may_be_zero_in_evaluation() -> bool:
     try:
         torch.nn.functional.batch_norm(torch.ones(2, 1), torch.zeros(1), torch.ones(1), eps=0.0)

@@ -382,10 +382,3 @@ def test_huge_pages_can_be_turned_off(check_script: Callable[..., None]) -> None
     print("done")
     """
     check_script(script(code), BNEXT_HUGE_PAGES="0")
-
-
-def test_settings_are_printed(run_python: Run) -> None:
-    done = run_python("-m", "bnext", BNEXT_CACHE_MB="80", BNEXT_HUGE_PAGES="0")
-    facts = dict(line.split(":", 1) for line in done.stdout.splitlines())
-    assert "80 MB" in facts["freed outputs"]
-    assert facts["huge pages"].split()[0] == "off"

@@ -22,29 +22,30 @@ import bnext
 
 pytestmark = linux_only
 
-# How many calls are quick. The heap and Python's blocks are counted exactly: 9 bytes a call are found in 4,000 of them.
+# How many calls are quick. The heap and Python's blocks are counted exactly: what a kind of call leaves behind is found
+# from 32 bytes on, which malloc takes at least, where it is made 1,000 times.
 CALLS = {
     "training": 4_000,
     "evaluation": 4_000,
     "activations": 4_000,
-    "operators": 5_000,
+    "operators": 3_000,
     "synchronized": 3_000,
     "errors": 4_000,
     "dropped_graphs": 4_000,
-    "saved_tensors": 5_000,
+    "saved_tensors": 2_000,
     "double_backward": 2_000,
     "transforms": 1_000,
-    "forward_mode": 3_000,
+    "forward_mode": 2_000,
     "conversions": 4_000,
     "traced_conversions": 60,
     "copies": 1_000,
-    "threads": 500,
+    "threads": 250,
 }
 # `synchronized` failed once in fifteen runs of the suite; how, is not known. It did not fail in 25 rounds of 3,000
 # calls, which left up to 8 KB of heap, from the second on at most 4 KB, and 28 KB of resident memory; nor in 120 rounds
 # of 30 calls, some on a core shared with another process, which left no tensor alive.
 # torch.distributed remembers the last 2,000 collectives; threads that end leave their stacks and heaps to the next.
-WARM_UP = {"synchronized": 2_500, "traced_conversions": 50, "threads": 200}
+WARM_UP = {"synchronized": 2_500, "traced_conversions": 50, "threads": 150}
 # Which of malloc's arenas a thread is given depends on who else is about; what leaks in them is on the heap all the
 # same, and a stack is a mapping.
 RESIDENT = {"threads": 16 * 2**20}
@@ -71,7 +72,7 @@ def test_nothing_is_left_behind(calls_of: str, calls: int, worker: Pool) -> None
     assert alive == [], "tensors of these shapes outlive all that they were made for"
 
 
-@pytest.mark.parametrize("calls", [35, pytest.param(490, marks=pytest.mark.long)])
+@pytest.mark.parametrize("calls", [14, pytest.param(490, marks=pytest.mark.long)])
 def test_large_outputs_leave_what_is_kept(
     calls: int, run_python: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
@@ -89,22 +90,10 @@ print(json.dumps(leak_jobs.large_outputs({calls})))
     assert 66 * 2**20 <= most <= 100 * 2**20
 
 
-@pytest.mark.parametrize(
-    ("what", "shows"),
-    [
-        ("nothing", set()),
-        ("100 bytes", {"resident", *(["heap"] if COUNTS_THE_HEAP else [])}),
-        ("an object", {"blocks"}),
-        ("a list", {"blocks", "objects"}),
-        ("a page", {"mappings"}),
-        ("a graph", {"blocks", "alive"}),
-    ],
-)
-def test_a_leak_would_show(what: str, shows: set[str], worker: Pool) -> None:
-    calls = 10_000 if what == "100 bytes" else 1_000
-    ((left, alive),) = worker.run(jobs.hoards, what=what, calls=calls)
-    assert {*excess(left), *(["alive"] if alive else [])} >= shows
-    assert shows or (excess(left), alive) == ({}, [])
+def test_a_leak_would_show(worker: Pool) -> None:
+    ((left, alive),) = worker.run(jobs.hoards, calls=1_000)
+    assert excess(left).keys() == set(Usage._fields) - (set() if COUNTS_THE_HEAP else {"heap"})
+    assert alive == [jobs.SHAPE]
 
 
 def test_inputs_are_referred_to_by_their_graph_alone() -> None:
