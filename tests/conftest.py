@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch_warnings
+from cases import seed
 from marks import DEVICES, SIMT
 from processes import Pool
 from simt.device import emulated
@@ -31,8 +32,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # Not deselected: there is no such test.
     items[:] = [item for item in items if not {"simt", "not_emulated"} <= {m.name for m in item.iter_markers()}]
-    # Or a process would begin a long one when the others have nothing left to do.
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    # The slow ones first, or a process would begin one when the others have nothing left to do; from the end, where the
+    # slowest are.
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    items[:] = [*reversed(slow), *(item for item in items if not item.get_closest_marker("slow"))]
     if not config.getoption("--long"):
         for item in items:
             if item.get_closest_marker("long"):
@@ -72,7 +75,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _seed(request: pytest.FixtureRequest) -> None:
     """Each test has its own random numbers, whatever ran before it."""
-    torch.manual_seed(zlib.crc32(request.node.nodeid.split("/")[-1].encode()))
+    seed(zlib.crc32(request.node.nodeid.split("/")[-1].encode()))
 
 
 @pytest.fixture(params=bnext._C.cpu_isas())
@@ -82,6 +85,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     bnext._C.set_cpu_isa(request.param)
     yield request.param
     bnext._C.set_cpu_isa(before)
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """torch's number of threads; afterwards it is as it was."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

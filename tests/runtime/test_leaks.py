@@ -41,9 +41,10 @@ CALLS = {
     "copies": 1_000,
     "threads": 250,
 }
-# `synchronized` failed once in fifteen runs of the suite; how, is not known. It did not fail in 25 rounds of 3,000
-# calls, which left up to 8 KB of heap, from the second on at most 4 KB, and 28 KB of resident memory; nor in 120 rounds
-# of 30 calls, some on a core shared with another process, which left no tensor alive.
+# `synchronized` failed once in fifteen runs of the suite; which limit it passed is not known. Resident memory held the
+# pages of files then: its first calls read 7 MB of libraries, and again what the kernel has taken from an idle process.
+# It did not fail in 49 rounds of 3,000 calls, half of them on cores shared with others, which left up to 8 KB of heap
+# and 28 KB of resident memory; nor in 120 rounds of 30 calls, which left no tensor alive.
 # torch.distributed remembers the last 2,000 collectives; threads that end leave their stacks and heaps to the next.
 WARM_UP = {"synchronized": 2_500, "traced_conversions": 50, "threads": 150}
 # Which of malloc's arenas a thread is given depends on who else is about; what leaks in them is on the heap all the

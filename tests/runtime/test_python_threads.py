@@ -39,14 +39,13 @@ EACH_ACT = pytest.mark.parametrize(
 
 
 @pytest.fixture(autouse=True)
-def _switch_often() -> Iterator[None]:
+def _switch_often(set_threads: Callable[[int], None]) -> Iterator[None]:
     """Between Python threads, each of which has two of torch's for what is large."""
-    interval, threads = sys.getswitchinterval(), torch.get_num_threads()
+    interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
-    torch.set_num_threads(2)
+    set_threads(2)
     yield
     sys.setswitchinterval(interval)
-    torch.set_num_threads(threads)
 
 
 def in_threads(run: Callable[[int], object], jobs: int = JOBS) -> list[object]:
