@@ -8,15 +8,7 @@ from typing import NamedTuple
 import reference
 import tolerances
 import torch
-from cases import (
-    Parameters,
-    make_grad,
-    make_input,
-    make_parameters,
-    make_residual,
-    parameter_dtype,
-    without_repeats,
-)
+from cases import Parameters, make_grad, make_input, make_parameters, make_residual, parameter_dtype, without_repeats
 from reference import Act
 from tolerances import assert_within
 from torch import Tensor

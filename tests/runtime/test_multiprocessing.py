@@ -188,7 +188,7 @@ def test_fork_while_threads_train(check_script: Callable[..., None]) -> None:
     for thread in threads:
         thread.start()
     started.wait()
-    good = [child(run) for _ in range(5)]
+    good = [child(run) for _ in range(3)]
     stop.set()
     for thread in threads:
         thread.join()

@@ -5,16 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from cases import (
-    DTYPES,
-    FEW_CASES,
-    LARGE_CASES,
-    MEDIUM_CASES,
-    Case,
-    pairwise,
-    same_bits,
-    seed,
-)
+from cases import DTYPES, FEW_CASES, LARGE_CASES, MEDIUM_CASES, Case, pairwise, same_bits, seed
 from checks import call, make_inputs
 from marks import FLAGS, PLAIN_OR_ACT, rows
 from reference import Act

@@ -8,12 +8,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from cases import (
-    make_grad,
-    parameter_dtype,
-    same_bits,
-    to_layout,
-)
+from cases import make_grad, parameter_dtype, same_bits, to_layout
 from processes import World
 from reference import Act
 from sync_shares import (
