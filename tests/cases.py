@@ -200,6 +200,15 @@ def to_layout(values: Tensor, layout: str) -> Tensor:
     raise ValueError(f"layout: unknown {layout!r}")
 
 
+def seed(number: int) -> None:
+    """As torch.manual_seed, which also formats a stack trace for each kind of device that is not in use, and keeps it:
+    half a millisecond, in each of thousands of tests."""
+    if torch.cuda.is_available():
+        torch.manual_seed(number)
+    else:
+        torch.default_generator.manual_seed(number)
+
+
 def make_input(
     shape: tuple[int, ...], layout: str = "contiguous", dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Tensor:

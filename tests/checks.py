@@ -8,15 +8,7 @@ from typing import NamedTuple
 import reference
 import tolerances
 import torch
-from cases import (
-    Parameters,
-    make_grad,
-    make_input,
-    make_parameters,
-    make_residual,
-    parameter_dtype,
-    without_repeats,
-)
+from cases import Parameters, make_grad, make_input, make_parameters, make_residual, parameter_dtype, without_repeats
 from reference import Act
 from tolerances import assert_within
 from torch import Tensor
@@ -142,12 +134,14 @@ def check_forward(
     eps: float = 1e-5,
     residual: Tensor | None = None,
     act: Act = None,
+    fwd: reference.Forward | None = None,
 ) -> Tensor:
-    """Output (values, dtype, strides) and running statistics of one call; returns the output."""
+    """Output (values, dtype, strides) and running statistics of one call; returns the output. `fwd`: what the reference
+    says of it, if that is known."""
     before = [None if t is None else t.detach().clone() for t in (input, residual)]
     stats = params.clone()
     y = call(input, stats, *params[:2], training, momentum, eps, residual, act)
-    fwd = expected_forward(input, params, training, eps, residual, act)
+    fwd = fwd or expected_forward(input, params, training, eps, residual, act)
     assert_output(y, stats, fwd, input, params, training, momentum, residual is not None, act)
     for what, tensor, kept in zip(("input", "residual"), (input, residual), before, strict=True):
         assert tensor is None or torch.equal(tensor, kept), f"{what} was written to"
@@ -164,6 +158,7 @@ def check_backward(
     residual: Tensor | None = None,
     act: Act = None,
     output_too: bool = False,
+    fwd: reference.Forward | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients (values, dtypes, strides) of those of input, weight, bias and residual that are given; returns them.
 
@@ -178,7 +173,7 @@ def check_backward(
     leaves = {what: leaf for what, leaf in leaves.items() if leaf is not None}
     grads = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), grad_output), strict=True))
 
-    fwd = expected_forward(input, params, training, eps, residual, act)
+    fwd = fwd or expected_forward(input, params, training, eps, residual, act)
     if output_too:
         assert_output(y.detach(), stats, fwd, input, params, training, 0.1, has_residual, act)
     expected = reference.backward(grad_output, fwd, weight, training=training, act=act)
@@ -200,8 +195,12 @@ def check_backward(
     return tuple(grads.values())
 
 
-def check_call(inputs: Inputs, *, momentum: float = 0.1, **options: object) -> tuple[Tensor, ...]:
+def check_call(
+    inputs: Inputs, *, training: bool, momentum: float = 0.1, eps: float = 1e-5, act: Act = None
+) -> tuple[Tensor, ...]:
     """A call without a graph, then one with a graph, and backward; returns output and gradients."""
     x, grad_output, params, residual = inputs
-    y = check_forward(x, params, momentum=momentum, residual=residual, **options)
-    return y, *check_backward(x, grad_output, params, residual=residual, **options)
+    fwd = expected_forward(x, params, training, eps, residual, act)
+    options = {"training": training, "eps": eps, "residual": residual, "act": act, "fwd": fwd}
+    y = check_forward(x, params, momentum=momentum, **options)
+    return y, *check_backward(x, grad_output, params, **options)

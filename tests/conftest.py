@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch_warnings
+from cases import seed
 from marks import DEVICES, SIMT
 from processes import Pool
 from simt.device import emulated
@@ -31,6 +32,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # Not deselected: there is no such test.
     items[:] = [item for item in items if not {"simt", "not_emulated"} <= {m.name for m in item.iter_markers()}]
+    # The slow ones first, or a process would begin one when the others have nothing left to do; from the end, where the
+    # slowest are.
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    items[:] = [*reversed(slow), *(item for item in items if not item.get_closest_marker("slow"))]
     if not config.getoption("--long"):
         for item in items:
             if item.get_closest_marker("long"):
@@ -45,6 +50,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes several seconds (deselect with -m 'not slow')")
     for line in torch_warnings.pytest_lines():
         config.addinivalue_line("filterwarnings", line)
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    if workers > 1:
+        # They share the cores: threads beyond its own each would wait for those of the others wherever work is divided.
+        # What a test says about threads it says with a number of its own.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -65,19 +75,24 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _seed(request: pytest.FixtureRequest) -> None:
     """Each test has its own random numbers, whatever ran before it."""
-    torch.manual_seed(zlib.crc32(request.node.nodeid.split("/")[-1].encode()))
+    seed(zlib.crc32(request.node.nodeid.split("/")[-1].encode()))
 
 
 @pytest.fixture(params=bnext._C.cpu_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test with each set of CPU kernels that this machine can execute, on one thread: the instructions do not
-    depend on it, and threads that share so little work wait for one another wherever the cores are busy."""
-    before, threads = bnext._C.cpu_isa(), torch.get_num_threads()
+    """Runs the test with each set of CPU kernels that this machine can execute."""
+    before = bnext._C.cpu_isa()
     bnext._C.set_cpu_isa(request.param)
-    torch.set_num_threads(1)
     yield request.param
-    torch.set_num_threads(threads)
     bnext._C.set_cpu_isa(before)
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """torch's number of threads; afterwards it is as it was."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from cases import make_grad, make_input
+from cases import make_grad, make_input, seed
 from tolerances import assert_within
 from torch import Tensor, nn
 
@@ -324,7 +324,7 @@ def assert_close(actual: object, expected: object, what: str) -> None:
 
 def run(model: nn.Module, inputs: tuple[object, ...], training: bool) -> dict[str, object]:
     """One pass there and, where the output is a tensor with a gradient, back."""
-    torch.manual_seed(17)
+    seed(17)
     random.seed(17)
     model.train(training).zero_grad()
     leaves = [x.clone().requires_grad_() if isinstance(x, Tensor) else x for x in inputs]

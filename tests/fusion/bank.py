@@ -7,18 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from observe import (
-    MODES,
-    Net,
-    assert_same_step,
-    called,
-    clones,
-    count,
-    count_sums,
-    leaves_of,
-    outcome,
-    why_left,
-)
+from observe import MODES, Net, assert_same_step, called, clones, count, count_sums, leaves_of, outcome, why_left
 from torch import Tensor, nn
 
 import bnext

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from cases import seed
 from counting import activation, is_sum, nodes, tensors
 from networks import assert_close, conv, random_input
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ def assert_same_results(original: nn.Module, fused: nn.Module, call: Callable[[n
     """What `call` makes of each, from the same random state."""
     results = []
     for model in (original, fused):
-        torch.manual_seed(17)
+        seed(17)
         results.append(call(model))
     assert_close(results[1], results[0], "results")
 
@@ -105,7 +106,7 @@ def called(model: nn.Module, mode: str) -> Iterator[None]:
     """Around a call of a model in one of the modes; random numbers are the same each time."""
     training, context = MODES[mode]
     model.train(training).zero_grad()
-    torch.manual_seed(17)
+    seed(17)
     with context():
         yield
 

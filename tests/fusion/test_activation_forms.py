@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from bank import Pattern, failures
 from networks import conv
-from observe import Net, assert_same_steps, count, fused_names, pair, sequential, small
+from observe import QUICK, Net, assert_same_steps, count, fused_names, pair, sequential, small
 from torch import Tensor, nn
 
 import bnext
@@ -119,7 +119,7 @@ def test_functions() -> None:
         return lambda self, x, r: function(self.bn(self.conv(x)))
 
     patterns = {name: Pattern(behind(f), pairs) for name, (f, pairs) in FUNCTIONS.items()}
-    assert failures(patterns) == {}
+    assert failures(patterns, QUICK) == {}
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3])

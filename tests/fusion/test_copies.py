@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import itertools
 import pickle
 import subprocess
 from collections.abc import Callable
@@ -58,9 +57,8 @@ def changed(model: nn.Module) -> None:
     [
         *(("sides", way, True) for way in WAYS),
         *(("sides", way, False) for way in ("deepcopy", "torch.save")),
-        *itertools.product(
-            ("functional", "own norm", "branching", "shared, different"), ("deepcopy", "torch.save"), (True,)
-        ),
+        *((name, "deepcopy", True) for name in ("functional", "branching")),
+        *((name, "torch.save", True) for name in ("own norm", "shared, different")),
     ],
 )
 def test_a_copy_has_its_own_parameters_and_fuses(name: str, way: str, called: bool) -> None:
@@ -221,33 +219,3 @@ def test_a_saved_model_loads_in_another_process(
     result = run_python("-W", "error", "-c", code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == ["0.0 0.0", "[('1', 'batch norm -> relu')]"]
-
-
-def train(model: nn.Module, x: Tensor) -> None:
-    model(x).square().sum().backward()
-    with torch.no_grad():
-        for p in model.parameters():
-            p -= 0.1 * p.grad
-
-
-def train_and_report(model: nn.Module, x: Tensor, answers: Any) -> None:
-    torch.set_num_threads(1)
-    train(model, x)
-    answers.put(fused_names(model))
-
-
-@pytest.mark.slow
-def test_a_spawned_process_trains_a_shared_model() -> None:
-    model = bnext.convert(sequential(conv(3, 1)).double(), fuse=True)
-    twin = bnext.revert(copy.deepcopy(model))
-    x = small()
-    model.share_memory()
-    context = torch.multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    process = context.Process(target=train_and_report, args=(model, x, answers))
-    process.start()
-    assert answers.get(timeout=120) == ["1"]
-    process.join(timeout=60)
-    assert process.exitcode == 0
-    train(twin, x)
-    assert_close(list(model.state_dict().values()), list(twin.state_dict().values()), "the shared state")

@@ -127,7 +127,7 @@ class Original:
             assert max(self.limits[kind].values()) <= LARGEST_LIMIT * largest(getattr(self.step, kind)), kind
         assert self.step.census.pairs, "a model with nothing to fuse"
 
-    def assert_same(self, other: Step, kinds: tuple[str, ...] = KINDS) -> None:
+    def assert_same(self, other: Step, kinds: tuple[str, ...]) -> None:
         for kind in kinds:
             got, wanted = getattr(other, kind), getattr(self.step, kind)
             assert list(got) == list(wanted)
@@ -176,6 +176,7 @@ def parameters(models: list[RealModel]) -> list[object]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler", "without_collector")  # which would take a third of a capture's time
 @pytest.mark.parametrize("model", parameters(MODELS))
 def test_a_model_is_fused_and_nothing_else_changes(
@@ -185,10 +186,12 @@ def test_a_model_is_fused_and_nothing_else_changes(
     monkeypatch.setattr("bnext.fusion.backend.eager", both)
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda module, inputs, **_: aot_eager(module, inputs))
     converted = bnext.convert(copy.deepcopy(original.unused), fuse=True)
+    # An evaluation is another capture, which takes most of the time.
+    evaluates = model.long or model.library == "torchvision"
     with caplog.at_level(logging.INFO, "bnext"):
-        fused = step(converted, original.input)
+        fused = step(converted, original.input, evaluate=evaluates)
     report = str(bnext.fusion_report(converted))
-    original.assert_same(fused)
+    original.assert_same(fused, KINDS if evaluates else KINDS[:-1])
     assert list(converted.state_dict()) == list(original.model.state_dict())
     could, unfused = original.step.census.pairs, left(original.step.census, fused.census)
     assert len(unfused) <= 0.05 * len(could), f"left: {', '.join(map(str, unfused))}\n{report}"

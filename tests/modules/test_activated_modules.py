@@ -7,15 +7,7 @@ import torch
 from cases import ACTS, make_input, make_residual, name, same_bits
 from marks import EVERY_ACT, FEW, FLAGS, pairs
 from reference import Act
-from test_modules import (
-    DIMS,
-    EACH_DIM,
-    SHAPES,
-    WITHOUT_BIAS,
-    assert_same_step,
-    both,
-    combined,
-)
+from test_modules import DIMS, EACH_DIM, SHAPES, WITHOUT_BIAS, assert_same_step, both, combined
 from torch import nn
 
 import bnext

@@ -238,21 +238,6 @@ def test_wrong_rank_raises_as_in_torch(dim: int, rank: int, act: Act) -> None:
     assert ours.num_batches_tracked.item() == (outcomes[0] == shape)
 
 
-@EACH_DIM
-def test_one_value_a_channel_raises_as_in_torch(dim: int) -> None:
-    ours, theirs = both(dim)
-    x = torch.ones(1, 5, *[1] * (dim if dim > 1 else 0))
-    messages = []
-    for module in (ours, theirs):
-        with pytest.raises(ValueError, match="Expected more than 1 value per channel when training") as caught:
-            module(x)
-        messages.append(str(caught.value))
-    assert messages[0] == messages[1]
-    assert ours.num_batches_tracked.item() == 0  # torch's has counted by then
-    assert torch.equal(ours.running_var, torch.ones(5))
-    assert ours.eval()(x).shape == x.shape
-
-
 def test_update_bn_recomputes_the_statistics() -> None:
     # Stochastic weight averaging finds the layers by isinstance and sets momentum to None for the while.
     models = [nn.Sequential(module) for module in both(1, dtype=torch.float64)]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from cases import make_grad, make_input, make_parameters, make_residual
+from cases import make_grad, make_input, make_parameters, make_residual, seed
 from refusals import Arguments, remember
 from torch import Tensor
 
@@ -249,7 +249,7 @@ def bad_values(target: Target, argument: str) -> list[Bad]:
 
 
 def forward_arguments() -> Arguments:
-    torch.manual_seed(0)
+    seed(0)
     p = make_parameters(CHANNELS)
     return {
         "input": make_input(SHAPE),
@@ -332,7 +332,7 @@ def _layer(cls: type, mode: str) -> Target:
     takes = tuple(inspect.signature(cls.forward).parameters)[1:]
 
     def good() -> Arguments:
-        torch.manual_seed(0)
+        seed(0)
         return {key: make_input(RANKS[cls.__name__[-2:]]) for key in takes}
 
     def new(cls: type) -> torch.nn.Module:

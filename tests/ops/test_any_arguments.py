@@ -18,7 +18,6 @@ from torch import Tensor
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
 
 OPERATORS = operators()
-CHANNEL_VECTORS = ("weight", "bias", "running_mean", "running_var")
 DATA = ("input", "grad_output", "residual")
 WRITTEN = {"running_mean", "running_var", "num_batches_tracked"}
 NUMBERS = [math.nan, math.inf, -math.inf, -1.0, -0.0, 5e-324, 1.7e308, 2**53 + 1, True]

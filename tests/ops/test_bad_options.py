@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from bad_values import CHANNELS, LAYERS, RANKS, SHAPE, Target, torchs
-from cases import make_input, same_bits
+from cases import make_input, same_bits, seed
 from marks import MODES, needs_todays_rule_for_eps
 from refusals import ORDINARY, remember
 from test_bad_arguments import error_of, refused, same_error
@@ -175,25 +175,13 @@ def test_compiled_evaluation_does_not_broadcast(wrong: str, fresh_compiler: None
 
 
 def values() -> dict[str, Tensor]:
-    torch.manual_seed(0)
+    seed(0)
     return {"input": make_input(SHAPE), **bad_values.make_parameters(CHANNELS)._asdict()}
 
 
-NUMBERS = [
-    math.nan,
-    math.inf,
-    -math.inf,
-    -1.0,
-    0.0,
-    1,
-    2,
-    True,
-    1e30,
-    5e-324,
-    np.float32(0.1),
-    np.int64(1),
-    np.bool_(True),
-]
+NUMBERS = (
+    math.nan, math.inf, -math.inf, -1.0, 0.0, 1, 2, True, 1e30, 5e-324, np.float32(0.1), np.int64(1), np.bool_(True),
+)  # fmt: skip
 
 
 @MODES

@@ -92,37 +92,12 @@ def test_one_value_a_channel_as_in_torch(shape: tuple[int, ...], call: str) -> N
     assert raised(run, arguments(input=x)) == str(caught.value)
 
 
-WRONG_ACTS = [
-    "swish",
-    "RELU",
-    "relu ",
-    "",
-    5,
-    0,
-    True,
-    False,
-    0.5,
-    b"relu",
-    torch.nn.functional.relu,
-    torch.nn.ReLU(),
-    ("relu",),
-    ("relu", 1),
-    ("silu", 0.1),
-    ("leaky_relu",),
-    ("leaky_relu", float("nan")),
-    ("leaky_relu", float("inf")),
-    ("leaky_relu", None),
-    ("leaky_relu", "0.1"),
-    ("leaky_relu", True),
-    ("leaky_relu", 0.1, 0.2),
-    ["leaky_relu", 0.1],
-    ("relu6", 1),
-    ("elu", float("nan")),
-    (),
-    ["relu"],
-    {"relu"},
-    torch.tensor(1.0),
-]
+WRONG_ACTS = (
+    "swish", "RELU", "relu ", "", 5, 0, True, False, 0.5, b"relu", torch.nn.functional.relu, torch.nn.ReLU(), ("relu",),
+    ("relu", 1), ("silu", 0.1), ("leaky_relu",), ("leaky_relu", float("nan")), ("leaky_relu", float("inf")),
+    ("leaky_relu", None), ("leaky_relu", "0.1"), ("leaky_relu", True), ("leaky_relu", 0.1, 0.2), ["leaky_relu", 0.1],
+    ("relu6", 1), ("elu", float("nan")), (), ["relu"], {"relu"}, torch.tensor(1.0),
+)  # fmt: skip
 
 
 @MODES
@@ -157,6 +132,31 @@ def test_backward_in_training_needs_the_input_for_its_gradient() -> None:
     for mask in ([True, False, False, False], [False, True, False, False], [True, False, True, False]):
         options = {"input": None, "training": True, "eps": 1e-5, "output_mask": mask}
         raised(lambda args, o=options: torch.ops.bnext.batch_norm_backward(**args, **o), args, r"\binput\b")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"act": "silu"}, ("with_mask",)),
+        ({"num_batches_tracked": None, "momentum": None}, ("momentum=None", "num_batches_tracked")),
+    ],
+    ids=["a mask of what has none", "a cumulative average without a counter"],
+)
+def test_arguments_beside_gathered_stats_that_do_not_go_together(changes: Arguments, message: tuple[str, ...]) -> None:
+    values = forward_arguments()
+    epilogue = ("num_batches_tracked", "gathered_stats", "residual", "momentum", "eps", "act", "with_mask")
+    args = {key: values[key] for key in (*VECTORS, *epilogue)} | changes
+    raised(lambda args: torch.ops.bnext.batch_norm_gathered(**args), args, *message)
+
+
+@pytest.mark.parametrize("argument", ["grad_output", "input", "weight"])
+def test_given_means_have_no_derivative(argument: str) -> None:
+    args = backward_arguments()
+    args[argument].requires_grad_()
+    call = lambda args: torch.ops.bnext.batch_norm_backward(**args)  # noqa: E731
+    raised(call, args, "mean_grads", "require grad")
+    with torch.no_grad():
+        call(args)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from cases import (
     parameter_dtype,
     same_bits,
 )
-from checks import Inputs, call, check_call, check_forward, make_inputs
+from checks import Inputs, call, check_backward, check_call, check_forward, make_inputs
 from marks import EACH_DTYPE, FEW, FLAGS, LARGER_THAN_THE_CACHE, MODES, PLAIN_OR_ACT, pairs, rows
 from reference import Act
 from tolerances import assert_within
@@ -81,8 +81,8 @@ def test_outputs_larger_than_the_cache(layout: str, act: Act, training: bool, dt
     # 35 MB: past the 24 MB from which stores go round the cache, past the 32 MB from which each tensor is a fresh
     # mapping.
     shape = (44 // dtype.itemsize, 64, 112, 112)
-    inputs = make_inputs(shape, layout, dtype, device, has_residual=act is not None, grad_layout=layout)
-    check_call(inputs, training=training, act=act)
+    x, g, params, residual = make_inputs(shape, layout, dtype, device, act is not None, grad_layout=layout)
+    check_backward(x, g, params, training=training, residual=residual, act=act, output_too=True)
 
 
 @rows(

@@ -7,15 +7,7 @@ from collections.abc import Callable
 import pytest
 import reference
 import torch
-from cases import (
-    FEW_ACTS,
-    FEW_CASES,
-    RECTIFIERS,
-    Case,
-    make_grad,
-    make_input,
-    same_bits,
-)
+from cases import FEW_ACTS, FEW_CASES, RECTIFIERS, Case, make_grad, make_input, same_bits
 from checks import call, make_inputs
 from marks import EVERY_ACT, FLAGS, MODES, PLAIN_OR_ACT, RESIDUAL, pairs
 from reference import Act

@@ -9,16 +9,7 @@ import pytest
 import reference
 import tolerances
 import torch
-from cases import (
-    DTYPES,
-    FEW_CASES,
-    RECTIFIERS,
-    Case,
-    Parameters,
-    make_input,
-    parameter_dtype,
-    same_bits,
-)
+from cases import DTYPES, FEW_CASES, RECTIFIERS, Case, Parameters, make_input, parameter_dtype, same_bits
 from checks import call, make_inputs
 from marks import EVERY_ACT, FLAGS, PLAIN_OR_ACT, RESIDUAL, pairs
 from reference import Act

@@ -8,17 +8,7 @@ import math
 import pytest
 import reference
 import torch
-from cases import (
-    ACTS,
-    DTYPES,
-    FEW_ACTS,
-    FEW_CASES,
-    RECTIFIERS,
-    Case,
-    name,
-    parameter_dtype,
-    same_bits,
-)
+from cases import ACTS, DTYPES, FEW_ACTS, FEW_CASES, RECTIFIERS, Case, name, parameter_dtype, same_bits
 from marks import FLAGS, MODES, pairs
 from raw_ops import Call, backward, evaluate, train
 from reference import Act

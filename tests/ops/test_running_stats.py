@@ -6,16 +6,7 @@ import pytest
 import reference
 import tolerances
 import torch
-from cases import (
-    DTYPES,
-    FEW_CASES,
-    Case,
-    make_input,
-    make_parameters,
-    name,
-    parameter_dtype,
-    same_bits,
-)
+from cases import DTYPES, FEW_CASES, Case, make_input, make_parameters, name, parameter_dtype, same_bits
 from checks import call
 from marks import FLAGS, MODES, PLAIN_OR_ACT, pairs
 from reference import Act

@@ -10,7 +10,6 @@ import torch
 from cases import (
     DTYPES,
     EMPTY_CASES,
-    FEW_ACTS,
     FEW_CASES,
     LOW_PRECISION,
     RECTIFIERS,
@@ -121,7 +120,11 @@ def test_opcheck_backward(case: Case, mask: tuple[bool, ...], dtype: torch.dtype
     torch.library.opcheck(backward.default, backward_args(case, dtype, training, mask, grad=grad))
 
 
-@pairs(case=[FEW_CASES[0], FEW_CASES[3], FEW_CASES[5]], act=FEW_ACTS, training=FLAGS, grad=FLAGS)
+# Of activations there are to the schema, the fake kernels and autograd three: none, with a mask, and without one.
+KINDS_OF_ACT = ("identity", "relu", "silu")
+
+
+@pairs(case=[FEW_CASES[0], FEW_CASES[3], FEW_CASES[5]], act=KINDS_OF_ACT, training=FLAGS, grad=FLAGS)
 def test_opcheck_forward_with_an_epilogue(case: Case, act: Act, training: bool, grad: bool) -> None:
     call = Call(case, torch.float32, training, act, grad=grad)
     with_mask = not grad and reference.named(act)[0] in RECTIFIERS
@@ -129,7 +132,7 @@ def test_opcheck_forward_with_an_epilogue(case: Case, act: Act, training: bool, 
     torch.library.opcheck((train if training else evaluate).default, call.forward_args(), options)
 
 
-@pairs(act=FEW_ACTS, training=FLAGS, with_mask=FLAGS)
+@pairs(act=KINDS_OF_ACT, training=FLAGS, with_mask=FLAGS)
 def test_opcheck_backward_with_an_epilogue(act: Act, training: bool, with_mask: bool) -> None:
     call = Call(FEW_CASES[2 if with_mask else 3], torch.float32, training, act)
     kept = with_mask and reference.named(act)[0] in RECTIFIERS
@@ -150,7 +153,7 @@ def test_fake_kernels_predict_shape_dtype_and_strides(
     assert_predicts(backward, backward_args(case, dtype, training, mask))
 
 
-@pairs(case=ALL_CASES, dtype=DTYPES, act=("identity", "relu", "silu"), training=FLAGS)
+@pairs(case=ALL_CASES, dtype=DTYPES, act=KINDS_OF_ACT, training=FLAGS)
 def test_fake_kernels_with_an_epilogue(case: Case, dtype: torch.dtype, act: Act, training: bool) -> None:
     call = Call(case, dtype, training, act)
     with_mask = act == "relu"

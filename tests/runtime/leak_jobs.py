@@ -364,28 +364,19 @@ def large_outputs(calls: int) -> tuple[Usage, int]:
 _hoard: list[object] = []
 
 
-def hoards(world: World, *, what: str, calls: int) -> tuple[Usage, list[tuple[int, ...]]]:
-    """What a leak looks like."""
-    x = leaf(*SHAPE)
+def hoards(world: World, *, calls: int) -> tuple[Usage, list[tuple[int, ...]]]:
+    """What leaks look like: of malloc's memory and of mapped pages, of objects that the collector knows and of others,
+    of a graph."""
+    x, layer, libc = leaf(*SHAPE), bnext.BatchNorm2d(4), ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
     watch = Watch([x])
-    steps = [hoarding(what, x)]
-    del x
-    left = lasting_growth(steps, calls)
-    steps.clear()
+
+    def leak(x: Tensor = x) -> None:
+        ctypes.memset(libc.malloc(100), 1, 100)
+        _hoard.extend((object(), [], mmap.mmap(-1, 4096), layer(x).grad_fn))
+
+    left = lasting_growth([leak], calls)
+    del x, leak
     alive = watch.alive()
     _hoard.clear()
     return left, alive
-
-
-def hoarding(what: str, x: Tensor) -> Step:
-    layer, libc = bnext.BatchNorm2d(4), ctypes.CDLL(None)
-    libc.malloc.restype = ctypes.c_void_p
-    steps: dict[str, Step] = {
-        "nothing": lambda: None,
-        "100 bytes": lambda: ctypes.memset(libc.malloc(100), 1, 100),
-        "an object": lambda: _hoard.append(object()),
-        "a list": lambda: _hoard.append([]),
-        "a page": lambda: _hoard.append(mmap.mmap(-1, 4096)),
-        "a graph": lambda: _hoard.append(layer(x).grad_fn),
-    }
-    return steps[what]

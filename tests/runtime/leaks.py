@@ -1,7 +1,8 @@
 """What calls leave behind: memory that a repeated call does not give back, and objects that outlive their owners.
 
 The heap and Python's blocks are counted exactly, so that they show a few bytes a call; resident memory shows what is on
-neither, as mapped pages, and is rounded to pages and subject to where the heap happens to have its holes.
+neither, as mapped pages, and is rounded to pages and subject to where the heap happens to have its holes. Pages of
+files, as of libraries, are no part of it: they are read again after other processes have needed their place.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ if COUNTS_THE_HEAP:
 
 
 class Usage(NamedTuple):
-    resident: int  # bytes
+    resident: int  # bytes, of no file
     heap: int  # bytes that malloc has handed out; 0 where it does not tell
     blocks: int  # of Python's own allocator
     objects: int  # that Python's garbage collector looks after
@@ -60,9 +61,10 @@ def usage() -> Usage:
         info = _LIBC.mallinfo2()
         heap = info.uordblks + info.hblkhd
     with open("/proc/self/statm") as file:
-        resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        _, resident, of_files, *_ = map(int, file.read().split())
     with open("/proc/self/maps") as file:
         mappings = sum(1 for _ in file)
+    resident = (resident - of_files) * os.sysconf("SC_PAGE_SIZE")
     return Usage(resident, heap, sys.getallocatedblocks(), len(gc.get_objects()), mappings)
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
 from collections.abc import Callable
 
-import pytest
-from marks import posix_only
-
-Check = Callable[..., None]
+from marks import FORK_WARNING, needs_fork, posix_only
 
 SETUP = """
 import atexit, gc, os, signal, sys, threading, time
@@ -28,42 +26,43 @@ def step(layer, x):
 
 def same(a, b):
     return all(map(torch.equal, a, b))
-
+"""
+TENSORS = """
 small = torch.linspace(-2, 3, 5 * 4 * 9).view(5, 4, 3, 3)
 large = torch.linspace(-2, 3, 34 * MIB // 4).view(34, 4, 256, 256)  # whose outputs are kept
 """
 
 
 @posix_only
-@pytest.mark.parametrize("batch", ["small", "large"])
-def test_interrupted_training_goes_on(batch: str, check_script: Check) -> None:
-    code = f"""
-    x, interrupts = {batch}, 12
-    layer = bnext.BatchNormAct2d(4, act="silu")
-    expected = step(layer, x)
-    caught = 0
-    for i in range(interrupts):
-        # From a thread, so that it comes at any point of a step, in the operators too.
-        timer = threading.Timer(0.02 + 0.003 * i, os.kill, (os.getpid(), signal.SIGINT))
-        try:
-            timer.start()
-            deadline = time.monotonic() + 10
-            while time.monotonic() < deadline:
-                step(layer, x)
-        except KeyboardInterrupt:
-            caught += 1
-        assert same(step(layer, x), expected)
-        assert all(bool(t.isfinite().all()) for t in layer.state_dict().values())
-    assert caught == interrupts, caught
-    # What the interrupted steps held is free again.
-    gc.collect()
-    assert _C.cached_bytes() <= _C.max_cached_bytes()
-    kept = _C.cached_bytes()
-    step(layer, x)
-    assert _C.cached_bytes() == kept
+def test_interrupted_training_goes_on(check_script: Callable[..., None]) -> None:
+    code = """
+    interrupts = 12
+    for x in (small, large):
+        layer = bnext.BatchNormAct2d(4, act="silu")
+        expected = step(layer, x)
+        caught = 0
+        for i in range(interrupts):
+            # From a thread, so that it comes at any point of a step, in the operators too.
+            timer = threading.Timer(0.02 + 0.003 * i, os.kill, (os.getpid(), signal.SIGINT))
+            try:
+                timer.start()
+                deadline = time.monotonic() + 10
+                while time.monotonic() < deadline:
+                    step(layer, x)
+            except KeyboardInterrupt:
+                caught += 1
+            assert same(step(layer, x), expected)
+            assert all(bool(t.isfinite().all()) for t in layer.state_dict().values())
+        assert caught == interrupts, caught
+        # What the interrupted steps held is free again.
+        gc.collect()
+        assert _C.cached_bytes() <= _C.max_cached_bytes()
+        kept = _C.cached_bytes()
+        step(layer, x)
+        assert _C.cached_bytes() == kept
     print("done")
     """
-    check_script(SETUP + inspect.cleandoc(code))
+    check_script(SETUP + TENSORS + inspect.cleandoc(code))
 
 
 EXITS = {
@@ -119,13 +118,28 @@ EXITS = {
     """,
     "sys.exit": """
         y = bnext.BatchNorm2d(4)(large.requires_grad_())
-        print("done")
+        print("sys.exit")
         sys.exit()
     """,
 }
 
 
-@pytest.mark.parametrize("held", EXITS)
-def test_interpreter_ends_in_silence(held: str, check_script: Check) -> None:
-    code = SETUP + inspect.cleandoc(EXITS[held])
-    check_script(code if held == "sys.exit" else f'{code}\nprint("done")')
+@needs_fork
+def test_interpreters_end_in_silence(run_python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    # Each in a fork of a process that has imported, and computed nothing: it has no thread yet. Its main module is run
+    # to the end, where its interpreter ends as any does.
+    codes = {name: TENSORS + inspect.cleandoc(code) for name, code in EXITS.items()}
+    code = f"""
+held = None
+for name, code in {codes!r}.items():
+    if os.fork() == 0:
+        signal.alarm(60)
+        held = name
+        break
+    assert os.wait()[1] == 0, name
+if held:
+    exec(code)
+print(held)
+"""
+    done = run_python("-W", "error", "-W", FORK_WARNING, "-c", SETUP + code)
+    assert (done.returncode, done.stdout.splitlines(), done.stderr) == (0, [*EXITS, "None"], "")

@@ -323,10 +323,12 @@ def test_freed_by_another_thread() -> None:
 
 
 @linux_only
-def test_fork_while_another_thread_frees(run_python: Run) -> None:
+def test_without_huge_pages_a_fork_while_another_thread_frees(run_python: Run) -> None:
     # Each output that is freed displaces the one before. set_() frees without the interpreter's lock, so that the fork
     # comes while the thread unmaps.
     code = """
+    y = output(34, 2.0)
+    assert (is_all(y, 2.0), _C.huge_pages_enabled(), asks_for_huge_pages(y)) == (True, False, False)
     ready, stop = threading.Event(), threading.Event()
 
     def work():
@@ -372,20 +374,3 @@ def test_output_asks_for_huge_pages() -> None:
     y = output(34)
     assert y.data_ptr() % (2 * MIB) == 0
     assert asks_for_huge_pages(y) == _C.huge_pages_enabled()
-
-
-@linux_only
-def test_huge_pages_can_be_turned_off(check_script: Callable[..., None]) -> None:
-    code = """
-    y = output(34, 2.0)
-    assert (is_all(y, 2.0), _C.huge_pages_enabled(), asks_for_huge_pages(y)) == (True, False, False)
-    print("done")
-    """
-    check_script(script(code), BNEXT_HUGE_PAGES="0")
-
-
-def test_settings_are_printed(run_python: Run) -> None:
-    done = run_python("-m", "bnext", BNEXT_CACHE_MB="80", BNEXT_HUGE_PAGES="0")
-    facts = dict(line.split(":", 1) for line in done.stdout.splitlines())
-    assert "80 MB" in facts["freed outputs"]
-    assert facts["huge pages"].split()[0] == "off"

@@ -40,9 +40,10 @@ CALLS = {
     "copies": 1_000,
     "threads": 500,
 }
-# `synchronized` failed once in fifteen runs of the suite; how, is not known. It did not fail in 25 rounds of 3,000
-# calls, which left up to 8 KB of heap, from the second on at most 4 KB, and 28 KB of resident memory; nor in 120 rounds
-# of 30 calls, some on a core shared with another process, which left no tensor alive.
+# `synchronized` failed once in fifteen runs of the suite; which limit it passed is not known. Resident memory held the
+# pages of files then: its first calls read 7 MB of libraries, and again what the kernel has taken from an idle process.
+# It did not fail in 49 rounds of 3,000 calls, half of them on cores shared with others, which left up to 8 KB of heap
+# and 28 KB of resident memory; nor in 120 rounds of 30 calls, which left no tensor alive.
 # torch.distributed remembers the last 2,000 collectives; threads that end leave their stacks and heaps to the next.
 WARM_UP = {"synchronized": 2_500, "traced_conversions": 50, "threads": 200}
 # Which of malloc's arenas a thread is given depends on who else is about; what leaks in them is on the heap all the
@@ -71,7 +72,7 @@ def test_nothing_is_left_behind(calls_of: str, calls: int, worker: Pool) -> None
     assert alive == [], "tensors of these shapes outlive all that they were made for"
 
 
-@pytest.mark.parametrize("calls", [35, pytest.param(490, marks=pytest.mark.long)])
+@pytest.mark.parametrize("calls", [14, pytest.param(490, marks=pytest.mark.long)])
 def test_large_outputs_leave_what_is_kept(
     calls: int, run_python: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
@@ -89,22 +90,10 @@ print(json.dumps(leak_jobs.large_outputs({calls})))
     assert 66 * 2**20 <= most <= 100 * 2**20
 
 
-@pytest.mark.parametrize(
-    ("what", "shows"),
-    [
-        ("nothing", set()),
-        ("100 bytes", {"resident", *(["heap"] if COUNTS_THE_HEAP else [])}),
-        ("an object", {"blocks"}),
-        ("a list", {"blocks", "objects"}),
-        ("a page", {"mappings"}),
-        ("a graph", {"blocks", "alive"}),
-    ],
-)
-def test_a_leak_would_show(what: str, shows: set[str], worker: Pool) -> None:
-    calls = 10_000 if what == "100 bytes" else 1_000
-    ((left, alive),) = worker.run(jobs.hoards, what=what, calls=calls)
-    assert {*excess(left), *(["alive"] if alive else [])} >= shows
-    assert shows or (excess(left), alive) == ({}, [])
+def test_a_leak_would_show(worker: Pool) -> None:
+    ((left, alive),) = worker.run(jobs.hoards, calls=1_000)
+    assert excess(left).keys() == set(Usage._fields) - (set() if COUNTS_THE_HEAP else {"heap"})
+    assert alive == [jobs.SHAPE]
 
 
 def test_inputs_are_referred_to_by_their_graph_alone() -> None:

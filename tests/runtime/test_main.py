@@ -9,28 +9,16 @@ import torch
 
 import bnext
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
-
-def test_prints_versions_instruction_set_and_threads(run_python: Run) -> None:
-    done = run_python("-m", "bnext", OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+def test_prints_versions_and_settings(run_python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = run_python("-m", "bnext", OMP_NUM_THREADS="1", BNEXT_CACHE_MB="80", BNEXT_HUGE_PAGES="0")
+    assert (done.returncode, done.stderr) == (0, "")
     for fact in (bnext.__version__, torch.__version__, bnext._C.cpu_isas()[-1]):
         assert fact in done.stdout
-    threads = next(line for line in done.stdout.splitlines() if "threads" in line)
-    assert threads.split()[-1] == "1"
-
-
-def test_import_is_quiet_and_starts_nothing(run_python: Run) -> None:
-    # Importing warns of nothing, and loads no compiler; that it patches nothing is test_architecture.py's.
-    code = (
-        "import sys, torch, bnext\n"
-        "assert not torch.cuda.is_initialized()\n"
-        "assert 'torch._inductor' not in sys.modules\n"
-    )
-    done = run_python("-W", "error", "-c", code)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    facts = dict(line.split(":", 1) for line in done.stdout.splitlines())
+    assert facts["threads"].split() == ["1"]
+    assert "80 MB" in facts["freed outputs"]
+    assert facts["huge pages"].split()[0] == "off"
 
 
 def test_version_is_that_of_the_installed_package() -> None:

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import pytest
 import torch
-from cases import (
-    DTYPES,
-    FEW_CASES,
-    LARGE_CASES,
-    MEDIUM_CASES,
-    Case,
-    pairwise,
-    same_bits,
-)
+from cases import DTYPES, FEW_CASES, LARGE_CASES, MEDIUM_CASES, Case, pairwise, same_bits, seed
 from checks import call, make_inputs
 from marks import FLAGS, PLAIN_OR_ACT, rows
 from reference import Act
@@ -23,16 +14,9 @@ from torch import Tensor
 THREAD_COUNTS = (1, 2, 3, 4, 7)
 
 
-@pytest.fixture
-def set_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def forward_and_backward(case: Case, dtype: torch.dtype, training: bool, act: Act, has_residual: bool) -> list[Tensor]:
     """Output, gradients and running statistics of one step."""
-    torch.manual_seed(0)
+    seed(0)
     layout = case.layout if case.layout.startswith("channels_last") else "contiguous"
     x, g, p, residual = make_inputs(*case, dtype, has_residual=has_residual, grad_layout=layout)
     leaves = [t.detach().requires_grad_() for t in (x, p.weight, p.bias, residual) if t is not None]

@@ -13,14 +13,7 @@ from unittest import mock
 import reference
 import tolerances
 import torch
-from cases import (
-    make_grad,
-    make_input,
-    make_parameters,
-    make_residual,
-    same_bits,
-    to_layout,
-)
+from cases import make_grad, make_input, make_parameters, make_residual, same_bits, to_layout
 from checks import output_strides, significant_strides
 from reference import Forward, reduced_dims, widen
 from tolerances import assert_within

@@ -147,10 +147,6 @@ def test_wrong_arguments_raise_before_anything_is_exchanged(wrong: str, run: Run
     run(jobs.raises_before_it_exchanges, size=2, wrong=wrong)
 
 
-def test_unknown_activation(run: Run) -> None:
-    run(jobs.refuses_an_unknown_activation, size=2)
-
-
 @pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("sizes", [(5, 2), (4, 0, 3)], ids=lambda sizes: "+".join(map(str, sizes)))
 def test_trains_in_distributed_data_parallel(sizes: tuple[int, ...], fuse: bool, run: Run) -> None:
@@ -193,9 +189,9 @@ def test_compiled_by_inductor_equals_eager(run: Run) -> None:
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_a_rank_that_dies_is_an_error_for_the_others(backward: bool, short_lived: Callable[..., Pool]) -> None:
     group_timeout = 10.0
-    waited = short_lived(3, group_timeout).run(pool_jobs.survives_a_death, dying=1, backward=backward, exits=[1])
+    waited = short_lived(2, group_timeout).run(pool_jobs.survives_a_death, dying=1, backward=backward, exits=[1])
     assert waited[1] is None
-    assert all(seconds < group_timeout + 1 for seconds in (waited[0], waited[2]))
+    assert waited[0] < group_timeout + 1
 
 
 def test_a_rank_that_does_not_come_is_an_error_for_the_others(run: Run) -> None:

@@ -3,7 +3,7 @@ ones."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import reference
@@ -135,7 +135,8 @@ def test_activations(act: Act, layout: str, dtype: torch.dtype, has_residual: bo
 @pytest.mark.not_emulated
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name)
-def test_shares_across_chunks(dtype: torch.dtype, layout: str, device: str) -> None:
+def test_shares_across_chunks(dtype: torch.dtype, layout: str, device: str, set_threads: Callable[[int], None]) -> None:
+    set_threads(2)
     check_shares(make_batch((23, 70, 13, 11), dtype, has_residual=True), (5, 0, 17, 1), layout, "relu", device=device)
 
 
