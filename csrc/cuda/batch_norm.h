@@ -17,8 +17,8 @@ LaunchPlan plan_for(const Problem& problem, const EvalForward& args, const Devic
 LaunchPlan plan_for(const Problem& problem, const Backward& args, const DeviceLimits& limits);
 
 // Calls launch(plan), which is to return the launch's error. Where the grid's blocks cannot all run at once, as when a
-// process has a part of the device only, it is the launch that finds out: then the call is planned again, without groups
-// that need it.
+// process has a part of the device only, it is the launch that finds out: then the call is planned again, without
+// groups that need it.
 template <typename Args, typename Launch>
 cudaError_t plan_and_launch(const Problem& problem, const Args& args, DeviceLimits limits, Launch&& launch) {
   const cudaError_t error = launch(plan_for(problem, args, limits));

@@ -20,7 +20,7 @@ constexpr std::int64_t kMaxExtraParts = 32;  // tried, to cut rows evenly
 // Counted in 32 bits, and so are their bytes of a mask, of which a plane takes up to three more than it has vectors.
 constexpr std::int64_t kMaxWholeVectors = std::int64_t{1} << 30;
 constexpr std::int64_t kMaxFoldedRowBytes = 2048;  // a tile of all channels: their sums have to fit beside the slots
-constexpr std::int64_t kL2Share = 2;  // results beyond the cache's size over this are stored past it
+constexpr std::int64_t kL2Share = 2;               // results beyond the cache's size over this are stored past it
 
 static_assert(kVectorBytes == kCudaMaskBytes, "a vector's lanes share a byte of a mask");
 
@@ -38,8 +38,8 @@ std::int64_t vector_group(std::int64_t bytes) { return kVectorBytes / std::gcd(s
 
 // ---- tiles
 
-// How much of a row to take: whole lines, as long as a group across the device can keep them. A tile that cannot be kept
-// anyway is to be read in long runs, by one group. Of a small tensor, narrower tiles make more groups.
+// How much of a row to take: whole lines, as long as a group across the device can keep them. A tile that cannot be
+// kept anyway is to be read in long runs, by one group. Of a small tensor, narrower tiles make more groups.
 std::int64_t row_bytes(const Problem& problem, int inputs, const DeviceLimits& limits) {
   const std::int64_t row = problem.C * element_size(problem.dtype);
   std::int64_t bytes = kLineBytes;

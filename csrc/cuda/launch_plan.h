@@ -22,7 +22,8 @@
 namespace bnext::cuda {
 
 constexpr int kVectorBytes = 16;
-// Two blocks an SM, of half of its shared memory each, or one of all of it and twice the threads: 128 registers a thread.
+// Two blocks an SM, of half of its shared memory each, or one of all of it and twice the threads: 128 registers a
+// thread.
 constexpr int kThreads = 256;
 constexpr int kBlocksPerSM = 2;
 constexpr int kMaxThreads = kBlocksPerSM * kThreads;
@@ -46,7 +47,8 @@ struct DeviceLimits {
   int max_grid;      // gridDim.x
   int l2_bytes;      // of the cache that all SMs share
   bool cooperative;  // whether the grid's blocks can be launched all at once
-  // A choice, not a limit: bytes of a row that a channels_last tile takes at most where no group can keep one of a line.
+  // A choice, not a limit: bytes of a row that a channels_last tile takes at most where no group can keep one of a
+  // line.
   int max_row_bytes = kMaxRowBytes;
 };
 
@@ -55,10 +57,10 @@ enum class Tile : std::uint8_t { kChannel, kColumns };
 
 // Offsets into a block's dynamic shared memory, bytes.
 struct SharedLayout {
-  int staging;   // [input][kept + ring][worker] vectors
-  int slot;      // from one of a thread's slots to its next
-  int region;    // from an input's slots to those of the next input
-  int mask;      // [kept + ring][worker] words: the one that holds the byte of the thread's vector
+  int staging;  // [input][kept + ring][worker] vectors
+  int slot;     // from one of a thread's slots to its next
+  int region;   // from an input's slots to those of the next input
+  int mask;     // [kept + ring][worker] words: the one that holds the byte of the thread's vector
   int merge;    // doubles; the block's threads add up in it
   int columns;  // coefficients.cuh; where lanes have channels of their own. In the same place: the sums' coefficients
                 // are read before their merge, the map's written after it.
@@ -101,15 +103,15 @@ struct LaunchPlan {
   std::int64_t vector_wrap;
   int full_steps;             // that every worker takes; one more is taken by
   std::int64_t partial_step;  // so many parts of rows
-  bool whole;             // every vector of every thread lies in the tile, on a 16-byte boundary; 32 bits count them
-  std::int64_t next_tile; // of whole vectors: from one of a tile to that of the group's next tile
-  std::int64_t next_mask; // likewise, in bytes of the mask
-  bool reduces;           // there are sums
-  int inputs;             // tensors that are read, but for forward's residual, which the map alone reads
-  bool reads_mask;        // beside them, the masks of their vectors
-  int kept;               // vectors of each input that a thread keeps in shared memory
-  int ring;               // slots for all other vectors to pass through; 0 if there are none
-  bool exceeds_l2;        // the results are too large for L2 to be of use to who reads them next
+  bool whole;              // every vector of every thread lies in the tile, on a 16-byte boundary; 32 bits count them
+  std::int64_t next_tile;  // of whole vectors: from one of a tile to that of the group's next tile
+  std::int64_t next_mask;  // likewise, in bytes of the mask
+  bool reduces;            // there are sums
+  int inputs;              // tensors that are read, but for forward's residual, which the map alone reads
+  bool reads_mask;         // beside them, the masks of their vectors
+  int kept;                // vectors of each input that a thread keeps in shared memory
+  int ring;                // slots for all other vectors to pass through; 0 if there are none
+  bool exceeds_l2;         // the results are too large for L2 to be of use to who reads them next
   SharedLayout shared;
   // a mask (common/mask.h): the byte of a vector of row r, tile t is r*mask_row + t*mask_tile + its place in the tile
   std::int64_t mask_row;
