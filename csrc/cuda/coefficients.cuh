@@ -34,9 +34,9 @@ constexpr Keep kKeep =
     Functor::kActivated && kTile == Tile::kColumns ? (kIsOpmath<scalar_t, acc_t> ? Keep::kColumns : Keep::kChannels)
                                                    : Keep::kRegisters;
 
-// Lanes whose coefficients are read from shared memory as one word.
+// Lanes whose coefficients are read from shared memory as one word. Of float64, two would take too many registers.
 template <typename scalar_t>
-constexpr int kWordLanes = kLanes<scalar_t> < 4 ? kLanes<scalar_t> : 4;
+constexpr int kWordLanes = kLanes<scalar_t> < 4 ? 1 : 4;
 
 // In shared memory for Keep::kColumns: [coefficient][word of lanes][thread x][lane of the word], so that the words that
 // a warp reads lie side by side.
