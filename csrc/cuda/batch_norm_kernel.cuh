@@ -51,38 +51,38 @@ class BlockTask {
   // The shift is a sample of the channel's own values; else it is known.
   static constexpr bool kSamples = std::is_same_v<Reduce, MomentSums>;
   static constexpr bool kStreamsResidual = Map::kActivated && !Map::kReadsGrad;
-  // float64 goes without what takes code and registers to be fast: it is rare, and the kernels take long to compile.
-  static constexpr bool kHurries = sizeof(scalar_t) < sizeof(double);
   using Staging = StagingBuffer<scalar_t, Reduce, Map>;
 
  public:
   __device__ __forceinline__ BlockTask(const KernelArgs& args, const Op& op, const Shared& shared, GroupRank& self,
-                                       std::int64_t tile)
+                                       std::int64_t tile, bool last)
       : args_(args),
         plan_(args.plan),
         op_(op),
         shared_(shared),
         self_(self),
         span_{tile},
+        last_(last),
         staging_(args, shared.base),
-        streams_(kHurries ? opaque(args.plan.exceeds_l2) : true) {}
+        streams_(opaque(args.plan.exceeds_l2)) {}
 
   // requested: whether what is kept has been asked for. Returns whether that of the group's next tile has.
   __device__ __forceinline__ bool run(bool requested) {
+    const int items = this->items();
     Verdict verdict;
     if constexpr (kReduces) {
       // The samples are requested first: behind all other loads they would arrive last.
       const Acc sample = kSamples ? load_sample(0) : Acc{};
-      if (!requested) whole_or_not([&](auto whole) { request_kept<whole.value>(); });
+      if (!requested) whole_or_not([&](auto whole) { request_kept<whole.value>(kept_of(items)); });
       // Where float32 cannot begin, every channel needs float64.
       verdict = {true, false};
       const bool begins = choose_coefficients(sample);
       // What was asked for in the map came in another order than the sums'.
       if (requested) wait_prior<0>();
-      if (begins) verdict = finish(group_sums<Acc>(), /*again=*/false);
+      if (begins) verdict = finish(group_sums<Acc>(items), /*again=*/false);
       if (verdict.needs_fp64) {
         const bool wide = verdict.wide;
-        verdict = finish(group_sums<double>(), /*again=*/true);
+        verdict = finish(group_sums<double>(items), /*again=*/true);
         verdict.wide |= wide;
       }
     } else {
@@ -90,13 +90,13 @@ class BlockTask {
     }
     // The others of the cluster may have looked at this block's sums for the last time: it need not wait for its stores
     // to say so.
-    if (kReduces && last() && plan_.group == Group::kCluster) cluster_barrier_arrive();
+    if (kReduces && last_ && plan_.group == Group::kCluster) cluster_barrier_arrive();
     if (!args_.tensors.maps()) return false;
     if (verdict.wide) {
-      map<double>();
+      map<double>(items);
       return false;
     }
-    map<Acc>();
+    map<Acc>(items);
     return asks_ahead();
   }
 
@@ -107,10 +107,11 @@ class BlockTask {
     bool wide;        // nor for a channel's coefficients
   };
 
-  // The loops over vectors have a fast form for plans whose vectors are all whole.
+  // The loops over vectors have a fast form for plans whose vectors are all whole. float64 goes without: it is rare,
+  // and the kernels take long to compile.
   template <typename F>
   __device__ __forceinline__ void whole_or_not(F&& f) const {
-    if (kHurries && plan_.whole) {
+    if (sizeof(scalar_t) < sizeof(double) && plan_.whole) {
       f(std::true_type{});
     } else {
       f(std::false_type{});
@@ -124,15 +125,15 @@ class BlockTask {
     return value != 0;
   }
 
-  // Of the group's tiles.
-  __device__ __forceinline__ bool last() const { return span_.tile + plan_.groups >= plan_.tiles; }
-
   // Whether the map fills the slots that fall free with the group's next tile.
-  __device__ __forceinline__ bool asks_ahead() const { return kReduces && kHurries && plan_.whole && !last(); }
+  __device__ __forceinline__ bool asks_ahead() const {
+    return kReduces && sizeof(scalar_t) < sizeof(double) && plan_.whole && !last_;
+  }
 
   template <bool kWhole>
   using Iterator = TileIterator<scalar_t, kTile, kWhole>;
 
+  __device__ __forceinline__ int items() const { return first_step<false>().items(); }
   __device__ __forceinline__ int kept_of(int items) const { return items < plan_.kept ? items : plan_.kept; }
 
   // An iterator at the first step, computed by a few divisions every time: kept, it would take registers in between.
@@ -147,9 +148,8 @@ class BlockTask {
   }
 
   template <bool kWhole>
-  __device__ __forceinline__ void request_kept() {
+  __device__ __forceinline__ void request_kept(int kept) {
     Iterator<kWhole> iterator = first_step<kWhole>();
-    const int kept = kept_of(iterator.items());
     int k = 0;
 #pragma unroll 1
     for (int stage = 0; stage < kLoadStages; ++stage) {
@@ -224,15 +224,16 @@ class BlockTask {
 
   // The tile's sums over the whole group: double [2][tile_channels].
   template <typename acc_t>
-  __device__ __forceinline__ const double* group_sums() {
+  __device__ __forceinline__ const double* group_sums(int items) {
     spread<acc_t, Reduce>(shared_.shift);
     Sums<acc_t> sums(plan_, span_, shared_.shift, shared_.columns, args_.epilogue);
     if constexpr (kIsOpmath<scalar_t, acc_t>) {
-      whole_or_not([&](auto whole) { add_all<whole.value>(sums); });
+      whole_or_not([&](auto whole) { add_all<whole.value>(sums, items); });
     } else {
       wait_prior<0>();
-      for_each_rare<Reduce>(
-          [&](const Segment<scalar_t>& segment, const Item& item) { sums.add(item, segment.low, segment.high); });
+      for_each_rare<Reduce>(items, [&](const Segment<scalar_t>& segment, const Item& item) {
+        sums.add(item, segment.low, segment.high);
+      });
     }
     sums.flush();
     // The merge takes the place of the coefficients, which others may still be reading.
@@ -252,10 +253,10 @@ class BlockTask {
 
   // Where float32 was too narrow: no haste, so that no registers are taken for it.
   template <typename Functor, typename Visit>
-  __device__ __forceinline__ void for_each_rare(Visit&& visit) {
+  __device__ __forceinline__ void for_each_rare(int items, Visit&& visit) {
     Iterator<false> iterator = first_step<false>();
 #pragma unroll 1
-    for (int k = 0; k < iterator.items(); ++k, iterator.next()) {
+    for (int k = 0; k < items; ++k, iterator.next()) {
       const Segment<scalar_t> segment = iterator.segment();
       visit(segment, staging_.template load<Functor>(k, segment));
     }
@@ -263,10 +264,9 @@ class BlockTask {
 
   // Adds the vectors that are kept, a stage after another as they arrive, and then those that pass through the ring.
   template <bool kWhole>
-  __device__ __forceinline__ void add_all(Sums<Acc>& sums) {
-    Iterator<kWhole> iterator = first_step<kWhole>();
-    const int items = iterator.items();
+  __device__ __forceinline__ void add_all(Sums<Acc>& sums, int items) {
     const int kept = kept_of(items);
+    Iterator<kWhole> iterator = first_step<kWhole>();
     Iterator<kWhole> behind_kept = iterator;
     if (items > kept) behind_kept.seek(kept);
     Ring<Reduce, Staging, Iterator<kWhole>, /*kForward=*/true> ring(staging_, plan_.kept, items - kept, behind_kept);
@@ -332,14 +332,14 @@ class BlockTask {
   }
 
   template <typename acc_t>
-  __device__ __forceinline__ void map() {
+  __device__ __forceinline__ void map(int items) {
     spread<acc_t, Map>(shared_.coefficients);
     const MapCoefficients<scalar_t, Map, kTile, acc_t> coefficients(plan_, span_, shared_.coefficients,
                                                                     shared_.columns);
     if constexpr (kIsOpmath<scalar_t, acc_t>) {
-      whole_or_not([&](auto whole) { map_all<whole.value>(coefficients); });
+      whole_or_not([&](auto whole) { map_all<whole.value>(coefficients, items); });
     } else {
-      for_each_rare<Map>([&](const Segment<scalar_t>& segment, Item item) {
+      for_each_rare<Map>(items, [&](const Segment<scalar_t>& segment, Item item) {
         if (kStreamsResidual && args_.tensors.in[2] != nullptr) {
           item.vec[2] = load_vec<scalar_t>(args_.tensors.in[2], segment);
         }
@@ -351,21 +351,20 @@ class BlockTask {
   // Elements from the last to the first: those that were not kept were read last, and L2 may still have them. Slots of
   // what has been mapped are filled for the group's next tile, a few at a time.
   template <bool kWhole, typename Coefficients>
-  __device__ __forceinline__ void map_all(const Coefficients& coefficients) {
-    Iterator<kWhole> iterator = first_step<kWhole>();
-    const int items = iterator.items();
+  __device__ __forceinline__ void map_all(const Coefficients& coefficients, int items) {
     const int kept = kept_of(items);
+    Iterator<kWhole> iterator = first_step<kWhole>();
     iterator.seek(items - 1);
     Ring<Map, Staging, Iterator<kWhole>, /*kForward=*/false> ring(staging_, plan_.kept, items - kept, iterator);
     if (!ring.empty()) ring.start();
     ResidualStream<scalar_t, Iterator<kWhole>> residual(kStreamsResidual ? args_.tensors.in[2] : nullptr, items,
                                                         iterator);
-    const int at_once = kHurries ? (kept + kLoadStages - 1) / kLoadStages : kept;
+    const int at_once = (kept + kLoadStages - 1) / kLoadStages;
     int asked = kept;
     for (int left = items; left > 0;) {
       const bool streams = left > kept;
       const int last = streams ? ring.wait() : left - 1;
-      const int first = streams ? last : kHurries && left > at_once ? left - at_once : 0;
+      const int first = streams ? last : left > at_once ? left - at_once : 0;
 #pragma unroll(kWhole && !Map::kActivated ? 4 : 1)
       for (int slot = last; slot >= first; --slot, iterator.prev()) {
         const auto segment = iterator.segment();
@@ -409,6 +408,7 @@ class BlockTask {
   const Shared& shared_;
   GroupRank& self_;
   TileSpan span_;
+  bool last_;  // of the group's tiles
   Staging staging_;
   bool streams_;
 };
@@ -425,7 +425,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const int group = static_cast<int>(blockIdx.x) / plan.group_blocks;
   bool requested = false;
   for (std::int64_t tile = group; tile < plan.tiles; tile += plan.groups) {
-    requested = BlockTask<scalar_t, Op, Reduce, Map, kTile>(args, op, shared, self, tile).run(requested);
+    const bool last = tile + plan.groups >= plan.tiles;
+    requested = BlockTask<scalar_t, Op, Reduce, Map, kTile>(args, op, shared, self, tile, last).run(requested);
     // The next tile's coefficients take the place of this one's: sums have barriers enough before that.
     if constexpr (std::is_same_v<Reduce, NoSums>) __syncthreads();
   }
