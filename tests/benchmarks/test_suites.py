@@ -37,7 +37,7 @@ def test_providers_are_in_an_order_in_which_what_may_fail_is_last() -> None:
     assert providers("cpu") == ("torch", "bnext", "torch-compile")
     assert providers("cpu", with_compile=False) == ("torch", "bnext")
     assert providers("cuda") == ("torch", "bnext", "torch-no-cudnn", "torch-compile")
-    assert len(providers("cuda", with_plans=True)) == 7
+    assert len(providers("cuda", with_plans=True)) == 4 + len(suites.PLANS)
 
 
 def test_a_case_has_what_was_asked_for_and_exists() -> None:
