@@ -66,11 +66,6 @@ int main(int argc, char** argv) {
   limits.l2_bytes = argument(6);
   limits.max_grid = 2147483647;
   limits.cooperative = true;
-  for (int i = 0; i < kClusterSizes; ++i) {
-    for (int per_sm = 1; per_sm <= kBlocksPerSM; ++per_sm) {
-      limits.clusters_at_once[per_sm - 1][i] = limits.sms * per_sm >> (i + 1);
-    }
-  }
   long long N, C, HW;
   int last, element_bytes, backward, activated;
   while (std::scanf("%lld %lld %lld %d %d %d %d", &N, &C, &HW, &last, &element_bytes, &backward, &activated) == 7) {

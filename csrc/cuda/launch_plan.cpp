@@ -234,11 +234,13 @@ std::int64_t balanced_groups(const LaunchPlan& plan, std::int64_t fewest, std::i
   return best;
 }
 
-// Clusters of so many blocks that run at once.
+// Clusters of so many blocks that run at once: as many as the SMs hold, where the driver was not asked.
 std::int64_t clusters_at_once(const DeviceLimits& limits, std::int64_t blocks, int per_sm) {
   int size = 0;
   while ((2 << size) < blocks) ++size;
-  return std::min<std::int64_t>(limits.clusters_at_once[per_sm - 1][size], limits.sms * per_sm / blocks);
+  const std::int64_t held = limits.sms * per_sm / blocks;
+  const int asked = limits.clusters_at_once[per_sm - 1][size];
+  return asked > 0 ? std::min<std::int64_t>(asked, held) : held;
 }
 
 void choose_group(LaunchPlan& plan, const DeviceLimits& limits) {

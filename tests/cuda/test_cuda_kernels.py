@@ -119,11 +119,6 @@ def kernel_device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def group_of_the_last_launch() -> tuple[str, bool]:
-    plan = last_plan()
-    return GROUPS[plan["group"]], plan["ring"] > 0
-
-
 def every_way() -> list[object]:
     """Each way with bfloat16, with one seed in either mode and with the other in training, and with one of the other
     dtypes in turn: those differ in the width of a vector alone, and each of them goes along every path."""

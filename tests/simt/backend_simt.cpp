@@ -231,11 +231,6 @@ Facts plan(std::int64_t N, std::int64_t C, std::int64_t HW, bool channels_last, 
   limits.shared_per_sm = limits.shared_per_block + 1024;
   limits.reserved_shared = 1024;
   limits.max_cluster = static_cast<int>(max_cluster);
-  for (int i = 0; i < cuda::kClusterSizes; ++i) {
-    for (int per_sm = 1; per_sm <= cuda::kBlocksPerSM; ++per_sm) {
-      limits.clusters_at_once[per_sm - 1][i] = limits.sms * per_sm >> (i + 1);
-    }
-  }
   limits.max_grid = std::numeric_limits<int>::max();
   limits.l2_bytes = static_cast<int>(l2_bytes);
   limits.cooperative = cooperative;
