@@ -6,6 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from bnext import _C
 
@@ -14,6 +15,10 @@ NAMES = _C.activations
 SLOPES = {"leaky_relu": 0.01, "elu": 1.0}
 
 Act = str | tuple[str, float] | None
+
+# What follows the normalisation: the residual, and the activation's name and slope; or nothing.
+Epilogue = tuple[Tensor | None, str, float] | tuple[()]
+PLAIN: Epilogue = ()
 
 
 class Activation(NamedTuple):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from bnext import known, modules
 from bnext import sync as synchronization
@@ -22,17 +23,15 @@ _logger = logging.getLogger("bnext")
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 _Classes = dict[type[torch.nn.Module], type[torch.nn.Module]]
 
-_TO_BNEXT: _Classes = {
-    torch.nn.BatchNorm1d: modules.BatchNorm1d,
-    torch.nn.BatchNorm2d: modules.BatchNorm2d,
-    torch.nn.BatchNorm3d: modules.BatchNorm3d,
-    torch.nn.LazyBatchNorm1d: modules.LazyBatchNorm1d,
-    torch.nn.LazyBatchNorm2d: modules.LazyBatchNorm2d,
-    torch.nn.LazyBatchNorm3d: modules.LazyBatchNorm3d,
-    torch.nn.SyncBatchNorm: SyncBatchNorm,
+_TO_TORCH: _Classes = {
+    modules.BatchNorm1d: torch.nn.BatchNorm1d,
+    modules.BatchNorm2d: torch.nn.BatchNorm2d,
+    modules.BatchNorm3d: torch.nn.BatchNorm3d,
+    modules.LazyBatchNorm1d: torch.nn.LazyBatchNorm1d,
+    modules.LazyBatchNorm2d: torch.nn.LazyBatchNorm2d,
+    modules.LazyBatchNorm3d: torch.nn.LazyBatchNorm3d,
+    SyncBatchNorm: torch.nn.SyncBatchNorm,
 }
-_TO_TORCH: _Classes = {ours: theirs for theirs, ours in _TO_BNEXT.items()}
-_LAZY = {modules.LazyBatchNorm1d, modules.LazyBatchNorm2d, modules.LazyBatchNorm3d}
 _OURS = {*_TO_TORCH, modules.BatchNormAct1d, modules.BatchNormAct2d, modules.BatchNormAct3d}
 
 
@@ -41,16 +40,21 @@ def convert(
 ) -> _Module:
     """Turn every batch-norm layer of a model into bnext's, in place.
 
-    A layer changes its class and nothing else: parameters, buffers, hooks, the ``training`` flag, attributes and
-    names stay the same objects, shared layers stay shared, and optimisers keep what they hold. So a state_dict
-    saved before loads after, and the reverse.
+    A layer is given another ``forward`` and nothing else: its class, parameters, buffers, hooks, the ``training`` flag,
+    attributes and names stay the same objects, shared layers stay shared, and optimisers keep what they hold. So a
+    state_dict saved before loads after, and the reverse, and whatever looks for batch norms (quantisers, folding,
+    counters of operations, validators of privacy) finds them.
 
-    Changed are layers whose type is exactly ``torch.nn.BatchNorm1d/2d/3d``, ``torch.nn.LazyBatchNorm1d/2d/3d`` or
-    ``torch.nn.SyncBatchNorm``.
-    Layers of other libraries keep their class and are given bnext's forward, where theirs is known: timm's
-    ``BatchNormAct2d``, with its drop layer and activation, and the frozen batch norms of torchvision, timm and
-    detectron2. Other batch norms (a subclass may have a forward of its own) are left alone, and listed in one warning
-    of the logger ``"bnext"``.
+    Changed are layers whose type is exactly ``torch.nn.BatchNorm1d/2d/3d`` or ``torch.nn.LazyBatchNorm1d/2d/3d``, and
+    those of other libraries whose forward is known: timm's ``BatchNormAct2d``, with its drop layer and activation, and
+    the frozen batch norms of torchvision, timm and detectron2. ``torch.nn.SyncBatchNorm`` becomes
+    :class:`bnext.SyncBatchNorm`. Other batch norms (a subclass may have a forward of its own) are left alone, and
+    listed in one warning of the logger ``"bnext"``.
+
+    In graphs for others to read (``torch.export``, ``torch.onnx``, ``torch.jit``, ``torch.fx``), for tensor subclasses
+    and under modes that watch torch's functions, and on devices for which bnext has no kernels, a layer is torch's own
+    batch norm. A layer is to be copied by ``copy.deepcopy``: a shallow ``copy.copy`` of it computes what the layer
+    itself does, in its mode.
 
     With ``fuse=True`` calls of the model are captured by ``torch._dynamo``, as by ``torch.compile``, and in the
     captured graph a batch norm takes over the activation behind it, and the sum with a residual between them; the
@@ -94,7 +98,8 @@ def convert(
     if fuse:
         from bnext.fusion import eager  # imports torch._dynamo, which takes a second
     for _, m in layers:
-        m.__class__ = _TO_BNEXT.get(type(m), type(m))
+        if type(m) is torch.nn.SyncBatchNorm:
+            m.__class__ = SyncBatchNorm
     ours = [m for _, m in layers if type(m) in _OURS or known.adopt(m)]
     left = [(name, m) for name, m in layers if _is_unknown(m)]
     if left:
@@ -106,7 +111,7 @@ def convert(
     lines = [f"{len(ours)} batch norm(s) are bnext's"]
     if sync:
         synchronization.synchronize(module, process_group)
-        lazy = [name for name, m in layers if type(m) in _LAZY]
+        lazy = [name for name, m in layers if isinstance(m, _BatchNorm) and isinstance(m, LazyModuleMixin)]
         if lazy:
             _logger.warning(
                 "convert left %d batch norm(s) without sync until they are initialised: %s", len(lazy), ", ".join(lazy)

@@ -7,12 +7,8 @@ import threading
 import torch
 from torch import Tensor, fx
 
-from bnext import activations, ops
-from bnext.activations import Act, Activation
-
-# What follows the normalisation: the residual, and the activation's name and slope; or nothing.
-Epilogue = tuple[Tensor | None, str, float] | tuple[()]
-PLAIN: Epilogue = ()
+from bnext import activations, native, ops
+from bnext.activations import PLAIN, Act, Activation, Epilogue
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -43,13 +39,13 @@ def batch_norm(
     Args:
         input: shape (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W), any strides; float32, float64, float16
             or bfloat16.
-        running_mean, running_var: shape (C,). Both are needed in evaluation; None: not tracked.
-        weight, bias: shape (C,), :math:`\gamma` and :math:`\beta`; None: 1 and 0.
+        running_mean, running_var: C values, of shape (C,) as a rule. Both are needed in evaluation; None: not tracked.
+        weight, bias: C values, :math:`\gamma` and :math:`\beta`; None: 1 and 0.
         training: whether to use the batch's statistics.
         momentum: the weight of this batch in the running statistics.
         eps: added to the variance; positive in training, non-negative in evaluation.
 
-    Each of the length-C tensors is of the input's dtype or float32, in any mix. Statistics are computed in at
+    Each of the tensors of C values is of the input's dtype or float32, in any mix. Statistics are computed in at
     least float32 with sums in float64, and the mean carries more bits than the input, so data with a large offset
     keeps its accuracy. Every finite input is in range, on the CPU and on CUDA: sums that overflow float32 are taken
     again in float64. The result has the input's dtype and memory format, the same bits for any number of threads,
@@ -58,11 +54,15 @@ def batch_norm(
     Returns:
         A tensor of the input's shape.
 
+    In graphs that others read, for tensor subclasses and on devices without kernels it is torch's own function:
+    :func:`bnext.convert`.
+
     Raises:
         ValueError: the input has fewer than 2 dimensions, or one value a channel in training; eps is out of
-            range; a length-C tensor has another rank.
+            range.
         TypeError: a dtype is none of the above; training is no bool, or momentum no number.
-        RuntimeError: a length-C tensor has another length or device; evaluation lacks a running statistic.
+        RuntimeError: a tensor of C values has another number of them, or is on another device; evaluation lacks a
+            running statistic.
         Nothing is read or written before the arguments are found good.
 
     Source: Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
@@ -154,6 +154,21 @@ def train_batch_norm(
     ``group`` the statistics are those of the batches of all its processes together.
     """
     output: Tensor
+    # torch cannot export a cumulative average, whose factor it computes on the host.
+    exportable = momentum is not None or not (torch.compiler.is_compiling() and native.is_exporting())
+    if group is None and exportable and native.takes(input):
+        return native.batch_norm(
+            input, running_mean, running_var, num_batches_tracked, weight, bias, True, momentum, eps, epilogue
+        )
+    if num_batches_tracked is not None and not (
+        num_batches_tracked.dtype is torch.int64 and num_batches_tracked.device == input.device
+    ):
+        # Not as the operators take it: of an averaged state_dict, or left on another device. torch counts in any.
+        if momentum is None:
+            momentum = 1.0 / (float(num_batches_tracked) + 1.0)
+        output = train_batch_norm(input, running_mean, running_var, None, weight, bias, momentum, eps, epilogue, group)
+        num_batches_tracked.add_(1)
+        return output
     if group is not None:
         output = ops.batch_norm_sync(
             input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, *group, *epilogue
@@ -178,12 +193,9 @@ def eval_batch_norm(
     if running_mean is None or running_var is None:
         missing = "running_mean" if running_mean is None else "running_var"
         raise RuntimeError(f"{missing} must be defined in evaluation mode, but got None")
+    if native.takes(input):
+        return native.batch_norm(input, running_mean, running_var, None, weight, bias, False, 0.0, eps, epilogue)
     output: Tensor
-    if isinstance(input, Tensor) and input.is_mkldnn:  # of torch.utils.mkldnn, for which torch has kernels
-        residual, name, slope = epilogue or (None, "identity", 0.0)
-        output = torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, eps=eps)
-        output = activations.compose(output if residual is None else output + residual, Activation(name, slope))
-        return output
     compiled = torch.compiler.is_compiling() and not keeps_operators()
     if compiled and _is_arithmetic(input, (weight, bias, running_mean, running_var), eps, epilogue):
         return _composed_eval(input, running_mean, running_var, weight, bias, eps, epilogue)
@@ -205,20 +217,12 @@ def keeps_operators() -> bool:
     return capture.eager
 
 
-# Before 2.13 torch.compiler.is_exporting() is true while dynamo traces anything.
-_KNOWS_EXPORT = torch.__version__ >= "2.13"
-
-
-def _is_exporting() -> bool:
-    return torch.compiler.is_exporting() if _KNOWS_EXPORT else not torch.compiler.is_dynamo_compiling()
-
-
 def _is_arithmetic(input: Tensor, vectors: tuple[Tensor | None, ...], eps: float, epilogue: Epilogue) -> bool:
     """Whether a compiler would do well to see what an evaluation computes: no gradient will be asked for, whose sums
-    are the operator's; nothing is exported; and arithmetic gives what the operator does, and not, by broadcasting or
-    promotion, what that refuses."""
+    are the operator's; and arithmetic gives what the operator does, and not, by broadcasting or promotion, what that
+    refuses."""
     residual = epilogue[0] if epilogue else None
-    if _is_exporting() or input.dim() < 2 or input.dtype not in DTYPES or eps < 0:
+    if input.dim() < 2 or input.dtype not in DTYPES or eps < 0:
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, *vectors[:2], residual)):
         return False

@@ -1,7 +1,8 @@
-"""Batch norms of other libraries: the classes that convert knows the forward of, found by name and structure.
+"""Batch norms of torch and of other libraries: the classes that convert knows the forward of.
 
-Such a layer keeps its class, so that whoever asks for it finds it; its forward alone is replaced. Nothing is imported
-for it: a layer that is there has brought its library along.
+Such a layer keeps its class, so that whoever asks for it finds it: quantisers, folding passes, counters and validators
+look layers up by their exact class. Its forward alone is replaced. Classes of other libraries are found by name and
+structure, and nothing is imported for them: a layer that is there has brought its library along.
 """
 
 from __future__ import annotations
@@ -10,16 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from bnext import functional, modules
-from bnext.attached import Forward, attach_forward
+from bnext.attached import attach_forward, has_forward
+
+_TORCH = {
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.LazyBatchNorm1d,
+    nn.LazyBatchNorm2d,
+    nn.LazyBatchNorm3d,
+}
 
 _STATISTICS = ("weight", "bias", "running_mean", "running_var")
 
 
 def adopt(layer: nn.Module) -> bool:
     """Give a layer of a known class bnext's forward; whether it has it now."""
-    own = layer.__dict__.get("forward")
-    if own is not None:
-        return isinstance(own, Forward)
+    if layer.__dict__.get("forward") is not None:
+        return has_forward(layer)
+    if type(layer) in _TORCH:
+        attach_forward(layer, _normalize)
+        return True
     function = _normalize_act if _is_timm_act(layer) else _frozen if _is_frozen(layer) else None
     if function is not None:
         attach_forward(layer, function)
@@ -27,7 +39,7 @@ def adopt(layer: nn.Module) -> bool:
 
 
 def is_adopted(layer: nn.Module) -> bool:
-    return isinstance(layer.__dict__.get("forward"), Forward)
+    return has_forward(layer)
 
 
 def _library(layer: nn.Module) -> str:
@@ -60,6 +72,14 @@ def _is_frozen(layer: nn.Module) -> bool:
         return theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=1e-2, atol=1e-2)
     except Exception:  # by another library's forward
         return False
+
+
+def _normalize(self: modules.BatchNorm, input: Tensor) -> Tensor:
+    """torch.nn.BatchNorm1d, 2d and 3d"""
+    if modules.is_traced(input):
+        traced: Tensor = type(self).forward(self, input)
+        return traced
+    return modules.normalize(self, input)
 
 
 def _normalize_act(self: nn.BatchNorm2d, x: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, fx
 
 from bnext import activations, functional
-from bnext.activations import Act, Activation
-from bnext.functional import PLAIN, Epilogue, Group
+from bnext.activations import PLAIN, Act, Activation, Epilogue
+from bnext.attached import without_attached
+from bnext.functional import Group
+
+BatchNorm = torch.nn.modules.batchnorm._BatchNorm
 
 
-def normalize(
-    self: torch.nn.modules.batchnorm._BatchNorm, input: Tensor, epilogue: Epilogue = PLAIN, group: Group | None = None
-) -> Tensor:
+def normalize(self: BatchNorm, input: Tensor, epilogue: Epilogue = PLAIN, group: Group | None = None) -> Tensor:
     """What every layer does with its input; ``group``: the processes that share a training batch."""
     self._check_input_dim(input)
     running_mean, running_var = self.running_mean, self.running_var
@@ -50,7 +51,7 @@ def _leaf(layer: torch.nn.Module, *args: Any) -> Tensor:
     return output
 
 
-def _forward(self: torch.nn.modules.batchnorm._BatchNorm, input: Tensor) -> Tensor:
+def _forward(self: BatchNorm, input: Tensor) -> Tensor:
     """Normalise ``input``; see :func:`bnext.functional.batch_norm`.
 
     In training the running statistics and ``num_batches_tracked`` are updated in the same operator, once every
@@ -61,22 +62,34 @@ def _forward(self: torch.nn.modules.batchnorm._BatchNorm, input: Tensor) -> Tens
     return normalize(self, input)
 
 
+def _scriptable(self: BatchNorm) -> torch.nn.Module:
+    """What ``torch.jit.script`` takes in the layer's place: torch's layer with the same parameters and buffers."""
+    if type(self).forward is not _forward:
+        return self  # a subclass with a forward of its own
+    plain = without_attached(self)
+    plain.__class__ = next(base for base in type(self).__mro__ if base.__module__.startswith("torch.nn."))
+    return plain
+
+
 class BatchNorm1d(torch.nn.BatchNorm1d):
     """:class:`torch.nn.BatchNorm1d`, fused: (N, C) or (N, C, L). See :func:`bnext.functional.batch_norm`."""
 
     forward = _forward
+    __prepare_scriptable__ = _scriptable
 
 
 class BatchNorm2d(torch.nn.BatchNorm2d):
     """:class:`torch.nn.BatchNorm2d`, fused: (N, C, H, W). See :func:`bnext.functional.batch_norm`."""
 
     forward = _forward
+    __prepare_scriptable__ = _scriptable
 
 
 class BatchNorm3d(torch.nn.BatchNorm3d):
     """:class:`torch.nn.BatchNorm3d`, fused: (N, C, D, H, W). See :func:`bnext.functional.batch_norm`."""
 
     forward = _forward
+    __prepare_scriptable__ = _scriptable
 
 
 # A lazy layer turns into cls_to_become in a hook of its first call, which then still runs the lazy class's forward.
@@ -87,6 +100,7 @@ class LazyBatchNorm1d(torch.nn.LazyBatchNorm1d):
 
     cls_to_become = BatchNorm1d
     forward = _forward
+    __prepare_scriptable__ = _scriptable
 
 
 class LazyBatchNorm2d(torch.nn.LazyBatchNorm2d):
@@ -94,6 +108,7 @@ class LazyBatchNorm2d(torch.nn.LazyBatchNorm2d):
 
     cls_to_become = BatchNorm2d
     forward = _forward
+    __prepare_scriptable__ = _scriptable
 
 
 class LazyBatchNorm3d(torch.nn.LazyBatchNorm3d):
@@ -101,9 +116,10 @@ class LazyBatchNorm3d(torch.nn.LazyBatchNorm3d):
 
     cls_to_become = BatchNorm3d
     forward = _forward
+    __prepare_scriptable__ = _scriptable
 
 
-class Activated(torch.nn.modules.batchnorm._BatchNorm):
+class Activated(BatchNorm):
     """A batch norm with an activation: what all such layers share."""
 
     @property
@@ -128,6 +144,12 @@ class Activated(torch.nn.modules.batchnorm._BatchNorm):
         # A layer that became one by a change of class has no activation yet.
         activation: Activation = self.__dict__.get("_activation", activations.IDENTITY)
         return self.normalize(input, (residual, *activation))
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        raise NotImplementedError(
+            f"bnext.{type(self).__name__} cannot be scripted: expected a layer that torch.jit.script knows, such as "
+            "bnext.BatchNorm2d and torch.nn.ReLU (or use torch.jit.trace, or torch.export)"
+        )
 
 
 class _BatchNormAct(Activated):

@@ -10,8 +10,9 @@ from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from bnext import modules
-from bnext.activations import Act
-from bnext.functional import PLAIN, Epilogue, Group
+from bnext.activations import PLAIN, Act, Epilogue
+from bnext.attached import detach_forward
+from bnext.functional import Group
 
 
 def _group_of(process_group: Any) -> Group | None:
@@ -120,6 +121,7 @@ def synchronize(module: torch.nn.Module, process_group: Any = None) -> None:
             continue
         m.__class__ = SyncBatchNorm
         m.process_group = process_group
+        detach_forward(m)
 
 
 def separate(module: torch.nn.Module) -> list[tuple[torch.nn.Module, Any]]:

@@ -47,7 +47,7 @@ STRIDED_SHAPES: tuple[tuple[int, ...], ...] = ((33, 17), (6, 17, 5), (6, 5, 7, 3
 
 DENSE_LAYOUTS = {
     2: ("contiguous",),
-    3: ("contiguous",),
+    3: ("contiguous", "channels_last"),
     4: ("contiguous", "channels_last"),
     5: ("contiguous", "channels_last_3d"),
 }
@@ -97,13 +97,19 @@ RECTIFIERS = ("relu", "relu6", "leaky_relu")
 FEW_CASES = [
     Case((7, 5), "contiguous"),
     Case((4, 3, 6), "contiguous"),
+    Case((4, 3, 6), "channels_last"),
     Case((3, 5, 5, 3), "contiguous"),
     Case((3, 5, 5, 3), "channels_last"),
     Case((2, 3, 2, 3, 5), "channels_last_3d"),
     Case((6, 5, 7, 3), "sliced"),
 ]
 
-EMPTY_CASES = [Case((0, 3), "contiguous"), Case((0, 3, 4, 5), "contiguous"), Case((2, 3, 0), "contiguous")]
+EMPTY_CASES = [
+    Case((0, 3), "contiguous"),
+    Case((0, 3, 4, 5), "contiguous"),
+    Case((0, 3, 4, 5), "channels_last"),
+    Case((2, 3, 0), "contiguous"),
+]
 
 
 def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:

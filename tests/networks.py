@@ -252,6 +252,7 @@ class Volume(nn.Module):
         self.conv, self.bn = nn.Conv3d(3, 3, 3, padding=1), nn.BatchNorm3d(3)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
         out = self.bn(self.conv(x))
         out = x + out
         return F.hardswish(out)

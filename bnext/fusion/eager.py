@@ -19,7 +19,7 @@ import torch._dynamo
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnext import functional, known
+from bnext import functional, known, native
 from bnext.attached import Attached, attach
 from bnext.fusion import backend
 from bnext.fusion.report import ITSELF, Report
@@ -204,10 +204,5 @@ def _stands_aside() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.maybe_current_level() is not None
         or torch.nn.modules.module._has_any_global_hook()
-        or (torch._C._len_torch_function_stack() > 0 and _has_foreign_mode())
+        or (torch._C._len_torch_function_stack() > 0 and native.has_foreign_function_mode())
     )
-
-
-def _has_foreign_mode() -> bool:
-    modes = torch.overrides._get_current_function_mode_stack()
-    return not all(isinstance(mode, torch.utils._device.DeviceContext) for mode in modes)

@@ -44,15 +44,16 @@ def fuse(module: fx.GraphModule, for_compiler: bool = False) -> list[Outcome]:
     outcomes = []
     for part in module.modules():
         if isinstance(part, fx.GraphModule):
-            outcomes += _Pass(part.graph, for_compiler).run()
+            outcomes += _Pass(part.graph, for_compiler, part is not module).run()
             part.recompile()
     return outcomes
 
 
 class _Pass:
-    def __init__(self, graph: fx.Graph, for_compiler: bool) -> None:
+    def __init__(self, graph: fx.Graph, for_compiler: bool, within: bool) -> None:
         self.graph = graph
         self.for_compiler = for_compiler
+        self.within = within  # another graph, as the body of a checkpoint, which computes it again for backward
         self.mode: dict[fx.Node, int] = {}  # counts the changes of autocast and grad mode before a node
         changes = 0
         for node in graph.nodes:
@@ -151,10 +152,13 @@ class _Pass:
 
     def _check_residual(self, added: Sum, applied: Applied, place: fx.Node, activation: fx.Node) -> None:
         """Backward of a smooth activation reads the residual, which torch's sum does not keep."""
-        if applied.activation.name in _C.rectifiers:
+        if applied.activation.name in _C.rectifiers or not effects.value(activation).requires_grad:
             return
         kept, residual = memory(added.residual), effects.tensor(added.residual)
         external = residual is not None and not self._is_fresh(added.residual)
+        if not (self.for_compiler or self.within):  # a compiler may well keep it, too
+            returned = any(memory(node) & kept for node in self.graph.output_node().all_input_nodes)
+            require(not (external or returned), "the residual, which its backward reads, can be written to until then")
         for node in between(place, self.graph.output_node()):
             writes = written(node) if node is not activation else []
             suspects = node.all_input_nodes if writes is None else writes

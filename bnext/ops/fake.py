@@ -39,6 +39,32 @@ def _memory_format(tensor: Tensor) -> torch.memory_format:
     return last if tensor.is_contiguous(memory_format=last) else suggested
 
 
+def _is_empty(tensor: Tensor) -> bool:
+    """Whether it is known to be, without a guard."""
+    return any(isinstance(size, int) and size == 0 for size in tensor.shape)
+
+
+def _empty_like(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """As allocate_output in csrc/tensor/tensors.cpp."""
+    return torch.empty_like(tensor) if _is_empty(tensor) else torch.empty_like(tensor, memory_format=memory_format)
+
+
+def _is_transposed_sequence(tensor: Tensor) -> bool:
+    """As in csrc/tensor/tensors.cpp."""
+    if tensor.dim() != 3 or _is_empty(tensor) or tensor.is_contiguous():
+        return False
+    return tensor.transpose(1, 2).is_contiguous()
+
+
+def _as_images(given: dict[str, Any]) -> dict[str, Any]:
+    data = ("input", "grad_output", "residual")
+    return given | {name: given[name].unsqueeze(2) for name in data if given.get(name) is not None}
+
+
+def _as_sequences(images: Tensor) -> Tensor:
+    return images.squeeze(2) if images.dim() == 4 else images
+
+
 def _empty_mask(input: Tensor, act: str, with_mask: bool) -> Tensor:
     """As csrc/common/mask.h reserves it, without a branch on a size."""
     if not with_mask:
@@ -59,7 +85,10 @@ def _forward(given: dict[str, Any]) -> _Results:
     """Output, statistics and mask of training, evaluation and gathered stats; of a sync only the first is real."""
     input = given["input"]
     _check("input", input, given)
-    output = torch.empty_like(input, memory_format=_memory_format(input))
+    if _is_transposed_sequence(input):
+        images, save_stats, mask = _forward(_as_images(given))
+        return _as_sequences(images), save_stats, mask
+    output = _empty_like(input, _memory_format(input))
     save_stats = input.new_empty((2, input.shape[1]), dtype=torch.float64)
     return output, save_stats, _empty_mask(input, given["act"], given.get("with_mask", False))
 
@@ -80,6 +109,10 @@ def _backward(given: dict[str, Any]) -> _Results:
     _check("grad_output", given["grad_output"], given)
     like: Tensor = given["grad_output"] if given["input"] is None else given["input"]
     _check("input", like, {})
+    as_images = _is_transposed_sequence(like) if mask is None else mask.dim() == 2 and like.shape[2:] != (1,)
+    if like.dim() == 3 and as_images:
+        dx, dweight, dbias, dresidual = _backward(_as_images(given))
+        return _as_sequences(dx), dweight, dbias, _as_sequences(dresidual)
     sums = torch.float64 if like.dtype == torch.float64 else torch.float32
     channels = like.shape[1]
     # A mask is tied to the forward call's memory format.
@@ -90,7 +123,7 @@ def _backward(given: dict[str, Any]) -> _Results:
         memory_format = torch.contiguous_format if planes else last
 
     def data(wanted: bool) -> Tensor:
-        return torch.empty_like(like, memory_format=memory_format) if wanted else like.new_empty((0,))
+        return _empty_like(like, memory_format) if wanted else like.new_empty((0,))
 
     def vector(wanted: bool) -> Tensor:
         return like.new_empty((channels if wanted else 0,), dtype=sums)

@@ -36,11 +36,13 @@ BNEXT_INLINE V farthest(const V& distance, const V& off) {
   return size > distance ? size : distance;
 }
 
-// The mean of the samples, the farthest of which is `distance` from it, as a shift (coarse_shift).
+// The mean of the samples, the farthest of which is `distance` from it, as a shift (coarse_shift). An infinite sample
+// shifts nothing: minus itself it is no number, and the mean is to be infinite.
 template <typename V>
 BNEXT_INLINE V shift_of_samples(const V& mean, const V& distance) {
   const V size = distance * static_cast<scalar_of<V>>(4);
-  return coarse_shift<V>(mean, size, mean + size);
+  const V shift = coarse_shift<V>(mean, size, mean + size);
+  return is_finite(shift) ? shift : V{};
 }
 
 }  // namespace bnext

@@ -94,7 +94,9 @@ struct LocalStats {
     if (other.count == 0.0) return;
     const double total = count + other.count;
     const double delta = other.mean - mean;
-    mean += delta * (other.count / total);
+    const double share = other.count / total;
+    // Of an infinite mean there is no distance.
+    mean = is_finite(delta) ? mean + delta * share : mean * (1.0 - share) + other.mean * share;
     m2 += other.m2 + delta * delta * (count * other.count / total);
     count = total;
   }

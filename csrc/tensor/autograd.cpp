@@ -8,8 +8,10 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
 
+#include <array>
 #include <memory>
 #include <mutex>
 #include <type_traits>
@@ -18,6 +20,7 @@
 #include "checks.h"
 #include "derivatives.h"
 #include "dispatcher.h"
+#include "saved_call.h"
 #include "sync.h"
 
 namespace bnext::autograd {
@@ -33,6 +36,8 @@ using torch::autograd::SavedVariable;
 using torch::autograd::set_history;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
+using torch::dynamo::autograd::CompiledNodeArgs;
+using torch::dynamo::autograd::SwapSavedVariables;
 
 // Between torch 2.11 and 2.13 nodes went from shared_ptr to intrusive_ptr.
 using NodePtr = decltype(torch::autograd::Edge::function);
@@ -49,6 +54,12 @@ auto make_node() {
 }
 
 Tensor or_undefined(const optional<Tensor>& tensor) { return tensor.value_or(Tensor()); }
+
+// A parameter of another shape, as (1, C, 1, 1), has a gradient of that shape.
+Tensor as_vector(const optional<Tensor>& tensor) {
+  const Tensor given = or_undefined(tensor);
+  return given.defined() && given.dim() != 1 ? given.reshape({-1}) : given;
+}
 
 optional<Tensor> or_none(const Tensor& tensor) { return tensor.defined() ? optional<Tensor>(tensor) : std::nullopt; }
 
@@ -85,23 +96,6 @@ ActivationDerivatives derivatives_of(const Activation& activation, const Point& 
                         : activation_derivatives(activation, at, bias, residual);
 }
 
-// What both nodes hold of a call, beside what it is differentiated in.
-struct SavedCall {
-  SavedVariable input;
-  SavedVariable weight;
-  SavedVariable bias;
-  SavedVariable residual;
-  SavedVariable mask;
-  SavedVariable save_stats;
-  bool training = true;
-  double eps = 0.0;
-  Activation activation;
-
-  void reset() {
-    for (SavedVariable* each : {&input, &weight, &bias, &residual, &mask, &save_stats}) each->reset_data();
-  }
-};
-
 SavedVariable saved(const Tensor& tensor) { return SavedVariable(tensor, /*is_output=*/false); }
 
 // The gradient of batch_norm_backward: (grad_output, input, weight, bias, residual) from cotangents of its outputs.
@@ -117,6 +111,21 @@ class BatchNormDoubleBackward : public Node {
     const std::lock_guard<std::mutex> lock(mutex_);
     grad_output.reset_data();
     call.reset();
+  }
+
+  void compiled_args(CompiledNodeArgs& args) const override {
+    args.collect(grad_output, /*is_output=*/false);
+    call.collect(args);
+    for (const bool wanted : output_mask) args.collect(wanted);
+  }
+
+  variable_list apply_with_saved(const variable_list& cotangents, SwapSavedVariables& swapped) override {
+    swapped.before(grad_output);
+    call.before(swapped);
+    variable_list result = apply(variable_list(cotangents));
+    swapped.after(grad_output);
+    call.after(swapped);
+    return result;
   }
 
   variable_list apply(variable_list&& cotangents) override {
@@ -178,6 +187,25 @@ class BatchNormBackward : public Node {
     count.reset_data();
   }
 
+  void compiled_args(CompiledNodeArgs& args) const override {
+    call.collect(args);
+    args.collect(count, /*is_output=*/false);
+    args.collect(group.has_value());
+    if (group) {
+      args.collect(group->name);
+      args.collect(group->size);
+    }
+  }
+
+  variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& swapped) override {
+    call.before(swapped);
+    swapped.before(count);
+    variable_list result = apply(variable_list(grads));
+    call.after(swapped);
+    swapped.after(count);
+    return result;
+  }
+
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     variable_list result(4);
@@ -228,8 +256,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<T
                                            const optional<Tensor>& bias, bool training, double eps,
                                            const optional<Tensor>& residual, const Activation& activation,
                                            bool with_mask, Run run) {
-  const Tensor w = or_undefined(weight);
-  const Tensor b = or_undefined(bias);
+  const Tensor w = as_vector(weight);
+  const Tensor b = as_vector(bias);
   const Tensor r = or_undefined(residual);
   // Before the kernel runs, as collecting edges can fail and the running statistics must then be untouched.
   decltype(make_node<BatchNormBackward>()) node;
@@ -252,7 +280,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<T
     if (keeps_input || reads_preactivation) call.input = saved(input);
     if (grad_input || reads_preactivation) call.weight = saved(w);
     if (reads_preactivation) {
-      call.bias = saved(b);
+      // As torch saves no bias, it may be changed before backward: by a step of an optimiser that trains biases alone.
+      call.bias = saved(b.defined() ? b.clone() : b);
       call.residual = saved(r);
     }
   }
@@ -281,6 +310,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<T
 void check_constant(const char* name, const optional<Tensor>& tensor) {
   TORCH_CHECK(!(tensor.has_value() && tensor->defined() && tensor->requires_grad() && at::GradMode::is_enabled()),
               "batch_norm: expected ", name, " not to require grad, since it has no derivative, but it does");
+  TORCH_CHECK(!(tensor.has_value() && isFwGradDefined(*tensor)), "batch_norm: expected ", name,
+              " to have no tangent, since it has no derivative, but it has one");
 }
 
 // torch's fallback for these finds out only when the statistics have been written.
@@ -408,6 +439,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
 }
 
 }  // namespace
+
+const std::type_info& backward_type() { return typeid(BatchNormBackward); }
+
+SavedCall& saved_call(Node& backward) { return static_cast<BatchNormBackward&>(backward).call; }
+
 }  // namespace bnext::autograd
 
 TORCH_LIBRARY_IMPL(bnext, Autograd, m) {

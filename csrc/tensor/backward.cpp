@@ -89,8 +89,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   }
 
   const Tensor& like = is_given(input) ? *input : grad_output;
+  // The forward call's format, to which a mask is tied, may have been that of images.
+  if (like.dim() == 3 && (is_given(mask) ? mask->dim() == 2 && like.size(2) != 1 : is_transposed_sequence(like))) {
+    auto [dx, dweight, dbias, dresidual] =
+        batch_norm_backward(as_images(grad_output), as_images(input), weight, save_stats, training, eps, output_mask,
+                            bias, as_images(residual), mask, act, slope, mean_grads);
+    return {as_sequences(dx), dweight, dbias, as_sequences(dresidual)};
+  }
   const Backend& backend = backend_of(grad_output);
-  const auto [format, problem] = geometry_of(like, backward_format(like, mask));
+  const Geometry geometry = geometry_of(like, backward_format(like, mask));
+  const auto& [format, problem] = geometry;
   check_mask(mask, activation, like, problem, backend);
   const auto sums_options = grad_output.options().dtype(sums_dtype);
   const auto sums = [&](bool wanted) {
@@ -99,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   };
   const bool reduces = (wants_input && training && !is_given(mean_grads)) || wants_weight || wants_bias;
   const auto data = [&](bool wanted) {
-    return wanted ? backend.allocate_output(like, format, problem, reduces) : at::empty({0}, grad_output.options());
+    return wanted ? allocate_output(like, geometry, backend, reduces) : at::empty({0}, grad_output.options());
   };
   Tensor grad_input = data(wants_input);
   Tensor grad_weight = sums(wants_weight);

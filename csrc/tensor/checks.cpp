@@ -66,9 +66,7 @@ void check_channels(const char* name, const Tensor& tensor, const Tensor& input)
   const auto type = tensor.scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == input.scalar_type(), "batch_norm: expected ", name,
                    " to be float32 or of input's dtype, ", input.scalar_type(), ", but got ", type);
-  TORCH_CHECK_VALUE(tensor.dim() == 1, "batch_norm: expected ", name, " to have 1 dimension, but got ",
-                    size_of(tensor));
-  TORCH_CHECK(tensor.size(0) == C, name, " should contain ", C, " elements not ", tensor.size(0),
+  TORCH_CHECK(tensor.numel() == C, name, " should contain ", C, " elements not ", tensor.numel(),
               " (one for each channel of input, ", size_of(input), ")");
 }
 

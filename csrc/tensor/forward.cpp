@@ -43,7 +43,7 @@ class ForwardTensors {
         problem_(geometry.problem),
         activation_(activation),
         with_mask_(with_mask),
-        output_(backend_.allocate_output(input, geometry.format, problem_, reduces)),
+        output_(allocate_output(input, geometry, backend_, reduces)),
         stats_(allocate_stats(input, problem_)),
         mask_(allocate_mask(input, problem_, backend_, with_mask)) {
     if (empty()) return;
@@ -88,6 +88,12 @@ class ForwardTensors {
   optional<Tensor> bias_;
 };
 
+// What an operator gives for images, as it is for the sequences that they stand for.
+std::tuple<Tensor, Tensor, Tensor> of_sequences(std::tuple<Tensor, Tensor, Tensor> results) {
+  std::get<0>(results) = as_sequences(std::get<0>(results));
+  return results;
+}
+
 // y by statistics that are known.
 std::tuple<Tensor, Tensor, Tensor> normalize_by(const Tensor& input, const ChannelVector& mean,
                                                 const ChannelVector& var, const optional<Tensor>& weight,
@@ -111,6 +117,10 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input, const o
   const Activation activation = parse_activation(act, slope);
   check_training(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, residual,
                  activation, with_mask);
+  if (is_transposed_sequence(input)) {
+    return of_sequences(batch_norm_train(as_images(input), weight, bias, running_mean, running_var, num_batches_tracked,
+                                         momentum, eps, as_images(residual), act, slope, with_mask));
+  }
   const Geometry geometry = geometry_of(input);
   TORCH_CHECK_VALUE(geometry.problem.count() != 1,
                     "Expected more than 1 value per channel when training, got input size ", size_of(input));
@@ -130,6 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input, const o
 Tensor batch_norm_stats(const Tensor& input, double eps) {
   check_data("input", input);
   check_eps(eps);
+  if (is_transposed_sequence(input)) return batch_norm_stats(as_images(input), eps);
   const auto [format, problem] = geometry_of(input);
   Tensor stats = at::empty({2 * problem.C + 1}, input.options().dtype(at::kDouble));
   stats.select(0, 2 * problem.C).fill_(static_cast<double>(problem.count()));
@@ -162,6 +173,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_gathered(
                     "batch_norm: expected gathered_stats to have shape torch.Size([processes, ", 2 * C + 1,
                     "]), but got ", size_of(gathered_stats));
 
+  if (is_transposed_sequence(input)) {
+    return of_sequences(batch_norm_gathered(as_images(input), gathered_stats, weight, bias, running_mean, running_var,
+                                            num_batches_tracked, momentum, eps, as_images(residual), act, slope,
+                                            with_mask));
+  }
   const Tensor dense_gathered = gathered_stats.contiguous();
   const Tensor stats = at::empty({2, C}, gathered_stats.options());
   auto* mean = stats.mutable_data_ptr<double>();
@@ -191,6 +207,10 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_eval(const Tensor& input, const op
   const Activation activation = parse_activation(act, slope);
   check_epilogue(input, residual, activation, with_mask);
   TORCH_CHECK_VALUE(!(eps < 0.0), "batch_norm eps must be non-negative, but got ", python_float(eps));
+  if (is_transposed_sequence(input)) {
+    return of_sequences(batch_norm_eval(as_images(input), weight, bias, running_mean, running_var, eps,
+                                        as_images(residual), act, slope, with_mask));
+  }
   const Tensor dense_mean = running_mean.contiguous();
   const Tensor dense_var = running_var.contiguous();
   return normalize_by(input, channels(dense_mean), channels(dense_var), weight, bias, eps, residual, activation,

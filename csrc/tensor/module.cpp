@@ -14,6 +14,7 @@
 #include "../cpu/huge_page_cache.h"
 #include "../cpu/isa/dispatch.h"
 #include "backend.h"
+#include "node_attributes.h"
 #include "schema.h"
 
 TORCH_LIBRARY(bnext, m) { bnext::define_operators(m); }
@@ -85,6 +86,7 @@ void set_cpu_isa(const std::string& name) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of bnext. Importing it registers the operators torch.ops.bnext.*.";
+  bnext::register_node_attributes();
   m.attr("torch_version") = TORCH_VERSION;  // that this was compiled against
   m.attr("compiler") = __VERSION__;
   m.attr("activations") = activations(/*rectifiers_alone=*/false);

@@ -1,5 +1,6 @@
 #include "tensors.h"
 
+#include <ATen/ops/empty_like.h>
 #include <c10/util/Exception.h>
 
 #include "../common/mask.h"
@@ -54,6 +55,22 @@ Geometry geometry_of(const Tensor& tensor, at::MemoryFormat format) {
   problem.layout =
       format == at::MemoryFormat::Contiguous && problem.HW != 1 ? Layout::kChannelsFirst : Layout::kChannelsLast;
   return {format, problem};
+}
+
+// An empty result has the strides of `like`: its format is not known by them.
+Tensor allocate_output(const Tensor& like, const Geometry& geometry, const Backend& backend, bool reduces) {
+  const auto& [format, problem] = geometry;
+  return problem.numel() == 0 ? at::empty_like(like) : backend.allocate_output(like, format, problem, reduces);
+}
+
+bool is_transposed_sequence(const Tensor& tensor) {
+  if (tensor.dim() != 3 || tensor.is_contiguous() || tensor.numel() == 0) return false;
+  const std::int64_t C = tensor.size(1), L = tensor.size(2);
+  return tensor.stride(1) == 1 && tensor.stride(2) == C && (tensor.size(0) == 1 || tensor.stride(0) == C * L);
+}
+
+optional<Tensor> as_images(const optional<Tensor>& sequences) {
+  return is_given(sequences) ? optional<Tensor>(as_images(*sequences)) : std::nullopt;
 }
 
 std::vector<std::int64_t> mask_sizes(const Problem& problem, const Backend& backend) {

@@ -24,6 +24,16 @@ struct Geometry {
 Geometry geometry_of(const at::Tensor& tensor, at::MemoryFormat format);
 inline Geometry geometry_of(const at::Tensor& tensor) { return geometry_of(tensor, format_of(tensor)); }
 
+// A result with the shape and dtype of `like`, to be written in that format.
+at::Tensor allocate_output(const at::Tensor& like, const Geometry& geometry, const Backend& backend, bool reduces);
+
+// A sequence (N, C, L) that lies in memory as (N, L, C), as a transposed one does: rows of channels, as the images
+// (N, C, 1, L) in channels_last. Operators work on these, as torch has no memory format of three dimensions.
+bool is_transposed_sequence(const at::Tensor& tensor);
+inline at::Tensor as_images(const at::Tensor& sequences) { return sequences.unsqueeze(2); }
+std::optional<at::Tensor> as_images(const std::optional<at::Tensor>& sequences);
+inline at::Tensor as_sequences(const at::Tensor& images) { return images.dim() == 4 ? images.squeeze(2) : images; }
+
 // The shape of a rectifier's mask: (N, C, bytes) for channels first, (N*spatial, bytes) for channels last.
 std::vector<std::int64_t> mask_sizes(const Problem& problem, const Backend& backend);
 

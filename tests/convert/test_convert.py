@@ -1,10 +1,10 @@
-"""`bnext.convert` and `bnext.revert`: everything but the class of a known layer stays what it was."""
+"""`bnext.convert` and `bnext.revert`: everything but the forward of a known layer stays what it was."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -14,12 +14,7 @@ from torch import Tensor, nn
 
 import bnext
 
-PAIRS = [
-    (getattr(nn, f"{prefix}BatchNorm{dim}d"), getattr(bnext, f"{prefix}BatchNorm{dim}d"))
-    for prefix in ("", "Lazy")
-    for dim in (1, 2, 3)
-]
-
+NAMES = [f"{prefix}BatchNorm{dim}d" for prefix in ("", "Lazy") for dim in (1, 2, 3)]
 
 EACH_SYNC = pytest.mark.parametrize("sync", [False, True], ids=["alone", "synchronised"])
 
@@ -56,19 +51,39 @@ def network() -> nn.Module:
     )
 
 
+def is_ours(layer: nn.Module) -> bool:
+    """Whether a layer of two channels or more computes by bnext's operator."""
+    shape = (2, layer.num_features, *(1,) * "123d".index(type(layer).__name__[-2:-1]), 3)
+    with torch.enable_grad():
+        output = copy.deepcopy(layer)(torch.randn(shape).to(layer.running_mean).requires_grad_())
+    return output.grad_fn.name() == "BNextBatchNormBackward"
+
+
 def batch_norms(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
-@pytest.mark.parametrize(("theirs", "ours"), PAIRS, ids=lambda c: f"{c.__module__.split('.')[0]}.{c.__name__}")
-def test_a_single_layer_is_swapped_in_place(theirs: type[nn.Module], ours: type[nn.Module]) -> None:
-    module = theirs() if "Lazy" in theirs.__name__ else theirs(4)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_single_layer_there_and_back(name: str) -> None:
+    theirs = getattr(nn, name)
+    module = theirs() if "Lazy" in name else theirs(4)
     state = dict(module.__dict__)
     assert bnext.convert(module) is module
-    assert type(module) is ours
-    assert module.__dict__ == state
+    assert type(module) is theirs
+    assert "Lazy" in name or is_ours(module)
+    assert {key: value for key, value in module.__dict__.items() if key in state} == state
     assert bnext.revert(module) is module
     assert type(module) is theirs
+    assert module.__dict__ == state
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layer_of_bnexts_classes_is_reverted_too(name: str) -> None:
+    ours = getattr(bnext, name)
+    module = ours() if "Lazy" in name else ours(4)
+    state = dict(module.__dict__)
+    assert type(bnext.convert(module)) is ours
+    assert type(bnext.revert(module)) is getattr(nn, name)
     assert module.__dict__ == state
 
 
@@ -91,10 +106,10 @@ def test_parameters_buffers_hooks_and_flags_are_kept(sync: bool) -> None:
         return [[name for name, _ in model.named_modules()], others, flags, tensors, list(model.state_dict())]
 
     before = kept()
-    ours = [bnext.SyncBatchNorm] * 4 if sync else [bnext.BatchNorm2d] * 3 + [bnext.BatchNorm1d]
+    theirs = [nn.BatchNorm2d] * 3 + [nn.BatchNorm1d]
     for convert, classes in (
-        (lambda: bnext.convert(model, sync=sync), ours),
-        (lambda: bnext.revert(model), [nn.BatchNorm2d] * 3 + [nn.BatchNorm1d]),
+        (lambda: bnext.convert(model, sync=sync), [bnext.SyncBatchNorm] * 4 if sync else theirs),
+        (lambda: bnext.revert(model), theirs),
     ):
         assert convert() is model
         assert [type(m) for m in batch_norms(model)] == classes
@@ -145,7 +160,7 @@ def test_unknown_classes_are_left_alone_and_listed_once(caplog: pytest.LogCaptur
         BatchNormReLU,
         BatchNormReLU,
     ]
-    assert type(model[0][0].bn) is bnext.BatchNorm2d
+    assert is_ours(model[0][0].bn)
     (record,) = caplog.records
     assert (record.name, record.levelno) == ("bnext", logging.WARNING)
     for part in ("1.0", "1.2", "2", "BatchNormReLU"):
@@ -207,10 +222,12 @@ def test_a_converted_layer_may_be_parametrized() -> None:
     assert layer.parametrizations.weight.original.grad.abs().sum() > 0
 
 
-def test_lazy_layers_become_ours_after_conversion() -> None:
-    model = bnext.convert(nn.Sequential(nn.LazyConv2d(4, 1), nn.LazyBatchNorm2d()))
+@pytest.mark.parametrize("make", [lambda: bnext.convert(nn.LazyBatchNorm2d()), bnext.LazyBatchNorm2d])
+def test_lazy_layers_are_ours_when_they_are_initialised(make: Callable[[], nn.Module]) -> None:
+    model = nn.Sequential(nn.LazyConv2d(4, 1), make())
     model(torch.randn(2, 3, 4, 4))
-    assert type(model[1]) is bnext.BatchNorm2d
+    assert isinstance(model[1], nn.BatchNorm2d)
+    assert is_ours(model[1])
     assert model[1].num_features == 4
 
 

@@ -160,5 +160,5 @@ def test_a_user_made_layer_stays() -> None:
     model = nn.Sequential(bnext.BatchNormAct2d(3, act="silu"), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten())
     bnext.convert(model, fuse=True)
     model(torch.randn(2, 3, 4, 4))
-    assert [type(m) for m in model[:3]] == [bnext.BatchNormAct2d, bnext.BatchNorm2d, nn.ReLU]
+    assert [type(m) for m in model[:3]] == [bnext.BatchNormAct2d, nn.BatchNorm2d, nn.ReLU]
     assert fused_names(model) == ["1"]

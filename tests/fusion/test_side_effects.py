@@ -170,6 +170,12 @@ RESIDUAL_WRITTEN_LATER = {
         lambda self, x, r: (F.silu(self.bn(x) + (s := r * 2)), torch._foreach_mul_([s], 2.0), s + 0), 0
     ),
     "assigned": Pattern(residual_assigned_later, 0),
+    # After the call, before backward: by whoever holds it.
+    "the caller's": Pattern(lambda self, x, r: F.silu(self.bn(x) + r), 0),
+    "a view of the caller's": Pattern(lambda self, x, r: F.silu(self.bn(x) + r.view_as(x)), 0),
+    "returned": Pattern(lambda self, x, r: (F.silu(self.bn(x) + (s := r * 2)), s), 0),
+    "returned, relu": Pattern(lambda self, x, r: (F.relu(self.bn(x) + (s := r * 2)), s), 1, 1),
+    "the graph's alone": Pattern(lambda self, x, r: F.silu(self.bn(x) + r * 2), 1, 1),
 }
 
 

@@ -50,6 +50,21 @@ def test_nan_and_inf_poison_only_their_own_channel(
     assert not var[1].isfinite()
 
 
+@pairs(case=FEW_CASES, dtype=DTYPES, poison=(torch.inf, -torch.inf), where=(0, -1))
+def test_the_mean_of_an_infinite_value_is_infinite(
+    case: Case, dtype: torch.dtype, poison: float, where: int, device: str
+) -> None:
+    """As torch's is. The first values are those that the others may be shifted by."""
+    x = make_input(*case, dtype, device).clone(memory_format=torch.preserve_format)
+    channel = x[:, 1]
+    channel[(where,) * channel.dim()] = poison
+    mean, var = (torch.zeros(case.shape[1], device=device, dtype=parameter_dtype(dtype)) for _ in range(2))
+    call(x, Parameters(None, None, mean, var), None, None, True)
+    assert mean[1] == poison
+    assert var[1].isnan()
+    assert mean[0].isfinite()
+
+
 @pairs(case=FEW_CASES, act=PLAIN_OR_ACT, training=FLAGS, where=("grad_output", "residual"))
 def test_nan_beside_the_input_stays_in_its_channel(
     case: Case, act: Act, training: bool, where: str, device: str

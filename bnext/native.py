@@ -1,0 +1,108 @@
+"""torch's own batch norm, and which calls are its: those that others look into, and those without kernels of bnext.
+
+What exports a model, counts its operations or carries tensors of a kind of its own knows torch's operators.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnext import _C, activations
+from bnext.activations import Activation, Epilogue
+
+_logger = logging.getLogger("bnext")
+
+# Before 2.13 torch.compiler.is_exporting() is true while dynamo traces anything.
+_KNOWS_EXPORT = torch.__version__ >= "2.13"
+
+
+def is_exporting() -> bool:
+    return torch.compiler.is_exporting() if _KNOWS_EXPORT else not torch.compiler.is_dynamo_compiling()
+
+
+def takes(input: object) -> bool:
+    """Whether a call is torch's own batch norm: in a graph that others are to read, on tensors of others' making, and
+    where bnext has no kernels."""
+    if torch.compiler.is_compiling():
+        if is_exporting():
+            return True
+    elif (
+        torch._C._get_tracing_state() is not None
+        or (torch._C._len_torch_function_stack() > 0 and has_foreign_function_mode())
+        or (torch._C._functorch.maybe_current_level() is not None and _is_functionalized())
+    ):
+        return True
+    if not isinstance(input, Tensor):
+        return False
+    kind = type(input)
+    if kind is not Tensor and kind is not torch.nn.Parameter and _has_semantics_of_its_own(kind):
+        return True
+    if input.is_mkldnn:  # of torch.utils.mkldnn
+        return True
+    device = input.device.type
+    if device not in _DEVICES:
+        if not torch.compiler.is_compiling():
+            _warn_of_device(device)
+        return True
+    return input.dim() < 2 and input.numel() == 0  # which torch takes for no data at all
+
+
+_DEVICES = ("cpu", "cuda", "meta") if _C.cuda else ("cpu", "meta")
+
+
+def _has_semantics_of_its_own(kind: type[Tensor]) -> bool:
+    """Whether a class of tensors watches torch's functions, or holds tensors for which it interprets operators, as
+    DTensor does: it knows torch's. (Fake and functional tensors, by which torch traces, do neither.)"""
+    watches = kind.__torch_function__ is not torch._C._disabled_torch_function_impl
+    return watches or hasattr(kind, "__tensor_flatten__")
+
+
+def has_foreign_function_mode() -> bool:
+    """Whether a mode watches torch's functions, other than the one of ``torch.set_default_device``."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return not all(isinstance(mode, torch.utils._device.DeviceContext) for mode in modes)
+
+
+def _is_functionalized() -> bool:
+    """Whether ``torch.func.functionalize`` is at work, which takes torch's operators alone."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Functionalize for level in levels)
+
+
+@functools.cache
+def _warn_of_device(device: str) -> None:
+    remedy = " (this bnext was built without CUDA: install it where torch has CUDA and nvcc is found)"
+    _logger.warning(
+        "bnext has no kernels for device %s, where torch's own batch norm runs%s",
+        device,
+        remedy if device == "cuda" else "",
+    )
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    epilogue: Epilogue,
+) -> Tensor:
+    """The same of torch's functions, as ``torch.nn.BatchNorm2d`` calls them."""
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    factor: Any = 1.0 / float(num_batches_tracked) if momentum is None else momentum  # type: ignore[arg-type]
+    output: Tensor = torch.nn.functional.batch_norm(
+        input, running_mean, running_var, weight, bias, training, factor, eps
+    )
+    residual, name, slope = epilogue or (None, "identity", 0.0)
+    activated: Tensor = activations.compose(output if residual is None else output + residual, Activation(name, slope))
+    return activated

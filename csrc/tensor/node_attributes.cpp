@@ -1,0 +1,56 @@
+#include "node_attributes.h"
+
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_cpp_function.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "saved_call.h"
+
+namespace bnext {
+namespace {
+
+using autograd::SavedCall;
+
+// The getter of one attribute, which `read` makes of what the node holds.
+template <PyObject* (*read)(SavedCall&)>
+PyObject* get(PyObject* self, void* /*closure*/) {
+  HANDLE_TH_ERRORS
+  return read(autograd::saved_call(*reinterpret_cast<torch::autograd::THPCppFunction*>(self)->cdata));
+  END_HANDLE_TH_ERRORS
+}
+
+template <torch::autograd::SavedVariable SavedCall::* member>
+PyObject* tensor(SavedCall& call) {
+  return THPVariable_Wrap((call.*member).unpack());
+}
+
+template <int row>
+PyObject* stats(SavedCall& call) {
+  return THPVariable_Wrap(call.save_stats.unpack().select(0, row));
+}
+
+PyObject* training(SavedCall& call) { return PyBool_FromLong(call.training); }
+PyObject* eps(SavedCall& call) { return PyFloat_FromDouble(call.eps); }
+
+}  // namespace
+
+void register_node_attributes() {
+  using namespace torch::autograd;  // which the macro's names are in
+  static PyGetSetDef properties[] = {
+      THP_FUNCTION_DEFAULT_PROPERTIES,
+      {"_saved_input", get<tensor<&SavedCall::input>>, nullptr, nullptr, nullptr},
+      {"_saved_weight", get<tensor<&SavedCall::weight>>, nullptr, nullptr, nullptr},
+      {"_saved_bias", get<tensor<&SavedCall::bias>>, nullptr, nullptr, nullptr},
+      {"_saved_residual", get<tensor<&SavedCall::residual>>, nullptr, nullptr, nullptr},
+      {"_saved_result1", get<stats<0>>, nullptr, nullptr, nullptr},
+      {"_saved_result2", get<stats<1>>, nullptr, nullptr, nullptr},
+      {"_saved_training", get<training>, nullptr, nullptr, nullptr},
+      {"_saved_eps", get<eps>, nullptr, nullptr, nullptr},
+      {nullptr, nullptr, nullptr, nullptr, nullptr},
+  };
+  static PyTypeObject type;
+  registerCppFunction(autograd::backward_type(),
+                      _initFunctionPyTypeObject(type, "BNextBatchNormBackward", properties, nullptr));
+}
+
+}  // namespace bnext
