@@ -5,19 +5,17 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/ones_like.h>
-#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
-#include <memory>
 #include <mutex>
-#include <type_traits>
 #include <utility>
 
 #include "checks.h"
 #include "derivatives.h"
 #include "dispatcher.h"
+#include "node.h"
 #include "sync.h"
 
 namespace bnext::autograd {
@@ -33,20 +31,6 @@ using torch::autograd::SavedVariable;
 using torch::autograd::set_history;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
-
-// Between torch 2.11 and 2.13 nodes went from shared_ptr to intrusive_ptr.
-using NodePtr = decltype(torch::autograd::Edge::function);
-constexpr bool kSharedNodes = std::is_same_v<NodePtr, std::shared_ptr<Node>>;
-
-template <typename T>
-auto make_node() {
-  if constexpr (kSharedNodes) {
-    // Found by its argument, for torch no longer declares it where it is not needed.
-    return std::shared_ptr<T>(new T(), [](auto* node) { deleteNode(node); });
-  } else {
-    return c10::make_intrusive<T>();
-  }
-}
 
 Tensor or_undefined(const optional<Tensor>& tensor) { return tensor.value_or(Tensor()); }
 
