@@ -26,6 +26,7 @@ SOURCES = [
     "csrc/tensor/tensors.cpp",
     "csrc/tensor/checks.cpp",
     "csrc/tensor/collectives.cpp",
+    "csrc/tensor/all_reduce.cpp",
     "csrc/tensor/sync.cpp",
     "csrc/tensor/backend.cpp",
     "csrc/tensor/cpu_backend.cpp",

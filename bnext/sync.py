@@ -36,8 +36,14 @@ class SyncBatchNorm(modules.Activated, torch.nn.SyncBatchNorm):
     have different sizes, and be empty. One collective a direction: forward gathers 2·C + 1 float64 values from each
     process, its means, its sums of squared deviations from them and its count, which all merge in the same order by
     Chan's formula; backward sums 2·C values over the processes. Gradients of weight and bias are those of the own
-    share, as :class:`torch.nn.parallel.DistributedDataParallel` expects. All processes must take part in every
-    collective: in backward those whose input requires a gradient, which must then be so on all of them.
+    share, as :class:`torch.nn.parallel.DistributedDataParallel` expects, which also keeps the parameters equal on all
+    processes: the gradient of the input relies on it. All processes must take part in every collective: in backward
+    those whose input requires a gradient, which must then be so on all of them.
+
+    Derivatives of any order, and forward mode, are those of the sum of all processes' losses. They take collectives of
+    their own, so all processes must run the same passes in the same order: a second backward pass, or a call with
+    tangents, on all of them or on none. Where inputs require a gradient, processes may differentiate different
+    parameters in tangents and second derivatives, not beyond.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype: as in
@@ -47,7 +53,6 @@ class SyncBatchNorm(modules.Activated, torch.nn.SyncBatchNorm):
 
     Raises:
         ValueError: an unknown activation; an input of fewer than 2 dimensions or without channels.
-        RuntimeError: a second derivative, or forward mode, over more than one process.
         What torch raises when another process of the group fails or does not answer in time.
 
     Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.

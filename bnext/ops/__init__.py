@@ -7,21 +7,25 @@ kernels (shapes and strides without data, for torch.compile and torch.export) an
 
 from bnext.ops import fake, vmap
 from bnext.ops.operators import (
+    all_reduce_sum,
     batch_norm_backward,
     batch_norm_eval,
     batch_norm_gathered,
     batch_norm_stats,
     batch_norm_sync,
+    batch_norm_sync_backward,
     batch_norm_train,
     bind,
 )
 
 __all__ = [
+    "all_reduce_sum",
     "batch_norm_backward",
     "batch_norm_eval",
     "batch_norm_gathered",
     "batch_norm_stats",
     "batch_norm_sync",
+    "batch_norm_sync_backward",
     "batch_norm_train",
     "bind",
     "fake",

@@ -131,6 +131,10 @@ def _backward(given: dict[str, Any]) -> _Results:
     return data(wanted[0]), vector(wanted[1]), vector(wanted[2]), data(wanted[3])
 
 
+def _all_reduce_sum(given: dict[str, Any]) -> Tensor:
+    return torch.empty_like(given["tensor"], memory_format=torch.contiguous_format)
+
+
 def _register(op: Any, fake: Callable[[dict[str, Any]], Any]) -> None:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         return fake(bind(op, args, kwargs))
@@ -144,3 +148,5 @@ _register(ops.batch_norm_gathered, _forward)
 _register(ops.batch_norm_sync, _sync)
 _register(ops.batch_norm_stats, _stats)
 _register(ops.batch_norm_backward, _backward)
+_register(ops.batch_norm_sync_backward, _backward)
+_register(ops.all_reduce_sum, _all_reduce_sum)

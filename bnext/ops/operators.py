@@ -15,6 +15,8 @@ batch_norm_backward = torch.ops.bnext.batch_norm_backward.default
 batch_norm_stats = torch.ops.bnext.batch_norm_stats.default
 batch_norm_gathered = torch.ops.bnext.batch_norm_gathered.default
 batch_norm_sync = torch.ops.bnext.batch_norm_sync.default
+batch_norm_sync_backward = torch.ops.bnext.batch_norm_sync_backward.default
+all_reduce_sum = torch.ops.bnext.all_reduce_sum.default
 
 
 def bind(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -116,8 +116,14 @@ def _backward(op: Any, size: int, given: dict[str, Any], dims: dict[str, int | N
     return outputs, tuple(d if w else None for d, w in zip(channel_dims, wanted, strict=True))
 
 
-def _register(op: Any, rule: Callable[..., _Batched]) -> None:
-    def batched(info: Any, in_dims: _Dims, *args: Any, **kwargs: Any) -> _Batched:
+def _all_reduce_sum(
+    op: Any, size: int, given: dict[str, Any], dims: dict[str, int | None]
+) -> tuple[Tensor, int | None]:
+    return op(*given.values()), dims["tensor"]
+
+
+def _register(op: Any, rule: Callable[..., Any]) -> None:
+    def batched(info: Any, in_dims: _Dims, *args: Any, **kwargs: Any) -> Any:
         given = bind(op, args, kwargs)
         # Arguments left at their defaults have no entry; a list has a list of dims.
         dims = dict.fromkeys(given) | {
@@ -131,3 +137,5 @@ def _register(op: Any, rule: Callable[..., _Batched]) -> None:
 _register(ops.batch_norm_train, _train)
 _register(ops.batch_norm_eval, _eval)
 _register(ops.batch_norm_backward, _backward)
+_register(ops.batch_norm_sync_backward, _backward)
+_register(ops.all_reduce_sum, _all_reduce_sum)

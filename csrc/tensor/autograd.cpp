@@ -5,21 +5,20 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/ones_like.h>
-#include <torch/csrc/autograd/function.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
 
 #include <array>
-#include <memory>
 #include <mutex>
-#include <type_traits>
 #include <utility>
 
 #include "checks.h"
 #include "derivatives.h"
 #include "dispatcher.h"
+#include "node.h"
 #include "saved_call.h"
 #include "sync.h"
 
@@ -39,20 +38,6 @@ using torch::autograd::variable_list;
 using torch::dynamo::autograd::CompiledNodeArgs;
 using torch::dynamo::autograd::SwapSavedVariables;
 
-// Between torch 2.11 and 2.13 nodes went from shared_ptr to intrusive_ptr.
-using NodePtr = decltype(torch::autograd::Edge::function);
-constexpr bool kSharedNodes = std::is_same_v<NodePtr, std::shared_ptr<Node>>;
-
-template <typename T>
-auto make_node() {
-  if constexpr (kSharedNodes) {
-    // Found by its argument, for torch no longer declares it where it is not needed.
-    return std::shared_ptr<T>(new T(), [](auto* node) { deleteNode(node); });
-  } else {
-    return c10::make_intrusive<T>();
-  }
-}
-
 Tensor or_undefined(const optional<Tensor>& tensor) { return tensor.value_or(Tensor()); }
 
 // A parameter of another shape, as (1, C, 1, 1), has a gradient of that shape.
@@ -71,13 +56,28 @@ void set_tangent(const Tensor& tensor, const Tensor& tangent) {
 }
 
 using OutputMask = std::array<bool, 4>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// batch_norm_backward, or batch_norm_sync_backward of a batch that several processes share.
+Gradients call_backward(const Point& at, const Tensor& grad_output, OutputMask wanted,
+                        const Activation& activation = {}, const Tensor& bias = {}, const Tensor& residual = {},
+                        const Tensor& mask = {}) {
+  const auto input = or_none(at.input);
+  const auto weight = or_none(at.weight);
+  const std::string_view act = activation_name(activation.act);
+  if (at.batch) {
+    return sync_backward_op().call(grad_output, input, weight, at.save_stats, at.batch->count, at.eps, wanted,
+                                   at.batch->group_name, or_none(bias), or_none(residual), or_none(mask), act,
+                                   activation.slope);
+  }
+  return backward_op().call(grad_output, input, weight, at.save_stats, at.training, at.eps, wanted, or_none(bias),
+                            or_none(residual), or_none(mask), act, activation.slope, /*mean_grads=*/{});
+}
 
 // (grad_input, grad_weight, grad_bias) without an activation, of those that the mask asks for.
 std::tuple<Tensor, Tensor, Tensor> plain_backward(const Point& at, const Tensor& dz, OutputMask wanted) {
   wanted[3] = false;
-  auto [dx, dweight, dbias, none] = backward_op().call(
-      dz.to(at.like.scalar_type()), or_none(at.input), or_none(at.weight), at.save_stats, at.training, at.eps, wanted,
-      /*bias=*/{}, /*residual=*/{}, /*mask=*/{}, activation_name(Act::kIdentity), /*slope=*/0.0, /*mean_grads=*/{});
+  auto [dx, dweight, dbias, none] = call_backward(at, dz.to(at.like.scalar_type()), wanted);
   return {std::move(dx), std::move(dweight), std::move(dbias)};
 }
 
@@ -97,6 +97,12 @@ ActivationDerivatives derivatives_of(const Activation& activation, const Point& 
 }
 
 SavedVariable saved(const Tensor& tensor) { return SavedVariable(tensor, /*is_output=*/false); }
+
+void save_batch(SavedCall& call, const optional<SharedBatch>& batch) {
+  if (!batch) return;
+  call.count = saved(batch->count);
+  call.group_name = batch->group_name;
+}
 
 // The gradient of batch_norm_backward: (grad_output, input, weight, bias, residual) from cotangents of its outputs.
 class BatchNormDoubleBackward : public Node {
@@ -131,7 +137,7 @@ class BatchNormDoubleBackward : public Node {
   variable_list apply(variable_list&& cotangents) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     const Tensor dy = grad_output.unpack();
-    const Point at{dy, call.input.unpack(), call.weight.unpack(), call.save_stats.unpack(), call.training, call.eps};
+    const Point at = call.at(dy);
     const ActivationDerivatives derivatives =
         derivatives_of(call.activation, at, call.bias.unpack(), call.residual.unpack(), call.mask.unpack());
     // An output that was not asked for is a placeholder, whose cotangent means nothing.
@@ -143,7 +149,8 @@ class BatchNormDoubleBackward : public Node {
     const auto needs = [&](std::size_t i) { return task_should_compute_output(i); };
     variable_list result(5);
     if (needs(0)) result[0] = scaled(t, derivatives.first);
-    if (needs(1) || needs(2)) {
+    // Of a shared batch all processes take the same collectives, whatever each of them needs.
+    if (needs(1) || needs(2) || at.batch) {
       const SecondOrder second = second_order(at, scaled(dy, derivatives.first), u, v);
       if (needs(1)) result[1] = second.input;
       if (needs(2)) result[2] = second.weight;
@@ -161,48 +168,24 @@ class BatchNormDoubleBackward : public Node {
   }
 };
 
-// Stands for the gradient of a gradient that took a collective.
-class NoSecondDerivative : public Node {
- public:
-  std::string name() const override { return "BNextNoSecondDerivative"; }
-
-  variable_list apply(variable_list&&) override {
-    TORCH_CHECK(false, "batch_norm: over several processes only first derivatives are implemented");
-  }
-};
-
 // The gradient of all forward operators.
 class BatchNormBackward : public Node {
  public:
   SavedCall call;
-  // Of a batch that lies on several processes.
-  optional<ProcessGroup> group;
-  SavedVariable count;
 
   std::string name() const override { return "BNextBatchNormBackward"; }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
     call.reset();
-    count.reset_data();
   }
 
-  void compiled_args(CompiledNodeArgs& args) const override {
-    call.collect(args);
-    args.collect(count, /*is_output=*/false);
-    args.collect(group.has_value());
-    if (group) {
-      args.collect(group->name);
-      args.collect(group->size);
-    }
-  }
+  void compiled_args(CompiledNodeArgs& args) const override { call.collect(args); }
 
   variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& swapped) override {
     call.before(swapped);
-    swapped.before(count);
     variable_list result = apply(variable_list(grads));
     call.after(swapped);
-    swapped.after(count);
     return result;
   }
 
@@ -215,32 +198,9 @@ class BatchNormBackward : public Node {
     const OutputMask wanted{needs(0), needs(1), needs(2), needs(3) && activated};
     if (needs(3) && !activated) result[3] = grads[0];
     if (wanted == OutputMask{}) return result;
-    const auto input = or_none(call.input.unpack());
-    const auto weight = or_none(call.weight.unpack());
-    const auto bias = or_none(call.bias.unpack());
-    const auto residual = or_none(call.residual.unpack());
-    const auto mask = or_none(call.mask.unpack());
-    const Tensor save_stats = call.save_stats.unpack();
-    const auto backward = [&](OutputMask outputs, const optional<Tensor>& mean_grads) {
-      return backward_op().call(grads[0], input, weight, save_stats, call.training, call.eps, outputs, bias, residual,
-                                mask, activation_name(call.activation.act), call.activation.slope, mean_grads);
-    };
-    // grad_input is by the means over all processes; the parameters' gradients are this process's, which
-    // DistributedDataParallel sums up.
-    const auto synchronized = [&] {
-      const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      if (!wanted[0]) return backward(wanted, {});
-      auto sums = backward({false, true, true, false}, {});
-      const Tensor means = sync_mean_grads(std::get<1>(sums), std::get<2>(sums), count.unpack(), *group);
-      auto maps = backward({true, false, false, wanted[3]}, means);
-      return std::tuple{std::get<0>(maps), std::get<1>(sums), std::get<2>(sums), std::get<3>(maps)};
-    };
-    auto [grad_input, grad_weight, grad_bias, grad_residual] = group ? synchronized() : backward(wanted, {});
-    if (group && compute_requires_grad(grads[0], input, weight, bias, residual)) {
-      const auto node = make_node<NoSecondDerivative>();
-      node->set_next_edges(collect_next_edges(grads[0], input, weight, bias, residual));
-      for (const Tensor& each : {grad_input, grad_weight, grad_bias, grad_residual}) set_history(each, node);
-    }
+    auto [grad_input, grad_weight, grad_bias, grad_residual] =
+        call_backward(call.at(grads[0]), grads[0], wanted, call.activation, call.bias.unpack(), call.residual.unpack(),
+                      call.mask.unpack());
     if (wanted[0]) result[0] = std::move(grad_input);
     if (wanted[1]) result[1] = std::move(grad_weight);
     if (wanted[2]) result[2] = std::move(grad_bias);
@@ -249,8 +209,8 @@ class BatchNormBackward : public Node {
   }
 };
 
-// What all forward operators do around their kernel, which `run` calls, with a mask or without; the node, where there
-// is one, is for what only that operator's gradient needs.
+// What all forward operators do around their kernel, which `run` calls, with a mask or without; it also says which
+// batch the call is a part of, where several processes share it.
 template <typename Run>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<Tensor>& weight,
                                            const optional<Tensor>& bias, bool training, double eps,
@@ -285,9 +245,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<T
       call.residual = saved(r);
     }
   }
+  optional<SharedBatch> batch;
   auto [output, save_stats, mask] = [&] {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return run(with_mask, node.get());
+    return run(with_mask, batch);
   }();
   if (node) {
     SavedCall& call = node->call;
@@ -296,11 +257,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<T
     call.training = training;
     call.eps = eps;
     call.activation = activation;
+    save_batch(call, batch);
     set_history(output, node);
   }
   if (isFwGradDefined(input) || isFwGradDefined(w) || isFwGradDefined(b) || isFwGradDefined(r)) {
     const Tensor primal = primal_of(input);
-    const Point at{primal, primal, primal_of(w), save_stats, training, eps};
+    const Point at{primal, primal, primal_of(w), save_stats, training, eps, batch};
     const Tensor z = plus(output_tangent(at, tangent_of(input), tangent_of(w), tangent_of(b)), tangent_of(r));
     set_tangent(output, scaled(z, activation_derivatives(activation, at, primal_of(b), primal_of(r)).first));
   }
@@ -332,7 +294,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input, const o
   check_written("running_var", running_var);
   check_written("num_batches_tracked", num_batches_tracked);
   return forward(input, weight, bias, /*training=*/true, eps, residual, parse_activation(act, slope), with_mask,
-                 [&](bool masked, BatchNormBackward*) {
+                 [&](bool masked, optional<SharedBatch>&) {
                    return train_op().call(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum,
                                           eps, residual, act, slope, masked);
                  });
@@ -346,10 +308,20 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_eval(const Tensor& input, const op
   check_constant("running_mean", running_mean);
   check_constant("running_var", running_var);
   return forward(input, weight, bias, /*training=*/false, eps, residual, parse_activation(act, slope), with_mask,
-                 [&](bool masked, BatchNormBackward*) {
+                 [&](bool masked, optional<SharedBatch>&) {
                    return eval_op().call(input, weight, bias, running_mean, running_var, eps, residual, act, slope,
                                          masked);
                  });
+}
+
+// Nested transforms of torch.func come here, one after another, with what batch_norm_sync is made of; the tangents of
+// the outer ones would be lost without a word.
+Tensor batch_norm_stats(const Tensor& input, double eps) {
+  TORCH_CHECK(!isFwGradDefined(input),
+              "batch_norm: the statistics of one process have no forward mode; over several "
+              "processes it does not nest in torch.func, but does in torch.autograd");
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return stats_op().call(input, eps);
 }
 
 Tensor batch_norm_sync(const Tensor& input, const optional<Tensor>& weight, const optional<Tensor>& bias,
@@ -360,43 +332,36 @@ Tensor batch_norm_sync(const Tensor& input, const optional<Tensor>& weight, cons
   check_written("running_mean", running_mean);
   check_written("running_var", running_var);
   check_written("num_batches_tracked", num_batches_tracked);
-  for (const Tensor& each : {input, or_undefined(weight), or_undefined(bias), or_undefined(residual)}) {
-    TORCH_CHECK(!isFwGradDefined(each), "batch_norm: over several processes there is no forward mode");
-  }
   const ProcessGroup group{std::string(group_name), group_size};
   return std::get<0>(forward(input, weight, bias, /*training=*/true, eps, residual, parse_activation(act, slope),
-                             /*with_mask=*/false, [&](bool masked, BatchNormBackward* node) {
+                             /*with_mask=*/false, [&](bool masked, optional<SharedBatch>& batch) {
                                auto all =
                                    sync_forward(input, weight, bias, running_mean, running_var, num_batches_tracked,
                                                 momentum, eps, residual, act, slope, masked, group);
-                               if (node != nullptr) {
-                                 node->group = group;
-                                 node->count = saved(all.count);
-                               }
+                               batch = std::move(all.batch);
                                return std::tuple{std::move(all.output), std::move(all.save_stats), std::move(all.mask)};
                              }));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
-    const Tensor& grad_output, const optional<Tensor>& input, const optional<Tensor>& weight, const Tensor& save_stats,
-    bool training, double eps, OutputMask output_mask, const optional<Tensor>& bias, const optional<Tensor>& residual,
-    const optional<Tensor>& mask, std::string_view act, double slope, const optional<Tensor>& mean_grads) {
+// What both backward operators do around their kernels, which `run` calls.
+template <typename Run>
+Gradients backward(const Tensor& grad_output, const optional<Tensor>& input, const optional<Tensor>& weight,
+                   const Tensor& save_stats, bool training, double eps, OutputMask output_mask,
+                   const optional<Tensor>& bias, const optional<Tensor>& residual, const optional<Tensor>& mask,
+                   const Activation& activation, const optional<SharedBatch>& batch, Run run) {
   const Tensor x = or_undefined(input);
   const Tensor w = or_undefined(weight);
   const Tensor b = or_undefined(bias);
   const Tensor r = or_undefined(residual);
   const Tensor m = or_undefined(mask);
-  const Activation activation = parse_activation(act, slope);
   decltype(make_node<BatchNormDoubleBackward>()) node;
   if (compute_requires_grad(grad_output, x, w, b, r)) {
-    TORCH_CHECK(!is_given(mean_grads), "batch_norm: expected nothing to require grad with mean_grads");
     node = make_node<BatchNormDoubleBackward>();
     node->set_next_edges(collect_next_edges(grad_output, x, w, b, r));
   }
   auto [grad_input, grad_weight, grad_bias, grad_residual] = [&] {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return backward_op().call(grad_output, input, weight, save_stats, training, eps, output_mask, bias, residual, mask,
-                              act, slope, mean_grads);
+    return run();
   }();
   if (node) {
     node->grad_output = saved(grad_output);
@@ -409,13 +374,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
     node->call.training = training;
     node->call.eps = eps;
     node->call.activation = activation;
+    save_batch(node->call, batch);
     node->output_mask = output_mask;
     for (const Tensor& each : {grad_input, grad_weight, grad_bias, grad_residual}) set_history(each, node);
   }
   if (isFwGradDefined(grad_output) || isFwGradDefined(x) || isFwGradDefined(w) || isFwGradDefined(b) ||
       isFwGradDefined(r)) {
     const Tensor dy = primal_of(grad_output);
-    const Point at{dy, primal_of(x), primal_of(w), save_stats, training, eps};
+    const Point at{dy, primal_of(x), primal_of(w), save_stats, training, eps, batch};
     const ActivationDerivatives derivatives = derivatives_of(activation, at, primal_of(b), primal_of(r), m);
     // dz = dy*act'(z) changes with dy, and with z. Linear in dz; along input and weight the symmetric second
     // derivative.
@@ -425,10 +391,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
       dz_tangent = plus(dz_tangent, scaled(scaled(z, dy), derivatives.second));
     }
     SecondOrder second;
-    if (output_mask[0] || output_mask[1]) {
+    if (output_mask[0] || output_mask[1] || batch) {
       second = second_order(at, scaled(dy, derivatives.first), tangent_of(x), tangent_of(w));
     }
     std::tuple<Tensor, Tensor, Tensor> linear;
+    if (batch && !dz_tangent.defined()) dz_tangent = at::zeros_like(dy);
     if (dz_tangent.defined()) linear = plain_backward(at, dz_tangent, output_mask);
     if (output_mask[0]) set_tangent(grad_input, plus(std::get<0>(linear), second.input));
     if (output_mask[1]) set_tangent(grad_weight, plus(std::get<1>(linear), second.weight));
@@ -436,6 +403,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
     if (output_mask[3]) set_tangent(grad_residual, dz_tangent);
   }
   return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias), std::move(grad_residual)};
+}
+
+Gradients batch_norm_backward(const Tensor& grad_output, const optional<Tensor>& input, const optional<Tensor>& weight,
+                              const Tensor& save_stats, bool training, double eps, OutputMask output_mask,
+                              const optional<Tensor>& bias, const optional<Tensor>& residual,
+                              const optional<Tensor>& mask, std::string_view act, double slope,
+                              const optional<Tensor>& mean_grads) {
+  TORCH_CHECK(!is_given(mean_grads) || !compute_requires_grad(grad_output, input, weight, bias, residual),
+              "batch_norm: expected nothing to require grad with mean_grads");
+  return backward(grad_output, input, weight, save_stats, training, eps, output_mask, bias, residual, mask,
+                  parse_activation(act, slope), /*batch=*/{}, [&] {
+                    return backward_op().call(grad_output, input, weight, save_stats, training, eps, output_mask, bias,
+                                              residual, mask, act, slope, mean_grads);
+                  });
+}
+
+Gradients batch_norm_sync_backward(const Tensor& grad_output, const optional<Tensor>& input,
+                                   const optional<Tensor>& weight, const Tensor& save_stats, const Tensor& count,
+                                   double eps, OutputMask output_mask, std::string_view group_name,
+                                   const optional<Tensor>& bias, const optional<Tensor>& residual,
+                                   const optional<Tensor>& mask, std::string_view act, double slope) {
+  return backward(grad_output, input, weight, save_stats, /*training=*/true, eps, output_mask, bias, residual, mask,
+                  parse_activation(act, slope), SharedBatch{std::string(group_name), count}, [&] {
+                    return bnext::batch_norm_sync_backward(grad_output, input, weight, save_stats, count, eps,
+                                                           output_mask, group_name, bias, residual, mask, act, slope);
+                  });
 }
 
 }  // namespace
@@ -450,5 +443,7 @@ TORCH_LIBRARY_IMPL(bnext, Autograd, m) {
   m.impl("batch_norm_train", &bnext::autograd::batch_norm_train);
   m.impl("batch_norm_eval", &bnext::autograd::batch_norm_eval);
   m.impl("batch_norm_backward", &bnext::autograd::batch_norm_backward);
+  m.impl("batch_norm_stats", &bnext::autograd::batch_norm_stats);
   m.impl("batch_norm_sync", &bnext::autograd::batch_norm_sync);
+  m.impl("batch_norm_sync_backward", &bnext::autograd::batch_norm_sync_backward);
 }

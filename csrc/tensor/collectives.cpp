@@ -2,6 +2,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
+#include <torch/library.h>
 
 namespace bnext {
 namespace {
@@ -27,8 +28,10 @@ Tensor all_gather(const Tensor& tensor, const ProcessGroup& group) {
   return finished(call("_c10d_functional::all_gather_into_tensor", tensor.unsqueeze(0), group.size, group.name));
 }
 
-Tensor all_reduce_sum(const Tensor& tensor, const ProcessGroup& group) {
-  return finished(call("_c10d_functional::all_reduce", tensor, std::string("sum"), group.name));
+Tensor all_reduce_sum(const Tensor& tensor, std::string_view group_name) {
+  return finished(call("_c10d_functional::all_reduce", tensor, std::string("sum"), std::string(group_name)));
 }
 
 }  // namespace bnext
+
+TORCH_LIBRARY_IMPL(bnext, CompositeExplicitAutograd, m) { m.impl("all_reduce_sum", &bnext::all_reduce_sum); }

@@ -4,6 +4,8 @@
 
 #include <vector>
 
+#include "dispatcher.h"
+
 namespace bnext {
 namespace {
 
@@ -25,24 +27,31 @@ Tensor per_channel(Tensor vector, const Tensor& data) {
   return vector;
 }
 
-Tensor channel_mean(const Tensor& t) { return t.mean(reduced_dims(t), /*keepdim=*/true); }
+// Over the whole channel, on whichever processes its values lie.
+Tensor channel_mean(const Point& at, const Tensor& t) {
+  const auto dims = reduced_dims(t);
+  if (!at.batch) return t.mean(dims, /*keepdim=*/true);
+  return all_reduce_sum_op().call(t.sum(dims, /*keepdim=*/true), at.batch->group_name).div(at.batch->count);
+}
+
+// Over this process's part of it.
 Tensor channel_sum(const Tensor& t) { return t.sum(reduced_dims(t), /*keepdim=*/false); }
 
 struct Standardized {
   Tensor xhat;
   Tensor invstd;  // broadcasts
   Tensor scale;   // weight*invstd, likewise
-  bool training;
+  const Point& at;
 
-  explicit Standardized(const Point& at) : training(at.training) {
+  explicit Standardized(const Point& point) : at(point) {
     const auto type = compute_type(at.like);
     const Tensor mean = at.save_stats.select(0, 0);
     const Tensor high = mean.to(type);
-    if (training) {
+    if (at.training) {
       // Taken from the input again, not from save_stats, so that the result knows how they depend on it.
       const Tensor shifted = at.input.to(type) - per_channel(high, at.like);
-      const Tensor centred = shifted - channel_mean(shifted);
-      invstd = (channel_mean(centred * centred) + at.eps).rsqrt();
+      const Tensor centred = shifted - channel_mean(at, shifted);
+      invstd = (channel_mean(at, centred * centred) + at.eps).rsqrt();
       xhat = centred * invstd;
     } else {
       invstd = per_channel(at.save_stats.select(0, 1), at.like);
@@ -54,8 +63,25 @@ struct Standardized {
   }
 
   Tensor project(const Tensor& t) const {
-    if (!training) return t;
-    return t - channel_mean(t) - xhat * channel_mean(t * xhat);
+    if (!at.training) return t;
+    // One after the other: the order in which C++ takes the operands of a sum is the compiler's.
+    const Tensor mean = channel_mean(at, t);
+    const Tensor along = channel_mean(at, t * xhat);
+    return t - mean - xhat * along;
+  }
+};
+
+// What may be undefined, of input and weight.
+struct Changes {
+  Tensor u;
+  Tensor v;
+
+  // Where several processes share the batch, what changes on one of them alone must not decide which collectives it
+  // takes part in: there, zero is not undefined.
+  Changes(const Point& at, const Tensor& of_input, const Tensor& of_weight) : u(of_input), v(of_weight) {
+    if (!at.batch || !at.input.defined()) return;
+    if (!u.defined()) u = at::zeros_like(at.like);
+    if (!v.defined()) v = at::zeros_like(at.save_stats.select(0, 0));
   }
 };
 
@@ -73,7 +99,8 @@ Tensor plus(const Tensor& a, const Tensor& b) { return !a.defined() ? b : !b.def
 
 Tensor scaled(const Tensor& t, const Tensor& factor) { return t.defined() && factor.defined() ? t * factor : t; }
 
-Tensor output_tangent(const Point& at, const Tensor& u, const Tensor& v, const Tensor& z) {
+Tensor output_tangent(const Point& at, const Tensor& of_input, const Tensor& of_weight, const Tensor& z) {
+  const auto [u, v] = Changes(at, of_input, of_weight);
   Tensor result;
   if (u.defined() || v.defined()) {
     const Standardized s(at);
@@ -84,25 +111,34 @@ Tensor output_tangent(const Point& at, const Tensor& u, const Tensor& v, const T
   return result.defined() ? result.to(at.like.scalar_type()) : result;
 }
 
-SecondOrder second_order(const Point& at, const Tensor& grad_output, const Tensor& u, const Tensor& v) {
+SecondOrder second_order(const Point& at, const Tensor& grad_output, const Tensor& of_input, const Tensor& of_weight) {
+  const auto [u, v] = Changes(at, of_input, of_weight);
   if (!u.defined() && !v.defined()) return {};
   const Standardized s(at);
   const auto type = compute_type(at.like);
   const Tensor dy = grad_output.to(type);
-  const Tensor projected_dy = s.project(dy);
   SecondOrder result;
-  if (v.defined()) result.input = s.invstd * per_channel(v, at.like) * projected_dy;
+  // What P is applied to. v and the weight belong there: each process has its own.
+  Tensor projected;
+  if (v.defined()) projected = per_channel(v, at.like) * dy;
+  Tensor rest;
   if (u.defined()) {
     const Tensor projected_u = s.project(u.to(type));
     result.weight = channel_sum(s.invstd * dy * projected_u);
     if (at.training) {
-      const Tensor along = channel_mean(u.to(type) * s.xhat) * projected_dy + channel_mean(dy * s.xhat) * projected_u +
-                           channel_mean(dy * projected_u) * s.xhat;
-      const Tensor curvature = s.invstd * s.scale * along;
-      result.input = result.input.defined() ? result.input - curvature : -curvature;
+      const Tensor scaled_dy = s.scale * dy;
+      const Tensor u_xhat = channel_mean(at, u.to(type) * s.xhat);
+      const Tensor dy_xhat = channel_mean(at, scaled_dy * s.xhat);
+      const Tensor dy_u = channel_mean(at, scaled_dy * projected_u);
+      projected = plus(projected, -u_xhat * scaled_dy);
+      rest = dy_xhat * projected_u + dy_u * s.xhat;
     }
   }
-  if (result.input.defined()) result.input = result.input.to(at.like.scalar_type());
+  if (projected.defined()) {
+    result.input = s.project(projected);
+    if (rest.defined()) result.input = result.input - rest;
+    result.input = (s.invstd * result.input).to(at.like.scalar_type());
+  }
   return result;
 }
 

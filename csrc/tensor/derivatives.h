@@ -4,12 +4,16 @@
 // With E the mean over a channel, r = 1/sqrt(var + eps), xhat = (x - mean)*r, a = weight*r, and
 // P(t) = t - E[t] - xhat*E[t*xhat] in training, P(t) = t in evaluation, batch norm's backward is
 //   dx = a*P(dy),  dweight = sum(dy*xhat),  dbias = sum(dy).
-// The derivation of what follows from it is in docs/numerics.md.
+// The derivation of what follows from it is in docs/numerics.md. Where several processes share the batch, E is over the
+// values of all of them, sum over those here, and each process has a weight and a bias of its own, of equal values.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+
 #include "../common/activation.h"
+#include "collectives.h"
 
 namespace bnext {
 
@@ -27,6 +31,9 @@ struct Point {
   at::Tensor save_stats;
   bool training;
   double eps;
+  // Where several processes share the batch. All of them must then call the functions below in the same order. The
+  // collectives of a call are the same whichever changes are defined, if the input is defined on all or on none.
+  std::optional<SharedBatch> batch;
 };
 
 // The change of y = weight*xhat + bias along (u, v, z) = changes of (input, weight, bias), each possibly undefined:

@@ -4,6 +4,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include "collectives.h"
 #include "operators.h"
 
 namespace bnext {
@@ -31,6 +32,14 @@ inline const auto& gathered_op() {
 }
 inline const auto& backward_op() {
   static const auto op = find_op<decltype(batch_norm_backward)>("bnext::batch_norm_backward");
+  return op;
+}
+inline const auto& sync_backward_op() {
+  static const auto op = find_op<decltype(batch_norm_sync_backward)>("bnext::batch_norm_sync_backward");
+  return op;
+}
+inline const auto& all_reduce_sum_op() {
+  static const auto op = find_op<decltype(all_reduce_sum)>("bnext::all_reduce_sum");
   return op;
 }
 

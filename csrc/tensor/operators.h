@@ -37,4 +37,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
     const std::optional<at::Tensor>& mask, std::string_view act, double slope,
     const std::optional<at::Tensor>& mean_grads);
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_sync_backward(
+    const at::Tensor& grad_output, const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
+    const at::Tensor& save_stats, const at::Tensor& count, double eps, std::array<bool, 4> output_mask,
+    std::string_view group_name, const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual,
+    const std::optional<at::Tensor>& mask, std::string_view act, double slope);
+
 }  // namespace bnext

@@ -7,9 +7,13 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
+#include <string>
 #include <typeinfo>
+#include <utility>
 
 #include "../common/activation.h"
+#include "derivatives.h"
 
 namespace bnext::autograd {
 
@@ -23,6 +27,15 @@ struct SavedCall {
   bool training = true;
   double eps = 0.0;
   Activation activation;
+  // Of a batch that several processes share; else undefined.
+  torch::autograd::SavedVariable count;
+  std::string group_name;
+
+  Point at(const at::Tensor& like) const {
+    const at::Tensor values = count.unpack();
+    auto batch = values.defined() ? std::optional<SharedBatch>({group_name, values}) : std::nullopt;
+    return {like, input.unpack(), weight.unpack(), save_stats.unpack(), training, eps, std::move(batch)};
+  }
 
   void reset() {
     for (auto* each : tensors()) each->reset_data();
@@ -36,6 +49,7 @@ struct SavedCall {
     args.collect(eps);
     args.collect(static_cast<std::int64_t>(activation.act));
     args.collect(activation.slope);
+    args.collect(group_name);
   }
 
   void before(torch::dynamo::autograd::SwapSavedVariables& swapped) {
@@ -47,8 +61,8 @@ struct SavedCall {
   }
 
  private:
-  std::array<torch::autograd::SavedVariable*, 6> tensors() {
-    return {&input, &weight, &bias, &residual, &mask, &save_stats};
+  std::array<torch::autograd::SavedVariable*, 7> tensors() {
+    return {&input, &weight, &bias, &residual, &mask, &save_stats, &count};
   }
 };
 

@@ -11,6 +11,8 @@
 // batch_norm_sync: batch_norm_train over the batch of a group of processes (torch.distributed), which is made of
 // batch_norm_stats: (2*C + 1) float64, a local batch's means, sums of (x - mean)^2, and count; and of
 // batch_norm_gathered, which is batch_norm_train by the gathered stats of all processes, (processes, 2*C + 1).
+// batch_norm_sync_backward: its gradients, count being that of a channel's values on all processes: grad_input by
+// all_reduce_sum, which is torch's collective with every derivative, and grad_weight and grad_bias of the local batch.
 #pragma once
 
 #include <torch/library.h>
@@ -52,6 +54,13 @@ inline void define_operators(torch::Library& m) {
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, int group_size, "
       "str group_name, Tensor? residual=None, str act='identity', float slope=0.) -> Tensor",
       tags);
+  m.def(
+      "batch_norm_sync_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor save_stats, Tensor count, "
+      "float eps, bool[4] output_mask, str group_name, Tensor? bias=None, Tensor? residual=None, Tensor? mask=None, "
+      "str act='identity', float slope=0.) "
+      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
+      tags);
+  m.def("all_reduce_sum(Tensor tensor, str group_name) -> Tensor", tags);
 }
 
 inline void register_kernels(torch::Library& m) {

@@ -1,4 +1,5 @@
 // Batch norm over a batch that lies on the processes of a group, composed of operators and one collective a direction.
+// Its backward is an operator itself, batch_norm_sync_backward, declared with the others.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,7 +15,7 @@ struct SyncForward {
   at::Tensor output;
   at::Tensor save_stats;
   at::Tensor mask;
-  at::Tensor count;  // of a channel's values on all processes; float64, rank 0
+  SharedBatch batch;
 };
 
 // Each process normalises its local batch by the statistics of all; local batches may differ in size and be empty.
@@ -24,9 +25,5 @@ SyncForward sync_forward(const at::Tensor& input, const std::optional<at::Tensor
                          const std::optional<at::Tensor>& num_batches_tracked, std::optional<double> momentum,
                          double eps, const std::optional<at::Tensor>& residual, std::string_view act, double slope,
                          bool with_mask, const ProcessGroup& group);
-
-// mean_grads, for batch_norm_backward, from this process's grad_weight and grad_bias.
-at::Tensor sync_mean_grads(const at::Tensor& grad_weight, const at::Tensor& grad_bias, const at::Tensor& count,
-                           const ProcessGroup& group);
 
 }  // namespace bnext

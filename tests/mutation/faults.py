@@ -86,6 +86,20 @@ FAULTS: tuple[Fault, ...] = (
         "false",
         "ops/test_forward.py::test_identity_has_the_bits_of_plain_batch_norm",
     ),
+    Fault(
+        "second-derivatives-see-one-process-alone",
+        "csrc/tensor/derivatives.cpp",
+        "all_reduce_sum_op().call(t.sum(dims, /*keepdim=*/true), at.batch->group_name)",
+        "t.sum(dims, /*keepdim=*/true)",
+        "sync/test_sync_derivatives.py::test_forward_mode_of_any_subset",
+    ),
+    Fault(
+        "gradient-of-a-sum-is-that-of-one-process",
+        "csrc/tensor/all_reduce.cpp",
+        "all_reduce_sum_op().call(grads[0], group_name)",
+        "Tensor(grads[0])",
+        "sync/test_sync_derivatives.py::test_sum_over_processes",
+    ),
     # The activations.
     Fault(
         "relu-is-open-at-zero",

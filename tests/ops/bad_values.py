@@ -141,6 +141,12 @@ def _counter(t: Target, name: str) -> list[Bad]:
     return rows + [Bad(f"of_{n}", lambda n=n: torch.zeros(n, dtype=torch.int64)) for n in (0, 2)]
 
 
+def _count(t: Target, name: str) -> list[Bad]:
+    good = lambda: t.good()[name]  # noqa: E731
+    rows = _cast(tuple(d for d in DTYPES if d != torch.float64), good) + _elsewhere(good) + NOT_A_TENSOR + IS_NONE
+    return rows + [Bad(f"of_{n}", lambda n=n: torch.ones(n, dtype=torch.float64)) for n in (0, 1, CHANNELS)]
+
+
 def _gathered_stats(t: Target, name: str) -> list[Bad]:
     # The number of shares is free: those of more or fewer processes.
     return [row for row in _exactly(t, name, optional=False) if row.id not in {"empty", "repeated"}]
@@ -217,6 +223,8 @@ KINDS: dict[str, Callable[[Target, str], list[Bad]]] = {
     "gathered_stats": _gathered_stats,
     "save_stats": functools.partial(_exactly, optional=False),
     "mean_grads": _exactly,
+    "count": _count,
+    "tensor": lambda t, name: NOT_A_TENSOR + IS_NONE,  # any that torch's collective takes
     "mask": _mask,
     "momentum": _momentum,
     "eps": _eps,
@@ -262,6 +270,7 @@ def forward_arguments() -> Arguments:
         "slope": 0.0,
         "with_mask": True,
         "gathered_stats": torch.ops.bnext.batch_norm_stats(make_input(SHAPE), 1e-5).repeat(2, 1),
+        "tensor": make_input(SHAPE),
         "group_size": 1,
         "group_name": "0",
         "training": True,
@@ -281,6 +290,8 @@ def backward_arguments() -> Arguments:
         "output_mask": [True] * 4,
         "mask": mask,
         "mean_grads": torch.ones(2, CHANNELS),
+        "count": torch.tensor(100.0, dtype=torch.float64),
+        "group_name": "0",
     }
 
 
@@ -294,7 +305,7 @@ def operators() -> list[Target]:
             make = backward_arguments if "grad_output" in arguments else forward_arguments
             good = lambda make=make, arguments=arguments: {k: v for k, v in make().items() if k in arguments}  # noqa: E731
             targets.append(Target(f"operator_{name}", getattr(torch.ops.bnext, name), arguments, good))
-            if "grad_output" in arguments:
+            if "training" in arguments:
                 frozen = lambda good=good: {**good(), "training": False, "mean_grads": None}  # noqa: E731
                 frozen_arguments = tuple(argument for argument in arguments if argument != "mean_grads")
                 targets.append(

@@ -23,7 +23,6 @@ from sync_shares import (
 )
 from tolerances import assert_within
 from torch import distributed, nn
-from torch.autograd import forward_ad
 
 import bnext
 
@@ -191,53 +190,6 @@ def is_called_twice_before_backward(world: World, *, sizes: Sequence[int]) -> No
         expected = reference.backward(batch.grad_output, fwd, layer.weight, training=True, act="silu").input[rows]
         assert_within(grad, expected, 1e-12 * (1 + expected.abs()), "grad_input")
         assert same_bits(leaf.grad, 2 * grad)
-
-
-FIRST_ONLY = "over several processes only first derivatives"
-
-
-def refuses_what_is_not_implemented(world: World) -> None:
-    """Second derivatives and forward mode; that a graph of the gradient is made is no error by itself."""
-    for act, has_residual in ((None, False), ("relu", True), ("silu", True)):
-        layer = make_layer(5, act=act)
-        batch = make_batch((2 * world.size, 5, 2, 2), has_residual=has_residual)
-        share = batch.rows(share_of([2] * world.size, world.rank), "contiguous")
-        x = share.input.detach().requires_grad_()
-        r = None if share.residual is None else share.residual.detach().requires_grad_()
-        inputs = [t for t in (x, *layer.parameters(), r) if t is not None]
-        y = layer(x, r)
-        plain = torch.autograd.grad(y, inputs, share.grad_output, retain_graph=True)
-        grads = torch.autograd.grad(y, inputs, share.grad_output, create_graph=True)
-        assert all(map(same_bits, grads, plain))
-        for grad in grads[:3]:
-            with pytest.raises(RuntimeError, match=FIRST_ONLY):
-                grad.square().sum().backward(retain_graph=True)
-        before = stats_of(layer)
-        with Collectives(allowed=False), forward_ad.dual_level():
-            for which in range(len(inputs)):
-                duals = list(inputs)
-                duals[which] = forward_ad.make_dual(inputs[which].detach(), torch.ones_like(inputs[which]))
-                params = dict(zip(("weight", "bias"), duals[1:3], strict=True))
-                args = (duals[0], *duals[3:])
-                with pytest.raises(RuntimeError, match="over several processes there is no forward mode"):
-                    torch.func.functional_call(layer, params, args)
-        assert all(map(same_bits, before, stats_of(layer)))
-
-
-def refuses_second_derivatives_of_chosen_inputs(world: World) -> None:
-    """Where torch.autograd.grad asks for one tensor alone, the derivative must not be taken for zero; gradients of
-    parameters need no collective themselves, but depend on the input by the statistics of all processes."""
-    for act in (None, "relu", "silu"):
-        layer = make_layer(5, act=act)
-        x = (make_batch((4, 5, 2, 2)).input + world.rank).requires_grad_()
-        y = layer(x)
-        g = torch.randn_like(y).requires_grad_()
-        for of, chosen in ((x, (x, layer.weight, layer.bias, g)), (layer.weight, (x,))):
-            (grad,) = torch.autograd.grad(y, of, g, create_graph=True)
-            for what in chosen:
-                if act == "silu" or what is x:  # the gradients of the others may be constant in the rest
-                    with pytest.raises(RuntimeError, match=FIRST_ONLY):
-                        torch.autograd.grad(grad.square().sum(), what, retain_graph=True, allow_unused=True)
 
 
 WRONG = {

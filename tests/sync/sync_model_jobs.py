@@ -37,13 +37,22 @@ class ConvNet(nn.Module):
         return self.bn3(self.head(out.mean((2, 3))))
 
 
-def trained(model: nn.Module, data: list[tuple[Tensor, Tensor]], rows: slice, scale: float = 1.0) -> list[float]:
-    """The loss of each step of SGD on these rows of the batches; `scale` undoes that gradients are averaged."""
+def trained(
+    model: nn.Module, data: list[tuple[Tensor, Tensor]], rows: slice, scale: float = 1.0, penalty: float = 0.0
+) -> list[float]:
+    """The loss of each step of SGD on these rows of the batches; `scale` undoes that gradients are averaged.
+
+    The `penalty` is a gradient penalty: by how much the loss changes with the input.
+    """
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses = []
     for x, target in data:
         optimizer.zero_grad()
-        loss = (model(x[rows]) - target[rows]).square().sum() / len(x)
+        images = x[rows].requires_grad_(penalty > 0)
+        loss = (model(images) - target[rows]).square().sum() / len(x)
+        if penalty:
+            (slope,) = torch.autograd.grad(loss, images, create_graph=True)
+            loss = loss + penalty * slope.square().sum()
         (loss * scale).backward()
         optimizer.step()
         losses.append(loss.item())
@@ -51,7 +60,13 @@ def trained(model: nn.Module, data: list[tuple[Tensor, Tensor]], rows: slice, sc
 
 
 def trains_as_one_process_does(
-    world: World, *, sizes: Sequence[int], how: str = "", options: dict[str, bool] | None = None, steps: int = 4
+    world: World,
+    *,
+    sizes: Sequence[int],
+    how: str = "",
+    options: dict[str, bool] | None = None,
+    steps: int = 4,
+    penalty: float = 0.0,
 ) -> None:
     plain = ConvNet().double()
     data = [
@@ -62,9 +77,9 @@ def trains_as_one_process_does(
     assert sum(type(m) is bnext.SyncBatchNorm for m in model.modules()) == 4
     parallel = DistributedDataParallel(torch.compile(model, backend="aot_eager") if how == "compiled inside" else model)
     run = torch.compile(parallel, backend="aot_eager") if how == "compiled" else parallel
-    losses = torch.tensor(trained(run, data, share_of(sizes, world.rank), world.size), dtype=torch.float64)
+    losses = torch.tensor(trained(run, data, share_of(sizes, world.rank), world.size, penalty), dtype=torch.float64)
     distributed.all_reduce(losses)
-    expected = torch.tensor(trained(plain, data, slice(None)), dtype=torch.float64)
+    expected = torch.tensor(trained(plain, data, slice(None), penalty=penalty), dtype=torch.float64)
     # Rounding at eps = 2^-52 through some 10 layers, and through the steps, each of which passes it on.
     assert_within(losses, expected, 1e-11 * (1 + expected), "losses")
     actual = model.state_dict()

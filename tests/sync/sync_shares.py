@@ -29,6 +29,8 @@ merge = torch.ops.bnext.batch_norm_gathered
 train = torch.ops.bnext.batch_norm_train
 backward = torch.ops.bnext.batch_norm_backward
 sync = torch.ops.bnext.batch_norm_sync
+sync_backward = torch.ops.bnext.batch_norm_sync_backward
+all_reduce_sum = torch.ops.bnext.all_reduce_sum
 
 gather_op = torch.ops._c10d_functional.all_gather_into_tensor.default
 reduce_op = torch.ops._c10d_functional.all_reduce.default

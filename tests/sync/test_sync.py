@@ -18,10 +18,8 @@ from cases import FEW_ACTS, LOW_PRECISION, Case, name
 from marks import pairs
 from processes import Pool
 from reference import Act
+from sync_runs import EACH_WORLD, Run
 
-Run = Callable[..., list[Any]]
-
-EACH_WORLD = pytest.mark.parametrize("size", [2, 3], ids="world={}".format)
 # The shares of a batch: uneven; one empty; one of a single image; all empty.
 SHARES = ((5, 2), (4, 0, 3), (1, 3), (2, 1, 1), (0, 6))
 FEW_SHARES = SHARES[:2]
@@ -36,16 +34,6 @@ IMAGES = (
     Case((17, 2, 3, 2), "contiguous"),
     Case((17, 2, 3, 2), "channels_last_3d"),
 )
-
-
-@pytest.fixture
-def run(pools: Callable[[int], Pool]) -> Run:
-    """Runs a job in as many processes as there are shares, or as `size` says."""
-
-    def start(job: Callable[..., Any], *, size: int = 0, **arguments: Any) -> list[Any]:
-        return pools(size or len(arguments["sizes"])).run(job, seed=torch.initial_seed(), **arguments)
-
-    return start
 
 
 @pairs(image=IMAGES, act=(None, *FEW_ACTS), sizes=SHARES)
@@ -133,15 +121,6 @@ def test_called_twice_before_backward(sizes: tuple[int, ...], run: Run) -> None:
     run(jobs.is_called_twice_before_backward, sizes=sizes)
 
 
-@EACH_WORLD
-def test_second_derivatives_and_forward_mode_are_refused(size: int, run: Run) -> None:
-    run(jobs.refuses_what_is_not_implemented, size=size)
-
-
-def test_second_derivatives_of_chosen_inputs_are_refused(run: Run) -> None:
-    run(jobs.refuses_second_derivatives_of_chosen_inputs, size=2)
-
-
 @pytest.mark.parametrize("wrong", jobs.WRONG)
 def test_wrong_arguments_raise_before_anything_is_exchanged(wrong: str, run: Run) -> None:
     run(jobs.raises_before_it_exchanges, size=2, wrong=wrong)
@@ -151,6 +130,11 @@ def test_wrong_arguments_raise_before_anything_is_exchanged(wrong: str, run: Run
 @pytest.mark.parametrize("sizes", [(5, 2), (4, 0, 3)], ids=lambda sizes: "+".join(map(str, sizes)))
 def test_trains_in_distributed_data_parallel(sizes: tuple[int, ...], fuse: bool, run: Run) -> None:
     run(model_jobs.trains_as_one_process_does, sizes=sizes, options={"fuse": fuse})
+
+
+@pytest.mark.parametrize("sizes", [(5, 2), (4, 1, 3)], ids=lambda sizes: "+".join(map(str, sizes)))
+def test_trains_with_a_gradient_penalty_in_distributed_data_parallel(sizes: tuple[int, ...], run: Run) -> None:
+    run(model_jobs.trains_as_one_process_does, sizes=sizes, penalty=1.0, steps=2)
 
 
 @pytest.mark.parametrize("how", ["compiled", "compiled inside"])

@@ -7,7 +7,7 @@ import torch
 from cases import EMPTY_CASES, FEW_CASES, Case, name, parameter_dtype
 from checks import assert_predicts, make_inputs
 from marks import EACH_DTYPE, each
-from sync_shares import EPS, backward, gathered, local_stats, merge, sync, train
+from sync_shares import EPS, all_reduce_sum, backward, gathered, local_stats, merge, sync, sync_backward, train
 from torch import Tensor
 
 EACH_CASE = each(case=[*FEW_CASES, *EMPTY_CASES])
@@ -34,9 +34,20 @@ def sync_args(case: Case, dtype: torch.dtype, group: tuple[int, str], grad: bool
     return x, weight, bias, *p[2:], torch.tensor(3), None, EPS, *group, residual, "silu", 0.0
 
 
+def sync_backward_args(
+    case: Case, dtype: torch.dtype, group: tuple[int, str], grad: bool = False
+) -> tuple[object, ...]:
+    x, g, p, residual = make_inputs(*case, dtype, has_residual=True)
+    _, stats, _ = train(x, None, None, None, None, None, 0.1, EPS)
+    count = torch.tensor(x.numel() / x.shape[1], dtype=torch.float64)
+    x, weight, g, residual = (t.detach().requires_grad_(grad) for t in (x, p.weight, g, residual))
+    return g, x, weight, stats, count, EPS, [True] * 4, group[1], p.bias, residual, None, "silu", 0.0
+
+
 def test_schemas_mark_what_is_written() -> None:
     written = {"running_mean", "running_var", "num_batches_tracked"}
-    for op, mutates in ((local_stats, set()), (merge, written), (sync, written)):
+    unwritten = ((local_stats, set()), (sync_backward, set()), (all_reduce_sum, set()))
+    for op, mutates in (*unwritten, (merge, written), (sync, written)):
         schema = op.default._schema
         marked = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
         assert marked == mutates, schema.name
@@ -60,6 +71,10 @@ def test_opcheck_of_sync(case: Case, grad: bool, group: tuple[int, str]) -> None
     # back its argument although schema and fake kernel say otherwise.
     tests = ("test_autograd_registration", "test_aot_dispatch_dynamic")
     torch.library.opcheck(sync.default, sync_args(case, torch.float32, group, grad), test_utils=tests)
+    args = sync_backward_args(case, torch.float32, group, grad)
+    torch.library.opcheck(sync_backward.default, args, test_utils=tests)
+    leaf = make_inputs(*case).input.requires_grad_(grad)
+    torch.library.opcheck(all_reduce_sum.default, (leaf, group[1]), test_utils=tests)
 
 
 @EACH_DTYPE
@@ -70,6 +85,10 @@ def test_fake_kernels_predict_shape_dtype_and_strides(case: Case, dtype: torch.d
     for optional in (True, False):
         for with_mask in (True, False):
             assert_predicts(merge, merged_args(case, dtype, with_mask, optional))
+    for autograd in (True, False):  # whose kernels are made of the other operators, as torch.compile is to see them
+        with torch.inference_mode(not autograd):
+            assert_predicts(sync_backward, sync_backward_args(case, dtype, group))
+            assert_predicts(all_reduce_sum, (make_inputs(*case, dtype).input, group[1]))
     args = sync_args(case, dtype, group)
     real = assert_predicts(sync, args)
     meta = sync(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))

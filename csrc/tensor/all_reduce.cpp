@@ -1,0 +1,59 @@
+// The derivatives of a sum over processes. What is differentiated is the sum of all processes' losses. Each of them
+// sees the result, so the gradient of a process's term is the sum of the results' gradients: a sum over processes
+// again, as is the tangent. So derivatives of every order are collectives, one for each sum that is differentiated.
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
+#include <torch/library.h>
+
+#include "dispatcher.h"
+#include "node.h"
+
+namespace bnext::autograd {
+namespace {
+
+using at::Tensor;
+using torch::autograd::variable_list;
+
+class AllReduceSumBackward : public torch::autograd::Node {
+ public:
+  std::string group_name;
+
+  std::string name() const override { return "BNextAllReduceSumBackward"; }
+
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override { args.collect(group_name); }
+
+  variable_list apply_with_saved(const variable_list& grads, torch::dynamo::autograd::SwapSavedVariables&) override {
+    return apply(variable_list(grads));
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    // Undefined on one process is undefined on all, which run the same passes.
+    return {grads[0].defined() ? all_reduce_sum_op().call(grads[0], group_name) : Tensor()};
+  }
+};
+
+Tensor all_reduce_sum(const Tensor& tensor, std::string_view group_name) {
+  decltype(make_node<AllReduceSumBackward>()) node;
+  if (torch::autograd::compute_requires_grad(tensor)) {
+    node = make_node<AllReduceSumBackward>();
+    node->set_next_edges(torch::autograd::collect_next_edges(tensor));
+    node->group_name = group_name;
+  }
+  Tensor sum = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return bnext::all_reduce_sum(tensor, group_name);
+  }();
+  if (node) torch::autograd::set_history(sum, node);
+  if (torch::autograd::isFwGradDefined(tensor)) {
+    sum._set_fw_grad(tensor._fw_grad(/*level=*/0), /*level=*/0,
+                     /*is_inplace_op=*/false);
+  }
+  return sum;
+}
+
+}  // namespace
+}  // namespace bnext::autograd
+
+TORCH_LIBRARY_IMPL(bnext, Autograd, m) { m.impl("all_reduce_sum", &bnext::autograd::all_reduce_sum); }
