@@ -18,16 +18,13 @@ from benchmarks.rows import TOUCHED, InputError, is_touched, load_rows, save_row
 from benchmarks.suites import (
     DEFAULT_DTYPES,
     DEFAULT_SECONDS,
-    ITEM_BYTES,
-    LAYOUTS,
-    STEP,
     SUITES,
-    TENSOR_PASSES,
     default_seconds,
     default_suites,
     names,
     select_cases,
 )
+from benchmarks.traffic import ITEM_BYTES, LAYOUTS, STEP, TENSOR_PASSES
 
 PROGRAM = "python -m benchmarks"
 RESULTS = Path(__file__).parent / "results"

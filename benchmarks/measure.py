@@ -10,26 +10,15 @@ from typing import Any
 import torch
 from torch.utils.benchmark.utils.common import set_torch_threads
 
-from benchmarks.closeness import Checker, MismatchError
 from benchmarks.command import error_summary
+from benchmarks.correctness import Checker, MismatchError
 from benchmarks.operators import Provider, Tensors, floor_call, held, make_provider, make_tensors, provider_call
 from benchmarks.peak import PeakError, measure_peak
 from benchmarks.provenance import provenance
 from benchmarks.rows import CLOCK, Provenance, Row
-from benchmarks.suites import (
-    BNEXT,
-    COMPILE,
-    COPY,
-    STEP,
-    SUITES,
-    TORCH,
-    TORCH_COMPILE,
-    Case,
-    check_work,
-    model_bytes,
-    operation_work,
-)
-from benchmarks.timing import Budget, Call, Stopwatch, time_in_turn
+from benchmarks.suites import BNEXT, COMPILE, COPY, SUITES, TORCH, TORCH_COMPILE, Case
+from benchmarks.timing import Budget, Call, Stopwatch, check_work, operation_work, time_in_turn
+from benchmarks.traffic import STEP, model_bytes
 from benchmarks.training import ModelChecker
 
 Progress = Callable[[str, float], None]  # (what is being done, work that has been finished by it)

@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import bnext
 from benchmarks import networks
 from benchmarks.operators import MEMORY_FORMATS, SEED
-from benchmarks.suites import COMPILE, WITHOUT, Case, Shape
+from benchmarks.suites import COMPILE, WITHOUT, Case
+from benchmarks.traffic import Shape
 
 # Of torch.compile, by the provider whose it is: bnext's fuses what it finds in torch's own layers.
 BACKENDS = {"torch-compile": "inductor", "bnext-compile": "bnext"}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark.utils.common import set_torch_threads
 
-from benchmarks.closeness import away_from_kinks
+from benchmarks.correctness import away_from_kinks
 from benchmarks.numerics_cases import PATHS, Case, by_channel, in_path, make_arguments
 from benchmarks.numerics_report import FLOOR, QUANTITIES, RELATIVE, ULP, Results, judged
 from benchmarks.operators import BatchNorm, Tensors, functions

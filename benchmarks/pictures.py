@@ -12,8 +12,9 @@ from benchmarks.numerics_report import DATA, RELATIVE, Results, distance, is_num
 from benchmarks.report import compare, device_times, group_label, means, of_kinds
 from benchmarks.rows import InputError, Row, is_touched, load_rows
 from benchmarks.style import BLACK, BLUE, LABEL, NUMBER, ORANGE, SKY, TITLE, WIDTH_INCHES, bar, panels, ratio_axis, save
-from benchmarks.suites import SIZE_CLASSES, WITHOUT
+from benchmarks.suites import WITHOUT
 from benchmarks.tables import mean_of, operation_label
+from benchmarks.traffic import SIZE_CLASSES
 
 LINE_INCHES = 0.21  # a bar or a mark with a number beside it
 OP_INCHES = 3.0

@@ -9,26 +9,21 @@ import numpy as np
 import pandas as pd
 
 from benchmarks import model_report
-from benchmarks.bars import BARS, bars_text, mean_verdicts, summary, verdicts
+from benchmarks.acceptance import BARS, bars_text, mean_verdicts, summary, verdicts
 from benchmarks.cuda.predict import predicted_us
 from benchmarks.rows import CLOCK, GRAPH, Row, is_touched
-from benchmarks.suites import (
-    BNEXT,
-    COPY,
-    NO_CUDNN,
+from benchmarks.suites import BNEXT, COPY, NO_CUDNN, PLANNED, TORCH, TORCH_COMPILE
+from benchmarks.tables import Sheet, command, how_measured, markdown, mean_of, operation_label, print_markdown, texts
+from benchmarks.traffic import (
     PLAIN,
-    PLANNED,
     RESIDUAL_PASSES,
     SIZE_CLASSES,
     TENSOR_PASSES,
-    TORCH,
-    TORCH_COMPILE,
     Epilogue,
     size_class,
     tensor_bytes,
     tensor_label,
 )
-from benchmarks.tables import Sheet, command, how_measured, markdown, mean_of, operation_label, print_markdown, texts
 
 # What tells one measurement from another, and one table of measurements from another.
 KEYS = ["suite", "op", "shape", "act", "residual", "dtype", "layout", "mode"]

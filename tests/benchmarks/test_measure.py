@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from benchmarks import measure, models, operators, training
 from benchmarks.__main__ import main
-from benchmarks.closeness import Checker, MismatchError
+from benchmarks.correctness import Checker, MismatchError
 from benchmarks.cuda import device
 from benchmarks.cuda import measure as cuda
 from benchmarks.measure import Device, Outcome, total_work
 from benchmarks.operators import eager
 from benchmarks.peak import PeakError
 from benchmarks.rows import is_touched, load_rows
-from benchmarks.suites import EAGER_PROVIDERS, TENSOR_PASSES, WITHOUT, Case, Suite, model_bytes, select_cases
+from benchmarks.suites import EAGER_PROVIDERS, WITHOUT, Case, Suite, select_cases
+from benchmarks.traffic import TENSOR_PASSES, model_bytes
 from benchmarks.training import STEPS, ModelChecker
 from bnext import _C
 

@@ -37,7 +37,7 @@ from benchmarks.numerics_report import (
 )
 from benchmarks.operators import functions
 from benchmarks.rows import Provenance
-from benchmarks.suites import Epilogue
+from benchmarks.traffic import Epilogue
 from bnext.functional import batch_norm
 
 NEAR = Case("near", partial(normal, mean=3.0), shape=(4, 4, 3, 5))

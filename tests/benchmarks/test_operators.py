@@ -25,7 +25,8 @@ from benchmarks.operators import (
     out_of_place,
     provider_call,
 )
-from benchmarks.suites import BN_ADD_RELU, BN_RELU, PLAIN, TENSOR_PASSES, Case, Epilogue, model_bytes
+from benchmarks.suites import Case
+from benchmarks.traffic import BN_ADD_RELU, BN_RELU, PLAIN, TENSOR_PASSES, Epilogue, model_bytes
 
 
 def case_of(epilogue: Epilogue, shape: tuple[int, ...] = (2, 3, 4, 4), **changes: Any) -> Case:

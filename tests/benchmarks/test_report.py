@@ -21,7 +21,7 @@ from canned import (
 )
 
 from benchmarks.__main__ import main
-from benchmarks.bars import mean_verdicts, summary, verdicts
+from benchmarks.acceptance import mean_verdicts, summary, verdicts
 from benchmarks.report import block, compare, means
 from benchmarks.rows import Row, load_rows, save_rows, write_atomically
 

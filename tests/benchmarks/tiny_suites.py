@@ -17,18 +17,8 @@ from benchmarks.cuda import device, rotation
 from benchmarks.cuda import measure as cuda
 from benchmarks.networks import Bottleneck, conv
 from benchmarks.rows import Row, load_rows
-from benchmarks.suites import (
-    BN_ADD_RELU,
-    BN_RELU,
-    BOTH_TOO,
-    COMPILED_PROVIDERS,
-    EAGER_PROVIDERS,
-    STEP,
-    SUITES,
-    WITHOUT,
-    Input,
-    Suite,
-)
+from benchmarks.suites import COMPILED_PROVIDERS, EAGER_PROVIDERS, SUITES, WITHOUT, Input, Suite
+from benchmarks.traffic import BN_ADD_RELU, BN_RELU, BOTH_TOO, STEP
 
 SHAPE = (4, 3, 8, 8)
 CLASSES = 10
