@@ -72,7 +72,7 @@ def test_a_report_of_part_of_the_grid(keep: int, tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["--jobs", "0"], "expected a positive whole number, got '0'"),
-        (["--model", "vgg"], "invalid choice: 'vgg'"),
+        (["--optimizer", "adam"], "invalid choice: 'adam'"),
         (["--alphas", "0.1,nan"], "expected positive numbers, got 'nan'"),
         (["--betas", "1"], "expected numbers from 0 to below 1, got '1'"),
         (["--seeds", "0.5"], "got '0.5'"),
@@ -101,8 +101,7 @@ def test_bad_input_is_one_line_and_status_2(
 
 
 def test_different_studies_have_different_names() -> None:
-    options = "", "--quick", "--model cnn", "--activation relu", "--optimizer adam", "--init torch", "--steps 5"
-    options = *options, "--seeds 7", "--model cnn --quick"
+    options = "", "--quick", "--optimizer average", "--init torch", "--steps 5", "--seeds 7", "--init torch --quick"
     names = [study_name(settings_of(make_parser().parse_args(["run", *option.split()]))) for option in options]
     assert names[0] == "default"
     assert len(set(names)) == len(names)
