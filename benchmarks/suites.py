@@ -5,18 +5,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
-from benchmarks.traffic import (
-    BN_ADD_RELU,
-    BN_RELU,
-    BOTH_TOO,
-    LAYOUTS,
-    PLAIN,
-    STEP,
-    Epilogue,
-    Shape,
-    shape_label,
-    tensor_label,
-)
+from benchmarks.traffic import BN_ADD_RELU, BN_RELU, BOTH_TOO, LAYOUTS, PLAIN, STEP, Epilogue, Shape, tensor_label
 
 # Providers: what is compared on a batch norm, and what is not measured everywhere.
 TORCH, BNEXT, COPY = "torch", "bnext", "copy"
@@ -98,7 +87,7 @@ class Case:
         return prod(self.shape) // self.shape[1]
 
     def __str__(self) -> str:
-        what = f"{self.model} {shape_label(self.shape)}" if self.model else tensor_label(self.shape, self.epilogue)
+        what = f"{self.model} {tensor_label(self.shape, self.epilogue)}".lstrip()
         return f"{self.suite} {what} {self.dtype} {self.layout}"
 
 
@@ -173,22 +162,17 @@ _TRAINING = Suite(
 
 # What people train, by the package that has it, or of networks.py.
 _PICTURES: Shape = (16, 3, 128, 128)
+_OF_TORCHVISION = (
+    *("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large"),
+    *("efficientnet_b0", "densenet121", "shufflenet_v2_x1_0", "regnet_y_400mf"),
+)
 _MODELS = (
     Input((128, 3, 32, 32), "resnet20"),
-    Input(_PICTURES, "torchvision/resnet18"),
-    Input(_PICTURES, "torchvision/resnet50"),
-    Input(_PICTURES, "torchvision/mobilenet_v2"),
-    Input(_PICTURES, "torchvision/mobilenet_v3_large"),
-    Input(_PICTURES, "torchvision/efficientnet_b0"),
-    Input(_PICTURES, "torchvision/densenet121"),
-    Input(_PICTURES, "torchvision/shufflenet_v2_x1_0"),
-    Input(_PICTURES, "torchvision/regnet_y_400mf"),
+    *(Input(_PICTURES, f"torchvision/{name}") for name in _OF_TORCHVISION),
     Input((8, 3, 128, 128), "unet"),
     Input((64, 3, 64, 64), "dcgan-discriminator"),
     Input((32, 3, 1024), "pointnet"),
-    Input(_PICTURES, "timm/efficientnet_b0"),
-    Input(_PICTURES, "timm/densenet121"),
-    Input(_PICTURES, "timm/regnety_004"),
+    *(Input(_PICTURES, f"timm/{name}") for name in ("efficientnet_b0", "densenet121", "regnety_004")),
 )
 
 SUITES = {
@@ -230,10 +214,7 @@ SUITES = {
         ),
         # Here launches, and how many blocks share a channel, decide.
         "resnet50-32": Suite(_plain(*_images(32))),
-        "2d": Suite(
-            _plain((32768, 1024), (4096, 1024), (1024, 1024), (4096, 256), (64, 512), (4, 8)),
-            BOTH_TOO,
-        ),
+        "2d": Suite(_plain((32768, 1024), (4096, 1024), (1024, 1024), (4096, 256), (64, 512), (4, 8)), BOTH_TOO),
         "fused": _fused(32, _ALL_FUSED_SIZES, ("bfloat16",), seconds=200),
         "fused-256": _fused(256, _ALL_FUSED_SIZES, ("bfloat16",), seconds=240),
         "training": replace(
@@ -258,15 +239,6 @@ SUITES = {
         ),
     },
 }
-
-
-def names(what: str) -> list[str]:
-    """Of all devices' suites: "suite", or "model"."""
-    if what == "suite":
-        found = [name for suites in SUITES.values() for name in suites]
-    else:
-        found = [input.model for suites in SUITES.values() for suite in suites.values() for input in suite.inputs]
-    return list(filter(None, dict.fromkeys(found)))
 
 
 def default_suites(device: str) -> list[str]:

@@ -52,11 +52,7 @@ class Budget:
     """
 
     def __init__(
-        self,
-        seconds: float,
-        work: float,
-        rounds: int | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        self, seconds: float, work: float, rounds: int | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._clock = clock
         self._end = clock() + seconds

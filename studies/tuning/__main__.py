@@ -14,15 +14,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from benchmarks import document
-from benchmarks.command import (
-    POSITIVE,
-    WHOLE,
-    Number,
-    OneLineParser,
-    add_report_options,
-    make_writable,
-    run_command,
-)
+from benchmarks.command import POSITIVE, WHOLE, Number, OneLineParser, add_report_options, make_writable, run_command
 from benchmarks.rows import InputError, write_atomically
 from studies.tuning.results import Results, load_results, save_results
 from studies.tuning.settings import INITS, OPTIMIZERS, QUICK_SEEDS, QUICK_STEPS, Settings

@@ -1,7 +1,5 @@
 """When a result is right: what passes, what does not, and what is said of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The model of the CUDA kernels' times: its limits, that more work takes longer, and that its tables are current."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """python -m benchmarks from the command line to its files, on the smallest shapes, the CPU also in a GPU's place."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from itertools import product
@@ -118,8 +116,7 @@ def raising(*args: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("function", "message"),
-    [(wrong, "output of bnext: 0.0"), (raising, "bnext failed: ValueError: no kernel")],
+    ("function", "message"), [(wrong, "output of bnext: 0.0"), (raising, "bnext failed: ValueError: no kernel")]
 )
 @pytest.mark.parametrize("on", MODES)
 def test_bnext_wrong_or_failing_is_an_error_and_not_a_number(

@@ -1,7 +1,5 @@
 """Whole models: the networks, what is built of them, and when what they compute is right."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 
 import pytest

@@ -1,7 +1,5 @@
 """The errors of ``python -m benchmarks numerics``: how they are computed, what the bar makes of them, how they look."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -17,24 +15,11 @@ from canned import row as speed_row
 from torch import Tensor
 from torch.nn.functional import batch_norm as torch_batch_norm
 
-from benchmarks import numerics
+from benchmarks import numerics, numerics_report
 from benchmarks.__main__ import main
 from benchmarks.numerics import Exact, error_of, exact_results
 from benchmarks.numerics_cases import CASES, LONG_SHAPE, PATHS, Case, by_channel, make_arguments, normal
-from benchmarks.numerics_report import (
-    ELEMENT_LIMIT,
-    QUANTITIES,
-    RELATIVE,
-    SUM_LIMIT,
-    ULP,
-    ULP_LIMIT,
-    Results,
-    judged,
-    line_a_case,
-    load_results,
-    page,
-    save_results,
-)
+from benchmarks.numerics_report import ELEMENT_LIMIT, QUANTITIES, RELATIVE, SUM_LIMIT, ULP, ULP_LIMIT, Results, judged
 from benchmarks.operators import functions
 from benchmarks.rows import Provenance
 from benchmarks.traffic import Epilogue
@@ -234,9 +219,9 @@ def test_xhat_adds_up_to_zero() -> None:
 def test_results_survive_the_file_to_three_digits(tmp_path: Path) -> None:
     path = tmp_path / "numerics.json"
     results = imagined(result(1.23456e-7, nan), result(0.0, inf, dtype="float16", unit=ULP))
-    save_results(path, results)
+    numerics_report.save_results(path, results)
     json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    kept = load_results(path)
+    kept = numerics_report.load_results(path)
     assert kept.machine == results.machine
     pd.testing.assert_frame_equal(kept.errors, results.errors)
     assert kept.errors["bnext"].tolist() == [1.23e-7, 0.0]
@@ -251,7 +236,7 @@ def test_a_case_has_a_line_with_the_worst_of_it() -> None:
         result(0.5, 0.625, dtype="float16", unit=ULP),
         result(nan, 4.0, case="lost"),
     ).errors
-    assert line_a_case(errors).cells.to_numpy().tolist() == [
+    assert numerics_report.line_a_case(errors).cells.to_numpy().tolist() == [
         ["c", "float32", "2.0e-07", "2.0e-03", "1.0e-08", "inf", "0", "NaN", "4 of 4"],
         ["c", "float16", "0.50 ulp", "0.62 ulp", "", "", "", "", "1 of 1"],
         ["lost", "float32", "NaN", "4", "", "", "", "", "0 of 1"],
@@ -274,6 +259,6 @@ def test_command_writes_file_and_page_prints_the_table_and_names_what_fails(
     for part in (*PATHS, *QUANTITIES, "near", "Error: ", "Bar: "):
         assert part in printed.out, part
     file = tmp_path / "numerics.json"
-    assert file.with_suffix(".md").read_text() == page(load_results(file))
+    assert file.with_suffix(".md").read_text() == numerics_report.page(numerics_report.load_results(file))
     assert main(["report", str(file)]) == (0 if right else 1)
     assert printed.out.endswith(capsys.readouterr().out)  # before it the progress bar ended its line

@@ -1,7 +1,5 @@
 """The memory at its peak, measured in a process of its own, and what is left of that when it is interrupted."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

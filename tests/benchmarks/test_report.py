@@ -3,22 +3,13 @@
 The tables of a CPU are those of docs/benchmarks.md, which test_document.py compares with the committed results.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from canned import (
-    imagined_costs,
-    imagined_fused_gpu_run,
-    imagined_fused_run,
-    imagined_gpu_run,
-    imagined_run,
-    on_gpu,
-)
+from canned import imagined_costs, imagined_fused_gpu_run, imagined_fused_run, imagined_gpu_run, imagined_run, on_gpu
 
 from benchmarks.__main__ import main
 from benchmarks.acceptance import mean_verdicts, summary, verdicts

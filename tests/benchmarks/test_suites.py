@@ -1,7 +1,5 @@
 """What python -m benchmarks measures, and what it says an operation has to move."""
 
-from __future__ import annotations
-
 from math import prod
 
 import pytest

@@ -1,7 +1,5 @@
 """Percentiles, budgets and rounds of python -m benchmarks, on imagined clocks."""
 
-from __future__ import annotations
-
 import itertools
 import timeit
 

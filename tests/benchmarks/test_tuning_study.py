@@ -1,7 +1,5 @@
 """python -m benchmarks tuning as a user runs it: to the end, stopped, killed, several at once."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sqlite3

@@ -1,7 +1,5 @@
 """One trial of the tuning study: what it depends on, what it keeps, and how it ends when it diverges."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -107,8 +105,7 @@ def test_percentiles_kept_are_those_of_the_last_hidden_layers_input() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
-    [("sgd", [-0.1, -0.1 - 0.1 * 1.5]), ("average", [-0.1, -0.1 - 0.1 * (0.5 + 0.5)])],
+    ("name", "expected"), [("sgd", [-0.1, -0.1 - 0.1 * 1.5]), ("average", [-0.1, -0.1 - 0.1 * (0.5 + 0.5)])]
 )
 def test_momentum_is_the_sum_or_the_average(name: str, expected: list[float]) -> None:
     module = nn.Linear(1, 1, bias=False)

@@ -1,7 +1,5 @@
 """Suites, models and a device that take no time, and runs of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
