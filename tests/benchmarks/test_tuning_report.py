@@ -154,7 +154,7 @@ def test_who_reached_the_goal_and_lost_it_does_not_train() -> None:
     points = [Point(0.1, 0.9, False, seed) for seed in (0, 1)]
     results = Results.of(SETTINGS, [], [trial(points[0], [50, 95, 96, 60]), trial(points[1], [50, 60, 80, 90])])
     found = sides(results).loc[False]
-    assert (found["at_goal"], found["reached"]) == (1, 2)
+    assert (found["at_goal"], found["reached"], found["fewest"], found["steps"]) == (1, 2, 2, 3)
 
 
 def test_conclusion_has_a_line_for_each_claim() -> None:
