@@ -15,19 +15,8 @@ from typing import Any
 from benchmarks import document
 from benchmarks.command import POSITIVE, WHOLE, OneLineParser, add_report_options, make_writable, run_command
 from benchmarks.rows import TOUCHED, InputError, is_touched, load_rows, save_rows, write_atomically
-from benchmarks.suites import (
-    DEFAULT_DTYPES,
-    DEFAULT_SECONDS,
-    ITEM_BYTES,
-    LAYOUTS,
-    STEP,
-    SUITES,
-    TENSOR_PASSES,
-    default_seconds,
-    default_suites,
-    names,
-    select_cases,
-)
+from benchmarks.suites import DEFAULT_DTYPES, DEFAULT_SECONDS, SUITES, default_seconds, default_suites, select_cases
+from benchmarks.traffic import ITEM_BYTES, LAYOUTS, STEP, TENSOR_PASSES
 
 PROGRAM = "python -m benchmarks"
 RESULTS = Path(__file__).parent / "results"
@@ -42,6 +31,15 @@ def listed(choices: Collection[str], text: str) -> list[str]:
         if name not in choices:
             raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(choices)}")
     return chosen
+
+
+def names(what: str) -> list[str]:
+    """Of all devices' suites: "suite", or "model"."""
+    if what == "suite":
+        found = [name for suites in SUITES.values() for name in suites]
+    else:
+        found = [input.model for suites in SUITES.values() for suite in suites.values() for input in suite.inputs]
+    return list(filter(None, dict.fromkeys(found)))
 
 
 def make_parser() -> OneLineParser:
@@ -126,17 +124,9 @@ def run_measure(arguments: argparse.Namespace) -> int:
         raise InputError("--touched is about the CPU's memory")
     if arguments.plans and device != "cuda":
         raise InputError("--plans is about CUDA kernels: it needs --device cuda")
-    cases = select_cases(
-        suites,
-        device,
-        dtypes=arguments.dtype,
-        layouts=arguments.layout,
-        operations=arguments.op,
-        models=arguments.model,
-        quick=arguments.quick,
-        with_compile=not arguments.no_compile,
-        with_plans=arguments.plans,
-    )
+    chosen = (arguments.dtype, arguments.layout, arguments.op, arguments.model)
+    how = {"quick": arguments.quick, "with_compile": not arguments.no_compile, "with_plans": arguments.plans}
+    cases = select_cases(suites, device, *chosen, **how)
     if not cases:
         raise InputError("nothing to measure: no chosen suite has the chosen layout, operation, model and size")
     make_writable(arguments.output)

@@ -5,31 +5,21 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from timeit import Timer
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch.utils.benchmark.utils.common import set_torch_threads
 
-from benchmarks.closeness import Checker, MismatchError
 from benchmarks.command import error_summary
+from benchmarks.correctness import Checker, MismatchError
 from benchmarks.operators import Provider, Tensors, floor_call, held, make_provider, make_tensors, provider_call
 from benchmarks.peak import PeakError, measure_peak
 from benchmarks.provenance import provenance
 from benchmarks.rows import CLOCK, Provenance, Row
-from benchmarks.suites import (
-    BNEXT,
-    COMPILE,
-    COPY,
-    STEP,
-    SUITES,
-    TORCH,
-    TORCH_COMPILE,
-    Case,
-    check_work,
-    model_bytes,
-    operation_work,
-)
-from benchmarks.timing import Budget, Call, Stopwatch, time_in_turn
+from benchmarks.suites import BNEXT, COMPILE, COPY, SUITES, TORCH, TORCH_COMPILE, Case
+from benchmarks.timing import Budget, Call, Stopwatch, check_work, operation_work, time_in_turn
+from benchmarks.traffic import STEP, model_bytes
 from benchmarks.training import ModelChecker
 
 Progress = Callable[[str, float], None]  # (what is being done, work that has been finished by it)
@@ -94,6 +84,7 @@ class Device:
 
 class BatchNorms:
     floors: tuple[str, ...] = (COPY,)  # timed beside the providers, without a check
+    peaks: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, case: Case, device: Device) -> None:
         self._case = case
@@ -129,6 +120,7 @@ class Models(ModelChecker):
     floors: tuple[str, ...] = ()
 
     def __init__(self, case: Case, device: Device) -> None:
+        self.peaks: dict[str, int] = {}  # of training, by provider: bytes
         torch.compiler.reset()  # after a few models of the same classes torch would refuse to compile another one
         super().__init__(case, device.tensors)
         self._on = device
@@ -197,7 +189,6 @@ class Run:
     def measure(self, case: Case) -> None:
         self.progress(f"{case} check", 0)
         checked: dict[str, Any] = {}
-        peaks: dict[str, int] = {}
         try:
             subject: Subject = (Models if case.model else BatchNorms)(case, self.device)
         except ModuleNotFoundError as error:
@@ -206,7 +197,8 @@ class Run:
             self.report(f"{case}: torch failed: {error_summary(error)}", True)
         else:
             checked = self.check(case, subject)
-            peaks = self.peaks(case, checked)
+            if SUITES[self.device.name][case.suite].peak_s:
+                self.measure_peaks(case, subject, checked)
         work = check_work(case, self.device.name)
         self.budget.skip(work)
         self.progress(f"{case} check", work)
@@ -214,7 +206,7 @@ class Run:
             work = operation_work(operation, case, self.device.name)
             for mode in self.device.modes(case):
                 self.progress(f"{case} {operation} {mode}", 0)
-                if not checked or not self.time(case, subject, operation, mode, checked, peaks):
+                if not checked or not self.time(case, subject, operation, mode, checked):
                     self.budget.skip(work)
                 self.progress(f"{case} {operation} {mode}", work)
 
@@ -243,30 +235,18 @@ class Run:
             checked[provider] = made
         return checked if case.model or {TORCH, BNEXT} <= checked.keys() else {}
 
-    def peaks(self, case: Case, checked: Mapping[str, Any]) -> dict[str, int]:
-        """Of training, by provider: bytes, each in a process of its own."""
-        peaks: dict[str, int] = {}
-        if not SUITES[self.device.name][case.suite].peak_s:
-            return peaks
+    def measure_peaks(self, case: Case, subject: Models, checked: Mapping[str, Any]) -> None:
+        """Each in a process of its own."""
         if self.device.tensors == "cuda":
             torch.cuda.empty_cache()  # the other process needs as much of the device as this one did
         for provider in checked:
             self.progress(f"{case} memory {provider}", 0)
             try:
-                peaks[provider] = measure_peak(case, provider, self.device.tensors, torch.get_num_threads())
+                subject.peaks[provider] = measure_peak(case, provider, self.device.tensors, torch.get_num_threads())
             except PeakError as error:
                 self.report(f"{case}: no peak memory of {provider}: {error}", False)
-        return peaks
 
-    def time(
-        self,
-        case: Case,
-        subject: Subject,
-        operation: str,
-        mode: str,
-        checked: Mapping[str, Any],
-        peaks: Mapping[str, int],
-    ) -> bool:
+    def time(self, case: Case, subject: Subject, operation: str, mode: str, checked: Mapping[str, Any]) -> bool:
         """One row per provider and floor; or none, where one that is required fails. Tells which."""
         stopwatches, details = {}, {}
         for name in (*checked, *subject.floors):
@@ -281,17 +261,13 @@ class Run:
         source = replace(self.source, threads=torch.get_num_threads())
         for name, timing in time_in_turn(stopwatches, partial(self.budget.rounds, work)).items():
             row = Row(
-                suite=case.suite,
-                model=case.model,
+                **{field: getattr(case, field) for field in ("suite", "model", "shape", "dtype", "layout")},
                 op=operation,
                 provider=name,
-                shape=case.shape,
-                dtype=case.dtype,
-                layout=case.layout,
                 mode=mode,
                 **asdict(timing),
                 gb_per_s=details[name]["bytes"] / timing.median_s / 1e9,
-                peak_bytes=peaks.get(name),
+                peak_bytes=subject.peaks.get(name),
                 **case.epilogue._asdict(),
                 **details[name],
                 **asdict(source),

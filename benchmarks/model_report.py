@@ -6,8 +6,9 @@ from math import nan
 import pandas as pd
 
 from benchmarks.rows import Row
-from benchmarks.suites import COMPILE, EAGER_PROVIDERS, MB, STEP, TORCH, WITHOUT, shape_label
+from benchmarks.suites import COMPILE, EAGER_PROVIDERS, TORCH, WITHOUT
 from benchmarks.tables import Sheet, command, how_measured, markdown, mean_of, operation_label, texts
+from benchmarks.traffic import MB, STEP, shape_label
 
 COMPILED_SUITE, SMALL_SUITE = "compiled", "small-models"
 LIMIT = 1.0  # a compiled model is not slower with bnext, nor a small one for fusing

@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import bnext
 from benchmarks import networks
 from benchmarks.operators import MEMORY_FORMATS, SEED
-from benchmarks.suites import COMPILE, WITHOUT, Case, Shape
+from benchmarks.suites import COMPILE, WITHOUT, Case
+from benchmarks.traffic import Shape
 
 # Of torch.compile, by the provider whose it is: bnext's fuses what it finds in torch's own layers.
 BACKENDS = {"torch-compile": "inductor", "bnext-compile": "bnext"}
@@ -106,14 +107,14 @@ def build_reference(case: Case, model: nn.Module, device: str) -> Built:
 _declared: list[torch.library.Library] = []  # what is declared is so for as long as its library lives
 
 
-def make_packaged(package: str, name: str) -> nn.Module:
+def make_packaged(package: str, name: str, **options: object) -> nn.Module:
     """A model by its package's name of it, untrained; raises ModuleNotFoundError where the package is missing."""
     torchvision = import_torchvision()  # which timm imports too
     if package == "torchvision":
-        return torchvision.models.get_model(name, weights=None)
+        return torchvision.models.get_model(name, weights=None, **options)
     import timm
 
-    return timm.create_model(name)
+    return timm.create_model(name, **options)
 
 
 def import_torchvision() -> ModuleType:

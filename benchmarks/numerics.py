@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark.utils.common import set_torch_threads
 
-from benchmarks.closeness import away_from_kinks
+from benchmarks.correctness import away_from_kinks
 from benchmarks.numerics_cases import PATHS, Case, by_channel, in_path, make_arguments
 from benchmarks.numerics_report import FLOOR, QUANTITIES, RELATIVE, ULP, Results, judged
-from benchmarks.operators import BatchNorm, Tensors, functions
+from benchmarks.operators import GRADIENTS, BatchNorm, Tensors, functions
 from benchmarks.provenance import provenance
 
 # What a channel of one value leaves no room for rounding in: xhat is 0, and so is what it is a factor of.
@@ -109,11 +109,8 @@ def results_of(function: BatchNorm, case: Case, arguments: Tensors, path: str) -
     # With momentum 1 the running variance is the batch's own.
     output = function(leaves[0], running_mean, running_var, *leaves[1:], *residual, case.training, 1.0, case.eps)
     gradients = torch.autograd.grad(output, leaves, in_path(a.grad_output, path))
-    results = {"output": output.detach()}
-    results.update(zip(("grad_input", "grad_weight", "grad_bias"), gradients, strict=True))
-    if case.training:
-        results["running_var"] = running_var
-    return results
+    results = {"output": output.detach(), **dict(zip(GRADIENTS, gradients, strict=False))}
+    return {**results, "running_var": running_var} if case.training else results
 
 
 def rows_of(case: Case, providers: Mapping[str, BatchNorm]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.operators import EPS, MEMORY_FORMATS, Tensors
-from benchmarks.suites import PLAIN, Epilogue, Shape
+from benchmarks.traffic import PLAIN, Epilogue, Shape
 
 # 16,384 values a channel, as the accuracy bars of the tests have them.
 SHAPE = (16, 8, 32, 32)

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F  # noqa: N812
 
-from benchmarks.suites import BNEXT, PLAIN, TORCH, TORCH_COMPILE, Case, Epilogue
+from benchmarks.suites import BNEXT, TORCH, TORCH_COMPILE, Case
 from benchmarks.timing import Call
+from benchmarks.traffic import PLAIN, Epilogue
 from bnext import functional
 
 # Called with input, running_mean, running_var, weight, bias, the residual where there is one, training, momentum, eps.

@@ -12,8 +12,9 @@ from benchmarks.numerics_report import DATA, RELATIVE, Results, distance, is_num
 from benchmarks.report import compare, device_times, group_label, means, of_kinds
 from benchmarks.rows import InputError, Row, is_touched, load_rows
 from benchmarks.style import BLACK, BLUE, LABEL, NUMBER, ORANGE, SKY, TITLE, WIDTH_INCHES, bar, panels, ratio_axis, save
-from benchmarks.suites import SIZE_CLASSES, WITHOUT
+from benchmarks.suites import WITHOUT
 from benchmarks.tables import mean_of, operation_label
+from benchmarks.traffic import SIZE_CLASSES
 
 LINE_INCHES = 0.21  # a bar or a mark with a number beside it
 OP_INCHES = 3.0
@@ -55,12 +56,10 @@ def draw_models(rows: Sequence[Row]) -> Figure | None:
         ratio_axis(axes)
         axes.set_xticks(MODEL_TICKS)
         axes.set_title(dtype, fontsize=TITLE)
-    grid[0].set_yticks(range(len(models)), [name.removeprefix("torchvision/").replace("/", " ") for name in models])
-    grid[0].invert_yaxis()
     grid[0].set_xlim(min(0.9, 0.95 * speedups.min().min()), 1.25 * speedups.max().max())
-    legend(figure, {"bnext": SKY, "bnext, fused": BLUE, "without batch norm": BLACK})
-    figure.suptitle("Training step: torch's time / the time with bnext", fontsize=TITLE)
-    return figure
+    names = [name.removeprefix("torchvision/").replace("/", " ") for name in models]
+    colours = {"bnext": SKY, "bnext, fused": BLUE, "without batch norm": BLACK}
+    return lettered(figure, names, colours, "Training step: torch's time / the time with bnext")
 
 
 def draw_operators(rows: Sequence[Row], ops: Sequence[str] = ()) -> Figure:
@@ -80,12 +79,9 @@ def draw_operators(rows: Sequence[Row], ops: Sequence[str] = ()) -> Figure:
                 bar(axes, line - 0.4 + (index + 0.5) * height, speedup, SIZE_COLOURS[size], height=0.9 * height)
         ratio_axis(axes)
         axes.set_title(operation_label(op), fontsize=TITLE)
-    grid[0].set_yticks(range(len(names)), names)
-    grid[0].invert_yaxis()
     grid[0].set_xlim(min(0.9, table["speedup"].min()), 1.6 * table["speedup"].max())
-    legend(figure, {name: colour for name, colour in SIZE_COLOURS.items() if name in set(table["size_class"])})
-    figure.suptitle("Single operators: torch's time / bnext's, by size of the tensor", fontsize=TITLE)
-    return figure
+    colours = {name: colour for name, colour in SIZE_COLOURS.items() if name in set(table["size_class"])}
+    return lettered(figure, names, colours, "Single operators: torch's time / bnext's, by size of the tensor")
 
 
 def draw_accuracy(results: Results) -> Figure:
@@ -95,9 +91,8 @@ def draw_accuracy(results: Results) -> Figure:
     shown = errors.assign(**{name: distance(errors[name]).clip(SMALLEST_ERROR, LARGEST_ERROR) for name in columns})
     worst = shown.groupby(["quantity", "case"], sort=False)[columns].max()
     cases = errors["case"].unique()
-    figure, ((*grid,),) = panels(
-        HEAD_INCHES + 1.2 * LINE_INCHES * len(cases), columns=len(DATA), sharex=True, sharey=True
-    )
+    height = HEAD_INCHES + 1.2 * LINE_INCHES * len(cases)
+    figure, ((*grid,),) = panels(height, columns=len(DATA), sharex=True, sharey=True)
     for quantity, axes in zip(DATA, grid, strict=True):
         found = worst.loc[quantity].reindex(cases)
         axes.hlines(range(len(cases)), found["bnext"], found["torch"], color="#bbbbbb", linewidth=1.5, zorder=1)
@@ -107,11 +102,8 @@ def draw_accuracy(results: Results) -> Figure:
         axes.set_xscale("log")
         axes.set_title(quantity, fontsize=TITLE)
         axes.grid(axis="x", alpha=0.3)
-    grid[0].set_yticks(range(len(cases)), cases)
-    grid[0].invert_yaxis()
-    legend(figure, {"bnext": BLUE, "torch": ORANGE})
-    figure.suptitle("float32: largest error against float64, as a share of the channel's largest value", fontsize=TITLE)
-    return figure
+    title = "float32: largest error against float64, as a share of the channel's largest value"
+    return lettered(figure, cases, {"bnext": BLUE, "torch": ORANGE}, title)
 
 
 def mark_limits(axes: Axes, found: pd.DataFrame) -> None:
@@ -124,9 +116,14 @@ def mark_limits(axes: Axes, found: pd.DataFrame) -> None:
             axes.annotate("NaN or inf", (largest, line), (-6, 6), **style)
 
 
-def legend(figure: Figure, colours: dict[str, str]) -> None:
+def lettered(figure: Figure, names: Sequence[str], colours: dict[str, str], title: str) -> Figure:
+    """With the name of each line, the first at the top, a legend of the colours, and a title."""
+    figure.axes[0].set_yticks(range(len(names)), names)
+    figure.axes[0].invert_yaxis()
+    figure.suptitle(title, fontsize=TITLE)
     handles = [Figure().subplots().barh(0, 1, color=colour) for colour in colours.values()]
     figure.legend(handles, list(colours), loc="outside lower center", ncols=len(colours), fontsize=LABEL, frameon=False)
+    return figure
 
 
 def drawn(folder: Path) -> Iterator[tuple[str, Figure]]:

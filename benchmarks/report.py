@@ -8,27 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from benchmarks import model_report
-from benchmarks.bars import BARS, bars_text, mean_verdicts, summary, verdicts
+from benchmarks import model_report, traffic
+from benchmarks.acceptance import BARS, bars_text, mean_verdicts, summary, verdicts
 from benchmarks.cuda.predict import predicted_us
 from benchmarks.rows import CLOCK, GRAPH, Row, is_touched
-from benchmarks.suites import (
-    BNEXT,
-    COPY,
-    NO_CUDNN,
-    PLAIN,
-    PLANNED,
-    RESIDUAL_PASSES,
-    SIZE_CLASSES,
-    TENSOR_PASSES,
-    TORCH,
-    TORCH_COMPILE,
-    Epilogue,
-    size_class,
-    tensor_bytes,
-    tensor_label,
-)
+from benchmarks.suites import BNEXT, COPY, NO_CUDNN, PLANNED, TORCH, TORCH_COMPILE
 from benchmarks.tables import Sheet, command, how_measured, markdown, mean_of, operation_label, print_markdown, texts
+from benchmarks.traffic import PLAIN, Epilogue, size_class, tensor_bytes, tensor_label
 
 # What tells one measurement from another, and one table of measurements from another.
 KEYS = ["suite", "op", "shape", "act", "residual", "dtype", "layout", "mode"]
@@ -63,9 +49,9 @@ def described(table: pd.DataFrame) -> pd.DataFrame:
     table["fused"] = table["act"] != PLAIN.act
     table["label"] = [tensor_label(s, Epilogue(a, r)) for s, a, r in table[["shape", "act", "residual"]].to_numpy()]
     table["bytes"] = [tensor_bytes(shape, dtype) for shape, dtype in zip(table["shape"], table["dtype"], strict=True)]
-    classes = [name for name, _ in SIZE_CLASSES]
+    classes = [name for name, _ in traffic.SIZE_CLASSES]
     table["size_class"] = pd.Categorical(map(size_class, table["bytes"]), classes, ordered=True)
-    table["op"] = pd.Categorical(table["op"], list(TENSOR_PASSES), ordered=True).remove_unused_categories()
+    table["op"] = pd.Categorical(table["op"], list(traffic.TENSOR_PASSES), ordered=True).remove_unused_categories()
     # An (N,C) tensor is contiguous, but neither its traversal nor its speed is that of an image.
     table["is_matrix"] = table["shape"].map(len) == 2
     table["layout_shown"] = table["layout"].mask(table["is_matrix"], "(N,C)")
@@ -80,15 +66,8 @@ def group_label(line: pd.Series) -> str:
 
 def means(table: pd.DataFrame) -> pd.DataFrame:
     """Geometric means of each group, size class and operation that occurs, in reading order."""
-    return table.groupby(["group", "size_class", "op"], observed=True).agg(
-        dtype=("dtype", "first"),
-        layout_shown=("layout_shown", "first"),
-        mode=("mode", "first"),
-        fused=("fused", "first"),
-        speedup=("speedup", mean_of),
-        over_copy=("over_copy", mean_of),
-        over_compile=("over_compile", mean_of),
-    )
+    kept, averaged = dict.fromkeys(GROUP, "first"), dict.fromkeys(("speedup", "over_copy", "over_compile"), mean_of)
+    return table.groupby(["group", "size_class", "op"], observed=True).agg(kept | averaged)
 
 
 def means_by_operation(table: pd.DataFrame) -> Sheet:
@@ -183,8 +162,8 @@ def block(rows: Sequence[Row]) -> str:
 def legend(table: pd.DataFrame) -> str:
     on_gpu, fused = table["device"].iloc[0] == "cuda", table["fused"].iloc[0]
     passes = ", ".join(
-        f"{operation_label(op)} {TENSOR_PASSES[op]}"
-        + (f" ({TENSOR_PASSES[op] + RESIDUAL_PASSES[op]} with a residual)" if fused else "")
+        f"{operation_label(op)} {traffic.TENSOR_PASSES[op]}"
+        + (f" ({traffic.TENSOR_PASSES[op] + traffic.RESIDUAL_PASSES[op]} with a residual)" if fused else "")
         for op in table["op"].cat.categories
     )
     copy = "a device copy" if on_gpu else "torch's copy (or addition)"

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.suites import Epilogue, Shape
+from benchmarks.traffic import Epilogue, Shape
 
 
 class InputError(Exception):
@@ -44,14 +44,14 @@ class Measurement:
     p20_s: float
     p80_s: float
     rounds: int
-    bytes: int  # of the single-pass model: suites.model_bytes; of whole models 0, as is the rate
+    bytes: int  # of the single-pass model: traffic.model_bytes; of whole models 0, as is the rate
     gb_per_s: float  # bytes / median_s / 1e9
     # What came after the first results has a default, so that older files can be read.
     mode: str = CLOCK
     buffer_sets: int = 1  # how many sets of tensors the calls went round, so that caches are cold
     note: str = ""  # what was done otherwise than mode says, and why
     plan: str = ""  # the way that bnext's kernels took on a GPU
-    # What follows the batch norm in the same call: suites.Epilogue.
+    # What follows the batch norm in the same call: traffic.Epilogue.
     act: str = ""
     residual: bool = False
     # Of a forward with an activation: what its graph holds; operators.held says which bytes are where.

@@ -1,11 +1,11 @@
-"""What is measured: the suites of batch norms and of whole models, their cases, and about how long each takes."""
+"""What is measured: the suites of batch norms and of whole models, and their cases."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
-Shape = tuple[int, ...]
+from benchmarks.traffic import BN_ADD_RELU, BN_RELU, BOTH_TOO, LAYOUTS, PLAIN, STEP, Epilogue, Shape, tensor_label
 
 # Providers: what is compared on a batch norm, and what is not measured everywhere.
 TORCH, BNEXT, COPY = "torch", "bnext", "copy"
@@ -20,31 +20,6 @@ EAGER_PROVIDERS = ("torch", "bnext", "bnext-fused")
 COMPILED_PROVIDERS = ("torch-compile", "bnext-compile")
 WITHOUT = "without"  # no batch norm at all: what it costs is what can be gained, fusing apart
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
-LAYOUTS = ("contiguous", "channels_last")
-
-# On a CPU the C library maps every output above 32 MB afresh; below 1 MB a core's own cache holds the tensor.
-MB = 1_000_000
-LARGE_CLASS = "> 32 MB"
-SIZE_CLASSES = ((LARGE_CLASS, 32 * MB), ("1-32 MB", MB), ("< 1 MB", 0))
-
-# How often an operation has to pass over a tensor of the input's size when each is read or written once.
-TENSOR_PASSES = {
-    "forward": 2,  # input -> output, batch statistics, running statistics updated
-    "backward": 3,  # input, grad_output -> grad_input, with grad_weight and grad_bias
-    "eval": 2,  # input -> output, running statistics
-    "forward_backward": 5,
-}
-BOTH_TOO = tuple(TENSOR_PASSES)
-STEP = "step"  # of a model: forward, loss, backward and the optimiser's update
-
-# What a residual adds: it is read, or its gradient is written.
-RESIDUAL_PASSES = {"forward": 1, "backward": 1, "eval": 1, "forward_backward": 2}
-
-# How often a bit an element is written or read. Without a residual, backward computes from the input, which it reads
-# anyway, what was positive; with one, it would have to read that too, and forward keeps the bits instead.
-MASK_PASSES = {"forward": 1, "backward": 1, "eval": 0, "forward_backward": 2}
-
 QUICK_MAX_ELEMENTS = 2_000_000
 
 # In the order they are measured and shown in. Of models float32 is as it is; bfloat16 is autocast: parameters,
@@ -54,21 +29,6 @@ MODEL_DTYPES = ("float32", "bfloat16")
 
 # The time budget of the suites that are measured when none is named, all together.
 DEFAULT_SECONDS = {"cpu": 110.0, "cuda": 150.0}
-
-
-class Epilogue(NamedTuple):
-    """What follows the batch norm in the same call: the addition of a residual, an activation."""
-
-    act: str = ""  # as batch_norm_act names it; none: a plain batch norm
-    residual: bool = False
-
-    def __str__(self) -> str:
-        return f"add+{self.act}" if self.residual else self.act
-
-
-PLAIN = Epilogue()
-BN_RELU = Epilogue("relu")
-BN_ADD_RELU = Epilogue("relu", residual=True)
 
 
 class Input(NamedTuple):
@@ -127,7 +87,7 @@ class Case:
         return prod(self.shape) // self.shape[1]
 
     def __str__(self) -> str:
-        what = f"{self.model} {shape_label(self.shape)}" if self.model else tensor_label(self.shape, self.epilogue)
+        what = f"{self.model} {tensor_label(self.shape, self.epilogue)}".lstrip()
         return f"{self.suite} {what} {self.dtype} {self.layout}"
 
 
@@ -202,22 +162,17 @@ _TRAINING = Suite(
 
 # What people train, by the package that has it, or of networks.py.
 _PICTURES: Shape = (16, 3, 128, 128)
+_OF_TORCHVISION = (
+    *("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large"),
+    *("efficientnet_b0", "densenet121", "shufflenet_v2_x1_0", "regnet_y_400mf"),
+)
 _MODELS = (
     Input((128, 3, 32, 32), "resnet20"),
-    Input(_PICTURES, "torchvision/resnet18"),
-    Input(_PICTURES, "torchvision/resnet50"),
-    Input(_PICTURES, "torchvision/mobilenet_v2"),
-    Input(_PICTURES, "torchvision/mobilenet_v3_large"),
-    Input(_PICTURES, "torchvision/efficientnet_b0"),
-    Input(_PICTURES, "torchvision/densenet121"),
-    Input(_PICTURES, "torchvision/shufflenet_v2_x1_0"),
-    Input(_PICTURES, "torchvision/regnet_y_400mf"),
+    *(Input(_PICTURES, f"torchvision/{name}") for name in _OF_TORCHVISION),
     Input((8, 3, 128, 128), "unet"),
     Input((64, 3, 64, 64), "dcgan-discriminator"),
     Input((32, 3, 1024), "pointnet"),
-    Input(_PICTURES, "timm/efficientnet_b0"),
-    Input(_PICTURES, "timm/densenet121"),
-    Input(_PICTURES, "timm/regnety_004"),
+    *(Input(_PICTURES, f"timm/{name}") for name in ("efficientnet_b0", "densenet121", "regnety_004")),
 )
 
 SUITES = {
@@ -259,10 +214,7 @@ SUITES = {
         ),
         # Here launches, and how many blocks share a channel, decide.
         "resnet50-32": Suite(_plain(*_images(32))),
-        "2d": Suite(
-            _plain((32768, 1024), (4096, 1024), (1024, 1024), (4096, 256), (64, 512), (4, 8)),
-            BOTH_TOO,
-        ),
+        "2d": Suite(_plain((32768, 1024), (4096, 1024), (1024, 1024), (4096, 256), (64, 512), (4, 8)), BOTH_TOO),
         "fused": _fused(32, _ALL_FUSED_SIZES, ("bfloat16",), seconds=200),
         "fused-256": _fused(256, _ALL_FUSED_SIZES, ("bfloat16",), seconds=240),
         "training": replace(
@@ -287,15 +239,6 @@ SUITES = {
         ),
     },
 }
-
-
-def names(what: str) -> list[str]:
-    """Of all devices' suites: "suite", or "model"."""
-    if what == "suite":
-        found = [name for suites in SUITES.values() for name in suites]
-    else:
-        found = [input.model for suites in SUITES.values() for suite in suites.values() for input in suite.inputs]
-    return list(filter(None, dict.fromkeys(found)))
 
 
 def default_suites(device: str) -> list[str]:
@@ -359,58 +302,3 @@ def _providers(suite: Suite, input: Input, device: str, compiles: bool, with_pla
         return tuple(name for name in suite.providers if compiles or not name.endswith(COMPILE))
     on_gpu = (NO_CUDNN, *(f"{PLANNED}{name}" for name in PLANS if with_plans)) if device == "cuda" else ()
     return (TORCH, BNEXT, *on_gpu, *((TORCH_COMPILE,) if compiles else ()))
-
-
-def shape_label(shape: Shape) -> str:
-    return "x".join(map(str, shape))
-
-
-def tensor_label(shape: Shape, epilogue: Epilogue) -> str:
-    """The shape, and what follows the batch norm, if anything does."""
-    return f"{shape_label(shape)} {epilogue}".rstrip()
-
-
-def tensor_bytes(shape: Shape, dtype: str) -> int:
-    return prod(shape) * ITEM_BYTES[dtype]
-
-
-def size_class(size: int) -> str:
-    return next(name for name, above in SIZE_CLASSES if size > above)
-
-
-def model_bytes(operation: str, shape: Shape, dtype: str, epilogue: Epilogue = PLAIN) -> int:
-    """Bytes of the single-pass model: each tensor of the input's size, and the mask, is read or written once.
-
-    The C-sized parameters and statistics are left out; they are at most a few per cent of any shape that is
-    bound by memory.
-    """
-    passes = TENSOR_PASSES[operation] + epilogue.residual * RESIDUAL_PASSES[operation]
-    mask = epilogue.residual * MASK_PASSES[operation] * -(-prod(shape) // 8)
-    return passes * tensor_bytes(shape, dtype) + mask
-
-
-# The shares of the time budget, and of the progress bar, are in seconds, roughly. On a CPU a second moves so many
-# bytes, and measuring a small tensor takes a tenth, as a round has a shortest length; on a GPU all take a second. An
-# operation of a model is timed for as long as any other of its suite.
-SECOND_BYTES = 100_000_000
-SHORTEST_S = 0.1
-COMPILE_S = {"cpu": 4.0, "cuda": 10.0}  # of a batch norm: forward, backward and evaluation
-CHECK_PASSES = 2  # making and checking a tensor takes about as long as timing an operation with so many passes over it
-
-
-def operation_work(operation: str, case: Case, device: str) -> float:
-    if case.model:
-        return 2.0 * len(case.providers)
-    if device == "cuda":
-        return 1.0
-    return SHORTEST_S + model_bytes(operation, case.shape, case.dtype, case.epilogue) / SECOND_BYTES
-
-
-def check_work(case: Case, device: str) -> float:
-    """Making tensors and models, compiling, comparing the results, measuring memory."""
-    compiled = sum(name.endswith(COMPILE) for name in case.providers)
-    if case.model:
-        suite = SUITES[device][case.suite]
-        return suite.compile_s * compiled + (1 + suite.peak_s) * len(case.providers)
-    tensors = 1.0 if device == "cuda" else CHECK_PASSES * tensor_bytes(case.shape, case.dtype) / SECOND_BYTES
-    return COMPILE_S[device] * compiled + tensors

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from benchmarks.rows import Row, is_touched
-from benchmarks.suites import PLAIN
+from benchmarks.traffic import PLAIN
 
 # In a narrower terminal, or a log, lines may wrap; rich would cut numbers instead.
 MIN_WIDTH = 140

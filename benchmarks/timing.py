@@ -9,6 +9,9 @@ from typing import Protocol
 
 import numpy as np
 
+from benchmarks.suites import COMPILE, SUITES, Case
+from benchmarks.traffic import model_bytes, tensor_bytes
+
 Call = Callable[[], object]
 
 
@@ -49,11 +52,7 @@ class Budget:
     """
 
     def __init__(
-        self,
-        seconds: float,
-        work: float,
-        rounds: int | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        self, seconds: float, work: float, rounds: int | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._clock = clock
         self._end = clock() + seconds
@@ -72,6 +71,33 @@ class Budget:
     def skip(self, work: float) -> None:
         """Count work that is done, or will not be done, without rounds."""
         self._work_left -= work
+
+
+# The shares of the time budget, and of the progress bar, are in seconds, roughly. On a CPU a second moves so many
+# bytes, and measuring a small tensor takes a tenth, as a round has a shortest length; on a GPU all take a second. An
+# operation of a model is timed for as long as any other of its suite.
+SECOND_BYTES = 100_000_000
+SHORTEST_S = 0.1
+COMPILE_S = {"cpu": 4.0, "cuda": 10.0}  # of a batch norm: forward, backward and evaluation
+CHECK_PASSES = 2  # making and checking a tensor takes about as long as timing an operation with so many passes over it
+
+
+def operation_work(operation: str, case: Case, device: str) -> float:
+    if case.model:
+        return 2.0 * len(case.providers)
+    if device == "cuda":
+        return 1.0
+    return SHORTEST_S + model_bytes(operation, case.shape, case.dtype, case.epilogue) / SECOND_BYTES
+
+
+def check_work(case: Case, device: str) -> float:
+    """Making tensors and models, compiling, comparing the results, measuring memory."""
+    compiled = sum(name.endswith(COMPILE) for name in case.providers)
+    if case.model:
+        suite = SUITES[device][case.suite]
+        return suite.compile_s * compiled + (1 + suite.peak_s) * len(case.providers)
+    tensors = 1.0 if device == "cuda" else CHECK_PASSES * tensor_bytes(case.shape, case.dtype) / SECOND_BYTES
+    return COMPILE_S[device] * compiled + tensors
 
 
 def calibrate(timer: Stopwatch) -> tuple[int, float]:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from benchmarks.closeness import require_as_close
+from benchmarks.correctness import require_as_close
 from benchmarks.models import REFERENCE_DTYPES, Built, build, build_reference, make_data, make_model
 from benchmarks.operators import SEED
-from benchmarks.suites import STEP, TORCH, WITHOUT, Case
+from benchmarks.suites import TORCH, WITHOUT, Case
 from benchmarks.timing import Call
+from benchmarks.traffic import STEP
 
 # The loss falls by half and more within the steps, so that each of them shows in it; one more would learn the batch by
 # heart, and a later one divide rounding by nearly nothing.

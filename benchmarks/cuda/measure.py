@@ -20,8 +20,9 @@ from benchmarks.cuda.stopwatch import EventStopwatch, graph_stopwatch
 from benchmarks.measure import Context, Device
 from benchmarks.operators import SEED, Tensors, make_tensors
 from benchmarks.rows import EAGER, GRAPH
-from benchmarks.suites import Case, model_bytes, tensor_bytes
+from benchmarks.suites import Case
 from benchmarks.timing import Call
+from benchmarks.traffic import model_bytes, tensor_bytes
 from bnext import _C
 
 Result = TypeVar("Result")

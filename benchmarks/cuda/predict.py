@@ -23,8 +23,9 @@ import pandas as pd
 from benchmarks.cuda.model import DEVICES, Call, Device, Kernel, Plan, Steps, time, without
 from benchmarks.document import update
 from benchmarks.rows import GRAPH, write_atomically
-from benchmarks.suites import BN_ADD_RELU, ITEM_BYTES, PLAIN, Case, Epilogue, model_bytes, select_cases
+from benchmarks.suites import Case, select_cases
 from benchmarks.tables import Sheet, markdown, print_markdown
+from benchmarks.traffic import BN_ADD_RELU, ITEM_BYTES, PLAIN, Epilogue, model_bytes
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 SOURCES = (HERE / "plans.cpp", ROOT / "csrc" / "cuda" / "launch_plan.cpp")

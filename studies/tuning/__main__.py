@@ -14,18 +14,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from benchmarks import document
-from benchmarks.command import (
-    POSITIVE,
-    WHOLE,
-    Number,
-    OneLineParser,
-    add_report_options,
-    make_writable,
-    run_command,
-)
+from benchmarks.command import POSITIVE, WHOLE, Number, OneLineParser, add_report_options, make_writable, run_command
 from benchmarks.rows import InputError, write_atomically
 from studies.tuning.results import Results, load_results, save_results
-from studies.tuning.settings import ACTIVATIONS, INITS, MODELS, OPTIMIZERS, QUICK_SEEDS, QUICK_STEPS, Settings
+from studies.tuning.settings import INITS, OPTIMIZERS, QUICK_SEEDS, QUICK_STEPS, Settings
 
 PROGRAM = "python -m benchmarks tuning"
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "tuning"
@@ -48,10 +40,8 @@ def make_parser() -> OneLineParser:
     run.set_defaults(run=run_study)
     run.add_argument("--jobs", type=WHOLE, default=os.cpu_count() or 1, help="processes that train (%(default)s)")
     for option, choices, meaning in (
-        ("--model", MODELS, "the network"),
-        ("--activation", ACTIVATIONS, "of every hidden layer"),
-        ("--optimizer", OPTIMIZERS, "β is the momentum of v ← βv + g (sgd) or of v ← βv + (1 − β)g, or Adam's β2"),
-        ("--init", INITS, "starting weights: scaled for the activation, or as torch's layers come"),
+        ("--optimizer", OPTIMIZERS, "β is the momentum of v ← βv + g (sgd) or of v ← βv + (1 − β)g (average)"),
+        ("--init", INITS, "starting weights: scaled for the sigmoid, or as torch's layers come"),
     ):
         default = getattr(DEFAULT, option[2:])
         run.add_argument(option, choices=choices, default=default, help=f"{meaning} (default: {default})")

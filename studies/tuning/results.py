@@ -76,7 +76,9 @@ def load_results(path: Path) -> Results:
     """The results of a file; raises InputError where it is not one of ours."""
     content = read_json(path)
     try:
-        settings = Settings.from_json(content["settings"])
-        return Results.of(settings, content["machines"], [Trial.from_json(fields) for fields in content["trials"]])
+        settings = {name: tuple(v) if isinstance(v, list) else v for name, v in content["settings"].items()}
+        return Results.of(
+            Settings(**settings), content["machines"], [Trial.from_json(fields) for fields in content["trials"]]
+        )
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise InputError(f"{path} holds no results of a tuning study: {error!r}") from None

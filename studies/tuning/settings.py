@@ -1,15 +1,12 @@
-"""What is studied: the grid, the network, the optimiser, and at which steps a trial is looked at."""
+"""What is studied: the grid, the optimiser, the initialisation, and at which steps a trial is looked at."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-MODELS = ("mlp", "cnn")
-ACTIVATIONS = ("sigmoid", "relu")
-# β is the momentum of v ← βv + g (sgd) or of the average v ← βv + (1 − β)g (average), or Adam's β2.
-OPTIMIZERS = ("sgd", "average", "adam")
-# glorot: scaled by layer width and activation, the network without batch norm's best chance. torch: as its layers come.
+# β is the momentum of v ← βv + g (sgd) or of the average v ← βv + (1 − β)g (average).
+OPTIMIZERS = ("sgd", "average")
+# glorot: scaled by layer width and sigmoid, the network without batch norm's best chance. torch: as its layers come.
 INITS = ("glorot", "torch")
 
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -35,8 +32,6 @@ class Point:
 
 @dataclass(frozen=True)
 class Settings:
-    model: str = "mlp"
-    activation: str = "sigmoid"
     optimizer: str = "sgd"
     init: str = "glorot"
     steps: int = STEPS
@@ -75,10 +70,3 @@ class Settings:
         medium = [self.steps * fortieth / 40 for fortieth in range(5, 21)]
         sparse = [self.steps * twentieth / 20 for twentieth in range(11, 21)]
         return sorted({max(1, round(step)) for step in dense + medium + sparse})
-
-    @staticmethod
-    def from_json(fields: Mapping[str, Any]) -> "Settings":
-        known: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
-        }
-        return Settings(**known)

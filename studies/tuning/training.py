@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from studies.tuning.digits import Split, split
-from studies.tuning.networks import Network, build
+from studies.tuning.networks import build
 from studies.tuning.results import Trial
 from studies.tuning.settings import Point, Settings
 
@@ -16,11 +16,8 @@ PERCENTILES = (15, 50, 85)
 
 
 def make_optimizer(name: str, module: nn.Module, alpha: float, beta: float) -> torch.optim.Optimizer:
-    parameters = module.parameters()
-    if name == "adam":
-        return torch.optim.Adam(parameters, lr=alpha, betas=(0.9, beta), fused=True)
     dampening = {"sgd": 0.0, "average": beta}[name]
-    return torch.optim.SGD(parameters, lr=alpha, momentum=beta, dampening=dampening, fused=True)
+    return torch.optim.SGD(module.parameters(), lr=alpha, momentum=beta, dampening=dampening, fused=True)
 
 
 def percentiles(values: Tensor) -> Tensor:
@@ -39,19 +36,14 @@ def travel(history: Tensor) -> float | None:
     return (path[wide] / width[wide]).mean().item() if wide.any() else None
 
 
-def evaluate(network: Network, data: Split) -> tuple[int, Tensor] | None:
-    """How many test images are right, and the percentiles of each watched unit; None if anything is not finite.
-
-    A unit of a convolution is a channel, at all positions.
-    """
-    inputs: list[Tensor] = []
-    hook = network.watched.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
-    network.module.eval()
+def evaluate(network: nn.Sequential, data: Split) -> tuple[int, Tensor] | None:
+    """How many test images are right, and the percentiles of what goes into each sigmoid of the last hidden layer,
+    which is what batch norm should hold still; None if anything is not finite."""
+    network.eval()
     with torch.no_grad():
-        scores = network.module(data.test_images)
-    network.module.train()
-    hook.remove()
-    values = inputs[0].movedim(1, -1).flatten(0, -2)
+        values = network[:-2](data.test_images)
+        scores = network[-2:](values)
+    network.train()
     if not (scores.isfinite().all() and values.isfinite().all()):
         return None
     return int((scores.argmax(1) == data.test_targets).sum()), percentiles(values)
@@ -62,7 +54,7 @@ def train(settings: Settings, point: Point) -> Trial:
     start = time.process_time()
     data = split(point.seed)
     network = build(settings, point.batch_norm, point.seed)
-    optimizer = make_optimizer(settings.optimizer, network.module, point.alpha, point.beta)
+    optimizer = make_optimizer(settings.optimizer, network, point.alpha, point.beta)
     generator = torch.Generator().manual_seed(point.seed)
     batches = torch.randint(len(data.targets), (settings.steps, BATCH), generator=generator)
 
@@ -74,7 +66,7 @@ def train(settings: Settings, point: Point) -> Trial:
     diverged_at = None
     for step, batch in enumerate(batches, 1):
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(network.module(data.images[batch]), data.targets[batch])
+        loss = nn.functional.cross_entropy(network(data.images[batch]), data.targets[batch])
         since.append(loss.item())
         if not math.isfinite(since[-1]):
             diverged_at = step

@@ -1,7 +1,5 @@
 """Rows of an imagined run, with times that are easy to compute with."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

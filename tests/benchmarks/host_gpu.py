@@ -1,7 +1,5 @@
 """The host in a GPU's place: what benchmarks.cuda does can be seen without one."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +15,7 @@ from benchmarks.rows import Provenance
 
 
 class HostEvent:
-    def __init__(self, gpu: HostGpu) -> None:
+    def __init__(self, gpu: "HostGpu") -> None:
         self.gpu = gpu
 
     def record(self) -> None:
@@ -27,7 +25,7 @@ class HostEvent:
     def synchronize(self) -> None:
         self.gpu.log.append("wait")
 
-    def elapsed_time(self, end_event: HostEvent) -> float:
+    def elapsed_time(self, end_event: "HostEvent") -> float:
         return 1e3 * (end_event.seconds - self.seconds)
 
 

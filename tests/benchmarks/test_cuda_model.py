@@ -1,7 +1,5 @@
 """The model of the CUDA kernels' times: its limits, that more work takes longer, and that its tables are current."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from dataclasses import replace
@@ -14,7 +12,8 @@ from canned import imagined_gpu_run, on_gpu
 from benchmarks.cuda import predict
 from benchmarks.cuda.model import DEVICES, LATENCIES, Kernel, Steps, time, traffic
 from benchmarks.report import compare, measurements
-from benchmarks.suites import Case, model_bytes
+from benchmarks.suites import Case
+from benchmarks.traffic import model_bytes
 
 H200 = DEVICES[0]
 

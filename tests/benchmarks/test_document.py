@@ -1,7 +1,5 @@
 """docs/benchmarks.md: its blocks are those that the committed results give, and each is rewritten by itself."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """python -m benchmarks from the command line to its files, on the smallest shapes, the CPU also in a GPU's place."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from itertools import product
@@ -16,14 +14,15 @@ from torch import Tensor, nn
 
 from benchmarks import measure, models, operators, training
 from benchmarks.__main__ import main
-from benchmarks.closeness import Checker, MismatchError
+from benchmarks.correctness import Checker, MismatchError
 from benchmarks.cuda import device
 from benchmarks.cuda import measure as cuda
 from benchmarks.measure import Device, Outcome, total_work
 from benchmarks.operators import eager
 from benchmarks.peak import PeakError
 from benchmarks.rows import is_touched, load_rows
-from benchmarks.suites import EAGER_PROVIDERS, TENSOR_PASSES, WITHOUT, Case, Suite, model_bytes, select_cases
+from benchmarks.suites import EAGER_PROVIDERS, WITHOUT, Case, Suite, select_cases
+from benchmarks.traffic import TENSOR_PASSES, model_bytes
 from benchmarks.training import STEPS, ModelChecker
 from bnext import _C
 
@@ -117,8 +116,7 @@ def raising(*args: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("function", "message"),
-    [(wrong, "output of bnext: 0.0"), (raising, "bnext failed: ValueError: no kernel")],
+    ("function", "message"), [(wrong, "output of bnext: 0.0"), (raising, "bnext failed: ValueError: no kernel")]
 )
 @pytest.mark.parametrize("on", MODES)
 def test_bnext_wrong_or_failing_is_an_error_and_not_a_number(

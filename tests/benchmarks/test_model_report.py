@@ -1,20 +1,10 @@
 """Whole models in bars and costs, from imagined runs; docs/benchmarks.md shows their tables."""
 
-from __future__ import annotations
-
 import pytest
 from canned import imagined_costs, imagined_training, row, trained
 
-from benchmarks.model_report import (
-    block,
-    compare,
-    compare_costs,
-    compiled_bar,
-    cost_gone,
-    cost_means,
-    curves_line,
-    fused_bar,
-)
+from benchmarks import model_report
+from benchmarks.model_report import block, compare, compare_costs, compiled_bar, cost_gone, cost_means, fused_bar
 
 
 def test_eager_is_compared_with_eager_and_compiled_with_compiled() -> None:
@@ -55,13 +45,12 @@ def test_a_compiled_model_has_a_bar_and_a_small_one_has_to_be_as_fast_fused() ->
         *trained(0.4, {"bnext": 0.3, "bnext-fused": 0.31}, suite="small-models", layout="channels_last"),
     ]
     assert fused_bar(compare(rows)).endswith("1.500, 0.968. 1 of 2 pass.")
-    assert curves_line(compare(called)) == ""
+    assert model_report.curves_line(compare(called)) == ""
 
 
 def test_training_has_memory_and_the_curves_summed_up() -> None:
-    assert "7.0000 to 5.0000, then 6.5000 in evaluation; the providers' differ by 0.001 at most." in curves_line(
-        compare(imagined_training())
-    )
+    curves = model_report.curves_line(compare(imagined_training()))
+    assert "7.0000 to 5.0000, then 6.5000 in evaluation; the providers' differ by 0.001 at most." in curves
     gpu = block(imagined_training(device="cuda"))
     assert "`python -m benchmarks --device cuda --suite training` on" in gpu
     assert "allocated memory" in gpu

@@ -1,7 +1,5 @@
 """Whole models: the networks, what is built of them, and when what they compute is right."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 
 import pytest
@@ -10,7 +8,7 @@ from tiny_suites import SHAPE, classifier, spoil
 from torch import nn
 
 from benchmarks import models, networks
-from benchmarks.closeness import MismatchError
+from benchmarks.correctness import MismatchError
 from benchmarks.networks import ResNet50
 from benchmarks.suites import SUITES, WITHOUT, Case, select_cases
 from benchmarks.training import ModelChecker, Trainer, make_target

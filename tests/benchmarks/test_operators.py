@@ -1,7 +1,5 @@
 """What one call is: each provider's expression, what its graph holds, and the floor."""
 
-from __future__ import annotations
-
 import weakref
 from typing import Any
 
@@ -14,18 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import operators
 from benchmarks.cuda.measure import copy_call, make_sets
 from benchmarks.cuda.providers import without_cudnn
-from benchmarks.operators import (
-    ACTIVATIONS,
-    compiled,
-    eager,
-    floor_call,
-    functions,
-    held,
-    make_tensors,
-    out_of_place,
-    provider_call,
-)
-from benchmarks.suites import BN_ADD_RELU, BN_RELU, PLAIN, TENSOR_PASSES, Case, Epilogue, model_bytes
+from benchmarks.operators import eager, floor_call, functions, held, make_tensors, out_of_place, provider_call
+from benchmarks.suites import Case
+from benchmarks.traffic import BN_ADD_RELU, BN_RELU, PLAIN, TENSOR_PASSES, Epilogue, model_bytes
 
 
 def case_of(epilogue: Epilogue, shape: tuple[int, ...] = (2, 3, 4, 4), **changes: Any) -> Case:
@@ -89,20 +78,20 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("epilogue", "operators"),
+    ("epilogue", "called"),
     [(BN_RELU, ["relu_"]), (BN_ADD_RELU, ["add_", "relu_"]), (Epilogue("silu"), ["silu"])],
     ids=str,
 )
-def test_torch_is_as_a_user_writes_it(epilogue: Epilogue, operators: list[str]) -> None:
+def test_torch_is_as_a_user_writes_it(epilogue: Epilogue, called: list[str]) -> None:
     """In place, where that saves memory and not costs a copy; and all mean the same."""
     t = make_tensors(case_of(epilogue))
     arguments = (t.input, None, None, t.weight, t.bias, *t.residual, True, 0.1, 1e-5)
     with Operators() as log:
         eager(epilogue)(*arguments)
-    known = {"add", "add_", *ACTIVATIONS, *(f"{act}_" for act in ACTIVATIONS), "clone"}
-    assert [name for name in log.called if name in known] == operators
+    known = {"clone", *(f"{name}{ending}" for name in ("add", *operators.ACTIVATIONS) for ending in ("", "_"))}
+    assert [name for name in log.called if name in known] == called
     normalised = functional.batch_norm(t.input, None, None, t.weight, t.bias, True)
-    expected = ACTIVATIONS[epilogue.act](sum(t.residual, normalised))
+    expected = operators.ACTIVATIONS[epilogue.act](sum(t.residual, normalised))
     for function in (*functions(epilogue).values(), out_of_place(epilogue)):
         torch.testing.assert_close(function(*arguments), expected)
     assert eager(PLAIN) is functional.batch_norm
@@ -116,7 +105,7 @@ def test_a_compiled_backward_can_be_asked_again(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch.nn.functional, "batch_norm", function)
     tensors = make_tensors(case_of(PLAIN))
-    batch_norm = compiled(backend="aot_eager")
+    batch_norm = operators.compiled(backend="aot_eager")
     expected = provider_call("backward", function, tensors)()
     # The backward is compiled when it is first run, as if there were no other: so it is found in torch's cache, too.
     output = operators.forward(batch_norm, tensors, tensors.running_mean, tensors.running_var)

@@ -1,7 +1,5 @@
 """The memory at its peak, measured in a process of its own, and what is left of that when it is interrupted."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -16,7 +14,8 @@ import torch
 from test_tuning_study import until
 
 from benchmarks import peak
-from benchmarks.suites import STEP, Case
+from benchmarks.suites import Case
+from benchmarks.traffic import STEP
 
 CASE = Case("training", (2, 3, 32, 32), "float32", "contiguous", (STEP,), model="resnet50")
 PARAMETERS = 4 * 25_557_032

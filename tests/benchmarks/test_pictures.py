@@ -1,18 +1,9 @@
 """What is drawn beside results and for the README, whose committed pictures are small enough."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
-from canned import (
-    imagined_costs,
-    imagined_fused_run,
-    imagined_gpu_run,
-    imagined_run,
-    imagined_training,
-    rows_of,
-)
+from canned import imagined_costs, imagined_fused_run, imagined_gpu_run, imagined_run, imagined_training, rows_of
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
 from test_numeric_errors import imagined, result

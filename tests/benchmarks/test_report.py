@@ -3,26 +3,17 @@
 The tables of a CPU are those of docs/benchmarks.md, which test_document.py compares with the committed results.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from canned import (
-    imagined_costs,
-    imagined_fused_gpu_run,
-    imagined_fused_run,
-    imagined_gpu_run,
-    imagined_run,
-    on_gpu,
-)
+from canned import imagined_costs, imagined_fused_gpu_run, imagined_fused_run, imagined_gpu_run, imagined_run, on_gpu
 
 from benchmarks.__main__ import main
-from benchmarks.bars import mean_verdicts, summary, verdicts
-from benchmarks.report import block, compare, means
+from benchmarks.acceptance import mean_verdicts, summary, verdicts
+from benchmarks.report import block, compare
 from benchmarks.rows import Row, load_rows, save_rows, write_atomically
 
 NEWER = {"mode": "clock", "note": "", "act": "", "residual": False, "held_bytes": None, "model": "", "losses": ()}
@@ -65,24 +56,6 @@ def test_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
         write_atomically(path, b"new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_means_are_geometric_and_of_a_group_size_and_operation() -> None:
-    found = means(compare([*imagined_fused_run(), *imagined_run()]))
-    keys = ["fused", "layout_shown", "size_class", "op"]
-    assert [tuple(key) for key in found.reset_index()[keys].to_numpy()] == [
-        (False, "contiguous", "> 32 MB", "forward"),
-        (False, "contiguous", "1-32 MB", "forward"),
-        (False, "(N,C)", "< 1 MB", "forward"),
-        (False, "(N,C)", "< 1 MB", "forward_backward"),
-        (True, "contiguous", "> 32 MB", "forward"),
-        (True, "contiguous", "> 32 MB", "forward_backward"),
-        (True, "contiguous", "< 1 MB", "forward_backward"),
-    ]
-    big, fused, small = found.iloc[0], found.iloc[5], found.iloc[6]
-    assert (big["speedup"], big["over_copy"]) == pytest.approx((4, 2))  # sqrt(8 * 2)
-    assert fused["over_compile"] == pytest.approx((8.0 * 7.9) ** 0.5)
-    assert small.isna()["over_compile"]
 
 
 # The bars.
@@ -216,5 +189,9 @@ def test_block_of_a_gpu_has_replays_alone_and_its_bars() -> None:
     assert "1.30 x compile, bar 1.3: pass." in fused
 
 
-def test_memory_is_in_sizes_of_the_input() -> None:
-    assert "| float32 | add+relu | 1.000 (1.000) | 0.031 (0.000) |" in block(imagined_fused_run())
+def test_block_of_fused_layers_has_means_over_torch_compile_and_memory_in_sizes_of_the_input() -> None:
+    text = block(imagined_fused_run())
+    # sqrt(3 * 2.9), sqrt(8 * 7.9) and 1 / 0.5; of the small ones none was compiled.
+    assert "| float32 | contiguous | > 32 MB | **2.00** / 4.00 (2.00) | **2.95** / 7.95 (2.00) |" in text
+    assert "| float32 | contiguous | < 1 MB |  | **0.89** (2.24) |" in text
+    assert "| float32 | add+relu | 1.000 (1.000) | 0.031 (0.000) |" in text

@@ -1,13 +1,12 @@
 """What python -m benchmarks measures, and what it says an operation has to move."""
 
-from __future__ import annotations
-
 from math import prod
 
 import pytest
 
 from benchmarks import suites
-from benchmarks.suites import BN_ADD_RELU, BN_RELU, EAGER_PROVIDERS, Case, check_work, operation_work, select_cases
+from benchmarks.suites import EAGER_PROVIDERS, select_cases
+from benchmarks.traffic import BN_ADD_RELU, BN_RELU, LAYOUTS, model_bytes, tensor_bytes
 
 
 @pytest.mark.parametrize(
@@ -17,15 +16,15 @@ from benchmarks.suites import BN_ADD_RELU, BN_RELU, EAGER_PROVIDERS, Case, check
 def test_model_reads_or_writes_each_tensor_once(operation: str, tensors: int, with_residual: int, bits: int) -> None:
     shape, numel = (2, 3, 5, 7), 210
     for dtype, item in (("float16", 2), ("bfloat16", 2), ("float32", 4), ("float64", 8)):
-        assert suites.model_bytes(operation, shape, dtype) == suites.model_bytes(operation, shape, dtype, BN_RELU)
-        assert suites.model_bytes(operation, shape, dtype) == tensors * item * numel
-        assert suites.model_bytes(operation, shape, dtype, BN_ADD_RELU) == with_residual * item * numel + bits * 27
+        assert model_bytes(operation, shape, dtype) == model_bytes(operation, shape, dtype, BN_RELU)
+        assert model_bytes(operation, shape, dtype) == tensors * item * numel
+        assert model_bytes(operation, shape, dtype, BN_ADD_RELU) == with_residual * item * numel + bits * 27
 
 
 def test_fused_layers_are_resnet50s_and_compiled_where_they_have_bars() -> None:
     cases = select_cases(["fused"])
     assert sum(suites.is_fused_layer(*tensor) for tensor in {(case.shape, case.epilogue) for case in cases}) == 9
-    large = [case for case in cases if suites.tensor_bytes(case.shape, case.dtype) > 32e6]
+    large = [case for case in cases if tensor_bytes(case.shape, case.dtype) > 32e6]
     large += select_cases(["fused", "fused-256"], "cuda", ["bfloat16"])
     assert all(case.providers[-1] == "torch-compile" for case in large)
 
@@ -48,7 +47,7 @@ def test_a_case_has_what_was_asked_for_and_exists() -> None:
     assert not select_cases(["training"], dtypes=["float16"])
     assert not select_cases(["training"], operations=["eval"])
     assert not select_cases(["compiled"], with_compile=False)
-    assert [case.layout for case in select_cases(["models"], dtypes=["float32"], models=["unet"])] == [*suites.LAYOUTS]
+    assert [case.layout for case in select_cases(["models"], dtypes=["float32"], models=["unet"])] == [*LAYOUTS]
     (case,) = select_cases(["training"], "cpu", ["bfloat16"], ["contiguous"], with_compile=False)
     assert case.providers == EAGER_PROVIDERS
 
@@ -60,16 +59,6 @@ def test_quick_leaves_big_tensors_and_most_models_out() -> None:
     quick = select_cases(["models"], quick=True)
     assert {case.model for case in quick} == {"resnet20", "torchvision/mobilenet_v3_large", "timm/regnety_004"}
     assert {case.providers for case in quick} == {(*EAGER_PROVIDERS, suites.WITHOUT)}
-
-
-def test_work_grows_with_bytes_and_compiling() -> None:
-    small = Case("2d", (4, 8), "float32", "contiguous", ("forward",), ("torch", "bnext"))
-    compiled = Case("2d", (4, 8), "float32", "contiguous", ("forward",), ("torch", "bnext", "torch-compile"))
-    large = Case("2d", (4096, 512), "float32", "contiguous", ("forward",), ("torch", "bnext"))
-    assert check_work(compiled, "cpu") - check_work(small, "cpu") == suites.COMPILE_S["cpu"]
-    assert operation_work("forward", large, "cpu") > operation_work("forward", small, "cpu")
-    five, three = (select_cases(["training"], with_compile=compiles)[0] for compiles in (True, False))
-    assert check_work(five, "cpu") - check_work(three, "cpu") > 2 * 25
 
 
 def test_what_has_to_be_named_has_a_budget_of_its_own() -> None:

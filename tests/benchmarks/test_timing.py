@@ -1,28 +1,19 @@
 """Percentiles, budgets and rounds of python -m benchmarks, on imagined clocks."""
 
-from __future__ import annotations
-
 import itertools
 import timeit
 
 import pytest
 
-from benchmarks.timing import (
-    GOOD_ROUNDS,
-    MAX_ROUNDS,
-    MIN_ROUND_S,
-    MIN_ROUNDS,
-    Budget,
-    calibrate,
-    summarise,
-    time_in_turn,
-)
+from benchmarks import timing
+from benchmarks.suites import Case, select_cases
+from benchmarks.timing import Budget, calibrate, check_work, operation_work, summarise, time_in_turn
 
 
 def test_percentiles_are_interpolated() -> None:
-    timing = summarise([6.0, 1.0, 2.0, 3.0, 4.0, 5.0])
-    assert (timing.p20_s, timing.median_s, timing.p80_s) == pytest.approx((2.0, 3.5, 5.0))
-    assert timing.rounds == 6
+    found = summarise([6.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (found.p20_s, found.median_s, found.p80_s) == pytest.approx((2.0, 3.5, 5.0))
+    assert found.rounds == 6
 
 
 def test_budget_shares_what_is_left_by_work() -> None:
@@ -35,16 +26,26 @@ def test_budget_shares_what_is_left_by_work() -> None:
 
 
 def test_rounds_are_limited_or_fixed_also_where_the_budget_is_spent() -> None:
-    assert Budget(1000.0, work=1.0).rounds(1.0, 1e-3) == MAX_ROUNDS
+    assert Budget(1000.0, work=1.0).rounds(1.0, 1e-3) == timing.MAX_ROUNDS
     assert Budget(1000.0, work=1.0, rounds=3).rounds(1.0, 1e-3) == 3
-    assert Budget(0.0, work=1.0).rounds(1.0, 10.0) == MIN_ROUNDS
-    assert Budget(0.0, work=1.0).rounds(1.0, 1e-3) == GOOD_ROUNDS
+    assert Budget(0.0, work=1.0).rounds(1.0, 10.0) == timing.MIN_ROUNDS
+    assert Budget(0.0, work=1.0).rounds(1.0, 1e-3) == timing.GOOD_ROUNDS
+
+
+def test_work_grows_with_bytes_and_compiling() -> None:
+    small = Case("2d", (4, 8), "float32", "contiguous", ("forward",), ("torch", "bnext"))
+    compiled = Case("2d", (4, 8), "float32", "contiguous", ("forward",), ("torch", "bnext", "torch-compile"))
+    large = Case("2d", (4096, 512), "float32", "contiguous", ("forward",), ("torch", "bnext"))
+    assert check_work(compiled, "cpu") - check_work(small, "cpu") == timing.COMPILE_S["cpu"]
+    assert operation_work("forward", large, "cpu") > operation_work("forward", small, "cpu")
+    five, three = (select_cases(["training"], with_compile=compiles)[0] for compiles in (True, False))
+    assert check_work(five, "cpu") - check_work(three, "cpu") > 2 * 25
 
 
 def test_a_round_is_long_enough_and_a_long_call_is_one() -> None:
     number, seconds = calibrate(timeit.Timer(lambda: None))
     assert number > 1
-    assert seconds >= MIN_ROUND_S
+    assert seconds >= timing.MIN_ROUND_S
     calls: list[int] = []
     timer = timeit.Timer(lambda: calls.append(1), timer=itertools.count(step=1.0).__next__)
     assert calibrate(timer) == (1, 1.0)
@@ -66,8 +67,8 @@ def test_every_call_is_timed_in_every_round_and_has_its_own_time() -> None:
     stopwatches = {"fast": Clocked(1e-5), "slow": Clocked(4e-5)}
     seen: list[float] = []
     timings = time_in_turn(stopwatches, lambda round_s: seen.append(round_s) or 4)  # type: ignore[func-returns-value]
-    assert {name: timing.median_s for name, timing in timings.items()} == pytest.approx({"fast": 1e-5, "slow": 4e-5})
-    assert {timing.rounds for timing in timings.values()} == {4}
+    assert {name: found.median_s for name, found in timings.items()} == pytest.approx({"fast": 1e-5, "slow": 4e-5})
+    assert {found.rounds for found in timings.values()} == {4}
     assert len(seen) == 1
-    assert seen[0] >= 2 * MIN_ROUND_S
-    assert all(watch.calls * watch.seconds >= 5 * MIN_ROUND_S for watch in stopwatches.values())
+    assert seen[0] >= 2 * timing.MIN_ROUND_S
+    assert all(watch.calls * watch.seconds >= 5 * timing.MIN_ROUND_S for watch in stopwatches.values())

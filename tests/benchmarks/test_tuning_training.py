@@ -1,7 +1,5 @@
 """One trial of the tuning study: what it depends on, what it keeps, and how it ends when it diverges."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +10,7 @@ from torch import nn
 
 from studies.tuning.digits import split
 from studies.tuning.networks import build
-from studies.tuning.settings import ACTIVATIONS, INITS, MODELS, Point, Settings
+from studies.tuning.settings import INITS, Point, Settings
 from studies.tuning.training import make_optimizer, percentiles, train, travel
 
 
@@ -26,9 +24,8 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
-@pytest.mark.parametrize("model", MODELS)
-def test_same_seed_same_result_bit_for_bit(model: str, batch_norm: bool) -> None:
-    settings = Settings(model=model, steps=12)
+def test_same_seed_same_result_bit_for_bit(batch_norm: bool) -> None:
+    settings = Settings(steps=12)
     point = Point(0.1, 0.9, batch_norm, 1)
     first = train(settings, point)
     # Whoever runs it: other trials before it, another state of the global generator.
@@ -40,8 +37,7 @@ def test_same_seed_same_result_bit_for_bit(model: str, batch_norm: bool) -> None
 # Looked at after each step, or only after the tenth: then the loss of the second says it.
 @pytest.mark.parametrize(("steps", "diverged_at"), [(12, 1), (1000, 2)])
 def test_a_diverging_trial_is_a_result(steps: int, diverged_at: int) -> None:
-    settings = Settings(activation="relu", steps=steps)
-    trial = train(settings, Point(1e30, 0.9, False, 0))
+    trial = train(Settings(steps=steps), Point(3e38, 0.9, False, 0))
     assert trial.diverged_at == diverged_at
     assert trial.loss == trial.correct == []
     assert trial.percentiles == [[], [], []]
@@ -49,34 +45,28 @@ def test_a_diverging_trial_is_a_result(steps: int, diverged_at: int) -> None:
 
 
 def test_what_came_before_it_diverged_is_kept() -> None:
-    settings = Settings(activation="relu", steps=12)
-    trial = train(settings, Point(30.0, 0.99, False, 0))
+    settings = Settings(steps=12)
+    trial = train(settings, Point(1e36, 0.99, False, 0))
     assert trial.diverged_at is not None
     assert 0 < len(trial.loss) == len(trial.correct) < len(settings.evaluations)
     assert all(math.isfinite(value) for value in trial.loss)
     assert [len(curve) for curve in trial.percentiles] == [len(trial.loss)] * 3
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("init", INITS)
-@pytest.mark.parametrize("model", MODELS)
-def test_weights_are_the_same_with_and_without_batch_norm(model: str, init: str, activation: str) -> None:
-    settings = Settings(model=model, init=init, activation=activation)
-    plain, normed = (
-        [m.weight for m in build(settings, side, seed=3).module if isinstance(m, nn.Linear | nn.Conv2d)]
-        for side in (False, True)
-    )
-    assert len(plain) > 2
+def test_weights_are_the_same_with_and_without_batch_norm(init: str) -> None:
+    networks = [build(Settings(init=init), side, seed=3) for side in (False, True)]
+    plain, normed = ([layer.weight for layer in network if isinstance(layer, nn.Linear)] for network in networks)
+    assert len(plain) == 4
     assert all(torch.equal(a, b) for a, b in zip(plain, normed, strict=True))
     assert plain[0].std() > 0
 
 
 def test_batch_norm_is_between_the_linear_map_and_the_activation() -> None:
     network = build(Settings(), True, 0)
-    names = [type(layer).__name__ for layer in network.module]
+    names = [type(layer).__name__ for layer in network]
     assert names == ["Flatten", *["Linear", "BatchNorm1d", "Sigmoid"] * 3, "Linear"]
-    assert type(network.module[2]).__module__.startswith("bnext")
-    assert network.watched is network.module[9]
+    assert type(network[2]).__module__.startswith("bnext")
 
 
 def test_split_depends_on_the_seed_and_shares_nothing() -> None:
@@ -106,17 +96,16 @@ def test_travel_is_the_medians_way_in_widths() -> None:
 
 
 def test_percentiles_kept_are_those_of_the_last_hidden_layers_input() -> None:
-    module = build(Settings(steps=1), False, 0).module
+    network = build(Settings(steps=1), False, 0)
     with torch.no_grad():
-        before_last_sigmoid = module[:6](split(0).test_images)
+        before_last_sigmoid = network[:6](split(0).test_images)
     expected = percentiles(before_last_sigmoid)[:, 0].tolist()
     trial = train(Settings(steps=1), Point(1e-30, 0.0, False, 0))  # a step that changes nothing
     assert torch.tensor(trial.percentiles).flatten().tolist() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
-    [("sgd", [-0.1, -0.1 - 0.1 * 1.5]), ("average", [-0.1, -0.1 - 0.1 * (0.5 + 0.5)])],
+    ("name", "expected"), [("sgd", [-0.1, -0.1 - 0.1 * 1.5]), ("average", [-0.1, -0.1 - 0.1 * (0.5 + 0.5)])]
 )
 def test_momentum_is_the_sum_or_the_average(name: str, expected: list[float]) -> None:
     module = nn.Linear(1, 1, bias=False)
@@ -128,7 +117,3 @@ def test_momentum_is_the_sum_or_the_average(name: str, expected: list[float]) ->
         optimizer.step()
         found.append(module.weight.item())
     assert found == pytest.approx(expected)
-
-
-def test_beta_is_adams_second() -> None:
-    assert make_optimizer("adam", nn.Linear(1, 1), 0.1, beta=0.5).param_groups[0]["betas"] == (0.9, 0.5)

@@ -1,7 +1,5 @@
 """Suites, models and a device that take no time, and runs of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,18 +15,8 @@ from benchmarks.cuda import device, rotation
 from benchmarks.cuda import measure as cuda
 from benchmarks.networks import Bottleneck, conv
 from benchmarks.rows import Row, load_rows
-from benchmarks.suites import (
-    BN_ADD_RELU,
-    BN_RELU,
-    BOTH_TOO,
-    COMPILED_PROVIDERS,
-    EAGER_PROVIDERS,
-    STEP,
-    SUITES,
-    WITHOUT,
-    Input,
-    Suite,
-)
+from benchmarks.suites import COMPILED_PROVIDERS, EAGER_PROVIDERS, SUITES, WITHOUT, Input, Suite
+from benchmarks.traffic import BN_ADD_RELU, BN_RELU, BOTH_TOO, STEP
 
 SHAPE = (4, 3, 8, 8)
 CLASSES = 10

@@ -1,8 +1,8 @@
 """An imagined study, with accuracies that are easy to compute with."""
 
-from __future__ import annotations
-
 from typing import Any
+
+from canned import ROW
 
 from studies.tuning.results import Results, Trial
 from studies.tuning.settings import Point, Settings
@@ -10,14 +10,7 @@ from studies.tuning.settings import Point, Settings
 # Evaluated after each of its steps.
 SETTINGS = Settings(steps=4, alphas=(0.1, 1.0), betas=(0.9, 0.999), seeds=(0, 1))
 TESTS = 100
-MACHINE = {
-    "device_name": "Imagined CPU",
-    "isa": "avx2",
-    "torch_version": "2.13.0",
-    "bnext_version": "0.1.0",
-    "commit": "0123456789ab",
-    "date": "2025-01-02T03:04:05+00:00",
-}
+MACHINE = {name: ROW[name] for name in ("device_name", "isa", "torch_version", "bnext_version", "commit", "date")}
 
 
 def trial(point: Point, correct: list[int], **changes: Any) -> Trial:

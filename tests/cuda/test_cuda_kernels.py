@@ -1,103 +1,26 @@
-"""The CUDA kernels on every way through them: the groups that share a channel, one read and two, both kinds of tile.
+"""The CUDA kernels on every way through them, against the reference.
 
-Plans for a small device send small tensors the ways that large ones take. In emulation every access is checked
-(tests/simt); where there is a GPU the same plans run on it too.
+In emulation every access is checked (tests/simt); where there is a GPU the same plans run on it too.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import pytest
 import reference
 import tolerances
 import torch
-from cases import (
-    DTYPES,
-    Case,
-    make_grad,
-    make_input,
-    make_parameters,
-    make_residual,
-    name,
-    parameter_dtype,
-    same_bits,
-)
+from cases import DTYPES, Case, make_grad, make_input, make_parameters, make_residual, name, parameter_dtype, same_bits
 from checks import check_backward, check_forward
 from marks import DEVICES, SIMT
 from simt.device import GROUPS, TILES, Limits, emulated, last_plan, load
 from tolerances import assert_within
+from ways import FEW_WAYS, KB, LAYOUTS, PATHS, SEEDS, WAYS, Path
 
 import bnext
-from bnext.functional import batch_norm, batch_norm_act
-
-KB = 1024
-SEEDS = (0, 1)  # of the order in which the emulator runs blocks and threads
-
-
-# Contiguous: planes of whole vectors and of others, and planes of which a tile takes several. The last two in
-# channels_last: a number of channels that fills vectors, and one for which pixels are folded.
-LAYOUTS = ("contiguous", "contiguous", "contiguous", "channels_last", "channels_last")
-
-
-class Path(NamedTuple):
-    """A way through the kernels, and a device whose plans take it."""
-
-    group: str
-    two_reads: bool
-    limits: Limits
-    shapes: tuple[tuple[int, ...], ...]
-    layouts: tuple[str, ...] = LAYOUTS
-
-    def __str__(self) -> str:
-        return self.group + "-of-16" * self.large_cluster + "-two-reads" * self.two_reads
-
-    @property
-    def large_cluster(self) -> bool:
-        """Of more blocks than a kernel gets unless it asks."""
-        return self.group == "cluster" and self.limits.max_cluster > 8
-
-
-# test_the_ways_lead_everywhere says whether they do.
-PATHS = (
-    Path("block", False, Limits(sms=1), ((2, 4, 24, 24), (3, 5, 19, 27), (5, 24, 7, 7), (6, 48, 5, 5), (7, 9, 5, 5))),
-    Path(
-        "cluster",
-        False,
-        Limits(sms=16),
-        ((16, 2, 32, 32), (9, 3, 41, 43), (64, 8, 7, 7), (40, 16, 11, 11), (40, 9, 11, 11)),
-    ),
-    Path(
-        "cluster",
-        False,
-        Limits(sms=32, max_cluster=16),
-        ((53, 2, 41, 43), (80, 9, 11, 11)),  # the size of the cluster is all that is new
-        ("contiguous", "channels_last"),
-    ),
-    Path(
-        "grid",
-        False,
-        Limits(sms=16, max_cluster=1, shared_per_block=60 * KB),
-        ((40, 2, 32, 32), (20, 3, 41, 43), (160, 8, 7, 7), (40, 16, 11, 11), (40, 9, 11, 11)),
-    ),
-    Path(
-        "grid",
-        True,
-        Limits(sms=1, max_cluster=1, shared_per_block=52 * KB),
-        ((48, 2, 32, 32), (24, 3, 41, 43), (200, 8, 7, 7), (60, 16, 11, 11), (90, 9, 11, 11)),
-    ),
-)
-WAYS = [
-    pytest.param(path, Case(shape, layout), id=f"{path}-{'x'.join(map(str, shape))}-{layout}")
-    for path in PATHS
-    for shape, layout in zip(path.shapes, path.layouts, strict=True)
-]
-
-
-# Of each path the first and the last, for what does not depend on the shape: whole planes, and folded pixels.
-FEW_WAYS = [WAYS[i] for i in (0, 4, 5, 9, 10, 11, 12, 16, 17, 21)]
+from bnext.functional import batch_norm_act
 
 
 @contextlib.contextmanager
@@ -361,128 +284,3 @@ def test_counter_in_the_same_launch(path: Path, momentum: float | None, kernel_d
         limits = tolerances.running_stats(expected, fwd, 0.25, x.dtype, mean.dtype, var.dtype)
         assert_within(mean, expected[0], limits[0], "running_mean")
         assert_within(var, expected[1], limits[1], "running_var")
-
-
-@pytest.mark.simt
-@pytest.mark.parametrize(("path", "case"), FEW_WAYS)
-def test_the_order_of_execution_changes_no_bit(path: Path, case: Case) -> None:
-    x, g = make_input(*case, torch.bfloat16), make_grad(*case, torch.bfloat16)
-    params = make_parameters(case.shape[1])
-    results = []
-    for seed in (0, 1, 2):
-        with emulated(path.limits, seed, check=False):
-            y, stats, _ = torch.ops.bnext.batch_norm_train(x, params.weight, params.bias, None, None, None, 0.1, 1e-5)
-            grads = torch.ops.bnext.batch_norm_backward(
-                g, x, params.weight, stats, True, 1e-5, [True, True, True, False]
-            )
-        results.append((y, stats, *grads))
-    for other in results[1:]:
-        assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.simt
-@pytest.mark.parametrize(("path", "case"), WAYS)
-def test_how_often_memory_is_read(path: Path, case: Case) -> None:
-    # Forward: the input once, or once more for what is not kept. Beside it a few samples and values a channel.
-    x = make_input(*case, torch.float32)
-    with emulated(path.limits):
-        counters = torch.ops.bnext_simt.counters
-        counters()
-        batch_norm(x, None, None, training=True)
-        plan, counted = last_plan(), counters()
-    bytes_of_x = x.numel() * x.element_size()
-    per_block = 2 * plan["group_blocks"] * 8 * 2 * plan["tile_channels"] + 20 * 16 * plan["tile_channels"]
-    beside = plan["tiles"] * plan["group_blocks"] * per_block
-    reads = 2 if path.two_reads and plan["kept"] == 0 else 1
-    assert reads * bytes_of_x <= counted["global_load_bytes"]
-    if plan["ring"] == 0:
-        assert counted["global_load_bytes"] <= bytes_of_x + beside
-    assert bytes_of_x <= counted["global_store_bytes"] <= bytes_of_x + beside
-
-
-@pytest.mark.simt
-@pytest.mark.parametrize(("path", "case"), WAYS)
-def test_what_the_memory_system_makes_of_the_vectors(path: Path, case: Case) -> None:
-    # Sectors of global memory are used in full, but for the ends of rows that are no multiple of them. A warp's slots
-    # lie side by side, so that eight lanes' vectors pass through the banks at once; coefficients by column begin anew
-    # with each row of threads, which may lie within the eight.
-    x, g = make_input(*case, torch.bfloat16), make_grad(*case, torch.bfloat16)
-    residual = make_residual(*case, torch.bfloat16)
-    params = make_parameters(case.shape[1])
-    with emulated(path.limits, count_requests=True):
-        counters = torch.ops.bnext_simt.counters
-        counters()
-        check_backward(x, g, params, training=True, residual=residual, act="relu", output_too=True)
-        counted, plan = counters(), last_plan()
-    assert counted["global_vectors"] > x.numel() // 8
-    assert counted["shared_vectors"] > x.numel() // 8
-    assert counted["global_sectors"] <= 1.25 * counted["global_vectors"] / 2
-    passes = 1.25 if TILES[plan["tile"]] == "channel" else 1.8
-    assert counted["shared_wavefronts"] <= passes * counted["shared_vectors"] / 8
-
-
-@pytest.mark.simt
-@pytest.mark.parametrize("path", PATHS, ids=str)
-def test_a_plan_is_described(path: Path) -> None:
-    x = make_input(path.shapes[0], dtype=torch.float32)
-    with emulated(path.limits, check=False):
-        describe = torch.ops.bnext_simt.last_description
-        y, mean, var = batch_norm(x, None, None, training=True), torch.zeros(x.shape[1]), torch.ones(x.shape[1])
-        plan = last_plan()
-        assert (plan["group_blocks"] == 16) == path.large_cluster or path.group == "grid"
-        group = "block" if path.group == "block" else f"{path.group} of {plan['group_blocks']}"
-        steps = -(-plan["rows"] * plan["parts"] // (plan["threads_y"] * plan["group_blocks"]))
-        reads = f"{plan['kept']} of {steps} kept" if path.two_reads else "read once"
-        assert describe() == f"{group}, {reads}"
-        batch_norm(y, mean, var)
-        assert describe() == "no sums"
-
-
-# Groups that take their tiles in turn, each asking for the next one's vectors in its map: a block, clusters that keep
-# what they read and clusters that do not, and blocks of the grid (of bfloat16). Whole vectors, but for the first.
-SEVERAL_TILES = (
-    ("block", Limits(sms=1, max_grid=1), Case((5, 24, 7, 7), "contiguous")),
-    ("block", Limits(sms=1, max_grid=1), Case((7, 96, 2, 3), "channels_last")),
-    ("block", Limits(sms=1, max_grid=1), Case((9, 5, 16, 16), "contiguous")),
-    ("cluster", Limits(sms=4, max_cluster=4, shared_per_block=60 * KB), Case((31, 9, 32, 32), "contiguous")),
-    ("cluster", Limits(sms=2, max_cluster=2, cooperative_sms=0), Case((90, 3, 40, 40), "contiguous")),
-    ("grid", Limits(sms=3, max_cluster=1, shared_per_block=60 * KB), Case((20, 5, 32, 32), "contiguous")),
-)
-
-
-@pytest.mark.simt
-@pytest.mark.parametrize(("act", "has_residual"), [("identity", False), ("relu", True), ("silu", True)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=name)
-@pytest.mark.parametrize(("group", "limits", "case"), SEVERAL_TILES, ids=str)
-def test_groups_that_take_several_tiles(
-    group: str, limits: Limits, case: Case, dtype: torch.dtype, act: str, has_residual: bool
-) -> None:
-    x, g = make_input(*case, dtype), make_grad(*case, dtype)
-    residual = make_residual(*case, dtype) if has_residual else None
-    params = make_parameters(case.shape[1], parameter_dtype(dtype))
-    if dtype == torch.float32:
-        # Of these channels the squares overflow, or the coefficients of the map: nothing is asked for ahead behind it.
-        x[:, 1] *= 1e19
-        x[:, 2] *= 1e37
-        g[:, 2] *= 1e-3
-    for seed in SEEDS:
-        with emulated(limits, seed):
-            check_backward(x, g, params, training=True, residual=residual, act=act, output_too=True)
-            assert last_plan()["tiles"] > last_plan()["groups"]
-            assert dtype != torch.bfloat16 or GROUPS[last_plan()["group"]] == group
-
-
-@pytest.mark.simt
-@pytest.mark.parametrize("cluster", [1, 2])
-def test_a_grid_that_cannot_run_at_once(cluster: int) -> None:
-    # As under MPS: the launch is refused, and the call planned again with groups that need no such launch.
-    case = Case((160, 8, 7, 7), "contiguous")
-    x, g = make_input(*case), make_grad(*case)
-    params = make_parameters(8)
-    limits = Limits(sms=16, max_cluster=cluster, shared_per_block=60 * KB)
-    with emulated(limits):
-        check_backward(x, g, params, training=True, output_too=True)
-        assert GROUPS[last_plan()["group"]] == "grid"
-    with emulated(limits._replace(cooperative_sms=3)):
-        check_backward(x, g, params, training=True, output_too=True)
-        assert GROUPS[last_plan()["group"]] == ("cluster" if cluster > 1 else "block")

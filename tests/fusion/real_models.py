@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
-import re
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.models import import_torchvision, make_packaged
+
 CLASSES = 5
-_kept: list[torch.library.Library] = []  # what a Library declares is gone with it
 
 
 @functools.cache
@@ -25,31 +23,11 @@ def why_not(library: str) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if not hasattr(torch.ops.torchvision, "nms"):
-                _declare_operators()
+            import_torchvision()  # which timm imports too
             importlib.import_module(library)
     except (ImportError, RuntimeError) as error:
         return f"{library} cannot be imported here: {error}"
     return None
-
-
-def _declare_operators() -> None:
-    """What torchvision registers kernels for, where its own library does not load: PyPI's torchvision is built for
-    CUDA, and beside a torch for the CPU its import would fail. No convolutional model calls any of them."""
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or not spec.submodule_search_locations:
-        return
-    folder = Path(spec.submodule_search_locations[0])
-    for library in (*folder.glob("_C*.so"), *folder.glob("_C*.pyd")):
-        try:
-            torch.ops.load_library(str(library))
-            return
-        except OSError:
-            continue
-    sources = "\n".join(path.read_text() for path in sorted(folder.glob("_*registrations.py")))
-    _kept.append(torch.library.Library("torchvision", "FRAGMENT"))
-    for name in sorted(set(re.findall(r'\(\s*"torchvision::(\w+)"', sources))):
-        _kept[-1].define(f"{name}(Tensor input) -> Tensor")
 
 
 class RealModel(NamedTuple):
@@ -68,7 +46,7 @@ class RealModel(NamedTuple):
         with torch.random.fork_rng(devices=()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(11)
-            model = _create(self.library, self.name, self.options).double()
+            model = make_packaged(self.library, self.name, num_classes=CLASSES, **self.options).double()
             for module in model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
                     nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -78,13 +56,6 @@ class RealModel(NamedTuple):
     def input(self) -> Tensor:
         generator = torch.Generator().manual_seed(13)
         return torch.randn(2, 3, self.size, self.size, dtype=torch.float64, generator=generator)
-
-
-def _create(library: str, name: str, options: Mapping[str, object]) -> nn.Module:
-    module = importlib.import_module("timm" if library == "timm" else "torchvision.models")
-    create = module.create_model if library == "timm" else module.get_model
-    model: nn.Module = create(name, num_classes=CLASSES, **options)
-    return model
 
 
 def _models(library: str, names: str, **fields: Any) -> list[RealModel]:

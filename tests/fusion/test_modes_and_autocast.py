@@ -62,9 +62,7 @@ AUTOCAST = {
 
 INSIDE: dict[str, Callable[[], nn.Module]] = {
     "not inside": lambda: Basic(3),
-    "inside": Net.of(
-        lambda self, x: F.silu(self.bn2(autocast(lambda: F.relu(self.bn(self.conv(x)))).float()) + x),
-    ),
+    "inside": Net.of(lambda self, x: F.silu(self.bn2(autocast(lambda: F.relu(self.bn(self.conv(x)))).float()) + x)),
     "the activation outside": Net.of(lambda self, x: F.relu(autocast(lambda: self.bn(self.conv(x))))),
 }
 

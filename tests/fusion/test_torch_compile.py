@@ -91,10 +91,7 @@ def test_a_step_equals_torchs_in_the_format_that_inductor_chooses() -> None:
     compiled = torch.compile(copy.deepcopy(model), backend="bnext")
     x = torch.randn(3, 8, 6, 5, dtype=torch.float64)
     # Caches of graphs would leave no code to look at; that of compiled code saves its compilation.
-    with (
-        torch._inductor.config.patch(fx_graph_cache=False),
-        torch._functorch.config.patch(enable_autograd_cache=False),
-    ):
+    with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
         _, codes = run_and_get_code(lambda: assert_same_steps(model, compiled, x, modes=("training",), steps=1))
     assert [code.count("= torch.ops.bnext.batch_norm_") for code in codes] == [2, 2]
     # Outputs lie as the convolutions want them, (N, H, W, C) in memory: nothing is copied for a batch norm.

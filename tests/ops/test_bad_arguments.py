@@ -18,9 +18,7 @@ from refusals import ORDINARY, Arguments, remember, told
 import bnext
 from bnext import _C
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")]
 
 CALLED = [*operators(), *functions(), *layers(), HELD, *EXTENSION]
 

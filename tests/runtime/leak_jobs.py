@@ -282,10 +282,7 @@ def conversions() -> list[Step]:
 def traced_conversions() -> list[Step]:
     """Of one model over and over, and of models that go."""
     model = networks.Basic()
-    return [
-        lambda: bnext.revert(bnext.convert(model, fuse=True)),
-        lambda: bnext.convert(networks.Basic(), fuse=True),
-    ]
+    return [lambda: bnext.revert(bnext.convert(model, fuse=True)), lambda: bnext.convert(networks.Basic(), fuse=True)]
 
 
 def copies() -> list[Step]:

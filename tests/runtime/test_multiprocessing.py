@@ -84,8 +84,7 @@ def use_threads_and_keep_blocks(layer: nn.Module, x: Tensor) -> None:
 
 @pytest.mark.filterwarnings(FORK_WARNING)
 @pytest.mark.parametrize(
-    "method",
-    [pytest.param("fork", marks=needs_fork), pytest.param("spawn", marks=pytest.mark.slow)],
+    "method", [pytest.param("fork", marks=needs_fork), pytest.param("spawn", marks=pytest.mark.slow)]
 )
 def test_loader_whose_workers_normalize(method: str) -> None:
     data = Normalized()

@@ -33,12 +33,7 @@ def forward_and_backward(case: Case, dtype: torch.dtype, training: bool, act: Ac
     ],
 )
 def test_same_bits_for_any_number_of_threads(
-    case: Case,
-    dtype: torch.dtype,
-    act: Act,
-    training: bool,
-    has_residual: bool,
-    set_threads: Callable[[int], None],
+    case: Case, dtype: torch.dtype, act: Act, training: bool, has_residual: bool, set_threads: Callable[[int], None]
 ) -> None:
     results = []
     for count in THREAD_COUNTS:

@@ -27,7 +27,7 @@ from simt.build import BUILD, ROOT, build
 
 KERNELS = ROOT / "csrc" / "cuda"
 # What the mutants have to survive: one dtype on every way through the kernels.
-TESTS = ("tests/cuda/test_cuda_kernels.py", "-k")
+TESTS = ("tests/cuda/test_cuda_kernels.py", "tests/cuda/test_emulated_kernels.py", "-k")
 FORWARD = "(every_way and bfloat16) or cannot_hold or several or share_the_additions"
 ACTIVATED = "(with_an_epilogue and bfloat16-relu-residual) or coefficients_float32_cannot_hold"
 

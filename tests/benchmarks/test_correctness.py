@@ -1,7 +1,5 @@
 """When a result is right: what passes, what does not, and what is said of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.closeness import Checker, MismatchError, away_from_kinks, require_as_close, require_kind
+from benchmarks.correctness import Checker, MismatchError, away_from_kinks, require_as_close, require_kind
 from benchmarks.operators import Provider, eager, functions, make_tensors
-from benchmarks.suites import BN_ADD_RELU, BN_RELU, LAYOUTS, PLAIN, Case, Epilogue
+from benchmarks.suites import Case
+from benchmarks.traffic import BN_ADD_RELU, BN_RELU, LAYOUTS, PLAIN, Epilogue
 
 EPILOGUES = [PLAIN, BN_RELU, BN_ADD_RELU, Epilogue("silu"), Epilogue("hardswish", True), Epilogue("gelu")]
 Function = Callable[..., Tensor]

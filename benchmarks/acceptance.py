@@ -1,11 +1,15 @@
-"""The bars: how close to a copy of the same bytes bnext has to be on a GPU, and how much faster than torch."""
+"""What bnext is accepted with: how close to a copy of the same bytes it has to be on a GPU, how much faster than torch.
+
+Documents call each of these limits a bar.
+"""
 
 import numpy as np
 import pandas as pd
 
 from benchmarks.rows import GRAPH
-from benchmarks.suites import BNEXT, COPY, LARGE_CLASS, NO_CUDNN, TORCH, Epilogue, is_fused_layer
+from benchmarks.suites import BNEXT, COPY, NO_CUDNN, TORCH, is_fused_layer
 from benchmarks.tables import mean_of
+from benchmarks.traffic import LARGE_CLASS, Epilogue
 
 # What bnext is compared with; a table of measurements is one of report.compare.
 COMPILE = "compile"

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.operators import Provider, Tensors, eager, forward, results
-from benchmarks.suites import Case, Epilogue
+from benchmarks.suites import Case
+from benchmarks.traffic import Epilogue
 
 # Computations that round in different places are about as far from the truth as each other; of the few numbers of a
 # loss curve or of a parameter's gradient one may be lucky.

@@ -1,0 +1,74 @@
+"""What an operation does to a tensor, what may follow it in the same call, and the bytes that it has to move."""
+
+from math import prod
+from typing import NamedTuple
+
+Shape = tuple[int, ...]
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+LAYOUTS = ("contiguous", "channels_last")
+
+# On a CPU the C library maps every output above 32 MB afresh; below 1 MB a core's own cache holds the tensor.
+MB = 1_000_000
+LARGE_CLASS = "> 32 MB"
+SIZE_CLASSES = ((LARGE_CLASS, 32 * MB), ("1-32 MB", MB), ("< 1 MB", 0))
+
+# How often an operation has to pass over a tensor of the input's size when each is read or written once.
+TENSOR_PASSES = {
+    "forward": 2,  # input -> output, batch statistics, running statistics updated
+    "backward": 3,  # input, grad_output -> grad_input, with grad_weight and grad_bias
+    "eval": 2,  # input -> output, running statistics
+    "forward_backward": 5,
+}
+BOTH_TOO = tuple(TENSOR_PASSES)
+STEP = "step"  # of a model: forward, loss, backward and the optimiser's update
+
+# What a residual adds: it is read, or its gradient is written.
+RESIDUAL_PASSES = {"forward": 1, "backward": 1, "eval": 1, "forward_backward": 2}
+
+# How often a bit an element is written or read. Without a residual, backward computes from the input, which it reads
+# anyway, what was positive; with one, it would have to read that too, and forward keeps the bits instead.
+MASK_PASSES = {"forward": 1, "backward": 1, "eval": 0, "forward_backward": 2}
+
+
+class Epilogue(NamedTuple):
+    """What follows the batch norm in the same call: the addition of a residual, an activation."""
+
+    act: str = ""  # as batch_norm_act names it; none: a plain batch norm
+    residual: bool = False
+
+    def __str__(self) -> str:
+        return f"add+{self.act}" if self.residual else self.act
+
+
+PLAIN = Epilogue()
+BN_RELU = Epilogue("relu")
+BN_ADD_RELU = Epilogue("relu", residual=True)
+
+
+def shape_label(shape: Shape) -> str:
+    return "x".join(map(str, shape))
+
+
+def tensor_label(shape: Shape, epilogue: Epilogue) -> str:
+    """The shape, and what follows the batch norm, if anything does."""
+    return f"{shape_label(shape)} {epilogue}".rstrip()
+
+
+def tensor_bytes(shape: Shape, dtype: str) -> int:
+    return prod(shape) * ITEM_BYTES[dtype]
+
+
+def size_class(size: int) -> str:
+    return next(name for name, above in SIZE_CLASSES if size > above)
+
+
+def model_bytes(operation: str, shape: Shape, dtype: str, epilogue: Epilogue = PLAIN) -> int:
+    """Bytes of the single-pass model: each tensor of the input's size, and the mask, is read or written once.
+
+    The C-sized parameters and statistics are left out; they are at most a few per cent of any shape that is
+    bound by memory.
+    """
+    passes = TENSOR_PASSES[operation] + epilogue.residual * RESIDUAL_PASSES[operation]
+    mask = epilogue.residual * MASK_PASSES[operation] * -(-prod(shape) // 8)
+    return passes * tensor_bytes(shape, dtype) + mask
