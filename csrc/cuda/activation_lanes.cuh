@@ -38,14 +38,16 @@ __device__ __forceinline__ void lane_of(const Inputs<scalar_t>& in, int e, acc_t
   for (int i = 0; i < kMaxInputs; ++i) lane[i] = static_cast<acc_t>(in[i][e]);
 }
 
-// The same for what is computed in float64, straight from the words: rare, and to take few registers.
+// The first lane of each input, as a double, straight from the words, which are then rotated by a lane: so a loop over
+// the lanes need not be unrolled, and float64, which is rare, takes few registers and little code.
 template <typename scalar_t, typename Functor>
-__device__ __forceinline__ void wide_lane_of(const Item& item, int e, const Epilogue& epilogue,
-                                             double (&lane)[kMaxInputs]) {
-  if constexpr (Functor::kReadsInput) lane[0] = widen_lane<scalar_t>(item.vec[0], e);
-  if constexpr (Functor::kReadsGrad) lane[1] = widen_lane<scalar_t>(item.vec[1], e);
+__device__ __forceinline__ void take_wide_lane(Item& item, const Epilogue& epilogue, double (&lane)[kMaxInputs]) {
+  if constexpr (Functor::kReadsInput) lane[0] = take_lane<scalar_t>(item.vec[0]);
+  if constexpr (Functor::kReadsGrad) lane[1] = take_lane<scalar_t>(item.vec[1]);
   if constexpr (Functor::kActivated) {
-    lane[2] = epilogue.has_mask ? static_cast<double>(item.bits >> e & 1u) : widen_lane<scalar_t>(item.vec[2], e);
+    const double residual = take_lane<scalar_t>(item.vec[2]);
+    lane[2] = epilogue.has_mask ? static_cast<double>(item.bits & 1u) : residual;
+    item.bits >>= 1;
   }
 }
 

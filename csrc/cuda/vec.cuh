@@ -86,16 +86,21 @@ __device__ __forceinline__ void widen_lanes(const Words& vec, opmath_t<scalar_t>
   }
 }
 
+// The first lane, widened; the others move down by one, and it becomes the last.
 template <typename scalar_t>
-__device__ __forceinline__ opmath_t<scalar_t> widen_lane(const Words& vec, int e) {
-  if constexpr (sizeof(scalar_t) == 2) {
-    const float2 pair = widen_pair(vec.word[e / 2], scalar_t{});
-    return e % 2 == 0 ? pair.x : pair.y;
-  } else {
-    opmath_t<scalar_t> lanes[kLanes<scalar_t>];
-    widen_lanes<scalar_t>(vec, lanes);
-    return lanes[e];
+__device__ __forceinline__ opmath_t<scalar_t> take_lane(Words& vec) {
+  opmath_t<scalar_t> lanes[kLanes<scalar_t>];
+  widen_lanes<scalar_t>(vec, lanes);
+  const Words old = vec;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(scalar_t) == 2) {
+      vec.word[i] = old.word[i] >> 16 | old.word[(i + 1) % 4] << 16;
+    } else {
+      vec.word[i] = old.word[(i + sizeof(scalar_t) / 4) % 4];
+    }
   }
+  return lanes[0];
 }
 
 template <typename scalar_t>
