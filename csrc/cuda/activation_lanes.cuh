@@ -93,17 +93,43 @@ __device__ __forceinline__ void preactivation_lanes(int first, int end, const It
   }
 }
 
+// A bit for each lane, from the lowest on: whether it is above zero, or a NaN. Higher bits mean nothing.
+template <typename acc_t, int kN>
+__device__ __forceinline__ unsigned open_bits(const acc_t (&lanes)[kN]) {
+  if constexpr (std::is_same_v<acc_t, double>) {
+    unsigned open = 0;
+#pragma unroll
+    for (int e = 0; e < kN; ++e) open |= (lanes[e] <= 0 ? 0u : 1u) << e;
+    return open;
+  } else {
+    // A float's bits are an integer above zero where the float is, and where it is a NaN. Saturated to two bits, from
+    // -2 to 1, these integers alone are odd. An instruction packs two lanes: a quarter of what comparisons take.
+    unsigned packed[2] = {};  // of the even lanes, and of the odd ones
+#pragma unroll
+    for (int e = kN - 4; e >= 0; e -= 4) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        packed[i] = saturate_pair(unsigned_nan_bits(lanes[e + i + 2]), unsigned_nan_bits(lanes[e + i]), packed[i]);
+      }
+    }
+    return (packed[0] & 0x55u) | (packed[1] << 1 & ~0x55u);
+  }
+}
+
 // z = act(z); returns a mask's bits, of what a rectifier lets through.
 template <typename scalar_t>
 __device__ __forceinline__ unsigned activate_lanes(const Epilogue& epilogue, Lanes<scalar_t>& z) {
   unsigned open = 0;
   with_known(epilogue.activation.act, [&](auto act) {
     const Epilogue known = with_activation(act, epilogue);
+    if (known.activation.rectifies()) {
+      Lanes<scalar_t> opened;
 #pragma unroll
-    for (int e = 0; e < kLanes<scalar_t>; ++e) {
-      open |= (opening(known.activation, z[e]) <= 0 ? 0u : 1u) << e;
-      z[e] = known.activate<scalar_t>(z[e]);
+      for (int e = 0; e < kLanes<scalar_t>; ++e) opened[e] = opening(known.activation, z[e]);
+      open = open_bits(opened);
     }
+#pragma unroll
+    for (int e = 0; e < kLanes<scalar_t>; ++e) z[e] = known.activate<scalar_t>(z[e]);
   });
   return open;
 }
