@@ -141,7 +141,7 @@ class Accumulator {
     }
   }
 
-  const Epilogue& epilogue_;
+  Epilogue epilogue_;
   LaneCoefficients<scalar_t, acc_t, kTile, kKeep<scalar_t, acc_t, Reduce, kTile>, Reduce::kCoefficients> coefficients_;
   float chain_first_[kChains ? kN : 1] = {};
   float chain_second_[kChains ? kN : 1] = {};
