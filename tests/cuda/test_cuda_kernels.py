@@ -270,7 +270,7 @@ def test_blocks_that_share_the_additions_of_an_all_reduce(act: str, has_residual
 def test_a_masks_bits_at_the_edges_of_a_rectifier(dtype: torch.dtype, act: str, kernel_device: str) -> None:
     # Where the input is zero, the pre-activation is the residual.
     tiny, inf, nan = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, float("inf"), float("nan")
-    edges = [tiny, nan, 0.0, -tiny, 6.0, -0.0, inf, -inf, 1.0, 5.5, -1.0, 7.0, -3e-3, 3e-3, nan]
+    edges = [tiny, nan, 0.0, -tiny, 6.0, -0.0, inf, -inf, 1.0, 5.5, -1.0, 7.0, -3e-3, 3e-3, -nan]
     with planned_for(Limits(), kernel_device) as device:
         # Whole vectors, with each of the fifteen values at each place of a byte.
         residual = torch.tensor(edges, dtype=dtype, device=device).repeat(8 * 16).view(3, 5, 8, 16)
