@@ -115,8 +115,6 @@ class LaneCoefficients {
         c[j] = held_[kP == 1 ? 0 : e][j];
       } else {
         static_assert(kWhere == Keep::kChannels);
-        // Computed every time: a register for each lane's would be too many. The asm statement sees to that.
-        asm volatile("" : "+r"(e));
         const int channel = lane_channel<scalar_t, kTile>(plan_, span_, e);
         c[j] = static_cast<acc_t>(channels_[j * plan_.tile_channels + channel]);
       }
