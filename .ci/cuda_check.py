@@ -51,13 +51,13 @@ COUNTED = "90"
 STEPS_FILE = Path(__file__).with_name("loop_steps.json")
 STEPS_TOLERANCE = 0.1
 
-# By reduction and map, what is counted; with an activation there is a residual, which forward loads in its map, and in
-# backward its mask. Kernels without sums are not counted.
+# By reduction and map, what is counted; with an activation there is a residual, which forward loads in its map, and a
+# mask, which forward stores and backward reads. Kernels without sums are not counted.
 CALLS = {
-    "MomentSums, Normalize": Call(copies=1, inputs=1, outputs=1),
-    "GradSums, GradInput": Call(copies=2, inputs=2, outputs=1),
-    "MomentSums, ActivatedNormalize": Call(copies=1, inputs=1, outputs=1),
-    "ActivatedGradSums, ActivatedGrad": Call(copies=3, inputs=2, outputs=2),
+    "MomentSums, Normalize": Call(copies=1, stores=1),
+    "GradSums, GradInput": Call(copies=2, stores=1),
+    "MomentSums, ActivatedNormalize": Call(copies=1, stores=2),
+    "ActivatedGradSums, ActivatedGrad": Call(copies=3, stores=2),
 }
 COUNTED_KERNELS = len(CALLS) * 2 * 3  # kinds of tiles, dtypes
 

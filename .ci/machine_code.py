@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 _BRANCH = re.compile(r"^(@!?U?P\w+\s+)?BRA(?:\.\w+)*\s.*?`\((\.L_x_\d+)\)")
 _NO_FALL_THROUGH = re.compile(r"^(EXIT|RET|BRX)")
-_COPY = "LDGSTS.E.BYPASS.128"
-_LOAD = "LDS.128"
-_STORE = "STG.E.EF.128"
+_COPY = re.compile(r"LDGSTS\.E(\.BYPASS\.128)? ")  # of a mask's word too
+_LOAD = re.compile(r"LDS\.128")
+_STORE = re.compile(r"STG\.E\.(EF\.128|U8) ")  # of a mask's byte too
 
 
 class Code(NamedTuple):
@@ -44,12 +44,12 @@ def innermost_loops(code: Code) -> list[tuple[int, int]]:
     return [loop for loop in sorted(loops) if not any(loop != o and loop[0] <= o[0] and o[1] <= loop[1] for o in loops)]
 
 
-def shortest_way(code: Code, first: int, last: int, marker: str, times: int) -> list[int]:
-    """The fewest instructions that lead from one to the other, forwards, past so many that hold `marker`; empty if no
+def shortest_way(code: Code, first: int, last: int, marker: re.Pattern[str], times: int) -> list[int]:
+    """The fewest instructions that lead from one to the other, forwards, past so many that match `marker`; empty if no
     way does."""
 
     def passed(at: int, before: int) -> int:
-        return min(before + (marker in code.instructions[at]), times)
+        return min(before + bool(marker.search(code.instructions[at])), times)
 
     # A state is an instruction, and how many markers lie before or at it.
     start = (first, passed(first, 0))
@@ -88,11 +88,10 @@ class Steps(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The call whose way through a kernel is counted."""
+    """The call whose way through a kernel is counted: what it copies and stores in a step, a mask included."""
 
-    copies: int  # that a step's code holds
-    inputs: int  # that the call reads, each a copy
-    outputs: int
+    copies: int
+    stores: int
 
 
 def steps(sass: str, call: Call) -> Steps:
@@ -103,19 +102,24 @@ def steps(sass: str, call: Call) -> Steps:
     others: dict[str, list[float]] = {"reduce": [], "map": []}
     for first, last in innermost_loops(code):
         body = "\n".join(code.instructions[first : last + 1])
-        copies, loads, stores = body.count(_COPY), _LOAD in body, _STORE in body
+        copies, loads, stores = (len(mark.findall(body)) for mark in (_COPY, _LOAD, _STORE))
         if "DADD" in body or "DFMA" in body:
             continue  # the flush of sums, and what is computed in float64
         if copies and not loads:
-            unrolled = copies // call.copies
-            way = shortest_way(code, first, last, _COPY, unrolled * call.inputs)
-            if unrolled and way:
-                requests[unrolled] = min(len(way) / unrolled, requests.get(unrolled, len(way)))
+            kind, marker, found, each = "request", _COPY, copies, call.copies
         elif loads and not copies:
-            kind, marker, times = ("map", _STORE, call.outputs) if stores else ("reduce", _LOAD, 1)
-            way = shortest_way(code, first, last, marker, times)
-            if way:
-                unrolled = sum(marker in code.instructions[at] for at in way) // times if stores else 1
-                others[kind].append(len(way) / unrolled)
+            kind, marker, found, each = ("map", _STORE, stores, call.stores) if stores else ("reduce", _LOAD, 1, 1)
+        else:
+            continue
+        unrolled, rest = divmod(found, each)
+        # A loop that also moves what the call lacks is not the one that it takes.
+        way = [] if rest else shortest_way(code, first, last, marker, found)
+        if not way:
+            continue
+        count = len(way) / unrolled
+        if kind == "request":
+            requests[unrolled] = min(count, requests.get(unrolled, count))
+        else:
+            others[kind].append(count)
     fastest = [min(found) if len(found) >= 2 else 0.0 for found in others.values()]
     return Steps(requests[max(requests)] if requests else 0.0, *fastest)

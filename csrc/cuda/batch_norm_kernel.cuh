@@ -44,6 +44,15 @@ struct Shared {
         needs_fp64(reinterpret_cast<int*>(base + layout.needs_fp64)) {}
 };
 
+// The forms of a loop over vectors.
+//   kAny    serves every call.
+//   kWhole  The plan promises that no vector is cut at a tile's ends.
+//   kRelu   The same, and the call is of the commonest kind, so that nothing is asked at each vector about activation
+//   and
+//           optional tensors. Forward: ReLU. Backward: training with a residual, where a mask stands for the
+//           pre-activation and both gradients are wanted.
+enum class Loop { kAny, kWhole, kRelu };
+
 template <typename scalar_t, typename Op, typename Reduce, typename Map, Tile kTile>
 class BlockTask {
   using Acc = opmath_t<scalar_t>;
@@ -73,18 +82,24 @@ class BlockTask {
     if constexpr (kReduces) {
       // The samples are requested first: behind all other loads they would arrive last.
       const Acc sample = kSamples ? load_sample(0) : Acc{};
-      if (!requested) whole_or_not([&](auto whole) { request_kept<whole.value>(kept_of(items)); });
+      if (!requested) in_form<Reduce::kActivated>([&](auto loop) { request_kept<loop.value>(kept_of(items)); });
       // Where float32 cannot begin, every channel needs float64.
-      verdict = {true, false};
-      const bool begins = choose_coefficients(sample);
+      bool again = !choose_coefficients(sample);
       // What was asked for in the map came in another order than the sums'.
       if (requested) wait_prior<0>();
-      if (begins) verdict = finish(group_sums<Acc>(items), /*again=*/false);
-      if (verdict.needs_fp64) {
-        const bool wide = verdict.wide;
-        verdict = finish(group_sums<double>(items), /*again=*/true);
-        verdict.wide |= wide;
+      // One copy of what merges and finishes, for this pass and its repetition: two would be a fifth of the kernel
+      // more.
+      ThreadSums sums;
+      if (!again) thread_sums<Acc>(items, sums);
+      bool wide = false;
+#pragma unroll 1
+      for (;; again = true) {
+        if (again) thread_sums<double>(items, sums);
+        verdict = finish(group_sums(sums), again);
+        wide |= verdict.wide;
+        if (again || !verdict.needs_fp64) break;
       }
+      verdict.wide = wide;
     } else {
       verdict = finish(nullptr, /*again=*/false);
     }
@@ -107,16 +122,42 @@ class BlockTask {
     bool wide;        // nor for a channel's coefficients
   };
 
-  // The loops over vectors have a fast form for plans whose vectors are all whole. float64 goes without: it is rare,
-  // and the kernels take long to compile.
-  template <typename F>
-  __device__ __forceinline__ void whole_or_not(F&& f) const {
-    if (sizeof(scalar_t) < sizeof(double) && plan_.whole) {
-      f(std::true_type{});
-    } else {
-      f(std::false_type{});
+  // Calls f with the fastest form of a loop. kActivated: the activation matters to it. float64 goes without fast forms:
+  // it is rare, and the kernels take long to compile.
+  template <bool kActivated, typename F>
+  __device__ __forceinline__ void in_form(F&& f) const {
+    if constexpr (sizeof(scalar_t) < sizeof(double)) {
+      if constexpr (kActivated) {
+        if (plan_.whole && is_relu()) return f(std::integral_constant<Loop, Loop::kRelu>{});
+      }
+      if (plan_.whole) return f(std::integral_constant<Loop, Loop::kWhole>{});
     }
+    f(std::integral_constant<Loop, Loop::kAny>{});
   }
+
+  // Whether the call is one for Loop::kRelu. A mask may be of ReLU6, which makes of its bits what ReLU makes of them.
+  __device__ __forceinline__ bool is_relu() const {
+    const Epilogue& epilogue = args_.epilogue;
+    if (!Map::kReadsGrad) return epilogue.activation.act == Act::kRelu;
+    return epilogue.has_mask && epilogue.activation.act != Act::kLeakyRelu && epilogue.differentiates_statistics &&
+           args_.tensors.out[1] != nullptr;
+  }
+
+  // The epilogue, where the compiler knows what the form of the loop implies.
+  template <Loop kLoop>
+  __device__ __forceinline__ Epilogue epilogue() const {
+    Epilogue known = args_.epilogue;
+    if (kLoop == Loop::kRelu) {
+      known.activation.act = Act::kRelu;
+      known.has_mask = Map::kReadsGrad;
+      known.differentiates_statistics = Map::kReadsGrad;
+      if (Map::kReadsGrad) known.has_residual = false;
+    }
+    return known;
+  }
+
+  template <Loop kLoop, typename Functor>
+  using Reads = std::conditional_t<kLoop == Loop::kRelu && Map::kReadsGrad, Masked<Functor>, Functor>;
 
   // Held in a register: from constant memory it would be read at every vector.
   __device__ __forceinline__ static bool opaque(bool holds) {
@@ -130,42 +171,45 @@ class BlockTask {
     return kReduces && sizeof(scalar_t) < sizeof(double) && plan_.whole && !last_;
   }
 
-  template <bool kWhole>
-  using Iterator = TileIterator<scalar_t, kTile, kWhole>;
+  template <Loop kLoop>
+  using Iterator = TileIterator<scalar_t, kTile, kLoop != Loop::kAny>;
 
-  __device__ __forceinline__ int items() const { return first_step<false>().items(); }
+  __device__ __forceinline__ int items() const { return first_step<Loop::kAny>().items(); }
   __device__ __forceinline__ int kept_of(int items) const { return items < plan_.kept ? items : plan_.kept; }
 
   // An iterator at the first step, computed by a few divisions every time: kept, it would take registers in between.
   // The asm statement stops the compiler from keeping it, or parts of it, all the same.
-  template <bool kWhole>
-  __device__ __forceinline__ Iterator<kWhole> first_step() const {
+  template <Loop kLoop>
+  __device__ __forceinline__ Iterator<kLoop> first_step() const {
     std::int64_t tile = span_.tile;
     int rank = self_.rank;
     int thread = static_cast<int>(threadIdx.x);
     asm volatile("" : "+l"(tile), "+r"(rank), "+r"(thread));
-    return Iterator<kWhole>(plan_, span_, tile, rank, thread);
+    return Iterator<kLoop>(plan_, span_, tile, rank, thread);
   }
 
-  template <bool kWhole>
+  template <Loop kLoop>
   __device__ __forceinline__ void request_kept(int kept) {
-    Iterator<kWhole> iterator = first_step<kWhole>();
+    Iterator<kLoop> iterator = first_step<kLoop>();
     int k = 0;
 #pragma unroll 1
     for (int stage = 0; stage < kLoadStages; ++stage) {
       const int end = stage_end(stage, kept);
-#pragma unroll(kWhole ? 4 : 1)
-      for (; k < end; ++k, iterator.next()) staging_.request(k, iterator.segment());
+#pragma unroll(kLoop == Loop::kAny ? 1 : 4)
+      for (; k < end; ++k, iterator.next()) {
+        staging_.template request<Reads<kLoop, typename Staging::Either>>(k, iterator.segment());
+      }
       __pipeline_commit();
     }
   }
 
   // Into the slots [first, end) the same vectors of the group's next tile. iterator: before the first of them.
-  __device__ __forceinline__ void request_next(int first, int end, Iterator<true> iterator) const {
+  template <Loop kLoop>
+  __device__ __forceinline__ void request_next(int first, int end, Iterator<kLoop> iterator) const {
 #pragma unroll 4
     for (int k = first; k < end; ++k) {
       iterator.next();
-      staging_.request(k, iterator.segment().of_next_tile(plan_));
+      staging_.template request<Reads<kLoop, typename Staging::Either>>(k, iterator.segment().of_next_tile(plan_));
     }
   }
 
@@ -222,22 +266,14 @@ class BlockTask {
     __syncthreads();
   }
 
+  // A thread's sums, for each of its channels.
+  struct ThreadSums {
+    double first[kSums<scalar_t, kTile>];
+    double second[kSums<scalar_t, kTile>];
+  };
+
   // The tile's sums over the whole group: double [2][tile_channels].
-  template <typename acc_t>
-  __device__ __forceinline__ const double* group_sums(int items) {
-    spread<acc_t, Reduce>(shared_.shift);
-    Sums<acc_t> sums(plan_, span_, shared_.shift, shared_.columns, args_.epilogue);
-    if constexpr (kIsOpmath<scalar_t, acc_t>) {
-      whole_or_not([&](auto whole) { add_all<whole.value>(sums, items); });
-    } else {
-      wait_prior<0>();
-      for_each_rare<Reduce>(items, [&](const Segment<scalar_t>& segment, const Item& item) {
-        sums.add(item, segment.low, segment.high);
-      });
-    }
-    sums.flush();
-    // The merge takes the place of the coefficients, which others may still be reading.
-    if constexpr (kKeep<scalar_t, acc_t, Reduce, kTile> == Keep::kColumns) __syncthreads();
+  __device__ __forceinline__ const double* group_sums(ThreadSums& sums) {
     const int values = 2 * plan_.tile_channels;
     double* own = shared_.own + (self_.round & 1) * values;
     if constexpr (kTile == Tile::kChannel) {
@@ -249,12 +285,37 @@ class BlockTask {
   }
 
   template <typename acc_t>
-  using Sums = Accumulator<scalar_t, acc_t, Reduce, kTile>;
+  __device__ __forceinline__ void thread_sums(int items, ThreadSums& results) {
+    spread<acc_t, Reduce>(shared_.shift);
+    const auto sum = [&](const Epilogue& epilogue, auto&& add) {
+      Accumulator<scalar_t, acc_t, Reduce, kTile> sums(plan_, span_, shared_.shift, shared_.columns, epilogue);
+      add(sums);
+      sums.flush();
+#pragma unroll
+      for (int p = 0; p < kSums<scalar_t, kTile>; ++p) {
+        results.first[p] = sums.first[p];
+        results.second[p] = sums.second[p];
+      }
+    };
+    if constexpr (kIsOpmath<scalar_t, acc_t>) {
+      in_form<Reduce::kActivated>(
+          [&](auto loop) { sum(epilogue<loop.value>(), [&](auto& sums) { add_all<loop.value>(sums, items); }); });
+    } else {
+      wait_prior<0>();
+      sum(args_.epilogue, [&](auto& sums) {
+        for_each_rare<Reduce>(items, [&](const Segment<scalar_t>& segment, const Item& item) {
+          sums.add(item, segment.low, segment.high);
+        });
+      });
+    }
+    // The merge takes the place of the coefficients, which others may still be reading.
+    if constexpr (kKeep<scalar_t, acc_t, Reduce, kTile> == Keep::kColumns) __syncthreads();
+  }
 
   // Where float32 was too narrow: no haste, so that no registers are taken for it.
   template <typename Functor, typename Visit>
   __device__ __forceinline__ void for_each_rare(int items, Visit&& visit) {
-    Iterator<false> iterator = first_step<false>();
+    Iterator<Loop::kAny> iterator = first_step<Loop::kAny>();
 #pragma unroll 1
     for (int k = 0; k < items; ++k, iterator.next()) {
       const Segment<scalar_t> segment = iterator.segment();
@@ -263,13 +324,14 @@ class BlockTask {
   }
 
   // Adds the vectors that are kept, a stage after another as they arrive, and then those that pass through the ring.
-  template <bool kWhole>
-  __device__ __forceinline__ void add_all(Sums<Acc>& sums, int items) {
+  template <Loop kLoop>
+  __device__ __forceinline__ void add_all(Accumulator<scalar_t, Acc, Reduce, kTile>& sums, int items) {
     const int kept = kept_of(items);
-    Iterator<kWhole> iterator = first_step<kWhole>();
-    Iterator<kWhole> behind_kept = iterator;
+    Iterator<kLoop> iterator = first_step<kLoop>();
+    Iterator<kLoop> behind_kept = iterator;
     if (items > kept) behind_kept.seek(kept);
-    Ring<Reduce, Staging, Iterator<kWhole>, /*kForward=*/true> ring(staging_, plan_.kept, items - kept, behind_kept);
+    Ring<Reads<kLoop, Reduce>, Staging, Iterator<kLoop>, /*kForward=*/true> ring(staging_, plan_.kept, items - kept,
+                                                                                 behind_kept);
     for (int stage = 0; stage < kLoadStages || !ring.empty(); ++stage) {
       const bool streams = stage >= kLoadStages;
       int slot = 0;
@@ -285,7 +347,7 @@ class BlockTask {
       }
       sums.for_each(slot, end, [&](int k) {
         const auto segment = iterator.segment();
-        sums.add(staging_.template read<Reduce>(k, segment), segment.low, segment.high);
+        sums.add(staging_.template read<Reads<kLoop, Reduce>>(k, segment), segment.low, segment.high);
         iterator.next();
       });
       if (streams) ring.refill();
@@ -337,46 +399,55 @@ class BlockTask {
     const MapCoefficients<scalar_t, Map, kTile, acc_t> coefficients(plan_, span_, shared_.coefficients,
                                                                     shared_.columns);
     if constexpr (kIsOpmath<scalar_t, acc_t>) {
-      whole_or_not([&](auto whole) { map_all<whole.value>(coefficients, items); });
+      in_form<Map::kActivated>([&](auto loop) { map_all<loop.value>(coefficients, items); });
     } else {
       for_each_rare<Map>(items, [&](const Segment<scalar_t>& segment, Item item) {
         if (kStreamsResidual && args_.tensors.in[2] != nullptr) {
           item.vec[2] = load_vec<scalar_t>(args_.tensors.in[2], segment);
         }
-        map_item(segment, item, coefficients);
+        map_item<Loop::kAny>(segment, item, coefficients);
       });
     }
   }
 
+  // How often the map's loop is unrolled. With a residual twice: then its registers are moved on once for two steps.
+  template <Loop kLoop>
+  __device__ __forceinline__ static constexpr int map_unroll() {
+    if (kLoop == Loop::kAny) return 1;
+    if (!Map::kActivated) return 4;
+    return kLoop == Loop::kRelu && kStreamsResidual ? 2 : 1;
+  }
+
   // Elements from the last to the first: those that were not kept were read last, and L2 may still have them. Slots of
   // what has been mapped are filled for the group's next tile, a few at a time.
-  template <bool kWhole, typename Coefficients>
+  template <Loop kLoop, typename Coefficients>
   __device__ __forceinline__ void map_all(const Coefficients& coefficients, int items) {
     const int kept = kept_of(items);
-    Iterator<kWhole> iterator = first_step<kWhole>();
+    Iterator<kLoop> iterator = first_step<kLoop>();
     iterator.seek(items - 1);
-    Ring<Map, Staging, Iterator<kWhole>, /*kForward=*/false> ring(staging_, plan_.kept, items - kept, iterator);
+    Ring<Reads<kLoop, Map>, Staging, Iterator<kLoop>, /*kForward=*/false> ring(staging_, plan_.kept, items - kept,
+                                                                               iterator);
     if (!ring.empty()) ring.start();
-    ResidualStream<scalar_t, Iterator<kWhole>> residual(kStreamsResidual ? args_.tensors.in[2] : nullptr, items,
-                                                        iterator);
+    ResidualStream<scalar_t, Iterator<kLoop>> residual(kStreamsResidual ? args_.tensors.in[2] : nullptr, items,
+                                                       iterator);
     const int at_once = (kept + kLoadStages - 1) / kLoadStages;
     int asked = kept;
     for (int left = items; left > 0;) {
       const bool streams = left > kept;
       const int last = streams ? ring.wait() : left - 1;
       const int first = streams ? last : left > at_once ? left - at_once : 0;
-#pragma unroll(kWhole && !Map::kActivated ? 4 : 1)
+#pragma unroll(map_unroll<kLoop>())
       for (int slot = last; slot >= first; --slot, iterator.prev()) {
         const auto segment = iterator.segment();
-        Item item = staging_.template read<Map>(slot, segment);
+        Item item = staging_.template read<Reads<kLoop, Map>>(slot, segment);
         if constexpr (kStreamsResidual) item.vec[2] = residual.take();
-        map_item(segment, item, coefficients);
+        map_item<kLoop>(segment, item, coefficients);
       }
       left -= last - first + 1;
       if (streams) ring.refill();
-      if constexpr (kWhole && kReduces) {
+      if constexpr (kLoop != Loop::kAny && kReduces) {
         if (asks_ahead() && (left == 0 || asked - left >= at_once)) {
-          request_next(left, asked, iterator);
+          request_next<kLoop>(left, asked, iterator);
           asked = left;
         }
       }
@@ -384,15 +455,15 @@ class BlockTask {
     if (asks_ahead()) __pipeline_commit();
   }
 
-  template <typename Where, typename Coefficients>
+  template <Loop kLoop, typename Where, typename Coefficients>
   __device__ __forceinline__ void map_item(const Where& segment, const Item& item, const Coefficients& coefficients) {
     const Tensors& tensors = args_.tensors;
-    const Results<scalar_t> results = map_vector<scalar_t, Map, kTile>(item, args_.epilogue, coefficients);
+    const Results<scalar_t> results = map_vector<scalar_t, Map, kTile>(item, epilogue<kLoop>(), coefficients);
     if constexpr (Map::kActivated && Map::kReadsGrad) {
-      if (tensors.out[1] != nullptr) {
+      if (kLoop == Loop::kRelu || tensors.out[1] != nullptr) {
         store_vec<scalar_t>(tensors.out[1], segment, narrow_lanes<scalar_t>(results.second), streams_);
       }
-      if (tensors.out[0] == nullptr) return;
+      if (kLoop != Loop::kRelu && tensors.out[0] == nullptr) return;
     }
     if constexpr (Map::kActivated && !Map::kReadsGrad) {
       if (tensors.new_mask != nullptr && !segment.empty()) {

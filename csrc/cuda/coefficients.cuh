@@ -99,17 +99,24 @@ class LaneCoefficients {
       } else {
 #pragma unroll
         for (int e = first; e < end; ++e) {
-          const int p = kP == 1 ? 0 : e;
-          if constexpr (kHeld) {
-            c[e][j] = held_[p][j];
-          } else {
-            // Computed every time: a register for each lane's would be too many. The asm statement sees to that.
-            int lane = p;
-            asm volatile("" : "+r"(lane));
-            const int channel = lane_channel<scalar_t, kTile>(plan_, span_, lane);
-            c[e][j] = static_cast<acc_t>(channels_[j * plan_.tile_channels + channel]);
-          }
+          static_assert(kHeld);
+          c[e][j] = held_[kP == 1 ? 0 : e][j];
         }
+      }
+    }
+  }
+
+  // Those of one lane. Its number need not be known when compiling, unless each lane holds its own in registers.
+  template <int kMax>
+  __device__ __forceinline__ void get_one(int e, acc_t (&c)[kMax]) const {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      if constexpr (kHeld) {
+        c[j] = held_[kP == 1 ? 0 : e][j];
+      } else {
+        static_assert(kWhere == Keep::kChannels);
+        const int channel = lane_channel<scalar_t, kTile>(plan_, span_, e);
+        c[j] = static_cast<acc_t>(channels_[j * plan_.tile_channels + channel]);
       }
     }
   }

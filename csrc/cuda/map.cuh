@@ -85,19 +85,28 @@ __device__ __forceinline__ void map_activated_grad(const Item& item, const Epilo
   }
 }
 
-// In float64, where float32 is too narrow: 16-bit results are rounded twice.
-template <typename scalar_t, typename Map, typename Coefficients>
-__device__ __forceinline__ void map_wide(const Item& item, const Epilogue& epilogue, const Coefficients& coefficients,
-                                         Results<scalar_t>& results) {
-  double c[kLanes<scalar_t>][kMaxCoefficients] = {};
+// The value becomes the last lane; the others move down by one.
+template <typename scalar_t>
+__device__ __forceinline__ void append_lane(Lanes<scalar_t>& lanes, double value) {
 #pragma unroll
+  for (int e = 1; e < kLanes<scalar_t>; ++e) lanes[e - 1] = lanes[e];
+  lanes[kLanes<scalar_t> - 1] = static_cast<opmath_t<scalar_t>>(value);
+}
+
+// In float64, where float32 is too narrow: 16-bit results are rounded twice. A lane at a time, in a loop that is not
+// unrolled, since code that rarely runs should not take long to compile.
+template <typename scalar_t, typename Map, typename Coefficients>
+__device__ __forceinline__ void map_wide(Item item, const Epilogue& epilogue, const Coefficients& coefficients,
+                                         Results<scalar_t>& results) {
+#pragma unroll 1
   for (int e = 0; e < kLanes<scalar_t>; ++e) {
     double lane[kMaxInputs] = {};
-    wide_lane_of<scalar_t, Map>(item, e, epilogue, lane);
-    coefficients.get(e, e + 1, c);
-    const Mapped<double> mapped = Map::template apply<scalar_t>(lane, c[e], epilogue);
-    results.first[e] = static_cast<opmath_t<scalar_t>>(mapped.first);
-    results.second[e] = static_cast<opmath_t<scalar_t>>(mapped.second);
+    double c[kMaxCoefficients] = {};
+    take_wide_lane<scalar_t, Map>(item, epilogue, lane);
+    coefficients.get_one(e, c);
+    const Mapped<double> mapped = Map::template apply<scalar_t>(lane, c, epilogue);
+    append_lane<scalar_t>(results.first, mapped.first);
+    append_lane<scalar_t>(results.second, mapped.second);
     results.open |= (mapped.second <= 0 ? 0u : 1u) << e;
   }
 }

@@ -113,15 +113,16 @@ class Accumulator {
     }
   }
 
-  __device__ __forceinline__ void add_wide(const Item& item, int low, int high) {
-    acc_t c[kN][kMaxReduceCoefficients] = {};
-#pragma unroll
+  __device__ __forceinline__ void add_wide(Item item, int low, int high) {
+    // Where lanes have sums of their own, these are registers, and their number has to be known when compiling.
+#pragma unroll(kP)
     for (int e = 0; e < kN; ++e) {
-      if (e < low || e >= high) continue;
       acc_t lane[kMaxInputs] = {};
-      wide_lane_of<scalar_t, Reduce>(item, e, epilogue_, lane);
-      coefficients_.get(e, e + 1, c);
-      Reduce::template add<scalar_t>(first_of(e), second_of(e), lane, c[e], epilogue_);
+      acc_t c[kMaxReduceCoefficients] = {};
+      take_wide_lane<scalar_t, Reduce>(item, epilogue_, lane);
+      if (e < low || e >= high) continue;
+      coefficients_.get_one(e, c);
+      Reduce::template add<scalar_t>(first_of(e), second_of(e), lane, c, epilogue_);
     }
   }
 
@@ -140,7 +141,7 @@ class Accumulator {
     }
   }
 
-  const Epilogue& epilogue_;
+  Epilogue epilogue_;
   LaneCoefficients<scalar_t, acc_t, kTile, kKeep<scalar_t, acc_t, Reduce, kTile>, Reduce::kCoefficients> coefficients_;
   float chain_first_[kChains ? kN : 1] = {};
   float chain_second_[kChains ? kN : 1] = {};

@@ -37,9 +37,18 @@ __device__ __forceinline__ void wait_prior() {
   asm volatile("" ::: "memory");
 }
 
+// An activated functor of backward, in a call that is known to read its input and a mask, hence no residual.
+template <typename Functor>
+struct Masked : Functor {};
+template <typename Functor>
+constexpr bool kIsMasked = false;
+template <typename Functor>
+constexpr bool kIsMasked<Masked<Functor>> = true;
+
 // Reduce and Map: the functors that want the vectors. A plain one reads what it says; an activated one what there is.
 template <typename scalar_t, typename Reduce, typename Map>
 class StagingBuffer {
+ public:
   // Both of them at once, for what is kept. Forward's residual is not: the sums have no use for it.
   struct Either {
     static constexpr bool kReadsInput = Reduce::kReadsInput || Map::kReadsInput;
@@ -47,7 +56,6 @@ class StagingBuffer {
     static constexpr bool kActivated = Map::kActivated && Map::kReadsGrad;
   };
 
- public:
   __device__ __forceinline__ StagingBuffer(const KernelArgs& args, unsigned char* shared)
       : plan_(args.plan),
         tensors_(args.tensors),
@@ -56,7 +64,7 @@ class StagingBuffer {
         mask_slots_(reinterpret_cast<unsigned*>(shared + args.plan.shared.mask) + threadIdx.x) {}
 
   // Begins to fill slot k; it may be read when the copy has been committed and waited for.
-  template <typename Functor = Either, typename Where>
+  template <typename Functor, typename Where>
   __device__ __forceinline__ void request(int k, const Where& segment) const {
     if (reads_mask<Functor>() && !segment.empty()) {
       // The word that the byte lies in, as less cannot be copied. A mask is a whole number of words.
@@ -66,9 +74,9 @@ class StagingBuffer {
     for (int i = 0; i < kMaxInputs; ++i) {
       if (!reads<Functor>(i)) continue;
       if (segment.whole) {
-        __pipeline_memcpy_async(slot(k, i), segment.word(tensors_.in[i]), kVectorBytes);
+        __pipeline_memcpy_async(slot<Functor>(k, i), segment.word(tensors_.in[i]), kVectorBytes);
       } else {
-        *slot(k, i) = load_lanes(static_cast<const scalar_t*>(tensors_.in[i]), segment);
+        *slot<Functor>(k, i) = load_lanes(static_cast<const scalar_t*>(tensors_.in[i]), segment);
       }
     }
   }
@@ -81,7 +89,7 @@ class StagingBuffer {
     }
 #pragma unroll
     for (int i = 0; i < kMaxInputs; ++i) {
-      if (reads<Functor>(i)) item.vec[i] = words_of(*slot(k, i));
+      if (reads<Functor>(i)) item.vec[i] = words_of(*slot<Functor>(k, i));
     }
     return item;
   }
@@ -96,7 +104,8 @@ class StagingBuffer {
     }
 #pragma unroll
     for (int i = 0; i < kMaxInputs; ++i) {
-      if (reads<Functor>(i)) item.vec[i] = kept ? words_of(*slot(k, i)) : load_vec<scalar_t>(tensors_.in[i], segment);
+      if (reads<Functor>(i))
+        item.vec[i] = kept ? words_of(*slot<Functor>(k, i)) : load_vec<scalar_t>(tensors_.in[i], segment);
     }
     return item;
   }
@@ -104,26 +113,28 @@ class StagingBuffer {
  private:
   // With a mask the input may be missing in backward.
   template <typename Functor>
-  static constexpr bool kAlwaysInput = !(Functor::kActivated && Functor::kReadsGrad);
+  static constexpr bool kAlwaysInput = kIsMasked<Functor> || !(Functor::kActivated && Functor::kReadsGrad);
 
   template <typename Functor>
   __device__ __forceinline__ bool reads(int i) const {
     if (i == 0) return Functor::kReadsInput && (kAlwaysInput<Functor> || tensors_.in[0] != nullptr);
     if (i == 1) return Functor::kReadsGrad;
-    return Functor::kActivated && Functor::kReadsGrad && epilogue_.has_residual;
+    return Functor::kActivated && Functor::kReadsGrad && !kIsMasked<Functor> && epilogue_.has_residual;
   }
 
   template <typename Functor>
   __device__ __forceinline__ bool reads_mask() const {
-    return Functor::kActivated && Functor::kReadsGrad && epilogue_.has_mask;
+    return Functor::kActivated && Functor::kReadsGrad && (kIsMasked<Functor> || epilogue_.has_mask);
   }
 
   // The slots of the inputs lie one behind another: the input's, grad_output's, the residual's, as far as the call has
   // them.
+  template <typename Functor>
   __device__ __forceinline__ uint4* slot(int k, int input) const {
     unsigned char* const first = slots_ + k * plan_.shared.slot;
     if (input == 2) return reinterpret_cast<uint4*>(first + (plan_.inputs - 1) * plan_.shared.region);
-    const bool second = Either::kReadsInput && (kAlwaysInput<Either> || tensors_.in[0] != nullptr);
+    const bool second =
+        Either::kReadsInput && (kIsMasked<Functor> || kAlwaysInput<Either> || tensors_.in[0] != nullptr);
     return reinterpret_cast<uint4*>(input == 1 && second ? first + plan_.shared.region : first);
   }
 

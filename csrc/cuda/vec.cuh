@@ -47,6 +47,14 @@ __device__ __forceinline__ unsigned narrow_pair(float low, float high, Half) {
 __device__ __forceinline__ unsigned narrow_pair(float low, float high, BFloat16) {
   return same_bits<unsigned>(__floats2bfloat162_rn(low, high));
 }
+// The bits of a result of float32 arithmetic, as an integer: a NaN has no sign.
+__device__ __forceinline__ int unsigned_nan_bits(float result) { return __float_as_int(result); }
+// Both integers saturated to two bits, from -2 to 1: the low one below the high one, and `above` moved up over them.
+__device__ __forceinline__ unsigned saturate_pair(int high, int low, unsigned above) {
+  unsigned packed;
+  asm("cvt.pack.sat.s2.s32.b32 %0, %1, %2, %3;" : "=r"(packed) : "r"(high), "r"(low), "r"(above));
+  return packed;
+}
 #else
 __device__ __forceinline__ float widen(Half value) { return to_float(value); }
 __device__ __forceinline__ float2 widen_pair(unsigned word, Half) {
@@ -57,6 +65,13 @@ __device__ __forceinline__ unsigned narrow_pair(float low, float high, Half) {
 }
 __device__ __forceinline__ unsigned narrow_pair(float low, float high, BFloat16) {
   return to_bfloat16(low).bits | static_cast<unsigned>(to_bfloat16(high).bits) << 16;
+}
+__device__ __forceinline__ int unsigned_nan_bits(float result) {
+  return result == result ? __builtin_bit_cast(int, result) : 0x7fffffff;
+}
+__device__ __forceinline__ unsigned saturate_pair(int high, int low, unsigned above) {
+  const auto bits = [](int value) { return static_cast<unsigned>(value < -2 ? -2 : value > 1 ? 1 : value) & 3u; };
+  return above << 4 | bits(high) << 2 | bits(low);
 }
 #endif
 
@@ -86,16 +101,21 @@ __device__ __forceinline__ void widen_lanes(const Words& vec, opmath_t<scalar_t>
   }
 }
 
+// The first lane, widened; the others move down by one, and it becomes the last.
 template <typename scalar_t>
-__device__ __forceinline__ opmath_t<scalar_t> widen_lane(const Words& vec, int e) {
-  if constexpr (sizeof(scalar_t) == 2) {
-    const float2 pair = widen_pair(vec.word[e / 2], scalar_t{});
-    return e % 2 == 0 ? pair.x : pair.y;
-  } else {
-    opmath_t<scalar_t> lanes[kLanes<scalar_t>];
-    widen_lanes<scalar_t>(vec, lanes);
-    return lanes[e];
+__device__ __forceinline__ opmath_t<scalar_t> take_lane(Words& vec) {
+  opmath_t<scalar_t> lanes[kLanes<scalar_t>];
+  widen_lanes<scalar_t>(vec, lanes);
+  const Words old = vec;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(scalar_t) == 2) {
+      vec.word[i] = old.word[i] >> 16 | old.word[(i + 1) % 4] << 16;
+    } else {
+      vec.word[i] = old.word[(i + sizeof(scalar_t) / 4) % 4];
+    }
   }
+  return lanes[0];
 }
 
 template <typename scalar_t>

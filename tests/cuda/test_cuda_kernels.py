@@ -188,6 +188,24 @@ def test_blocks_that_share_the_additions_of_an_all_reduce(act: str, has_residual
             assert 2 * case.shape[1] % plan["share"] != 0
 
 
+@pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_a_masks_bits_at_the_edges_of_a_rectifier(dtype: torch.dtype, act: str, kernel_device: str) -> None:
+    # Where the input is zero, the pre-activation is the residual.
+    tiny, inf, nan = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, float("inf"), float("nan")
+    edges = [tiny, nan, 0.0, -tiny, 6.0, -0.0, inf, -inf, 1.0, 5.5, -1.0, 7.0, -3e-3, 3e-3, -nan]
+    with planned_for(Limits(), kernel_device) as device:
+        # Whole vectors, with each of the fifteen values at each place of a byte.
+        residual = torch.tensor(edges, dtype=dtype, device=device).repeat(8 * 16).view(3, 5, 8, 16)
+        zero, one = torch.zeros(5, dtype=dtype, device=device), torch.ones(5, dtype=dtype, device=device)
+        call = (torch.zeros_like(residual), None, None, zero, one, 1e-5, residual, act, 0.25, True)
+        _, _, mask = torch.ops.bnext.batch_norm_eval(*call)
+        places = torch.arange(16 // dtype.itemsize, device=device)
+        bits = (mask.view(3, 5, -1, 1) >> places & 1).flatten(2)[..., : 8 * 16]
+        is_open = ~(residual <= 0) & ~((residual >= 6) & (act == "relu6"))
+        assert torch.equal(bits.view(residual.shape) == 1, is_open)
+
+
 def test_a_mask_that_begins_at_an_odd_address(kernel_device: str) -> None:
     with planned_for(Limits(), kernel_device) as device:
         case = Case((4, 8, 8, 8), "contiguous")
