@@ -19,6 +19,8 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtensio
 SOURCES = [
     "csrc/tensor/module.cpp",
     "csrc/tensor/autograd.cpp",
+    "csrc/tensor/nodes.cpp",
+    "csrc/tensor/compiled_autograd.cpp",
     "csrc/tensor/node_attributes.cpp",
     "csrc/tensor/derivatives.cpp",
     "csrc/tensor/forward.cpp",

@@ -4,9 +4,9 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
 
+#include "compiled_autograd.h"
 #include "dispatcher.h"
 #include "node.h"
 
@@ -24,11 +24,17 @@ class AllReduceSumBackward : public torch::autograd::Node {
 
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override { args.collect(group_name); }
 
-  variable_list apply_with_saved(const variable_list& grads, torch::dynamo::autograd::SwapSavedVariables&) override {
-    return apply(variable_list(grads));
+  variable_list apply_with_saved(const variable_list& grads,
+                                 torch::dynamo::autograd::SwapSavedVariables& swapped) override {
+    return traced(*this, grads, {}, swapped, [name = group_name](const variable_list& inputs, const variable_list&) {
+      return gradients(inputs, name);
+    });
   }
 
-  variable_list apply(variable_list&& grads) override {
+  variable_list apply(variable_list&& grads) override { return gradients(grads, group_name); }
+
+ private:
+  static variable_list gradients(const variable_list& grads, const std::string& group_name) {
     // Undefined on one process is undefined on all, which run the same passes.
     return {grads[0].defined() ? all_reduce_sum_op().call(grads[0], group_name) : Tensor()};
   }

@@ -1,5 +1,5 @@
 // The autograd side of the operators, on the terms that torch's own operators have: graph nodes for backward and
-// double backward, tangents for forward mode. Because these are plain kernels for the Autograd dispatch key,
+// double backward (nodes.h), tangents for forward mode. Because these are plain kernels for the Autograd dispatch key,
 // torch.func transforms, torch.compile and saved-tensor hooks treat them like native ones; a
 // torch::autograd::Function is refused inside torch.func, and one in Python costs every call some 10 us.
 
@@ -8,18 +8,15 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
-#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
 
-#include <array>
-#include <mutex>
 #include <utility>
 
 #include "checks.h"
 #include "derivatives.h"
 #include "dispatcher.h"
 #include "node.h"
-#include "saved_call.h"
+#include "nodes.h"
 #include "sync.h"
 
 namespace bnext::autograd {
@@ -30,13 +27,8 @@ using std::optional;
 using torch::autograd::collect_next_edges;
 using torch::autograd::compute_requires_grad;
 using torch::autograd::isFwGradDefined;
-using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::set_history;
-using torch::autograd::Variable;
-using torch::autograd::variable_list;
-using torch::dynamo::autograd::CompiledNodeArgs;
-using torch::dynamo::autograd::SwapSavedVariables;
 
 Tensor or_undefined(const optional<Tensor>& tensor) { return tensor.value_or(Tensor()); }
 
@@ -46,54 +38,11 @@ Tensor as_vector(const optional<Tensor>& tensor) {
   return given.defined() && given.dim() != 1 ? given.reshape({-1}) : given;
 }
 
-optional<Tensor> or_none(const Tensor& tensor) { return tensor.defined() ? optional<Tensor>(tensor) : std::nullopt; }
-
 Tensor primal_of(const Tensor& tensor) { return tensor.defined() ? tensor._fw_primal(/*level=*/0) : tensor; }
 Tensor tangent_of(const Tensor& tensor) { return tensor.defined() ? tensor._fw_grad(/*level=*/0) : tensor; }
 
 void set_tangent(const Tensor& tensor, const Tensor& tangent) {
   if (tangent.defined()) tensor._set_fw_grad(tangent.to(tensor.scalar_type()), /*level=*/0, /*is_inplace_op=*/false);
-}
-
-using OutputMask = std::array<bool, 4>;
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-// batch_norm_backward, or batch_norm_sync_backward of a batch that several processes share.
-Gradients call_backward(const Point& at, const Tensor& grad_output, OutputMask wanted,
-                        const Activation& activation = {}, const Tensor& bias = {}, const Tensor& residual = {},
-                        const Tensor& mask = {}) {
-  const auto input = or_none(at.input);
-  const auto weight = or_none(at.weight);
-  const std::string_view act = activation_name(activation.act);
-  if (at.batch) {
-    return sync_backward_op().call(grad_output, input, weight, at.save_stats, at.batch->count, at.eps, wanted,
-                                   at.batch->group_name, or_none(bias), or_none(residual), or_none(mask), act,
-                                   activation.slope);
-  }
-  return backward_op().call(grad_output, input, weight, at.save_stats, at.training, at.eps, wanted, or_none(bias),
-                            or_none(residual), or_none(mask), act, activation.slope, /*mean_grads=*/{});
-}
-
-// (grad_input, grad_weight, grad_bias) without an activation, of those that the mask asks for.
-std::tuple<Tensor, Tensor, Tensor> plain_backward(const Point& at, const Tensor& dz, OutputMask wanted) {
-  wanted[3] = false;
-  auto [dx, dweight, dbias, none] = call_backward(at, dz.to(at.like.scalar_type()), wanted);
-  return {std::move(dx), std::move(dweight), std::move(dbias)};
-}
-
-// Of a rectifier whose pre-activation is gone, but for its mask: the second derivative is zero.
-ActivationDerivatives mask_derivatives(const Activation& activation, const Point& at, const Tensor& mask) {
-  const auto results = backward_op().call(at::ones_like(at.like), /*input=*/{}, /*weight=*/{}, at.save_stats,
-                                          at.training, at.eps, {false, false, false, true}, /*bias=*/{},
-                                          /*residual=*/{}, mask, activation_name(activation.act), activation.slope,
-                                          /*mean_grads=*/{});
-  return {std::get<3>(results), {}};
-}
-
-ActivationDerivatives derivatives_of(const Activation& activation, const Point& at, const Tensor& bias,
-                                     const Tensor& residual, const Tensor& mask) {
-  return mask.defined() ? mask_derivatives(activation, at, mask)
-                        : activation_derivatives(activation, at, bias, residual);
 }
 
 SavedVariable saved(const Tensor& tensor) { return SavedVariable(tensor, /*is_output=*/false); }
@@ -103,111 +52,6 @@ void save_batch(SavedCall& call, const optional<SharedBatch>& batch) {
   call.count = saved(batch->count);
   call.group_name = batch->group_name;
 }
-
-// The gradient of batch_norm_backward: (grad_output, input, weight, bias, residual) from cotangents of its outputs.
-class BatchNormDoubleBackward : public Node {
- public:
-  SavedVariable grad_output;
-  SavedCall call;
-  OutputMask output_mask{};
-
-  std::string name() const override { return "BNextBatchNormDoubleBackward"; }
-
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    grad_output.reset_data();
-    call.reset();
-  }
-
-  void compiled_args(CompiledNodeArgs& args) const override {
-    args.collect(grad_output, /*is_output=*/false);
-    call.collect(args);
-    for (const bool wanted : output_mask) args.collect(wanted);
-  }
-
-  variable_list apply_with_saved(const variable_list& cotangents, SwapSavedVariables& swapped) override {
-    swapped.before(grad_output);
-    call.before(swapped);
-    variable_list result = apply(variable_list(cotangents));
-    swapped.after(grad_output);
-    call.after(swapped);
-    return result;
-  }
-
-  variable_list apply(variable_list&& cotangents) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const Tensor dy = grad_output.unpack();
-    const Point at = call.at(dy);
-    const ActivationDerivatives derivatives =
-        derivatives_of(call.activation, at, call.bias.unpack(), call.residual.unpack(), call.mask.unpack());
-    // An output that was not asked for is a placeholder, whose cotangent means nothing.
-    const auto cotangent = [&](std::size_t i) { return output_mask[i] ? cotangents[i] : Tensor(); };
-    const Tensor u = cotangent(0);
-    const Tensor v = cotangent(1);
-    // The cotangent of dz = dy*act'(z).
-    const Tensor t = plus(output_tangent(at, u, v, cotangent(2)), cotangent(3));
-    const auto needs = [&](std::size_t i) { return task_should_compute_output(i); };
-    variable_list result(5);
-    if (needs(0)) result[0] = scaled(t, derivatives.first);
-    // Of a shared batch all processes take the same collectives, whatever each of them needs.
-    if (needs(1) || needs(2) || at.batch) {
-      const SecondOrder second = second_order(at, scaled(dy, derivatives.first), u, v);
-      if (needs(1)) result[1] = second.input;
-      if (needs(2)) result[2] = second.weight;
-    }
-    if (t.defined() && derivatives.second.defined() && (needs(1) || needs(2) || needs(3) || needs(4))) {
-      // dz depends on z as well, and by it on all that z is made of.
-      const Tensor dz = scaled(scaled(t, dy), derivatives.second);
-      const auto [dx, dweight, dbias] = plain_backward(at, dz, {needs(1), needs(2), needs(3), false});
-      if (needs(1)) result[1] = plus(result[1], dx);
-      if (needs(2)) result[2] = plus(result[2], dweight);
-      if (needs(3)) result[3] = dbias;
-      if (needs(4)) result[4] = dz;
-    }
-    return result;
-  }
-};
-
-// The gradient of all forward operators.
-class BatchNormBackward : public Node {
- public:
-  SavedCall call;
-
-  std::string name() const override { return "BNextBatchNormBackward"; }
-
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    call.reset();
-  }
-
-  void compiled_args(CompiledNodeArgs& args) const override { call.collect(args); }
-
-  variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& swapped) override {
-    call.before(swapped);
-    variable_list result = apply(variable_list(grads));
-    call.after(swapped);
-    return result;
-  }
-
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    variable_list result(4);
-    if (!grads[0].defined()) return result;
-    const bool activated = call.activation.act != Act::kIdentity;
-    const auto needs = [&](std::size_t i) { return task_should_compute_output(i); };
-    const OutputMask wanted{needs(0), needs(1), needs(2), needs(3) && activated};
-    if (needs(3) && !activated) result[3] = grads[0];
-    if (wanted == OutputMask{}) return result;
-    auto [grad_input, grad_weight, grad_bias, grad_residual] =
-        call_backward(call.at(grads[0]), grads[0], wanted, call.activation, call.bias.unpack(), call.residual.unpack(),
-                      call.mask.unpack());
-    if (wanted[0]) result[0] = std::move(grad_input);
-    if (wanted[1]) result[1] = std::move(grad_weight);
-    if (wanted[2]) result[2] = std::move(grad_bias);
-    if (wanted[3]) result[3] = std::move(grad_residual);
-    return result;
-  }
-};
 
 // What all forward operators do around their kernel, which `run` calls, with a mask or without; it also says which
 // batch the call is a part of, where several processes share it.
@@ -432,11 +276,6 @@ Gradients batch_norm_sync_backward(const Tensor& grad_output, const optional<Ten
 }
 
 }  // namespace
-
-const std::type_info& backward_type() { return typeid(BatchNormBackward); }
-
-SavedCall& saved_call(Node& backward) { return static_cast<BatchNormBackward&>(backward).call; }
-
 }  // namespace bnext::autograd
 
 TORCH_LIBRARY_IMPL(bnext, Autograd, m) {

@@ -4,7 +4,7 @@
 #include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-#include "saved_call.h"
+#include "nodes.h"
 
 namespace bnext {
 namespace {
@@ -15,7 +15,8 @@ using autograd::SavedCall;
 template <PyObject* (*read)(SavedCall&)>
 PyObject* get(PyObject* self, void* /*closure*/) {
   HANDLE_TH_ERRORS
-  return read(autograd::saved_call(*reinterpret_cast<torch::autograd::THPCppFunction*>(self)->cdata));
+  torch::autograd::Node& node = *reinterpret_cast<torch::autograd::THPCppFunction*>(self)->cdata;
+  return read(static_cast<autograd::BatchNormBackward&>(node).call);
   END_HANDLE_TH_ERRORS
 }
 
@@ -49,7 +50,7 @@ void register_node_attributes() {
       {nullptr, nullptr, nullptr, nullptr, nullptr},
   };
   static PyTypeObject type;
-  registerCppFunction(autograd::backward_type(),
+  registerCppFunction(typeid(autograd::BatchNormBackward),
                       _initFunctionPyTypeObject(type, "BNextBatchNormBackward", properties, nullptr));
 }
 
