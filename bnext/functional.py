@@ -164,10 +164,10 @@ def train_batch_norm(
         num_batches_tracked.dtype is torch.int64 and num_batches_tracked.device == input.device
     ):
         # Not as the operators take it: of an averaged state_dict, or left on another device. torch counts in any.
-        if momentum is None:
-            momentum = 1.0 / (float(num_batches_tracked) + 1.0)
-        output = train_batch_norm(input, running_mean, running_var, None, weight, bias, momentum, eps, epilogue, group)
-        num_batches_tracked.add_(1)
+        counted = num_batches_tracked + 1
+        factor = 1.0 / float(counted) if momentum is None else momentum
+        output = train_batch_norm(input, running_mean, running_var, None, weight, bias, factor, eps, epilogue, group)
+        num_batches_tracked.copy_(counted)
         return output
     if group is not None:
         output = ops.batch_norm_sync(

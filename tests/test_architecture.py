@@ -118,7 +118,7 @@ def test_python_imports_have_no_circle() -> None:
 
 
 def test_python_imports_point_from_convert_to_functional() -> None:
-    order = ["ops", "functional", "modules", "sync", "known", "fusion", "convert"]
+    order = ["ops", "native", "functional", "modules", "sync", "known", "fusion", "convert"]
     assert set(order) <= set(MODULES)
     for position, name in enumerate(order):
         assert imported_modules(name).isdisjoint({*order[position + 1 :], "__init__", "__main__"}), name

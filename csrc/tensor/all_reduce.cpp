@@ -53,7 +53,7 @@ Tensor all_reduce_sum(const Tensor& tensor, std::string_view group_name) {
   }();
   if (node) torch::autograd::set_history(sum, node);
   if (torch::autograd::isFwGradDefined(tensor)) {
-    sum._set_fw_grad(tensor._fw_grad(/*level=*/0), /*level=*/0,
+    sum._set_fw_grad(all_reduce_sum_op().call(tensor._fw_grad(/*level=*/0), group_name), /*level=*/0,
                      /*is_inplace_op=*/false);
   }
   return sum;

@@ -67,8 +67,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "shares-have-each-others-weight",
         STATISTICS,
-        "delta * (other.count / total)",
-        "delta * (count / total)",
+        "const double share = other.count / total;",
+        "const double share = count / total;",
         "sync/test_sync_ops.py::test_running_statistics_over_steps",
     ),
     # The gradients.
@@ -81,8 +81,8 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "residual-has-no-gradient",
-        AUTOGRAD,
-        "needs(3) && !activated",
+        "csrc/tensor/nodes.cpp",
+        "needs[3] && !activated",
         "false",
         "ops/test_forward.py::test_identity_has_the_bits_of_plain_batch_norm",
     ),
@@ -183,15 +183,15 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "convert-loses-hooks",
         "bnext/convert.py",
-        "        m.__class__ = _TO_BNEXT.get",
-        "        m._forward_hooks = type(m._forward_hooks)()\n        m.__class__ = _TO_BNEXT.get",
+        "        if type(m) is torch.nn.SyncBatchNorm:\n",
+        "        m._forward_hooks = type(m._forward_hooks)()\n        if type(m) is torch.nn.SyncBatchNorm:\n",
         "convert/test_convert.py::test_parameters_buffers_hooks_and_flags_are_kept",
     ),
     Fault(
         "convert-loses-the-training-flag",
         "bnext/convert.py",
-        "        m.__class__ = _TO_BNEXT.get",
-        "        m.train()\n        m.__class__ = _TO_BNEXT.get",
+        "        if type(m) is torch.nn.SyncBatchNorm:\n",
+        "        m.train()\n        if type(m) is torch.nn.SyncBatchNorm:\n",
         "convert/test_convert.py::test_parameters_buffers_hooks_and_flags_are_kept",
     ),
     Fault(

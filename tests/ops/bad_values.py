@@ -81,11 +81,11 @@ def _reshaped(good: Callable[[], Tensor]) -> list[Bad]:
         "longer": lambda t: torch.cat([t, t[..., :1]], -1),
         "shorter": lambda t: t[..., :-1],
         "empty": lambda t: t[:0],
-        "deeper": lambda t: t.unsqueeze(0),
-        "column": lambda t: t.unsqueeze(-1),
     }
-    if good().dim() > 1:
+    if good().dim() > 1:  # a vector may have any shape of as many values
         changes |= {
+            "deeper": lambda t: t.unsqueeze(0),
+            "column": lambda t: t.unsqueeze(-1),
             "flat": torch.flatten,
             "repeated": lambda t: torch.cat([t, t[:1]]),
             "transposed": lambda t: t.transpose(0, 1),
@@ -137,8 +137,10 @@ def _running(t: Target, name: str) -> list[Bad]:
 
 def _counter(t: Target, name: str) -> list[Bad]:
     good = lambda: t.good()[name]  # noqa: E731
-    rows = _cast(tuple(d for d in DTYPES if d != torch.int64), good) + _elsewhere(good) + NOT_A_TENSOR
-    return rows + [Bad(f"of_{n}", lambda n=n: torch.zeros(n, dtype=torch.int64)) for n in (0, 2)]
+    rows = _cast(tuple(d for d in DTYPES if d != torch.int64), good) + _elsewhere(good)
+    if t.name == "held":  # a layer counts in any dtype that can, and on any device, as torch's does
+        rows = [row for row in rows if row.id == "coo"]
+    return [*rows, *NOT_A_TENSOR, *(Bad(f"of_{n}", lambda n=n: torch.zeros(n, dtype=torch.int64)) for n in (0, 2))]
 
 
 def _count(t: Target, name: str) -> list[Bad]:

@@ -153,7 +153,6 @@ def test_wrong_process_group(how: str, group: tuple[int, str]) -> None:
 
 WRONG_WHEN_COMPILED: dict[str, tuple[str, Callable[[], object]]] = {
     "length": ("running_mean", lambda: torch.zeros(1)),
-    "rank": ("running_var", lambda: torch.ones(1, CHANNELS)),
     "dtype": ("bias", lambda: torch.ones(CHANNELS, dtype=torch.int64)),
     "length of weight": ("weight", lambda: torch.ones(1)),
     "dtype of input": ("input", lambda: torch.ones(SHAPE, dtype=torch.int64)),

@@ -190,7 +190,9 @@ class Recorder(TorchDispatchMode):
         return super().__enter__()
 
     def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: object = None) -> object:
-        if func not in (torch.ops.aten.detach.default, torch.ops.aten.empty.memory_format):
+        # A bias that is read again in backward is copied.
+        aten = torch.ops.aten
+        if func not in (aten.detach.default, aten.empty.memory_format, aten.clone.default):
             self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import EMPTY_CASES, Case, make_grad, make_input, make_residual, same_bits
+from cases import ACTS, EMPTY_CASES, Case, Parameters, make_grad, make_input, make_residual, same_bits
 from checks import call
-from marks import EVERY_ACT, FLAGS, pairs
+from marks import FLAGS, pairs
 from reference import Act
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
@@ -22,12 +22,14 @@ def results(x: Tensor, residual: Tensor | None, g: Tensor, act: Act, training: b
     channels = x.shape[1]
     mean, var, weight, bias = (torch.rand(channels, device=x.device) + 0.5 for _ in range(4))
     leaves = [t.detach().requires_grad_() for t in (x, residual, weight, bias) if t is not None]
-    parameters = (leaves[-2], leaves[-1], mean, var)
-    y = call(leaves[0], parameters, None, None, training, residual=None if residual is None else leaves[1], act=act)
+    parameters = Parameters(leaves[-2], leaves[-1], mean, var)
+    y = call(
+        leaves[0], parameters, *parameters[:2], training, residual=None if residual is None else leaves[1], act=act
+    )
     return [y.detach(), *torch.autograd.grad(y, leaves, g), mean, var]
 
 
-@pairs(act=EVERY_ACT, training=FLAGS, has_residual=FLAGS, dtype=(torch.float32, torch.bfloat16))
+@pairs(act=(None, *ACTS), training=FLAGS, has_residual=FLAGS, dtype=(torch.float32, torch.bfloat16))
 def test_a_transposed_sequence_is_computed_as_rows(
     act: Act, training: bool, has_residual: bool, dtype: torch.dtype, device: str
 ) -> None:

@@ -202,7 +202,6 @@ WRONG = {
     "dtype of bias": (TypeError, "bias", {"bias": lambda: nn.Parameter(torch.ones(3, dtype=torch.float64))}),
     "length of running_mean": (RuntimeError, "running_mean", {"running_mean": lambda: torch.ones(4)}),
     "overlapping running_var": (RuntimeError, "running_var", {"running_var": lambda: torch.ones(1).expand(3)}),
-    "dtype of the counter": (TypeError, "num_batches_tracked", {"num_batches_tracked": lambda: torch.tensor(0.0)}),
     "eps": (ValueError, "eps", {"eps": lambda: 0.0}),
     "activation": (ValueError, "leaky_relu", {"_activation": lambda: ("swish", 0.0)}),
 }
