@@ -32,9 +32,9 @@ def takes(input: object) -> bool:
         if is_exporting():
             return True
     elif (
-        torch._C._get_tracing_state() is not None
-        or (torch._C._len_torch_function_stack() > 0 and has_foreign_function_mode())
-        or (torch._C._functorch.maybe_current_level() is not None and _is_functionalized())
+        _tracing_state() is not None
+        or (_function_modes() > 0 and has_foreign_function_mode())
+        or (_functorch_level() is not None and _is_functionalized())
     ):
         return True
     if not isinstance(input, Tensor):
@@ -44,13 +44,17 @@ def takes(input: object) -> bool:
         return True
     if input.is_mkldnn:  # of torch.utils.mkldnn
         return True
-    device = input.device.type
-    if device not in _DEVICES:
+    if not input.is_cpu and input.device.type not in _DEVICES:
         if not torch.compiler.is_compiling():
-            _warn_of_device(device)
+            _warn_of_device(input.device.type)
         return True
     return input.dim() < 2 and input.numel() == 0  # which torch takes for no data at all
 
+
+# Asked at every call, so looked up once.
+_tracing_state = torch._C._get_tracing_state
+_function_modes = torch._C._len_torch_function_stack
+_functorch_level = torch._C._functorch.maybe_current_level
 
 _DEVICES = ("cpu", "cuda", "meta") if _C.cuda else ("cpu", "meta")
 

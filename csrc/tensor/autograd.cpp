@@ -53,6 +53,14 @@ void save_batch(SavedCall& call, const optional<SharedBatch>& batch) {
   call.group_name = batch->group_name;
 }
 
+// torch saves no bias, so it may be changed before backward: by a step of an optimiser that trains biases alone. The
+// node knows where the copy's gradient belongs; a tangent belongs to the copy, too.
+Tensor copy_of_bias(const Tensor& bias) {
+  if (!bias.defined() || isFwGradDefined(bias)) return bias.defined() ? bias.clone() : bias;
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return bias.clone();
+}
+
 // What all forward operators do around their kernel, which `run` calls, with a mask or without; it also says which
 // batch the call is a part of, where several processes share it.
 template <typename Run>
@@ -84,8 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<T
     if (keeps_input || reads_preactivation) call.input = saved(input);
     if (grad_input || reads_preactivation) call.weight = saved(w);
     if (reads_preactivation) {
-      // As torch saves no bias, it may be changed before backward: by a step of an optimiser that trains biases alone.
-      call.bias = saved(b.defined() ? b.clone() : b);
+      call.bias = saved(copy_of_bias(b));
       call.residual = saved(r);
     }
   }

@@ -1,6 +1,8 @@
 #include "nodes.h"
 
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/ones_like.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <mutex>
 #include <utility>
@@ -136,7 +138,13 @@ void BatchNormBackward::release_variables() {
 variable_list BatchNormBackward::apply(variable_list&& grads) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (!grads[0].defined()) return variable_list(4);
-  return backward_gradients(grads, unpacked(call.tensors()), call, needed_outputs(*this));
+  variable_list saved = unpacked(call.tensors());
+  // The bias is a copy outside of the graph, made when it was saved.
+  Tensor& bias = saved[2];
+  if (bias.defined() && at::GradMode::is_enabled() && next_edge(2).is_valid() && !bias.requires_grad()) {
+    bias = torch::autograd::make_variable(bias, next_edge(2));
+  }
+  return backward_gradients(grads, saved, call, needed_outputs(*this));
 }
 
 void BatchNormBackward::compiled_args(CompiledNodeArgs& args) const { collect(args, call); }
