@@ -18,11 +18,10 @@ from bnext.functional import batch_norm, batch_norm_act
 
 
 def output_strides(input: Tensor) -> tuple[int, ...]:
-    """The strides that torch's own batch norm gives its output; those of a sequence that lies in memory as rows stay."""
-    if input.dim() == 3 and input.transpose(1, 2).is_contiguous() and not input.is_contiguous():
-        n, channels, length = input.shape
-        return (channels * length, 1, channels)
+    """The strides that torch's own batch norm gives its output; those of a sequence that lies in memory as rows."""
     channels = input.shape[1]
+    if input.dim() == 3 and input.transpose(1, 2).is_contiguous() and not input.is_contiguous():
+        return (channels * input.shape[2], 1, channels)
     mean, var = torch.zeros(channels, device=input.device), torch.ones(channels, device=input.device)
     mean, var = (t.double() if input.dtype == torch.float64 else t for t in (mean, var))
     return torch.nn.functional.batch_norm(input.detach(), mean, var).stride()

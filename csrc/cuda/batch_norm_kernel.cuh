@@ -47,8 +47,7 @@ struct Shared {
 // The forms of a loop over vectors.
 //   kAny    serves every call.
 //   kWhole  The plan promises that no vector is cut at a tile's ends.
-//   kRelu   The same, and the call is of the commonest kind, so that nothing is asked at each vector about activation
-//   and
+//   kRelu   The same, and the call is of the commonest kind: nothing is asked at each vector about the activation and
 //           optional tensors. Forward: ReLU. Backward: training with a residual, where a mask stands for the
 //           pre-activation and both gradients are wanted.
 enum class Loop { kAny, kWhole, kRelu };

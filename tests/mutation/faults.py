@@ -7,7 +7,7 @@ from mutation.edits import Fault
 STATISTICS = "csrc/common/statistics.h"
 CHANNELS = "csrc/common/channel_ops.h"
 ACTIVATION = "csrc/common/activation.h"
-AUTOGRAD = "csrc/tensor/autograd.cpp"
+NODES = "csrc/tensor/nodes.cpp"
 TENSORS = "csrc/tensor/forward.cpp"
 CHECKS = "csrc/tensor/checks.cpp"
 
@@ -81,7 +81,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "residual-has-no-gradient",
-        "csrc/tensor/nodes.cpp",
+        NODES,
         "needs[3] && !activated",
         "false",
         "ops/test_forward.py::test_identity_has_the_bits_of_plain_batch_norm",
