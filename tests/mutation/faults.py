@@ -67,8 +67,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "shares-have-each-others-weight",
         STATISTICS,
-        "const double share = other.count / total;",
-        "const double share = count / total;",
+        "mean + delta * share",
+        "mean + delta * (1.0 - share)",
         "sync/test_sync_ops.py::test_running_statistics_over_steps",
     ),
     # The gradients.
