@@ -30,6 +30,14 @@ def step(model: nn.Module, mesh: torch.distributed.DeviceMesh, placement: object
     return [t.full_tensor() for t in found]
 
 
+def outcome(model: nn.Module, mesh: torch.distributed.DeviceMesh, placement: object) -> list[torch.Tensor] | str:
+    """What a step gives, or why it is not to be had: torch 2.11 distributes no batch norm."""
+    try:
+        return step(model, mesh, placement)
+    except NotImplementedError as error:
+        return str(error)
+
+
 def same_as_torchs(world: World) -> None:
     mesh = init_device_mesh("cpu", (world.size,))
     for placement in (Replicate(), Shard(0), Shard(1)):
@@ -37,6 +45,9 @@ def same_as_torchs(world: World) -> None:
         found = []
         for converted in (copy.deepcopy(model), bnext.convert(model)):
             torch.manual_seed(0)
-            found.append(step(converted, mesh, placement))
+            found.append(outcome(converted, mesh, placement))
+        if isinstance(found[0], str):
+            assert found[1] == found[0], placement
+            continue
         for a, b in zip(*found, strict=True):
             assert torch.equal(a, b), placement
