@@ -83,8 +83,9 @@ def processes(
 ) -> Iterator[Collection[Future[Any]]]:
     """A new process for each call, which first begins with the arguments; none is left at the end of the block.
 
-    They never see Ctrl-C, which reaches all of a terminal: it is the parent that ends them.
+    They never see Ctrl-C, which reaches all of a terminal: it is the parent that ends them, and no other of its children.
     """
+    others = active_children()
     with ProcessPoolExecutor(len(calls) or 1, get_context("spawn"), begin, arguments) as pool:
         try:
             before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -95,7 +96,8 @@ def processes(
             yield futures
         finally:
             for child in active_children():
-                child.kill()
+                if child not in others:
+                    child.kill()
 
 
 def run_command(parser: OneLineParser, arguments: Sequence[str], default: str) -> int:

@@ -4,9 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from concurrent import futures
 from dataclasses import replace
-from multiprocessing import active_children
+from multiprocessing import active_children, get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -41,16 +44,31 @@ def test_what_fails_is_one_line() -> None:
         peak.measure_peak(replace(CASE, model="resnet51"), "torch", "cpu", threads=1)
 
 
+@pytest.fixture
+def another() -> Iterator[BaseProcess]:
+    """A child of this process that is no measurement's."""
+    process = get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True)
+    process.start()
+    yield process
+    process.kill()
+    process.join()
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, futures.TimeoutError])
-def test_interrupt_and_timeout_end_the_process(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_and_timeout_end_the_process_and_no_other(
+    error: type[BaseException], another: BaseProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(active_children())
+
     def interrupted(*_: object) -> None:
-        assert len(active_children()) == 1
+        assert len(set(active_children()) - before) == 1
         raise error
 
     monkeypatch.setattr(futures.Future, "result", interrupted)
     with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else peak.PeakError):
         peak.measure_peak(CASE, "torch", "cpu", threads=1)
-    assert not active_children()
+    assert set(active_children()) == before
+    assert another.is_alive()
 
 
 def test_it_ends_with_the_process_that_asked(tmp_path: Path) -> None:
