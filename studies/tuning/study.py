@@ -133,19 +133,38 @@ def work(url: str, name: str, settings: Settings) -> None:
         raise WorkerError(f"a worker failed: {error_summary(error)}") from None
 
 
+@contextmanager
+def signals_to_end() -> Iterator[list[int]]:
+    """Signals to end raise KeyboardInterrupt and are noted: what is raised while a finalizer runs, Python drops."""
+    received: list[int] = []
+
+    def end(number: int, _: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # under nohup, a terminal's end is to be ignored
+            signal.signal(number, end)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run(url: str, name: str, settings: Settings, jobs: int) -> Results:
     """Run what is left of a study with so many workers; on leaving none of them is left.
 
     Raises WorkerError, or KeyboardInterrupt on a signal to end.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # under nohup, a terminal's end is to be ignored
-            signal.signal(number, signal.default_int_handler)
-    with opened(url, name, settings) as study:
+    with signals_to_end() as received, opened(url, name, settings) as study:
         total = len(settings.points)
         calls = [(url, name, settings)] * min(jobs, total - len(results(study)))
         with ProgressBar(total) as progress, processes(work, calls, begin) as pending:
             while pending:
+                if received:
+                    raise KeyboardInterrupt
                 ended, pending = wait(pending, POLL_S, FIRST_EXCEPTION)
                 try:
                     for future in ended:

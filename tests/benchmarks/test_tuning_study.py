@@ -8,7 +8,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from concurrent.futures import Future
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,33 @@ def test_a_storage_that_fails_on_the_way_is_one_line_and_status_2(
     assert main(["--jobs", "1", *GRID, "--output", str(tmp_path)]) == 2
     said = "python -m benchmarks tuning: error: the storage failed: the server is gone\n"
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_in_a_finalizer_is_no_less_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Dropped:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    shown: list[str] = []
+    worker: Future[None] = Future()
+
+    def show_total(_: object, text: str, done: int) -> None:
+        shown.append(text)
+        if len(shown) == 1:
+            Dropped()
+        else:
+            worker.set_result(None)  # the run would end by itself
+
+    monkeypatch.setattr(study_module.ProgressBar, "show_total", show_total)
+    monkeypatch.setattr(study_module, "processes", lambda *_: nullcontext([worker]))
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["--jobs", "1", *GRID, "--output", str(tmp_path)]) == 130
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert len(shown) == 1
+    assert "interrupted" in capsys.readouterr().err
 
 
 @pytest.mark.slow
