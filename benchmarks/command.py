@@ -83,7 +83,7 @@ def processes(
 ) -> Iterator[Collection[Future[Any]]]:
     """A new process for each call, which first begins with the arguments; none is left at the end of the block.
 
-    They never see Ctrl-C, which reaches all of a terminal: it is the parent that ends them, and no other of its children.
+    They never see Ctrl-C, which reaches all of a terminal: the parent ends them, and none of its other children.
     """
     others = active_children()
     with ProcessPoolExecutor(len(calls) or 1, get_context("spawn"), begin, arguments) as pool:

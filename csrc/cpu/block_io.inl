@@ -21,20 +21,20 @@ BNEXT_INLINE void broadcast_coefficients(Vec<acc_t> (&c)[kMax], const void* cons
   for (int k = 0; k < Op::kCoefficients; ++k) c[k] = broadcast(static_cast<const acc_t*>(from[k])[j]);
 }
 
-// What Op reads of row r of a block.
+// What Op reads of row r of a block, or of one that lies so many elements and bytes of mask behind it.
 template <typename scalar_t, typename Op>
 struct Inputs {
   const scalar_t* in[kMaxInputs] = {};
   const std::uint8_t* mask = nullptr;
 
-  BNEXT_INLINE Inputs(const Block& block, const Flags& flags, std::int64_t r) {
+  BNEXT_INLINE Inputs(const Block& block, const Flags& flags, std::int64_t r, std::int64_t behind = 0,
+                      std::int64_t mask_behind = 0) {
+    const std::int64_t at = behind + r * block.stride;
     // One that is not read may be null and stays so.
-    if (Op::kReadsInput && flags.input) in[0] = static_cast<const scalar_t*>(block.in[0]) + r * block.stride;
-    if (Op::kReadsGrad) in[1] = static_cast<const scalar_t*>(block.in[1]) + r * block.stride;
-    if (Op::kActivated && flags.epilogue.has_residual) {
-      in[2] = static_cast<const scalar_t*>(block.in[2]) + r * block.stride;
-    }
-    if (Op::kActivated && flags.epilogue.has_mask) mask = block.mask + r * block.mask_stride;
+    if (Op::kReadsInput && flags.input) in[0] = static_cast<const scalar_t*>(block.in[0]) + at;
+    if (Op::kReadsGrad) in[1] = static_cast<const scalar_t*>(block.in[1]) + at;
+    if (Op::kActivated && flags.epilogue.has_residual) in[2] = static_cast<const scalar_t*>(block.in[2]) + at;
+    if (Op::kActivated && flags.epilogue.has_mask) mask = block.mask + mask_behind + r * block.mask_stride;
   }
 
   // Those of the lanes from element i on, a multiple of a register's.

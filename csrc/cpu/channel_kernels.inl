@@ -91,8 +91,12 @@ inline void narrow_coefficients(const double* wide, std::int64_t n, float* singl
   for_each_register(n, [&](std::int64_t j, auto lanes) {
     const Vec<double> v = load_vector<double>(wide + j, lanes);
     store_vector<double>(single + j, v, lanes);
-    const auto fit = fits_float32(v);
-    for (int l = 0; l < kWidth<double> && j + l < n; ++l) fits[j + l] &= fit[l] == 0 ? 0 : 1;
+    const auto fit = __builtin_convertvector(fits_float32(v), Vector<std::uint8_t, kWidth<double>>);
+    if constexpr (std::is_same_v<decltype(lanes), Whole>) {
+      store_raw(fits + j, load_raw<Vector<std::uint8_t, kWidth<double>>>(fits + j) & fit);
+    } else {
+      for (int l = 0; l < lanes.n; ++l) fits[j + l] &= fit[l];
+    }
   });
 }
 

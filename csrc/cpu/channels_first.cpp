@@ -33,12 +33,15 @@ constexpr std::int64_t kMaxRowsPrefetched = 8;
 class ChannelsFirst {
  public:
   ChannelsFirst(const Problem& problem, const ChannelOp& op)
-      : problem_(problem),
-        op_(op),
-        kernels_(current_kernels()),
-        sample_positions_(problem.count()),
-        mask_row_(mask_row_bytes(problem.HW, kCpuMaskLanes)) {
+      : problem_(problem), op_(op), kernels_(current_kernels()), mask_row_(mask_row_bytes(problem.HW, kCpuMaskLanes)) {
     const std::int64_t HW = problem.HW;
+    if (op.samples) {
+      const SamplePositions positions(problem.count());
+      samples_ = positions.samples;
+      for (int i = 0; i < samples_; ++i) {
+        sample_offsets_[i] = positions.at[i] / HW * problem.C * HW + positions.at[i] % HW;
+      }
+    }
     if (HW <= kChunkElements) {
       rows_per_chunk_ = kChunkElements / HW;
       pieces_per_row_ = 1;
@@ -136,7 +139,11 @@ class ChannelsFirst {
           if (reduces_columns) {
             reduce_columns(c0, n, of, columns);
           } else {
-            for (std::int64_t j = 0; j < n; ++j) reduce_channel(c0 + j, j, of, of.reduce.compute(j));
+            for (std::int64_t j = 0; j < n;) {
+              const std::int64_t channels = alike(of.reduce, j, n - j);
+              reduce_channels(c0 + j, j, channels, of, of.reduce.compute(j));
+              j += channels;
+            }
           }
           recompute_fp64(c0, n, of);
         }
@@ -146,7 +153,7 @@ class ChannelsFirst {
           map_columns(c0, n, of.map, columns);
           continue;
         }
-        if (small) {
+        if (problem_.HW <= kMaxColumnPlane) {
           for (std::int64_t image = 0; image < problem_.N; ++image) map_planes(image * C + c0, n, of.map, 0);
           continue;
         }
@@ -168,7 +175,7 @@ class ChannelsFirst {
       parallel(C * chunks_, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t task = begin; task < end; ++task) {
           const std::int64_t c = task / chunks_;
-          reduce(c, task % chunks_, of.reduce, c, of.reduce.compute(c), first[task], second[task]);
+          reduce(c, 1, task % chunks_, of.reduce, c, of.reduce.compute(c), &first[task], &second[task]);
         }
       });
       for (std::int64_t task = 0; task < C * chunks_; ++task) {
@@ -201,7 +208,8 @@ class ChannelsFirst {
   void set_reduce_coefficients(std::int64_t c0, std::int64_t n, Group& of) const {
     double* const shift = of.reduce.wide.data();
     if (op_.samples) {
-      for (std::int64_t j = 0; j < n; ++j) shift[j] = sampled_shift(c0 + j);
+      const void* const first = advance(op_.in[0], c0 * problem_.HW, problem_.dtype);
+      kernels_.sample[static_cast<int>(problem_.dtype)]({first, sample_offsets_, samples_, n, problem_.HW, shift});
     } else {
       op_.reduce_coefficients(channels_of(c0, n, of.sums, of.reduce, 0));
     }
@@ -209,24 +217,13 @@ class ChannelsFirst {
     std::copy_n(shift, n, of.sums.shift.begin());
   }
 
-  double sampled_shift(std::int64_t c) const {
-    std::int64_t offsets[kMaxSamples];
-    for (int i = 0; i < sample_positions_.samples; ++i) {
-      const std::int64_t n = sample_positions_.at[i] / problem_.HW;
-      const std::int64_t s = sample_positions_.at[i] % problem_.HW;
-      offsets[i] = n * problem_.C * problem_.HW + s;
-    }
-    double shift = 0.0;
-    kernels_.sample[static_cast<int>(problem_.dtype)](
-        {advance(op_.in[0], c * problem_.HW, problem_.dtype), offsets, sample_positions_.samples, 1, &shift});
-    return shift;
-  }
-
-  void reduce_channel(std::int64_t c, std::int64_t j, Group& of, Compute compute) const {
-    double& first = of.sums.first[j];
-    double& second = of.sums.second[j];
-    first = second = 0.0;
-    for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) reduce(c, chunk, of.reduce, j, compute, first, second);
+  // The sums of n channels from c on, which stand at j in the group.
+  void reduce_channels(std::int64_t c, std::int64_t j, std::int64_t n, Group& of, Compute compute) const {
+    double* const first = of.sums.first.data() + j;
+    double* const second = of.sums.second.data() + j;
+    std::fill_n(first, n, 0.0);
+    std::fill_n(second, n, 0.0);
+    for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) reduce(c, n, chunk, of.reduce, j, compute, first, second);
   }
 
   void recompute_fp64(std::int64_t c0, std::int64_t n, Group& of) const {
@@ -234,7 +231,7 @@ class ChannelsFirst {
     for (std::int64_t j = 0; j < n; ++j) {
       if (of.needs_fp64[j] == 0) continue;
       of.sums.shift[j] = of.reduce.wide[j] = op_.refined_shift(of.sums.of(j));
-      reduce_channel(c0 + j, j, of, Compute::kFloat64);
+      reduce_channels(c0 + j, j, 1, of, Compute::kFloat64);
     }
   }
 
@@ -291,7 +288,7 @@ class ChannelsFirst {
     for (std::int64_t j = 0; j < n; ++j) {
       // A channel must not change another's bits, so what float32 does not hold is done by itself.
       if (of.reduce.compute(j) != natural) {
-        reduce_channel(c0 + j, j, of, of.reduce.compute(j));
+        reduce_channels(c0 + j, j, 1, of, of.reduce.compute(j));
         continue;
       }
       double first = 0.0;
@@ -328,17 +325,20 @@ class ChannelsFirst {
                      problem_.C * mask_row_);
   }
 
-  // Adds the sums of a chunk of channel c, whose coefficients stand at j.
-  void reduce(std::int64_t c, std::int64_t chunk, const Coefficients& coefficients, std::int64_t j, Compute compute,
-              double& first, double& second) const {
+  // Adds the sums of a chunk of each of n channels from c on, whose coefficients stand from j on.
+  void reduce(std::int64_t c, std::int64_t n, std::int64_t chunk, const Coefficients& coefficients, std::int64_t j,
+              Compute compute, double* first, double* second) const {
     std::int64_t offset;
     ReduceArgs args;
     args.block = block_of(c, chunk, offset);
     coefficients.pass(j, compute, args.coefficients);
     args.epilogue = op_.epilogue;
     args.prefetch_distance = prefetch_distance_;
-    args.first = &first;
-    args.second = &second;
+    args.first = first;
+    args.second = second;
+    args.channels = n;
+    args.channel_stride = problem_.HW;
+    args.mask_channel_stride = mask_row_;
     kernels_.reduce_segments[static_cast<int>(problem_.dtype)][static_cast<int>(compute)]
                             [static_cast<int>(op_.reduce_op)](args);
   }
@@ -366,7 +366,8 @@ class ChannelsFirst {
   const Problem& problem_;
   const ChannelOp& op_;
   const KernelTable& kernels_;
-  SamplePositions sample_positions_;
+  std::int64_t sample_offsets_[kMaxSamples];  // of a channel's samples from its first element
+  int samples_ = 0;
   std::int64_t mask_row_;  // bytes of a plane's mask
   std::int64_t rows_per_chunk_;
   std::int64_t pieces_per_row_;

@@ -142,7 +142,7 @@ class ChannelsLast {
       const SamplePositions positions(M_);
       std::int64_t offsets[kMaxSamples];
       for (int i = 0; i < positions.samples; ++i) offsets[i] = positions.at[i] * C;
-      kernels_.sample[static_cast<int>(problem_.dtype)]({op_.in[0], offsets, positions.samples, C, shift});
+      kernels_.sample[static_cast<int>(problem_.dtype)]({op_.in[0], offsets, positions.samples, C, 1, shift});
     } else {
       op_.reduce_coefficients(channels_of(0, C, sums, start, 0));
     }

@@ -1,7 +1,7 @@
 // The vectorised inner loops, the microkernels of the CPU path, as a table of function pointers for each instruction
 // set. A kernel works on a block of `rows` rows of `len` elements, `stride` elements apart, of one of two kinds:
 //
-// * segments: the whole block belongs to one channel (channels first; a row is an image's plane)
+// * segments: a whole block belongs to one channel (channels first; a row is an image's plane)
 // * columns:  column j of the block belongs to channel j (channels last; a row is a pixel)
 //
 // All kernels are single-threaded, allocate nothing and read and write just the block.
@@ -64,7 +64,8 @@ struct Block {
 // Columns are reduced a tile of rows at a time, one column of registers after the other.
 constexpr std::int64_t kMaxTileRows = 16;
 
-// Adds each channel's two sums over the block to first[j] and second[j] (j = 0 for segments).
+// Adds each channel's two sums over the block to first[j] and second[j]. A call for segments takes several channels:
+// the block of channel j lies j*channel_stride behind that of the first.
 struct ReduceArgs {
   Block block;
   const void* coefficients[kMaxReduceCoefficients];  // each one value, or `len` of them, of the compute type
@@ -73,6 +74,9 @@ struct ReduceArgs {
   double* second;
   std::int64_t prefetch_distance = 0;     // with element i, prefetch input i + prefetch_distance, unless 0
   std::int64_t tile_rows = kMaxTileRows;  // columns
+  std::int64_t channels = 1;              // segments
+  std::int64_t channel_stride = 0;        // elements
+  std::int64_t mask_channel_stride = 0;   // bytes
 };
 
 // out[...] = functor(in[...]), with the block's geometry.
@@ -89,14 +93,15 @@ struct MapArgs {
       0;  // segments: with element i, prefetch output i + write_prefetch for writing, unless 0
 };
 
-// shift[j] = shift_of_samples() (common/samples.h) of in[offsets[i] + j] over i, for j < len: their mean in the dtype's
-// opmath_t, with no finer bits than their spread has. Averaged in pairs, which neither overflows nor rounds
+// shift[j] = shift_of_samples() (common/samples.h) of in[offsets[i] + j*stride] over i, for j < len: their mean in the
+// dtype's opmath_t, with no finer bits than their spread has. Averaged in pairs, which neither overflows nor rounds
 // equal values; `samples` is a power of two, at most kMaxSamples.
 struct SampleArgs {
   const void* in;
   const std::int64_t* offsets;
   int samples;
   std::int64_t len;
+  std::int64_t stride;  // from one channel to the next
   double* shift;
 };
 

@@ -1,8 +1,36 @@
-// Sums of a block that belongs to one channel.
+// Sums of blocks that belong to one channel each.
 
 #include "block_io.inl"
 #include "chains.inl"
 #include "instantiate.inl"
+
+// The lanes of a register as doubles, those of the second half added to those of the first.
+template <typename acc_t>
+BNEXT_INLINE Vec<double> folded(Vec<acc_t> v) {
+  if constexpr (sizeof(acc_t) == sizeof(double)) {
+    return v;
+  } else {
+    Vector<acc_t, kWidth<double>> half[2];
+    static_assert(sizeof half == sizeof v);
+    __builtin_memcpy(half, &v, sizeof v);
+    return to_double<kWidth<double>>(half[0]) + to_double<kWidth<double>>(half[1]);
+  }
+}
+
+// The sum of all lanes in float64.
+template <typename acc_t>
+BNEXT_INLINE double total(const Vec<acc_t>& v) {
+  return sum_of_lanes<kWidth<double>>(folded<acc_t>(v));
+}
+template <typename acc_t>
+BNEXT_INLINE double total(const Vec<acc_t> (&v)[4]) {
+  return sum_of_lanes<kWidth<double>>((folded<acc_t>(v[0]) + folded<acc_t>(v[1])) +
+                                      (folded<acc_t>(v[2]) + folded<acc_t>(v[3])));
+}
+template <typename acc_t>
+BNEXT_INLINE double total(const Vec<acc_t> (&v)[1]) {
+  return total<acc_t>(v[0]);
+}
 
 // The two sums of a channel: kUnroll registers each, so that additions do not wait for one another.
 template <typename acc_t, typename scalar_t, typename Op, Specialization kSpecialization, int kUnroll>
@@ -24,9 +52,9 @@ struct SegmentSums {
   const Flags given;
   const std::int64_t prefetch_distance;
 
-  BNEXT_INLINE explicit SegmentSums(const ReduceArgs& args)
+  BNEXT_INLINE SegmentSums(const ReduceArgs& args, std::int64_t channel)
       : given(flags_of<Op>(args)), prefetch_distance(args.prefetch_distance) {
-    broadcast_coefficients<acc_t, Op>(c, args.coefficients, 0);
+    broadcast_coefficients<acc_t, Op>(c, args.coefficients, channel);
   }
 
   // Read from the member, constants would be no constants: flush_outer() is called with the address of all members.
@@ -104,32 +132,83 @@ struct SegmentSums {
 
   // Kept out of the loops: it would take their registers.
   __attribute__((noinline)) void flush_outer() {
-    for (int u = 0; u < kUnroll; ++u) {
-      for (int l = 0; l < kN; ++l) {
-        first_total += static_cast<double>(first_outer[u][l]);
-        second_total += static_cast<double>(second_outer[u][l]);
-      }
-      first_outer[u] = second_outer[u] = Vec<acc_t>{};
-    }
+    first_total += total<acc_t>(first_outer);
+    second_total += total<acc_t>(second_outer);
+    for (int u = 0; u < kUnroll; ++u) first_outer[u] = second_outer[u] = Vec<acc_t>{};
     outer = 0;
+  }
+
+  // What few elements leave in the inner lanes needs no outer ones.
+  BNEXT_INLINE void flush() {
+    if (outer == 0) {
+      first_total += total<acc_t>(first);
+      second_total += total<acc_t>(second);
+    } else {
+      flush_inner();
+      if (outer != 0) flush_outer();
+    }
   }
 };
 
 struct ReduceSegments {
+  static constexpr std::int64_t kFewRegisters = 8;
+  static_assert(kFewRegisters <= kInner);
+
   template <typename scalar_t, typename acc_t, typename Op, Specialization kSpecialization>
   static void run(const ReduceArgs& args) {
+    const std::int64_t registers = args.block.rows * ((args.block.len + kWidth<acc_t> - 1) / kWidth<acc_t>);
+    if (registers <= kFewRegisters) {
+      const Flags flags = known_flags<Op, kSpecialization>(args);
+      for (std::int64_t j = 0; j < args.channels; ++j) add_few<scalar_t, acc_t, Op>(args, flags, j);
+    } else {
+      for (std::int64_t j = 0; j < args.channels; ++j) add_channel<scalar_t, acc_t, Op, kSpecialization>(args, j);
+    }
+  }
+
+  // A channel of so few elements that what SegmentSums does besides adding would take longer than that.
+  template <typename scalar_t, typename acc_t, typename Op>
+  BNEXT_INLINE static void add_few(const ReduceArgs& args, const Flags& flags, std::int64_t j) {
+    constexpr std::int64_t kN = kWidth<acc_t>;
+    Vec<acc_t> c[kMaxReduceCoefficients] = {};
+    broadcast_coefficients<acc_t, Op>(c, args.coefficients, j);
+    Vec<acc_t> first = {};
+    Vec<acc_t> second = {};
+    for (std::int64_t r = 0; r < args.block.rows; ++r) {
+      const Inputs<scalar_t, Op> inputs(args.block, flags, r, j * args.channel_stride, j * args.mask_channel_stride);
+      Vec<acc_t> in[kMaxInputs];
+      std::int64_t i = 0;
+      for (; i + kN <= args.block.len; i += kN) {
+        inputs.template load<acc_t>(in, flags, i, Whole{});
+        Op::template add<scalar_t>(first, second, in, c, flags.epilogue);
+      }
+      if (i < args.block.len) {
+        const Tail tail{static_cast<int>(args.block.len - i)};
+        Vec<acc_t> a = {};
+        Vec<acc_t> b = {};
+        inputs.template load<acc_t>(in, flags, i, tail);
+        Op::template add<scalar_t>(a, b, in, c, flags.epilogue);
+        first += keep<acc_t>(a, tail);
+        second += keep<acc_t>(b, tail);
+      }
+    }
+    args.first[j] += total<acc_t>(first);
+    args.second[j] += total<acc_t>(second);
+  }
+
+  template <typename scalar_t, typename acc_t, typename Op, Specialization kSpecialization>
+  BNEXT_INLINE static void add_channel(const ReduceArgs& args, std::int64_t j) {
     using Sums = SegmentSums<acc_t, scalar_t, Op, kSpecialization, kIsOpmath<scalar_t, acc_t> ? 4 : 1>;
     constexpr std::int64_t kRun = kInner * Sums::kStep;
     const std::int64_t len = args.block.len;
-    Sums sums(args);
+    Sums sums(args, j);
     for (std::int64_t r = 0; r < args.block.rows; ++r) {
-      const Inputs<scalar_t, Op> inputs(args.block, sums.flags(), r);
+      const Inputs<scalar_t, Op> inputs(args.block, sums.flags(), r, j * args.channel_stride,
+                                        j * args.mask_channel_stride);
       for (std::int64_t i = 0; i < len; i += kRun) sums.add_run(inputs, i, len - i < kRun ? len : i + kRun);
     }
-    sums.flush_inner();
-    sums.flush_outer();
-    *args.first += sums.first_total;
-    *args.second += sums.second_total;
+    sums.flush();
+    args.first[j] += sums.first_total;
+    args.second[j] += sums.second_total;
   }
 };
 

@@ -1,20 +1,35 @@
-// A channel's shift: the mean of a few rows, no finer than these are apart.
+// Channels' shifts: the mean of a few values of each, no finer than these are apart.
 
 #include "block_io.inl"
 
+// One value each of the channels in the lanes.
+template <typename acc_t, typename scalar_t>
+BNEXT_INLINE Vec<acc_t> load_channels(const scalar_t* x, std::int64_t stride, Whole) {
+  if (stride == 1) return load_vector<acc_t>(x);
+  scalar_t packed[kWidth<acc_t>];
+  for (int l = 0; l < kWidth<acc_t>; ++l) packed[l] = x[l * stride];
+  return load_vector<acc_t>(packed);
+}
+template <typename acc_t, typename scalar_t>
+BNEXT_INLINE Vec<acc_t> load_channels(const scalar_t* x, std::int64_t stride, Tail tail) {
+  scalar_t packed[kWidth<acc_t>] = {};
+  for (int l = 0; l < tail.n; ++l) packed[l] = x[l * stride];
+  return load_vector<acc_t>(packed);
+}
+
 template <typename acc_t, typename scalar_t, typename Lanes>
-BNEXT_INLINE Vec<acc_t> sampled_shift(const scalar_t* x, const std::int64_t* offsets, int samples, Lanes lanes) {
+BNEXT_INLINE Vec<acc_t> sampled_shift(const scalar_t* x, const SampleArgs& args, Lanes lanes) {
   const acc_t half = static_cast<acc_t>(0.5);
+  Vec<acc_t> sample[kMaxSamples] = {};
   Vec<acc_t> level[kMaxSamples] = {};
-  for (int i = 0; i < samples; ++i) level[i] = load_vector<acc_t>(x + offsets[i], lanes);
-  for (int n = samples; n > 1; n /= 2) {
+  for (int i = 0; i < args.samples; ++i) {
+    level[i] = sample[i] = load_channels<acc_t>(x + args.offsets[i], args.stride, lanes);
+  }
+  for (int n = args.samples; n > 1; n /= 2) {
     for (int i = 0; i < n / 2; ++i) level[i] = average(level[2 * i], level[2 * i + 1], half);
   }
   Vec<acc_t> distance = {};
-  for (int i = 0; i < samples; ++i) {
-    const Vec<acc_t> off = load_vector<acc_t>(x + offsets[i], lanes) - level[0];
-    distance = farthest(distance, off);
-  }
+  for (int i = 0; i < args.samples; ++i) distance = farthest(distance, Vec<acc_t>(sample[i] - level[0]));
   return shift_of_samples(level[0], distance);
 }
 
@@ -24,12 +39,12 @@ void sample(const SampleArgs& args) {
   const auto* x = static_cast<const scalar_t*>(args.in);
   std::int64_t j = 0;
   for (; j + kN <= args.len; j += kN) {
-    const auto shift = sampled_shift<acc_t>(x + j, args.offsets, args.samples, Whole{});
+    const auto shift = sampled_shift<acc_t>(x + j * args.stride, args, Whole{});
     for (int l = 0; l < kN; ++l) args.shift[j + l] = static_cast<double>(shift[l]);
   }
   if (j < args.len) {
     const Tail tail{static_cast<int>(args.len - j)};
-    const auto shift = sampled_shift<acc_t>(x + j, args.offsets, args.samples, tail);
+    const auto shift = sampled_shift<acc_t>(x + j * args.stride, args, tail);
     for (int l = 0; l < tail.n; ++l) args.shift[j + l] = static_cast<double>(shift[l]);
   }
 }

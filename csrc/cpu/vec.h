@@ -180,6 +180,30 @@ BNEXT_INLINE Vector<float, kN> widen(const float* from) {
   return load_raw<Vector<float, kN>>(from);
 }
 
+// (Of __builtin_convertvector GCC 12 makes two conversions of half a register, and puts them together.)
+template <int kN>
+BNEXT_INLINE Vector<double, kN> to_double(const Vector<float, kN>& v) {
+#if defined(__x86_64__)
+  if constexpr (kVectorBytes == 64 && kN == 8) {
+    return __builtin_bit_cast(Vector<double, kN>, _mm512_maskz_cvtps_pd(0xff, __builtin_bit_cast(__m256, v)));
+  }
+#endif
+  return __builtin_convertvector(v, Vector<double, kN>);
+}
+
+// The sum of the lanes, of halves.
+template <int kN>
+BNEXT_INLINE double sum_of_lanes(const Vector<double, kN>& v) {
+  if constexpr (kN == 2) {
+    return v[0] + v[1];
+  } else {
+    Vector<double, kN / 2> half[2];
+    static_assert(sizeof half == sizeof v);
+    __builtin_memcpy(half, &v, sizeof v);
+    return sum_of_lanes<kN / 2>(half[0] + half[1]);
+  }
+}
+
 template <int kN>
 BNEXT_INLINE void narrow(float* to, const Vector<float, kN>& v) {
   store_raw(to, v);
@@ -191,8 +215,10 @@ BNEXT_INLINE Vector<acc_t, kWidth<acc_t>> load_vector(const scalar_t* from, Whol
   constexpr int kN = kWidth<acc_t>;
   if constexpr (sizeof(scalar_t) == sizeof(double)) {
     return load_raw<Vector<double, kN>>(from);
+  } else if constexpr (sizeof(acc_t) == sizeof(double)) {
+    return to_double<kN>(widen<kN>(from));
   } else {
-    return __builtin_convertvector(widen<kN>(from), Vector<acc_t, kN>);
+    return widen<kN>(from);
   }
 }
 

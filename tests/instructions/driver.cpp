@@ -22,6 +22,7 @@ using namespace bnext;
 constexpr std::int64_t kN = 8;
 constexpr std::int64_t kC = 32;
 constexpr std::int64_t kHW = 28 * 28;
+constexpr std::int64_t kSmallPlane = 16;  // one image of as many elements
 
 template <typename T>
 T one_of(const std::string& name, std::initializer_list<std::pair<const char*, T>> known) {
@@ -48,13 +49,16 @@ int main(int argc, char** argv) {
   const std::string pass = argv[3];
   const std::string act = argv[4];
   const int calls = std::atoi(argv[5]);
-  const Problem problem{
-      kN, kC, kHW,
-      one_of<Layout>(argv[2], {{"contiguous", Layout::kChannelsFirst}, {"channels_last", Layout::kChannelsLast}}),
-      one_of<DType>(argv[1], {{"float32", DType::kFloat32},
-                              {"float64", DType::kFloat64},
-                              {"float16", DType::kFloat16},
-                              {"bfloat16", DType::kBFloat16}})};
+  const bool small_planes = std::string(argv[2]) == "small_planes";
+  const Problem problem{small_planes ? 1 : kN, small_planes ? kN * kC * kHW / kSmallPlane : kC,
+                        small_planes ? kSmallPlane : kHW,
+                        one_of<Layout>(argv[2], {{"contiguous", Layout::kChannelsFirst},
+                                                 {"small_planes", Layout::kChannelsFirst},
+                                                 {"channels_last", Layout::kChannelsLast}}),
+                        one_of<DType>(argv[1], {{"float32", DType::kFloat32},
+                                                {"float64", DType::kFloat64},
+                                                {"float16", DType::kFloat16},
+                                                {"bfloat16", DType::kBFloat16}})};
   const Activation activation{one_of<Act>(act, {{"none", Act::kIdentity},
                                                 {"relu", Act::kRelu},
                                                 {"add+relu", Act::kRelu},
@@ -69,8 +73,9 @@ int main(int argc, char** argv) {
   auto grad_residual = tensor(problem, 0);
   const std::int64_t row = mask_row_elements(problem);
   std::vector<std::uint8_t> mask(static_cast<std::size_t>(problem.numel() / row * mask_row_bytes(row, 8)), 0x55);
-  std::vector<float> weight(kC, 1.5f), bias(kC, 0.5f), mean(kC, 0.0f), var(kC, 1.0f), grads(2 * kC);
-  std::vector<double> save_mean(kC, 0.0), save_invstd(kC, 1.0);
+  std::vector<float> weight(problem.C, 1.5f), bias(problem.C, 0.5f), mean(problem.C, 0.0f), var(problem.C, 1.0f),
+      grads(2 * problem.C);
+  std::vector<double> save_mean(problem.C, 0.0), save_invstd(problem.C, 1.0);
   ForwardEpilogue epilogue{activation, adds ? residual.data() : nullptr, adds ? mask.data() : nullptr};
 
   // What training and evaluation share.
@@ -107,7 +112,7 @@ int main(int argc, char** argv) {
                              .training = true,
                              .grad_input = output.data(),
                              .grad_weight = {grads.data()},
-                             .grad_bias = {grads.data() + kC},
+                             .grad_bias = {grads.data() + problem.C},
                              .activation = activation,
                              .bias = {bias.data()},
                              .mask = adds ? mask.data() : nullptr,
