@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case, make_grad, make_input, make_parameters, make_residual, name, parameter_dtype, same_bits
-from checks import check_backward
+from checks import check_backward, check_forward
 from simt.device import GROUPS, TILES, Limits, emulated, last_plan
 from ways import FEW_WAYS, KB, PATHS, SEEDS, WAYS, Path
 
@@ -117,6 +117,16 @@ def test_groups_that_take_several_tiles(
             check_backward(x, g, params, training=True, residual=residual, act=act, output_too=True)
             assert last_plan()["tiles"] > last_plan()["groups"]
             assert dtype != torch.bfloat16 or GROUPS[last_plan()["group"]] == group
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=name)
+@pytest.mark.parametrize(("limits", "case"), [row[1:] for row in SEVERAL_TILES if row[0] == "block"], ids=str)
+def test_a_block_that_maps_several_tiles(limits: Limits, case: Case, dtype: torch.dtype) -> None:
+    # Without sums no barrier but the loop's own keeps a tile's coefficients until all of the block have read them.
+    for seed in SEEDS:
+        with emulated(limits, seed):
+            check_forward(make_input(*case, dtype), make_parameters(case.shape[1]), training=False)
+            assert last_plan()["tiles"] > last_plan()["groups"]
 
 
 @pytest.mark.parametrize("cluster", [1, 2])

@@ -133,6 +133,14 @@ def test_artefacts_are_loaded_without_bnext(
     assert done.returncode == 0, done.stderr
 
 
+def test_a_model_is_compiled_ahead_of_time(network: nn.Module, image: Tensor, tmp_path: Path) -> None:
+    model = bnext.convert(copy.deepcopy(network.eval()), fuse=True)
+    package = torch._inductor.aoti_compile_and_package(
+        torch.export.export(model, (image,)), package_path=str(tmp_path / "model.pt2")
+    )
+    torch.testing.assert_close(torch._inductor.aoti_load_package(package)(image), network(image))
+
+
 def test_a_model_is_scripted(network: nn.Module, converted: Converted, image: Tensor) -> None:
     for training in (True, False):
         expected = copy.deepcopy(network).train(training)
