@@ -98,8 +98,17 @@ SEVERAL_TILES = (
 )
 
 
-@pytest.mark.parametrize(("act", "has_residual"), [("identity", False), ("relu", True), ("silu", True)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=name)
+@pytest.mark.parametrize(
+    ("dtype", "act", "has_residual"),
+    [
+        (torch.bfloat16, "identity", False),
+        (torch.bfloat16, "relu", True),
+        (torch.bfloat16, "silu", True),
+        (torch.float32, "relu", True),
+        (torch.float64, "identity", False),
+    ],
+    ids=name,
+)
 @pytest.mark.parametrize(("group", "limits", "case"), SEVERAL_TILES, ids=str)
 def test_groups_that_take_several_tiles(
     group: str, limits: Limits, case: Case, dtype: torch.dtype, act: str, has_residual: bool

@@ -77,15 +77,13 @@ def test_train_and_eval_of_an_exported_model(network: nn.Module, converted: Conv
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["after training", "quantisation-aware"])
-def test_quantisation_folds_the_batch_norms(
-    training: bool, network: nn.Module, converted: Converted, image: Tensor
-) -> None:
+def test_quantisation_folds_the_batch_norms(training: bool, network: nn.Module, image: Tensor) -> None:
     pt2e = pytest.importorskip("torchao.quantization.pt2e")
     steps = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
     x86 = pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
     quantizer = x86.X86InductorQuantizer()
     quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_qat=training))
-    exported = torch.export.export(converted(network.train(training)), (image,)).module()
+    exported = torch.export.export(bnext.convert(network.train(training)), (image,)).module()
     prepared = (steps.prepare_qat_pt2e if training else steps.prepare_pt2e)(exported, quantizer)
     prepared(image)
     if training:

@@ -63,28 +63,29 @@ def _models(library: str, names: str, **fields: Any) -> list[RealModel]:
 
 
 _BACKBONE = {"weights_backbone": None}
+_SEGMENTATION = "lraspp_mobilenet_v3_large fcn_resnet50 deeplabv3_mobilenet_v3_large"
 _MORE_OF_TORCHVISION = """
     resnet50 resnext50_32x4d wide_resnet50_2 densenet121 regnet_x_400mf regnet_y_400mf mobilenet_v3_large
     efficientnet_b0 efficientnet_v2_s mnasnet0_5 vgg11_bn
 """
 _TIMM = """
-    resnet10t resnet18d dla46_c ese_vovnet19b_slim_dw cs3darknet_s darknet17 mobilenetv1_100 mobilenetv3_small_050
-    regnety_002 gernet_s lcnet_050 resnetv2_18d dpn48b tinynet_e skresnet18 resnest14d seresnet18
+    resnet18d dla46_c ese_vovnet19b_slim_dw cs3darknet_s darknet17 mobilenetv1_100 regnety_002 resnetv2_18d dpn48b
+    resnest14d
 """
 _MORE_OF_TIMM = """
     resnet50 efficientnet_b0 densenet121 dla34 hrnet_w18_small xception41 repvgg_a0 vovnet39a cspdarknet53 cspresnet50
     darknet53 mobilenetv4_conv_small_035 regnety_004 mobileone_s0 resnetv2_50d res2net50_26w_4s selecsls42b dpn68
     mobilenetv2_035 ghostnet_050 rexnet_100 hardcorenas_a legacy_seresnet18 ecaresnet26t tresnet_m mixnet_s fbnetc_100
-    hgnetv2_b0 repvit_m0_9 fastvit_t8 mobilevit_xxs
+    hgnetv2_b0 repvit_m0_9 fastvit_t8 mobilevit_xxs resnet10t seresnet18 skresnet18 gernet_s lcnet_050
+    mobilenetv3_small_050 tinynet_e
 """
 
 MODELS = [
     *_models("torchvision", "resnet18 mobilenet_v2 mobilenet_v3_small shufflenet_v2_x0_5"),
-    *_models("torchvision", "lraspp_mobilenet_v3_large", options=_BACKBONE),
     *_models("torchvision", _MORE_OF_TORCHVISION, long=True),
     *_models("torchvision", "googlenet", options={"init_weights": False}, long=True),
     *_models("torchvision", "inception_v3", size=96, options={"aux_logits": False, "init_weights": False}, long=True),
-    *_models("torchvision", "fcn_resnet50 deeplabv3_mobilenet_v3_large", options=_BACKBONE, long=True),
+    *_models("torchvision", _SEGMENTATION, options=_BACKBONE, long=True),
     *_models("timm", _TIMM),
     *_models("timm", "test_resnet test_efficientnet test_byobnet", size=32),
     *_models("timm", _MORE_OF_TIMM, long=True),

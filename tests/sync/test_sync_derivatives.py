@@ -73,7 +73,7 @@ def test_forward_mode_of_any_subset(sizes: tuple[int, ...], act: Act, run: Run) 
     run(jobs.tangents_equal_those_of_the_whole_batch, **call, moving=[*SUBSETS, *mixed])
 
 
-@pytest.mark.parametrize("act", [None, *FEW_ACTS])
+@pytest.mark.parametrize("act", [None, "relu", "silu"])
 @EACH_OF_FEW_SHARES
 def test_forward_over_reverse(sizes: tuple[int, ...], act: Act, run: Run) -> None:
     moving = [*SUBSETS, *DIFFERENT]
