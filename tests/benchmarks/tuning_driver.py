@@ -4,6 +4,7 @@ A program of its own: the workers import it as well, and find the real trials re
 """
 
 import os
+import signal
 import sys
 import time
 
@@ -28,4 +29,6 @@ def pretend(settings: Settings, point: Point) -> Trial:
 study.run_trial, study.this_machine, command.show = pretend, lambda: {"date": "imagined"}, lambda *_: None
 
 if __name__ == "__main__":
+    # A shell starts what runs in the background with Ctrl-C ignored, and what that starts inherits it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(command.main())

@@ -32,7 +32,8 @@ class Graphs:
 @pytest.fixture
 def composed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As while a compiler traces; what it would trace runs at once."""
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for name in ("is_compiling", "is_dynamo_compiling"):  # before torch 2.13 the second tells that from an export
+        monkeypatch.setattr(torch.compiler, name, lambda: True)
 
 
 @pairs(case=CASES, act=(None, *ACTS), dtype=DTYPES, affine=FLAGS, has_residual=FLAGS)

@@ -119,17 +119,21 @@ def test_inputs_are_referred_to_by_their_graph_alone() -> None:
 def test_class_goes_with_the_model_that_was_fused() -> None:
     """As made in a function, or in a cell of a notebook that is run again."""
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bn = nn.BatchNorm2d(4)
+    def outlives(prepare: Callable[[nn.Module], Callable[[Tensor], Tensor]]) -> bool:
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.bn = nn.BatchNorm2d(4)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.relu(self.bn(x))
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.relu(self.bn(x))
 
-    model = bnext.convert(Net(), fuse=True)
-    model(torch.zeros(2, 4, 2, 2))
-    alive = weakref.ref(Net)
-    del model, Net
-    gc.collect()
-    assert alive() is None
+        model, alive = prepare(Net()), weakref.ref(Net)
+        model(torch.zeros(2, 4, 2, 2))
+        del model, Net
+        gc.collect()
+        return alive() is not None
+
+    if outlives(lambda model: torch.compile(model, backend="eager")):
+        pytest.skip("torch.compile of this torch and this Python keeps the class")
+    assert not outlives(lambda model: bnext.convert(model, fuse=True))
