@@ -135,19 +135,20 @@ struct BackwardOp {
   }
   BNEXT_INLINE double refined_shift(const ChannelSums& sums) const { return sums.shift; }
 
-  // The shift; with an activation also what the pre-activation is computed with.
+  // The sums' shift; with an activation also what the pre-activation is computed with.
   template <typename V, typename Access = OneChannel>
   BNEXT_INLINE void reduce_coefficients(std::int64_t c, V (&coefficients)[kMaxReduceCoefficients],
                                         Access access = {}) const {
+    const V high = SplitMean<V>(dtype, access.load(args.save_mean, c)).high;
+    const V size = rounded_to_float32(8.0 / access.load(args.save_invstd, c));
+    const V sum = high + size;
+    coefficients[0] = coarse_shift(high, size, dtype == DType::kFloat64 ? sum : rounded_to_float32(sum));
     if (args.activated()) {
       V normalize[kMaxCoefficients];
       normalization(c, normalize, access);
-      for (int k = 0; k < kMaxReduceCoefficients; ++k) coefficients[k] = normalize[k];
-    } else {
-      const V high = SplitMean<V>(dtype, access.load(args.save_mean, c)).high;
-      const V size = rounded_to_float32(8.0 / access.load(args.save_invstd, c));
-      const V sum = high + size;
-      coefficients[0] = coarse_shift(high, size, dtype == DType::kFloat64 ? sum : rounded_to_float32(sum));
+      coefficients[1] = normalize[1];
+      coefficients[2] = normalize[2];
+      coefficients[3] = normalize[0];
     }
   }
 

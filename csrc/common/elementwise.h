@@ -18,7 +18,7 @@
 namespace bnext {
 
 constexpr int kMaxInputs = 3;
-constexpr int kMaxReduceCoefficients = 3;
+constexpr int kMaxReduceCoefficients = 4;
 constexpr int kMaxCoefficients = 5;
 
 // The type that elements of type T are computed in, unless float32 proves too narrow.
@@ -177,15 +177,15 @@ BNEXT_INLINE V preactivation(const V (&in)[kMaxInputs], const V& shift, const V&
   return epilogue.has_residual ? normalized + in[2] : normalized;
 }
 
-// sum of dz, sum of dz*(x - c0)
+// sum of dz, sum of dz*(x - c0); the pre-activation's shift is c3
 struct ActivatedGradSums {
   static constexpr bool kReadsInput = true;
   static constexpr bool kReadsGrad = true;
   static constexpr bool kActivated = true;
-  static constexpr int kCoefficients = 3;
+  static constexpr int kCoefficients = 4;
   template <typename V>
   BNEXT_INLINE static V z(const V (&in)[kMaxInputs], const V (&c)[kMaxReduceCoefficients], const Epilogue& epilogue) {
-    return preactivation(in, c[0], c[1], c[2], epilogue);
+    return preactivation(in, c[3], c[1], c[2], epilogue);
   }
   template <typename V>
   BNEXT_INLINE static void add_given(const V& dz, V& first, V& second, const V (&in)[kMaxInputs],

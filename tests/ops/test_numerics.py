@@ -117,6 +117,21 @@ def test_offset_does_not_cost_accuracy_before_an_activation(
     check_call(inputs, training=True, act=act)
 
 
+@pytest.mark.parametrize(("act", "has_residual"), [(None, False), (None, True), ("relu", False), ("hardswish", True)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_roundings_of_many_values_do_not_add_up(layout: str, act: Act, has_residual: bool, device: str) -> None:
+    # Values minus a shift that is finer than they are would all be rounded to the same side. The derivative of these
+    # activations is 1 where z is 6 or so: grad_weight is the sum of xhat, which is 0.
+    x = to_layout(torch.randn(16, 16, 32, 32, device=device), layout)
+    weight, bias = torch.full((16,), 0.1, device=device).requires_grad_(), torch.full((16,), 6.0, device=device)
+    residual = torch.zeros_like(x) if has_residual else None
+    y = batch_norm_act(x, None, None, weight, bias, residual=residual, training=True, act=act)
+    (grad_weight,) = torch.autograd.grad(y, weight, torch.ones_like(y))
+    count = x.numel() // 16
+    # Roundings to either side leave about a third of it; to the same side, twice to three times as much.
+    assert grad_weight.abs().max() <= 16 * 2.0**-24 * count**0.5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
 @BARS
 def test_saved_mean_carries_more_bits_than_the_input(case: Case, dtype: torch.dtype, device: str) -> None:
