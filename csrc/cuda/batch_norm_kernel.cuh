@@ -11,6 +11,7 @@
 #include "../common/channel_ops.h"
 #include "../common/samples.h"
 #include "cta_group.cuh"
+#include "loop_form.cuh"
 #include "map.cuh"
 #include "reduce.cuh"
 #include "staging.cuh"
@@ -44,14 +45,6 @@ struct Shared {
         needs_fp64(reinterpret_cast<int*>(base + layout.needs_fp64)) {}
 };
 
-// The forms of a loop over vectors.
-//   kAny    serves every call.
-//   kWhole  The plan promises that no vector is cut at a tile's ends.
-//   kRelu   The same, and the call is of the commonest kind: nothing is asked at each vector about the activation and
-//           optional tensors. Forward: ReLU. Backward: training with a residual, where a mask stands for the
-//           pre-activation and both gradients are wanted.
-enum class Loop { kAny, kWhole, kRelu };
-
 template <typename scalar_t, typename Op, typename Reduce, typename Map, Tile kTile>
 class BlockTask {
   using Acc = opmath_t<scalar_t>;
@@ -81,7 +74,8 @@ class BlockTask {
     if constexpr (kReduces) {
       // The samples are requested first: behind all other loads they would arrive last.
       const Acc sample = kSamples ? load_sample(0) : Acc{};
-      if (!requested) in_form<Reduce::kActivated>([&](auto loop) { request_kept<loop.value>(kept_of(items)); });
+      if (!requested)
+        in_form<scalar_t, Map, Reduce::kActivated>(args_, [&](auto loop) { request_kept<loop.value>(kept_of(items)); });
       // Where float32 cannot begin, every channel needs float64.
       bool again = !choose_coefficients(sample);
       // What was asked for in the map came in another order than the sums'.
@@ -121,43 +115,6 @@ class BlockTask {
     bool wide;        // nor for a channel's coefficients
   };
 
-  // Calls f with the fastest form of a loop. kActivated: the activation matters to it. float64 goes without fast forms:
-  // it is rare, and the kernels take long to compile.
-  template <bool kActivated, typename F>
-  __device__ __forceinline__ void in_form(F&& f) const {
-    if constexpr (sizeof(scalar_t) < sizeof(double)) {
-      if constexpr (kActivated) {
-        if (plan_.whole && is_relu()) return f(std::integral_constant<Loop, Loop::kRelu>{});
-      }
-      if (plan_.whole) return f(std::integral_constant<Loop, Loop::kWhole>{});
-    }
-    f(std::integral_constant<Loop, Loop::kAny>{});
-  }
-
-  // Whether the call is one for Loop::kRelu. A mask may be of ReLU6, which makes of its bits what ReLU makes of them.
-  __device__ __forceinline__ bool is_relu() const {
-    const Epilogue& epilogue = args_.epilogue;
-    if (!Map::kReadsGrad) return epilogue.activation.act == Act::kRelu;
-    return epilogue.has_mask && epilogue.activation.act != Act::kLeakyRelu && epilogue.differentiates_statistics &&
-           args_.tensors.out[1] != nullptr;
-  }
-
-  // The epilogue, where the compiler knows what the form of the loop implies.
-  template <Loop kLoop>
-  __device__ __forceinline__ Epilogue epilogue() const {
-    Epilogue known = args_.epilogue;
-    if (kLoop == Loop::kRelu) {
-      known.activation.act = Act::kRelu;
-      known.has_mask = Map::kReadsGrad;
-      known.differentiates_statistics = Map::kReadsGrad;
-      if (Map::kReadsGrad) known.has_residual = false;
-    }
-    return known;
-  }
-
-  template <Loop kLoop, typename Functor>
-  using Reads = std::conditional_t<kLoop == Loop::kRelu && Map::kReadsGrad, Masked<Functor>, Functor>;
-
   // Held in a register: from constant memory it would be read at every vector.
   __device__ __forceinline__ static bool opaque(bool holds) {
     int value = holds ? 1 : 0;
@@ -196,7 +153,7 @@ class BlockTask {
       const int end = stage_end(stage, kept);
 #pragma unroll(kLoop == Loop::kAny ? 1 : 4)
       for (; k < end; ++k, iterator.next()) {
-        staging_.template request<Reads<kLoop, typename Staging::Either>>(k, iterator.segment());
+        staging_.template request<Reads<kLoop, Map, typename Staging::Either>>(k, iterator.segment());
       }
       __pipeline_commit();
     }
@@ -208,7 +165,7 @@ class BlockTask {
 #pragma unroll 4
     for (int k = first; k < end; ++k) {
       iterator.next();
-      staging_.template request<Reads<kLoop, typename Staging::Either>>(k, iterator.segment().of_next_tile(plan_));
+      staging_.template request<Reads<kLoop, Map, typename Staging::Either>>(k, iterator.segment().of_next_tile(plan_));
     }
   }
 
@@ -297,8 +254,9 @@ class BlockTask {
       }
     };
     if constexpr (kIsOpmath<scalar_t, acc_t>) {
-      in_form<Reduce::kActivated>(
-          [&](auto loop) { sum(epilogue<loop.value>(), [&](auto& sums) { add_all<loop.value>(sums, items); }); });
+      in_form<scalar_t, Map, Reduce::kActivated>(args_, [&](auto loop) {
+        sum(known_epilogue<loop.value, Map>(args_.epilogue), [&](auto& sums) { add_all<loop.value>(sums, items); });
+      });
     } else {
       wait_prior<0>();
       sum(args_.epilogue, [&](auto& sums) {
@@ -329,8 +287,8 @@ class BlockTask {
     Iterator<kLoop> iterator = first_step<kLoop>();
     Iterator<kLoop> behind_kept = iterator;
     if (items > kept) behind_kept.seek(kept);
-    Ring<Reads<kLoop, Reduce>, Staging, Iterator<kLoop>, /*kForward=*/true> ring(staging_, plan_.kept, items - kept,
-                                                                                 behind_kept);
+    Ring<Reads<kLoop, Map, Reduce>, Staging, Iterator<kLoop>, /*kForward=*/true> ring(staging_, plan_.kept,
+                                                                                      items - kept, behind_kept);
     for (int stage = 0; stage < kLoadStages || !ring.empty(); ++stage) {
       const bool streams = stage >= kLoadStages;
       int slot = 0;
@@ -346,7 +304,7 @@ class BlockTask {
       }
       sums.for_each(slot, end, [&](int k) {
         const auto segment = iterator.segment();
-        sums.add(staging_.template read<Reads<kLoop, Reduce>>(k, segment), segment.low, segment.high);
+        sums.add(staging_.template read<Reads<kLoop, Map, Reduce>>(k, segment), segment.low, segment.high);
         iterator.next();
       });
       if (streams) ring.refill();
@@ -398,7 +356,7 @@ class BlockTask {
     const MapCoefficients<scalar_t, Map, kTile, acc_t> coefficients(plan_, span_, shared_.coefficients,
                                                                     shared_.columns);
     if constexpr (kIsOpmath<scalar_t, acc_t>) {
-      in_form<Map::kActivated>([&](auto loop) { map_all<loop.value>(coefficients, items); });
+      in_form<scalar_t, Map, Map::kActivated>(args_, [&](auto loop) { map_all<loop.value>(coefficients, items); });
     } else {
       for_each_rare<Map>(items, [&](const Segment<scalar_t>& segment, Item item) {
         if (kStreamsResidual && args_.tensors.in[2] != nullptr) {
@@ -424,8 +382,8 @@ class BlockTask {
     const int kept = kept_of(items);
     Iterator<kLoop> iterator = first_step<kLoop>();
     iterator.seek(items - 1);
-    Ring<Reads<kLoop, Map>, Staging, Iterator<kLoop>, /*kForward=*/false> ring(staging_, plan_.kept, items - kept,
-                                                                               iterator);
+    Ring<Reads<kLoop, Map, Map>, Staging, Iterator<kLoop>, /*kForward=*/false> ring(staging_, plan_.kept, items - kept,
+                                                                                    iterator);
     if (!ring.empty()) ring.start();
     ResidualStream<scalar_t, Iterator<kLoop>> residual(kStreamsResidual ? args_.tensors.in[2] : nullptr, items,
                                                        iterator);
@@ -438,7 +396,7 @@ class BlockTask {
 #pragma unroll(map_unroll<kLoop>())
       for (int slot = last; slot >= first; --slot, iterator.prev()) {
         const auto segment = iterator.segment();
-        Item item = staging_.template read<Reads<kLoop, Map>>(slot, segment);
+        Item item = staging_.template read<Reads<kLoop, Map, Map>>(slot, segment);
         if constexpr (kStreamsResidual) item.vec[2] = residual.take();
         map_item<kLoop>(segment, item, coefficients);
       }
@@ -457,7 +415,8 @@ class BlockTask {
   template <Loop kLoop, typename Where, typename Coefficients>
   __device__ __forceinline__ void map_item(const Where& segment, const Item& item, const Coefficients& coefficients) {
     const Tensors& tensors = args_.tensors;
-    const Results<scalar_t> results = map_vector<scalar_t, Map, kTile>(item, epilogue<kLoop>(), coefficients);
+    const Results<scalar_t> results =
+        map_vector<scalar_t, Map, kTile>(item, known_epilogue<kLoop, Map>(args_.epilogue), coefficients);
     if constexpr (Map::kActivated && Map::kReadsGrad) {
       if (kLoop == Loop::kRelu || tensors.out[1] != nullptr) {
         store_vec<scalar_t>(tensors.out[1], segment, narrow_lanes<scalar_t>(results.second), streams_);
