@@ -56,14 +56,13 @@ class BlockTask {
 
  public:
   __device__ __forceinline__ BlockTask(const KernelArgs& args, const Op& op, const Shared& shared, GroupRank& self,
-                                       std::int64_t tile, bool last)
+                                       std::int64_t tile)
       : args_(args),
         plan_(args.plan),
         op_(op),
         shared_(shared),
         self_(self),
         span_{tile},
-        last_(last),
         staging_(args, shared.base),
         streams_(opaque(args.plan.exceeds_l2)) {}
 
@@ -98,7 +97,7 @@ class BlockTask {
     }
     // The others of the cluster may have looked at this block's sums for the last time: it need not wait for its stores
     // to say so.
-    if (kReduces && last_ && plan_.group == Group::kCluster) cluster_barrier_arrive();
+    if (kReduces && last() && plan_.group == Group::kCluster) cluster_barrier_arrive();
     if (!args_.tensors.maps()) return false;
     if (verdict.wide) {
       map<double>(items);
@@ -122,9 +121,16 @@ class BlockTask {
     return value != 0;
   }
 
+  // Of the group's tiles. Asked for anew: kept, it would take a register from the sums.
+  __device__ __forceinline__ bool last() const {
+    std::int64_t tile = span_.tile;
+    asm volatile("" : "+l"(tile));
+    return tile + plan_.groups >= plan_.tiles;
+  }
+
   // Whether the map fills the slots that fall free with the group's next tile.
   __device__ __forceinline__ bool asks_ahead() const {
-    return kReduces && sizeof(scalar_t) < sizeof(double) && plan_.whole && !last_;
+    return kReduces && sizeof(scalar_t) < sizeof(double) && plan_.whole && !last();
   }
 
   template <Loop kLoop>
@@ -388,6 +394,7 @@ class BlockTask {
     ResidualStream<scalar_t, Iterator<kLoop>> residual(kStreamsResidual ? args_.tensors.in[2] : nullptr, items,
                                                        iterator);
     const int at_once = (kept + kLoadStages - 1) / kLoadStages;
+    const bool asks = asks_ahead();
     int asked = kept;
     for (int left = items; left > 0;) {
       const bool streams = left > kept;
@@ -403,13 +410,13 @@ class BlockTask {
       left -= last - first + 1;
       if (streams) ring.refill();
       if constexpr (kLoop != Loop::kAny && kReduces) {
-        if (asks_ahead() && (left == 0 || asked - left >= at_once)) {
+        if (asks && (left == 0 || asked - left >= at_once)) {
           request_next<kLoop>(left, asked, iterator);
           asked = left;
         }
       }
     }
-    if (asks_ahead()) __pipeline_commit();
+    if (asks) __pipeline_commit();
   }
 
   template <Loop kLoop, typename Where, typename Coefficients>
@@ -437,7 +444,6 @@ class BlockTask {
   const Shared& shared_;
   GroupRank& self_;
   TileSpan span_;
-  bool last_;  // of the group's tiles
   Staging staging_;
   bool streams_;
 };
@@ -454,8 +460,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const int group = static_cast<int>(blockIdx.x) / plan.group_blocks;
   bool requested = false;
   for (std::int64_t tile = group; tile < plan.tiles; tile += plan.groups) {
-    const bool last = tile + plan.groups >= plan.tiles;
-    requested = BlockTask<scalar_t, Op, Reduce, Map, kTile>(args, op, shared, self, tile, last).run(requested);
+    requested = BlockTask<scalar_t, Op, Reduce, Map, kTile>(args, op, shared, self, tile).run(requested);
     // The next tile's coefficients take the place of this one's: sums have barriers enough before that.
     if constexpr (std::is_same_v<Reduce, NoSums>) __syncthreads();
   }

@@ -38,7 +38,7 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"^\s*cluster_barrier\(\);", ""),
     (r"if \(plan\.group == Group::kCluster\) cluster_barrier_wait\(\);", ""),
     (r"if \(requested\) wait_prior<0>\(\);", ""),
-    (r"if \(asks_ahead\(\)\) __pipeline_commit\(\);", ""),
+    (r"if \(asks\) __pipeline_commit\(\);", ""),
     (r"^\s*grid_group_barrier\(.*\);", ""),
     (r"bnext_add_release\(counter, 1\)", "atomicAdd(counter, 1u)"),
     (r"bnext_load_acquire\(counter\)", "*static_cast<const volatile unsigned*>(counter)"),
