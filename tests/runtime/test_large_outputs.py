@@ -25,6 +25,7 @@ from bnext.functional import batch_norm
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 MIB = 2**20
+OTHERS = 8 * MIB  # that others may map meanwhile: Python's arenas are a MiB each
 # 34.03 MiB, hence 18 huge pages.
 SHAPE = (2, 64, 264, 264)
 BLOCK = 36 * MIB
@@ -142,10 +143,10 @@ def test_release_unmaps_everything() -> None:
     before = address_space()
     free(32, 34)
     assert _C.cached_bytes() == 66 * MIB
-    assert abs(address_space() - before - 66 * MIB) < MIB
+    assert abs(address_space() - before - 66 * MIB) < OTHERS
     _C.empty_cache()
     assert _C.cached_bytes() == 0
-    assert abs(address_space() - before) < MIB
+    assert abs(address_space() - before) < OTHERS
 
 
 @linux_only
