@@ -7,7 +7,7 @@ import pandas as pd
 
 from benchmarks.rows import Row
 from benchmarks.suites import COMPILE, EAGER_PROVIDERS, TORCH, WITHOUT
-from benchmarks.tables import Sheet, command, how_measured, markdown, mean_of, operation_label, texts
+from benchmarks.tables import Sheet, command, how_measured, markdown, mean_of, operation_label, spread, texts
 from benchmarks.traffic import MB, STEP, shape_label
 
 COMPILED_SUITE, SMALL_SUITE = "compiled", "small-models"
@@ -185,7 +185,7 @@ def compiled_bar(called: pd.DataFrame) -> str:
 def fused_bar(table: pd.DataFrame) -> str:
     """A line, or nothing where no small model was measured."""
     small = table[table["suite"] == SMALL_SUITE]
-    seconds = small.set_index([*CASE, "provider"])["median_s"].unstack(sort=False).reindex(columns=list(OURS))
+    seconds = spread(small.set_index([*CASE, "provider"])["median_s"]).reindex(columns=list(OURS))
     ratios = (seconds["bnext"] / seconds["bnext-fused"]).dropna()
     if ratios.empty:
         return ""

@@ -13,7 +13,17 @@ from benchmarks.acceptance import BARS, bars_text, mean_verdicts, summary, verdi
 from benchmarks.cuda.predict import predicted_us
 from benchmarks.rows import CLOCK, GRAPH, Row, is_touched
 from benchmarks.suites import BNEXT, COPY, NO_CUDNN, PLANNED, TORCH, TORCH_COMPILE
-from benchmarks.tables import Sheet, command, how_measured, markdown, mean_of, operation_label, print_markdown, texts
+from benchmarks.tables import (
+    Sheet,
+    command,
+    how_measured,
+    markdown,
+    mean_of,
+    operation_label,
+    print_markdown,
+    spread,
+    texts,
+)
 from benchmarks.traffic import PLAIN, Epilogue, size_class, tensor_bytes, tensor_label
 
 # What tells one measurement from another, and one table of measurements from another.
@@ -126,7 +136,7 @@ def held_sheet(held: pd.DataFrame) -> Sheet:
     result = sums["held_result_bytes"] / sums["size"]
     total = (sums["held_result_bytes"] + sums["held_bytes"]) / sums["size"]
     cells = pd.Series([f"{a:.3f} ({b:.3f})" for a, b in zip(total, result, strict=True)], sums.index)
-    lines = cells.unstack("provider", sort=False).fillna("").reset_index()
+    lines = spread(cells).fillna("").reset_index()
     return Sheet(lines.rename_axis(columns=None), labels=2)
 
 

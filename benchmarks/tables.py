@@ -27,6 +27,15 @@ def texts(values: Iterable[object], form: str) -> list[str]:
     return ["" if pd.isna(value) else form.format(value) for value in values]
 
 
+def spread(values: pd.Series) -> pd.DataFrame:
+    """A column for each value of the index's last level; lines and columns in the order in which they come.
+
+    As ``unstack(sort=False)``, in which pandas before 3 mixes up the values.
+    """
+    lines, heads = values.index.droplevel(-1).unique(), values.index.unique(-1)
+    return values.unstack().reindex(index=lines, columns=heads)
+
+
 def mean_of(values: pd.Series) -> float:
     """The geometric mean of what was measured; NaN where nothing was."""
     return float(np.exp(np.log(values).mean()))

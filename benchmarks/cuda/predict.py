@@ -24,7 +24,7 @@ from benchmarks.cuda.model import DEVICES, Call, Device, Kernel, Plan, Steps, ti
 from benchmarks.document import update
 from benchmarks.rows import GRAPH, write_atomically
 from benchmarks.suites import Case, select_cases
-from benchmarks.tables import Sheet, markdown, print_markdown
+from benchmarks.tables import Sheet, markdown, print_markdown, spread
 from benchmarks.traffic import BN_ADD_RELU, ITEM_BYTES, PLAIN, Epilogue, model_bytes
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
@@ -158,7 +158,7 @@ def block(predictions: Sequence[dict[str, Any]]) -> str:
         for op, act, residual, shape in table[["op", "act", "residual", "shape"]].to_numpy()
     ]
     for (device, dtype), rows in table.groupby(["device", "dtype"], sort=False):
-        cells = rows.set_index(["layout", "size", "head"])["cell"].unstack("head", sort=False).reset_index()
+        cells = spread(rows.set_index(["layout", "size", "head"])["cell"]).reset_index()
         parts += [f"### {device}, {dtype}", "\n".join(bars(rows)), markdown(Sheet(cells, labels=2))]
     return "\n\n".join(parts)
 

@@ -4,10 +4,10 @@ The tables of a CPU are those of docs/benchmarks.md, which test_document.py comp
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from canned import imagined_costs, imagined_fused_gpu_run, imagined_fused_run, imagined_gpu_run, imagined_run, on_gpu
 
@@ -15,6 +15,7 @@ from benchmarks.__main__ import main
 from benchmarks.acceptance import mean_verdicts, summary, verdicts
 from benchmarks.report import block, compare
 from benchmarks.rows import Row, load_rows, save_rows, write_atomically
+from benchmarks.tables import spread
 
 NEWER = {"mode": "clock", "note": "", "act": "", "residual": False, "held_bytes": None, "model": "", "losses": ()}
 
@@ -51,11 +52,19 @@ def test_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "replace", interrupt)
+    monkeypatch.setattr(Path, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_atomically(path, b"new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_table_keeps_the_order_of_lines_and_columns_and_its_values() -> None:
+    rows = [("b", "2", "torch"), ("b", "2", "bnext"), ("a", "3", "torch"), ("a", "1", "bnext")]
+    table = spread(pd.Series(range(4), pd.MultiIndex.from_tuples(rows)))
+    assert list(table.columns) == ["torch", "bnext"]
+    assert list(table.index) == [("b", "2"), ("a", "3"), ("a", "1")]
+    assert table.fillna(-1).to_numpy().tolist() == [[0, 1], [2, -1], [-1, 3]]
 
 
 # The bars.

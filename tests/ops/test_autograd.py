@@ -177,7 +177,9 @@ def test_derivatives_equal_those_of_the_formula(
 ) -> None:
     problem = Problem(case, act, training, has_residual, missing=missing)
     inputs = problem.leaves()
-    ours, theirs = (derivatives(run, inputs, 3) for run in (problem.run, problem.composite))
+    # On elu's kink the second derivative is that of the side on which z's last bit lies.
+    orders = 1 if missing and act in ("elu", ("elu", 0.5)) else 3
+    ours, theirs = (derivatives(run, inputs, orders) for run in (problem.run, problem.composite))
     for a, b in zip(ours, theirs, strict=True):
         # Each derivative sums a few hundred terms, whose size may exceed that of the result by 1e3 at most here:
         # 2^-53 * 1e2 * 1e3 = 1e-11 of the largest element.
