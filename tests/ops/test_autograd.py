@@ -76,6 +76,10 @@ class Problem:
         self.layout, self.act, self.training, self.own = case.layout, act, training, own
         while True:
             x, _, self.stats, residual = make_inputs(case.shape, dtype=torch.float64, has_residual=has_residual)
+            if missing == "bias" and act == ("elu", 0.5):
+                # Without a bias a weight of zero puts a channel on the kink, where torch 2.14 and earlier ones differ.
+                weight = self.stats.weight
+                self.stats = self.stats._replace(weight=weight.where(weight != 0, 0.5))
             weight, bias = (None if what in missing else getattr(self.stats, what) for what in ("weight", "bias"))
             self.slots = (x, weight, bias, residual)
             self.values = tuple(value for value in self.slots if value is not None)
@@ -177,9 +181,7 @@ def test_derivatives_equal_those_of_the_formula(
 ) -> None:
     problem = Problem(case, act, training, has_residual, missing=missing)
     inputs = problem.leaves()
-    # On elu's kink the second derivative is that of the side on which z's last bit lies.
-    orders = 1 if missing and act in ("elu", ("elu", 0.5)) else 3
-    ours, theirs = (derivatives(run, inputs, orders) for run in (problem.run, problem.composite))
+    ours, theirs = (derivatives(run, inputs, 3) for run in (problem.run, problem.composite))
     for a, b in zip(ours, theirs, strict=True):
         # Each derivative sums a few hundred terms, whose size may exceed that of the result by 1e3 at most here:
         # 2^-53 * 1e2 * 1e3 = 1e-11 of the largest element.
