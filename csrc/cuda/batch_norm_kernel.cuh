@@ -73,8 +73,9 @@ class BlockTask {
     if constexpr (kReduces) {
       // The samples are requested first: behind all other loads they would arrive last.
       const Acc sample = kSamples ? load_sample(0) : Acc{};
-      if (!requested)
+      if (!requested) {
         in_form<scalar_t, Map, Reduce::kActivated>(args_, [&](auto loop) { request_kept<loop.value>(kept_of(items)); });
+      }
       // Where float32 cannot begin, every channel needs float64.
       bool again = !choose_coefficients(sample);
       // What was asked for in the map came in another order than the sums'.

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import math
+import statistics
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -25,7 +26,6 @@ from bnext.functional import batch_norm
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 MIB = 2**20
-OTHERS = 8 * MIB  # that others may map meanwhile: Python's arenas are a MiB each
 # 34.03 MiB, hence 18 huge pages.
 SHAPE = (2, 64, 264, 264)
 BLOCK = 36 * MIB
@@ -140,13 +140,18 @@ def test_memory_is_kept_from_32_mib_on() -> None:
 def test_release_unmaps_everything() -> None:
     free(34)
     _C.empty_cache()
-    before = address_space()
-    free(32, 34)
-    assert _C.cached_bytes() == 66 * MIB
-    assert abs(address_space() - before - 66 * MIB) < OTHERS
-    _C.empty_cache()
-    assert _C.cached_bytes() == 0
-    assert abs(address_space() - before) < OTHERS
+    kept, left = [], []
+    for _ in range(3):
+        before = address_space()
+        free(32, 34)
+        assert _C.cached_bytes() == 66 * MIB
+        kept.append(abs(address_space() - before - 66 * MIB))
+        _C.empty_cache()
+        assert _C.cached_bytes() == 0
+        left.append(abs(address_space() - before))
+    # In one of the rounds Python may map an arena of its own, which is a MiB.
+    assert statistics.median(kept) < MIB
+    assert statistics.median(left) < MIB
 
 
 @linux_only

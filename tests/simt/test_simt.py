@@ -25,6 +25,7 @@ def test_the_emulator_finds_what_is_wrong_and_nothing_else(seed: int) -> None:
     assert len(verdicts) >= 100
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_a_missing_synchronisation_is_noticed() -> None:
     # `make mutants` tries them all. This one only a checker can notice: the counter's release orders nothing.
