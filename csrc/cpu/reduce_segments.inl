@@ -32,6 +32,20 @@ BNEXT_INLINE double total(const Vec<acc_t> (&v)[1]) {
   return total<acc_t>(v[0]);
 }
 
+// Adds the end of a row, less than a register.
+template <typename acc_t, typename scalar_t, typename Op>
+BNEXT_INLINE void add_tail(Vec<acc_t>& first, Vec<acc_t>& second, const Inputs<scalar_t, Op>& inputs,
+                           const Vec<acc_t> (&c)[kMaxReduceCoefficients], const Flags& flags, std::int64_t i,
+                           Tail tail) {
+  Vec<acc_t> in[kMaxInputs];
+  Vec<acc_t> a = {};
+  Vec<acc_t> b = {};
+  inputs.template load<acc_t>(in, flags, i, tail);
+  Op::template add<scalar_t>(a, b, in, c, flags.epilogue);
+  first += keep<acc_t>(a, tail);
+  second += keep<acc_t>(b, tail);
+}
+
 // The two sums of a channel: kUnroll registers each, so that additions do not wait for one another.
 template <typename acc_t, typename scalar_t, typename Op, Specialization kSpecialization, int kUnroll>
 struct SegmentSums {
@@ -85,16 +99,6 @@ struct SegmentSums {
     Op::template add<scalar_t>(first[u + 1], second[u + 1], in[1], c, flags().epilogue);
   }
 
-  BNEXT_INLINE void add_tail(int u, const Inputs<scalar_t, Op>& inputs, std::int64_t i, Tail tail) {
-    Vec<acc_t> in[kMaxInputs];
-    Vec<acc_t> a = {};
-    Vec<acc_t> b = {};
-    inputs.template load<acc_t>(in, flags(), i, tail);
-    Op::template add<scalar_t>(a, b, in, c, flags().epilogue);
-    first[u] += keep<acc_t>(a, tail);
-    second[u] += keep<acc_t>(b, tail);
-  }
-
   // Elements [i, n), at most kInner * kStep of them.
   BNEXT_INLINE void add_run(const Inputs<scalar_t, Op>& inputs, std::int64_t i, std::int64_t n) {
     inner += (n - i) / kStep + 1;
@@ -115,7 +119,10 @@ struct SegmentSums {
     } else {
       for (; i + kN <= n; i += kN) add_vector(0, inputs, i);
     }
-    if (i < n) add_tail(kUnroll - 1, inputs, i, Tail{static_cast<int>(n - i)});
+    if (i < n) {
+      const Tail tail{static_cast<int>(n - i)};
+      add_tail<acc_t>(first[kUnroll - 1], second[kUnroll - 1], inputs, c, flags(), i, tail);
+    }
     if (inner >= kInner) flush_inner();
   }
 
@@ -183,12 +190,7 @@ struct ReduceSegments {
       }
       if (i < args.block.len) {
         const Tail tail{static_cast<int>(args.block.len - i)};
-        Vec<acc_t> a = {};
-        Vec<acc_t> b = {};
-        inputs.template load<acc_t>(in, flags, i, tail);
-        Op::template add<scalar_t>(a, b, in, c, flags.epilogue);
-        first += keep<acc_t>(a, tail);
-        second += keep<acc_t>(b, tail);
+        add_tail<acc_t>(first, second, inputs, c, flags, i, tail);
       }
     }
     args.first[j] += total<acc_t>(first);
