@@ -37,6 +37,7 @@ SOURCES = [
     "csrc/cpu/channels_first.cpp",
     "csrc/cpu/channels_last.cpp",
     "csrc/cpu/huge_page_cache.cpp",
+    "csrc/cpu/output_pool.cpp",
     "csrc/cpu/isa/dispatch.cpp",
     # An instruction set's kernels, the longest to compile first.
     *(
