@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -157,20 +158,28 @@ class ChannelsLast {
     return fit ? Compute::kFloat32 : Compute::kFloat64;
   }
 
-  // Each chunk's two sums of every column of the folded matrix: [chunk][first or second][column].
-  using Partial = std::vector<double>;
+  // Each chunk's two sums of every column of the folded matrix: [chunk][first or second][column]. Written first by the
+  // thread that adds them up, in whose cache they are then.
+  struct Partial {
+    explicit Partial(std::int64_t size) : data(new double[static_cast<std::size_t>(size)]), size(size) {}
+
+    std::unique_ptr<double[]> data;
+    std::int64_t size;
+  };
 
   Partial reduce_chunks(const Parallel& parallel, const Coefficients& coefficients, Compute compute) const {
     const auto kernel = kernels_.reduce_columns[static_cast<int>(problem_.dtype)][static_cast<int>(compute)]
                                                [static_cast<int>(op_.reduce_op)];
-    Partial partial(static_cast<std::size_t>(2 * columns_ * (chunks_ + (remainder_ != 0 ? 1 : 0))));
+    Partial partial(2 * columns_ * (chunks_ + (remainder_ != 0 ? 1 : 0)));
     const auto reduce = [&](std::int64_t chunk, std::int64_t column, std::int64_t rows, std::int64_t len) {
       ReduceArgs args;
       args.block = block_of(chunk, column, rows, len);
       args.epilogue = op_.epilogue;
       coefficients.pass(column, compute, args.coefficients);
-      args.first = partial.data() + 2 * chunk * columns_ + column;
+      args.first = partial.data.get() + 2 * chunk * columns_ + column;
       args.second = args.first + columns_;
+      std::fill_n(args.first, len, 0.0);
+      std::fill_n(args.second, len, 0.0);
       args.tile_rows = tile_rows_;
       args.prefetch_distance = row_bytes_ > kHardwarePrefetchedBytes ? prefetch_distance_ : 0;
       kernel(args);
@@ -181,7 +190,11 @@ class ChannelsLast {
         reduce(task / column_blocks_, column, rows_of(task / column_blocks_), width_of(column));
       }
     });
-    if (remainder_ != 0) reduce(chunks_, 0, 1, remainder_);
+    if (remainder_ != 0) {
+      double* const sums = partial.data.get() + 2 * chunks_ * columns_;
+      std::fill_n(sums, 2 * columns_, 0.0);  // beyond the remainder
+      reduce(chunks_, 0, 1, remainder_);
+    }
     return partial;
   }
 
@@ -189,7 +202,8 @@ class ChannelsLast {
   void merge(const Partial& partial, std::int64_t c, std::int64_t n, double* first, double* second) const {
     std::fill_n(first + c, n, 0.0);
     std::fill_n(second + c, n, 0.0);
-    for (const double* chunk = partial.data(); chunk != partial.data() + partial.size(); chunk += 2 * columns_) {
+    const double* const end = partial.data.get() + partial.size;
+    for (const double* chunk = partial.data.get(); chunk != end; chunk += 2 * columns_) {
       for (const double* at = chunk; at != chunk + columns_; at += problem_.C) {
         for (std::int64_t j = c; j < c + n; ++j) {
           first[j] += at[j];

@@ -51,16 +51,28 @@ class Pool {
     if (piece != pieces_.begin()) {
       if (const auto before = std::prev(piece); join(before, piece)) piece = before;
     }
-    if (piece->second.size == kBlockBytes) {
-      release_block(piece->first);
-      pieces_.erase(piece);
-    } else {
-      free_.insert({piece->second.size, piece->first});
-    }
+    // One block may be free as a whole: a layer by itself would offer it to the system after each call, and take it
+    // back, which interrupts all threads.
+    if (piece->second.size == kBlockBytes) release_free_block();
+    free_.insert({piece->second.size, piece->first});
   }
 
-  void lock() { mutex_.lock(); }
-  void unlock() { mutex_.unlock(); }
+  void empty() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    release_free_block();
+  }
+
+  std::size_t free_block_bytes() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return free_block() == free_.end() ? 0 : kBlockBytes;
+  }
+
+  // A child would share the pages of a free block, and have them copied when they are next written to.
+  void before_fork() {
+    mutex_.lock();
+    release_free_block();
+  }
+  void after_fork() { mutex_.unlock(); }
 
  private:
   struct Piece {
@@ -69,6 +81,17 @@ class Pool {
     bool is_free;
   };
   using Pieces = std::map<char*, Piece>;
+  using Free = std::set<std::pair<std::size_t, char*>>;
+
+  Free::iterator free_block() { return free_.lower_bound({kBlockBytes, nullptr}); }
+
+  void release_free_block() {
+    const auto found = free_block();
+    if (found == free_.end()) return;
+    release_block(found->second);
+    pieces_.erase(found->second);
+    free_.erase(found);
+  }
 
   // Makes one of two neighbours, where both are free and of the same block.
   bool join(Pieces::iterator left, Pieces::iterator right) {
@@ -81,8 +104,8 @@ class Pool {
   }
 
   std::mutex mutex_;
-  Pieces pieces_;                                 // by address
-  std::set<std::pair<std::size_t, char*>> free_;  // by size
+  Pieces pieces_;  // by address
+  Free free_;      // by size
 };
 
 Pool& pool() {
@@ -90,7 +113,7 @@ Pool& pool() {
     static Pool* const created = new Pool;
 #if defined(__linux__)
     cached_bytes();  // whose lock is taken with this one held, so that it must be registered first
-    pthread_atfork([] { created->lock(); }, [] { created->unlock(); }, [] { created->unlock(); });
+    pthread_atfork([] { created->before_fork(); }, [] { created->after_fork(); }, [] { created->after_fork(); });
 #endif
     return created;
   }();
@@ -102,5 +125,9 @@ Pool& pool() {
 void* allocate_piece(std::size_t bytes) { return max_cached_bytes() < kBlockBytes ? nullptr : pool().take(bytes); }
 
 void release_piece(void* piece) { pool().give_back(piece); }
+
+std::size_t free_block_bytes() { return pool().free_block_bytes(); }
+
+void empty_pool() { pool().empty(); }
 
 }  // namespace bnext::cpu

@@ -12,6 +12,7 @@
 #include "../common/activation.h"
 #include "../common/mask.h"
 #include "../cpu/huge_page_cache.h"
+#include "../cpu/output_pool.h"
 #include "../cpu/isa/dispatch.h"
 #include "backend.h"
 #include "node_attributes.h"
@@ -105,6 +106,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_isa", &set_cpu_isa, pybind11::arg("name"), "Use another of cpu_isas(), for tests and comparisons.");
   m.def("huge_pages_enabled", &bnext::cpu::huge_pages_enabled, "Whether large outputs ask for huge pages.");
   m.def("max_cached_bytes", &bnext::cpu::max_cached_bytes, "How much freed memory of large outputs is kept at most.");
-  m.def("cached_bytes", &bnext::cpu::cached_bytes, "How much is kept now.");
-  m.def("empty_cache", &bnext::cpu::empty_cache, "Unmap what is kept.");
+  m.def(
+      "cached_bytes", [] { return bnext::cpu::cached_bytes() + bnext::cpu::free_block_bytes(); },
+      "How much is kept now.");
+  m.def(
+      "empty_cache",
+      [] {
+        bnext::cpu::empty_pool();
+        bnext::cpu::empty_cache();
+      },
+      "Unmap what is kept.");
 }
