@@ -4,7 +4,6 @@ Exit status: what the command says; 2 on bad input; 130 on Ctrl-C.
 """
 
 import argparse
-import ctypes
 import os
 import signal
 import sys
@@ -12,13 +11,12 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, connection, get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any, NoReturn
 
 from benchmarks.rows import InputError
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -73,31 +71,53 @@ def error_summary(error: BaseException) -> str:
 
 
 def end_with_parent(number: int) -> None:
-    """This process is sent a signal when its parent ends, however that came about."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+    """This process is sent a signal when the one that started it ends, however that came about."""
+    parent = parent_process()
+
+    def wait_for_parent() -> None:
+        connection.wait([parent.sentinel])
+        os.kill(os.getpid(), number)
+
+    Thread(target=wait_for_parent, daemon=True).start()
+
+
+@contextmanager
+def process_pool(
+    count: int, begin: Callable[..., None], *arguments: Any, preload: Sequence[str] = ()
+) -> Iterator[ProcessPoolExecutor]:
+    """So many processes at most, which first begin with the arguments; none is left at the end of the block.
+
+    They are spawned, or forked from a process that has imported the modules ``preload`` and done nothing else.
+    """
+    context = get_context("forkserver" if preload else "spawn")
+    if preload:
+        context.set_forkserver_preload(list(preload))
+    others = active_children()
+    with ProcessPoolExecutor(count, context, begin, arguments) as pool:
+        try:
+            yield pool
+        finally:
+            for child in active_children():
+                if child not in others:
+                    child.kill()
+
+
+def submit(pool: ProcessPoolExecutor, function: Callable[..., Any], *arguments: object) -> Future[Any]:
+    """Call it in one of the processes. They never see Ctrl-C, which reaches all of a terminal: the parent ends them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return pool.submit(function, *arguments)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
 def processes(
     function: Callable[..., Any], calls: Collection[tuple[Any, ...]], begin: Callable[..., None], *arguments: Any
 ) -> Iterator[Collection[Future[Any]]]:
-    """A new process for each call, which first begins with the arguments; none is left at the end of the block.
-
-    They never see Ctrl-C, which reaches all of a terminal: the parent ends them, and none of its other children.
-    """
-    others = active_children()
-    with ProcessPoolExecutor(len(calls) or 1, get_context("spawn"), begin, arguments) as pool:
-        try:
-            before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-            try:
-                futures = [pool.submit(function, *call) for call in calls]
-            finally:
-                signal.signal(signal.SIGINT, before)
-            yield futures
-        finally:
-            for child in active_children():
-                if child not in others:
-                    child.kill()
+    """A new process for each call, which first begins with the arguments; none is left at the end of the block."""
+    with process_pool(len(calls) or 1, begin, *arguments) as pool:
+        yield [submit(pool, function, *call) for call in calls]
 
 
 def run_command(parser: OneLineParser, arguments: Sequence[str], default: str) -> int:

@@ -1,11 +1,10 @@
 """The run: the providers of every case are checked, then timed in turn, on whatever device."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from timeit import Timer
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,13 +13,13 @@ from torch.utils.benchmark.utils.common import set_torch_threads
 from benchmarks.command import error_summary
 from benchmarks.correctness import Checker, MismatchError
 from benchmarks.operators import Provider, Tensors, floor_call, held, make_provider, make_tensors, provider_call
-from benchmarks.peak import PeakError, measure_peak
 from benchmarks.provenance import provenance
 from benchmarks.rows import CLOCK, Provenance, Row
 from benchmarks.suites import BNEXT, COMPILE, COPY, SUITES, TORCH, TORCH_COMPILE, Case
 from benchmarks.timing import Budget, Call, Stopwatch, check_work, operation_work, time_in_turn
 from benchmarks.traffic import STEP, model_bytes
-from benchmarks.training import ModelChecker
+from benchmarks.trainer_process import TrainerProcess, trainer_process
+from benchmarks.training import Made, ModelChecker
 
 Progress = Callable[[str, float], None]  # (what is being done, work that has been finished by it)
 Context = Callable[[], AbstractContextManager[object]]
@@ -46,6 +45,7 @@ class Device:
 
     name = "cpu"  # whose suites are measured
     tensors = "cpu"  # torch's name of it
+    trains_apart = True  # each trained model in a process of its own, not all in this one
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -84,7 +84,6 @@ class Device:
 
 class BatchNorms:
     floors: tuple[str, ...] = (COPY,)  # timed beside the providers, without a check
-    peaks: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, case: Case, device: Device) -> None:
         self._case = case
@@ -115,19 +114,49 @@ class BatchNorms:
         # How bnext's kernels were launched, which only they say.
         return stopwatch, {**fields, **how, **({} if made.name.startswith(BNEXT) else {"plan": ""})}
 
+    def counted(self, name: str, made: Provider | None) -> Fields:
+        return {}
+
 
 class Models(ModelChecker):
     floors: tuple[str, ...] = ()
 
-    def __init__(self, case: Case, device: Device) -> None:
-        self.peaks: dict[str, int] = {}  # of training, by provider: bytes
+    def __init__(self, case: Case, device: Device, alive: ExitStack) -> None:
+        """The processes that models train in, if they do so apart, end with ``alive``."""
         torch.compiler.reset()  # after a few models of the same classes torch would refuse to compile another one
-        super().__init__(case, device.tensors)
+        self._apart = device.trains_apart and STEP in case.operations
         self._on = device
+        self._alive = alive
+        self._peaks: dict[str, int] = {}  # by provider: bytes
+        super().__init__(case, device.tensors)
+
+    def _make(self, provider: str) -> Made:
+        if self._apart:
+            return self._alive.enter_context(self._process(provider))
+        return super()._make(provider)
+
+    def _process(self, provider: str) -> AbstractContextManager[TrainerProcess]:
+        return trainer_process(self._case, provider, self._device, torch.get_num_threads())
 
     def stopwatch(self, mode: str, operation: str, made: Any) -> tuple[Stopwatch, Fields]:
+        fields: Fields = {"bytes": 0, "plan": "", "losses": made.losses}
+        if isinstance(made, TrainerProcess):
+            return made, fields
         stopwatch, how = self._on.stopwatch(mode, [made.prepared(operation)], nullcontext, 0)
-        return stopwatch, {**how, "bytes": 0, "plan": "", "losses": made.losses}
+        return stopwatch, {**how, **fields}
+
+    def measure_peak(self, provider: str, made: Any) -> None:
+        """Of memory; raises what is raised in the process, where it cannot be."""
+        if self._apart:
+            self._peaks[provider] = made.peak()
+        else:
+            with self._process(provider) as process:
+                self._peaks[provider] = process.peak()
+
+    def counted(self, name: str, made: Any) -> Fields:
+        """What is known when it has been timed."""
+        faults = {"page_faults": made.page_faults} if isinstance(made, TrainerProcess) else {}
+        return {**faults, "peak_bytes": self._peaks.get(name)}
 
 
 # What is measured of one case: makes its providers, knows their right results, and what one call is.
@@ -187,28 +216,27 @@ class Run:
     source: Provenance
 
     def measure(self, case: Case) -> None:
-        self.progress(f"{case} check", 0)
-        checked: dict[str, Any] = {}
-        try:
-            subject: Subject = (Models if case.model else BatchNorms)(case, self.device)
-        except ModuleNotFoundError as error:
-            self.report(f"{case.suite} {case.model} is left out: {error}", False)
-        except Exception as error:  # no memory, or whatever torch raises: the next case may be fine
-            self.report(f"{case}: torch failed: {error_summary(error)}", True)
-        else:
-            checked = self.check(case, subject)
-            if SUITES[self.device.name][case.suite].peak_s:
-                self.measure_peaks(case, subject, checked)
-        work = check_work(case, self.device.name)
-        self.budget.skip(work)
-        self.progress(f"{case} check", work)
-        for operation in case.operations:
-            work = operation_work(operation, case, self.device.name)
-            for mode in self.device.modes(case):
-                self.progress(f"{case} {operation} {mode}", 0)
-                if not checked or not self.time(case, subject, operation, mode, checked):
-                    self.budget.skip(work)
-                self.progress(f"{case} {operation} {mode}", work)
+        with ExitStack() as alive:
+            self.progress(f"{case} check", 0)
+            checked: dict[str, Any] = {}
+            try:
+                subject: Subject = Models(case, self.device, alive) if case.model else BatchNorms(case, self.device)
+            except ModuleNotFoundError as error:
+                self.report(f"{case.suite} {case.model} is left out: {error}", False)
+            except Exception as error:  # no memory, or whatever torch raises: the next case may be fine
+                self.report(f"{case}: torch failed: {error_summary(error)}", True)
+            else:
+                checked = self.check(case, subject)
+            work = check_work(case, self.device.name)
+            self.budget.skip(work)
+            self.progress(f"{case} check", work)
+            for operation in case.operations:
+                work = operation_work(operation, case, self.device.name)
+                for mode in self.device.modes(case):
+                    self.progress(f"{case} {operation} {mode}", 0)
+                    if not checked or not self.time(case, subject, operation, mode, checked):
+                        self.budget.skip(work)
+                    self.progress(f"{case} {operation} {mode}", work)
 
     def check(self, case: Case, subject: Subject) -> dict[str, Any]:
         """The providers to be timed: of a batch norm none where bnext is wrong, or bnext or torch fails.
@@ -239,12 +267,12 @@ class Run:
         """Each in a process of its own."""
         if self.device.tensors == "cuda":
             torch.cuda.empty_cache()  # the other process needs as much of the device as this one did
-        for provider in checked:
+        for provider, made in checked.items():
             self.progress(f"{case} memory {provider}", 0)
             try:
-                subject.peaks[provider] = measure_peak(case, provider, self.device.tensors, torch.get_num_threads())
-            except PeakError as error:
-                self.report(f"{case}: no peak memory of {provider}: {error}", False)
+                subject.measure_peak(provider, made)
+            except Exception as error:  # whatever torch raises there; or the process was killed, where memory ran out
+                self.report(f"{case}: no peak memory of {provider}: {error_summary(error)}", False)
 
     def time(self, case: Case, subject: Subject, operation: str, mode: str, checked: Mapping[str, Any]) -> bool:
         """One row per provider and floor; or none, where one that is required fails. Tells which."""
@@ -259,7 +287,10 @@ class Run:
                     return False
         work = operation_work(operation, case, self.device.name)
         source = replace(self.source, threads=torch.get_num_threads())
-        for name, timing in time_in_turn(stopwatches, partial(self.budget.rounds, work)).items():
+        timings = time_in_turn(stopwatches, partial(self.budget.rounds, work))
+        if isinstance(subject, Models) and SUITES[self.device.name][case.suite].peak_s:
+            self.measure_peaks(case, subject, checked)
+        for name, timing in timings.items():
             row = Row(
                 **{field: getattr(case, field) for field in ("suite", "model", "shape", "dtype", "layout")},
                 op=operation,
@@ -267,9 +298,9 @@ class Run:
                 mode=mode,
                 **asdict(timing),
                 gb_per_s=details[name]["bytes"] / timing.median_s / 1e9,
-                peak_bytes=subject.peaks.get(name),
                 **case.epilogue._asdict(),
                 **details[name],
+                **subject.counted(name, checked.get(name)),
                 **asdict(source),
             )
             self.outcome.rows.append(row)

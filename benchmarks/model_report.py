@@ -21,6 +21,12 @@ CASE = ["model", "input", "dtype", "layout"]
 OURS = EAGER_PROVIDERS[1:]
 PROVIDERS = (*OURS, WITHOUT)
 
+# What was counted of a step: the column of all providers, the field of a row, its unit and format.
+COUNTED = {
+    "1000 page faults": ("page_faults", 1e3, "{:.1f}"),
+    "peak, MB": ("peak_bytes", MB, "{:.0f}"),
+}
+
 STEP_LEGEND = "A step is forward, loss, backward and SGD with momentum, on one batch."
 COST_LEGEND = (
     "Before it is timed, the losses of a few are held against torch's. x torch: the time with torch's layers / the "
@@ -28,6 +34,7 @@ COST_LEGEND = (
     "(activations stay). Cost gone: how much of what batch norm costs torch is gone, (torch - provider) / (torch - "
     "without); of several models the sum of each's share of its step."
 )
+COUNTED_LEGEND = "Page faults of a step, and the peak of memory: torch, bnext, bnext-fused, without."
 TRAINING_LEGEND = (
     "x torch: the time with torch's layers / the provider's, eager against eager, compiled against compiled."
 )
@@ -61,6 +68,10 @@ def compare_costs(table: pd.DataFrame) -> pd.DataFrame:
     costed = table[table["costed"]]
     keys = ["suite", "op", *CASE]
     lines = costed.pivot(index=keys, columns="provider", values="speedup").reindex(columns=list(PROVIDERS))
+    for column, (counted, unit, form) in COUNTED.items():
+        values = costed.pivot(index=keys, columns="provider", values=counted).reindex(columns=[TORCH, *PROVIDERS])
+        lines[column] = [", ".join(texts(line / unit, form)) for line in values.to_numpy(dtype=float)]
+        lines.loc[values[TORCH].isna(), column] = ""
     return costed.drop_duplicates(keys)[[*keys, "torch_s"]].join(lines, on=keys).reset_index(drop=True)
 
 
@@ -103,6 +114,7 @@ def cost_lines(costs: pd.DataFrame) -> Sheet:
     for name in OURS:
         gone = [cost_gone(costs.loc[[line]], name) for line in costs.index]
         cells[f"cost gone, {name}"] = texts(gone, "{:.0%}")
+    cells |= {name: costs[name] for name in COUNTED if costs[name].any()}
     return Sheet(pd.DataFrame(cells), labels=4)
 
 
@@ -162,6 +174,8 @@ def notes(table: pd.DataFrame) -> list[str]:
     costed = table["costed"].any()
     trained, called = trained_and_called(table)
     found = [f"{STEP_LEGEND} {COST_LEGEND}"] if costed else []
+    if table.loc[table["costed"], "page_faults"].notna().any():
+        found[0] += f" {COUNTED_LEGEND} {PEAK_LEGENDS['cpu']}"
     if len(trained):
         peak = PEAK_LEGENDS[trained["device"].iloc[0]] if trained["peak_bytes"].notna().any() else ""
         parts = ("" if costed else STEP_LEGEND, TRAINING_LEGEND, peak, curves_line(trained))

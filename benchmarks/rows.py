@@ -58,9 +58,10 @@ class Measurement:
     held_arguments_bytes: int | None = None
     held_result_bytes: int | None = None
     held_bytes: int | None = None
-    # Of the suites of whole models: its name; in training, what peak.py measures, and training.Trainer.results.
+    # Of the suites of whole models: its name; in training, what trainer_process.py counts, and Trainer.losses.
     model: str = ""
     peak_bytes: int | None = None
+    page_faults: float | None = None  # a step's; on a CPU
     losses: tuple[float, ...] = ()
 
     @property

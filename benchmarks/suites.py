@@ -192,6 +192,7 @@ SUITES = {
             dtypes=MODEL_DTYPES,
             seconds=1400,
             compile_s=20,
+            peak_s=2,
             quick=("resnet20", "torchvision/mobilenet_v3_large", "timm/regnety_004"),
         ),
         # Where a step is mostly Python and dispatch: what a fused model's guards cost must not show.

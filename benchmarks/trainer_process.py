@@ -1,50 +1,145 @@
-"""The memory that training takes at its peak, measured in a process that does nothing else.
+"""A model in training in a process of its own, as a user has it: with its own heap, page faults and peak of memory.
 
-On a CPU that is resident memory, as the system counts it: whatever an allocator keeps is in it. The process trains
-until all is compiled and allocated, gives back to the system what is free, and resets its high-water mark; so the
-peak of compiling is not in it, but what the compiler leaves behind is. From the mark of the next steps goes what was
-resident before there was a model: the interpreter and the libraries. On a GPU it is torch's own peak.
+Models that take turns in one process keep one another's heap from being trimmed: there torch's layers cause no page
+faults, where alone they cause tens of thousands a step.
+
+The memory that training takes at its peak is on a CPU resident memory, as the system counts it: whatever an allocator
+keeps is in it. The process gives back to the system what is free, and resets its high-water mark; so the peak of
+compiling is not in it, but what the compiler leaves behind is. From the mark of the next steps goes what was resident
+before there was a model: the interpreter and the libraries. On a GPU it is torch's own peak.
 """
 
 import ctypes
 import gc
-import os
+import resource
 import signal
+import statistics
+from collections.abc import Callable, Iterator
 from concurrent import futures
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from timeit import Timer
+from typing import TypeVar
 
-from benchmarks.command import end_with_parent, error_summary, processes
+import torch
+from torch import Tensor
+
+from benchmarks.command import end_with_parent, process_pool, submit
+from benchmarks.models import make_model
 from benchmarks.suites import Case
+from benchmarks.timing import Call
+from benchmarks.training import Trainer, make_trainer
 
+PRELOADED = ["benchmarks.preloaded"]
 WARM_STEPS = 2  # the first makes gradients and the optimiser's buffers
-STEPS = 2
+STEPS = 2  # whose peak is measured
 TIMEOUT_S = 600
 
+Result = TypeVar("Result")
 
-class PeakError(Exception):
+
+class ProcessError(Exception):
     """There is no number; the message is one line."""
 
 
-def measure_peak(case: Case, provider: str, device: str, threads: int) -> int:
-    """The peak in bytes; raises PeakError. What is running when this is interrupted is ended."""
-    with processes(peak_here, [(case, provider, device)], begin, threads) as (peak,):
+class TrainerProcess:
+    """A provider's model in training, as training.Trainer; raises what is raised in the process.
+
+    A stopwatch of its steps as well: the process times them, and counts their page faults.
+    """
+
+    def __init__(self, pool: ProcessPoolExecutor) -> None:
+        self.losses: tuple[float, ...] = ()
+        self._pool = pool
+        self._page_faults: list[float] = []
+
+    def step(self) -> None:
+        self._ask(time_here, 1)
+
+    def prepared(self, operation: str) -> Call:
+        return self.step
+
+    def results(self) -> dict[str, Tensor]:
+        self.losses = self._ask(losses_here)
+        return {"losses": torch.tensor(self.losses)}
+
+    def timeit(self, number: int) -> float:
+        """The seconds that ``number`` steps take."""
+        seconds, faults = self._ask(time_here, number)
+        self._page_faults.append(faults / number)
+        return seconds
+
+    @property
+    def page_faults(self) -> float:
+        """A step's, in the median of what was timed."""
+        return statistics.median(self._page_faults)
+
+    def peak(self) -> int:
+        """The peak of memory of a few steps more, in bytes."""
+        return self._ask(peak_here)
+
+    def _ask(self, function: Callable[..., Result], *arguments: object) -> Result:
         try:
-            return peak.result(TIMEOUT_S)
+            result: Result = submit(self._pool, function, *arguments).result(TIMEOUT_S)
+            return result
         except futures.TimeoutError:  # not Python 3.10's own
-            raise PeakError(f"not done after {TIMEOUT_S} s") from None
-        except Exception as error:  # whatever torch raises there; or the process was killed, as where memory ran out
-            raise PeakError(error_summary(error)) from None
+            raise ProcessError(f"not done after {TIMEOUT_S} s") from None
+
+
+@contextmanager
+def trainer_process(case: Case, provider: str, device: str, threads: int) -> Iterator[TrainerProcess]:
+    """The process is ended with the block, whatever it is doing.
+
+    Processes are forked from one that has imported all that models need, and done nothing else.
+    """
+    with process_pool(1, begin, threads, preload=PRELOADED) as pool:
+        process = TrainerProcess(pool)
+        process._ask(make_here, case, provider, device)
+        yield process
+
+
+# In the process.
+
+_trainer: Trainer
+_resident_before: int
 
 
 def begin(threads: int) -> None:
-    """In the new process, before anything else."""
     # Nobody is there to read the answer once the parent has ended, however it did.
     end_with_parent(signal.SIGKILL)
-    # Compiling is a matter of looking into the cache that the parent has filled: no workers for it.
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-    import torch
-
     torch.set_num_threads(threads)
+
+
+def make_here(case: Case, provider: str, device: str) -> None:
+    global _trainer, _resident_before
+    _resident_before = status_bytes("VmRSS") if device == "cpu" else 0
+    _trainer = make_trainer(case, provider, make_model(case, device), device)
+
+
+def losses_here() -> tuple[float, ...]:
+    _trainer.results()
+    return _trainer.losses
+
+
+def time_here(number: int) -> tuple[float, int]:
+    """The seconds that steps take, and their page faults."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    seconds = Timer(_trainer.step).timeit(number)
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def peak_here() -> int:
+    on_gpu = torch.cuda.is_initialized()
+    for _ in range(WARM_STEPS):
+        _trainer.step()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        reset_high_water()
+    for _ in range(STEPS):
+        _trainer.step()
+    return torch.cuda.max_memory_allocated() if on_gpu else status_bytes("VmHWM") - _resident_before
 
 
 def status_bytes(name: str) -> int:
@@ -53,30 +148,10 @@ def status_bytes(name: str) -> int:
         key, _, value = line.partition(":")
         if key == name:
             return 1024 * int(value.split()[0])
-    raise PeakError(f"the system does not tell {name}")
+    raise ProcessError(f"the system does not tell {name}")
 
 
 def reset_high_water() -> None:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # man 5 proc: the peak is what is resident now
-
-
-def peak_here(case: Case, provider: str, device: str) -> int:
-    """What ``measure_peak`` returns, of this process."""
-    import torch
-
-    from benchmarks.models import build, make_model
-    from benchmarks.training import Trainer
-
-    before = status_bytes("VmRSS")
-    trainer = Trainer(case, build(case, provider, make_model(case, device), device), device)
-    for _ in range(WARM_STEPS):
-        trainer.step()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        reset_high_water()
-    for _ in range(STEPS):
-        trainer.step()
-    return torch.cuda.max_memory_allocated() if device == "cuda" else status_bytes("VmHWM") - before

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from benchmarks.correctness import require_as_close
@@ -15,9 +15,9 @@ from benchmarks.suites import TORCH, WITHOUT, Case
 from benchmarks.timing import Call
 from benchmarks.traffic import STEP
 
-# The loss falls by half and more within the steps, so that each of them shows in it; one more would learn the batch by
-# heart, and a later one divide rounding by nearly nothing.
-STEPS = 4
+# The second loss shows the first step's gradients. From step to step rounding grows, in some models tenfold, until two
+# right computations no longer agree.
+STEPS = 2
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
 
 
@@ -82,6 +82,13 @@ def make_target(output: Tensor) -> Tensor:
     return torch.randint(max(classes, 2), (samples, *pixels), generator=generator).to(output.device)
 
 
+def make_trainer(case: Case, provider: str, model: nn.Module, device: str) -> Trainer:
+    """Of a copy of the model with a provider's layers."""
+    # The same work at rate 0: without batch norm some go to inf within a few steps.
+    rate = 0.0 if provider == WITHOUT else LEARNING_RATE
+    return Trainer(case, build(case, provider, model, device), device, rate)
+
+
 class Calls:
     """A model with an input that requires its gradient, as of a layer in the middle of a network.
 
@@ -128,7 +135,16 @@ class Calls:
         return {**found, "eval output": self.evaluate()}
 
 
-Made = Trainer | Calls
+class Made(Protocol):
+    """What a case's provider is made into: a Trainer, here or in a process of its own, or Calls."""
+
+    losses: tuple[float, ...]
+
+    def results(self) -> dict[str, Tensor]:
+        """What is checked, by name."""
+
+    def prepared(self, operation: str) -> Call:
+        """What is timed."""
 
 
 class ModelChecker:
@@ -147,11 +163,10 @@ class ModelChecker:
         return self._torch if provider == TORCH else self._make(provider)
 
     def _make(self, provider: str) -> Made:
+        if STEP in self._case.operations:
+            return make_trainer(self._case, provider, self._model, self._device)
         built = build(self._case, provider, self._model, self._device)
-        if STEP not in self._case.operations:
-            return Calls(self._case, built, self._device, getattr(torch, self._case.dtype))
-        # The same work at rate 0: without batch norm some go to inf within a few steps.
-        return Trainer(self._case, built, self._device, 0.0 if provider == WITHOUT else LEARNING_RATE)
+        return Calls(self._case, built, self._device, getattr(torch, self._case.dtype))
 
     def check(self, provider: str, made: Any) -> None:
         """Train or call it; raise MismatchError at the first result that is not right. Without batch norm any is."""

@@ -45,6 +45,7 @@ class Gpu(Device):
     """
 
     name = tensors = "cuda"
+    trains_apart = False  # torch's allocator keeps what is freed, whoever else is there
 
     def __init__(self) -> None:
         self.l2_bytes: int = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size

@@ -19,10 +19,10 @@ from benchmarks.cuda import device
 from benchmarks.cuda import measure as cuda
 from benchmarks.measure import Device, Outcome, total_work
 from benchmarks.operators import eager
-from benchmarks.peak import PeakError
 from benchmarks.rows import is_touched, load_rows
 from benchmarks.suites import EAGER_PROVIDERS, WITHOUT, Case, Suite, select_cases
 from benchmarks.traffic import TENSOR_PASSES, model_bytes
+from benchmarks.trainer_process import ProcessError, TrainerProcess
 from benchmarks.training import STEPS, ModelChecker
 from bnext import _C
 
@@ -76,10 +76,11 @@ def test_whole_models_leave_rows_of_every_provider(run: Run, tmp_path: Path) -> 
     for row in rows:
         assert (row.rounds, row.threads, row.bytes) == (1, 1, 0)
         assert row.peak_bytes == (5_000_000 if row.suite == "training" else None)
+        assert (row.page_faults is not None) == (row.op == "step")
         assert len(row.losses) == (STEPS + 1 if row.op == "step" and row.provider != WITHOUT else 0)
         if row.suite == "training":
             assert row.losses == pytest.approx(rows[0].losses, rel=1e-4)
-    assert rows[0].losses[0] > 1.02 * rows[0].losses[STEPS - 1], "it learns"
+    assert rows[0].losses[0] > 1.005 * rows[0].losses[STEPS - 1], "it learns"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "results.png"]
 
 
@@ -161,7 +162,7 @@ def test_torch_compile_that_fails_is_left_out_with_a_note(run: Run, monkeypatch:
     assert {row.provider for row in rows} == {"torch", "bnext", "copy"}
 
 
-@pytest.mark.parametrize("settings", [{"eps": 1e-2}, {"momentum": 0.15}], ids=str)
+@pytest.mark.parametrize("settings", [{"eps": 1e-2}, {"momentum": 0.3}], ids=str)
 def test_another_loss_is_an_error_and_not_a_number(
     settings: dict[str, float], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,22 +197,24 @@ def test_where_torch_cannot_be_compiled_either_it_is_the_compiler_that_is_missin
     assert ["note" in line for line in errors] == ([False] if status else [True, True])
 
 
-@pytest.mark.parametrize("error", [PeakError("no memory"), KeyboardInterrupt()], ids=["fails", "interrupted"])
+@pytest.mark.parametrize("error", [ProcessError("no memory"), KeyboardInterrupt()], ids=["fails", "interrupted"])
 def test_a_peak_that_cannot_be_measured_is_a_note_and_an_interrupt_keeps_what_was(
     error: BaseException, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(case: Case, *_: object) -> int:
-        if case.layout == "channels_last":
+    peak = measure.Models.measure_peak
+
+    def fail(self: measure.Models, provider: str, made: TrainerProcess) -> None:
+        if self._case.layout == "channels_last":
             raise error
-        return 1
+        peak(self, provider, made)
 
     interrupted = isinstance(error, KeyboardInterrupt)
-    monkeypatch.setattr(measure, "measure_peak", fail)
+    monkeypatch.setattr(measure.Models, "measure_peak", fail)
     status, rows, errors = run("training", "--no-compile")
     assert status == (130 if interrupted else 0)
     peaks = {(row.layout, row.peak_bytes) for row in rows}
-    assert peaks == {("contiguous", 1)} | (set() if interrupted else {("channels_last", None)})
-    note = "note: training tiny 4x3x8x8 float32 channels_last: no peak memory of torch: no memory"
+    assert peaks == {("contiguous", 5_000_000)} | (set() if interrupted else {("channels_last", None)})
+    note = "note: training tiny 4x3x8x8 float32 channels_last: no peak memory of torch: ProcessError: no memory"
     assert any(note in line for line in errors) != interrupted
 
 

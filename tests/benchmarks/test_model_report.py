@@ -30,6 +30,17 @@ def test_the_cost_that_is_gone() -> None:
     assert cost_gone(costs[:2], "bnext") == pytest.approx(0.5)
 
 
+def test_what_was_counted_of_a_step_is_shown_of_every_provider() -> None:
+    seconds = {"bnext": 0.3, "bnext-fused": 0.25, "without": 0.2}
+    rows = trained(0.4, seconds, suite="models", page_faults=12_340.0)
+    text = block(rows)
+    assert "| 12.3, 12.3, 12.3, 12.3 | 500, 500, 500, 500 |" in text
+    assert "each in a process of its own" in text
+    bare = block(trained(0.4, seconds, suite="models", peak_bytes=None))
+    assert "page faults" not in bare.lower()
+    assert "in one process" in bare
+
+
 def test_a_compiled_model_has_a_bar_and_a_small_one_has_to_be_as_fast_fused() -> None:
     times = {"forward_backward": (0.4, 0.1), "eval": (0.1, 0.2)}
     called = [

@@ -1,4 +1,4 @@
-"""The memory at its peak, measured in a process of its own, and what is left of that when it is interrupted."""
+"""A model in training in a process of its own: its steps, its memory, and what is left when it is interrupted."""
 
 import os
 import signal
@@ -16,32 +16,58 @@ import pytest
 import torch
 from test_tuning_study import until
 
-from benchmarks import peak
+from benchmarks import trainer_process as apart
+from benchmarks.models import make_model
 from benchmarks.suites import Case
 from benchmarks.traffic import STEP
+from benchmarks.training import STEPS, make_trainer
 
 CASE = Case("training", (2, 3, 32, 32), "float32", "contiguous", (STEP,), model="resnet50")
+SMALL = replace(CASE, model="resnet20")
 PARAMETERS = 4 * 25_557_032
 MB = 1_000_000
 
 
 def test_training_has_parameters_gradients_and_momentum_at_its_peak() -> None:
-    found = peak.measure_peak(CASE, "torch", "cpu", threads=1)
-    assert 3 * PARAMETERS < found < 6 * PARAMETERS
+    with apart.trainer_process(CASE, "torch", "cpu", threads=1) as process:
+        assert 3 * PARAMETERS < process.peak() < 6 * PARAMETERS
+
+
+def test_it_trains_as_here_and_counts() -> None:
+    here = make_trainer(SMALL, "bnext", make_model(SMALL, "cpu"), "cpu")
+    with apart.trainer_process(SMALL, "bnext", "cpu", threads=1) as process:
+        torch.testing.assert_close(process.results()["losses"], here.results()["losses"], rtol=1e-4, atol=0)
+        assert len(process.losses) == STEPS + 1
+        process.prepared(STEP)()
+        begin = time.perf_counter()
+        assert 0 < process.timeit(3) < time.perf_counter() - begin
+        assert process.timeit(1) > 0
+        assert process.page_faults >= 0
+
+
+def test_page_faults_are_those_of_a_step() -> None:
+    """Of tensors that are mapped and unmapped by each step: their pages, and few more."""
+    shape = (1, 3, 2048, 2048)
+    with apart.trainer_process(replace(CASE, model="bn", shape=shape), "torch", "cpu", threads=1) as process:
+        process.timeit(1)
+    assert process.page_faults > 3 * 2048 * 2048 * 4 / 4096
 
 
 def test_the_mark_is_what_comes_after_it() -> None:
     torch.ones(200 * MB, dtype=torch.uint8)  # and is gone
-    peak.reset_high_water()
-    before = peak.status_bytes("VmRSS")
-    assert abs(peak.status_bytes("VmHWM") - before) < 10 * MB
+    apart.reset_high_water()
+    before = apart.status_bytes("VmRSS")
+    assert abs(apart.status_bytes("VmHWM") - before) < 10 * MB
     torch.ones(100 * MB, dtype=torch.uint8)
-    assert abs(peak.status_bytes("VmHWM") - before - 100 * MB) < 10 * MB
+    assert abs(apart.status_bytes("VmHWM") - before - 100 * MB) < 10 * MB
 
 
-def test_what_fails_is_one_line() -> None:
-    with pytest.raises(peak.PeakError, match=r"^KeyError: 'resnet51'$"):
-        peak.measure_peak(replace(CASE, model="resnet51"), "torch", "cpu", threads=1)
+def test_what_fails_there_is_raised_here() -> None:
+    with (
+        pytest.raises(KeyError, match="resnet51"),
+        apart.trainer_process(replace(CASE, model="resnet51"), "torch", "cpu", 1),
+    ):
+        pass
 
 
 @pytest.fixture
@@ -65,8 +91,9 @@ def test_interrupt_and_timeout_end_the_process_and_no_other(
         raise error
 
     monkeypatch.setattr(futures.Future, "result", interrupted)
-    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else peak.PeakError):
-        peak.measure_peak(CASE, "torch", "cpu", threads=1)
+    expected = KeyboardInterrupt if error is KeyboardInterrupt else apart.ProcessError
+    with pytest.raises(expected), apart.trainer_process(CASE, "torch", "cpu", threads=1):
+        pass
     assert set(active_children()) == before
     assert another.is_alive()
 
@@ -76,12 +103,13 @@ def test_it_ends_with_the_process_that_asked(tmp_path: Path) -> None:
     file, script = tmp_path / "pid", tmp_path / "script.py"
     script.write_text(
         "import os, signal\n"
-        "from benchmarks import peak\n"
+        "from benchmarks import trainer_process\n"
         "def wait(*_):\n"
         f"    open({str(file)!r}, 'w').write(str(os.getpid()))\n"
         "    signal.pause()\n"
-        "peak.peak_here = wait\n"
-        "if __name__ == '__main__': peak.measure_peak(None, '', 'cpu', 1)\n"
+        "trainer_process.make_here = wait\n"
+        "if __name__ == '__main__':\n"
+        "    with trainer_process.trainer_process(None, '', 'cpu', 1): pass\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     parent = subprocess.Popen([sys.executable, str(script)], env=environment)

@@ -1,22 +1,27 @@
 """Suites, models and a device that take no time, and runs of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from host_gpu import HostGpu
 from torch import nn
 
-from benchmarks import measure, models, operators, timing, training
+from benchmarks import measure, models, operators, timing, trainer_process, training
 from benchmarks.__main__ import main
 from benchmarks.cuda import device, rotation
 from benchmarks.cuda import measure as cuda
 from benchmarks.networks import Bottleneck, conv
 from benchmarks.rows import Row, load_rows
-from benchmarks.suites import COMPILED_PROVIDERS, EAGER_PROVIDERS, SUITES, WITHOUT, Input, Suite
+from benchmarks.suites import COMPILED_PROVIDERS, EAGER_PROVIDERS, SUITES, WITHOUT, Case, Input, Suite
 from benchmarks.traffic import BN_ADD_RELU, BN_RELU, BOTH_TOO, STEP
+from benchmarks.trainer_process import TrainerProcess
+from benchmarks.training import Trainer
 
 SHAPE = (4, 3, 8, 8)
 CLASSES = 10
@@ -63,7 +68,7 @@ TINY = {
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The suites, compiled by dynamo alone, on both devices; every peak is 5 MB."""
+    """The suites, compiled by dynamo alone, on both devices; processes of trainers are in this one."""
     for suites in SUITES.values():
         for name, suite in TINY.items():
             monkeypatch.setitem(suites, name, suite)
@@ -71,13 +76,32 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     training.reference_curve.cache_clear()  # another test may have had another "tiny"
     monkeypatch.setattr(models, "BACKENDS", dict.fromkeys(COMPILED_PROVIDERS, "eager"))
     monkeypatch.setattr(operators, "compiled", operators.out_of_place)
-    monkeypatch.setattr(measure, "measure_peak", lambda *_: 5_000_000)
+    monkeypatch.setattr(measure, "trainer_process", trainer_here)
     monkeypatch.setattr(measure, "WARM_BYTES", 1)
     monkeypatch.setattr(device, "missing", lambda: None)
     monkeypatch.setattr(cuda, "Gpu", HostGpu)
     # What the calls take does not matter here: few of them.
     monkeypatch.setattr(rotation, "MAX_GRAPH_CALLS", 4)
     monkeypatch.setattr(timing, "MIN_ROUND_S", 1e-5)
+
+
+class TrainerHere(TrainerProcess):
+    """In this process, where its models have the suites' names; every peak is 5 MB."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(ProcessPoolExecutor(1))
+        self._trainer = trainer
+
+    def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        if function is trainer_process.peak_here:
+            return 5_000_000
+        with mock.patch.object(trainer_process, "_trainer", self._trainer, create=True):
+            return function(*arguments)
+
+
+@contextmanager
+def trainer_here(case: Case, provider: str, device: str, threads: int) -> Iterator[TrainerHere]:
+    yield TrainerHere(training.make_trainer(case, provider, training.make_model(case, device), device))
 
 
 Run = Callable[..., "tuple[int, list[Row], list[str]]"]

@@ -1,0 +1,12 @@
+"""What the process imports that trainers are forked from: all that makes and trains models, as far as it is there."""
+
+from contextlib import suppress
+
+import torch._dynamo  # noqa: F401, which fusing needs
+
+import benchmarks.training  # noqa: F401
+from benchmarks.models import import_torchvision
+
+with suppress(Exception):
+    import_torchvision()
+    import timm  # noqa: F401
