@@ -16,7 +16,7 @@ from benchmarks import document
 from benchmarks.command import POSITIVE, WHOLE, OneLineParser, add_report_options, make_writable, run_command
 from benchmarks.rows import TOUCHED, InputError, is_touched, load_rows, save_rows, write_atomically
 from benchmarks.suites import DEFAULT_DTYPES, DEFAULT_SECONDS, SUITES, default_seconds, default_suites, select_cases
-from benchmarks.traffic import ITEM_BYTES, LAYOUTS, STEP, TENSOR_PASSES
+from benchmarks.traffic import ITEM_BYTES, LAYOUTS, STEP, TENSOR_PASSES, WALKS
 
 PROGRAM = "python -m benchmarks"
 RESULTS = Path(__file__).parent / "results"
@@ -81,7 +81,7 @@ def add_measure_options(measure: argparse.ArgumentParser) -> None:
         ("--suite", names("suite"), "the device's of batch norm alone"),
         ("--dtype", ITEM_BYTES, dtypes),
         ("--layout", LAYOUTS, "all"),
-        ("--op", (*TENSOR_PASSES, STEP), "all"),
+        ("--op", (*TENSOR_PASSES, STEP, *WALKS), "all"),
         ("--model", names("model"), "all of the suite"),
     ):
         measure.add_argument(

@@ -17,9 +17,10 @@ from benchmarks.provenance import provenance
 from benchmarks.rows import CLOCK, Provenance, Row
 from benchmarks.suites import BNEXT, COMPILE, COPY, SUITES, TORCH, TORCH_COMPILE, Case
 from benchmarks.timing import Budget, Call, Stopwatch, check_work, operation_work, time_in_turn
-from benchmarks.traffic import STEP, model_bytes
+from benchmarks.traffic import STEP, WALKS, model_bytes
 from benchmarks.trainer_process import TrainerProcess, trainer_process
 from benchmarks.training import Made, ModelChecker
+from benchmarks.walk import Walk
 
 Progress = Callable[[str, float], None]  # (what is being done, work that has been finished by it)
 Context = Callable[[], AbstractContextManager[object]]
@@ -160,7 +161,7 @@ class Models(ModelChecker):
 
 
 # What is measured of one case: makes its providers, knows their right results, and what one call is.
-Subject = BatchNorms | Models
+Subject = BatchNorms | Models | Walk
 
 
 def total_work(cases: Sequence[Case], device: Device) -> float:
@@ -220,7 +221,7 @@ class Run:
             self.progress(f"{case} check", 0)
             checked: dict[str, Any] = {}
             try:
-                subject: Subject = Models(case, self.device, alive) if case.model else BatchNorms(case, self.device)
+                subject = self.subject(case, alive)
             except ModuleNotFoundError as error:
                 self.report(f"{case.suite} {case.model} is left out: {error}", False)
             except Exception as error:  # no memory, or whatever torch raises: the next case may be fine
@@ -237,6 +238,11 @@ class Run:
                     if not checked or not self.time(case, subject, operation, mode, checked):
                         self.budget.skip(work)
                     self.progress(f"{case} {operation} {mode}", work)
+
+    def subject(self, case: Case, alive: ExitStack) -> Subject:
+        if not case.model:
+            return BatchNorms(case, self.device)
+        return Walk(case) if case.operations[0] in WALKS else Models(case, self.device, alive)
 
     def check(self, case: Case, subject: Subject) -> dict[str, Any]:
         """The providers to be timed: of a batch norm none where bnext is wrong, or bnext or torch fails.

@@ -6,9 +6,9 @@ from math import nan
 import pandas as pd
 
 from benchmarks.rows import Row
-from benchmarks.suites import COMPILE, EAGER_PROVIDERS, TORCH, WITHOUT
+from benchmarks.suites import BNEXT, COMPILE, COPY, EAGER_PROVIDERS, TORCH, WITHOUT
 from benchmarks.tables import Sheet, command, how_measured, markdown, mean_of, operation_label, spread, texts
-from benchmarks.traffic import MB, STEP, shape_label
+from benchmarks.traffic import MB, STEP, WALKS, shape_label
 
 COMPILED_SUITE, SMALL_SUITE = "compiled", "small-models"
 LIMIT = 1.0  # a compiled model is not slower with bnext, nor a small one for fusing
@@ -42,6 +42,11 @@ PEAK_LEGENDS = {
     "cpu": "Peak: resident memory of a process that does nothing else, beyond what it had before there was a model.",
     "cuda": "Peak: allocated memory of a process that does nothing else.",
 }
+WALK_LEGEND = (
+    "A walk calls all batch norms of a model, one after the other, with the tensors of all of them alive, so that each "
+    "comes from main memory; hot: its input was written right before. The copy, in backward the addition of two "
+    "tensors, moves the same bytes into memory already touched."
+)
 CALLS_LEGEND = "x torch: the time with torch alone / that with bnext, both compiled."
 
 
@@ -154,9 +159,28 @@ def call_lines(called: pd.DataFrame) -> Sheet:
     return Sheet(pd.concat(columns, axis=1), labels=5)
 
 
+def is_walk(table: pd.DataFrame) -> pd.Series:
+    return table["op"].isin(list(WALKS))
+
+
+def walk_lines(walks: pd.DataFrame) -> Sheet:
+    """One line per walk: the copy's time, and how many copies torch and bnext take."""
+    keys = [*CASE, "op"]
+    seconds = spread(walks.set_index([*keys, "provider"])["median_s"])
+    lines = seconds.index.to_frame(index=False)
+    cells = {
+        **lines[CASE],
+        "operation": [operation_label(op) for op in lines["op"]],
+        "copy, ms": texts(seconds[COPY] * 1e3, "{:.2f}"),
+        **{f"x copy, {name}": texts(seconds[name] / seconds[COPY], "{:.2f}") for name in (TORCH, BNEXT)},
+        "x torch, bnext": texts(seconds[TORCH] / seconds[BNEXT], "{:.2f}"),
+    }
+    return Sheet(pd.DataFrame(cells), labels=5)
+
+
 def trained_and_called(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What is not part of a cost: all of training, and of calls bnext's."""
-    others = table[~table["costed"]]
+    """What is neither part of a cost nor of a walk: all of training, and of calls bnext's."""
+    others = table[~table["costed"] & ~is_walk(table)]
     is_step = others["op"] == STEP
     return others[is_step], others[~is_step & ~others["is_torch"]]
 
@@ -165,7 +189,10 @@ def sheets(table: pd.DataFrame) -> list[Sheet]:
     """Those that have lines, means first."""
     costs = compare_costs(table)
     trained, called = trained_and_called(table)
-    makers = ((cost_means, costs), (cost_lines, costs), (training_lines, trained), (call_lines, called))
+    makers = (
+        *((cost_means, costs), (cost_lines, costs), (training_lines, trained), (call_lines, called)),
+        (walk_lines, table[is_walk(table)]),
+    )
     return [make(lines) for make, lines in makers if len(lines)]
 
 
@@ -182,6 +209,8 @@ def notes(table: pd.DataFrame) -> list[str]:
         found.append(" ".join(filter(None, parts)))
     if len(called):
         found.append(CALLS_LEGEND)
+    if is_walk(table).any():
+        found.append(WALK_LEGEND)
     return [*found, *filter(None, [compiled_bar(called), fused_bar(table)])]
 
 

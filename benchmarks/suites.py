@@ -5,7 +5,18 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
-from benchmarks.traffic import BN_ADD_RELU, BN_RELU, BOTH_TOO, LAYOUTS, PLAIN, STEP, Epilogue, Shape, tensor_label
+from benchmarks.traffic import (
+    BN_ADD_RELU,
+    BN_RELU,
+    BOTH_TOO,
+    LAYOUTS,
+    PLAIN,
+    STEP,
+    WALKS,
+    Epilogue,
+    Shape,
+    tensor_label,
+)
 
 # Providers: what is compared on a batch norm, and what is not measured everywhere.
 TORCH, BNEXT, COPY = "torch", "bnext", "copy"
@@ -194,6 +205,14 @@ SUITES = {
             compile_s=20,
             peak_s=2,
             quick=("resnet20", "torchvision/mobilenet_v3_large", "timm/regnety_004"),
+        ),
+        # The batch norms of a model as a step finds them, without the rest of the step.
+        "walk": Suite(
+            inputs=tuple(Input(_PICTURES, f"torchvision/{name}") for name in ("mobilenet_v2", "resnet50")),
+            operations=tuple(WALKS),
+            providers=(TORCH, BNEXT),
+            dtypes=MODEL_DTYPES,
+            seconds=180,
         ),
         # Where a step is mostly Python and dispatch: what a fused model's guards cost must not show.
         "small-models": Suite(

@@ -23,6 +23,10 @@ TENSOR_PASSES = {
 BOTH_TOO = tuple(TENSOR_PASSES)
 STEP = "step"  # of a model: forward, loss, backward and the optimiser's update
 
+# Of all batch norms of a model, one after the other, by what is done to each: walk.py.
+HOT_FORWARD = "walk_hot_forward"
+WALKS = {"walk_forward": "forward", "walk_backward": "backward", HOT_FORWARD: "forward"}
+
 # What a residual adds: it is read, or its gradient is written.
 RESIDUAL_PASSES = {"forward": 1, "backward": 1, "eval": 1, "forward_backward": 2}
 

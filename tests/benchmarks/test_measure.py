@@ -21,9 +21,10 @@ from benchmarks.measure import Device, Outcome, total_work
 from benchmarks.operators import eager
 from benchmarks.rows import is_touched, load_rows
 from benchmarks.suites import EAGER_PROVIDERS, WITHOUT, Case, Suite, select_cases
-from benchmarks.traffic import TENSOR_PASSES, model_bytes
+from benchmarks.traffic import TENSOR_PASSES, WALKS, model_bytes
 from benchmarks.trainer_process import ProcessError, TrainerProcess
 from benchmarks.training import STEPS, ModelChecker
+from benchmarks.walk import Walked
 from bnext import _C
 
 MODES = {"cpu": {"clock"}, "cuda": {"graph", "eager"}}
@@ -69,7 +70,7 @@ def test_whole_models_leave_rows_of_every_provider(run: Run, tmp_path: Path) -> 
         (name, input.model, dtype, layout, op, provider)
         for name, suite in TINY.items()
         for input in suite.inputs
-        if input.model
+        if input.model and name != "walk"
         for dtype, layout, op, provider in product(suite.dtypes, suite.layouts, suite.operations, suite.providers)
     }
     assert len(set(found)) == len(found)
@@ -82,6 +83,33 @@ def test_whole_models_leave_rows_of_every_provider(run: Run, tmp_path: Path) -> 
             assert row.losses == pytest.approx(rows[0].losses, rel=1e-4)
     assert rows[0].losses[0] > 1.005 * rows[0].losses[STEPS - 1], "it learns"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "results.png"]
+
+
+def test_a_walk_is_timed_beside_a_copy(run: Run) -> None:
+    status, rows, errors = run("walk", "--layout", "channels_last")
+    assert (status, errors) == (0, [])
+    assert [(row.op, row.provider) for row in rows] == list(product(WALKS, ("torch", "bnext", "copy")))
+    norms = [(4, 16, 8, 8), (4, 4, 8, 8), (4, 4, 8, 8), (4, 16, 8, 8)]
+    moved = {op: sum(model_bytes(single, shape, "float32") for shape in norms) for op, single in WALKS.items()}
+    assert {row.op: row.bytes for row in rows} == moved
+
+
+def test_a_walk_keeps_what_it_made_to_its_end() -> None:
+    alive: list[int] = []
+    seen: list[int] = []
+
+    class Result:
+        def __init__(self) -> None:
+            alive.append(1)
+            seen.append(len(alive))
+
+        def __del__(self) -> None:
+            alive.pop()
+
+    prepared: list[int] = []
+    walked = Walked([Result] * 3, [lambda: prepared.append(len(alive))] * 3)
+    assert walked.timeit(2) > 0
+    assert (seen, prepared, alive) == ([1, 2, 3] * 3, [0, 1, 2] * 3, []), "one is not timed"
 
 
 def test_batch_norms_and_models_are_measured_in_one_run_on_a_gpu_too(run: Run) -> None:

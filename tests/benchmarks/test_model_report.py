@@ -41,6 +41,12 @@ def test_what_was_counted_of_a_step_is_shown_of_every_provider() -> None:
     assert "in one process" in bare
 
 
+def test_a_walk_is_shown_in_copies() -> None:
+    seconds = {"torch": 0.006, "bnext": 0.003, "copy": 0.002}
+    rows = [row(name, each, suite="walk", model="resnet50", op="walk_backward") for name, each in seconds.items()]
+    assert "| walk + backward | 2.00 | 3.00 | 1.50 | 2.00 |" in block(rows)
+
+
 def test_a_compiled_model_has_a_bar_and_a_small_one_has_to_be_as_fast_fused() -> None:
     times = {"forward_backward": (0.4, 0.1), "eval": (0.1, 0.2)}
     called = [
