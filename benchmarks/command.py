@@ -96,6 +96,7 @@ def process_pool(
     with ProcessPoolExecutor(count, context, begin, arguments) as pool:
         try:
             yield pool
+            pool.shutdown()  # what is idle ends by itself, and cleans up
         finally:
             for child in active_children():
                 if child not in others:

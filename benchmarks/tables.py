@@ -83,10 +83,11 @@ def how_measured(rows: Sequence[Row]) -> str:
         runs_on = f"{row.threads} thread{'s' if row.threads > 1 else ''}"
         how = "outputs allocated at each call"
         allocator = "memory allocator as it comes, THP_MEM_ALLOC_ENABLE unset"
+    commits = ", ".join(dict.fromkeys(r.commit for r in rows))
     apart = any(r.page_faults is not None for r in rows)
     return (
         f"{row.device_name} ({machine}), {runs_on}, "
         f"torch {row.torch_version}, bnext {row.bnext_version}, Python {row.python_version}, "
-        f"commit {row.commit}, {row.date[:10]}; median of {rounds} rounds, the providers in turn"
+        f"commit {commits}, {row.date[:10]}; median of {rounds} rounds, the providers in turn"
         f"{', each in a process of its own' if apart else ' in one process'}, {how}; {environment or allocator}"
     )
