@@ -11,12 +11,14 @@ namespace bnext {
 namespace {
 
 // Up to this much work, in elements, the barriers of parallel regions cost more than they save. What is done for a
-// channel besides takes as long as so many elements.
+// channel besides takes as long as so many elements; less in channels-last memory, where several are done at once.
 constexpr std::int64_t kSerialElements = 65536;
 constexpr std::int64_t kElementsOfAChannel = 64;
+constexpr std::int64_t kElementsOfAColumn = 8;
 
 cpu::Parallel parallel_for(const Problem& problem) {
-  if (problem.numel() + kElementsOfAChannel * problem.C <= kSerialElements) return cpu::Parallel::serial();
+  const std::int64_t besides = problem.layout == Layout::kChannelsFirst ? kElementsOfAChannel : kElementsOfAColumn;
+  if (problem.numel() + besides * problem.C <= kSerialElements) return cpu::Parallel::serial();
   return cpu::Parallel([](std::int64_t tasks, cpu::Parallel::Body body, void* context) {
     at::parallel_for(0, tasks, 1, [&](std::int64_t begin, std::int64_t end) { body(context, begin, end); });
   });
