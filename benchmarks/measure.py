@@ -128,7 +128,7 @@ class Models(ModelChecker):
         self._apart = device.trains_apart and STEP in case.operations
         self._on = device
         self._alive = alive
-        self._peaks: dict[str, int] = {}  # by provider: bytes
+        self._examined: dict[str, Fields] = {}  # by provider
         super().__init__(case, device.tensors)
 
     def _make(self, provider: str) -> Made:
@@ -146,18 +146,18 @@ class Models(ModelChecker):
         stopwatch, how = self._on.stopwatch(mode, [made.prepared(operation)], nullcontext, 0)
         return stopwatch, {**how, **fields}
 
-    def measure_peak(self, provider: str, made: Any) -> None:
-        """Of memory; raises what is raised in the process, where it cannot be."""
+    def examine(self, provider: str, made: Any) -> None:
+        """The peak of memory, and where the time goes; raises what is raised in the process, where that fails."""
         if self._apart:
-            self._peaks[provider] = made.peak()
+            self._examined[provider] = {"peak_bytes": made.peak(), "shares": made.shares()}
         else:
             with self._process(provider) as process:
-                self._peaks[provider] = process.peak()
+                self._examined[provider] = {"peak_bytes": process.peak()}
 
     def counted(self, name: str, made: Any) -> Fields:
         """What is known when it has been timed."""
         faults = {"page_faults": made.page_faults} if isinstance(made, TrainerProcess) else {}
-        return {**faults, "peak_bytes": self._peaks.get(name)}
+        return {**faults, **self._examined.get(name, {})}
 
 
 # What is measured of one case: makes its providers, knows their right results, and what one call is.
@@ -269,14 +269,14 @@ class Run:
             checked[provider] = made
         return checked if case.model or {TORCH, BNEXT} <= checked.keys() else {}
 
-    def measure_peaks(self, case: Case, subject: Models, checked: Mapping[str, Any]) -> None:
+    def examine(self, case: Case, subject: Models, checked: Mapping[str, Any]) -> None:
         """Each in a process of its own."""
         if self.device.tensors == "cuda":
             torch.cuda.empty_cache()  # the other process needs as much of the device as this one did
         for provider, made in checked.items():
-            self.progress(f"{case} memory {provider}", 0)
+            self.progress(f"{case} memory and shares {provider}", 0)
             try:
-                subject.measure_peak(provider, made)
+                subject.examine(provider, made)
             except Exception as error:  # whatever torch raises there; or the process was killed, where memory ran out
                 self.report(f"{case}: no peak memory of {provider}: {error_summary(error)}", False)
 
@@ -295,7 +295,7 @@ class Run:
         source = replace(self.source, threads=torch.get_num_threads())
         timings = time_in_turn(stopwatches, partial(self.budget.rounds, work))
         if isinstance(subject, Models) and SUITES[self.device.name][case.suite].peak_s:
-            self.measure_peaks(case, subject, checked)
+            self.examine(case, subject, checked)
         for name, timing in timings.items():
             row = Row(
                 **{field: getattr(case, field) for field in ("suite", "model", "shape", "dtype", "layout")},

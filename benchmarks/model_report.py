@@ -42,6 +42,10 @@ PEAK_LEGENDS = {
     "cpu": "Peak: resident memory of a process that does nothing else, beyond what it had before there was a model.",
     "cuda": "Peak: allocated memory of a process that does nothing else.",
 }
+SHARES_LEGEND = (
+    "Milliseconds of a step by kind, as torch's profiler has them, which takes time of its own; what is fused with a "
+    "batch norm counts as batch norm."
+)
 WALK_LEGEND = (
     "A walk calls all batch norms of a model, one after the other, with the tensors of all of them alive, so that each "
     "comes from main memory; hot: its input was written right before. The copy, in backward the addition of two "
@@ -123,6 +127,17 @@ def cost_lines(costs: pd.DataFrame) -> Sheet:
     return Sheet(pd.DataFrame(cells), labels=4)
 
 
+def share_lines(shared: pd.DataFrame) -> Sheet:
+    """One line per case and provider: milliseconds of a step by kind."""
+    kinds = pd.DataFrame(shared["shares"].tolist()) * 1e3
+    cells = {
+        **{name: shared[name].tolist() for name in CASE},
+        "layers": shared["provider"].tolist(),
+        **{kind: texts(kinds[kind], "{:.1f}") for kind in kinds},
+    }
+    return Sheet(pd.DataFrame(cells), labels=5)
+
+
 def training_lines(trained: pd.DataFrame) -> Sheet:
     milliseconds = trained[["median_s", "p20_s", "p80_s"]] * 1e3
     cells = {
@@ -191,7 +206,7 @@ def sheets(table: pd.DataFrame) -> list[Sheet]:
     trained, called = trained_and_called(table)
     makers = (
         *((cost_means, costs), (cost_lines, costs), (training_lines, trained), (call_lines, called)),
-        (walk_lines, table[is_walk(table)]),
+        *((share_lines, table[table["shares"].map(bool)]), (walk_lines, table[is_walk(table)])),
     )
     return [make(lines) for make, lines in makers if len(lines)]
 
@@ -209,6 +224,8 @@ def notes(table: pd.DataFrame) -> list[str]:
         found.append(" ".join(filter(None, parts)))
     if len(called):
         found.append(CALLS_LEGEND)
+    if table["shares"].map(bool).any():
+        found.append(SHARES_LEGEND)
     if is_walk(table).any():
         found.append(WALK_LEGEND)
     return [*found, *filter(None, [compiled_bar(called), fused_bar(table)])]

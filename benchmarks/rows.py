@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class Measurement:
     model: str = ""
     peak_bytes: int | None = None
     page_faults: float | None = None  # a step's; on a CPU
+    shares: dict[str, float] = field(default_factory=dict)  # seconds of a step by kind: shares.py
     losses: tuple[float, ...] = ()
 
     @property

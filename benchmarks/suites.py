@@ -57,8 +57,9 @@ class Suite:
     ``compiled``: the shapes, or the models, that torch.compile is measured on too; None: all; where there are
     ``compiled_dtypes``, in these only. ``providers``: of whole models; ``compile_s``: what compiling one takes.
     ``seconds``: the time budget of a suite that is measured only when it is asked for, compiling included; all others
-    share the device's. ``peak_s``: what measuring the memory of a provider takes; 0: it is not measured. ``quick``: the
-    models of a quick look, which then compiles nothing. ``threads``, unless told; None: torch's own number.
+    share the device's. ``peak_s``: what it takes to examine a provider, its memory and where its time goes; 0: it is
+    not examined. ``quick``: the models of a quick look, which then compiles nothing. ``threads``, unless told; None:
+    torch's own number.
     """
 
     inputs: tuple[Input, ...]

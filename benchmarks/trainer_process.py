@@ -27,13 +27,14 @@ from torch import Tensor
 
 from benchmarks.command import end_with_parent, process_pool, submit
 from benchmarks.models import make_model
+from benchmarks.shares import step_shares
 from benchmarks.suites import Case
 from benchmarks.timing import Call
 from benchmarks.training import Trainer, make_trainer
 
 PRELOADED = ["benchmarks.preloaded"]
 WARM_STEPS = 2  # the first makes gradients and the optimiser's buffers
-STEPS = 2  # whose peak is measured
+STEPS = 2  # that are looked at
 TIMEOUT_S = 600
 
 Result = TypeVar("Result")
@@ -78,6 +79,10 @@ class TrainerProcess:
     def peak(self) -> int:
         """The peak of memory of a few steps more, in bytes."""
         return self._ask(peak_here)
+
+    def shares(self) -> dict[str, float]:
+        """Where the time of a few steps more goes: shares.step_shares."""
+        return self._ask(shares_here)
 
     def _ask(self, function: Callable[..., Result], *arguments: object) -> Result:
         try:
@@ -140,6 +145,10 @@ def peak_here() -> int:
     for _ in range(STEPS):
         _trainer.step()
     return torch.cuda.max_memory_allocated() if on_gpu else status_bytes("VmHWM") - _resident_before
+
+
+def shares_here() -> dict[str, float]:
+    return step_shares(_trainer.step, STEPS)
 
 
 def status_bytes(name: str) -> int:

@@ -78,6 +78,7 @@ def test_whole_models_leave_rows_of_every_provider(run: Run, tmp_path: Path) -> 
         assert (row.rounds, row.threads, row.bytes) == (1, 1, 0)
         assert row.peak_bytes == (5_000_000 if row.suite == "training" else None)
         assert (row.page_faults is not None) == (row.op == "step")
+        assert bool(row.shares) == (row.suite == "training")
         assert len(row.losses) == (STEPS + 1 if row.op == "step" and row.provider != WITHOUT else 0)
         if row.suite == "training":
             assert row.losses == pytest.approx(rows[0].losses, rel=1e-4)
@@ -229,15 +230,15 @@ def test_where_torch_cannot_be_compiled_either_it_is_the_compiler_that_is_missin
 def test_a_peak_that_cannot_be_measured_is_a_note_and_an_interrupt_keeps_what_was(
     error: BaseException, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    peak = measure.Models.measure_peak
+    examine = measure.Models.examine
 
     def fail(self: measure.Models, provider: str, made: TrainerProcess) -> None:
         if self._case.layout == "channels_last":
             raise error
-        peak(self, provider, made)
+        examine(self, provider, made)
 
     interrupted = isinstance(error, KeyboardInterrupt)
-    monkeypatch.setattr(measure.Models, "measure_peak", fail)
+    monkeypatch.setattr(measure.Models, "examine", fail)
     status, rows, errors = run("training", "--no-compile")
     assert status == (130 if interrupted else 0)
     peaks = {(row.layout, row.peak_bytes) for row in rows}

@@ -5,6 +5,7 @@ from canned import imagined_costs, imagined_training, row, trained
 
 from benchmarks import model_report
 from benchmarks.model_report import block, compare, compare_costs, compiled_bar, cost_gone, cost_means, fused_bar
+from benchmarks.shares import by_kind
 
 
 def test_eager_is_compared_with_eager_and_compiled_with_compiled() -> None:
@@ -39,6 +40,25 @@ def test_what_was_counted_of_a_step_is_shown_of_every_provider() -> None:
     bare = block(trained(0.4, seconds, suite="models", peak_bytes=None))
     assert "page faults" not in bare.lower()
     assert "in one process" in bare
+
+
+def test_where_the_time_of_a_step_goes() -> None:
+    events = [
+        ("bnext::batch_norm_train", 1.0),
+        ("aten::native_batch_norm_backward", 2.0),
+        ("bnext::batch_norm_backward", 4.0),
+        ("aten::native_batch_norm", 8.0),
+        ("aten::mkldnn_convolution", 16.0),
+        ("aten::addmm", 32.0),
+        ("aten::hardtanh_backward", 64.0),
+        ("aten::copy_", 128.0),
+    ]
+    found = by_kind(events, 1000.0)
+    expected = {"batch norm": 9.0, "batch norm backward": 6.0, "convolution": 16.0, "matrix product": 32.0}
+    assert found == {**expected, "activation": 64.0, "optimizer": 0.0, "rest": 873.0}
+    text = block(trained(0.4, {"bnext": 0.3}, shares={kind: seconds / 1e3 for kind, seconds in found.items()}))
+    assert "| bnext | 6.0 | 9.0 | 16.0 | 32.0 | 64.0 | 0.0 | 873.0 |" in text
+    assert "profiler" not in block(trained(0.4, {"bnext": 0.3}))
 
 
 def test_a_walk_is_shown_in_copies() -> None:

@@ -43,6 +43,9 @@ def test_it_trains_as_here_and_counts() -> None:
         assert 0 < process.timeit(3) < time.perf_counter() - begin
         assert process.timeit(1) > 0
         assert process.page_faults >= 0
+        shares = process.shares()
+        assert min(shares["batch norm"], shares["batch norm backward"], shares["convolution"]) > 0
+        assert shares["batch norm"] < shares["convolution"]
 
 
 def test_page_faults_are_those_of_a_step() -> None:
