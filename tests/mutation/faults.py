@@ -165,6 +165,14 @@ FAULTS: tuple[Fault, ...] = (
         "geometry.problem.count() > 1",
         "ops/test_running_stats.py::test_empty_batch_does_not_spoil_the_cumulative_average",
     ),
+    # The memory.
+    Fault(
+        "freed-memory-of-outputs-stays-in-pieces",
+        "csrc/cpu/output_pool.cpp",
+        "left->second.block != right->second.block",
+        "left->second.block == right->second.block",
+        "runtime/test_output_pool.py::test_free_neighbours_are_joined[ab]",
+    ),
     # The Python layers.
     Fault(
         "eval-updates-the-statistics",
