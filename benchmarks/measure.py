@@ -115,9 +115,6 @@ class BatchNorms:
         # How bnext's kernels were launched, which only they say.
         return stopwatch, {**fields, **how, **({} if made.name.startswith(BNEXT) else {"plan": ""})}
 
-    def counted(self, name: str, made: Provider | None) -> Fields:
-        return {}
-
 
 class Models(ModelChecker):
     floors: tuple[str, ...] = ()
@@ -306,7 +303,7 @@ class Run:
                 gb_per_s=details[name]["bytes"] / timing.median_s / 1e9,
                 **case.epilogue._asdict(),
                 **details[name],
-                **subject.counted(name, checked.get(name)),
+                **(subject.counted(name, checked[name]) if isinstance(subject, Models) else {}),
                 **asdict(source),
             )
             self.outcome.rows.append(row)

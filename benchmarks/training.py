@@ -1,7 +1,7 @@
 """What is timed of a whole model, steps of training or single calls, and whether it is right."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 import torch
@@ -153,11 +153,14 @@ class ModelChecker:
     def __init__(self, case: Case, device: str) -> None:
         self._case = case
         self._device = device
-        self._model = make_model(case, device)
         reference = reference_curve if STEP in case.operations else reference_results
         self._reference = reference(replace(case, suite="", layout="contiguous", providers=()), device)
         self._torch = self._make(TORCH)
         self._torchs = self._torch.results()
+
+    @cached_property
+    def _model(self) -> nn.Module:
+        return make_model(self._case, self._device)
 
     def make(self, provider: str) -> Made:
         return self._torch if provider == TORCH else self._make(provider)

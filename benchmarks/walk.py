@@ -89,9 +89,6 @@ class Walk:
         moved = sum(model_bytes(single, case.shape, case.dtype) for case in self._cases)
         return Walked(calls, prepare), {"bytes": moved, "plan": ""}
 
-    def counted(self, name: str, made: Provider | None) -> dict[str, Any]:
-        return {}
-
 
 def nothing() -> None:
     pass
