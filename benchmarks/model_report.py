@@ -7,12 +7,11 @@ import pandas as pd
 
 from benchmarks.rows import Row
 from benchmarks.suites import BNEXT, COMPILE, COPY, EAGER_PROVIDERS, TORCH, WITHOUT
-from benchmarks.tables import Sheet, command, how_measured, markdown, mean_of, operation_label, spread, texts
+from benchmarks.tables import Sheet, command, foldable, how_measured, mean_of, operation_label, spread, texts
 from benchmarks.traffic import MB, STEP, WALKS, shape_label
 
 COMPILED_SUITE, SMALL_SUITE = "compiled", "small-models"
 LIMIT = 1.0  # a compiled model is not slower with bnext, nor a small one for fusing
-FOLDED_LINES = 24  # a longer table is for those who ask for it
 
 # What tells one measurement from another; the case whose it is; and how that is shown.
 KEYS = ["suite", "model", "op", "shape", "dtype", "layout"]
@@ -273,9 +272,5 @@ def curves_line(trained: pd.DataFrame) -> str:
 def block(rows: Sequence[Row]) -> str:
     """The tables and what they mean as Markdown, of one suite's rows."""
     table = compare(rows)
-    parts = []
-    for sheet in sheets(table):
-        text = markdown(sheet)
-        folded = f"<details><summary>Every model</summary>\n\n{text}\n\n</details>"
-        parts.append(folded if len(sheet.cells) > FOLDED_LINES else text)
+    parts = [foldable(sheet, "Every model") for sheet in sheets(table)]
     return "\n\n".join([*parts, *notes(table), f"Measured by `{command(rows)}` on {how_measured(rows)}."])

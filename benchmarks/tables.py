@@ -13,6 +13,7 @@ from benchmarks.traffic import PLAIN
 
 # In a narrower terminal, or a log, lines may wrap; rich would cut numbers instead.
 MIN_WIDTH = 140
+FOLDED_LINES = 24  # a longer table is for those who ask for it
 
 
 class Sheet(NamedTuple):
@@ -46,6 +47,13 @@ def markdown(sheet: Sheet) -> str:
     ruler = ["---"] * sheet.labels + ["--:"] * (len(heads) - sheet.labels)
     lines = (heads, ruler, *sheet.cells.itertuples(index=False, name=None))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def foldable(sheet: Sheet, what: str) -> str:
+    """The table; a long one behind ``what``."""
+    text = markdown(sheet)
+    folded = f"<details><summary>{what}</summary>\n\n{text}\n\n</details>"
+    return folded if len(sheet.cells) > FOLDED_LINES else text
 
 
 def print_markdown(text: str) -> None:
