@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
-from benchmarks import model_report
+from benchmarks import model_report, sweep_report
 from benchmarks.numerics_report import DATA, RELATIVE, Results, distance, is_numerics, load_results
 from benchmarks.report import compare, device_times, group_label, means, of_kinds
 from benchmarks.rows import InputError, Row, is_touched, load_rows
@@ -22,14 +24,21 @@ HEAD_INCHES = 1.1  # the titles and the scale
 
 SHOWN_OPS = ("forward", "backward")
 SIZE_COLOURS = {name: colour for (name, _), colour in zip(SIZE_CLASSES, (BLUE, SKY, ORANGE), strict=True)}
+SWEPT_INCHES = 0.85  # a line of heat maps
+SWEPT_TICKS = (0.25, 0.5, 1, 2, 4)  # what is beyond has the last colour
+# An odd number of colours: the middle one is white.
+SWEPT_COLOURS = LinearSegmentedColormap.from_list("slower, faster", [ORANGE, "white", BLUE], 17)
+SMALL = 7  # points
 MODEL_TICKS = (0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 3, 4)
 MODEL_COLOURS = {"bnext": SKY, "bnext-fused": BLUE}
 SMALLEST_ERROR, LARGEST_ERROR = 1e-9, 1e2  # 0 is drawn at the one, NaN, inf and what is beyond at the other
 
 
 def draw(rows: Sequence[Row]) -> Figure | None:
-    """The picture beside a file: of batch norms, or else of what they cost a model."""
-    tensors, models = of_kinds(rows)
+    """The picture beside a file: of batch norms, or else of the sweep, or of what they cost a model."""
+    tensors, models, swept = of_kinds(rows)
+    if swept and not tensors:
+        return draw_sweep(swept)
     return draw_operators(tensors) if tensors else draw_models(models)
 
 
@@ -84,6 +93,45 @@ def draw_operators(rows: Sequence[Row], ops: Sequence[str] = ()) -> Figure:
     return lettered(figure, names, colours, "Single operators: torch's time / bnext's, by size of the tensor")
 
 
+def draw_sweep(rows: Sequence[Row]) -> Figure:
+    """C against the side of a plane: one line of panels per dtype, layout and operation, one column per N.
+
+    A cell is a point, its colour torch's time / bnext's; a dot is where bnext is slower beyond the spread of rounds.
+    """
+    table = sweep_report.points(rows)
+    lines = list(table.groupby(sweep_report.GROUP, sort=False))
+    batches, channels, sides = (sorted(table[axis].unique()) for axis in sweep_report.AXES)
+    height = HEAD_INCHES + SWEPT_INCHES * len(lines)
+    figure, grid = panels(height, len(lines), len(batches), sharex=True, sharey=True)
+    for ((dtype, layout, op), line), (*cells,) in zip(lines, grid, strict=True):
+        for n, axes in zip(batches, cells, strict=True):
+            image = draw_cells(axes, line[line["n"] == n], channels, sides)
+        head = f"{dtype}\n{layout}\n" if op == lines[0][0][-1] else ""
+        cells[0].set_ylabel(f"{head}{op}", fontsize=SMALL)
+    for n, top, bottom in zip(batches, grid[0], grid[-1], strict=True):
+        top.set_title(f"N = {n}", fontsize=LABEL)
+        bottom.set_xticks(range(len(sides)), sides)
+        bottom.set_yticks(range(0, len(channels), 2), channels[::2])
+        bottom.set_xlabel("H = W", fontsize=LABEL)
+    figure.supylabel("C", fontsize=LABEL)
+    figure.suptitle("Batch norm on a grid: torch's time / bnext's; a dot where bnext is slower", fontsize=TITLE)
+    scale = figure.colorbar(image, ax=grid, location="bottom", extend="both", aspect=50, pad=0.01)
+    scale.set_ticks(SWEPT_TICKS, labels=[f"{tick:g}" for tick in SWEPT_TICKS])
+    scale.minorticks_off()
+    return figure
+
+
+def draw_cells(axes: Axes, found: pd.DataFrame, channels: list[int], sides: list[int]) -> AxesImage:
+    """The points of one N."""
+    speedups = found.pivot(index="c", columns="side", values="speedup").reindex(index=channels, columns=sides)
+    norm = LogNorm(SWEPT_TICKS[0], SWEPT_TICKS[-1])
+    slower = found[found["slower"]]
+    axes.scatter(slower["side"].map(sides.index), slower["c"].map(channels.index), color=BLACK, s=4)
+    axes.set_facecolor("#dddddd")
+    axes.tick_params(labelsize=SMALL, length=0)
+    return axes.imshow(speedups, norm=norm, cmap=SWEPT_COLOURS, origin="lower", aspect="auto")
+
+
 def draw_accuracy(results: Results) -> Figure:
     """The errors of float32 outputs and input gradients against float64: one line per case, bnext's beside torch's."""
     errors = results.errors[(results.errors["unit"] == RELATIVE) & results.errors["quantity"].isin(DATA)]
@@ -133,13 +181,15 @@ def drawn(folder: Path) -> Iterator[tuple[str, Figure]]:
             yield "accuracy.png", draw_accuracy(load_results(file))
             continue
         rows = [row for row in load_rows(file) if not is_touched(row.environment)]
-        tensors, models = of_kinds(rows)
+        tensors, models, swept = of_kinds(rows)
         plain = [row for row in tensors if not row.act]
         costs = draw_models(models) if models else None
         if costs:
             yield "models.png", costs
         if plain:
             yield "operators.png", draw_operators(plain, SHOWN_OPS)
+        if swept:
+            yield "sweep.png", draw_sweep(swept)
 
 
 def draw_all(results: Path, output: Path) -> list[Path]:

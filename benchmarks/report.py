@@ -1,18 +1,18 @@
 """The report on rows: of batch norms bnext beside torch and a copy, a measurement at a time and as geometric means.
 
-Those of whole models are in model_report.py.
+Those of whole models are in model_report.py, those of the sweep in sweep_report.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 
-from benchmarks import model_report, traffic
+from benchmarks import model_report, sweep_report, traffic
 from benchmarks.acceptance import BARS, bars_text, mean_verdicts, summary, verdicts
 from benchmarks.cuda.predict import predicted_us
 from benchmarks.rows import CLOCK, GRAPH, Row, is_touched
-from benchmarks.suites import BNEXT, COPY, NO_CUDNN, PLANNED, TORCH, TORCH_COMPILE
+from benchmarks.suites import BNEXT, COPY, NO_CUDNN, PLANNED, SWEEP, TORCH, TORCH_COMPILE
 from benchmarks.tables import (
     Sheet,
     command,
@@ -190,16 +190,25 @@ def legend(table: pd.DataFrame) -> str:
 # Of whatever rows.
 
 
-def of_kinds(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Those of batch norms, and those of whole models."""
-    return [row for row in rows if not row.model], [row for row in rows if row.model]
+def of_kinds(rows: Sequence[Row]) -> tuple[list[Row], list[Row], list[Row]]:
+    """Those of batch norms, those of whole models, and those of the sweep."""
+    swept = [row for row in rows if row.suite == SWEEP]
+    others = [row for row in rows if row.suite != SWEEP]
+    return [row for row in others if not row.model], [row for row in others if row.model], swept
 
 
 def block_name(row: Row) -> str:
-    """By device, by suite of whole models or of a batch norm with an activation, and by what memory was touched."""
+    """By device, by suite of whole models, the sweep or batch norms with an activation, and by what was touched."""
     device = "" if row.device == "cpu" else row.device
-    what = row.suite if row.model else "fused" if row.act else ""
+    what = row.suite if row.model or row.suite == SWEEP else "fused" if row.act else ""
     return ":".join(filter(None, ("benchmark", device, what, "touched" if is_touched(row.environment) else "")))
+
+
+def maker(row: Row) -> Callable[[Sequence[Row]], str]:
+    """What makes the block that the row belongs to."""
+    if row.suite == SWEEP:
+        return sweep_report.block
+    return model_report.block if row.model else block
 
 
 def blocks(rows: Sequence[Row]) -> dict[str, str]:
@@ -207,12 +216,12 @@ def blocks(rows: Sequence[Row]) -> dict[str, str]:
     members: dict[str, list[Row]] = {}
     for row in rows:
         members.setdefault(block_name(row), []).append(row)
-    return {name: model_report.block(of) if of[0].model else block(of) for name, of in members.items()}
+    return {name: maker(of[0])(of) for name, of in members.items()}
 
 
 def print_report(rows: Sequence[Row]) -> None:
     """Every measurement of batch norms, one table per group; then the blocks as a document has them."""
-    tensors, _ = of_kinds(rows)
+    tensors, _, _ = of_kinds(rows)
     if tensors:
         for _, members in compare(tensors).groupby("group"):
             print(f"{group_label(members.iloc[0])}\n{measurements(members).to_string(index=False)}\n")

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 from math import prod
 from typing import NamedTuple
 
@@ -187,6 +188,18 @@ _MODELS = (
     *(Input(_PICTURES, f"timm/{name}") for name in ("efficientnet_b0", "densenet121", "regnety_004")),
 )
 
+# A grid on which cliffs show: of N, C and the side of a plane, each a notch of about four times as many elements.
+SWEEP = "sweep"
+_SWEEP_GRID = ((1, 2, 8, 32, 128), (3, 16, 64, 256, 1024, 4096), (1, 2, 4, 7, 14, 28, 56, 112))
+_SWEEP_ELEMENTS = range(4096, 10_000_001)
+
+
+def _sweep() -> tuple[Shape, ...]:
+    """Smaller tensors are all overhead, larger ones take long; one value a channel is refused in training."""
+    grid = [(n, c) if side == 1 else (n, c, side, side) for n, c, side in product(*_SWEEP_GRID)]
+    return tuple(shape for shape in grid if prod(shape) in _SWEEP_ELEMENTS and prod(shape) > shape[1])
+
+
 SUITES = {
     "cpu": {
         "resnet50": Suite(_plain(*_images(32))),
@@ -224,6 +237,7 @@ SUITES = {
             seconds=20,
             threads=1,
         ),
+        SWEEP: Suite(_plain(*_sweep()), seconds=300),
         "compiled": _COMPILED,
     },
     "cuda": {

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from benchmarks.rows import Row, is_touched
+from benchmarks.suites import SWEEP
 from benchmarks.traffic import PLAIN
 
 # In a narrower terminal, or a log, lines may wrap; rich would cut numbers instead.
@@ -70,7 +71,7 @@ def command(rows: Sequence[Row]) -> str:
     parts = ["python -m benchmarks"]
     parts += ["--device cuda"] if row.device == "cuda" else []
     parts += ["--touched"] if is_touched(row.environment) else []
-    named = row.model or row.epilogue != PLAIN
+    named = row.model or row.epilogue != PLAIN or row.suite == SWEEP
     parts += [f"--suite {','.join(dict.fromkeys(row.suite for row in rows))}"] if named else []
     return " ".join(parts)
 
