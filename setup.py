@@ -22,6 +22,8 @@ SOURCES = [
     "csrc/tensor/nodes.cpp",
     "csrc/tensor/compiled_autograd.cpp",
     "csrc/tensor/node_attributes.cpp",
+    "csrc/tensor/recomputation.cpp",
+    "csrc/tensor/saved_tensor_hooks.cpp",
     "csrc/tensor/derivatives.cpp",
     "csrc/tensor/forward.cpp",
     "csrc/tensor/backward.cpp",

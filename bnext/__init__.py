@@ -3,6 +3,7 @@
 from bnext import functional
 from bnext._version import __version__
 from bnext.convert import convert, fusion_report, revert
+from bnext.memory import recompute
 from bnext.modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -31,5 +32,6 @@ __all__ = [
     "convert",
     "functional",
     "fusion_report",
+    "recompute",
     "revert",
 ]

@@ -168,12 +168,17 @@ def test_import_is_quiet_and_patches_nothing(run_python: Callable[..., subproces
 
 def test_stub_agrees_with_the_binary() -> None:
     stub = ast.parse((PACKAGE / "_C.pyi").read_text()).body
-    functions = [node for node in stub if isinstance(node, ast.FunctionDef)]
     constants = [node.target.id for node in stub if isinstance(node, ast.AnnAssign)]
+    callables = [node.name for node in stub if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     binary = {name: callable(getattr(bnext._C, name)) for name in dir(bnext._C) if not name.startswith("_")}
-    assert {node.name: True for node in functions} | dict.fromkeys(constants, False) == binary
-    for node in functions:
-        # pybind11 writes the signature into the first line of the docstring: "name(a: int) -> str".
-        (signature,) = ast.parse(f"def {getattr(bnext._C, node.name).__doc__.splitlines()[0]}: ...").body
-        assert [a.arg for a in signature.args.args] == [a.arg for a in node.args.args], node.name
-        assert ast.unparse(signature.returns) == ast.unparse(node.returns), node.name
+    assert dict.fromkeys(callables, True) | dict.fromkeys(constants, False) == binary
+    owners = {bnext._C: stub} | {getattr(bnext._C, n.name): n.body for n in stub if isinstance(n, ast.ClassDef)}
+    for owner, body in owners.items():
+        functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
+        if isinstance(owner, type):
+            assert {name for name in vars(owner) if not name.startswith("_")} == functions.keys() - {"__init__"}
+        for name, node in functions.items():
+            # pybind11 writes the signature into the first line of the docstring: "name(a: int) -> str".
+            (signature,) = ast.parse(f"def {getattr(owner, name).__doc__.splitlines()[0]}: ...").body
+            assert [a.arg for a in signature.args.args] == [a.arg for a in node.args.args], name
+            assert ast.unparse(signature.returns) == ast.unparse(node.returns), name

@@ -11,6 +11,7 @@ import logging
 import threading
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch._dynamo
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnext import functional, known, native
+from bnext import functional, known, memory, native
 from bnext.attached import Attached, attach
 from bnext.fusion import backend
 from bnext.fusion.report import ITSELF, Report
@@ -86,9 +87,10 @@ _RESTARTS = 3  # some feature extractors leave every forward by an exception: ca
 class _Captured:
     """The graphs of a model and its copies, and what was fused in them."""
 
-    def __init__(self, verbose: bool = False) -> None:
+    def __init__(self, verbose: bool, recompute: bool) -> None:
         self.report = Report()
         self.verbose = verbose
+        self.recompute = recompute
         self.restarts = 0
         self.start_again()
 
@@ -114,8 +116,10 @@ class Fusing(Attached):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._owner()
         assert module is not None
-        if _stands_aside():
-            return module._call_impl(*args, **kwargs)
+        with memory.recompute() if self.captured.recompute else nullcontext():
+            return module._call_impl(*args, **kwargs) if _stands_aside() else self._fused(module, args, kwargs)
+
+    def _fused(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         running, report = backend.running, self.captured.report
         before = running.model, running.report, functional.capture.eager
         graphs, errors = len(report.graphs), len(report.errors)
@@ -148,18 +152,20 @@ class Fusing(Attached):
         return attach(copy, Fusing(copy, self.captured), _CALL, _KEPT)
 
     def remake(self) -> tuple[Any, ...]:
-        return _attach, (self._owner(), self.captured.verbose)
+        return _attach, (self._owner(), self.captured.verbose, self.captured.recompute)
 
 
-def _attach(owner: nn.Module, verbose: bool) -> Attached:
-    return attach(owner, Fusing(owner, _Captured(verbose)), _CALL, _KEPT)
+def _attach(owner: nn.Module, verbose: bool, recompute: bool = False) -> Attached:
+    return attach(owner, Fusing(owner, _Captured(verbose, recompute)), _CALL, _KEPT)
 
 
-def install(module: nn.Module, verbose: bool = False) -> None:
-    """Let calls of a module be fused. A compilation of the user's own stays, and is not touched."""
+def install(module: nn.Module, verbose: bool = False, recompute: bool = False) -> None:
+    """Let calls of a module be fused, and their outputs be made again where that is asked for. A compilation of the
+    user's own stays, and is not touched."""
     installed = module.__dict__.get(_KEPT)
     if isinstance(installed, Fusing) and installed.acts_for(module):
         installed.captured.verbose = verbose
+        installed.captured.recompute = recompute
         return
     if module.__dict__.get(_CALL) is not None:
         _logger.warning("%s is compiled already, which stays; nothing is fused", type(module).__name__)
@@ -167,7 +173,7 @@ def install(module: nn.Module, verbose: bool = False) -> None:
     compiled = [name for name, m in module.named_modules() if _is_compiled(m)]
     if compiled:
         _logger.warning("compiled parts are captured with the whole model, and not compiled: %s", ", ".join(compiled))
-    _attach(module, verbose)
+    _attach(module, verbose, recompute)
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -82,7 +82,8 @@ def _empty_mask(input: Tensor, act: str, with_mask: bool) -> Tensor:
 
 
 def _forward(given: dict[str, Any]) -> _Results:
-    """Output, statistics and mask of training, evaluation and gathered stats; of a sync only the first is real."""
+    """Output, statistics and mask of training, evaluation and gathered stats; a sync and a recomputation
+    return only the first."""
     input = given["input"]
     _check("input", input, given)
     if _is_transposed_sequence(input):
@@ -93,7 +94,7 @@ def _forward(given: dict[str, Any]) -> _Results:
     return output, save_stats, _empty_mask(input, given["act"], given.get("with_mask", False))
 
 
-def _sync(given: dict[str, Any]) -> Tensor:
+def _output(given: dict[str, Any]) -> Tensor:
     return _forward(given)[0]
 
 
@@ -145,7 +146,8 @@ def _register(op: Any, fake: Callable[[dict[str, Any]], Any]) -> None:
 _register(ops.batch_norm_train, _forward)
 _register(ops.batch_norm_eval, _forward)
 _register(ops.batch_norm_gathered, _forward)
-_register(ops.batch_norm_sync, _sync)
+_register(ops.batch_norm_sync, _output)
+_register(ops.batch_norm_recompute, _output)
 _register(ops.batch_norm_stats, _stats)
 _register(ops.batch_norm_backward, _backward)
 _register(ops.batch_norm_sync_backward, _backward)

@@ -12,6 +12,7 @@ from bnext import _C  # noqa: F401  (registers the operators)
 batch_norm_train = torch.ops.bnext.batch_norm_train.default
 batch_norm_eval = torch.ops.bnext.batch_norm_eval.default
 batch_norm_backward = torch.ops.bnext.batch_norm_backward.default
+batch_norm_recompute = torch.ops.bnext.batch_norm_recompute.default
 batch_norm_stats = torch.ops.bnext.batch_norm_stats.default
 batch_norm_gathered = torch.ops.bnext.batch_norm_gathered.default
 batch_norm_sync = torch.ops.bnext.batch_norm_sync.default

@@ -63,6 +63,7 @@ struct EvalForward {
   double* save_mean;    // = running_mean
   double* save_invstd;  // = 1/sqrt(running_var + eps)
   ForwardEpilogue epilogue;
+  ChannelVector invstd;  // absent; or in place of running_var and eps, for the bits of an earlier call
 };
 
 struct Backward {

@@ -114,7 +114,8 @@ struct EvalForwardOp {
   BNEXT_INLINE void finish(std::int64_t c, const SumsOf<V>&, bool stores, V (&coefficients)[kMaxCoefficients],
                            Access access = {}) const {
     const V mean = access.load(args.running_mean, c);
-    const V invstd = invstd_from_var(access.load(args.running_var, c), args.eps);
+    const V invstd = args.invstd.data != nullptr ? access.load(args.invstd, c)
+                                                 : invstd_from_var(access.load(args.running_var, c), args.eps);
     if (stores) {
       access.store(args.save_mean, c, mean);
       access.store(args.save_invstd, c, invstd);

@@ -53,13 +53,14 @@ void save_batch(SavedCall& call, const optional<SharedBatch>& batch) {
   call.group_name = batch->group_name;
 }
 
+Tensor copy_of(const Tensor& vector) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return vector.defined() ? vector.clone() : vector;
+}
+
 // torch saves no bias, so it may be changed before backward: by a step of an optimiser that trains biases alone. The
 // node knows where the copy's gradient belongs; a tangent belongs to the copy, too.
-Tensor copy_of_bias(const Tensor& bias) {
-  if (!bias.defined() || isFwGradDefined(bias)) return bias.defined() ? bias.clone() : bias;
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return bias.clone();
-}
+Tensor copy_of_bias(const Tensor& bias) { return isFwGradDefined(bias) ? bias.clone() : copy_of(bias); }
 
 // What all forward operators do around their kernel, which `run` calls, with a mask or without; it also says which
 // batch the call is a part of, where several processes share it.
@@ -88,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<T
   const bool reads_preactivation = activation.act != Act::kIdentity && !with_mask;
   if (node) {
     // Before the kernel runs, too: torch refuses to save tensors made in inference mode.
-    SavedCall& call = node->call;
+    SavedCall& call = *node->call;
     if (keeps_input || reads_preactivation) call.input = saved(input);
     if (grad_input || reads_preactivation) call.weight = saved(w);
     if (reads_preactivation) {
@@ -102,13 +103,17 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<T
     return run(with_mask, batch);
   }();
   if (node) {
-    SavedCall& call = node->call;
+    SavedCall& call = *node->call;
     if (with_mask) call.mask = saved(mask);
     call.save_stats = saved(save_stats);
     call.training = training;
     call.eps = eps;
     call.activation = activation;
     save_batch(call, batch);
+    // From an input that is kept anyway.
+    if (RecomputedOutput::wanted() && (keeps_input || reads_preactivation)) {
+      node->output = RecomputedOutput::of(node->call, output, input, copy_of(w), copy_of(b), r);
+    }
     set_history(output, node);
   }
   if (isFwGradDefined(input) || isFwGradDefined(w) || isFwGradDefined(b) || isFwGradDefined(r)) {

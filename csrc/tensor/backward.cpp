@@ -66,15 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   check_channels("bias", bias, grad_output);
   check_alongside("residual", residual, "grad_output", grad_output);
   const std::int64_t C = grad_output.size(1);
-  check_given("save_stats", save_stats);
-  TORCH_CHECK(save_stats.device() == grad_output.device(),
-              "batch_norm: expected save_stats on the device of grad_output, ", grad_output.device(), ", but got ",
-              save_stats.device());
-  TORCH_CHECK_TYPE(save_stats.scalar_type() == at::kDouble, "batch_norm: expected save_stats to be float64, but got ",
-                   save_stats.scalar_type());
-  TORCH_CHECK_VALUE(save_stats.dim() == 2 && save_stats.size(0) == 2 && save_stats.size(1) == C,
-                    "batch_norm: expected save_stats to have shape torch.Size([2, ", C, "]), but got ",
-                    size_of(save_stats));
+  check_save_stats(save_stats, "grad_output", grad_output);
 
   const auto sums_dtype = grad_output.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   if (is_given(mean_grads)) {

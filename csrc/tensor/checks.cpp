@@ -105,6 +105,18 @@ void check_epilogue(const Tensor& input, const optional<Tensor>& residual, const
                     "batch_norm: expected with_mask=False, since only relu, relu6 and leaky_relu have a mask");
 }
 
+void check_save_stats(const Tensor& save_stats, const char* like_name, const Tensor& like) {
+  const std::int64_t C = like.size(1);
+  check_given("save_stats", save_stats);
+  TORCH_CHECK(save_stats.device() == like.device(), "batch_norm: expected save_stats on the device of ", like_name,
+              ", ", like.device(), ", but got ", save_stats.device());
+  TORCH_CHECK_TYPE(save_stats.scalar_type() == at::kDouble, "batch_norm: expected save_stats to be float64, but got ",
+                   save_stats.scalar_type());
+  TORCH_CHECK_VALUE(save_stats.dim() == 2 && save_stats.size(0) == 2 && save_stats.size(1) == C,
+                    "batch_norm: expected save_stats to have shape torch.Size([2, ", C, "]), but got ",
+                    size_of(save_stats));
+}
+
 void check_eps(double eps) {
   TORCH_CHECK_VALUE(!(eps <= 0.0), "batch_norm eps must be positive during training, but got ", python_float(eps));
 }

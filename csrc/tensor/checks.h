@@ -40,6 +40,9 @@ void check_alongside(const char* name, const std::optional<at::Tensor>& tensor, 
 void check_epilogue(const at::Tensor& input, const std::optional<at::Tensor>& residual, const Activation& activation,
                     bool with_mask);
 
+// What a forward operator saved of an input with the shape and on the device of `like`.
+void check_save_stats(const at::Tensor& save_stats, const char* like_name, const at::Tensor& like);
+
 // Added to a variance that is taken from the input.
 void check_eps(double eps);
 

@@ -22,6 +22,10 @@ inline const auto& eval_op() {
   static const auto op = find_op<decltype(batch_norm_eval)>("bnext::batch_norm_eval");
   return op;
 }
+inline const auto& recompute_op() {
+  static const auto op = find_op<decltype(batch_norm_recompute)>("bnext::batch_norm_recompute");
+  return op;
+}
 inline const auto& stats_op() {
   static const auto op = find_op<decltype(batch_norm_stats)>("bnext::batch_norm_stats");
   return op;

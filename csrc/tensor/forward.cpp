@@ -95,13 +95,12 @@ std::tuple<Tensor, Tensor, Tensor> of_sequences(std::tuple<Tensor, Tensor, Tenso
 }
 
 // y by statistics that are known.
-std::tuple<Tensor, Tensor, Tensor> normalize_by(const Tensor& input, const ChannelVector& mean,
-                                                const ChannelVector& var, const optional<Tensor>& weight,
-                                                const optional<Tensor>& bias, double eps,
+std::tuple<Tensor, Tensor, Tensor> normalize_by(const EvalForward& stats, const Tensor& input,
+                                                const optional<Tensor>& weight, const optional<Tensor>& bias,
                                                 const optional<Tensor>& residual, const Activation& activation,
                                                 bool with_mask) {
   ForwardTensors tensors(input, geometry_of(input), weight, bias, residual, activation, with_mask, /*reduces=*/false);
-  if (!tensors.empty()) tensors.run(EvalForward{.running_mean = mean, .running_var = var, .eps = eps});
+  if (!tensors.empty()) tensors.run(stats);
   return tensors.results();
 }
 
@@ -190,8 +189,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_gathered(
                                     .var = mean + C},
                         input.device());
   running.updated();
-  return normalize_by(input, {mean, DType::kFloat64}, {mean + C, DType::kFloat64}, weight, bias, eps, residual,
-                      activation, with_mask);
+  return normalize_by({.running_mean = {mean, DType::kFloat64}, .running_var = {mean + C, DType::kFloat64}, .eps = eps},
+                      input, weight, bias, residual, activation, with_mask);
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_eval(const Tensor& input, const optional<Tensor>& weight,
@@ -213,8 +212,28 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_eval(const Tensor& input, const op
   }
   const Tensor dense_mean = running_mean.contiguous();
   const Tensor dense_var = running_var.contiguous();
-  return normalize_by(input, channels(dense_mean), channels(dense_var), weight, bias, eps, residual, activation,
-                      with_mask);
+  return normalize_by({.running_mean = channels(dense_mean), .running_var = channels(dense_var), .eps = eps}, input,
+                      weight, bias, residual, activation, with_mask);
+}
+
+Tensor batch_norm_recompute(const Tensor& input, const Tensor& save_stats, const optional<Tensor>& weight,
+                            const optional<Tensor>& bias, const optional<Tensor>& residual, std::string_view act,
+                            double slope) {
+  check_data("input", input);
+  check_save_stats(save_stats, "input", input);
+  check_channels("weight", weight, input);
+  check_channels("bias", bias, input);
+  const Activation activation = parse_activation(act, slope);
+  check_epilogue(input, residual, activation, /*with_mask=*/false);
+  if (is_transposed_sequence(input)) {
+    return as_sequences(
+        batch_norm_recompute(as_images(input), save_stats, weight, bias, as_images(residual), act, slope));
+  }
+  const Tensor dense_stats = save_stats.contiguous();
+  const auto* mean = dense_stats.const_data_ptr<double>();
+  return std::get<0>(
+      normalize_by({.running_mean = {mean, DType::kFloat64}, .invstd = {mean + input.size(1), DType::kFloat64}}, input,
+                   weight, bias, residual, activation, /*with_mask=*/false));
 }
 
 }  // namespace bnext

@@ -16,6 +16,7 @@
 #include "../cpu/output_pool.h"
 #include "backend.h"
 #include "node_attributes.h"
+#include "saved_tensor_hooks.h"
 #include "schema.h"
 
 TORCH_LIBRARY(bnext, m) { bnext::define_operators(m); }
@@ -88,6 +89,7 @@ void set_cpu_isa(const std::string& name) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of bnext. Importing it registers the operators torch.ops.bnext.*.";
   bnext::register_node_attributes();
+  bnext::register_saved_tensor_hooks(m);
   m.attr("torch_version") = TORCH_VERSION;  // that this was compiled against
   m.attr("compiler") = __VERSION__;
   m.attr("activations") = activations(/*rectifiers_alone=*/false);

@@ -30,6 +30,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_eval(
     const at::Tensor& running_mean, const at::Tensor& running_var, double eps,
     const std::optional<at::Tensor>& residual, std::string_view act, double slope, bool with_mask);
 
+at::Tensor batch_norm_recompute(const at::Tensor& input, const at::Tensor& save_stats,
+                                const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
+                                const std::optional<at::Tensor>& residual, std::string_view act, double slope);
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
     const at::Tensor& grad_output, const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
     const at::Tensor& save_stats, bool training, double eps, std::array<bool, 4> output_mask,

@@ -8,6 +8,8 @@
 // grad_residual; the last only with an activation. mean_grads: (2, C), grad_weight and grad_bias over a batch that lies
 // on several processes, divided by its count; then grad_input is by these.
 //
+// batch_norm_recompute: the output of a call to any of these again, the same bits, by the save_stats that it returned.
+//
 // batch_norm_sync: batch_norm_train over the batch of a group of processes (torch.distributed), which is made of
 // batch_norm_stats: (2*C + 1) float64, a local batch's means, sums of (x - mean)^2, and count; and of
 // batch_norm_gathered, which is batch_norm_train by the gathered stats of all processes, (processes, 2*C + 1).
@@ -42,6 +44,10 @@ inline void define_operators(torch::Library& m) {
       "str act='identity', float slope=0., Tensor? mean_grads=None) "
       "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
       tags);
+  m.def(
+      "batch_norm_recompute(Tensor input, Tensor save_stats, Tensor? weight, Tensor? bias, Tensor? residual=None, "
+      "str act='identity', float slope=0.) -> Tensor",
+      tags);
   m.def("batch_norm_stats(Tensor input, float eps) -> Tensor", tags);
   m.def(
       "batch_norm_gathered(Tensor input, Tensor gathered_stats, Tensor? weight, Tensor? bias, "
@@ -67,6 +73,7 @@ inline void register_kernels(torch::Library& m) {
   m.impl("batch_norm_train", &batch_norm_train);
   m.impl("batch_norm_eval", &batch_norm_eval);
   m.impl("batch_norm_backward", &batch_norm_backward);
+  m.impl("batch_norm_recompute", &batch_norm_recompute);
   m.impl("batch_norm_stats", &batch_norm_stats);
   m.impl("batch_norm_gathered", &batch_norm_gathered);
 }
