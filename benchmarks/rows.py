@@ -1,9 +1,11 @@
-"""The results: one flat row per measurement, kept as JSON with one row per line."""
+"""The results: one flat row per measurement. In a JSON file what they have in common stands once, and what was measured
+of one tensor or model on one line."""
 
 import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,10 @@ class Measurement:
     # Of a forward with an activation: what its graph holds; operators.held says which bytes are where.
     held_arguments_bytes: int | None = None
     held_result_bytes: int | None = None
-    held_bytes: int | None = None
+    held_bytes: int | None = None  # of a step, too: from forward to backward
+    # Of a step of the suite memory: the most that is allocated, and what of it an image more would add.
+    allocated_bytes: int | None = None
+    image_bytes: float | None = None
     # Of the suites of whole models: its name; in training, what trainer_process.py counts, and Trainer.losses.
     model: str = ""
     peak_bytes: int | None = None
@@ -107,8 +112,14 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def save_rows(path: Path, rows: Iterable[Row]) -> None:
-    lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
-    write_atomically(path, f"[\n{lines}\n]\n".encode())
+    whole = [asdict(row) for row in rows]
+    common = {name: value for name, value in whole[0].items() if all(row[name] == value for row in whole)}
+    lines = []
+    for _, of_one in groupby(whole, key=lambda row: (row["suite"], row["model"], row["shape"])):
+        own = ({name: value for name, value in row.items() if name not in common} for row in of_one)
+        lines.append(", ".join(map(json.dumps, own)))
+    text = f'{{"common": {json.dumps(common)}, "rows": [\n{f",{chr(10)}".join(lines)}\n]}}\n'
+    write_atomically(path, text.encode())
 
 
 def read_json(path: Path) -> Any:
@@ -118,13 +129,15 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is not JSON: {error}") from None
 
 
+def as_row(fields: dict[str, Any]) -> Row:
+    return Row(**{**fields, "shape": tuple(fields["shape"]), "losses": tuple(fields.get("losses", ()))})
+
+
 def load_rows(path: Path) -> list[Row]:
     """The rows of a file; raises InputError where it is not one of ours."""
     try:
-        rows = [
-            Row(**{**fields, "shape": tuple(fields["shape"]), "losses": tuple(fields.get("losses", ()))})
-            for fields in read_json(path)
-        ]
+        content = read_json(path)
+        rows = [as_row({**content["common"], **own}) for own in content["rows"]]
     except (TypeError, KeyError) as error:
         raise InputError(f"{path} holds no benchmark rows: {error}") from None
     if not rows:
