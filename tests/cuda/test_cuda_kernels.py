@@ -108,6 +108,20 @@ def test_every_way_with_an_epilogue(
             check_backward(x, g, params, training=training, residual=residual, act=act, output_too=True)
 
 
+@pytest.mark.parametrize(("path", "case"), FEW_WAYS)
+@pytest.mark.parametrize(("act", "has_residual", "dtype"), EPILOGUES)
+def test_an_output_again(
+    path: Path, case: Case, act: str, has_residual: bool, dtype: torch.dtype, kernel_device: str
+) -> None:
+    """By a kernel without a reduction, the bits of the one with it."""
+    with planned_for(path.limits, kernel_device) as device:
+        x, residual = make_input(*case, dtype, device), make_residual(*case, dtype, device) if has_residual else None
+        params = make_parameters(case.shape[1], parameter_dtype(dtype), device)
+        vectors, epilogue = (params.weight, params.bias), (residual, act, 0.1)
+        output, stats, _ = torch.ops.bnext.batch_norm_train(x, *vectors, None, None, None, 0.1, 1e-5, *epilogue)
+        assert same_bits(torch.ops.bnext.batch_norm_recompute(x, stats, *vectors, *epilogue), output)
+
+
 @pytest.mark.parametrize(
     ("path", "case", "dtype"),
     [

@@ -104,6 +104,7 @@ void add_arguments(Buffers& buffers, const Problem& problem, const EvalForward& 
   buffers.add(args.bias, problem.C, "bias");
   buffers.add(args.running_mean, problem.C, "running_mean");
   buffers.add(args.running_var, problem.C, "running_var");
+  buffers.add(args.invstd, problem.C, "invstd");
   buffers.add(args.output, bytes, "output", simt::Access::kUninitialised);
   add_stats(buffers, problem.C, args.save_mean, args.save_invstd);
   add_epilogue(buffers, problem, args.epilogue);

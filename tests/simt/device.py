@@ -20,6 +20,7 @@ from simt.build import build
 OPERATORS = (
     "batch_norm_train",
     "batch_norm_eval",
+    "batch_norm_recompute",
     "batch_norm_backward",
     "batch_norm_stats",
     "batch_norm_gathered",
