@@ -144,8 +144,11 @@ class Models(ModelChecker):
         return stopwatch, {**how, **fields}
 
     def examine(self, provider: str, made: Any) -> None:
-        """The peak of memory, and where the time goes; raises what is raised in the process, where that fails."""
-        if self._apart:
+        """The peak of memory, and where the time goes or what is allocated; raises what is raised in the process, where
+        that fails."""
+        if self._apart and SUITES[self._on.name][self._case.suite].allocations:
+            self._examined[provider] = {"peak_bytes": made.peak(), **made.allocations()}
+        elif self._apart:
             self._examined[provider] = {"peak_bytes": made.peak(), "shares": made.shares()}
         else:
             with self._process(provider) as process:

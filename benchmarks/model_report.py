@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from math import nan
 
+import numpy as np
 import pandas as pd
 
 from benchmarks.rows import Row
@@ -10,6 +11,7 @@ from benchmarks.suites import BNEXT, COMPILE, COPY, EAGER_PROVIDERS, TORCH, WITH
 from benchmarks.tables import Sheet, command, foldable, how_measured, mean_of, operation_label, spread, texts
 from benchmarks.traffic import MB, STEP, WALKS, shape_label
 
+BUDGET = 1000 * MB
 COMPILED_SUITE, SMALL_SUITE = "compiled", "small-models"
 LIMIT = 1.0  # a compiled model is not slower with bnext, nor a small one for fusing
 
@@ -49,6 +51,13 @@ WALK_LEGEND = (
     "A walk calls all batch norms of a model, one after the other, with the tensors of all of them alive, so that each "
     "comes from main memory; hot: its input was written right before. The copy, in backward the addition of two "
     "tensors, moves the same bytes into memory already touched."
+)
+MEMORY_LEGEND = (
+    "Held: bytes that forward leaves allocated for backward, beside parameters; x: what of torch's that is. Peak: the "
+    "most that a step has allocated beyond parameters and the optimiser's buffers, gradients included. Images: the "
+    f"largest batch whose step keeps within {BUDGET // MB:,} MB of that, by the peaks of this batch and one twice as "
+    "large. x time: of torch's step. torch-checkpoint: torch.utils.checkpoint around as many blocks as it takes, from "
+    "the first on, to hold no more than bnext-recompute does."
 )
 CALLS_LEGEND = "x torch: the time with torch alone / that with bnext, both compiled."
 
@@ -154,6 +163,24 @@ def training_lines(trained: pd.DataFrame) -> Sheet:
     return Sheet(pd.DataFrame(cells), labels=5)
 
 
+def memory_lines(measured: pd.DataFrame) -> Sheet:
+    """One line per case and provider."""
+    torchs = measured[measured["is_torch"]].set_index(CASE)["held_bytes"]
+    of_torch = torchs.reindex(pd.MultiIndex.from_frame(measured[CASE])).to_numpy()
+    room = (BUDGET - measured["allocated_bytes"]) / measured["image_bytes"]
+    cells = {
+        **measured[CASE],
+        "layers": measured["provider"],
+        "held, MB": texts(measured["held_bytes"] / MB, "{:.1f}"),
+        "x": texts(measured["held_bytes"] / of_torch, "{:.3f}"),
+        "peak, MB": texts(measured["allocated_bytes"] / MB, "{:.1f}"),
+        "images": texts(measured["shape"].str[0] + np.floor(room), "{:.0f}"),
+        "ms a step": texts(measured["median_s"] * 1e3, "{:.1f}"),
+        "x time": texts(1 / measured["speedup"], "{:.2f}"),
+    }
+    return Sheet(pd.DataFrame(cells), labels=5)
+
+
 def call_lines(called: pd.DataFrame) -> Sheet:
     """Of calls, bnext's: for each operation torch's time, bnext's, and how many times faster that is."""
     keys = [*CASE, "provider"]
@@ -193,8 +220,8 @@ def walk_lines(walks: pd.DataFrame) -> Sheet:
 
 
 def trained_and_called(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What is neither part of a cost nor of a walk: all of training, and of calls bnext's."""
-    others = table[~table["costed"] & ~is_walk(table)]
+    """What is part of no other table: all of training, and of calls bnext's."""
+    others = table[~table["costed"] & ~is_walk(table) & table["image_bytes"].isna()]
     is_step = others["op"] == STEP
     return others[is_step], others[~is_step & ~others["is_torch"]]
 
@@ -206,6 +233,7 @@ def sheets(table: pd.DataFrame) -> list[Sheet]:
     makers = (
         *((cost_means, costs), (cost_lines, costs), (training_lines, trained), (call_lines, called)),
         *((share_lines, table[table["shares"].map(bool)]), (walk_lines, table[is_walk(table)])),
+        (memory_lines, table[table["image_bytes"].notna()]),
     )
     return [make(lines) for make, lines in makers if len(lines)]
 
@@ -227,6 +255,8 @@ def notes(table: pd.DataFrame) -> list[str]:
         found.append(SHARES_LEGEND)
     if is_walk(table).any():
         found.append(WALK_LEGEND)
+    if table["image_bytes"].notna().any():
+        found.append(f"{STEP_LEGEND} {MEMORY_LEGEND}")
     return [*found, *filter(None, [compiled_bar(called), fused_bar(table)])]
 
 

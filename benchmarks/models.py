@@ -16,8 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import bnext
 from benchmarks import networks
+from benchmarks.memory import checkpointed_to, held_by
 from benchmarks.operators import MEMORY_FORMATS, SEED
-from benchmarks.suites import COMPILE, WITHOUT, Case
+from benchmarks.suites import CHECKPOINT, COMPILE, RECOMPUTE, WITHOUT, Case
 from benchmarks.traffic import Shape
 
 # Of torch.compile, by the provider whose it is: bnext's fuses what it finds in torch's own layers.
@@ -87,8 +88,13 @@ def build(case: Case, provider: str, model: nn.Module, device: str) -> Built:
     module = copy.deepcopy(model)
     if provider == WITHOUT:
         remove_batch_norms(module)
-    elif provider in ("bnext", "bnext-fused"):
-        bnext.convert(module, fuse=provider == "bnext-fused")
+    elif provider == CHECKPOINT:
+        input = make_data(case, device, case.shape)
+        recomputing = bnext.convert(copy.deepcopy(model), fuse=True, recompute=True)
+        held_by(recomputing, input)  # what the first call makes stays
+        module = checkpointed_to(model, input, held_by(recomputing, input))
+    elif provider in ("bnext", "bnext-fused", RECOMPUTE):
+        bnext.convert(module, fuse=provider != "bnext", recompute=provider == RECOMPUTE)
     call: Callable[[Tensor], Tensor] = module
     if provider.endswith(COMPILE):
         call = torch.compile(module, backend=BACKENDS[provider], dynamic=False, fullgraph=True)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
@@ -30,6 +31,7 @@ SWEPT_TICKS = (0.25, 0.5, 1, 2, 4)  # what is beyond has the last colour
 SWEPT_COLOURS = LinearSegmentedColormap.from_list("slower, faster", [ORANGE, "white", BLUE], 17)
 SMALL = 7  # points
 MODEL_TICKS = (0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 3, 4)
+MEMORY_COLOURS = {"bnext-fused": SKY, "bnext-recompute": BLUE, "torch-checkpoint": ORANGE}
 MODEL_COLOURS = {"bnext": SKY, "bnext-fused": BLUE}
 SMALLEST_ERROR, LARGEST_ERROR = 1e-9, 1e2  # 0 is drawn at the one, NaN, inf and what is beyond at the other
 
@@ -39,7 +41,7 @@ def draw(rows: Sequence[Row]) -> Figure | None:
     tensors, models, swept = of_kinds(rows)
     if swept and not tensors:
         return draw_sweep(swept)
-    return draw_operators(tensors) if tensors else draw_models(models)
+    return draw_operators(tensors) if tensors else draw_models(models) or draw_memory(models)
 
 
 def draw_models(rows: Sequence[Row]) -> Figure | None:
@@ -69,6 +71,32 @@ def draw_models(rows: Sequence[Row]) -> Figure | None:
     names = [name.removeprefix("torchvision/").replace("/", " ") for name in models]
     colours = {"bnext": SKY, "bnext, fused": BLUE, "without batch norm": BLACK}
     return lettered(figure, names, colours, "Training step: torch's time / the time with bnext")
+
+
+def draw_memory(rows: Sequence[Row]) -> Figure | None:
+    """What a step holds and how long it takes, as shares of torch's: geometric means over the layouts. None where no
+    memory was measured."""
+    rows = [row for row in rows if row.image_bytes is not None]
+    if not rows:
+        return None
+    table = model_report.compare(rows)
+    table = table.merge(table.loc[table["is_torch"], [*model_report.CASE, "held_bytes"]], on=model_report.CASE)
+    table["held"], table["time"] = table["held_bytes_x"] / table["held_bytes_y"], 1 / table["speedup"]
+    models = table["model"].unique()
+    found = table.groupby(["model", "provider"])[["held", "time"]].agg(mean_of).unstack().reindex(models)
+    found = found.reindex(columns=pd.MultiIndex.from_product((["held", "time"], MEMORY_COLOURS)))
+    height = HEAD_INCHES + len(MEMORY_COLOURS) * LINE_INCHES * len(models)
+    figure, ((*grid,),) = panels(height, columns=2, sharey=True)
+    for axes, share, title in zip(grid, ("held", "time"), ("held from forward to backward", "time"), strict=True):
+        for index, (provider, colour) in enumerate(MEMORY_COLOURS.items()):
+            lines = np.arange(len(models)) + 0.28 * (index - 1)
+            bars = axes.barh(lines, found[share, provider], color=colour, height=0.26)
+            axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=NUMBER)
+        axes.axvline(1, color=BLACK, linewidth=0.8)
+        axes.set_title(title, fontsize=TITLE)
+        axes.set_xlim(0, 1.15 * found[share].max().max())
+    names = [name.partition("/")[2] for name in models]
+    return lettered(figure, names, MEMORY_COLOURS, "Training step: what it holds, and its time, beside torch's (1)")
 
 
 def draw_operators(rows: Sequence[Row], ops: Sequence[str] = ()) -> Figure:
@@ -186,6 +214,9 @@ def drawn(folder: Path) -> Iterator[tuple[str, Figure]]:
         costs = draw_models(models) if models else None
         if costs:
             yield "models.png", costs
+        memory = draw_memory(models)
+        if memory:
+            yield "memory.png", memory
         if plain:
             yield "operators.png", draw_operators(plain, SHOWN_OPS)
         if swept:

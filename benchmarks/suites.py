@@ -32,6 +32,10 @@ EAGER_PROVIDERS = ("torch", "bnext", "bnext-fused")
 COMPILED_PROVIDERS = ("torch-compile", "bnext-compile")
 WITHOUT = "without"  # no batch norm at all: what it costs is what can be gained, fusing apart
 
+# Of memory: outputs made again in backward; and torch's layers, with as many blocks checkpointed as it takes to hold no
+# more.
+RECOMPUTE, CHECKPOINT = "bnext-recompute", "torch-checkpoint"
+
 QUICK_MAX_ELEMENTS = 2_000_000
 
 # In the order they are measured and shown in. Of models float32 is as it is; bfloat16 is autocast: parameters,
@@ -59,8 +63,8 @@ class Suite:
     ``compiled_dtypes``, in these only. ``providers``: of whole models; ``compile_s``: what compiling one takes.
     ``seconds``: the time budget of a suite that is measured only when it is asked for, compiling included; all others
     share the device's. ``peak_s``: what it takes to examine a provider, its memory and where its time goes; 0: it is
-    not examined. ``quick``: the models of a quick look, which then compiles nothing. ``threads``, unless told; None:
-    torch's own number.
+    not examined. ``allocations``: whether it is examined for what a step allocates instead. ``quick``: the models of a
+    quick look, which then compiles nothing. ``threads``, unless told; None: torch's own number.
     """
 
     inputs: tuple[Input, ...]
@@ -73,6 +77,7 @@ class Suite:
     seconds: float | None = None
     compile_s: float = 0
     peak_s: float = 0
+    allocations: bool = False
     quick: tuple[str, ...] = ()
     threads: int | None = None
 
@@ -200,6 +205,13 @@ def _sweep() -> tuple[Shape, ...]:
     return tuple(shape for shape in grid if prod(shape) in _SWEEP_ELEMENTS and prod(shape) > shape[1])
 
 
+MEMORY = "memory"
+_SMALL_PICTURES: Shape = (8, 3, 96, 96)
+_OF_MEMORY = (
+    *("torchvision/efficientnet_b0", "torchvision/mobilenet_v2", "torchvision/mobilenet_v3_large"),
+    *("torchvision/densenet121", "timm/vovnet39a", "torchvision/resnet50"),
+)
+
 SUITES = {
     "cpu": {
         "resnet50": Suite(_plain(*_images(32))),
@@ -236,6 +248,16 @@ SUITES = {
             dtypes=("float32",),
             seconds=20,
             threads=1,
+        ),
+        MEMORY: Suite(
+            inputs=tuple(Input(_SMALL_PICTURES, name) for name in _OF_MEMORY),
+            operations=(STEP,),
+            providers=(*EAGER_PROVIDERS, RECOMPUTE, CHECKPOINT),
+            dtypes=("float32",),
+            seconds=300,
+            peak_s=2,
+            allocations=True,
+            quick=("torchvision/mobilenet_v3_large",),
         ),
         SWEEP: Suite(_plain(*_sweep()), seconds=300),
         "compiled": _COMPILED,

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.command import end_with_parent, process_pool, submit
+from benchmarks.memory import allocated
 from benchmarks.models import make_model
 from benchmarks.shares import step_shares
 from benchmarks.suites import Case
@@ -79,6 +80,10 @@ class TrainerProcess:
     def peak(self) -> int:
         """The peak of memory of a few steps more, in bytes."""
         return self._ask(peak_here)
+
+    def allocations(self) -> dict[str, float]:
+        """What a step allocates, as fields of a row."""
+        return self._ask(allocations_here)
 
     def shares(self) -> dict[str, float]:
         """Where the time of a few steps more goes: shares.step_shares."""
@@ -145,6 +150,21 @@ def peak_here() -> int:
     for _ in range(STEPS):
         _trainer.step()
     return torch.cuda.max_memory_allocated() if on_gpu else status_bytes("VmHWM") - _resident_before
+
+
+def allocations_here() -> dict[str, float]:
+    """The peak grows by as much for each image, so a batch twice as large tells what an image takes."""
+    found = []
+    for trainer in (_trainer, _trainer.twice_as_large()):
+        for _ in range(WARM_STEPS):
+            trainer.step()
+        found.append((allocated(trainer.forward).held, allocated(trainer.step).peak, trainer.images))
+    (held, peak, images), (_, larger_peak, more_images) = found
+    return {
+        "held_bytes": held,
+        "allocated_bytes": peak,
+        "image_bytes": (larger_peak - peak) / (more_images - images),
+    }
 
 
 def shares_here() -> dict[str, float]:

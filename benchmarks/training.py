@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 from benchmarks.correctness import require_as_close
 from benchmarks.models import REFERENCE_DTYPES, Built, build, build_reference, make_data, make_model
 from benchmarks.operators import SEED
-from benchmarks.suites import TORCH, WITHOUT, Case
+from benchmarks.suites import CHECKPOINT, TORCH, WITHOUT, Case
 from benchmarks.timing import Call
 from benchmarks.traffic import STEP
 
@@ -26,16 +26,31 @@ class Trainer:
 
     def __init__(self, case: Case, model: Built, device: str, learning_rate: float = LEARNING_RATE) -> None:
         self.losses: tuple[float, ...] = ()
+        self._case = case
         self._model = model
+        self._device = device
         parameters = list(model.module.parameters())
         self._optimizer = torch.optim.SGD(parameters, lr=learning_rate, momentum=MOMENTUM)
         self._input = make_data(case, device, case.shape).to(parameters[0].dtype)
         self._target: Tensor | None = None
 
+    @property
+    def images(self) -> int:
+        return len(self._input)
+
+    def twice_as_large(self) -> "Trainer":
+        """The same model in training on a batch twice as large."""
+        images, *image = self._case.shape
+        return Trainer(replace(self._case, shape=(2 * images, *image)), self._model, self._device)
+
+    def forward(self) -> Tensor:
+        """Returns the loss, with its graph."""
+        return self._loss(self._model(self._input))
+
     def step(self) -> Tensor:
         """Returns the loss before the update; it stays on the device."""
         self._optimizer.zero_grad()
-        loss = self._loss(self._model(self._input))
+        loss = self.forward()
         loss.backward()
         self._optimizer.step()
         return loss.detach()
@@ -172,8 +187,9 @@ class ModelChecker:
         return Calls(self._case, built, self._device, getattr(torch, self._case.dtype))
 
     def check(self, provider: str, made: Any) -> None:
-        """Train or call it; raise MismatchError at the first result that is not right. Without batch norm any is."""
-        if provider == WITHOUT:
+        """Train or call it; raise MismatchError at the first result that is not right. Without batch norm any is; and
+        torch's checkpoints count each batch twice in the running statistics."""
+        if provider in (WITHOUT, CHECKPOINT):
             made.step()
         elif provider != TORCH:
             where = f"{self._case}: {{}} of {provider}"

@@ -139,6 +139,21 @@ def costed(model: str, torch_s: float, bnext_s: float, fused_s: float, without_s
     return [replace(row, losses=()) if row.provider == "without" else row for row in rows]
 
 
+def remembered(**changes: Any) -> list[Row]:
+    """A step that holds half of torch's memory, and one that holds less, in more time; 10 MB an image."""
+    held = {"torch": (0.4, 100, 120), "bnext-recompute": (0.2, 50, 70), "torch-checkpoint": (0.5, 40, 70)}
+    return [
+        replace(
+            trained(seconds, {}, suite="memory", model="timm/vovnet39a", **changes)[0],
+            provider=name,
+            held_bytes=kept * 1_000_000,
+            allocated_bytes=peak * 1_000_000,
+            image_bytes=1e7,
+        )
+        for name, (seconds, kept, peak) in held.items()
+    ]
+
+
 def imagined_costs(**changes: Any) -> list[Row]:
     """Half of the cost gone, and fused all of it; a quarter, and fused less than nothing; no cost at all."""
     resnet = costed("resnet20", 0.4, 0.35, 0.3, 0.3, **changes)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from host_gpu import HostGpu
-from tiny_suites import FIVE, FUSED, PLAIN, TINY, Run, spoil
+from tiny_suites import FIVE, FUSED, PLAIN, SHAPE, TINY, Run, spoil
 from torch import Tensor, nn
 
 from benchmarks import measure, models, operators, training
@@ -20,7 +20,7 @@ from benchmarks.cuda import measure as cuda
 from benchmarks.measure import Device, Outcome, total_work
 from benchmarks.operators import eager
 from benchmarks.rows import is_touched, load_rows
-from benchmarks.suites import EAGER_PROVIDERS, WITHOUT, Case, Suite, select_cases
+from benchmarks.suites import CHECKPOINT, EAGER_PROVIDERS, RECOMPUTE, WITHOUT, Case, Suite, select_cases
 from benchmarks.traffic import TENSOR_PASSES, WALKS, model_bytes
 from benchmarks.trainer_process import ProcessError, TrainerProcess
 from benchmarks.training import STEPS, ModelChecker
@@ -70,7 +70,7 @@ def test_whole_models_leave_rows_of_every_provider(run: Run, tmp_path: Path) -> 
         (name, input.model, dtype, layout, op, provider)
         for name, suite in TINY.items()
         for input in suite.inputs
-        if input.model and name != "walk"
+        if input.model and name not in ("walk", "memory")
         for dtype, layout, op, provider in product(suite.dtypes, suite.layouts, suite.operations, suite.providers)
     }
     assert len(set(found)) == len(found)
@@ -84,6 +84,20 @@ def test_whole_models_leave_rows_of_every_provider(run: Run, tmp_path: Path) -> 
             assert row.losses == pytest.approx(rows[0].losses, rel=1e-4)
     assert rows[0].losses[0] > 1.005 * rows[0].losses[STEPS - 1], "it learns"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "results.png"]
+
+
+def test_what_a_step_allocates(run: Run) -> None:
+    status, rows, errors = run("memory")
+    assert (status, errors) == (0, [])
+    found = {row.provider: row for row in rows}
+    assert list(found) == [*EAGER_PROVIDERS, RECOMPUTE, CHECKPOINT]
+    for row in rows:
+        assert row.held_bytes < row.allocated_bytes
+        assert 0.5 < SHAPE[0] * row.image_bytes / row.allocated_bytes < 2
+        assert not row.shares
+    held = {name: row.held_bytes for name, row in found.items()}
+    assert held["torch"] > held["bnext-fused"] > held[RECOMPUTE]
+    assert held[CHECKPOINT] == held["torch"], "the tiny model has no two blocks of a kind"
 
 
 def test_a_walk_is_timed_beside_a_copy(run: Run) -> None:

@@ -1,7 +1,7 @@
 """Whole models in bars and costs, from imagined runs; docs/benchmarks.md shows their tables."""
 
 import pytest
-from canned import imagined_costs, imagined_training, row, trained
+from canned import imagined_costs, imagined_training, remembered, row, trained
 
 from benchmarks import model_report
 from benchmarks.model_report import block, compare, compare_costs, compiled_bar, cost_gone, cost_means, fused_bar
@@ -59,6 +59,16 @@ def test_where_the_time_of_a_step_goes() -> None:
     text = block(trained(0.4, {"bnext": 0.3}, shares={kind: seconds / 1e3 for kind, seconds in found.items()}))
     assert "| bnext | 6.0 | 9.0 | 16.0 | 32.0 | 64.0 | 0.0 | 873.0 |" in text
     assert "profiler" not in block(trained(0.4, {"bnext": 0.3}))
+
+
+def test_what_a_step_holds_beside_torchs() -> None:
+    text = block(remembered())
+    # 1000 MB - 70 MB is room for 93 images more than 8.
+    assert "| bnext-recompute | 50.0 | 0.500 | 70.0 | 101 | 200.0 | 0.50 |" in text
+    assert "| torch-checkpoint | 40.0 | 0.400 | 70.0 | 101 | 500.0 | 1.25 |" in text
+    assert "last loss" not in text, "no other table"
+    assert model_report.MEMORY_LEGEND in text
+    assert model_report.MEMORY_LEGEND not in block(imagined_training())
 
 
 def test_a_walk_is_shown_in_copies() -> None:

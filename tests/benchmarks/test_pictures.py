@@ -3,7 +3,15 @@
 from pathlib import Path
 
 import pytest
-from canned import imagined_costs, imagined_fused_run, imagined_gpu_run, imagined_run, imagined_training, rows_of
+from canned import (
+    imagined_costs,
+    imagined_fused_run,
+    imagined_gpu_run,
+    imagined_run,
+    imagined_training,
+    remembered,
+    rows_of,
+)
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
 from test_numeric_errors import imagined, result
@@ -27,6 +35,17 @@ def test_picture_has_two_bars_a_model_and_a_mark_without_batch_norm() -> None:
     *marks, _ = (line.get_xdata()[0] for line in panel.lines)  # the last is the line at 1
     assert marks == pytest.approx([4 / 3, (4 / 3 * 0.4 / 0.41) ** 0.5])
     assert draw(imagined_training()) is None
+
+
+def test_memory_has_a_panel_of_what_is_held_and_one_of_time() -> None:
+    figure = draw([*remembered(), *remembered(layout="channels_last", shape=(16, 3, 64, 64))])
+    assert figure
+    held, time = figure.axes
+    assert [label.get_text() for label in held.get_yticklabels()] == ["vovnet39a"]
+    for panel, widths in ((held, [0.5, 0.4]), (time, [0.5, 1.25])):
+        found = [bar for bar in panel.patches if bar.get_width() == bar.get_width()]
+        assert [bar.get_width() for bar in found] == pytest.approx(widths)
+        assert [to_hex(bar.get_facecolor()) for bar in found] == [BLUE, ORANGE]
 
 
 def test_operators_have_a_bar_a_group_and_size() -> None:

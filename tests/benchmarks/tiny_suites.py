@@ -18,7 +18,17 @@ from benchmarks.cuda import device, rotation
 from benchmarks.cuda import measure as cuda
 from benchmarks.networks import Bottleneck, conv
 from benchmarks.rows import Row, load_rows
-from benchmarks.suites import COMPILED_PROVIDERS, EAGER_PROVIDERS, SUITES, WITHOUT, Case, Input, Suite
+from benchmarks.suites import (
+    CHECKPOINT,
+    COMPILED_PROVIDERS,
+    EAGER_PROVIDERS,
+    RECOMPUTE,
+    SUITES,
+    WITHOUT,
+    Case,
+    Input,
+    Suite,
+)
 from benchmarks.traffic import BN_ADD_RELU, BN_RELU, BOTH_TOO, STEP, WALKS
 from benchmarks.trainer_process import TrainerProcess
 from benchmarks.training import Trainer
@@ -54,6 +64,13 @@ TINY = {
     "tiny-fused": FUSED,
     "training": TRAINING,
     "models": replace(TRAINING, providers=(*EAGER_PROVIDERS, WITHOUT), peak_s=0, threads=1),
+    "memory": replace(
+        TRAINING,
+        compiled=(),
+        providers=(*EAGER_PROVIDERS, RECOMPUTE, CHECKPOINT),
+        layouts=("contiguous",),
+        allocations=True,
+    ),
     "walk": replace(TRAINING, operations=tuple(WALKS), providers=("torch", "bnext"), compiled=(), peak_s=0),
     "compiled": Suite(
         inputs=(Input((4, 8, 6, 6), "bn"), Input((4, 16, 6, 6), "bottleneck")),

@@ -1,0 +1,73 @@
+"""What a training step holds in memory, and torch's own way to hold less: checkpointing of blocks."""
+
+import copy
+import gc
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+
+
+class Allocated(NamedTuple):
+    """Bytes beyond what there was before a call: those that its result keeps alive, and the most at any time."""
+
+    held: int
+    peak: int
+
+
+def allocated(call: Callable[[], object]) -> Allocated:
+    """What a call allocates on the CPU, by torch's profiler, to which every allocator reports: exact, unlike what is
+    resident."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        result = call()
+    held = peak = 0
+    events = (event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]")
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    del result
+    return Allocated(held, peak)
+
+
+def blocks_of(model: nn.Module) -> list[str]:
+    """The names of the largest parts that a model has several of and that hold batch norms, in their order: residual
+    blocks, dense blocks and the like."""
+    norms = {name: sum(isinstance(part, _BatchNorm) for part in m.modules()) for name, m in model.named_modules()}
+    several = {name: m for name, m in model.named_modules() if norms[name] > 1 and not isinstance(m, nn.Sequential)}
+    kinds = Counter(map(type, several.values()))
+    found: list[str] = []
+    for name, module in several.items():
+        if kinds[type(module)] > 1 and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+    return found
+
+
+def checkpointed(model: nn.Module, blocks: list[str]) -> nn.Module:
+    """A copy of which these parts keep their inputs alone, and are computed again in backward."""
+    module = copy.deepcopy(model)
+    for name in blocks:
+        block = module.get_submodule(name)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return module
+
+
+def checkpointed_to(model: nn.Module, input: Tensor, limit: int) -> nn.Module:
+    """A copy with as many blocks checkpointed, from the first on, as it takes to hold no more bytes than ``limit``; if
+    that cannot be, with all of them."""
+    blocks = blocks_of(model)
+    for count in range(1, len(blocks)):
+        tried = checkpointed(model, blocks[:count])
+        if held_by(tried, input) <= limit:
+            return checkpointed(model, blocks[:count])  # whose running statistics are as they were
+    return checkpointed(model, blocks)
+
+
+def held_by(model: nn.Module, input: Tensor) -> int:
+    """Bytes from forward to backward."""
+    return allocated(lambda: model(input)).held
