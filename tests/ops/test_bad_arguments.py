@@ -112,6 +112,7 @@ def test_everything_public_is_covered() -> None:
         *(cls.__name__ for cls in LAYERS),
         "convert",
         "fusion_report",
+        "recompute",
         "revert",
         "functional",
         "__version__",

@@ -118,7 +118,7 @@ def test_every_argument_of_whole_model_calls_is_covered() -> None:
 @pytest.mark.parametrize(
     ("function", "argument"),
     [
-        *((bnext.convert, argument) for argument in ("module", "fuse", "sync", "verbose")),
+        *((bnext.convert, argument) for argument in ("module", "fuse", "recompute", "sync", "verbose")),
         (bnext.revert, "module"),
         (bnext.fusion_report, "module"),
         (bnext.SyncBatchNorm.convert_sync_batchnorm, "module"),
@@ -133,6 +133,13 @@ def test_wrong_argument_of_whole_model_calls(function: Callable[..., object], ar
     wrong = {row.id: refused(target, argument, row, {"module": whole, argument: row.make()}) for row in rows}
     assert {key: complaint for key, complaint in wrong.items() if complaint} == {}
     assert [type(m) for m in whole.modules()] == classes
+
+
+def test_recompute_without_fuse() -> None:
+    whole = model()
+    with pytest.raises(ValueError, match="fuse=True with recompute=True"):
+        bnext.convert(whole, recompute=True)
+    assert all("forward" not in vars(m) for m in whole.modules())
 
 
 @pytest.mark.parametrize("how", ["constructor", "convert"])
