@@ -16,7 +16,7 @@ template <PyObject* (*read)(SavedCall&)>
 PyObject* get(PyObject* self, void* /*closure*/) {
   HANDLE_TH_ERRORS
   torch::autograd::Node& node = *reinterpret_cast<torch::autograd::THPCppFunction*>(self)->cdata;
-  return read(static_cast<autograd::BatchNormBackward&>(node).saved_call());
+  return read(static_cast<autograd::BatchNormBackward&>(node).call);
   END_HANDLE_TH_ERRORS
 }
 

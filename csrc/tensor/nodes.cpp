@@ -132,38 +132,29 @@ std::string BatchNormBackward::name() const { return "BNextBatchNormBackward"; }
 
 void BatchNormBackward::release_variables() {
   const std::lock_guard<std::mutex> lock(mutex_);
-  call.reset();
-  output.reset();
-}
-
-SavedCall& BatchNormBackward::saved_call() const {
-  TORCH_CHECK(call != nullptr, torch::autograd::ERR_BACKWARD_TWICE);
-  return *call;
+  for (SavedVariable* each : call.tensors()) each->reset_data();
 }
 
 variable_list BatchNormBackward::apply(variable_list&& grads) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (!grads[0].defined()) return variable_list(4);
-  if (output) output->drop();  // all who asked for it have been here
-  SavedCall& settings = saved_call();
-  variable_list saved = unpacked(settings.tensors());
+  variable_list saved = unpacked(call.tensors());
   // The bias is a copy outside of the graph, made when it was saved.
   Tensor& bias = saved[2];
   if (bias.defined() && at::GradMode::is_enabled() && next_edge(2).is_valid() && !bias.requires_grad()) {
     bias = torch::autograd::make_variable(bias, next_edge(2));
   }
-  return backward_gradients(grads, saved, settings, needed_outputs(*this));
+  return backward_gradients(grads, saved, call, needed_outputs(*this));
 }
 
-void BatchNormBackward::compiled_args(CompiledNodeArgs& args) const { collect(args, saved_call()); }
+void BatchNormBackward::compiled_args(CompiledNodeArgs& args) const { collect(args, call); }
 
 variable_list BatchNormBackward::apply_with_saved(const variable_list& grads, SwapSavedVariables& swapped) {
-  SavedCall& held = saved_call();
-  const auto gradients = [settings = static_cast<const CallSettings&>(held), needs = needed_outputs(*this)](
+  const auto gradients = [settings = static_cast<const CallSettings&>(call), needs = needed_outputs(*this)](
                              const variable_list& inputs, const variable_list& saved) {
     return backward_gradients(inputs, saved, settings, needs);
   };
-  return traced(*this, grads, held.tensors(), swapped, gradients);
+  return traced(*this, grads, call.tensors(), swapped, gradients);
 }
 
 std::string BatchNormDoubleBackward::name() const { return "BNextBatchNormDoubleBackward"; }

@@ -6,7 +6,6 @@
 #include <torch/csrc/autograd/saved_variable.h>
 
 #include <array>
-#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -14,7 +13,6 @@
 
 #include "../common/activation.h"
 #include "derivatives.h"
-#include "recomputation.h"
 
 namespace bnext::autograd {
 
@@ -58,11 +56,7 @@ struct SavedCall : CallSettings {
 // The gradient of all forward operators: (input, weight, bias, residual).
 class BatchNormBackward : public torch::autograd::Node {
  public:
-  std::shared_ptr<SavedCall> call = std::make_shared<SavedCall>();  // null when released
-  std::shared_ptr<RecomputedOutput> output;  // shares the call; null where the output is not made again
-
-  // Raises torch's error where the call was released.
-  SavedCall& saved_call() const;
+  SavedCall call;
 
   std::string name() const override;
   void release_variables() override;
