@@ -38,7 +38,7 @@ def recompute() -> Iterator[None]:
       every third sum is kept.
     - Sums and concatenations of outputs, and all else that other operators compute, are kept as ever.
     - It is for the thread that enters it. Where other hooks of saved tensors are at work inside, as those of activation
-      checkpointing, they have their way; those outside get all that is not made again.
+      checkpointing, they have their way; those outside get all that is not made again, and what outputs are made from.
     - It does nothing in what ``torch.compile`` compiles, where inductor chooses for itself what to keep, while torch
       traces, and where torch allows no such hooks, as in ``torch.func`` transforms (which for their part raise inside
       it).

@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<T
   const bool reads_preactivation = activation.act != Act::kIdentity && !with_mask;
   if (node) {
     // Before the kernel runs, too: torch refuses to save tensors made in inference mode.
-    SavedCall& call = *node->call;
+    SavedCall& call = node->call;
     if (keeps_input || reads_preactivation) call.input = saved(input);
     if (grad_input || reads_preactivation) call.weight = saved(w);
     if (reads_preactivation) {
@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<T
     return run(with_mask, batch);
   }();
   if (node) {
-    SavedCall& call = *node->call;
+    SavedCall& call = node->call;
     if (with_mask) call.mask = saved(mask);
     call.save_stats = saved(save_stats);
     call.training = training;
@@ -111,8 +111,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<T
     call.activation = activation;
     save_batch(call, batch);
     // From an input that is kept anyway.
-    if (RecomputedOutput::wanted() && (keeps_input || reads_preactivation)) {
-      node->output = RecomputedOutput::of(node->call, output, input, copy_of(w), copy_of(b), r);
+    if (Hooks::of_thread().are_innermost() && (keeps_input || reads_preactivation)) {
+      node->output = RecomputedOutput::of(output, input, save_stats, copy_of(w), copy_of(b), r, activation);
     }
     set_history(output, node);
   }

@@ -220,9 +220,9 @@ Tensor batch_norm_recompute(const Tensor& input, const Tensor& save_stats, const
                             const optional<Tensor>& bias, const optional<Tensor>& residual, std::string_view act,
                             double slope) {
   check_data("input", input);
-  check_save_stats(save_stats, "input", input);
   check_channels("weight", weight, input);
   check_channels("bias", bias, input);
+  check_save_stats(save_stats, "input", input);
   const Activation activation = parse_activation(act, slope);
   check_epilogue(input, residual, activation, /*with_mask=*/false);
   if (is_transposed_sequence(input)) {

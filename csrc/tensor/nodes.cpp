@@ -133,11 +133,13 @@ std::string BatchNormBackward::name() const { return "BNextBatchNormBackward"; }
 void BatchNormBackward::release_variables() {
   const std::lock_guard<std::mutex> lock(mutex_);
   for (SavedVariable* each : call.tensors()) each->reset_data();
+  output.reset();
 }
 
 variable_list BatchNormBackward::apply(variable_list&& grads) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (!grads[0].defined()) return variable_list(4);
+  if (output) output->drop();  // all who asked for it have been here
   variable_list saved = unpacked(call.tensors());
   // The bias is a copy outside of the graph, made when it was saved.
   Tensor& bias = saved[2];

@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/saved_variable.h>
 
 #include <array>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -13,6 +14,7 @@
 
 #include "../common/activation.h"
 #include "derivatives.h"
+#include "recomputation.h"
 
 namespace bnext::autograd {
 
@@ -57,6 +59,7 @@ struct SavedCall : CallSettings {
 class BatchNormBackward : public torch::autograd::Node {
  public:
   SavedCall call;
+  std::shared_ptr<RecomputedOutput> output;  // null where the output is not made again
 
   std::string name() const override;
   void release_variables() override;

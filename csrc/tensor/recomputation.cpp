@@ -1,8 +1,10 @@
 #include "recomputation.h"
 
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty_strided.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <utility>
@@ -17,13 +19,27 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-thread_local bool recomputes = false;
-
 optional<Tensor> or_none(const Tensor& tensor) { return tensor.defined() ? optional<Tensor>(tensor) : std::nullopt; }
 
 const at::TensorBase& base_of(const Tensor& tensor) {
   if (tensor.is_view()) return tensor._base();
   return tensor;
+}
+
+// By way of all hooks that are at work.
+class HookedTensor final : public SavedTensor {
+ public:
+  explicit HookedTensor(const Tensor& tensor) : saved_(tensor, /*is_output=*/false) {}
+  Tensor tensor() override { return saved_.unpack(); }
+
+ private:
+  torch::autograd::SavedVariable saved_;
+};
+
+// What an output is made from. Hooks of others decide what becomes of that, too.
+std::shared_ptr<SavedTensor> saved_source(const Tensor& tensor) {
+  if (Hooks::of_thread().pass_on) return std::make_shared<HookedTensor>(tensor);
+  return saved_tensor(tensor);
 }
 
 bool is_plain(const Tensor& tensor) { return tensor.layout() == at::kStrided && !tensor.is_conj() && !tensor.is_neg(); }
@@ -42,32 +58,45 @@ Tensor KeptTensor::tensor() {
   return data_;
 }
 
-bool RecomputedOutput::wanted() { return recomputes; }
-void RecomputedOutput::want(bool wanted) { recomputes = wanted; }
+Hooks& Hooks::of_thread() {
+  thread_local Hooks hooks;
+  return hooks;
+}
 
-std::shared_ptr<RecomputedOutput> RecomputedOutput::of(std::shared_ptr<SavedCall> call, const Tensor& output,
-                                                       const Tensor& input, Tensor weight, Tensor bias,
-                                                       const Tensor& residual) {
+const void* Hooks::innermost() {
+  const auto hooks = at::SavedTensorDefaultHooks::get_hooks();
+  return hooks ? hooks->first.ptr(&hooks->first.pyinterpreter()) : nullptr;
+}
+
+RecomputedOutput::RecomputedOutput(const Tensor& output)
+    : sizes_(output.sizes().vec()),
+      strides_(output.strides().vec()),
+      offset_(output.storage_offset()),
+      dtype_(output.scalar_type()),
+      storage_(output.storage().getWeakStorageImpl()) {}
+
+std::shared_ptr<RecomputedOutput> RecomputedOutput::of(const Tensor& output, const Tensor& input,
+                                                       const Tensor& save_stats, Tensor weight, Tensor bias,
+                                                       const Tensor& residual, const Activation& activation) {
+  if (!output.has_storage()) return nullptr;
   const auto behind_input = behind(input);
   const auto behind_residual = residual.defined() ? behind(residual) : nullptr;
   for (const auto& source : {behind_input, behind_residual}) {
     if (source && source->of_recomputed_) return nullptr;
   }
-  std::shared_ptr<SavedTensor> saved_residual;
-  if (residual.defined()) {
-    // The residual itself is one who holds its memory.
-    const bool kept = behind_residual || (residual.has_storage() && residual.storage().use_count() > 1);
-    if (!kept) return nullptr;
-    saved_residual = saved_tensor(residual);
+  if (residual.defined() && !behind_residual && !Hooks::of_thread().pass_on) {
+    // The residual itself is one who holds its memory. Where hooks of others hold it, in the place of the output, that
+    // is not known; and with checkpointing it would be another answer when the forward is run again.
+    if (!residual.has_storage() || residual.storage().use_count() <= 1) return nullptr;
   }
-  auto recomputed = std::make_shared<RecomputedOutput>();
-  recomputed->call_ = std::move(call);
+  auto recomputed = std::make_shared<RecomputedOutput>(output);
+  recomputed->input_ = saved_source(input);
+  recomputed->save_stats_ = saved_source(save_stats);
+  if (residual.defined()) recomputed->residual_ = saved_source(residual);
   recomputed->weight_ = std::move(weight);
   recomputed->bias_ = std::move(bias);
-  recomputed->residual_ = std::move(saved_residual);
+  recomputed->activation_ = activation;
   recomputed->of_recomputed_ = behind_input || behind_residual;
-  recomputed->sizes_ = output.sizes().vec();
-  recomputed->strides_ = output.strides().vec();
   return recomputed;
 }
 
@@ -75,7 +104,10 @@ std::shared_ptr<RecomputedOutput> RecomputedOutput::behind(const Tensor& tensor)
   const at::TensorBase& whole = base_of(tensor);
   const auto* const node = dynamic_cast<const BatchNormBackward*>(whole.grad_fn().get());
   if (node == nullptr || node->output == nullptr || tensor._version() != 0) return nullptr;
-  const bool same_numbers = tensor.scalar_type() == whole.scalar_type() && is_plain(tensor);
+  const RecomputedOutput& output = *node->output;
+  const bool same_numbers = tensor.has_storage() &&
+                            tensor.storage().unsafeGetStorageImpl() == output.storage_._unsafe_get_target() &&
+                            tensor.scalar_type() == output.dtype_ && is_plain(tensor);
   return same_numbers ? node->output : nullptr;
 }
 
@@ -87,13 +119,12 @@ void RecomputedOutput::drop() {
 
 Tensor RecomputedOutput::make() const {
   const at::NoGradGuard no_grad;
-  const Tensor input = call_->input.unpack();
-  const Tensor save_stats = call_->save_stats.unpack();
+  const Tensor input = input_->tensor();
+  const Tensor save_stats = save_stats_->tensor();
   const Tensor residual = residual_ ? residual_->tensor() : Tensor();
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const Activation& activation = call_->activation;
   Tensor output = recompute_op().call(input, save_stats, or_none(weight_), or_none(bias_), or_none(residual),
-                                      activation_name(activation.act), activation.slope);
+                                      activation_name(activation_.act), activation_.slope);
   // Whoever brought the input back may have laid it out otherwise.
   return output.strides() == strides_ ? output : at::empty_strided(sizes_, strides_, output.options()).copy_(output);
 }
@@ -102,7 +133,7 @@ RecomputedOutput::Use::Use(std::shared_ptr<RecomputedOutput> output, const Tenso
     : of_(std::move(output)),
       sizes_(tensor.sizes().vec()),
       strides_(tensor.strides().vec()),
-      offset_(tensor.storage_offset() - base_of(tensor).storage_offset()) {
+      offset_(tensor.storage_offset() - of_->offset_) {
   const std::lock_guard<std::mutex> lock(of_->mutex_);
   ++of_->users_;
   if (of_->made_.defined()) ++of_->waiting_;

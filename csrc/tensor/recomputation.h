@@ -3,15 +3,17 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/StorageImpl.h>
+#include <c10/util/intrusive_ptr.h>
 
 #include <cstdint>
 #include <memory>
 #include <mutex>
 #include <vector>
 
-namespace bnext::autograd {
+#include "../common/activation.h"
 
-struct SavedCall;
+namespace bnext::autograd {
 
 // What gives a saved tensor back. An error where that is no longer what was saved.
 class SavedTensor {
@@ -32,20 +34,30 @@ class KeptTensor final : public SavedTensor {
   std::uint32_t version_;
 };
 
+// Hooks of saved tensors under which this thread's outputs are made again.
+struct Hooks {
+  const void* pack = nullptr;  // the Python function; null where there are none
+  bool pass_on = false;        // to a pair around them what is not made again
+
+  static Hooks& of_thread();
+  // The function that torch asks, of the innermost pair; null where there is none.
+  static const void* innermost();
+  // Inside these, hooks of others have their way.
+  bool are_innermost() const { return pack != nullptr && pack == innermost(); }
+};
+
 // The output of one forward call. Of several who save it, the first who asks has it made, and it is kept until the last
 // has asked, or until the call's own backward.
 class RecomputedOutput {
  public:
-  // Whether this thread's forward calls are to note how their outputs are made again.
-  static bool wanted();
-  static void want(bool wanted);
+  explicit RecomputedOutput(const at::Tensor& output);
 
   // Of a call that saves its input. The vectors are copies, for the caller's may change, or be freed, before backward.
   // Null where the output is not made again: where nobody else keeps the residual, and where input or residual are made
   // again from what is made again, so that one output never takes a whole chain of them.
-  static std::shared_ptr<RecomputedOutput> of(std::shared_ptr<SavedCall> call, const at::Tensor& output,
-                                              const at::Tensor& input, at::Tensor weight, at::Tensor bias,
-                                              const at::Tensor& residual);
+  static std::shared_ptr<RecomputedOutput> of(const at::Tensor& output, const at::Tensor& input,
+                                              const at::Tensor& save_stats, at::Tensor weight, at::Tensor bias,
+                                              const at::Tensor& residual, const Activation& activation);
 
   // What `tensor` is the unchanged output of, or a view of; null if nothing.
   static std::shared_ptr<RecomputedOutput> behind(const at::Tensor& tensor);
@@ -73,13 +85,20 @@ class RecomputedOutput {
  private:
   at::Tensor make() const;
 
-  std::shared_ptr<SavedCall> call_;
+  // Not those of the call's own backward: some hooks give a tensor back once only.
+  std::shared_ptr<SavedTensor> input_;
+  std::shared_ptr<SavedTensor> save_stats_;
+  std::shared_ptr<SavedTensor> residual_;
   at::Tensor weight_;
   at::Tensor bias_;
-  std::shared_ptr<SavedTensor> residual_;
+  Activation activation_;
   bool of_recomputed_ = false;  // whether input or residual are made again themselves
-  std::vector<std::int64_t> sizes_;
-  std::vector<std::int64_t> strides_;
+
+  const std::vector<std::int64_t> sizes_;
+  const std::vector<std::int64_t> strides_;
+  const std::int64_t offset_;
+  const at::ScalarType dtype_;
+  const c10::weak_intrusive_ptr<c10::StorageImpl> storage_;  // a tensor may be given another, by its attribute `data`
 
   std::mutex mutex_;  // of what follows; never held while something is made, or unpacked, which may call Python
   at::Tensor made_;

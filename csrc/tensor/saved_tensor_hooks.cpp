@@ -14,6 +14,7 @@ namespace bnext {
 namespace {
 
 namespace py = pybind11;
+using autograd::Hooks;
 using autograd::RecomputedOutput;
 using autograd::SavedTensor;
 
@@ -28,6 +29,7 @@ class SavedTensorHooks {
       return py::reinterpret_borrow<py::function>(hook.ptr(getPyInterpreter()));
     };
     outer_.emplace(in_python(outer->first), in_python(outer->second));
+    pass_on_ = !Hooks::of_thread().are_innermost() || Hooks::of_thread().pass_on;
   }
 
   py::object pack(const at::Tensor& tensor) const {
@@ -43,15 +45,13 @@ class SavedTensorHooks {
   }
 
   // From here on the thread's forward calls note how their outputs are made again.
-  void enter() {
-    before_ = RecomputedOutput::wanted();
-    RecomputedOutput::want(true);
-  }
-  void exit() { RecomputedOutput::want(before_); }
+  void enter() { before_ = std::exchange(Hooks::of_thread(), {Hooks::innermost(), pass_on_}); }
+  void exit() { Hooks::of_thread() = before_; }
 
  private:
   std::optional<std::pair<py::function, py::function>> outer_;
-  bool before_ = false;
+  bool pass_on_ = false;
+  Hooks before_;
 };
 
 }  // namespace
