@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -50,7 +51,13 @@ def recompute() -> Iterator[None]:
         yield
         return
     hooks = _C.SavedTensorHooks()
-    with torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack):
+
+    def unpack(packed: Any) -> torch.Tensor:
+        return hooks.unpack(packed)
+
+    # As torch.compiler.disable, which imports torch._dynamo: compiled autograd would warn that it cannot look inside.
+    unpack._torchdynamo_disable = True  # type: ignore[attr-defined]
+    with torch.autograd.graph.saved_tensors_hooks(hooks.pack, unpack):
         hooks.enter()
         try:
             yield

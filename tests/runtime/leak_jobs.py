@@ -317,6 +317,30 @@ def threads() -> list[Step]:
     return [step]
 
 
+def recomputed() -> list[Step]:
+    """With users that ask and users that do not, with hooks around, and left by an error."""
+    layer, conv, x = bnext.BatchNormAct2d(4, act="silu"), nn.Conv2d(4, 4, 1), leaf(*SHAPE)
+
+    def forward() -> Tensor:
+        with bnext.recompute():
+            h = layer(x, x)
+            return conv(layer(h, x)) + h.square() + h.sigmoid()
+
+    def part() -> None:
+        torch.autograd.grad(forward().sum(), conv.weight)
+
+    def within_hooks() -> None:
+        with saved_tensors_hooks(lambda t: t.detach(), lambda t: t):
+            backward(forward())
+
+    def error() -> None:
+        with bnext.recompute():
+            y = conv(layer(x))
+            raises(lambda: layer(y[0]))
+
+    return [lambda: backward(forward()), forward, part, within_hooks, error]
+
+
 def live_tensors() -> list[Tensor]:
     # isinstance() would ask an object that lies about its class, and torch's deprecated ones warn of that.
     return [each for each in gc.get_objects() if issubclass(type(each), Tensor)]

@@ -39,6 +39,7 @@ CALLS = {
     "traced_conversions": 60,
     "copies": 1_000,
     "threads": 500,
+    "recomputed": 1_000,
 }
 # `synchronized` failed once in fifteen runs of the suite; which limit it passed is not known. Resident memory held the
 # pages of files then: its first calls read 7 MB of libraries, and again what the kernel has taken from an idle process.

@@ -1,0 +1,177 @@
+"""convert(model, fuse=True, recompute=True): whole models, their copies, and what else is done with them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+from collections.abc import Callable
+
+import pytest
+import recompute_jobs
+import torch
+from cases import make_input, same_bits, seed
+from networks import IMAGE, NETWORKS, run
+from processes import Pool
+from recomputing import gradients
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.profiler import profile
+from torch.utils.checkpoint import checkpoint
+
+import bnext
+
+
+def made_by(call: Callable[[], object]) -> int:
+    """How many outputs were made again."""
+    with profile() as seen:
+        call()
+    return sum(each.count for each in seen.key_averages() if each.key == "bnext::batch_norm_recompute")
+
+
+def flat(result: object) -> list[Tensor]:
+    if isinstance(result, dict):
+        result = list(result.values())
+    if isinstance(result, (tuple, list)):
+        return [t for each in result for t in flat(each)]
+    return [result] if isinstance(result, Tensor) else []
+
+
+def assert_same_bits(actual: object, expected: object) -> None:
+    assert len(flat(actual)) == len(flat(expected)) > 0
+    assert all(map(same_bits, flat(actual), flat(expected)))
+
+
+# How many outputs are made again in training.
+@pytest.mark.parametrize(("network", "made"), [("resnet", 7), ("pre-activation", 2), ("mobile", 2), ("functional", 2)])
+def test_networks(network: str, made: int) -> None:
+    make, _, shape = NETWORKS[network]
+    original, x = make(), make_input(shape)
+    fused, recomputing = (bnext.convert(copy.deepcopy(original), fuse=True, recompute=flag) for flag in (False, True))
+    for training in (True, False):
+        expected = run(fused, (x,), training)
+        assert_same_bits(run(recomputing, (x,), training), expected)
+    assert made_by(lambda: run(recomputing, (x,), True)) == made
+
+
+def make_model(recompute: bool = True) -> nn.Module:
+    """One of whose outputs is made again."""
+    seed(9)
+    layers = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 4, 1)
+    return bnext.convert(nn.Sequential(*layers), fuse=True, recompute=recompute)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return make_model()
+
+
+@pytest.fixture
+def image() -> Tensor:
+    return make_input(IMAGE)
+
+
+def step(model: nn.Module, image: Tensor) -> list[Tensor]:
+    y = model(image)
+    return [y, *gradients(y, model.parameters()), *model.buffers()]
+
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_copies_make_outputs_again(kind: str, model: nn.Module, image: Tensor) -> None:
+    assert made_by(lambda: step(COPIES[kind](model), image)) == 1
+
+
+def test_it_is_switched_on_and_off(model: nn.Module, image: Tensor) -> None:
+    for made, change in (
+        (1, lambda: model),
+        (0, lambda: bnext.convert(model, fuse=True)),
+        (1, lambda: bnext.convert(model, fuse=True, recompute=True)),
+        (0, lambda: bnext.revert(model)),
+    ):
+        change()
+        assert made_by(lambda: step(model, image)) == made
+
+
+def test_a_model_that_raises_leaves_the_scope(model: nn.Module, image: Tensor) -> None:
+    with pytest.raises(RuntimeError, match="channels"):
+        model(image[:, :1])
+    other = nn.Sequential(bnext.BatchNorm2d(3), nn.Conv2d(3, 3, 1))
+    assert made_by(lambda: step(other, image)) == 0
+
+
+def checkpointed(model: nn.Module, image: Tensor) -> list[Tensor]:
+    """Around the model, and inside."""
+    around = gradients(checkpoint(model, image, use_reentrant=False), model.parameters())
+    model[1].forward = functools.partial(checkpoint, model[1].forward, use_reentrant=False)
+    return [*around, *step(model, image)]
+
+
+def compiled(model: nn.Module, image: Tensor) -> list[Tensor]:
+    return step(torch.compile(model, backend="aot_eager", fullgraph=True), image)
+
+
+def compiled_in_a_scope(model: nn.Module, image: Tensor) -> list[Tensor]:
+    with bnext.recompute():
+        return compiled(model, image)
+
+
+def gone_back_by_compiled_autograd(model: nn.Module, image: Tensor) -> list[Tensor]:
+    loss = model(image).square().sum()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda: loss.backward(), backend="eager")()
+    return [p.grad for p in model.parameters()]
+
+
+def sharded(model: nn.Module, image: Tensor) -> list[Tensor]:
+    mesh = init_device_mesh("cpu", (1,))
+    for part in (model[0], model[1], model):
+        fully_shard(part, mesh=mesh)
+    y = model(image)
+    y.square().sum().backward()
+    return [y, *(p.grad.full_tensor() for p in model.parameters())]
+
+
+@pytest.mark.usefixtures("group", "fresh_compiler")
+@pytest.mark.parametrize(
+    "use",
+    [checkpointed, compiled, compiled_in_a_scope, gone_back_by_compiled_autograd, sharded],
+    ids=lambda use: use.__name__,
+)
+def test_uses_of_a_model(use: Callable[[nn.Module, Tensor], list[Tensor]], image: Tensor) -> None:
+    assert_same_bits(use(make_model(), image), use(make_model(recompute=False), image))
+
+
+def test_transforms_tracers_and_exports_see_the_model_as_it_is(model: nn.Module, image: Tensor) -> None:
+    values = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(each: nn.Module) -> Callable[[dict[str, Tensor]], Tensor]:
+        return lambda values: torch.func.functional_call(each, values, (image,)).square().sum()
+
+    def all_of(each: nn.Module) -> list[object]:
+        return [
+            torch.func.grad(loss(each))(values),
+            torch.func.vmap(each)(torch.stack([image, image])),
+            torch.func.jvp(each, (image,), (image,)),
+            torch.jit.trace(each, image)(image),
+            torch.export.export(each, (image,)).module()(image),
+            torch.fx.symbolic_trace(each)(image),
+        ]
+
+    model.eval()
+    assert_same_bits(all_of(model), all_of(make_model(recompute=False).eval()))
+
+
+def test_transforms_raise_inside_the_scope(image: Tensor) -> None:
+    with bnext.recompute(), pytest.raises(RuntimeError, match="saved tensor hooks"):
+        torch.func.grad(lambda x: bnext.BatchNorm2d(3)(x).sum())(image)
+
+
+def test_data_parallel_with_synchronised_layers(pools: Callable[[int], Pool]) -> None:
+    pools(2).run(recompute_jobs.data_parallel)
