@@ -175,6 +175,32 @@ def test_it_is_made_again_for_each_backward_and_for_what_is_left_of_one() -> Non
     assert all(map(same_bits, part, whole[-2:]))
 
 
+def test_what_was_made_goes_with_the_last_user_that_could_ask() -> None:
+    net, x = Net(), make_input(SHAPE)
+    with bnext.recompute():
+        h = net.features(x)
+        first, second = net.last(h), h.square()
+    with Made() as made:
+        gradients(first, net.last.parameters(), retain_graph=True)
+        assert made.alive() == 1
+        del second
+        assert made.alive() == 0
+        gradients(first, net.parameters())
+    assert h.grad_fn is not None
+
+
+def test_what_an_output_is_made_from_goes_with_the_graph() -> None:
+    net, storages = Net(), []
+    for layer in (net.features[0], net.features[2]):
+        layer.register_forward_hook(lambda layer, args, output: storages.append(storage_of(output)))
+    with bnext.recompute():
+        h = net.features(make_input(SHAPE))
+        y = net.last(h)
+    gradients(y, net.parameters())
+    assert [storage.expired() for storage in storages] == [True, True]
+    assert h.grad_fn is not None
+
+
 def twice_inside(net: Net, x: Tensor, scope: Scope) -> list[Tensor]:
     with scope():
         return second_derivatives(net(x), net, x)
@@ -221,8 +247,8 @@ def accumulated(net: Net, x: Tensor, scope: Scope) -> list[Tensor]:
 def nested(net: Net, x: Tensor, scope: Scope) -> list[Tensor]:
     with scope():
         with scope():
-            h = net.features(x)
-        y = net.last(h)
+            h = net.features[:2](x)
+        y = net.last(net.features[2:](h))
     return gradients(y, leaves(net, x))
 
 
@@ -391,7 +417,10 @@ def test_it_is_for_the_thread_that_enters_it() -> None:
 
     with bnext.recompute(), ThreadPoolExecutor(1) as pool:
         assert pool.submit(keeps, False).result()
+        other = bnext.recompute()
+        pool.submit(other.__enter__).result()
         assert not keeps(False)
+        pool.submit(other.__exit__, None, None, None).result()
     assert keeps(False)
     assert not keeps(True)
 
