@@ -52,11 +52,10 @@ def recompute() -> Iterator[None]:
         return
     hooks = _C.SavedTensorHooks()
 
+    # Compiled autograd calls it, and warns of functions that are not Python's.
     def unpack(packed: Any) -> torch.Tensor:
         return hooks.unpack(packed)
 
-    # As torch.compiler.disable, which imports torch._dynamo: compiled autograd would warn that it cannot look inside.
-    unpack._torchdynamo_disable = True  # type: ignore[attr-defined]
     with torch.autograd.graph.saved_tensors_hooks(hooks.pack, unpack):
         hooks.enter()
         try:
