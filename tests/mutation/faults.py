@@ -9,6 +9,7 @@ CHANNELS = "csrc/common/channel_ops.h"
 ACTIVATION = "csrc/common/activation.h"
 NODES = "csrc/tensor/nodes.cpp"
 TENSORS = "csrc/tensor/forward.cpp"
+RECOMPUTATION = "csrc/tensor/recomputation.cpp"
 CHECKS = "csrc/tensor/checks.cpp"
 
 PLAIN_TRAINING = "train_batch_norm(input, running_mean, running_var, None, weight, bias, momentum, eps)"
@@ -172,6 +173,56 @@ FAULTS: tuple[Fault, ...] = (
         "left->second.block != right->second.block",
         "left->second.block == right->second.block",
         "runtime/test_output_pool.py::test_free_neighbours_are_joined[ab]",
+    ),
+    # Outputs that are made again.
+    Fault(
+        "an-output-that-was-written-to-is-made-again",
+        RECOMPUTATION,
+        "tensor._version() != 0",
+        "tensor._version() < 0",
+        "recompute/test_recomputed_outputs.py::test_an_output_that_is_written_to_before_it_is_saved",
+    ),
+    Fault(
+        "an-output-takes-a-whole-row-to-be-made",
+        RECOMPUTATION,
+        "source && source->of_recomputed_",
+        "source && source == nullptr",
+        "recompute/test_recomputed_rows.py::test_every_third_is_kept_and_each_other_is_made_once",
+    ),
+    Fault(
+        "a-residual-is-kept-in-the-place-of-an-output",
+        RECOMPUTATION,
+        "residual.storage().use_count() <= 1",
+        "residual.storage().use_count() < 1",
+        "recompute/test_recomputed_rows.py::test_an_output_goes_where_its_residual_stays",
+    ),
+    Fault(
+        "a-source-may-be-written-to",
+        RECOMPUTATION,
+        "version == version_,",
+        "version >= version_,",
+        "recompute/test_recomputed_outputs.py::test_a_source_that_is_written_to_afterwards_is_torchs_error",
+    ),
+    Fault(
+        "what-was-made-again-stays",
+        RECOMPUTATION,
+        "if (--of_->waiting_ == 0) of_->made_.reset();",
+        "--of_->waiting_;",
+        "recompute/test_recomputed_outputs.py::test_ways_to_go_forward_and_back[batched-]",
+    ),
+    Fault(
+        "recompute-inside-hooks-of-others",
+        "csrc/tensor/recomputation.h",
+        "pack != nullptr && pack == innermost()",
+        "pack != nullptr",
+        "recompute/test_recompute_and_hooks.py::test_checkpoints",
+    ),
+    Fault(
+        "vectors-of-an-output-are-the-callers",
+        "csrc/tensor/autograd.cpp",
+        "copy_of(w), copy_of(b), r, activation",
+        "w, b, r, activation",
+        "recompute/test_recomputed_outputs.py::test_parameters_may_be_changed_before_the_gradient_of_a_user",
     ),
     # The Python layers.
     Fault(

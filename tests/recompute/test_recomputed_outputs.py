@@ -252,14 +252,6 @@ def nested(net: Net, x: Tensor, scope: Scope) -> list[Tensor]:
     return gradients(y, leaves(net, x))
 
 
-def two_scopes(net: Net, x: Tensor, scope: Scope) -> list[Tensor]:
-    with scope():
-        h = net.features(x)
-    with scope():
-        y = net.last(h)
-    return gradients(y, leaves(net, x))
-
-
 def after_an_exception(net: Net, x: Tensor, scope: Scope) -> list[Tensor]:
     with contextlib.suppress(ValueError), scope():
         net.features(x)
@@ -309,7 +301,6 @@ def in_a_model_with_hooks(net: Net, x: Tensor, scope: Scope) -> list[Tensor]:
         (two_forwards, 4),
         (accumulated, 4),
         (nested, 2),
-        (two_scopes, 2),
         (after_an_exception, 2),
         (without_gradients, 2),
         (by_halves, None),

@@ -113,15 +113,6 @@ def checkpointed(model: nn.Module, image: Tensor) -> list[Tensor]:
     return [*around, *step(model, image)]
 
 
-def compiled(model: nn.Module, image: Tensor) -> list[Tensor]:
-    return step(torch.compile(model, backend="aot_eager", fullgraph=True), image)
-
-
-def compiled_in_a_scope(model: nn.Module, image: Tensor) -> list[Tensor]:
-    with bnext.recompute():
-        return compiled(model, image)
-
-
 def gone_back_by_compiled_autograd(model: nn.Module, image: Tensor) -> list[Tensor]:
     loss = model(image).square().sum()
     with torch._dynamo.config.patch(compiled_autograd=True):
@@ -141,11 +132,23 @@ def sharded(model: nn.Module, image: Tensor) -> list[Tensor]:
 @pytest.mark.usefixtures("group", "fresh_compiler")
 @pytest.mark.parametrize(
     "use",
-    [checkpointed, compiled, compiled_in_a_scope, gone_back_by_compiled_autograd, sharded],
+    [checkpointed, gone_back_by_compiled_autograd, sharded],
     ids=lambda use: use.__name__,
 )
 def test_uses_of_a_model(use: Callable[[nn.Module, Tensor], list[Tensor]], image: Tensor) -> None:
     assert_same_bits(use(make_model(), image), use(make_model(recompute=False), image))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_what_torch_compiles_is_as_ever(image: Tensor) -> None:
+    def run(model: nn.Module) -> list[Tensor]:
+        torch._dynamo.reset()
+        return step(torch.compile(model, backend="aot_eager", fullgraph=True), image)
+
+    expected = run(make_model(recompute=False))
+    assert_same_bits(run(make_model()), expected)
+    with bnext.recompute():
+        assert_same_bits(run(make_model()), expected)
 
 
 def test_transforms_tracers_and_exports_see_the_model_as_it_is(model: nn.Module, image: Tensor) -> None:
