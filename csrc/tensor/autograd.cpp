@@ -7,7 +7,6 @@
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
 #include <utility>
@@ -17,6 +16,7 @@
 #include "dispatcher.h"
 #include "node.h"
 #include "nodes.h"
+#include "recomputation.h"
 #include "sync.h"
 
 namespace bnext::autograd {
@@ -45,11 +45,11 @@ void set_tangent(const Tensor& tensor, const Tensor& tangent) {
   if (tangent.defined()) tensor._set_fw_grad(tangent.to(tensor.scalar_type()), /*level=*/0, /*is_inplace_op=*/false);
 }
 
-SavedVariable saved(const Tensor& tensor) { return SavedVariable(tensor, /*is_output=*/false); }
+SavedVariable saved(const Tensor& data) { return SavedVariable(data, /*is_output=*/false); }
 
 void save_batch(SavedCall& call, const optional<SharedBatch>& batch) {
   if (!batch) return;
-  call.count = saved(batch->count);
+  call.count = saved_vector(batch->count);
   call.group_name = batch->group_name;
 }
 
@@ -91,9 +91,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<T
     // Before the kernel runs, too: torch refuses to save tensors made in inference mode.
     SavedCall& call = node->call;
     if (keeps_input || reads_preactivation) call.input = saved(input);
-    if (grad_input || reads_preactivation) call.weight = saved(w);
+    if (grad_input || reads_preactivation) call.weight = saved_vector(w);
     if (reads_preactivation) {
-      call.bias = saved(copy_of_bias(b));
+      call.bias = saved_vector(copy_of_bias(b));
       call.residual = saved(r);
     }
   }
@@ -104,8 +104,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<T
   }();
   if (node) {
     SavedCall& call = node->call;
-    if (with_mask) call.mask = saved(mask);
-    call.save_stats = saved(save_stats);
+    if (with_mask) call.mask = saved_vector(mask);
+    call.save_stats = saved_vector(save_stats);
     call.training = training;
     call.eps = eps;
     call.activation = activation;
@@ -222,11 +222,11 @@ Gradients backward(const Tensor& grad_output, const optional<Tensor>& input, con
   if (node) {
     node->grad_output = saved(grad_output);
     node->call.input = saved(x);
-    node->call.weight = saved(w);
-    node->call.bias = saved(b);
+    node->call.weight = saved_vector(w);
+    node->call.bias = saved_vector(b);
     node->call.residual = saved(r);
-    node->call.mask = saved(m);
-    node->call.save_stats = saved(save_stats);
+    node->call.mask = saved_vector(m);
+    node->call.save_stats = saved_vector(save_stats);
     node->call.training = training;
     node->call.eps = eps;
     node->call.activation = activation;

@@ -4,9 +4,9 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty_strided.h>
-#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <optional>
 #include <utility>
 
 #include "checks.h"
@@ -18,6 +18,7 @@ namespace {
 
 using at::Tensor;
 using std::optional;
+using torch::autograd::SavedVariable;
 
 optional<Tensor> or_none(const Tensor& tensor) { return tensor.defined() ? optional<Tensor>(tensor) : std::nullopt; }
 
@@ -26,6 +27,18 @@ const at::TensorBase& base_of(const Tensor& tensor) {
   return tensor;
 }
 
+// torch calls no hooks while it traces.
+class WithoutHooks {
+ public:
+  WithoutHooks() : before_(at::SavedTensorDefaultHooks::set_tracing(true)) {}
+  ~WithoutHooks() { at::SavedTensorDefaultHooks::set_tracing(before_); }
+  WithoutHooks(const WithoutHooks&) = delete;
+  WithoutHooks& operator=(const WithoutHooks&) = delete;
+
+ private:
+  const bool before_;
+};
+
 // By way of all hooks that are at work.
 class HookedTensor final : public SavedTensor {
  public:
@@ -33,7 +46,7 @@ class HookedTensor final : public SavedTensor {
   Tensor tensor() override { return saved_.unpack(); }
 
  private:
-  torch::autograd::SavedVariable saved_;
+  SavedVariable saved_;
 };
 
 // What an output is made from. Hooks of others decide what becomes of that, too.
@@ -64,8 +77,10 @@ Hooks& Hooks::of_thread() {
 }
 
 const void* Hooks::innermost() {
-  const auto hooks = at::SavedTensorDefaultHooks::get_hooks();
-  return hooks ? hooks->first.ptr(&hooks->first.pyinterpreter()) : nullptr;
+  const auto& state = at::SavedTensorDefaultHooks::get_tls_state();
+  if (state.is_tracing || state.stack.empty()) return nullptr;
+  const c10::SafePyObject& pack = state.stack.top().first;
+  return pack.ptr(&pack.pyinterpreter());
 }
 
 RecomputedOutput::RecomputedOutput(const Tensor& output)
@@ -178,6 +193,13 @@ std::shared_ptr<SavedTensor> saved_tensor(const Tensor& tensor) {
     return std::make_shared<RecomputedOutput::Use>(std::move(output), tensor);
   }
   return std::make_shared<KeptTensor>(tensor);
+}
+
+SavedVariable saved_vector(const Tensor& vector) {
+  const Hooks& hooks = Hooks::of_thread();
+  optional<WithoutHooks> without_hooks;
+  if (hooks.are_innermost() && !hooks.pass_on) without_hooks.emplace();
+  return SavedVariable(vector, /*is_output=*/false);
 }
 
 }  // namespace bnext::autograd

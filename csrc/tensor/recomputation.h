@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/StorageImpl.h>
 #include <c10/util/intrusive_ptr.h>
+#include <torch/csrc/autograd/saved_variable.h>
 
 #include <cstdint>
 #include <memory>
@@ -109,5 +110,9 @@ class RecomputedOutput {
 
 // What stands for a tensor that is saved.
 std::shared_ptr<SavedTensor> saved_tensor(const at::Tensor& tensor);
+
+// A vector or mask that a node of ours saves. Our own hooks, which would keep it as torch does without any, are not
+// asked: they are Python's, and cost a microsecond. (Data is theirs: it may be made again, or be a residual.)
+torch::autograd::SavedVariable saved_vector(const at::Tensor& vector);
 
 }  // namespace bnext::autograd
