@@ -44,7 +44,8 @@ def recompute() -> Iterator[None]:
       traces, and where torch allows no such hooks, as in ``torch.func`` transforms (which for their part raise inside
       it).
 
-    Parameters may be changed before backward: it has copies of the vectors. An input or a residual that is changed in
+    Parameters may be changed before backward: it has copies of the vectors. An output may be changed in place, too; but
+    what is written to it past autograd, by its ``data`` or by NumPy, is lost. An input or a residual that is changed in
     place is torch's error in backward. See docs/memory.md for what it saves and costs.
     """
     if _stands_aside():

@@ -93,7 +93,8 @@ RecomputedOutput::RecomputedOutput(const Tensor& output)
 std::shared_ptr<RecomputedOutput> RecomputedOutput::of(const Tensor& output, const Tensor& input,
                                                        const Tensor& save_stats, Tensor weight, Tensor bias,
                                                        const Tensor& residual, const Activation& activation) {
-  if (!output.has_storage()) return nullptr;
+  // A residual that was made in inference mode cannot be saved.
+  if (!output.has_storage() || (residual.defined() && residual.is_inference())) return nullptr;
   const auto behind_input = behind(input);
   const auto behind_residual = residual.defined() ? behind(residual) : nullptr;
   for (const auto& source : {behind_input, behind_residual}) {

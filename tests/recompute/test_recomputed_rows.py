@@ -98,6 +98,17 @@ def test_an_output_goes_where_its_residual_stays(
     assert all(map(same_bits, actual, expected))
 
 
+def test_a_residual_that_was_made_in_inference_mode() -> None:
+    layer, conv, x = bnext.BatchNormAct2d(4, act="relu"), nn.Conv2d(4, 4, 1), make_input(FEATURES)
+    with torch.inference_mode():
+        residual = x.sin()
+        parts = residual.split(1)
+    parameters = [*layer.parameters(), *conv.parameters()]
+    step = lambda: conv(layer(x, residual))  # noqa: E731
+    assert all(map(same_bits, gradients(bnext.recompute()(step)(), parameters), gradients(step(), parameters)))
+    assert all(part.is_inference() for part in parts)
+
+
 @pytest.mark.parametrize("act", ["relu", "gelu"])
 def test_an_input_that_is_its_own_residual(act: str) -> None:
     layer, conv, x = bnext.BatchNormAct2d(4, act=act), nn.Conv2d(4, 4, 1), make_input(FEATURES)
