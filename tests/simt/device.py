@@ -22,7 +22,6 @@ OPERATORS = (
     "batch_norm_eval",
     "batch_norm_recompute",
     "batch_norm_backward",
-    "batch_norm_recompute",
     "batch_norm_stats",
     "batch_norm_gathered",
 )
