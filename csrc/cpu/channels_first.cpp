@@ -25,6 +25,14 @@ constexpr std::int64_t kMaxColumnPlane = 64;
 constexpr std::int64_t kMaxMomentsPlane = 256;
 constexpr std::int64_t kMinColumnRows = 8;
 
+// Where there is nothing to reduce, planes of more bytes are mapped in the order in which they lie: of their registers
+// few enough are incomplete. Columns are mapped in rows of about so many bytes, as short ones lie too far apart, and at
+// least so many of them with the same coefficients.
+constexpr std::int64_t kMaxMappedPlaneBytes = 160;
+constexpr std::int64_t kMappedRowBytes = 16384;
+constexpr std::int64_t kMinMappedRows = 64;
+constexpr std::int64_t kMinMappedTasks = 4;
+
 // A channel's planes lie apart, and the hardware does not prefetch from one into the next: so much of them is
 // prefetched.
 constexpr std::int64_t kPrefetchBytes = 2048;
@@ -59,7 +67,10 @@ class ChannelsFirst {
   void run(const Parallel& parallel) const {
     const std::int64_t C = problem_.C;
     const std::int64_t channel_bytes = problem_.count() * element_size(problem_.dtype) * op_.inputs();
-    if (!op_.reduces && problem_.N * C >= kMinGroups && !(takes_columns() && op_.mask == nullptr)) {
+    const std::int64_t plane_bytes = problem_.HW * element_size(problem_.dtype);
+    if (!op_.reduces && takes_columns() && op_.mask == nullptr && plane_bytes <= kMaxMappedPlaneBytes) {
+      run_in_columns(parallel);
+    } else if (!op_.reduces && problem_.N * C >= kMinGroups) {
       run_in_order(parallel);
     } else if (C >= kMinGroups || chunks_ == 1) {
       const std::int64_t fitting = kGroupBytes / channel_bytes;
@@ -87,6 +98,29 @@ class ChannelsFirst {
         const std::int64_t rows = C - c < last - plane ? C - c : last - plane;
         map_planes(plane, rows, coefficients, c);
         plane += rows;
+      }
+    });
+  }
+
+  // As columns that nothing is known of but their coefficients: of as many channels at a time as fill a row.
+  void run_in_columns(const Parallel& parallel) const {
+    const std::int64_t C = problem_.C;
+    Coefficients coefficients(map_coefficients_of(op_.map_op), C);
+    finish(0, C, SumsTable(C), coefficients);
+    if (!op_.maps()) return;
+    const std::int64_t image_bytes = C * problem_.HW * element_size(problem_.dtype);
+    // The coefficients are repeated for each piece of rows.
+    const std::int64_t pieces = std::max<std::int64_t>(1, problem_.N / kMinMappedRows);
+    const std::int64_t fewest = divide_up(kMinMappedTasks, pieces);
+    const std::int64_t group = divide_up(C, std::max(fewest, image_bytes / kMappedRowBytes));
+    const std::int64_t groups = divide_up(C, group);
+    const std::int64_t rows = divide_up(problem_.N, pieces);
+    parallel(groups * divide_up(problem_.N, rows), [&](std::int64_t begin, std::int64_t end) {
+      Columns columns(0);
+      for (std::int64_t task = begin; task < end; ++task) {
+        const std::int64_t c0 = task % groups * group;
+        const std::int64_t n0 = task / groups * rows;
+        map_columns(c0, std::min(group, C - c0), n0, std::min(rows, problem_.N - n0), coefficients, c0, columns);
       }
     });
   }
@@ -150,7 +184,7 @@ class ChannelsFirst {
         finish(c0, n, of.sums, of.map);
         if (!op_.maps()) continue;
         if (maps_columns) {
-          map_columns(c0, n, of.map, columns);
+          map_columns(c0, n, 0, problem_.N, of.map, 0, columns);
           continue;
         }
         if (problem_.HW <= kMaxColumnPlane) {
@@ -251,9 +285,9 @@ class ChannelsFirst {
     std::vector<float> single;
   };
 
-  Block columns_of(std::int64_t c0, std::int64_t n) const {
-    const std::int64_t HW = problem_.HW;
-    return op_.block(problem_.dtype, c0 * HW, problem_.N, n * HW, problem_.C * HW, 0, 0);
+  // Of n channels from c0 on and `rows` images, the first element at `offset`.
+  Block columns_of(std::int64_t offset, std::int64_t n, std::int64_t rows) const {
+    return op_.block(problem_.dtype, offset, rows, n * problem_.HW, problem_.C * problem_.HW, 0, 0);
   }
 
   // Repeats the coefficients of n channels from j on for each of their columns: [coefficient][column].
@@ -278,7 +312,7 @@ class ChannelsFirst {
     const Compute natural = opmath_compute(problem_.dtype);
     std::fill(columns.sums.begin(), columns.sums.end(), 0.0);
     ReduceArgs args;
-    args.block = columns_of(c0, n);
+    args.block = columns_of(c0 * problem_.HW, n, problem_.N);
     spread(of.reduce, 0, n, natural, columns, args.coefficients);
     args.epilogue = op_.epilogue;
     args.first = columns.sums.data();
@@ -302,14 +336,18 @@ class ChannelsFirst {
     }
   }
 
-  void map_columns(std::int64_t c0, std::int64_t n, const Coefficients& of, Columns& columns) const {
-    for (std::int64_t j = 0; j < n;) {
-      const std::int64_t count = alike(of, j, n - j);
+  // Maps n channels from c0 on, whose coefficients stand from j on, of `rows` images from n0 on.
+  void map_columns(std::int64_t c0, std::int64_t n, std::int64_t n0, std::int64_t rows, const Coefficients& of,
+                   std::int64_t j, Columns& columns) const {
+    for (std::int64_t done = 0; done < n;) {
+      const std::int64_t count = alike(of, j + done, n - done);
+      const Compute compute = of.compute(j + done);
+      const std::int64_t offset = (n0 * problem_.C + c0 + done) * problem_.HW;
       MapArgs args;
-      args.block = columns_of(c0 + j, count);
-      spread(of, j, count, of.compute(j), columns, args.coefficients);
-      run_map(kernels_.map_columns, args, (c0 + j) * problem_.HW, of.compute(j));
-      j += count;
+      args.block = columns_of(offset, count, rows);
+      spread(of, j + done, count, compute, columns, args.coefficients);
+      run_map(kernels_.map_columns, args, offset, compute);
+      done += count;
     }
   }
 
