@@ -1,7 +1,8 @@
 // Channels last, and (N, C): a matrix of M = N*HW rows and C columns, a channel a column.
 //
 // Whole rows are read in order, twice: once to add up the columns, once to map them. The second pass takes the
-// row chunks backwards, so that it starts with what the first has left in the caches.
+// row chunks backwards, so that it starts with what the first has left in the caches. Where there are few rows, what is
+// done for each channel takes most of the time, and all of it is done for a block of columns after the other.
 
 #include <algorithm>
 #include <cstdint>
@@ -23,6 +24,11 @@ constexpr std::int64_t kMinColumnBlock = 256;   // narrower column blocks read m
 constexpr std::int64_t kMinFoldedColumns = 64;  // what the kernels' unrolled loop takes
 constexpr std::int64_t kMaxFoldedColumns = 2048;
 constexpr std::int64_t kFinishColumns = 256;  // of one task between the passes
+
+// A block of columns of few rows: so many elements, so that they are in the caches when they are mapped, and columns,
+// so that what is known of these is in the first-level one.
+constexpr std::int64_t kBlockElements = 32768;
+constexpr std::int64_t kMaxBlockColumns = 1024;
 
 // Beyond the second-level cache a reduction reads memory nearly in order: in small tiles, though of a few rows at
 // least, which share the work that a tile takes. Its input is prefetched, but for tiles of short rows, which the
@@ -64,6 +70,7 @@ class ChannelsLast {
   }
 
   void run(const Parallel& parallel) const {
+    if (chunks_ == 1 && fold_ == 1) return run_in_blocks(parallel);
     Coefficients coefficients(map_coefficients_of(op_.map_op), columns_);
     SumsTable sums(problem_.C);
     if (op_.reduces) {
@@ -78,6 +85,50 @@ class ChannelsLast {
   }
 
  private:
+  void run_in_blocks(const Parallel& parallel) const {
+    const std::int64_t C = problem_.C;
+    const std::int64_t width = std::clamp(kBlockElements / M_ / 64 * 64, kMinColumnBlock, kMaxBlockColumns);
+    parallel(divide_up(C, width), [&](std::int64_t begin, std::int64_t end) {
+      Coefficients start(std::max(1, reduce_coefficients_of(op_.reduce_op)), width);
+      Coefficients coefficients(map_coefficients_of(op_.map_op), width);
+      SumsTable sums(width);
+      for (std::int64_t task = begin; task < end; ++task) {
+        const std::int64_t c = task * width;
+        const std::int64_t n = std::min(width, C - c);
+        if (op_.reduces) reduce_block(c, n, start, sums);
+        op_.finish(channels_of(c, n, sums, coefficients, 0));
+        if (!op_.maps()) continue;
+        coefficients.narrow(kernels_, problem_.dtype, n);
+        map(0, c, rows_, n, coefficients, 0, common_compute(coefficients, n));
+      }
+    });
+  }
+
+  // The sums of channels [c, c + n), which stand in the tables from 0 on.
+  void reduce_block(std::int64_t c, std::int64_t n, Coefficients& start, SumsTable& sums) const {
+    set_reduce_coefficients(c, n, sums, start);
+    start.narrow(kernels_, problem_.dtype, n);
+    reduce(0, c, rows_, n, start, 0, common_compute(start, n), sums.first.data(), sums.second.data());
+    std::vector<std::uint8_t> needs_fp64(static_cast<std::size_t>(n));
+    if (!op_.find_needs_fp64(channels_of(c, n, sums, start, 0), needs_fp64.data())) return;
+    for (std::int64_t j = 0; j < n; ++j) {
+      if (needs_fp64[j] != 0) sums.shift[j] = start.wide[j] = op_.refined_shift(sums.of(j));
+    }
+    SumsTable better(n);
+    reduce(0, c, rows_, n, start, 0, Compute::kFloat64, better.first.data(), better.second.data());
+    take_better(needs_fp64.data(), n, better, 0, sums);
+  }
+
+  // A channel's bits must not depend on another's values: only those that need float64 take the new sums.
+  static void take_better(const std::uint8_t* needs_fp64, std::int64_t n, const SumsTable& better, std::int64_t j0,
+                          SumsTable& sums) {
+    for (std::int64_t j = j0; j < j0 + n; ++j) {
+      if (needs_fp64[j] == 0) continue;
+      sums.first[j] = better.first[j];
+      sums.second[j] = better.second[j];
+    }
+  }
+
   // Calls f(c, n) for channels [c, c + n), the ranges that one thread finishes at a time.
   template <typename F>
   void for_each_task(const Parallel& parallel, F&& f) const {
@@ -103,10 +154,12 @@ class ChannelsLast {
 
   void reduce_all(const Parallel& parallel, SumsTable& sums, Coefficients& coefficients) const {
     Coefficients start(std::max(1, reduce_coefficients_of(op_.reduce_op)), columns_);
-    set_reduce_coefficients(sums, start);
+    set_reduce_coefficients(0, problem_.C, sums, start);
+    fold(start);
+    start.narrow(kernels_, problem_.dtype, columns_);
     std::vector<std::uint8_t> needs_fp64(static_cast<std::size_t>(problem_.C));
     std::vector<std::uint8_t> unfinished(static_cast<std::size_t>(divide_up(problem_.C, kFinishColumns)));
-    const Partial partial = reduce_chunks(parallel, start, common_compute(start));
+    const Partial partial = reduce_chunks(parallel, start, common_compute(start, columns_));
     for_each_task(parallel, [&](std::int64_t c, std::int64_t n) {
       merge(partial, c, n, sums.first.data(), sums.second.data());
       if (op_.find_needs_fp64(channels_of(c, n, sums, start, c), needs_fp64.data() + c)) {
@@ -116,8 +169,7 @@ class ChannelsLast {
       }
     });
     if (std::find(unfinished.begin(), unfinished.end(), 1) == unfinished.end()) return;
-    // Rows are read whole, so every channel is reduced again; only those that need float64 take the new sums, for a
-    // channel's bits must not depend on another's values.
+    // Rows are read whole, so every channel is reduced again.
     for (std::int64_t c = 0; c < problem_.C; ++c) {
       if (needs_fp64[c] != 0) sums.shift[c] = start.wide[c] = op_.refined_shift(sums.of(c));
     }
@@ -127,34 +179,30 @@ class ChannelsLast {
     for_each_task(parallel, [&](std::int64_t c, std::int64_t n) {
       if (unfinished[c / kFinishColumns] == 0) return;
       merge(again, c, n, better.first.data(), better.second.data());
-      for (std::int64_t j = c; j < c + n; ++j) {
-        if (needs_fp64[j] == 0) continue;
-        sums.first[j] = better.first[j];
-        sums.second[j] = better.second[j];
-      }
+      take_better(needs_fp64.data(), n, better, c, sums);
       finish(c, n, sums, coefficients);
     });
   }
 
-  void set_reduce_coefficients(SumsTable& sums, Coefficients& start) const {
-    const std::int64_t C = problem_.C;
+  // Of channels [c, c + n), which stand in the tables from 0 on.
+  void set_reduce_coefficients(std::int64_t c, std::int64_t n, SumsTable& sums, Coefficients& start) const {
     double* const shift = start.wide.data();
     if (op_.samples) {
       const SamplePositions positions(M_);
       std::int64_t offsets[kMaxSamples];
-      for (int i = 0; i < positions.samples; ++i) offsets[i] = positions.at[i] * C;
-      kernels_.sample[static_cast<int>(problem_.dtype)]({op_.in[0], offsets, positions.samples, C, 1, shift});
+      for (int i = 0; i < positions.samples; ++i) offsets[i] = positions.at[i] * problem_.C;
+      const void* const first = advance(op_.in[0], c, problem_.dtype);
+      kernels_.sample[static_cast<int>(problem_.dtype)]({first, offsets, positions.samples, n, 1, shift});
     } else {
-      op_.reduce_coefficients(channels_of(0, C, sums, start, 0));
+      op_.reduce_coefficients(channels_of(c, n, sums, start, 0));
     }
-    std::copy_n(shift, C, sums.shift.begin());
-    fold(start);
-    start.narrow(kernels_, problem_.dtype, columns_);
+    std::copy_n(shift, n, sums.shift.begin());
   }
 
-  // Rows are computed whole, in float64 if float32 does not hold the coefficients of one channel.
-  Compute common_compute(const Coefficients& coefficients) const {
-    const bool fit = std::find(coefficients.fits.begin(), coefficients.fits.end(), 0) == coefficients.fits.end();
+  // Rows are computed whole, in float64 if float32 does not hold the coefficients of one of n channels.
+  static Compute common_compute(const Coefficients& coefficients, std::int64_t n) {
+    const auto end = coefficients.fits.begin() + n;
+    const bool fit = std::find(coefficients.fits.begin(), end, 0) == end;
     return fit ? Compute::kFloat32 : Compute::kFloat64;
   }
 
@@ -168,34 +216,40 @@ class ChannelsLast {
   };
 
   Partial reduce_chunks(const Parallel& parallel, const Coefficients& coefficients, Compute compute) const {
-    const auto kernel = kernels_.reduce_columns[static_cast<int>(problem_.dtype)][static_cast<int>(compute)]
-                                               [static_cast<int>(op_.reduce_op)];
     Partial partial(2 * columns_ * (chunks_ + (remainder_ != 0 ? 1 : 0)));
-    const auto reduce = [&](std::int64_t chunk, std::int64_t column, std::int64_t rows, std::int64_t len) {
-      ReduceArgs args;
-      args.block = block_of(chunk, column, rows, len);
-      args.epilogue = op_.epilogue;
-      coefficients.pass(column, compute, args.coefficients);
-      args.first = partial.data.get() + 2 * chunk * columns_ + column;
-      args.second = args.first + columns_;
-      std::fill_n(args.first, len, 0.0);
-      std::fill_n(args.second, len, 0.0);
-      args.tile_rows = tile_rows_;
-      args.prefetch_distance = row_bytes_ > kHardwarePrefetchedBytes ? prefetch_distance_ : 0;
-      kernel(args);
+    const auto reduce_into = [&](std::int64_t chunk, std::int64_t column, std::int64_t rows, std::int64_t len) {
+      double* const first = partial.data.get() + 2 * chunk * columns_ + column;
+      reduce(chunk, column, rows, len, coefficients, column, compute, first, first + columns_);
     };
     parallel(chunks_ * column_blocks_, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t task = begin; task < end; ++task) {
         const std::int64_t column = task % column_blocks_ * column_block_;
-        reduce(task / column_blocks_, column, rows_of(task / column_blocks_), width_of(column));
+        reduce_into(task / column_blocks_, column, rows_of(task / column_blocks_), width_of(column));
       }
     });
     if (remainder_ != 0) {
       double* const sums = partial.data.get() + 2 * chunks_ * columns_;
       std::fill_n(sums, 2 * columns_, 0.0);  // beyond the remainder
-      reduce(chunks_, 0, 1, remainder_);
+      reduce_into(chunks_, 0, 1, remainder_);
     }
     return partial;
+  }
+
+  // The sums of `len` columns, whose coefficients stand from j on.
+  void reduce(std::int64_t chunk, std::int64_t column, std::int64_t rows, std::int64_t len,
+              const Coefficients& coefficients, std::int64_t j, Compute compute, double* first, double* second) const {
+    ReduceArgs args;
+    args.block = block_of(chunk, column, rows, len);
+    args.epilogue = op_.epilogue;
+    coefficients.pass(j, compute, args.coefficients);
+    args.first = first;
+    args.second = second;
+    std::fill_n(first, len, 0.0);
+    std::fill_n(second, len, 0.0);
+    args.tile_rows = tile_rows_;
+    args.prefetch_distance = row_bytes_ > kHardwarePrefetchedBytes ? prefetch_distance_ : 0;
+    kernels_.reduce_columns[static_cast<int>(problem_.dtype)][static_cast<int>(compute)]
+                           [static_cast<int>(op_.reduce_op)](args);
   }
 
   // The sums of channels [c, c + n) over all chunks and all of their folded columns, added in a fixed order.
@@ -214,25 +268,28 @@ class ChannelsLast {
   }
 
   void map_all(const Parallel& parallel, const Coefficients& coefficients) const {
-    const Compute compute = common_compute(coefficients);
-    const auto kernel =
-        kernels_.map_columns[static_cast<int>(problem_.dtype)][static_cast<int>(compute)][static_cast<int>(op_.map_op)];
-    const auto map = [&](std::int64_t chunk, std::int64_t column, std::int64_t rows, std::int64_t len) {
-      MapArgs args;
-      args.block = block_of(chunk, column, rows, len);
-      op_.place(args, problem_.dtype, first_of(chunk) + column);
-      args.prefetch_distance = op_.non_temporal ? prefetch_distance_ : 0;
-      args.epilogue = op_.epilogue;
-      coefficients.pass(column, compute, args.coefficients);
-      kernel(args);
-    };
-    if (remainder_ != 0) map(chunks_, 0, 1, remainder_);
+    const Compute compute = common_compute(coefficients, columns_);
+    if (remainder_ != 0) map(chunks_, 0, 1, remainder_, coefficients, 0, compute);
     parallel(chunks_ * column_blocks_, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t task = end - 1; task >= begin; --task) {
         const std::int64_t column = task % column_blocks_ * column_block_;
-        map(task / column_blocks_, column, rows_of(task / column_blocks_), width_of(column));
+        const std::int64_t rows = rows_of(task / column_blocks_);
+        map(task / column_blocks_, column, rows, width_of(column), coefficients, column, compute);
       }
     });
+  }
+
+  // `len` columns, whose coefficients stand from j on.
+  void map(std::int64_t chunk, std::int64_t column, std::int64_t rows, std::int64_t len,
+           const Coefficients& coefficients, std::int64_t j, Compute compute) const {
+    MapArgs args;
+    args.block = block_of(chunk, column, rows, len);
+    op_.place(args, problem_.dtype, first_of(chunk) + column);
+    args.prefetch_distance = op_.non_temporal ? prefetch_distance_ : 0;
+    args.epilogue = op_.epilogue;
+    coefficients.pass(j, compute, args.coefficients);
+    kernels_.map_columns[static_cast<int>(problem_.dtype)][static_cast<int>(compute)][static_cast<int>(op_.map_op)](
+        args);
   }
 
   std::int64_t rows_of(std::int64_t chunk) const {
