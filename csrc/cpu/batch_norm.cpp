@@ -9,16 +9,21 @@ namespace {
 
 // Bytes that a call reads and writes, all together. A non-temporal store does not read the line that it overwrites,
 // which is a third of the traffic, and leaves the caches to inputs that are read twice. Planes that are read once keep
-// their outputs in a third-level cache that may hold them; rows of channels do not gain by it.
+// their outputs in a third-level cache that may hold them; rows of channels do not gain by it. Nor do short planes,
+// whose first and last lines are stored through the caches, where those may hold all.
 constexpr std::int64_t kL2Bytes = std::int64_t{4} << 20;
 constexpr std::int64_t kNonTemporalBytes = std::int64_t{18} << 20;
 constexpr std::int64_t kNonTemporalOnceBytes = std::int64_t{28} << 20;
+constexpr std::int64_t kNonTemporalShortBytes = std::int64_t{40} << 20;
+constexpr std::int64_t kShortPlaneBytes = 1280;
 
 void run(const Problem& problem, ChannelOp& op, const Parallel& parallel) {
   const std::int64_t bytes = problem.numel() * element_size(problem.dtype) * (op.inputs() + op.outputs());
   op.exceeds_l2 = bytes >= kL2Bytes;
-  const bool once = !op.reduces && problem.layout == Layout::kChannelsFirst;
-  op.non_temporal = bytes >= (once ? kNonTemporalOnceBytes : kNonTemporalBytes);
+  const bool planes = problem.layout == Layout::kChannelsFirst;
+  const bool short_planes = planes && problem.HW * element_size(problem.dtype) < kShortPlaneBytes;
+  const bool once = planes && !op.reduces;
+  op.non_temporal = bytes >= (short_planes ? kNonTemporalShortBytes : once ? kNonTemporalOnceBytes : kNonTemporalBytes);
   if (problem.layout == Layout::kChannelsFirst) {
     run_channels_first(problem, op, parallel);
   } else {
