@@ -4,6 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty_strided.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <optional>
@@ -55,6 +56,11 @@ std::shared_ptr<SavedTensor> saved_source(const Tensor& tensor) {
   return saved_tensor(tensor);
 }
 
+// That the current thread's kernels run on.
+c10::Stream current_stream(const at::Device& device) {
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
+}
+
 bool is_plain(const Tensor& tensor) { return tensor.layout() == at::kStrided && !tensor.is_conj() && !tensor.is_neg(); }
 
 }  // namespace
@@ -82,6 +88,8 @@ const void* Hooks::innermost() {
   const c10::SafePyObject& pack = state.stack.top().first;
   return pack.ptr(&pack.pyinterpreter());
 }
+
+bool Hooks::are_innermost() const { return pack != nullptr && pack == innermost(); }
 
 RecomputedOutput::RecomputedOutput(const Tensor& output)
     : sizes_(output.sizes().vec()),
@@ -173,12 +181,14 @@ Tensor RecomputedOutput::Use::output() {
   Tensor output;
   {
     const std::lock_guard<std::mutex> lock(of_->mutex_);
-    output = of_->made_;
+    // One that runs on another stream does not wait for it.
+    if (of_->made_.defined() && of_->made_on_ == current_stream(of_->made_.device())) output = of_->made_;
   }
   if (!output.defined()) output = of_->make();
   const std::lock_guard<std::mutex> lock(of_->mutex_);
   if (!of_->made_.defined()) {
     of_->made_ = output;
+    of_->made_on_ = current_stream(output.device());
     of_->waiting_ = of_->users_;
     ++of_->rounds_;
   }

@@ -4,12 +4,14 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/StorageImpl.h>
+#include <c10/core/Stream.h>
 #include <c10/util/intrusive_ptr.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "../common/activation.h"
@@ -44,7 +46,7 @@ struct Hooks {
   // The function that torch asks, of the innermost pair; null where there is none.
   static const void* innermost();
   // Inside these, hooks of others have their way.
-  bool are_innermost() const { return pack != nullptr && pack == innermost(); }
+  bool are_innermost() const;
 };
 
 // The output of one forward call. Of several who save it, the first who asks has it made, and it is kept until the last
@@ -103,6 +105,7 @@ class RecomputedOutput {
 
   std::mutex mutex_;  // of what follows; never held while something is made, or unpacked, which may call Python
   at::Tensor made_;
+  std::optional<c10::Stream> made_on_;
   std::int64_t users_ = 0;
   std::int64_t waiting_ = 0;  // users who have not asked since it was made
   std::uint64_t rounds_ = 0;  // how often it was made

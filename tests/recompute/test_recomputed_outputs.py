@@ -175,6 +175,16 @@ def test_it_is_made_again_for_each_backward_and_for_what_is_left_of_one() -> Non
     assert all(map(same_bits, part, whole[-2:]))
 
 
+def test_what_was_made_goes_when_its_last_user_has_asked() -> None:
+    """Without the backward of the batch norm itself."""
+    net = Net()
+    with bnext.recompute():
+        y = net.last(net.features(make_input(SHAPE)))
+    with Made() as made:
+        gradients(y, net.last.parameters(), retain_graph=True)
+        assert (len(made.storages), made.alive()) == (1, 0)
+
+
 def test_what_was_made_goes_with_the_last_user_that_could_ask() -> None:
     net, x = Net(), make_input(SHAPE)
     with bnext.recompute():
