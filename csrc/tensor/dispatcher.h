@@ -4,10 +4,17 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <optional>
+
 #include "collectives.h"
 #include "operators.h"
 
 namespace bnext {
+
+// As the operators take a tensor that may be undefined.
+inline std::optional<at::Tensor> or_none(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+}
 
 template <typename Signature>
 auto find_op(const char* name) {

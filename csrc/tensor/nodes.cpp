@@ -21,8 +21,6 @@ using torch::autograd::variable_list;
 using torch::dynamo::autograd::CompiledNodeArgs;
 using torch::dynamo::autograd::SwapSavedVariables;
 
-optional<Tensor> or_none(const Tensor& tensor) { return tensor.defined() ? optional<Tensor>(tensor) : std::nullopt; }
-
 // batch_norm_backward, or batch_norm_sync_backward of a batch that several processes share.
 Gradients call_backward(const Point& at, const Tensor& grad_output, OutputMask wanted,
                         const Activation& activation = {}, const Tensor& bias = {}, const Tensor& residual = {},

@@ -21,8 +21,6 @@ using at::Tensor;
 using std::optional;
 using torch::autograd::SavedVariable;
 
-optional<Tensor> or_none(const Tensor& tensor) { return tensor.defined() ? optional<Tensor>(tensor) : std::nullopt; }
-
 const at::TensorBase& base_of(const Tensor& tensor) {
   if (tensor.is_view()) return tensor._base();
   return tensor;

@@ -3,39 +3,18 @@ statistics and random numbers are those of the unfused model under the same chec
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from checkpoint_kinds import KINDS
 from networks import conv
 from observe import Net, Pair, assert_same_steps, count, fused_names, pair, sequential, small
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    checkpoint_sequential,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import bnext
-
-
-def saves(word: str) -> Callable[[], Any]:
-    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if word in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return functools.partial(create_selective_checkpoint_contexts, policy)
-
-
-KINDS: dict[str, dict[str, Any]] = {
-    "reentrant": {"use_reentrant": True},
-    "not reentrant": {"use_reentrant": False},
-    "save convolutions": {"use_reentrant": False, "context_fn": saves("conv")},
-    "save batch norms": {"use_reentrant": False, "context_fn": saves("batch_norm")},
-}
 
 
 class Region(nn.Module):

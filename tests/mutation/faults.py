@@ -208,7 +208,7 @@ FAULTS: tuple[Fault, ...] = (
         RECOMPUTATION,
         "of_->made_.reset()",
         "void()",
-        "recompute/test_recomputed_outputs.py::test_what_was_made_goes_when_its_last_user_has_asked",
+        "recompute/test_recomputed_lifetimes.py::test_what_was_made_goes_when_its_last_user_has_asked",
     ),
     Fault(
         "recompute-inside-hooks-of-others",

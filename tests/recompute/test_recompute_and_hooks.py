@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from cases import make_input
+from checkpoint_kinds import KINDS
 from recomputing import SHAPE, Net, Scope, assert_same, gradients, held_bytes, leaves
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 import bnext
 
-
-def saves(word: str) -> Callable[[], Any]:
-    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if word in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return functools.partial(create_selective_checkpoint_contexts, policy)
-
-
-KINDS: dict[str, dict[str, Any]] = {
-    "reentrant": {"use_reentrant": True},
-    "not reentrant": {"use_reentrant": False},
-    "to the end": {"use_reentrant": False, "early_stop": False},
-    "save convolutions": {"use_reentrant": False, "context_fn": saves("conv")},
-    "save batch norms": {"use_reentrant": False, "context_fn": saves("batch_norm")},
-}
+CHECKPOINTS: dict[str, dict[str, Any]] = {**KINDS, "to the end": {"use_reentrant": False, "early_stop": False}}
 
 
 class Residuals(Net):
@@ -45,8 +31,8 @@ class Residuals(Net):
 def inside(net: Net, x: Tensor, scope: Scope, kind: str) -> Tensor:
     """What leaves the region is used outside, too."""
     with scope():
-        first = checkpoint(net.features, x, **KINDS[kind])
-        return net.last(first) + net.last(checkpoint(net.features[2:], first, **KINDS[kind]))
+        first = checkpoint(net.features, x, **CHECKPOINTS[kind])
+        return net.last(first) + net.last(checkpoint(net.features[2:], first, **CHECKPOINTS[kind]))
 
 
 def around(net: Net, x: Tensor, scope: Scope, kind: str) -> Tensor:
@@ -54,12 +40,12 @@ def around(net: Net, x: Tensor, scope: Scope, kind: str) -> Tensor:
         with scope():
             return net(x)
 
-    return checkpoint(region, x, **KINDS[kind])
+    return checkpoint(region, x, **CHECKPOINTS[kind])
 
 
 def around_all(net: Net, x: Tensor, scope: Scope, kind: str) -> Tensor:
     with scope():
-        return checkpoint(net, x, **KINDS[kind])
+        return checkpoint(net, x, **CHECKPOINTS[kind])
 
 
 def one_in_another(net: Net, x: Tensor, scope: Scope, kind: str) -> Tensor:
@@ -67,12 +53,12 @@ def one_in_another(net: Net, x: Tensor, scope: Scope, kind: str) -> Tensor:
         with scope():
             return inside(net, x, scope, "not reentrant")
 
-    return checkpoint(region, x, **KINDS[kind])
+    return checkpoint(region, x, **CHECKPOINTS[kind])
 
 
 @pytest.mark.parametrize("make", [Net, Residuals])
 @pytest.mark.parametrize("where", [inside, around, around_all, one_in_another])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_checkpoints(kind: str, where: Callable[..., Tensor], make: Callable[[], Net]) -> None:
     def scenario(net: Net, x: Tensor, scope: Scope) -> list[Tensor]:
         y = where(net, x, scope, kind)
