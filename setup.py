@@ -38,6 +38,8 @@ SOURCES = [
     "csrc/cpu/batch_norm.cpp",
     "csrc/cpu/channels_first.cpp",
     "csrc/cpu/channels_last.cpp",
+    "csrc/cpu/parts.cpp",
+    "csrc/cpu/valid.cpp",
     "csrc/cpu/huge_page_cache.cpp",
     "csrc/cpu/output_pool.cpp",
     "csrc/cpu/isa/dispatch.cpp",

@@ -42,6 +42,8 @@ def convert(
     recompute: bool = False,
     sync: bool = False,
     process_group: Any = None,
+    single_value: str | None = None,
+    update_in_backward: bool = True,
     verbose: bool = False,
 ) -> _Module:
     """Turn every batch-norm layer of a model into bnext's, in place.
@@ -84,7 +86,14 @@ def convert(
     those of the batches of all processes of a group. To be called before the model is wrapped in
     ``DistributedDataParallel``, which accepts it on the CPU, too. Lazy layers stay as they are, and are listed.
 
-    A result never changes by more than rounding.
+    A result never changes by more than rounding, unless one of two policies is asked for, which set the attributes of
+    the same names on every layer:
+
+    - ``single_value="running"``: a training batch of one value a channel, of which torch raises an error, is normalised
+      by the running statistics, which it leaves alone.
+    - ``update_in_backward=False``: a forward that runs within a backward pass, as activation checkpointing runs it a
+      second time, leaves running statistics and counters alone, so that a batch counts once. A forward that runs
+      anywhere else counts as ever.
 
     Args:
         module: a model, or a single layer.
@@ -92,6 +101,8 @@ def convert(
         recompute: whether outputs are made again in backward; needs ``fuse``.
         sync: whether to synchronise. Layers that are synchronised already stay so without it.
         process_group: of ``sync``; None: all processes.
+        single_value: ``"running"``, or None, as torch.
+        update_in_backward: False, or True, as torch.
         verbose: whether to print what was done and, with ``fuse``, after each call that captured a graph, what was
             fused, and what was left and why. Otherwise that is logged by ``"bnext"`` at level INFO.
 
@@ -101,13 +112,15 @@ def convert(
     Raises:
         TypeError: ``module`` is not a ``torch.nn.Module``, or ``fuse``, ``recompute``, ``sync`` or ``verbose`` not a
             bool.
-        ValueError: ``recompute`` without ``fuse``.
+        ValueError: ``recompute`` without ``fuse``; another ``single_value``.
     """
-    for name, flag in (("fuse", fuse), ("recompute", recompute), ("sync", sync), ("verbose", verbose)):
+    flags = {"fuse": fuse, "recompute": recompute, "sync": sync, "verbose": verbose}
+    for name, flag in {**flags, "update_in_backward": update_in_backward}.items():
         if not isinstance(flag, bool):
             raise TypeError(f"expected {name} to be a bool, but got {type(flag).__name__}")
     if recompute and not fuse:
         raise ValueError("expected fuse=True with recompute=True, which is for whole calls of a model, but got False")
+    modules.check_single_value(single_value)
     _check(module)
     # Before anything is changed: a part may walk through its own parts in a way that fails.
     layers = list(module.named_modules())
@@ -124,6 +137,11 @@ def convert(
         _logger.warning(
             "convert left alone %d batch norm(s) of other classes (%s): %s", len(left), ", ".join(classes), names
         )
+    for m in ours:
+        if single_value is not None:
+            m.__dict__[modules.SINGLE_VALUE] = single_value
+        if not update_in_backward:
+            m.__dict__[modules.UPDATE_IN_BACKWARD] = False
     lines = [f"{len(ours)} batch norm(s) are bnext's"]
     if sync:
         synchronization.synchronize(module, process_group)
@@ -160,6 +178,8 @@ def revert(module: _Module) -> _Module:
     left = []
     for name, m in module.named_modules():
         detach(m)
+        for option in (modules.SINGLE_VALUE, modules.UPDATE_IN_BACKWARD):
+            m.__dict__.pop(option, None)
         if isinstance(m, Activated) and m.act is not None:
             left.append(name or "(the module itself)")
         else:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx
 
-from bnext import activations, native, ops
+from bnext import activations, native, ops, ragged
 from bnext.activations import PLAIN, Act, Activation, Epilogue
+from bnext.batches import WHOLE, Batch
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -25,6 +27,10 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    virtual_batch_size: int | None = None,
 ) -> Tensor:
     r"""Normalise each channel of a batch; a drop-in for :func:`torch.nn.functional.batch_norm`.
 
@@ -44,6 +50,18 @@ def batch_norm(
         training: whether to use the batch's statistics.
         momentum: the weight of this batch in the running statistics.
         eps: added to the variance; positive in training, non-negative in evaluation.
+        lengths: of the sequences of an (N, C, L) input, N whole numbers from 0 to L: a list, or an int64 or int32
+            tensor. What lies beyond a sequence's length is padding. Values on a GPU are waited for, to be checked;
+            those on the CPU are not.
+        mask: of bool and shape (N, \*spatial), in place of lengths: where it is False there is padding.
+        virtual_batch_size: in training, normalise so many consecutive images at a time, each part of the batch by its
+            own statistics (ghost batch normalisation); the last part may be smaller. None: all images together.
+
+    Padding is as if it were not there, whatever it holds: statistics, :math:`m` and gradients are those of the other
+    values alone, the result is 0 at padding, and so is the input's gradient. A batch (or part) of nothing but padding
+    is counted, and changes no running statistic; of a single value the variance is 0, and the running variance stays.
+    Running statistics are updated by one part after another, as calls with one part each would update them.
+    A nested input (of torch.jagged layout and shape (N, C, j)) is normalised over the values that it has.
 
     Each of the tensors of C values is of the input's dtype or float32, in any mix. Statistics are computed in at
     least float32 with sums in float64, and the mean carries more bits than the input, so data with a large offset
@@ -58,20 +76,25 @@ def batch_norm(
     :func:`bnext.convert`.
 
     Raises:
-        ValueError: the input has fewer than 2 dimensions, or one value a channel in training; eps is out of
-            range.
-        TypeError: a dtype is none of the above; training is no bool, or momentum no number.
+        ValueError: the input has fewer than 2 dimensions, or one value a channel (of a part) in training; eps is out
+            of range; lengths and mask are both given, of another shape, or a length is out of range;
+            virtual_batch_size is below 1.
+        TypeError: a dtype is none of the above; training is no bool, momentum no number, or virtual_batch_size no int.
         RuntimeError: a tensor of C values has another number of them, or is on another device; evaluation lacks a
             running statistic.
         Nothing is read or written before the arguments are found good.
 
-    Source: Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
-    Covariate Shift", 2015, https://arxiv.org/abs/1502.03167.
+    Sources: Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
+    Covariate Shift", 2015, https://arxiv.org/abs/1502.03167; of ghost batches Hoffer, Hubara and Soudry, "Train longer,
+    generalize better", 2017, https://arxiv.org/abs/1705.08741.
     """
     _check_settings(training, momentum)
+    batch = WHOLE
+    if lengths is not None or mask is not None or virtual_batch_size is not None:
+        batch = Batch.of(input, lengths, mask, virtual_batch_size)
     if training:
-        return train_batch_norm(input, running_mean, running_var, None, weight, bias, momentum, eps)
-    return eval_batch_norm(input, running_mean, running_var, weight, bias, eps)
+        return train_batch_norm(input, running_mean, running_var, None, weight, bias, momentum, eps, batch=batch)
+    return eval_batch_norm(input, running_mean, running_var, weight, bias, eps, valid=batch.valid)
 
 
 def batch_norm_act(
@@ -85,6 +108,10 @@ def batch_norm_act(
     momentum: float = 0.1,
     eps: float = 1e-5,
     act: Act = "relu",
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    virtual_batch_size: int | None = None,
 ) -> Tensor:
     r"""Normalise each channel, add a residual and apply an activation, in one pass forward and one backward.
 
@@ -105,7 +132,8 @@ def batch_norm_act(
     In evaluation with frozen weight, relu, relu6 and leaky_relu hold the bits and no input.
 
     Args:
-        input, running_mean, running_var, weight, bias, training, momentum, eps: as in :func:`batch_norm`.
+        input, running_mean, running_var, weight, bias, training, momentum, eps, lengths, mask, virtual_batch_size: as
+            in :func:`batch_norm`. At padding the result is 0, whatever the residual.
         residual: of the input's shape, dtype and device, any strides; None: 0.
         act: ``"identity"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"`` (slope 0.01) or ``("leaky_relu", slope)``,
             ``"silu"``, ``"gelu"`` (the exact one, by erf), ``"hardswish"``, ``"mish"``, ``"elu"`` (alpha 1) or
@@ -123,9 +151,14 @@ def batch_norm_act(
     """
     _check_settings(training, momentum)
     epilogue = (residual, *activations.parse(act))
+    batch = WHOLE
+    if lengths is not None or mask is not None or virtual_batch_size is not None:
+        batch = Batch.of(input, lengths, mask, virtual_batch_size)
     if training:
-        return train_batch_norm(input, running_mean, running_var, None, weight, bias, momentum, eps, epilogue)
-    return eval_batch_norm(input, running_mean, running_var, weight, bias, eps, epilogue)
+        return train_batch_norm(
+            input, running_mean, running_var, None, weight, bias, momentum, eps, epilogue, batch=batch
+        )
+    return eval_batch_norm(input, running_mean, running_var, weight, bias, eps, epilogue, batch.valid)
 
 
 def _check_settings(training: object, momentum: object) -> None:
@@ -147,36 +180,42 @@ def train_batch_norm(
     eps: float,
     epilogue: Epilogue = PLAIN,
     group: Group | None = None,
+    batch: Batch = WHOLE,
 ) -> Tensor:
     """:func:`batch_norm` or :func:`batch_norm_act` in training, which also counts the batch.
 
     ``momentum=None`` is the cumulative average of the batches counted, its factor computed on the device. With a
     ``group`` the statistics are those of the batches of all its processes together.
+
+    Raises:
+        ValueError: a group and parts of the batch.
     """
     output: Tensor
     # torch cannot export a cumulative average, whose factor it computes on the host.
     exportable = momentum is not None or not (torch.compiler.is_compiling() and native.is_exporting())
     if group is None and exportable and native.takes(input):
-        return native.batch_norm(
-            input, running_mean, running_var, num_batches_tracked, weight, bias, True, momentum, eps, epilogue
-        )
+        vectors = (running_mean, running_var, num_batches_tracked, weight, bias)
+        if ragged.is_jagged(input):
+            return ragged.on_values(train_batch_norm, input, vectors, (momentum, eps), epilogue)
+        return native.batch_norm(input, *vectors, True, momentum, eps, epilogue, batch)
     if num_batches_tracked is not None and not (
         num_batches_tracked.dtype is torch.int64 and num_batches_tracked.device == input.device
     ):
         # Not as the operators take it: of an averaged state_dict, or left on another device. torch counts in any.
         counted = num_batches_tracked + 1
         factor = 1.0 / float(counted) if momentum is None else momentum
-        output = train_batch_norm(input, running_mean, running_var, None, weight, bias, factor, eps, epilogue, group)
+        output = train_batch_norm(
+            input, running_mean, running_var, None, weight, bias, factor, eps, epilogue, group, batch
+        )
         num_batches_tracked.copy_(counted)
         return output
+    arguments = (input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
     if group is not None:
-        output = ops.batch_norm_sync(
-            input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, *group, *epilogue
-        )
-        return output
-    output, _, _ = ops.batch_norm_train(
-        input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, *epilogue
-    )
+        output = ops.batch_norm_sync(*arguments, *group, *epilogue, **batch.of_group())
+    elif batch is WHOLE:
+        output, _, _ = ops.batch_norm_train(*arguments, *epilogue)
+    else:
+        output, _, _ = ops.batch_norm_train(*arguments, *epilogue, **batch._asdict())
     return output
 
 
@@ -188,18 +227,25 @@ def eval_batch_norm(
     bias: Tensor | None,
     eps: float,
     epilogue: Epilogue = PLAIN,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """:func:`batch_norm` or :func:`batch_norm_act` in evaluation."""
     if running_mean is None or running_var is None:
         missing = "running_mean" if running_mean is None else "running_var"
         raise RuntimeError(f"{missing} must be defined in evaluation mode, but got None")
     if native.takes(input):
-        return native.batch_norm(input, running_mean, running_var, None, weight, bias, False, 0.0, eps, epilogue)
+        vectors = (running_mean, running_var, weight, bias)
+        if ragged.is_jagged(input):
+            return ragged.on_values(eval_batch_norm, input, vectors, (eps,), epilogue)
+        batch = WHOLE if valid is None else Batch(valid)
+        return native.batch_norm(input, *vectors[:2], None, *vectors[2:], False, 0.0, eps, epilogue, batch)
     output: Tensor
     compiled = torch.compiler.is_compiling() and not keeps_operators()
     if compiled and _is_arithmetic(input, (weight, bias, running_mean, running_var), eps, epilogue):
-        return _composed_eval(input, running_mean, running_var, weight, bias, eps, epilogue)
-    output, _, _ = ops.batch_norm_eval(input, weight, bias, running_mean, running_var, eps, *epilogue)
+        output = _composed_eval(input, running_mean, running_var, weight, bias, eps, epilogue)
+        return output if valid is None else torch.where(valid.unsqueeze(1), output, 0)
+    options = {} if valid is None else {"valid": valid}
+    output, _, _ = ops.batch_norm_eval(input, weight, bias, running_mean, running_var, eps, *epilogue, **options)
     return output
 
 

@@ -6,36 +6,89 @@ checkpoint of one loads into the other, and ``isinstance(layer, torch.nn.BatchNo
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, fx
+from typing_extensions import Unpack
 
 from bnext import activations, functional
 from bnext.activations import PLAIN, Act, Activation, Epilogue
 from bnext.attached import without_attached
+from bnext.batches import WHOLE, Batch
 from bnext.functional import Group
 
 BatchNorm = torch.nn.modules.batchnorm._BatchNorm
 
 
-def normalize(self: BatchNorm, input: Tensor, epilogue: Epilogue = PLAIN, group: Group | None = None) -> Tensor:
+class Padding(TypedDict, total=False):
+    """What a layer's forward may be told of its input: see :func:`bnext.functional.batch_norm`."""
+
+    lengths: Tensor | Sequence[int] | None
+    mask: Tensor | None
+
+
+# Attributes of a layer that is to differ from torch's, and what they are by default. They may be set on every layer
+# whose forward is bnext's; convert sets those it is told.
+SINGLE_VALUE = "single_value"  # "running": a training batch of one value a channel takes the running statistics
+VIRTUAL_BATCH_SIZE = "virtual_batch_size"  # None
+UPDATE_IN_BACKWARD = "update_in_backward"  # True
+
+
+def normalize(
+    self: BatchNorm,
+    input: Tensor,
+    epilogue: Epilogue = PLAIN,
+    group: Group | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
     """What every layer does with its input; ``group``: the processes that share a training batch."""
     self._check_input_dim(input)
     running_mean, running_var = self.running_mean, self.running_var
-    if not self.training and (running_mean is not None or running_var is not None):
-        return functional.eval_batch_norm(input, running_mean, running_var, self.weight, self.bias, self.eps, epilogue)
+    training, own = self.training, self.__dict__
+    if training and SINGLE_VALUE in own and group is None and running_mean is not None and _takes_running(self, input):
+        training = False
+    if not training and (running_mean is not None or running_var is not None):
+        valid = None if lengths is None and mask is None else Batch.of(input, lengths, mask).valid
+        return functional.eval_batch_norm(
+            input, running_mean, running_var, self.weight, self.bias, self.eps, epilogue, valid
+        )
     counter = None
     momentum = self.momentum
-    if not (self.training and self.track_running_stats):
+    if not (training and self.track_running_stats):
         running_mean = running_var = None
     else:
         counter = self.num_batches_tracked
         if counter is None and momentum is None:
             momentum = 0.0  # nothing to average over: torch keeps the running statistics as they are
+    batch = WHOLE
+    if lengths is not None or mask is not None or VIRTUAL_BATCH_SIZE in own or UPDATE_IN_BACKWARD in own:
+        batch = Batch.of(input, lengths, mask, own.get(VIRTUAL_BATCH_SIZE), own.get(UPDATE_IN_BACKWARD, True))
     return functional.train_batch_norm(
-        input, running_mean, running_var, counter, self.weight, self.bias, momentum, self.eps, epilogue, group
+        input, running_mean, running_var, counter, self.weight, self.bias, momentum, self.eps, epilogue, group, batch
     )
+
+
+def _takes_running(self: BatchNorm, input: Tensor) -> bool:
+    """Whether a training batch has one value a channel, and the layer's policy says what to do with that.
+
+    Raises:
+        ValueError: the policy is unknown.
+    """
+    policy = self.__dict__[SINGLE_VALUE]
+    check_single_value(policy)
+    return policy == "running" and not input.is_nested and input.dim() >= 2 and input.numel() == input.shape[1]
+
+
+def check_single_value(policy: object) -> None:
+    """
+    Raises:
+        ValueError: it is none of the policies for a training batch of one value a channel.
+    """
+    if policy not in (None, "running"):
+        raise ValueError(f'expected single_value to be "running" or None, but got {policy!r}')
 
 
 def is_traced(input: object) -> bool:
@@ -43,23 +96,23 @@ def is_traced(input: object) -> bool:
     return isinstance(input, fx.Proxy) and isinstance(input.tracer, fx.Tracer)
 
 
-def _leaf(layer: torch.nn.Module, *args: Any) -> Tensor:
+def _leaf(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """The call as one node of a ``torch.fx`` graph that is being traced. A tracer takes torch's own layers for leaves
     by the name of their module; it would go into ours, and freeze what depends on ``training``."""
     tracer = args[0].tracer
-    output: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(layer), args, {})
+    output: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(layer), args, kwargs)
     return output
 
 
-def _forward(self: BatchNorm, input: Tensor) -> Tensor:
-    """Normalise ``input``; see :func:`bnext.functional.batch_norm`.
+def _forward(self: BatchNorm, input: Tensor, **padding: Unpack[Padding]) -> Tensor:
+    """Normalise ``input``; see :func:`bnext.functional.batch_norm`, also for ``lengths=`` and ``mask=``.
 
     In training the running statistics and ``num_batches_tracked`` are updated in the same operator, once every
     argument has been checked. ``momentum=None`` is the cumulative average, its factor computed on the device.
     """
     if is_traced(input):
-        return _leaf(self, input)
-    return normalize(self, input)
+        return _leaf(self, input, **padding)
+    return normalize(self, input, **padding)
 
 
 def _scriptable(self: BatchNorm) -> torch.nn.Module:
@@ -133,17 +186,18 @@ class Activated(BatchNorm):
         self.__dict__["_activation"] = activations.parse(act)
         self.__dict__["_act"] = act
 
-    def normalize(self, input: Tensor, epilogue: Epilogue = PLAIN) -> Tensor:
+    def normalize(self, input: Tensor, epilogue: Epilogue = PLAIN, **padding: Unpack[Padding]) -> Tensor:
         """Without the activation, or with another one."""
-        return normalize(self, input, epilogue)
+        return normalize(self, input, epilogue, **padding)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """act(batch_norm(input) + residual); see :func:`bnext.functional.batch_norm_act`."""
+    def forward(self, input: Tensor, residual: Tensor | None = None, **padding: Unpack[Padding]) -> Tensor:
+        """act(batch_norm(input) + residual); see :func:`bnext.functional.batch_norm_act`, also for ``lengths=`` and
+        ``mask=``."""
         if is_traced(input):
-            return _leaf(self, input, *([] if residual is None else [residual]))
+            return _leaf(self, input, *([] if residual is None else [residual]), **padding)
         # A layer that became one by a change of class has no activation yet.
         activation: Activation = self.__dict__.get("_activation", activations.IDENTITY)
-        return self.normalize(input, (residual, *activation))
+        return self.normalize(input, (residual, *activation), **padding)
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         raise NotImplementedError(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bnext import _C, activations
 from bnext.activations import Activation, Epilogue
+from bnext.batches import Batch
 
 _logger = logging.getLogger("bnext")
 
@@ -99,14 +100,69 @@ def batch_norm(
     momentum: float | None,
     eps: float,
     epilogue: Epilogue,
+    batch: Batch,
 ) -> Tensor:
     """The same of torch's functions, as ``torch.nn.BatchNorm2d`` calls them."""
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    factor: Any = 1.0 / float(num_batches_tracked) if momentum is None else momentum  # type: ignore[arg-type]
-    output: Tensor = torch.nn.functional.batch_norm(
-        input, running_mean, running_var, weight, bias, training, factor, eps
-    )
+
+    def normalized(part: Tensor, valid: Tensor | None) -> Tensor:
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        factor: Any = 1.0 / float(num_batches_tracked) if momentum is None else momentum  # type: ignore[arg-type]
+        statistics = (running_mean, running_var)
+        if valid is not None:
+            return _without_padding(part, valid, *statistics, weight, bias, training, factor, eps)
+        return torch.nn.functional.batch_norm(part, *statistics, weight, bias, training, factor, eps)
+
+    if training and batch.virtual_batch_size:
+        parts = input.split(batch.virtual_batch_size)
+        valid = [None] * len(parts) if batch.valid is None else batch.valid.split(batch.virtual_batch_size)
+        output = torch.cat([normalized(*part) for part in zip(parts, valid, strict=True)])
+    else:
+        output = normalized(input, batch.valid)
     residual, name, slope = epilogue or (None, "identity", 0.0)
     activated: Tensor = activations.compose(output if residual is None else output + residual, Activation(name, slope))
-    return activated
+    if batch.valid is None or residual is None:
+        return activated
+    return torch.where(batch.valid.unsqueeze(1), activated, 0)
+
+
+def _without_padding(
+    input: Tensor,
+    valid: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Batch norm of the values that are no padding, of which there are several; 0 elsewhere."""
+    compute = torch.float64 if input.dtype == torch.float64 else torch.float32
+    keeps = valid.unsqueeze(1)
+    x = torch.where(keeps, input, 0).to(compute)
+
+    def per_channel(vector: Tensor) -> Tensor:
+        return vector.to(compute).view((1, -1) + (1,) * (input.dim() - 2))
+
+    if training:
+        dims = [0, *range(2, input.dim())]
+        count = valid.sum()
+        mean = x.sum(dims) / count
+        x = torch.where(keeps, x - per_channel(mean), 0)
+        var = (x * x).sum(dims) / count
+        if running_mean is not None:
+            running_mean.mul_(1 - momentum).add_(mean.detach().to(running_mean.dtype), alpha=momentum)
+        if running_var is not None:
+            unbiased = (var * count / (count - 1)).detach()
+            running_var.mul_(1 - momentum).add_(unbiased.to(running_var.dtype), alpha=momentum)
+    else:
+        assert running_mean is not None
+        assert running_var is not None
+        x, var = x - per_channel(running_mean), running_var
+    y = x * torch.rsqrt(per_channel(var) + eps)
+    if weight is not None:
+        y = y * per_channel(weight)
+    if bias is not None:
+        y = y + per_channel(bias)
+    return torch.where(keeps, y, 0).to(input.dtype)

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import Unpack
 
 from bnext import modules
 from bnext.activations import PLAIN, Act, Epilogue
 from bnext.attached import detach_forward
 from bnext.functional import Group
+from bnext.modules import Padding
 
 
 def _group_of(process_group: Any) -> Group | None:
@@ -86,10 +88,11 @@ class SyncBatchNorm(modules.Activated, torch.nn.SyncBatchNorm):
         plain: str = torch.nn.SyncBatchNorm.extra_repr(self)
         return plain if self.act is None else f"{plain}, act={self.__dict__['_activation']}"
 
-    def normalize(self, input: Tensor, epilogue: Epilogue = PLAIN) -> Tensor:
+    def normalize(self, input: Tensor, epilogue: Epilogue = PLAIN, **padding: Unpack[Padding]) -> Tensor:
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
-        return modules.normalize(self, input, epilogue, _group_of(self.process_group) if self.training else None)
+        group = _group_of(self.process_group) if self.training else None
+        return modules.normalize(self, input, epilogue, group, **padding)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:

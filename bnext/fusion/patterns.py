@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from bnext import _C, ops
 from bnext.activations import NAMES, SLOPES, Activation
+from bnext.batches import Batch
 from bnext.functional import DTYPES
 from bnext.fusion.effects import tensor, value
 
@@ -46,6 +47,7 @@ class BatchNorm:
     output: fx.Node  # the node of the normalised value: of an operator with several results, the first of them
     operator: Any
     arguments: tuple[Any, ...]
+    options: dict[str, Any] = field(default_factory=dict)  # behind the activation
 
     @property
     def input(self) -> fx.Node:
@@ -59,11 +61,11 @@ class BatchNorm:
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
-        return tuple(a for a in self.arguments if isinstance(a, fx.Node))
+        return tuple(a for a in (*self.arguments, *self.options.values()) if isinstance(a, fx.Node))
 
     def call(self, graph: fx.Graph, *epilogue: Any) -> tuple[fx.Node, fx.Node]:
         """Put the operator into the graph; the nodes of the call and of the value."""
-        node = graph.call_function(self.operator, (*self.arguments, *epilogue))
+        node = graph.call_function(self.operator, (*self.arguments, *epilogue), self.options)
         if self.operator is ops.batch_norm_sync:
             return node, node
         return node, graph.call_function(operator.getitem, (node, 0))
@@ -104,7 +106,9 @@ def _of_operator(node: fx.Node) -> BatchNorm:
         users = list(node.users)
         require(len(users) == 1 and users[0].args[1:] == (0,), "its statistics are used")
         output = users[0]
-    return BatchNorm(node, output, node.target, tuple(given.values())[: list(given).index("residual")])
+    arguments = tuple(given.values())[: list(given).index("residual")]
+    options = {name: node.kwargs[name] for name in node.kwargs if name in Batch._fields}
+    return BatchNorm(node, output, node.target, arguments, options)
 
 
 def _of_function(node: fx.Node) -> BatchNorm:

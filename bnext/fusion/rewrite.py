@@ -103,6 +103,7 @@ class _Pass:
             applied = patterns.read_activation(reader)
             require(applied is not None, f"followed by a sum and {name_of(reader)}")
             assert applied is not None
+            require(norm.options.get("valid") is None, "followed by a sum that is not 0 at padding")
             self._check_move(norm, last)
             self._check_residual(added, applied, last, reader)
         require(applied.in_place or self._readers(names) == [reader], "its value is used elsewhere, too")

@@ -17,6 +17,7 @@ from bnext.ops.operators import (
     batch_norm_sync_backward,
     batch_norm_train,
     bind,
+    sequence_mask,
 )
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "batch_norm_train",
     "bind",
     "fake",
+    "sequence_mask",
     "vmap",
 ]

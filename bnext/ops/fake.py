@@ -90,7 +90,9 @@ def _forward(given: dict[str, Any]) -> _Results:
         images, save_stats, mask = _forward(_as_images(given))
         return _as_sequences(images), save_stats, mask
     output = _empty_like(input, _memory_format(input))
-    save_stats = input.new_empty((2, input.shape[1]), dtype=torch.float64)
+    size: int | None = given.get("virtual_batch_size")
+    parts = [torch.sym_max(1, (input.shape[0] + size - 1) // size)] if size else []
+    save_stats = input.new_empty((*parts, 2, input.shape[1]), dtype=torch.float64)
     return output, save_stats, _empty_mask(input, given["act"], given.get("with_mask", False))
 
 
@@ -132,6 +134,10 @@ def _backward(given: dict[str, Any]) -> _Results:
     return data(wanted[0]), vector(wanted[1]), vector(wanted[2]), data(wanted[3])
 
 
+def _sequence_mask(given: dict[str, Any]) -> Tensor:
+    return torch.empty((given["batch"], given["size"]), dtype=torch.bool, device=given["device"])
+
+
 def _all_reduce_sum(given: dict[str, Any]) -> Tensor:
     return torch.empty_like(given["tensor"], memory_format=torch.contiguous_format)
 
@@ -151,4 +157,5 @@ _register(ops.batch_norm_recompute, _output)
 _register(ops.batch_norm_stats, _stats)
 _register(ops.batch_norm_backward, _backward)
 _register(ops.batch_norm_sync_backward, _backward)
+_register(ops.sequence_mask, _sequence_mask)
 _register(ops.all_reduce_sum, _all_reduce_sum)

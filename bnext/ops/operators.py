@@ -17,6 +17,7 @@ batch_norm_stats = torch.ops.bnext.batch_norm_stats.default
 batch_norm_gathered = torch.ops.bnext.batch_norm_gathered.default
 batch_norm_sync = torch.ops.bnext.batch_norm_sync.default
 batch_norm_sync_backward = torch.ops.bnext.batch_norm_sync_backward.default
+sequence_mask = torch.ops.bnext.sequence_mask.default
 all_reduce_sum = torch.ops.bnext.all_reduce_sum.default
 
 

@@ -69,10 +69,22 @@ def _forward(op: Any, size: int, channels: int, folded: dict[str, Any]) -> _Batc
     return (_unfold(output, size, channels, 1), _unfold(save_stats, size, channels, 1), mask), (1, 1, None)
 
 
+def _folds(given: dict[str, Any], dims: dict[str, int | None]) -> bool:
+    """Whether the samples are channels of one call: not where they have padding of their own, and not where the
+    statistics have a dimension more, for the parts of a batch."""
+    return dims["valid"] is None and not given.get("virtual_batch_size")
+
+
 def _eval(op: Any, size: int, given: dict[str, Any], dims: dict[str, int | None]) -> _Batched:
-    if given["with_mask"]:
+    if given["with_mask"] or not _folds(given, dims):
         return _each(op, size, given, dims)
     return _forward(op, size, _channels(given["input"], dims["input"]), _fold_all(given, dims, size))
+
+
+def _parts(given: dict[str, Any], dims: dict[str, int | None]) -> int:
+    """How many batches a call counts."""
+    images, size = given["input"].shape[1 if dims["input"] == 0 else 0], given["virtual_batch_size"]
+    return max(1, -(-images // size)) if size else 1
 
 
 def _train(op: Any, size: int, given: dict[str, Any], dims: dict[str, int | None]) -> _Batched:
@@ -85,11 +97,12 @@ def _train(op: Any, size: int, given: dict[str, Any], dims: dict[str, int | None
             )
     counter, counted_apart = given["num_batches_tracked"], dims["num_batches_tracked"] is not None
     # With momentum=None and a counter for each sample, each sample has another factor.
-    if given["with_mask"] or (counter is not None and counted_apart and given["momentum"] is None):
+    counts_apart = counter is not None and counted_apart and given["momentum"] is None
+    if given["with_mask"] or counts_apart or not _folds(given, dims):
         if counter is not None and not counted_apart:
             # A shared counter counts once: the samples get copies.
             given["num_batches_tracked"], dims["num_batches_tracked"] = torch.stack([counter] * size), 0
-            counter.add_(1)
+            counter.add_(_parts(given, dims))
         return _each(op, size, given, dims)
     if counter is not None and counted_apart:
         counter.add_(1)
@@ -105,7 +118,7 @@ def _train(op: Any, size: int, given: dict[str, Any], dims: dict[str, int | None
 
 
 def _backward(op: Any, size: int, given: dict[str, Any], dims: dict[str, int | None]) -> _Batched:
-    if given["mask"] is not None:
+    if given["mask"] is not None or not _folds(given, dims):
         return _each(op, size, given, dims)
     wanted, channel_dims = given["output_mask"], (1, 0, 0, 1)
     channels = _channels(given["grad_output"], dims["grad_output"])

@@ -28,7 +28,8 @@ struct Running {
   double momentum = 0.0;                        // else the weight of this batch
 };
 
-// save_mean and save_invstd: length C, what a backward call needs besides the input.
+// save_mean and save_invstd: length C, what a backward call needs besides the input. Where the batch has several parts
+// (problem.h), those of part p lie 2*C*p further on, as do those that a backward call is given.
 struct TrainingForward {
   const void* input;
   ChannelVector weight;  // absent: 1
@@ -39,7 +40,8 @@ struct TrainingForward {
   double* save_mean;
   double* save_invstd;
   ForwardEpilogue epilogue;
-  double* save_m2 = nullptr;  // instead of save_invstd: sum of (x - mean)^2
+  double* save_m2 = nullptr;     // or null, as save_invstd may be then: sum of (x - mean)^2
+  double* save_count = nullptr;  // with it: of how many values, one number; null: all
 };
 
 // The statistics of a batch that is spread over several processes, from those of the local batches.

@@ -25,15 +25,16 @@ BNEXT_INLINE typename Access::V load_or(const Access& access, const ChannelVecto
   return from.data == nullptr ? typename Access::V{} + absent : access.load(from, c);
 }
 
-// Takes a batch's mean and its unbiased variance into the running statistics. One value has no variance.
+// Takes a batch's mean and its unbiased variance into the running statistics. One value has no variance. part: of a
+// batch whose parts count one after another.
 template <typename V, typename Access>
 BNEXT_INLINE void update_running(const Running& running, std::int64_t c, const Moments<V>& batch, double count,
-                                 Access access) {
+                                 Access access, std::int64_t part = 0) {
   const auto update = [&](const MutableChannelVector& to, const V& value) {
     if (to.data == nullptr) return;
     // The counter still stands at the batches before this one.
     const double momentum =
-        running.cumulative ? 1.0 / static_cast<double>(*running.num_batches_tracked + 1) : running.momentum;
+        running.cumulative ? 1.0 / static_cast<double>(*running.num_batches_tracked + 1 + part) : running.momentum;
     const V before = access.load(ChannelVector{to.data, to.dtype}, c);
     access.store(to, c, updated_running_stat(before, value, momentum));
   };
@@ -69,11 +70,8 @@ struct TrainingForwardOp {
     const V invstd = invstd_from_var(moments.var, args.eps);
     if (stores) {
       access.store(args.save_mean, c, moments.mean);
-      if (args.save_m2 != nullptr) {
-        access.store(args.save_m2, c, moments.var * count);
-      } else {
-        access.store(args.save_invstd, c, invstd);
-      }
+      if (args.save_m2 != nullptr) access.store(args.save_m2, c, moments.var * count);
+      if (args.save_invstd != nullptr) access.store(args.save_invstd, c, invstd);
       update_running(args.running, c, moments, count, access);
     }
     normalize_coefficients(dtype, moments.mean, invstd, load_or(access, args.weight, c, 1.0),
@@ -95,6 +93,24 @@ struct GatherStatsOp {
     args.mean[c] = moments.mean;
     args.var[c] = moments.var;
     if (all.count > 0.0) update_running(args.running, c, moments, all.count, OneChannel());
+  }
+};
+
+// The running statistics after a batch of several parts, as a loop over these would update them.
+struct UpdateByPartsOp {
+  Running running;
+  std::int64_t parts;
+  std::int64_t C;
+  const double* mean;   // of part p 2*C*p further on, as they are saved
+  const double* m2;     // (parts, C): sums of (x - mean)^2
+  const double* count;  // (parts): of values; of an empty part there are no statistics
+
+  BNEXT_INLINE void finish(std::int64_t c) const {
+    for (std::int64_t p = 0; p < parts; ++p) {
+      if (count[p] == 0.0) continue;
+      const Moments<double> moments{mean[2 * p * C + c], m2[p * C + c] / count[p]};
+      update_running(running, c, moments, count[p], OneChannel(), p);
+    }
   }
 };
 

@@ -23,9 +23,17 @@ struct Problem {
   std::int64_t HW;  // product of the spatial sizes, 1 for (N, C)
   Layout layout;
   DType dtype;  // of input, output and their gradients
+  // (N, HW): 0 where a position is padding, which no statistic sees and whose results are 0. Null: there is none.
+  const std::uint8_t* valid = nullptr;
+  // Images that are normalised together: consecutive ones, of the last part perhaps fewer. 0: all of them.
+  std::int64_t virtual_batch = 0;
 
-  std::int64_t count() const { return N * HW; }  // values a channel holds
+  std::int64_t count() const { return N * HW; }  // values a channel holds, padding included
   std::int64_t numel() const { return N * C * HW; }
+  // Of each there is a row of statistics. An empty batch is a part, too.
+  std::int64_t parts() const {
+    return virtual_batch == 0 || N <= virtual_batch ? 1 : (N + virtual_batch - 1) / virtual_batch;
+  }
 };
 
 }  // namespace bnext

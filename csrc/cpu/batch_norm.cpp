@@ -1,8 +1,14 @@
 #include "batch_norm.h"
 
+#include <algorithm>
+#include <vector>
+
 #include "../common/channel_ops.h"
+#include "../common/mask.h"
 #include "isa/dispatch.h"
+#include "parts.h"
 #include "traversal.h"
+#include "valid.h"
 
 namespace bnext::cpu {
 namespace {
@@ -17,9 +23,12 @@ constexpr std::int64_t kNonTemporalOnceBytes = std::int64_t{28} << 20;
 constexpr std::int64_t kNonTemporalShortBytes = std::int64_t{40} << 20;
 constexpr std::int64_t kShortPlaneBytes = 1280;
 
-void run(const Problem& problem, ChannelOp& op, const Parallel& parallel) {
-  const std::int64_t bytes = problem.numel() * element_size(problem.dtype) * (op.inputs() + op.outputs());
-  op.exceeds_l2 = bytes >= kL2Bytes;
+// `whole`: what the problem is a part of, whose outputs are written by the same call.
+void run(const Problem& whole, const Problem& problem, ChannelOp& op, const Parallel& parallel) {
+  const std::int64_t tensors = element_size(problem.dtype) * (op.inputs() + op.outputs());
+  const std::int64_t bytes = whole.numel() * tensors;
+  op.exceeds_l2 = problem.numel() * tensors >= kL2Bytes;
+  op.valid = problem.valid;
   const bool planes = problem.layout == Layout::kChannelsFirst;
   const bool short_planes = planes && problem.HW * element_size(problem.dtype) < kShortPlaneBytes;
   const bool once = planes && !op.reduces;
@@ -43,40 +52,66 @@ void set_forward(ChannelOp& op, const Args& args) {
   op.map_op = args.epilogue.present() ? MapOp::kActivatedNormalize : MapOp::kNormalize;
 }
 
-void count_batch(const Running& running) {
-  if (running.num_batches_tracked != nullptr) ++*running.num_batches_tracked;
+void count_batches(const Running& running, std::int64_t batches) {
+  if (running.num_batches_tracked != nullptr) *running.num_batches_tracked += batches;
 }
 
-double count_of(const Problem& problem) { return static_cast<double>(problem.count()); }
+std::int64_t count_of(const Problem& problem) {
+  return problem.valid == nullptr ? problem.count() : count_valid(problem.valid, problem.count());
+}
 
-}  // namespace
+template <typename T>
+void clear(T* to, std::int64_t n) {
+  if (to != nullptr) std::fill_n(to, n, T{});
+}
 
-void forward(const Problem& problem, const TrainingForward& args, const Parallel& parallel) {
-  const TrainingForwardOp math{args, problem.dtype, count_of(problem)};
+void clear(void* to, const Problem& problem) {
+  clear(static_cast<char*>(to), problem.numel() * element_size(problem.dtype));
+}
+
+void clear(const MutableChannelVector& to, std::int64_t C) {
+  clear(static_cast<char*>(to.data), C * element_size(to.dtype));
+}
+
+void clear_mask(std::uint8_t* mask, const Problem& problem) {
+  const std::int64_t rows = problem.layout == Layout::kChannelsFirst ? problem.N * problem.C : problem.count();
+  clear(mask, rows * mask_row_bytes(mask_row_elements(problem), kCpuMaskLanes));
+}
+
+// A part of a training batch; how many values a channel has.
+std::int64_t train(const Problem& whole, const Problem& problem, const TrainingForward& args,
+                   const Parallel& parallel) {
+  const std::int64_t count = count_of(problem);
+  if (args.save_count != nullptr) *args.save_count = static_cast<double>(count);
+  if (count == 0) {  // nothing but padding
+    clear(args.output, problem);
+    clear_mask(args.epilogue.mask, problem);
+    for (double* stats : {args.save_mean, args.save_invstd, args.save_m2}) clear(stats, problem.C);
+    return count;
+  }
+  const SamplePositions samples =
+      problem.valid == nullptr ? SamplePositions(count) : samples_of_valid(problem.valid, problem.count(), count);
+  const TrainingForwardOp math{args, problem.dtype, static_cast<double>(count)};
   ChannelOp op{&math, current_kernels().training};
   set_forward(op, args);
   op.reduces = true;
-  op.samples = true;
+  op.samples = &samples;
   op.reduce_op = ReduceOp::kMomentSums;
-  run(problem, op, parallel);
-  count_batch(args.running);
+  run(whole, problem, op, parallel);
+  return count;
 }
 
-void gather_stats(const GatherStats& args) {
-  const GatherStatsOp op{args};
-  for (std::int64_t c = 0; c < args.C; ++c) op.finish(c);
-  count_batch(args.running);
-}
-
-void forward(const Problem& problem, const EvalForward& args, const Parallel& parallel) {
-  const EvalForwardOp math{args, problem.dtype};
-  ChannelOp op{&math, current_kernels().evaluation};
-  set_forward(op, args);
-  run(problem, op, parallel);
-}
-
-void backward(const Problem& problem, const Backward& args, const Parallel& parallel) {
-  const BackwardOp math{args, problem.dtype, count_of(problem)};
+void differentiate(const Problem& whole, const Problem& problem, const Backward& args, const Parallel& parallel) {
+  const bool divides = args.differentiates_statistics() && args.mean_dz.data == nullptr;
+  const std::int64_t count = divides ? count_of(problem) : problem.count();
+  if (count == 0) {
+    clear(args.grad_input, problem);
+    clear(args.grad_residual, problem);
+    clear(args.grad_weight, problem.C);
+    clear(args.grad_bias, problem.C);
+    return;
+  }
+  const BackwardOp math{args, problem.dtype, static_cast<double>(count)};
   ChannelOp op{&math, current_kernels().backward};
   op.in[0] = args.reads_input() ? args.input : nullptr;
   op.in[1] = args.grad_output;
@@ -93,7 +128,84 @@ void backward(const Problem& problem, const Backward& args, const Parallel& para
     op.reduce_op = args.reads_input() ? ReduceOp::kGradSums : ReduceOp::kBiasGradSum;
     op.map_op = args.differentiates_statistics() ? MapOp::kGradInput : MapOp::kScaleGrad;
   }
-  run(problem, op, parallel);
+  run(whole, problem, op, parallel);
+}
+
+// A parameter's gradient of each part, which are added in their order.
+class PartGrads {
+ public:
+  PartGrads(const MutableChannelVector& total, const Problem& problem)
+      : total_(total), parts_(problem.parts()), C_(problem.C) {
+    if (total.data != nullptr) grads_.resize(static_cast<std::size_t>(parts_ * C_));
+  }
+
+  MutableChannelVector of(std::int64_t part) {
+    return total_.data == nullptr ? total_ : MutableChannelVector{grads_.data() + part * C_, DType::kFloat64};
+  }
+
+  void add() const {
+    for (std::int64_t c = 0; total_.data != nullptr && c < C_; ++c) {
+      double sum = 0.0;
+      for (std::int64_t p = 0; p < parts_; ++p) sum += grads_[p * C_ + c];
+      store(total_, c, sum);
+    }
+  }
+
+ private:
+  const MutableChannelVector total_;
+  const std::int64_t parts_;
+  const std::int64_t C_;
+  std::vector<double> grads_;
+};
+
+}  // namespace
+
+void forward(const Problem& problem, const TrainingForward& args, const Parallel& parallel) {
+  const std::int64_t parts = problem.parts();
+  if (parts == 1) {
+    train(problem, problem, args, parallel);
+  } else {
+    std::vector<double> m2(static_cast<std::size_t>(parts * problem.C));
+    std::vector<double> counts(static_cast<std::size_t>(parts));
+    for_each_part(problem, parallel, [&](const Part& part, const Parallel& within) {
+      TrainingForward of_part = part.of(args);
+      of_part.running = {};
+      of_part.save_m2 = m2.data() + part.index * problem.C;
+      counts[part.index] = static_cast<double>(train(problem, part.problem, of_part, within));
+    });
+    const UpdateByPartsOp update{args.running, parts, problem.C, args.save_mean, m2.data(), counts.data()};
+    for (std::int64_t c = 0; c < problem.C; ++c) update.finish(c);
+  }
+  count_batches(args.running, parts);
+}
+
+void gather_stats(const GatherStats& args) {
+  const GatherStatsOp op{args};
+  for (std::int64_t c = 0; c < args.C; ++c) op.finish(c);
+  count_batches(args.running, 1);
+}
+
+void forward(const Problem& problem, const EvalForward& args, const Parallel& parallel) {
+  for_each_part(problem, parallel, [&](const Part& part, const Parallel& within) {
+    const EvalForwardOp math{part.of(args), problem.dtype};
+    ChannelOp op{&math, current_kernels().evaluation};
+    set_forward(op, math.args);
+    run(problem, part.problem, op, within);
+  });
+}
+
+void backward(const Problem& problem, const Backward& args, const Parallel& parallel) {
+  if (problem.parts() == 1) return differentiate(problem, problem, args, parallel);
+  PartGrads grad_weight(args.grad_weight, problem);
+  PartGrads grad_bias(args.grad_bias, problem);
+  for_each_part(problem, parallel, [&](const Part& part, const Parallel& within) {
+    Backward of_part = part.of(args);
+    of_part.grad_weight = grad_weight.of(part.index);
+    of_part.grad_bias = grad_bias.of(part.index);
+    differentiate(problem, part.problem, of_part, within);
+  });
+  grad_weight.add();
+  grad_bias.add();
 }
 
 }  // namespace bnext::cpu

@@ -26,6 +26,7 @@ template <typename scalar_t, typename Op>
 struct Inputs {
   const scalar_t* in[kMaxInputs] = {};
   const std::uint8_t* mask = nullptr;
+  const std::uint8_t* valid = nullptr;
 
   BNEXT_INLINE Inputs(const Block& block, const Flags& flags, std::int64_t r, std::int64_t behind = 0,
                       std::int64_t mask_behind = 0) {
@@ -35,6 +36,7 @@ struct Inputs {
     if (Op::kReadsGrad) in[1] = static_cast<const scalar_t*>(block.in[1]) + at;
     if (Op::kActivated && flags.epilogue.has_residual) in[2] = static_cast<const scalar_t*>(block.in[2]) + at;
     if (Op::kActivated && flags.epilogue.has_mask) mask = block.mask + mask_behind + r * block.mask_stride;
+    if (flags.has_padding) valid = block.valid + r * block.valid_stride;
   }
 
   // Those of the lanes from element i on, a multiple of a register's.
@@ -52,6 +54,26 @@ struct Inputs {
         v[2] = V{};
       }
     }
+  }
+
+  // What adds nothing to a sum, in the place of padding: the shift c[0], and zeros.
+  template <typename acc_t, typename Lanes>
+  BNEXT_INLINE void leave_out_padding(Vec<acc_t> (&v)[kMaxInputs], const Vec<acc_t> (&c)[kMaxReduceCoefficients],
+                                      const Flags& flags, std::int64_t i, Lanes lanes) const {
+    if (!flags.has_padding) return;
+    const auto keeps = nonzero_lanes<acc_t>(valid + i, lanes);
+    if constexpr (Op::kReadsInput) v[0] = keeps ? v[0] : c[0];
+    if constexpr (Op::kReadsGrad) v[1] = keeps ? v[1] : Vec<acc_t>{};
+    if constexpr (Op::kActivated) v[2] = keeps ? v[2] : Vec<acc_t>{};
+  }
+
+  // The results of padding.
+  template <typename acc_t, typename Lanes>
+  BNEXT_INLINE Mapped<Vec<acc_t>> without_padding(const Mapped<Vec<acc_t>>& mapped, const Flags& flags, std::int64_t i,
+                                                  Lanes lanes) const {
+    if (!flags.has_padding) return mapped;
+    const auto keeps = nonzero_lanes<acc_t>(valid + i, lanes);
+    return {keeps ? mapped.first : Vec<acc_t>{}, keeps ? mapped.second : Vec<acc_t>{}};
   }
 
   // Those of two registers, in the same order for each input; there is no mask.

@@ -43,11 +43,9 @@ class ChannelsFirst {
   ChannelsFirst(const Problem& problem, const ChannelOp& op)
       : problem_(problem), op_(op), kernels_(current_kernels()), mask_row_(mask_row_bytes(problem.HW, kCpuMaskLanes)) {
     const std::int64_t HW = problem.HW;
-    if (op.samples) {
-      const SamplePositions positions(problem.count());
-      samples_ = positions.samples;
-      for (int i = 0; i < samples_; ++i) {
-        sample_offsets_[i] = positions.at[i] / HW * problem.C * HW + positions.at[i] % HW;
+    if (op.samples != nullptr) {
+      for (int i = 0; i < op.samples->samples; ++i) {
+        sample_offsets_[i] = op.samples->at[i] / HW * problem.C * HW + op.samples->at[i] % HW;
       }
     }
     if (HW <= kChunkElements) {
@@ -125,7 +123,7 @@ class ChannelsFirst {
     });
   }
 
-  // Maps planes one after the other in memory, of channels whose coefficients stand from j on.
+  // Maps planes of an image, one after the other in memory, of channels whose coefficients stand from j on.
   void map_planes(std::int64_t plane, std::int64_t planes, const Coefficients& coefficients, std::int64_t j) const {
     for (const std::int64_t end = plane + planes; plane < end;) {
       const std::int64_t rows = alike(coefficients, j, end - plane);
@@ -133,6 +131,7 @@ class ChannelsFirst {
       MapArgs args;
       args.block =
           op_.block(problem_.dtype, plane * problem_.HW, rows, problem_.HW, problem_.HW, plane * mask_row_, mask_row_);
+      if (op_.valid != nullptr) args.block.valid = op_.valid + plane / problem_.C * problem_.HW;  // of all the rows
       coefficients.pass(j, compute, args.coefficients);
       args.coefficient_step = 1;
       run_map(kernels_.map_segments, args, plane * problem_.HW, compute);
@@ -241,9 +240,10 @@ class ChannelsFirst {
 
   void set_reduce_coefficients(std::int64_t c0, std::int64_t n, Group& of) const {
     double* const shift = of.reduce.wide.data();
-    if (op_.samples) {
+    if (op_.samples != nullptr) {
       const void* const first = advance(op_.in[0], c0 * problem_.HW, problem_.dtype);
-      kernels_.sample[static_cast<int>(problem_.dtype)]({first, sample_offsets_, samples_, n, problem_.HW, shift});
+      kernels_.sample[static_cast<int>(problem_.dtype)](
+          {first, sample_offsets_, op_.samples->samples, n, problem_.HW, shift});
     } else {
       op_.reduce_coefficients(channels_of(c0, n, of.sums, of.reduce, 0));
     }
@@ -270,9 +270,9 @@ class ChannelsFirst {
   }
 
   // Planes of a few elements would each end in an incomplete register. A group of channels is also a matrix of N rows,
-  // whose n*HW columns each belong to one channel.
+  // whose n*HW columns each belong to one channel. (Padding would have to be repeated for each of these.)
   bool takes_columns(std::int64_t max_plane = kMaxColumnPlane) const {
-    return problem_.HW <= max_plane && problem_.N >= kMinColumnRows;
+    return problem_.HW <= max_plane && problem_.N >= kMinColumnRows && op_.valid == nullptr;
   }
 
   // Room for a group's columns.
@@ -359,8 +359,13 @@ class ChannelsFirst {
     const std::int64_t rows = problem_.N - n < rows_per_chunk_ ? problem_.N - n : rows_per_chunk_;
     const std::int64_t len = problem_.HW - s < piece_ ? problem_.HW - s : piece_;
     offset = plane * problem_.HW + s;
-    return op_.block(problem_.dtype, offset, rows, len, problem_.C * problem_.HW, plane * mask_row_ + s / kCpuMaskLanes,
-                     problem_.C * mask_row_);
+    Block block = op_.block(problem_.dtype, offset, rows, len, problem_.C * problem_.HW,
+                            plane * mask_row_ + s / kCpuMaskLanes, problem_.C * mask_row_);
+    if (op_.valid != nullptr) {
+      block.valid = op_.valid + n * problem_.HW + s;
+      block.valid_stride = problem_.HW;
+    }
+    return block;
   }
 
   // Adds the sums of a chunk of each of n channels from c on, whose coefficients stand from j on.
@@ -405,8 +410,7 @@ class ChannelsFirst {
   const ChannelOp& op_;
   const KernelTable& kernels_;
   std::int64_t sample_offsets_[kMaxSamples];  // of a channel's samples from its first element
-  int samples_ = 0;
-  std::int64_t mask_row_;  // bytes of a plane's mask
+  std::int64_t mask_row_;                     // bytes of a plane's mask
   std::int64_t rows_per_chunk_;
   std::int64_t pieces_per_row_;
   std::int64_t piece_;

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <numeric>
 #include <vector>
@@ -14,6 +15,7 @@
 #include "../common/statistics.h"
 #include "isa/dispatch.h"
 #include "traversal.h"
+#include "valid.h"
 
 namespace bnext::cpu {
 namespace {
@@ -187,8 +189,8 @@ class ChannelsLast {
   // Of channels [c, c + n), which stand in the tables from 0 on.
   void set_reduce_coefficients(std::int64_t c, std::int64_t n, SumsTable& sums, Coefficients& start) const {
     double* const shift = start.wide.data();
-    if (op_.samples) {
-      const SamplePositions positions(M_);
+    if (op_.samples != nullptr) {
+      const SamplePositions& positions = *op_.samples;
       std::int64_t offsets[kMaxSamples];
       for (int i = 0; i < positions.samples; ++i) offsets[i] = positions.at[i] * problem_.C;
       const void* const first = advance(op_.in[0], c, problem_.dtype);
@@ -240,12 +242,14 @@ class ChannelsLast {
               const Coefficients& coefficients, std::int64_t j, Compute compute, double* first, double* second) const {
     ReduceArgs args;
     args.block = block_of(chunk, column, rows, len);
+    const Padding padding(*this, chunk, args.block);
     args.epilogue = op_.epilogue;
     coefficients.pass(j, compute, args.coefficients);
     args.first = first;
     args.second = second;
     std::fill_n(first, len, 0.0);
     std::fill_n(second, len, 0.0);
+    if (padding.is_all) return;
     args.tile_rows = tile_rows_;
     args.prefetch_distance = row_bytes_ > kHardwarePrefetchedBytes ? prefetch_distance_ : 0;
     kernels_.reduce_columns[static_cast<int>(problem_.dtype)][static_cast<int>(compute)]
@@ -284,6 +288,7 @@ class ChannelsLast {
            const Coefficients& coefficients, std::int64_t j, Compute compute) const {
     MapArgs args;
     args.block = block_of(chunk, column, rows, len);
+    const Padding padding(*this, chunk, args.block);
     op_.place(args, problem_.dtype, first_of(chunk) + column);
     args.prefetch_distance = op_.non_temporal ? prefetch_distance_ : 0;
     args.epilogue = op_.epilogue;
@@ -311,6 +316,26 @@ class ChannelsLast {
     return op_.block(problem_.dtype, first_of(chunk) + column, rows, len, columns_,
                      row * mask_row_ + column / kCpuMaskLanes, mask_row_);
   }
+
+  // Which pixels are padding, for each of the elements of a block that lies in this chunk.
+  struct Padding {
+    Padding(const ChannelsLast& all, std::int64_t chunk, Block& block) {
+      if (all.op_.valid == nullptr) return;
+      const std::int64_t C = all.fold_ == 1 ? block.len : all.problem_.C;
+      const std::uint8_t* const valid = all.op_.valid + all.row_of(chunk) * all.fold_;
+      const std::int64_t pixels = block.rows * block.len / C;
+      const std::int64_t count = count_valid(valid, pixels);
+      is_all = count == 0;
+      if (count == pixels) return;
+      bytes.reset(new std::uint8_t[static_cast<std::size_t>(block.rows * block.len)]);
+      for (std::int64_t i = 0; i < pixels; ++i) std::memset(bytes.get() + i * C, valid[i], static_cast<std::size_t>(C));
+      block.valid = bytes.get();
+      block.valid_stride = block.len;
+    }
+
+    bool is_all = false;
+    std::unique_ptr<std::uint8_t[]> bytes;
+  };
 
   const Problem& problem_;
   const ChannelOp& op_;

@@ -23,7 +23,8 @@ struct MapColumns {
       for (int u = 0; u < kVectors; ++u) {
         Vec<acc_t> in[kMaxInputs];
         inputs.template load<acc_t>(in, flags, i + u * kN, lanes);
-        mapped[u] = Op::template apply<scalar_t>(in, c[u], flags.epilogue);
+        mapped[u] = inputs.template without_padding<acc_t>(Op::template apply<scalar_t>(in, c[u], flags.epilogue),
+                                                           flags, i + u * kN, lanes);
       }
       if constexpr (kVectors == kLineVectors<acc_t, scalar_t> && std::is_same_v<Lanes, Whole>) {
         outputs.template store_line_of<acc_t, kNonTemporal>(mapped, flags, i);

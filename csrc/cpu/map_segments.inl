@@ -28,7 +28,7 @@ struct RowMap {
   BNEXT_INLINE Mapped<Vec<acc_t>> mapped(const Inputs<scalar_t, Op>& inputs, std::int64_t i, Lanes lanes) const {
     Vec<acc_t> in[kMaxInputs];
     inputs.template load<acc_t>(in, flags, i, lanes);
-    return Op::template apply<scalar_t>(in, c, flags.epilogue);
+    return inputs.template without_padding<acc_t>(Op::template apply<scalar_t>(in, c, flags.epilogue), flags, i, lanes);
   }
 
   // Whole lines from element i on; what is left begins at what is returned.

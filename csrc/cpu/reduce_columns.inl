@@ -33,6 +33,7 @@ struct ReduceColumns {
       for (int u = 0; u < kUnroll; ++u) {
         Vec<acc_t> in[kMaxInputs];
         inputs.template load<acc_t>(in, flags, j + u * kN, lanes);
+        inputs.template leave_out_padding<acc_t>(in, k[u], flags, j + u * kN, lanes);
         Op::template add<scalar_t>(a[u], b[u], in, k[u], flags.epilogue);
       }
     }

@@ -41,6 +41,7 @@ BNEXT_INLINE void add_tail(Vec<acc_t>& first, Vec<acc_t>& second, const Inputs<s
   Vec<acc_t> a = {};
   Vec<acc_t> b = {};
   inputs.template load<acc_t>(in, flags, i, tail);
+  inputs.template leave_out_padding<acc_t>(in, c, flags, i, tail);
   Op::template add<scalar_t>(a, b, in, c, flags.epilogue);
   first += keep<acc_t>(a, tail);
   second += keep<acc_t>(b, tail);
@@ -83,12 +84,13 @@ struct SegmentSums {
   BNEXT_INLINE void add_vector(int u, const Inputs<scalar_t, Op>& inputs, std::int64_t i) {
     Vec<acc_t> in[kMaxInputs];
     inputs.template load<acc_t>(in, flags(), i, Whole{});
+    inputs.template leave_out_padding<acc_t>(in, c, flags(), i, Whole{});
     Op::template add<scalar_t>(first[u], second[u], in, c, flags().epilogue);
   }
 
   // What is added to which lane makes no difference, but to the last bit.
   BNEXT_INLINE void add_two(int u, const Inputs<scalar_t, Op>& inputs, std::int64_t i) {
-    if (flags().epilogue.has_mask) {
+    if (flags().epilogue.has_mask || flags().has_padding) {
       add_vector(u, inputs, i);
       add_vector(u + 1, inputs, i + kN);
       return;
@@ -186,6 +188,7 @@ struct ReduceSegments {
       std::int64_t i = 0;
       for (; i + kN <= args.block.len; i += kN) {
         inputs.template load<acc_t>(in, flags, i, Whole{});
+        inputs.template leave_out_padding<acc_t>(in, c, flags, i, Whole{});
         Op::template add<scalar_t>(first, second, in, c, flags.epilogue);
       }
       if (i < args.block.len) {

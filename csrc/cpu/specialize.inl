@@ -14,9 +14,11 @@ struct Flags {
   bool first = true;
   bool second = false;
   bool writes_mask = false;
+  bool has_padding = false;
 };
 
-// An activation, and flags in the bits above it; kAny: known at run time only.
+// An activation, and flags in the bits above it; kAny: known at run time only. Of a plain functor there is nothing to
+// be known but that no element is padding (kPlain).
 using Specialization = unsigned;
 constexpr Specialization first_flag_above(Specialization values) {
   Specialization flag = 1;
@@ -30,6 +32,7 @@ constexpr Specialization kSecond = 2 * kMask;
 constexpr Specialization kStatistics = 2 * kSecond;
 constexpr Specialization kIncomplete = 2 * kStatistics;
 constexpr Specialization kAny = ~0u;
+constexpr Specialization kPlain = static_cast<Specialization>(Act::kIdentity);
 constexpr Specialization kRelu = static_cast<Specialization>(Act::kRelu);
 constexpr Specialization kRelu6 = static_cast<Specialization>(Act::kRelu6);
 constexpr Specialization kSilu = static_cast<Specialization>(Act::kSilu);
@@ -51,6 +54,7 @@ BNEXT_INLINE constexpr Flags flags_of(Specialization specialization) {
 template <typename Op>
 BNEXT_INLINE Flags flags_of(const ReduceArgs& args) {
   Flags flags;
+  flags.has_padding = args.block.valid != nullptr;
   if constexpr (Op::kActivated) {
     flags.epilogue = args.epilogue;
     flags.epilogue.differentiates_statistics = false;  // sums do not depend on it
@@ -62,6 +66,7 @@ BNEXT_INLINE Flags flags_of(const ReduceArgs& args) {
 template <typename Op>
 BNEXT_INLINE Flags flags_of(const MapArgs& args) {
   Flags flags;
+  flags.has_padding = args.block.valid != nullptr;
   if constexpr (Op::kActivated) {
     flags.epilogue = args.epilogue;
     flags.input = args.block.in[0] != nullptr;
@@ -89,7 +94,7 @@ BNEXT_INLINE Specialization specialization_of(const Flags& flags) {
   specialization |= epilogue.has_mask || flags.writes_mask ? kMask : 0;
   specialization |= flags.second ? kSecond : 0;
   specialization |= epilogue.differentiates_statistics ? kStatistics : 0;
-  return flags.input && flags.first ? specialization : specialization | kIncomplete;
+  return flags.input && flags.first && !flags.has_padding ? specialization : specialization | kIncomplete;
 }
 
 template <typename Op>
@@ -122,6 +127,8 @@ template <typename Kernel, typename scalar_t, typename acc_t, typename Op, typen
 void run_specialized(const Args& args) {
   if constexpr (Op::kActivated && sizeof(acc_t) == sizeof(float)) {
     run_first_match<Kernel, scalar_t, acc_t, Op, 0>(args, specialization_of(flags_of<Op>(args)));
+  } else if (!Op::kActivated && kIsOpmath<scalar_t, acc_t> && args.block.valid == nullptr) {
+    Kernel::template run<scalar_t, acc_t, Op, kPlain>(args);
   } else {
     Kernel::template run<scalar_t, acc_t, Op, kAny>(args);
   }
@@ -131,4 +138,4 @@ void run_specialized(const Args& args) {
 // in a fraction of the time without. Not where it would change a sum's order: a gradient's bits must not depend on
 // which other gradients are asked for, and so not on the specialisation.
 template <typename scalar_t, typename acc_t, typename Op, Specialization kSpecialization>
-constexpr bool kCommon = kIsOpmath<scalar_t, acc_t> && (!Op::kActivated || kSpecialization != kAny);
+constexpr bool kCommon = kIsOpmath<scalar_t, acc_t> && kSpecialization != kAny;

@@ -26,14 +26,15 @@ struct ChannelOp {
   const void* op;
   const ChannelKernels& kernels;
 
-  const void* in[kMaxInputs] = {};  // input, grad_output, residual
-  void* out[2] = {};                // output or grad_input, grad_residual
-  std::uint8_t* mask = nullptr;     // common/mask.h
+  const void* in[kMaxInputs] = {};      // input, grad_output, residual
+  void* out[2] = {};                    // output or grad_input, grad_residual
+  std::uint8_t* mask = nullptr;         // common/mask.h
+  const std::uint8_t* valid = nullptr;  // Problem::valid
   Epilogue epilogue;
   bool reduces = false;
-  bool exceeds_l2 = false;    // the tensors exceed the second-level caches
-  bool non_temporal = false;  // the outputs exceed the third-level cache as well
-  bool samples = false;       // the shift is a sample of the channel's own values
+  bool exceeds_l2 = false;                   // the tensors exceed the second-level caches
+  bool non_temporal = false;                 // the outputs exceed the third-level cache as well
+  const SamplePositions* samples = nullptr;  // of the channel's own values, whose average is the shift; or null
   ReduceOp reduce_op = ReduceOp::kMomentSums;
   MapOp map_op = MapOp::kNormalize;
 
@@ -42,6 +43,7 @@ struct ChannelOp {
   bool maps() const { return outputs() != 0; }
 
   // The block whose first element has the offset `first` in the tensor, and its bit in the mask the byte `first_bits`.
+  // Which of it is valid is for the caller to say.
   Block block(DType dtype, std::int64_t first, std::int64_t rows, std::int64_t len, std::int64_t stride,
               std::int64_t first_bits, std::int64_t mask_stride) const {
     Block block = {{}, rows, len, stride, mask == nullptr ? nullptr : mask + first_bits, mask_stride};

@@ -275,6 +275,19 @@ BNEXT_INLINE Vector<acc_t, kWidth<acc_t>> keep(const Vector<acc_t, kWidth<acc_t>
   return lane < Bits{} + tail.n ? v : V{};
 }
 
+// Where the bytes from `bytes` on, one for each lane, are not zero; lanes that there are none of count as zero.
+template <typename acc_t, typename Lanes>
+BNEXT_INLINE auto nonzero_lanes(const std::uint8_t* bytes, Lanes lanes) {
+  using Bits = typename LanesOf<Vector<acc_t, kWidth<acc_t>>>::Bits;
+  std::uint8_t packed[kWidth<acc_t>];
+  if constexpr (std::is_same_v<Lanes, Tail>) {
+    load_tail(packed, bytes, lanes);
+  } else {
+    __builtin_memcpy(packed, bytes, sizeof packed);
+  }
+  return __builtin_convertvector(load_raw<Vector<std::uint8_t, kWidth<acc_t>>>(packed), Bits) != Bits{};
+}
+
 // A cache line's worth of values.
 constexpr int kLineBytes = 64;
 template <typename acc_t, typename scalar_t>

@@ -68,10 +68,12 @@ template <typename Run>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<Tensor>& weight,
                                            const optional<Tensor>& bias, bool training, double eps,
                                            const optional<Tensor>& residual, const Activation& activation,
-                                           bool with_mask, Run run) {
+                                           bool with_mask, const optional<Tensor>& valid,
+                                           std::int64_t virtual_batch_size, Run run) {
   const Tensor w = as_vector(weight);
   const Tensor b = as_vector(bias);
   const Tensor r = or_undefined(residual);
+  const Tensor v = or_undefined(valid);
   // Before the kernel runs, as collecting edges can fail and the running statistics must then be untouched.
   decltype(make_node<BatchNormBackward>()) node;
   bool grad_input = false;
@@ -96,6 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<T
       call.bias = saved_vector(copy_of_bias(b));
       call.residual = saved(r);
     }
+    call.valid = saved_vector(v);
   }
   optional<SharedBatch> batch;
   auto [output, save_stats, mask] = [&] {
@@ -109,17 +112,20 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<T
     call.training = training;
     call.eps = eps;
     call.activation = activation;
+    call.virtual_batch_size = virtual_batch_size;
     save_batch(call, batch);
     // From an input that is kept anyway.
     if (Hooks::of_thread().are_innermost() && (keeps_input || reads_preactivation)) {
-      node->output = RecomputedOutput::of(output, input, save_stats, copy_of(w), copy_of(b), r, activation);
+      node->output =
+          RecomputedOutput::of(output, input, save_stats, copy_of(w), copy_of(b), r, activation, v, virtual_batch_size);
     }
     set_history(output, node);
   }
   if (isFwGradDefined(input) || isFwGradDefined(w) || isFwGradDefined(b) || isFwGradDefined(r)) {
     const Tensor primal = primal_of(input);
-    const Point at{primal, primal, primal_of(w), save_stats, training, eps, batch};
-    const Tensor z = plus(output_tangent(at, tangent_of(input), tangent_of(w), tangent_of(b)), tangent_of(r));
+    const Point at{primal, primal, primal_of(w), save_stats, training, eps, batch, v, virtual_batch_size};
+    const Tensor z =
+        plus(output_tangent(at, tangent_of(input), tangent_of(w), tangent_of(b)), at.without_padding(tangent_of(r)));
     set_tangent(output, scaled(z, activation_derivatives(activation, at, primal_of(b), primal_of(r)).first));
   }
   return {std::move(output), std::move(save_stats), std::move(mask)};
@@ -145,14 +151,16 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input, const o
                                                     const optional<Tensor>& num_batches_tracked,
                                                     optional<double> momentum, double eps,
                                                     const optional<Tensor>& residual, std::string_view act,
-                                                    double slope, bool with_mask) {
+                                                    double slope, bool with_mask, const optional<Tensor>& valid,
+                                                    std::int64_t virtual_batch_size, bool update_in_backward) {
   check_written("running_mean", running_mean);
   check_written("running_var", running_var);
   check_written("num_batches_tracked", num_batches_tracked);
-  return forward(input, weight, bias, /*training=*/true, eps, residual, parse_activation(act, slope), with_mask,
-                 [&](bool masked, optional<SharedBatch>&) {
+  return forward(input, weight, bias, /*training=*/true, eps, residual, parse_activation(act, slope), with_mask, valid,
+                 virtual_batch_size, [&](bool masked, optional<SharedBatch>&) {
                    return train_op().call(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum,
-                                          eps, residual, act, slope, masked);
+                                          eps, residual, act, slope, masked, valid, virtual_batch_size,
+                                          update_in_backward);
                  });
 }
 
@@ -160,43 +168,43 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_eval(const Tensor& input, const op
                                                    const optional<Tensor>& bias, const Tensor& running_mean,
                                                    const Tensor& running_var, double eps,
                                                    const optional<Tensor>& residual, std::string_view act, double slope,
-                                                   bool with_mask) {
+                                                   bool with_mask, const optional<Tensor>& valid) {
   check_constant("running_mean", running_mean);
   check_constant("running_var", running_var);
-  return forward(input, weight, bias, /*training=*/false, eps, residual, parse_activation(act, slope), with_mask,
-                 [&](bool masked, optional<SharedBatch>&) {
+  return forward(input, weight, bias, /*training=*/false, eps, residual, parse_activation(act, slope), with_mask, valid,
+                 /*virtual_batch_size=*/0, [&](bool masked, optional<SharedBatch>&) {
                    return eval_op().call(input, weight, bias, running_mean, running_var, eps, residual, act, slope,
-                                         masked);
+                                         masked, valid);
                  });
 }
 
 // Nested transforms of torch.func come here, one after another, with what batch_norm_sync is made of; the tangents of
 // the outer ones would be lost without a word.
-Tensor batch_norm_stats(const Tensor& input, double eps) {
+Tensor batch_norm_stats(const Tensor& input, double eps, const optional<Tensor>& valid) {
   TORCH_CHECK(!isFwGradDefined(input),
               "batch_norm: the statistics of one process have no forward mode; over several "
               "processes it does not nest in torch.func, but does in torch.autograd");
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return stats_op().call(input, eps);
+  return stats_op().call(input, eps, valid);
 }
 
 Tensor batch_norm_sync(const Tensor& input, const optional<Tensor>& weight, const optional<Tensor>& bias,
                        const optional<Tensor>& running_mean, const optional<Tensor>& running_var,
                        const optional<Tensor>& num_batches_tracked, optional<double> momentum, double eps,
                        std::int64_t group_size, std::string_view group_name, const optional<Tensor>& residual,
-                       std::string_view act, double slope) {
+                       std::string_view act, double slope, const optional<Tensor>& valid, bool update_in_backward) {
   check_written("running_mean", running_mean);
   check_written("running_var", running_var);
   check_written("num_batches_tracked", num_batches_tracked);
   const ProcessGroup group{std::string(group_name), group_size};
-  return std::get<0>(forward(input, weight, bias, /*training=*/true, eps, residual, parse_activation(act, slope),
-                             /*with_mask=*/false, [&](bool masked, optional<SharedBatch>& batch) {
-                               auto all =
-                                   sync_forward(input, weight, bias, running_mean, running_var, num_batches_tracked,
-                                                momentum, eps, residual, act, slope, masked, group);
-                               batch = std::move(all.batch);
-                               return std::tuple{std::move(all.output), std::move(all.save_stats), std::move(all.mask)};
-                             }));
+  return std::get<0>(
+      forward(input, weight, bias, /*training=*/true, eps, residual, parse_activation(act, slope),
+              /*with_mask=*/false, valid, /*virtual_batch_size=*/0, [&](bool masked, optional<SharedBatch>& batch) {
+                auto all = sync_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum,
+                                        eps, residual, act, slope, masked, valid, update_in_backward, group);
+                batch = std::move(all.batch);
+                return std::tuple{std::move(all.output), std::move(all.save_stats), std::move(all.mask)};
+              }));
 }
 
 // What both backward operators do around their kernels, which `run` calls.
@@ -204,12 +212,14 @@ template <typename Run>
 Gradients backward(const Tensor& grad_output, const optional<Tensor>& input, const optional<Tensor>& weight,
                    const Tensor& save_stats, bool training, double eps, OutputMask output_mask,
                    const optional<Tensor>& bias, const optional<Tensor>& residual, const optional<Tensor>& mask,
-                   const Activation& activation, const optional<SharedBatch>& batch, Run run) {
+                   const Activation& activation, const optional<Tensor>& valid, std::int64_t virtual_batch_size,
+                   const optional<SharedBatch>& batch, Run run) {
   const Tensor x = or_undefined(input);
   const Tensor w = or_undefined(weight);
   const Tensor b = or_undefined(bias);
   const Tensor r = or_undefined(residual);
   const Tensor m = or_undefined(mask);
+  const Tensor v = or_undefined(valid);
   decltype(make_node<BatchNormDoubleBackward>()) node;
   if (compute_requires_grad(grad_output, x, w, b, r)) {
     node = make_node<BatchNormDoubleBackward>();
@@ -227,17 +237,20 @@ Gradients backward(const Tensor& grad_output, const optional<Tensor>& input, con
     node->call.residual = saved(r);
     node->call.mask = saved_vector(m);
     node->call.save_stats = saved_vector(save_stats);
+    node->call.valid = saved_vector(v);
     node->call.training = training;
     node->call.eps = eps;
     node->call.activation = activation;
+    node->call.virtual_batch_size = virtual_batch_size;
     save_batch(node->call, batch);
     node->output_mask = output_mask;
     for (const Tensor& each : {grad_input, grad_weight, grad_bias, grad_residual}) set_history(each, node);
   }
   if (isFwGradDefined(grad_output) || isFwGradDefined(x) || isFwGradDefined(w) || isFwGradDefined(b) ||
       isFwGradDefined(r)) {
-    const Tensor dy = primal_of(grad_output);
-    const Point at{dy, primal_of(x), primal_of(w), save_stats, training, eps, batch};
+    const Tensor given_dy = primal_of(grad_output);
+    const Point at{given_dy, primal_of(x), primal_of(w), save_stats, training, eps, batch, v, virtual_batch_size};
+    const Tensor dy = at.without_padding(given_dy);
     const ActivationDerivatives derivatives = derivatives_of(activation, at, primal_of(b), primal_of(r), m);
     // dz = dy*act'(z) changes with dy, and with z. Linear in dz; along input and weight the symmetric second
     // derivative.
@@ -246,6 +259,7 @@ Gradients backward(const Tensor& grad_output, const optional<Tensor>& input, con
       const Tensor z = plus(output_tangent(at, tangent_of(x), tangent_of(w), tangent_of(b)), tangent_of(r));
       dz_tangent = plus(dz_tangent, scaled(scaled(z, dy), derivatives.second));
     }
+    dz_tangent = at.without_padding(dz_tangent);
     SecondOrder second;
     if (output_mask[0] || output_mask[1] || batch) {
       second = second_order(at, scaled(dy, derivatives.first), tangent_of(x), tangent_of(w));
@@ -265,13 +279,14 @@ Gradients batch_norm_backward(const Tensor& grad_output, const optional<Tensor>&
                               const Tensor& save_stats, bool training, double eps, OutputMask output_mask,
                               const optional<Tensor>& bias, const optional<Tensor>& residual,
                               const optional<Tensor>& mask, std::string_view act, double slope,
-                              const optional<Tensor>& mean_grads) {
+                              const optional<Tensor>& mean_grads, const optional<Tensor>& valid,
+                              std::int64_t virtual_batch_size) {
   TORCH_CHECK(!is_given(mean_grads) || !compute_requires_grad(grad_output, input, weight, bias, residual),
               "batch_norm: expected nothing to require grad with mean_grads");
   return backward(grad_output, input, weight, save_stats, training, eps, output_mask, bias, residual, mask,
-                  parse_activation(act, slope), /*batch=*/{}, [&] {
+                  parse_activation(act, slope), valid, virtual_batch_size, /*batch=*/{}, [&] {
                     return backward_op().call(grad_output, input, weight, save_stats, training, eps, output_mask, bias,
-                                              residual, mask, act, slope, mean_grads);
+                                              residual, mask, act, slope, mean_grads, valid, virtual_batch_size);
                   });
 }
 
@@ -279,12 +294,14 @@ Gradients batch_norm_sync_backward(const Tensor& grad_output, const optional<Ten
                                    const optional<Tensor>& weight, const Tensor& save_stats, const Tensor& count,
                                    double eps, OutputMask output_mask, std::string_view group_name,
                                    const optional<Tensor>& bias, const optional<Tensor>& residual,
-                                   const optional<Tensor>& mask, std::string_view act, double slope) {
-  return backward(grad_output, input, weight, save_stats, /*training=*/true, eps, output_mask, bias, residual, mask,
-                  parse_activation(act, slope), SharedBatch{std::string(group_name), count}, [&] {
-                    return bnext::batch_norm_sync_backward(grad_output, input, weight, save_stats, count, eps,
-                                                           output_mask, group_name, bias, residual, mask, act, slope);
-                  });
+                                   const optional<Tensor>& mask, std::string_view act, double slope,
+                                   const optional<Tensor>& valid) {
+  return backward(
+      grad_output, input, weight, save_stats, /*training=*/true, eps, output_mask, bias, residual, mask,
+      parse_activation(act, slope), valid, /*virtual_batch_size=*/0, SharedBatch{std::string(group_name), count}, [&] {
+        return bnext::batch_norm_sync_backward(grad_output, input, weight, save_stats, count, eps, output_mask,
+                                               group_name, bias, residual, mask, act, slope, valid);
+      });
 }
 
 }  // namespace

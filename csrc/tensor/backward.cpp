@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
     const Tensor& grad_output, const optional<Tensor>& input, const optional<Tensor>& weight, const Tensor& save_stats,
     bool training, double eps, std::array<bool, 4> output_mask, const optional<Tensor>& bias,
     const optional<Tensor>& residual, const optional<Tensor>& mask, std::string_view act, double slope,
-    const optional<Tensor>& mean_grads) {
+    const optional<Tensor>& mean_grads, const optional<Tensor>& valid, std::int64_t virtual_batch_size) {
   (void)eps;  // belongs to the operator for its own derivative, which differentiates through 1/sqrt(var + eps)
   const auto [wants_input, wants_weight, wants_bias, wants_residual] = output_mask;
   const Activation activation = parse_activation(act, slope);
@@ -51,6 +51,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   TORCH_CHECK_VALUE(activated || !wants_residual,
                     "batch_norm: expected output_mask[3]=False with act=identity, whose grad_residual is grad_output");
   check_data("grad_output", grad_output);
+  check_valid(valid, "grad_output", grad_output);
+  check_virtual_batch_size(virtual_batch_size);
+  TORCH_CHECK_VALUE(virtual_batch_size == 0 || !is_given(mean_grads),
+                    "batch_norm: expected no mean_grads with virtual_batch_size, whose parts have each their own");
   const bool reads_preactivation = activated && !is_given(mask);
   const bool reads_input = wants_weight || (wants_input && training) || reads_preactivation;
   TORCH_CHECK_VALUE(is_given(input) || !reads_input,
@@ -66,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   check_channels("bias", bias, grad_output);
   check_alongside("residual", residual, "grad_output", grad_output);
   const std::int64_t C = grad_output.size(1);
-  check_save_stats(save_stats, "grad_output", grad_output);
+  check_save_stats(save_stats, "grad_output", grad_output, virtual_batch_size);
 
   const auto sums_dtype = grad_output.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   if (is_given(mean_grads)) {
@@ -83,14 +87,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   const Tensor& like = is_given(input) ? *input : grad_output;
   // The forward call's format, to which a mask is tied, may have been that of images.
   if (like.dim() == 3 && (is_given(mask) ? mask->dim() == 2 && like.size(2) != 1 : is_transposed_sequence(like))) {
-    auto [dx, dweight, dbias, dresidual] =
-        batch_norm_backward(as_images(grad_output), as_images(input), weight, save_stats, training, eps, output_mask,
-                            bias, as_images(residual), mask, act, slope, mean_grads);
+    auto [dx, dweight, dbias, dresidual] = batch_norm_backward(
+        as_images(grad_output), as_images(input), weight, save_stats, training, eps, output_mask, bias,
+        as_images(residual), mask, act, slope, mean_grads, valid_of_images(valid), virtual_batch_size);
     return {as_sequences(dx), dweight, dbias, as_sequences(dresidual)};
   }
   const Backend& backend = backend_of(grad_output);
-  const Geometry geometry = geometry_of(like, backward_format(like, mask));
-  const auto& [format, problem] = geometry;
+  const Geometry geometry = geometry_of(like, backward_format(like, mask), valid, virtual_batch_size);
+  const at::MemoryFormat format = geometry.format;
+  const Problem& problem = geometry.problem;
   check_mask(mask, activation, like, problem, backend);
   const auto sums_options = grad_output.options().dtype(sums_dtype);
   const auto sums = [&](bool wanted) {

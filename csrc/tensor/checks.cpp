@@ -3,6 +3,7 @@
 #include <ATen/MemoryOverlap.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
 
 namespace bnext {
@@ -40,6 +41,12 @@ std::string python_float(double value) {
   if (std::isnan(value)) return "nan";
   const bool whole = std::isfinite(value) && value == std::floor(value) && std::fabs(value) < 1e16;
   return whole ? c10::str(static_cast<std::int64_t>(value), ".0") : c10::str(value);
+}
+
+std::vector<std::int64_t> stats_sizes(const Tensor& input, std::int64_t virtual_batch_size) {
+  const std::int64_t N = input.size(0), C = input.size(1);
+  if (virtual_batch_size == 0) return {2, C};
+  return {std::max<std::int64_t>(1, (N + virtual_batch_size - 1) / virtual_batch_size), 2, C};
 }
 
 // Where an operator's argument is no option, torch makes an undefined tensor of None.
@@ -105,16 +112,37 @@ void check_epilogue(const Tensor& input, const optional<Tensor>& residual, const
                     "batch_norm: expected with_mask=False, since only relu, relu6 and leaky_relu have a mask");
 }
 
-void check_save_stats(const Tensor& save_stats, const char* like_name, const Tensor& like) {
+void check_valid(const optional<Tensor>& valid, const char* like_name, const Tensor& like) {
+  if (!is_given(valid)) return;
+  TORCH_CHECK(valid->device() == like.device(), "batch_norm: expected valid on the device of ", like_name, ", ",
+              like.device(), ", but got ", valid->device());
+  TORCH_CHECK(valid->layout() == at::kStrided, "batch_norm: expected valid to be strided, but got ", valid->layout());
+  TORCH_CHECK_TYPE(valid->scalar_type() == at::kBool, "batch_norm: expected valid to be bool, but got ",
+                   valid->scalar_type());
+  std::vector<std::int64_t> sizes = like.sizes().vec();
+  sizes.erase(sizes.begin() + 1);
+  TORCH_CHECK_VALUE(valid->sizes() == at::IntArrayRef(sizes), "batch_norm: expected valid to have the shape of ",
+                    like_name, " without its channels, torch.Size(", at::IntArrayRef(sizes), "), but got ",
+                    size_of(*valid));
+}
+
+void check_virtual_batch_size(std::int64_t virtual_batch_size) {
+  TORCH_CHECK_VALUE(virtual_batch_size >= 0,
+                    "batch_norm: expected virtual_batch_size to be positive, or 0 for the whole batch, but got ",
+                    virtual_batch_size);
+}
+
+void check_save_stats(const Tensor& save_stats, const char* like_name, const Tensor& like,
+                      std::int64_t virtual_batch_size) {
   const std::int64_t C = like.size(1);
   check_given("save_stats", save_stats);
   TORCH_CHECK(save_stats.device() == like.device(), "batch_norm: expected save_stats on the device of ", like_name,
               ", ", like.device(), ", but got ", save_stats.device());
   TORCH_CHECK_TYPE(save_stats.scalar_type() == at::kDouble, "batch_norm: expected save_stats to be float64, but got ",
                    save_stats.scalar_type());
-  TORCH_CHECK_VALUE(save_stats.dim() == 2 && save_stats.size(0) == 2 && save_stats.size(1) == C,
-                    "batch_norm: expected save_stats to have shape torch.Size([2, ", C, "]), but got ",
-                    size_of(save_stats));
+  const std::vector<std::int64_t> sizes = stats_sizes(like, virtual_batch_size);
+  TORCH_CHECK_VALUE(save_stats.sizes() == at::IntArrayRef(sizes), "batch_norm: expected save_stats to have shape ",
+                    "torch.Size(", at::IntArrayRef(sizes), "), but got ", size_of(save_stats));
 }
 
 void check_eps(double eps) {
@@ -124,8 +152,10 @@ void check_eps(double eps) {
 void check_training(const Tensor& input, const optional<Tensor>& weight, const optional<Tensor>& bias,
                     const optional<Tensor>& running_mean, const optional<Tensor>& running_var,
                     const optional<Tensor>& num_batches_tracked, optional<double> momentum, double eps,
-                    const optional<Tensor>& residual, const Activation& activation, bool with_mask) {
+                    const optional<Tensor>& residual, const Activation& activation, bool with_mask,
+                    const optional<Tensor>& valid) {
   check_data("input", input);
+  check_valid(valid, "input", input);
   check_channels("weight", weight, input);
   check_channels("bias", bias, input);
   check_running(running_mean, running_var, num_batches_tracked, momentum, input);

@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "../common/activation.h"
 
@@ -17,6 +18,9 @@ inline bool is_given(const std::optional<at::Tensor>& tensor) { return tensor.ha
 // For messages: torch.Size([2, 3]), and a number as Python prints it, which the messages share with torch's own.
 std::string size_of(const at::Tensor& tensor);
 std::string python_float(double value);
+
+// The shape of the statistics that are saved of an input: (2, C), and of each part where it has several.
+std::vector<std::int64_t> stats_sizes(const at::Tensor& input, std::int64_t virtual_batch_size);
 
 // A tensor that is no option.
 void check_given(const char* name, const at::Tensor& tensor);
@@ -40,8 +44,15 @@ void check_alongside(const char* name, const std::optional<at::Tensor>& tensor, 
 void check_epilogue(const at::Tensor& input, const std::optional<at::Tensor>& residual, const Activation& activation,
                     bool with_mask);
 
-// What a forward operator saved of an input with the shape and on the device of `like`.
-void check_save_stats(const at::Tensor& save_stats, const char* like_name, const at::Tensor& like);
+// Which positions of the input, or of a gradient beside it, are no padding.
+void check_valid(const std::optional<at::Tensor>& valid, const char* like_name, const at::Tensor& like);
+
+// How many images are normalised together; 0: all.
+void check_virtual_batch_size(std::int64_t virtual_batch_size);
+
+// What a forward operator saved of an input with the shape and on the device of `like`, normalised in such parts.
+void check_save_stats(const at::Tensor& save_stats, const char* like_name, const at::Tensor& like,
+                      std::int64_t virtual_batch_size);
 
 // Added to a variance that is taken from the input.
 void check_eps(double eps);
@@ -51,7 +62,7 @@ void check_training(const at::Tensor& input, const std::optional<at::Tensor>& we
                     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
                     const std::optional<at::Tensor>& running_var, const std::optional<at::Tensor>& num_batches_tracked,
                     std::optional<double> momentum, double eps, const std::optional<at::Tensor>& residual,
-                    const Activation& activation, bool with_mask);
+                    const Activation& activation, bool with_mask, const std::optional<at::Tensor>& valid);
 
 // What an operator's `act` and `slope` mean; a ValueError lists the known names.
 Activation parse_activation(std::string_view act, double slope);

@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "dispatcher.h"
@@ -28,14 +30,48 @@ Tensor per_channel(Tensor vector, const Tensor& data) {
 }
 
 // Over the whole channel, on whichever processes its values lie.
-Tensor channel_mean(const Point& at, const Tensor& t) {
-  const auto dims = reduced_dims(t);
-  if (!at.batch) return t.mean(dims, /*keepdim=*/true);
-  return all_reduce_sum_op().call(t.sum(dims, /*keepdim=*/true), at.batch->group_name).div(at.batch->count);
+Tensor channel_mean(const Point& at, const Tensor& given) {
+  const auto dims = reduced_dims(given);
+  const Tensor t = at.without_padding(given);
+  if (at.batch) {
+    return all_reduce_sum_op().call(t.sum(dims, /*keepdim=*/true), at.batch->group_name).div(at.batch->count);
+  }
+  if (!at.valid.defined()) return t.mean(dims, /*keepdim=*/true);
+  return t.sum(dims, /*keepdim=*/true).div(at.valid.sum().clamp_min(1));
 }
 
 // Over this process's part of it.
-Tensor channel_sum(const Tensor& t) { return t.sum(reduced_dims(t), /*keepdim=*/false); }
+Tensor channel_sum(const Point& at, const Tensor& t) {
+  return at.without_padding(t).sum(reduced_dims(t), /*keepdim=*/false);
+}
+
+// The images that are normalised together.
+struct Part {
+  Point at;
+  std::int64_t first;
+  std::int64_t images;
+
+  Tensor operator()(const Tensor& t) const { return t.defined() ? t.narrow(0, first, images) : t; }
+};
+
+std::vector<Part> parts_of(const Point& whole) {
+  std::vector<Part> parts;
+  const std::int64_t N = whole.like.size(0);
+  for (std::int64_t p = 0; p < whole.save_stats.size(0); ++p) {
+    const std::int64_t first = p * whole.virtual_batch_size;
+    Part part{whole, first, std::min(whole.virtual_batch_size, N - first)};
+    part.at.like = part(whole.like);
+    part.at.input = part(whole.input);
+    part.at.valid = part(whole.valid);
+    part.at.save_stats = whole.save_stats.select(0, p);
+    part.at.virtual_batch_size = 0;
+    parts.push_back(std::move(part));
+  }
+  return parts;
+}
+
+// What is computed of each part; undefined if that is.
+Tensor joined(const std::vector<Tensor>& of_parts) { return of_parts[0].defined() ? at::cat(of_parts) : Tensor(); }
 
 struct Standardized {
   Tensor xhat;
@@ -49,14 +85,15 @@ struct Standardized {
     const Tensor high = mean.to(type);
     if (at.training) {
       // Taken from the input again, not from save_stats, so that the result knows how they depend on it.
-      const Tensor shifted = at.input.to(type) - per_channel(high, at.like);
+      const Tensor shifted = at.without_padding(at.input).to(type) - per_channel(high, at.like);
       const Tensor centred = shifted - channel_mean(at, shifted);
       invstd = (channel_mean(at, centred * centred) + at.eps).rsqrt();
       xhat = centred * invstd;
     } else {
       invstd = per_channel(at.save_stats.select(0, 1), at.like);
       if (at.input.defined()) {
-        xhat = (at.input.to(type) - per_channel(high, at.like) - per_channel(mean - high, at.like)) * invstd;
+        const Tensor shifted = at.without_padding(at.input).to(type) - per_channel(high, at.like);
+        xhat = (shifted - per_channel(mean - high, at.like)) * invstd;
       }
     }
     scale = at.weight.defined() ? per_channel(at.weight, at.like) * invstd : invstd;
@@ -78,7 +115,8 @@ struct Changes {
 
   // Where several processes share the batch, what changes on one of them alone must not decide which collectives it
   // takes part in: there, zero is not undefined.
-  Changes(const Point& at, const Tensor& of_input, const Tensor& of_weight) : u(of_input), v(of_weight) {
+  Changes(const Point& at, const Tensor& of_input, const Tensor& of_weight)
+      : u(at.without_padding(of_input)), v(of_weight) {
     if (!at.batch || !at.input.defined()) return;
     if (!u.defined()) u = at::zeros_like(at.like);
     if (!v.defined()) v = at::zeros_like(at.save_stats.select(0, 0));
@@ -89,17 +127,27 @@ Tensor preactivation(const Point& at, const Tensor& bias, const Tensor& residual
   Tensor z = Standardized(at).xhat;
   if (at.weight.defined()) z = z * per_channel(at.weight, at.like);
   if (bias.defined()) z = z + per_channel(bias, at.like);
-  if (residual.defined()) z = z + residual.to(compute_type(at.like));
+  if (residual.defined()) z = z + at.without_padding(residual).to(compute_type(at.like));
   return z;
 }
 
 }  // namespace
+
+Tensor Point::without_padding(const Tensor& t) const {
+  if (!t.defined() || !valid.defined()) return t;
+  return at::where(valid.unsqueeze(1), t, at::zeros({}, t.options()));
+}
 
 Tensor plus(const Tensor& a, const Tensor& b) { return !a.defined() ? b : !b.defined() ? a : a + b; }
 
 Tensor scaled(const Tensor& t, const Tensor& factor) { return t.defined() && factor.defined() ? t * factor : t; }
 
 Tensor output_tangent(const Point& at, const Tensor& of_input, const Tensor& of_weight, const Tensor& z) {
+  if (at.virtual_batch_size != 0) {
+    std::vector<Tensor> tangents;
+    for (const Part& part : parts_of(at)) tangents.push_back(output_tangent(part.at, part(of_input), of_weight, z));
+    return joined(tangents);
+  }
   const auto [u, v] = Changes(at, of_input, of_weight);
   Tensor result;
   if (u.defined() || v.defined()) {
@@ -108,15 +156,26 @@ Tensor output_tangent(const Point& at, const Tensor& of_input, const Tensor& of_
     if (v.defined()) result = plus(result, per_channel(v, at.like) * s.xhat);
   }
   if (z.defined()) result = plus(result, per_channel(z, at.like).expand_as(at.like));
-  return result.defined() ? result.to(at.like.scalar_type()) : result;
+  return result.defined() ? at.without_padding(result).to(at.like.scalar_type()) : result;
 }
 
 SecondOrder second_order(const Point& at, const Tensor& grad_output, const Tensor& of_input, const Tensor& of_weight) {
+  if (at.virtual_batch_size != 0) {
+    SecondOrder result;
+    std::vector<Tensor> inputs;
+    for (const Part& part : parts_of(at)) {
+      const SecondOrder of_part = second_order(part.at, part(grad_output), part(of_input), of_weight);
+      inputs.push_back(of_part.input);
+      result.weight = plus(result.weight, of_part.weight);
+    }
+    result.input = joined(inputs);
+    return result;
+  }
   const auto [u, v] = Changes(at, of_input, of_weight);
   if (!u.defined() && !v.defined()) return {};
   const Standardized s(at);
   const auto type = compute_type(at.like);
-  const Tensor dy = grad_output.to(type);
+  const Tensor dy = at.without_padding(grad_output).to(type);
   SecondOrder result;
   // What P is applied to. v and the weight belong there: each process has its own.
   Tensor projected;
@@ -124,7 +183,7 @@ SecondOrder second_order(const Point& at, const Tensor& grad_output, const Tenso
   Tensor rest;
   if (u.defined()) {
     const Tensor projected_u = s.project(u.to(type));
-    result.weight = channel_sum(s.invstd * dy * projected_u);
+    result.weight = channel_sum(at, s.invstd * dy * projected_u);
     if (at.training) {
       const Tensor scaled_dy = s.scale * dy;
       const Tensor u_xhat = channel_mean(at, u.to(type) * s.xhat);
@@ -137,7 +196,7 @@ SecondOrder second_order(const Point& at, const Tensor& grad_output, const Tenso
   if (projected.defined()) {
     result.input = s.project(projected);
     if (rest.defined()) result.input = result.input - rest;
-    result.input = (s.invstd * result.input).to(at.like.scalar_type());
+    result.input = at.without_padding(s.invstd * result.input).to(at.like.scalar_type());
   }
   return result;
 }
@@ -145,6 +204,15 @@ SecondOrder second_order(const Point& at, const Tensor& grad_output, const Tenso
 ActivationDerivatives activation_derivatives(const Activation& activation, const Point& at, const Tensor& bias,
                                              const Tensor& residual) {
   if (activation.act == Act::kIdentity) return {};
+  if (at.virtual_batch_size != 0) {
+    std::vector<Tensor> first, second;
+    for (const Part& part : parts_of(at)) {
+      const auto of_part = activation_derivatives(activation, part.at, bias, part(residual));
+      first.push_back(of_part.first);
+      second.push_back(of_part.second);
+    }
+    return {joined(first), joined(second)};
+  }
   const Tensor z = preactivation(at, bias, residual);
   const auto where = [&](const Tensor& condition, double inside, double outside) {
     return at::where(condition, at::full_like(z, inside), at::full_like(z, outside));

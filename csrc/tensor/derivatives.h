@@ -6,6 +6,8 @@
 //   dx = a*P(dy),  dweight = sum(dy*xhat),  dbias = sum(dy).
 // The derivation of what follows from it is in docs/numerics.md. Where several processes share the batch, E is over the
 // values of all of them, sum over those here, and each process has a weight and a bias of its own, of equal values.
+// Where there is padding, both are over the values that are none, and what is computed is 0 elsewhere. Parts of a batch
+// that are normalised apart are differentiated apart, one after another.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -34,6 +36,11 @@ struct Point {
   // Where several processes share the batch. All of them must then call the functions below in the same order. The
   // collectives of a call are the same whichever changes are defined, if the input is defined on all or on none.
   std::optional<SharedBatch> batch;
+  at::Tensor valid;                     // undefined where there is no padding
+  std::int64_t virtual_batch_size = 0;  // 0: the batch is normalised as a whole
+
+  // t with zeros in the place of padding; undefined if t is.
+  at::Tensor without_padding(const at::Tensor& t) const;
 };
 
 // The change of y = weight*xhat + bias along (u, v, z) = changes of (input, weight, bias), each possibly undefined:

@@ -5,6 +5,8 @@
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+
 #include "../common/mask.h"
 #include "backend.h"
 #include "checks.h"
@@ -29,7 +31,8 @@ Tensor allocate_mask(const Tensor& input, const Problem& problem, const Backend&
 // Nothing will ever be multiplied with the statistics of an empty input, but they must not be garbage.
 Tensor allocate_stats(const Tensor& input, const Problem& problem) {
   const auto options = input.options().dtype(at::kDouble);
-  return problem.numel() == 0 ? at::zeros({2, problem.C}, options) : at::empty({2, problem.C}, options);
+  const auto sizes = stats_sizes(input, problem.virtual_batch);
+  return problem.numel() == 0 ? at::zeros(sizes, options) : at::empty(sizes, options);
 }
 
 // What every forward pass writes, and what of its arguments the kernels read: dense, in the input's memory format.
@@ -98,8 +101,10 @@ std::tuple<Tensor, Tensor, Tensor> of_sequences(std::tuple<Tensor, Tensor, Tenso
 std::tuple<Tensor, Tensor, Tensor> normalize_by(const EvalForward& stats, const Tensor& input,
                                                 const optional<Tensor>& weight, const optional<Tensor>& bias,
                                                 const optional<Tensor>& residual, const Activation& activation,
-                                                bool with_mask) {
-  ForwardTensors tensors(input, geometry_of(input), weight, bias, residual, activation, with_mask, /*reduces=*/false);
+                                                bool with_mask, const optional<Tensor>& valid,
+                                                std::int64_t virtual_batch_size = 0) {
+  const Geometry geometry = geometry_of(input, format_of(input), valid, virtual_batch_size);
+  ForwardTensors tensors(input, geometry, weight, bias, residual, activation, with_mask, /*reduces=*/false);
   if (!tensors.empty()) tensors.run(stats);
   return tensors.results();
 }
@@ -112,19 +117,32 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input, const o
                                                     const optional<Tensor>& num_batches_tracked,
                                                     optional<double> momentum, double eps,
                                                     const optional<Tensor>& residual, std::string_view act,
-                                                    double slope, bool with_mask) {
+                                                    double slope, bool with_mask, const optional<Tensor>& valid,
+                                                    std::int64_t virtual_batch_size, bool update_in_backward) {
   const Activation activation = parse_activation(act, slope);
   check_training(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, residual,
-                 activation, with_mask);
+                 activation, with_mask, valid);
+  check_virtual_batch_size(virtual_batch_size);
   if (is_transposed_sequence(input)) {
     return of_sequences(batch_norm_train(as_images(input), weight, bias, running_mean, running_var, num_batches_tracked,
-                                         momentum, eps, as_images(residual), act, slope, with_mask));
+                                         momentum, eps, as_images(residual), act, slope, with_mask,
+                                         valid_of_images(valid), virtual_batch_size, update_in_backward));
   }
-  const Geometry geometry = geometry_of(input);
-  TORCH_CHECK_VALUE(geometry.problem.count() != 1,
-                    "Expected more than 1 value per channel when training, got input size ", size_of(input));
+  const Geometry geometry = geometry_of(input, format_of(input), valid, virtual_batch_size);
+  const Problem& problem = geometry.problem;
+  TORCH_CHECK_VALUE(problem.count() != 1, "Expected more than 1 value per channel when training, got input size ",
+                    size_of(input));
+  const std::int64_t last_part =
+      problem.parts() == 1 ? problem.N : problem.N - (problem.parts() - 1) * problem.virtual_batch;
+  TORCH_CHECK_VALUE(last_part * problem.HW != 1 && (problem.parts() == 1 || problem.virtual_batch * problem.HW != 1),
+                    "Expected more than 1 value per channel when training, in each part of virtual_batch_size=",
+                    virtual_batch_size, ", got input size ", size_of(input));
 
   ForwardTensors tensors(input, geometry, weight, bias, residual, activation, with_mask, /*reduces=*/true);
+  if (!update_in_backward && runs_in_backward()) {
+    if (!tensors.empty()) tensors.run(TrainingForward{.eps = eps});
+    return tensors.results();
+  }
   const RunningTensors running(running_mean, running_var, num_batches_tracked);
   if (tensors.empty()) {
     if (running.counter() != nullptr) tensors.backend().count_batch(running.counter(), input.device());
@@ -136,32 +154,41 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input, const o
   return tensors.results();
 }
 
-Tensor batch_norm_stats(const Tensor& input, double eps) {
+Tensor batch_norm_stats(const Tensor& input, double eps, const optional<Tensor>& valid) {
   check_data("input", input);
+  check_valid(valid, "input", input);
   check_eps(eps);
-  if (is_transposed_sequence(input)) return batch_norm_stats(as_images(input), eps);
-  const auto [format, problem] = geometry_of(input);
+  if (is_transposed_sequence(input)) return batch_norm_stats(as_images(input), eps, valid_of_images(valid));
+  const Geometry geometry = geometry_of(input, format_of(input), valid);
+  const Problem& problem = geometry.problem;
   Tensor stats = at::empty({2 * problem.C + 1}, input.options().dtype(at::kDouble));
-  stats.select(0, 2 * problem.C).fill_(static_cast<double>(problem.count()));
   if (problem.numel() == 0) return stats.zero_();
+  const bool counts = problem.valid != nullptr;
+  if (!counts) stats.select(0, 2 * problem.C).fill_(static_cast<double>(problem.count()));
   const Backend& backend = backend_of(input);
-  const Tensor dense_input = kernel_input(input, format, backend);
+  const Tensor dense_input = kernel_input(input, geometry.format, backend);
   auto* means = stats.mutable_data_ptr<double>();
   backend.run(problem,
-              TrainingForward{
-                  .input = dense_input.const_data_ptr(), .eps = eps, .save_mean = means, .save_m2 = means + problem.C},
+              TrainingForward{.input = dense_input.const_data_ptr(),
+                              .eps = eps,
+                              .save_mean = means,
+                              .save_m2 = means + problem.C,
+                              .save_count = counts ? means + 2 * problem.C : nullptr},
               input.device());
   return stats;
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_gathered(
-    const Tensor& input, const Tensor& gathered_stats, const optional<Tensor>& weight, const optional<Tensor>& bias,
-    const optional<Tensor>& running_mean, const optional<Tensor>& running_var,
-    const optional<Tensor>& num_batches_tracked, optional<double> momentum, double eps,
-    const optional<Tensor>& residual, std::string_view act, double slope, bool with_mask) {
+std::tuple<Tensor, Tensor, Tensor> batch_norm_gathered(const Tensor& input, const Tensor& gathered_stats,
+                                                       const optional<Tensor>& weight, const optional<Tensor>& bias,
+                                                       const optional<Tensor>& running_mean,
+                                                       const optional<Tensor>& running_var,
+                                                       const optional<Tensor>& num_batches_tracked,
+                                                       optional<double> momentum, double eps,
+                                                       const optional<Tensor>& residual, std::string_view act,
+                                                       double slope, bool with_mask, const optional<Tensor>& valid) {
   const Activation activation = parse_activation(act, slope);
   check_training(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, residual,
-                 activation, with_mask);
+                 activation, with_mask, valid);
   const std::int64_t C = input.size(1);
   check_given("gathered_stats", gathered_stats);
   TORCH_CHECK(gathered_stats.device() == input.device(), "batch_norm: expected gathered_stats on the device of input, ",
@@ -175,7 +202,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_gathered(
   if (is_transposed_sequence(input)) {
     return of_sequences(batch_norm_gathered(as_images(input), gathered_stats, weight, bias, running_mean, running_var,
                                             num_batches_tracked, momentum, eps, as_images(residual), act, slope,
-                                            with_mask));
+                                            with_mask, valid_of_images(valid)));
   }
   const Tensor dense_gathered = gathered_stats.contiguous();
   const Tensor stats = at::empty({2, C}, gathered_stats.options());
@@ -190,15 +217,16 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_gathered(
                         input.device());
   running.updated();
   return normalize_by({.running_mean = {mean, DType::kFloat64}, .running_var = {mean + C, DType::kFloat64}, .eps = eps},
-                      input, weight, bias, residual, activation, with_mask);
+                      input, weight, bias, residual, activation, with_mask, valid);
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_eval(const Tensor& input, const optional<Tensor>& weight,
                                                    const optional<Tensor>& bias, const Tensor& running_mean,
                                                    const Tensor& running_var, double eps,
                                                    const optional<Tensor>& residual, std::string_view act, double slope,
-                                                   bool with_mask) {
+                                                   bool with_mask, const optional<Tensor>& valid) {
   check_data("input", input);
+  check_valid(valid, "input", input);
   check_channels("weight", weight, input);
   check_channels("bias", bias, input);
   check_channels("running_mean", running_mean, input);
@@ -208,32 +236,53 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_eval(const Tensor& input, const op
   TORCH_CHECK_VALUE(!(eps < 0.0), "batch_norm eps must be non-negative, but got ", python_float(eps));
   if (is_transposed_sequence(input)) {
     return of_sequences(batch_norm_eval(as_images(input), weight, bias, running_mean, running_var, eps,
-                                        as_images(residual), act, slope, with_mask));
+                                        as_images(residual), act, slope, with_mask, valid_of_images(valid)));
   }
   const Tensor dense_mean = running_mean.contiguous();
   const Tensor dense_var = running_var.contiguous();
   return normalize_by({.running_mean = channels(dense_mean), .running_var = channels(dense_var), .eps = eps}, input,
-                      weight, bias, residual, activation, with_mask);
+                      weight, bias, residual, activation, with_mask, valid);
 }
 
 Tensor batch_norm_recompute(const Tensor& input, const Tensor& save_stats, const optional<Tensor>& weight,
                             const optional<Tensor>& bias, const optional<Tensor>& residual, std::string_view act,
-                            double slope) {
+                            double slope, const optional<Tensor>& valid, std::int64_t virtual_batch_size) {
   check_data("input", input);
+  check_valid(valid, "input", input);
+  check_virtual_batch_size(virtual_batch_size);
   check_channels("weight", weight, input);
   check_channels("bias", bias, input);
-  check_save_stats(save_stats, "input", input);
+  check_save_stats(save_stats, "input", input, virtual_batch_size);
   const Activation activation = parse_activation(act, slope);
   check_epilogue(input, residual, activation, /*with_mask=*/false);
   if (is_transposed_sequence(input)) {
-    return as_sequences(
-        batch_norm_recompute(as_images(input), save_stats, weight, bias, as_images(residual), act, slope));
+    return as_sequences(batch_norm_recompute(as_images(input), save_stats, weight, bias, as_images(residual), act,
+                                             slope, valid_of_images(valid), virtual_batch_size));
   }
   const Tensor dense_stats = save_stats.contiguous();
   const auto* mean = dense_stats.const_data_ptr<double>();
   return std::get<0>(
       normalize_by({.running_mean = {mean, DType::kFloat64}, .invstd = {mean + input.size(1), DType::kFloat64}}, input,
-                   weight, bias, residual, activation, /*with_mask=*/false));
+                   weight, bias, residual, activation, /*with_mask=*/false, valid, virtual_batch_size));
+}
+
+Tensor sequence_mask(const Tensor& lengths, std::int64_t batch, std::int64_t size, at::Device device) {
+  TORCH_CHECK(lengths.device().is_cpu() || lengths.device() == device,
+              "batch_norm: expected lengths on the CPU or on the device of input, ", device, ", but got ",
+              lengths.device());
+  TORCH_CHECK_TYPE(lengths.scalar_type() == at::kLong || lengths.scalar_type() == at::kInt,
+                   "batch_norm: expected lengths to be int64 or int32, but got ", lengths.scalar_type());
+  TORCH_CHECK_VALUE(lengths.dim() == 1 && lengths.size(0) == batch, "batch_norm: expected lengths to have shape ",
+                    "torch.Size([", batch, "]), one for each sequence of input, but got ", size_of(lengths));
+  const Tensor host = lengths.to(at::kCPU, at::kLong).contiguous();
+  Tensor valid = at::zeros({batch, size}, host.options().dtype(at::kBool));
+  for (std::int64_t n = 0; n < batch; ++n) {
+    const std::int64_t length = host.const_data_ptr<std::int64_t>()[n];
+    TORCH_CHECK_VALUE(length >= 0 && length <= size, "batch_norm: expected lengths from 0 to ", size,
+                      ", the size of input's last dimension, but got ", length, " at ", n);
+    std::fill_n(valid.mutable_data_ptr<bool>() + n * size, length, true);
+  }
+  return valid.to(device);
 }
 
 }  // namespace bnext

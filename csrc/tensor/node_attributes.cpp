@@ -27,7 +27,7 @@ PyObject* tensor(SavedCall& call) {
 
 template <int row>
 PyObject* stats(SavedCall& call) {
-  return THPVariable_Wrap(call.save_stats.unpack().select(0, row));
+  return THPVariable_Wrap(call.save_stats.unpack().select(-2, row));
 }
 
 PyObject* training(SavedCall& call) { return PyBool_FromLong(call.training); }

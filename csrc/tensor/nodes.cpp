@@ -31,10 +31,11 @@ Gradients call_backward(const Point& at, const Tensor& grad_output, OutputMask w
   if (at.batch) {
     return sync_backward_op().call(grad_output, input, weight, at.save_stats, at.batch->count, at.eps, wanted,
                                    at.batch->group_name, or_none(bias), or_none(residual), or_none(mask), act,
-                                   activation.slope);
+                                   activation.slope, or_none(at.valid));
   }
   return backward_op().call(grad_output, input, weight, at.save_stats, at.training, at.eps, wanted, or_none(bias),
-                            or_none(residual), or_none(mask), act, activation.slope, /*mean_grads=*/{});
+                            or_none(residual), or_none(mask), act, activation.slope, /*mean_grads=*/{},
+                            or_none(at.valid), at.virtual_batch_size);
 }
 
 // Of a rectifier whose pre-activation is gone, but for its mask: the second derivative is zero.
@@ -42,12 +43,12 @@ ActivationDerivatives mask_derivatives(const Activation& activation, const Point
   const auto results = backward_op().call(at::ones_like(at.like), /*input=*/{}, /*weight=*/{}, at.save_stats,
                                           at.training, at.eps, {false, false, false, true}, /*bias=*/{},
                                           /*residual=*/{}, mask, activation_name(activation.act), activation.slope,
-                                          /*mean_grads=*/{});
+                                          /*mean_grads=*/{}, or_none(at.valid), at.virtual_batch_size);
   return {std::get<3>(results), {}};
 }
 
 CallTensors call_tensors(const Tensor* saved) {
-  return {saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6]};
+  return {saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], saved[7]};
 }
 
 // The gradients of the forward operators; `saved`: the tensors of a SavedCall.
@@ -58,9 +59,9 @@ variable_list backward_gradients(const variable_list& grads, const variable_list
   const Activation& activation = settings.activation;
   const bool activated = activation.act != Act::kIdentity;
   const OutputMask wanted{needs[0], needs[1], needs[2], needs[3] && activated};
-  if (needs[3] && !activated) result[3] = grads[0];
-  if (wanted == OutputMask{}) return result;
   const CallTensors call = call_tensors(saved.data());
+  if (needs[3] && !activated) result[3] = call.at(grads[0], settings).without_padding(grads[0]);
+  if (wanted == OutputMask{}) return result;
   auto [grad_input, grad_weight, grad_bias, grad_residual] =
       call_backward(call.at(grads[0], settings), grads[0], wanted, activation, call.bias, call.residual, call.mask);
   if (wanted[0]) result[0] = std::move(grad_input);
@@ -74,9 +75,9 @@ variable_list backward_gradients(const variable_list& grads, const variable_list
 variable_list double_backward_gradients(const variable_list& cotangents, const variable_list& saved,
                                         const CallSettings& settings, OutputMask output_mask,
                                         const std::vector<bool>& needs) {
-  const Tensor& dy = saved[0];
   const CallTensors call = call_tensors(saved.data() + 1);
-  const Point at = call.at(dy, settings);
+  const Point at = call.at(saved[0], settings);
+  const Tensor dy = at.without_padding(saved[0]);
   const ActivationDerivatives derivatives =
       derivatives_of(settings.activation, at, call.bias, call.residual, call.mask);
   // An output that was not asked for is a placeholder, whose cotangent means nothing.
@@ -84,7 +85,7 @@ variable_list double_backward_gradients(const variable_list& cotangents, const v
   const Tensor u = cotangent(0);
   const Tensor v = cotangent(1);
   // The cotangent of dz = dy*act'(z).
-  const Tensor t = plus(output_tangent(at, u, v, cotangent(2)), cotangent(3));
+  const Tensor t = plus(output_tangent(at, u, v, cotangent(2)), at.without_padding(cotangent(3)));
   variable_list result(5);
   if (needs[0]) result[0] = scaled(t, derivatives.first);
   // Of a shared batch all processes take the same collectives, whatever each of them needs.
@@ -113,17 +114,26 @@ void collect(CompiledNodeArgs& args, const SavedCall& call) {
   args.collect(static_cast<std::int64_t>(call.activation.act));
   args.collect(call.activation.slope);
   args.collect(call.group_name);
+  args.collect(call.virtual_batch_size);
 }
 
 }  // namespace
 
 Point CallTensors::at(const Tensor& like, const CallSettings& settings) const {
   auto batch = count.defined() ? optional<SharedBatch>({settings.group_name, count}) : std::nullopt;
-  return {like, input, weight, save_stats, settings.training, settings.eps, std::move(batch)};
+  return {like,
+          input,
+          weight,
+          save_stats,
+          settings.training,
+          settings.eps,
+          std::move(batch),
+          valid,
+          settings.virtual_batch_size};
 }
 
 std::array<SavedVariable*, CallTensors::kSize> SavedCall::tensors() {
-  return {&input, &weight, &bias, &residual, &mask, &save_stats, &count};
+  return {&input, &weight, &bias, &residual, &mask, &save_stats, &count, &valid};
 }
 
 std::string BatchNormBackward::name() const { return "BNextBatchNormBackward"; }

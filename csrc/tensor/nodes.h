@@ -26,11 +26,12 @@ struct CallSettings {
   double eps = 0.0;
   Activation activation;
   std::string group_name;  // of a batch that several processes share
+  std::int64_t virtual_batch_size = 0;
 };
 
 // What a call is differentiated at.
 struct CallTensors {
-  static constexpr std::size_t kSize = 7;
+  static constexpr std::size_t kSize = 8;
   at::Tensor input;
   at::Tensor weight;
   at::Tensor bias;
@@ -38,6 +39,7 @@ struct CallTensors {
   at::Tensor mask;
   at::Tensor save_stats;
   at::Tensor count;  // of a batch that several processes share
+  at::Tensor valid;
 
   Point at(const at::Tensor& like, const CallSettings& settings) const;
 };
@@ -50,6 +52,7 @@ struct SavedCall : CallSettings {
   torch::autograd::SavedVariable mask;
   torch::autograd::SavedVariable save_stats;
   torch::autograd::SavedVariable count;
+  torch::autograd::SavedVariable valid;
 
   // All of these, in the order of CallTensors.
   std::array<torch::autograd::SavedVariable*, CallTensors::kSize> tensors();

@@ -98,7 +98,8 @@ RecomputedOutput::RecomputedOutput(const Tensor& output)
 
 std::shared_ptr<RecomputedOutput> RecomputedOutput::of(const Tensor& output, const Tensor& input,
                                                        const Tensor& save_stats, Tensor weight, Tensor bias,
-                                                       const Tensor& residual, const Activation& activation) {
+                                                       const Tensor& residual, const Activation& activation,
+                                                       const Tensor& valid, std::int64_t virtual_batch_size) {
   // A residual that was made in inference mode cannot be saved.
   if (!output.has_storage() || (residual.defined() && residual.is_inference())) return nullptr;
   const auto behind_input = behind(input);
@@ -115,6 +116,8 @@ std::shared_ptr<RecomputedOutput> RecomputedOutput::of(const Tensor& output, con
   recomputed->input_ = saved_source(input);
   recomputed->save_stats_ = saved_source(save_stats);
   if (residual.defined()) recomputed->residual_ = saved_source(residual);
+  if (valid.defined()) recomputed->valid_ = saved_source(valid);
+  recomputed->virtual_batch_size_ = virtual_batch_size;
   recomputed->weight_ = std::move(weight);
   recomputed->bias_ = std::move(bias);
   recomputed->activation_ = activation;
@@ -144,9 +147,11 @@ Tensor RecomputedOutput::make() const {
   const Tensor input = input_->tensor();
   const Tensor save_stats = save_stats_->tensor();
   const Tensor residual = residual_ ? residual_->tensor() : Tensor();
+  const Tensor valid = valid_ ? valid_->tensor() : Tensor();
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  Tensor output = recompute_op().call(input, save_stats, or_none(weight_), or_none(bias_), or_none(residual),
-                                      activation_name(activation_.act), activation_.slope);
+  Tensor output =
+      recompute_op().call(input, save_stats, or_none(weight_), or_none(bias_), or_none(residual),
+                          activation_name(activation_.act), activation_.slope, or_none(valid), virtual_batch_size_);
   // Whoever brought the input back may have laid it out otherwise.
   return output.strides() == strides_ ? output : at::empty_strided(sizes_, strides_, output.options()).copy_(output);
 }

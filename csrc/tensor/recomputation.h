@@ -60,7 +60,8 @@ class RecomputedOutput {
   // again from what is made again, so that one output never takes a whole chain of them.
   static std::shared_ptr<RecomputedOutput> of(const at::Tensor& output, const at::Tensor& input,
                                               const at::Tensor& save_stats, at::Tensor weight, at::Tensor bias,
-                                              const at::Tensor& residual, const Activation& activation);
+                                              const at::Tensor& residual, const Activation& activation,
+                                              const at::Tensor& valid, std::int64_t virtual_batch_size);
 
   // What `tensor` is the unchanged output of, or a view of; null if nothing.
   static std::shared_ptr<RecomputedOutput> behind(const at::Tensor& tensor);
@@ -92,6 +93,8 @@ class RecomputedOutput {
   std::shared_ptr<SavedTensor> input_;
   std::shared_ptr<SavedTensor> save_stats_;
   std::shared_ptr<SavedTensor> residual_;
+  std::shared_ptr<SavedTensor> valid_;
+  std::int64_t virtual_batch_size_ = 0;
   at::Tensor weight_;
   at::Tensor bias_;
   Activation activation_;

@@ -8,6 +8,15 @@
 // grad_residual; the last only with an activation. mean_grads: (2, C), grad_weight and grad_bias over a batch that lies
 // on several processes, divided by its count; then grad_input is by these.
 //
+// valid: bool, (N, *spatial); where it is false there is padding, which no statistic, count or gradient sees, and for
+// which output, grad_input and grad_residual are 0. virtual_batch_size: so many consecutive images at a time are
+// normalised by their own statistics; save_stats is (parts, 2, C) then, and the running statistics are updated as a
+// loop over the parts would. 0: all images together. update_in_backward=False: a call that runs within a backward pass,
+// as the second one of activation checkpointing does, leaves the running statistics and the counter alone.
+//
+// sequence_mask: `valid` of `batch` sequences of these lengths, int64 or int32, in memory for `size` of each; on
+// `device`.
+//
 // batch_norm_recompute: the output of a call to any of these again, the same bits, by the save_stats that it returned.
 //
 // batch_norm_sync: batch_norm_train over the batch of a group of processes (torch.distributed), which is made of
@@ -30,42 +39,45 @@ inline void define_operators(torch::Library& m) {
   m.def(
       "batch_norm_train(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "
-      "Tensor? residual=None, str act='identity', float slope=0., bool with_mask=False) "
+      "Tensor? residual=None, str act='identity', float slope=0., bool with_mask=False, Tensor? valid=None, "
+      "int virtual_batch_size=0, bool update_in_backward=True) "
       "-> (Tensor output, Tensor save_stats, Tensor mask)",
       tags);
   m.def(
       "batch_norm_eval(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
-      "float eps, Tensor? residual=None, str act='identity', float slope=0., bool with_mask=False) "
-      "-> (Tensor output, Tensor save_stats, Tensor mask)",
+      "float eps, Tensor? residual=None, str act='identity', float slope=0., bool with_mask=False, "
+      "Tensor? valid=None) -> (Tensor output, Tensor save_stats, Tensor mask)",
       tags);
   m.def(
       "batch_norm_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor save_stats, bool training, "
       "float eps, bool[4] output_mask, Tensor? bias=None, Tensor? residual=None, Tensor? mask=None, "
-      "str act='identity', float slope=0., Tensor? mean_grads=None) "
+      "str act='identity', float slope=0., Tensor? mean_grads=None, Tensor? valid=None, int virtual_batch_size=0) "
       "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
       tags);
   m.def(
       "batch_norm_recompute(Tensor input, Tensor save_stats, Tensor? weight, Tensor? bias, Tensor? residual=None, "
-      "str act='identity', float slope=0.) -> Tensor",
+      "str act='identity', float slope=0., Tensor? valid=None, int virtual_batch_size=0) -> Tensor",
       tags);
-  m.def("batch_norm_stats(Tensor input, float eps) -> Tensor", tags);
+  m.def("batch_norm_stats(Tensor input, float eps, Tensor? valid=None) -> Tensor", tags);
   m.def(
       "batch_norm_gathered(Tensor input, Tensor gathered_stats, Tensor? weight, Tensor? bias, "
       "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "
-      "Tensor? residual=None, str act='identity', float slope=0., bool with_mask=False) "
+      "Tensor? residual=None, str act='identity', float slope=0., bool with_mask=False, Tensor? valid=None) "
       "-> (Tensor output, Tensor save_stats, Tensor mask)",
       tags);
   m.def(
       "batch_norm_sync(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, int group_size, "
-      "str group_name, Tensor? residual=None, str act='identity', float slope=0.) -> Tensor",
+      "str group_name, Tensor? residual=None, str act='identity', float slope=0., Tensor? valid=None, "
+      "bool update_in_backward=True) -> Tensor",
       tags);
   m.def(
       "batch_norm_sync_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor save_stats, Tensor count, "
       "float eps, bool[4] output_mask, str group_name, Tensor? bias=None, Tensor? residual=None, Tensor? mask=None, "
-      "str act='identity', float slope=0.) "
+      "str act='identity', float slope=0., Tensor? valid=None) "
       "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
       tags);
+  m.def("sequence_mask(Tensor lengths, SymInt batch, SymInt size, Device device) -> Tensor", tags);
   m.def("all_reduce_sum(Tensor tensor, str group_name) -> Tensor", tags);
 }
 
@@ -76,6 +88,7 @@ inline void register_kernels(torch::Library& m) {
   m.impl("batch_norm_recompute", &batch_norm_recompute);
   m.impl("batch_norm_stats", &batch_norm_stats);
   m.impl("batch_norm_gathered", &batch_norm_gathered);
+  m.impl("sequence_mask", &sequence_mask);
 }
 
 }  // namespace bnext

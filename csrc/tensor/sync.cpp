@@ -5,6 +5,7 @@
 
 #include "checks.h"
 #include "dispatcher.h"
+#include "tensors.h"
 
 namespace bnext {
 
@@ -31,17 +32,19 @@ SyncForward sync_forward(const Tensor& input, const optional<Tensor>& weight, co
                          const optional<Tensor>& running_mean, const optional<Tensor>& running_var,
                          const optional<Tensor>& num_batches_tracked, optional<double> momentum, double eps,
                          const optional<Tensor>& residual, std::string_view act, double slope, bool with_mask,
-                         const ProcessGroup& group) {
+                         const optional<Tensor>& valid, bool update_in_backward, const ProcessGroup& group) {
   TORCH_CHECK_VALUE(group.size > 0, "batch_norm: expected group_size to be positive, but got ", group.size);
   // Before the other processes are told of this local batch. Traced shapes are not checked: they may be symbols.
   if (!input.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
     check_training(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, residual,
-                   parse_activation(act, slope), with_mask);
+                   parse_activation(act, slope), with_mask, valid);
   }
-  const Tensor gathered_stats = all_gather(stats_op().call(input, eps), group);
+  const Tensor gathered_stats = all_gather(stats_op().call(input, eps, valid), group);
+  const bool updates = update_in_backward || !runs_in_backward();
+  const auto updated = [&](const optional<Tensor>& tensor) { return updates ? tensor : std::nullopt; };
   auto [output, save_stats, mask] =
-      gathered_op().call(input, gathered_stats, weight, bias, running_mean, running_var, num_batches_tracked, momentum,
-                         eps, residual, act, slope, with_mask);
+      gathered_op().call(input, gathered_stats, weight, bias, updated(running_mean), updated(running_var),
+                         updated(num_batches_tracked), momentum, eps, residual, act, slope, with_mask, valid);
   return {std::move(output), std::move(save_stats), std::move(mask), {group.name, gathered_stats.select(1, -1).sum()}};
 }
 
@@ -51,12 +54,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_sync_backward(
     const Tensor& grad_output, const optional<Tensor>& input, const optional<Tensor>& weight, const Tensor& save_stats,
     const Tensor& count, double eps, std::array<bool, 4> output_mask, std::string_view group_name,
     const optional<Tensor>& bias, const optional<Tensor>& residual, const optional<Tensor>& mask, std::string_view act,
-    double slope) {
+    double slope, const optional<Tensor>& valid) {
   // Before the other processes are told of this local batch, as is all that the first call below checks.
   check_count(count, grad_output);
   const auto backward = [&](std::array<bool, 4> outputs, const optional<Tensor>& mean_grads) {
     return backward_op().call(grad_output, input, weight, save_stats, /*training=*/true, eps, outputs, bias, residual,
-                              mask, act, slope, mean_grads);
+                              mask, act, slope, mean_grads, valid, /*virtual_batch_size=*/0);
   };
   const auto [wants_input, wants_weight, wants_bias, wants_residual] = output_mask;
   if (!wants_input) return backward(output_mask, {});
@@ -74,9 +77,9 @@ Tensor batch_norm_sync(const Tensor& input, const optional<Tensor>& weight, cons
                        const optional<Tensor>& running_mean, const optional<Tensor>& running_var,
                        const optional<Tensor>& num_batches_tracked, optional<double> momentum, double eps,
                        std::int64_t group_size, std::string_view group_name, const optional<Tensor>& residual,
-                       std::string_view act, double slope) {
+                       std::string_view act, double slope, const optional<Tensor>& valid, bool update_in_backward) {
   return sync_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, residual, act,
-                      slope, /*with_mask=*/false, {std::string(group_name), group_size})
+                      slope, /*with_mask=*/false, valid, update_in_backward, {std::string(group_name), group_size})
       .output;
 }
 

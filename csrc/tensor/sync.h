@@ -24,6 +24,7 @@ SyncForward sync_forward(const at::Tensor& input, const std::optional<at::Tensor
                          const std::optional<at::Tensor>& running_var,
                          const std::optional<at::Tensor>& num_batches_tracked, std::optional<double> momentum,
                          double eps, const std::optional<at::Tensor>& residual, std::string_view act, double slope,
-                         bool with_mask, const ProcessGroup& group);
+                         bool with_mask, const std::optional<at::Tensor>& valid, bool update_in_backward,
+                         const ProcessGroup& group);
 
 }  // namespace bnext

@@ -2,6 +2,9 @@
 
 #include <ATen/ops/empty_like.h>
 #include <c10/util/Exception.h>
+#include <torch/csrc/autograd/graph_task.h>
+
+#include <utility>
 
 #include "../common/mask.h"
 #include "checks.h"
@@ -44,7 +47,8 @@ at::MemoryFormat format_of(const Tensor& tensor) {
   return tensor.dim() <= 5 && tensor.is_contiguous(last) ? last : suggested;
 }
 
-Geometry geometry_of(const Tensor& tensor, at::MemoryFormat format) {
+Geometry geometry_of(const Tensor& tensor, at::MemoryFormat format, const optional<Tensor>& valid,
+                     std::int64_t virtual_batch_size) {
   Problem problem;
   problem.N = tensor.size(0);
   problem.C = tensor.size(1);
@@ -54,13 +58,17 @@ Geometry geometry_of(const Tensor& tensor, at::MemoryFormat format) {
   // With one spatial position the two layouts coincide, and rows are the better way to see it.
   problem.layout =
       format == at::MemoryFormat::Contiguous && problem.HW != 1 ? Layout::kChannelsFirst : Layout::kChannelsLast;
-  return {format, problem};
+  problem.virtual_batch = virtual_batch_size;
+  if (!is_given(valid)) return {format, problem, {}};
+  Tensor dense_valid = valid->contiguous();
+  problem.valid = reinterpret_cast<const std::uint8_t*>(dense_valid.const_data_ptr<bool>());
+  return {format, problem, std::move(dense_valid)};
 }
 
 // An empty result has the strides of `like`: its format is not known by them.
 Tensor allocate_output(const Tensor& like, const Geometry& geometry, const Backend& backend, bool reduces) {
-  const auto& [format, problem] = geometry;
-  return problem.numel() == 0 ? at::empty_like(like) : backend.allocate_output(like, format, problem, reduces);
+  const Problem& problem = geometry.problem;
+  return problem.numel() == 0 ? at::empty_like(like) : backend.allocate_output(like, geometry.format, problem, reduces);
 }
 
 bool is_transposed_sequence(const Tensor& tensor) {
@@ -71,6 +79,10 @@ bool is_transposed_sequence(const Tensor& tensor) {
 
 optional<Tensor> as_images(const optional<Tensor>& sequences) {
   return is_given(sequences) ? optional<Tensor>(as_images(*sequences)) : std::nullopt;
+}
+
+optional<Tensor> valid_of_images(const optional<Tensor>& valid_of_sequences) {
+  return is_given(valid_of_sequences) ? optional<Tensor>(valid_of_sequences->unsqueeze(1)) : std::nullopt;
 }
 
 std::vector<std::int64_t> mask_sizes(const Problem& problem, const Backend& backend) {
@@ -96,6 +108,8 @@ MutableChannelVector mutable_channels(const optional<Tensor>& dense) {
 optional<Tensor> densely(const optional<Tensor>& tensor) {
   return is_given(tensor) ? optional<Tensor>(tensor->contiguous()) : std::nullopt;
 }
+
+bool runs_in_backward() { return torch::autograd::get_current_graph_task_id() != -1; }
 
 RunningTensors::RunningTensors(const optional<Tensor>& mean, const optional<Tensor>& var,
                                const optional<Tensor>& counter)

@@ -20,9 +20,10 @@ at::MemoryFormat format_of(const at::Tensor& tensor);
 struct Geometry {
   at::MemoryFormat format;
   Problem problem;
+  at::Tensor valid;  // dense: the memory that the problem's is
 };
-Geometry geometry_of(const at::Tensor& tensor, at::MemoryFormat format);
-inline Geometry geometry_of(const at::Tensor& tensor) { return geometry_of(tensor, format_of(tensor)); }
+Geometry geometry_of(const at::Tensor& tensor, at::MemoryFormat format, const std::optional<at::Tensor>& valid = {},
+                     std::int64_t virtual_batch_size = 0);
 
 // A result with the shape and dtype of `like`, to be written in that format.
 at::Tensor allocate_output(const at::Tensor& like, const Geometry& geometry, const Backend& backend, bool reduces);
@@ -32,6 +33,7 @@ at::Tensor allocate_output(const at::Tensor& like, const Geometry& geometry, con
 bool is_transposed_sequence(const at::Tensor& tensor);
 inline at::Tensor as_images(const at::Tensor& sequences) { return sequences.unsqueeze(2); }
 std::optional<at::Tensor> as_images(const std::optional<at::Tensor>& sequences);
+std::optional<at::Tensor> valid_of_images(const std::optional<at::Tensor>& valid_of_sequences);
 inline at::Tensor as_sequences(const at::Tensor& images) { return images.dim() == 4 ? images.squeeze(2) : images; }
 
 // The shape of a rectifier's mask: (N, C, bytes) for channels first, (N*spatial, bytes) for channels last.
@@ -44,6 +46,9 @@ at::Tensor kernel_input(const at::Tensor& tensor, at::MemoryFormat format, const
 std::optional<at::Tensor> densely(const std::optional<at::Tensor>& tensor);
 ChannelVector channels(const std::optional<at::Tensor>& dense);
 MutableChannelVector mutable_channels(const std::optional<at::Tensor>& dense);
+
+// Whether this thread is in a backward pass.
+bool runs_in_backward();
 
 // The running statistics of a training call, which the kernels update past autograd's eyes.
 class RunningTensors {

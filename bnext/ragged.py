@@ -1,0 +1,46 @@
+"""Nested tensors of torch.jagged layout: batch norm of the values that they have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnext.activations import Epilogue
+
+
+def is_jagged(input: object) -> bool:
+    """Whether it is nested, and of shape (N, C, j)."""
+    return isinstance(input, Tensor) and input.is_nested and input.layout is torch.jagged
+
+
+def on_values(
+    function: Callable[..., Tensor],
+    input: Tensor,
+    vectors: tuple[Any, ...],
+    settings: tuple[Any, ...],
+    epilogue: Epilogue,
+) -> Tensor:
+    """Call it on the values, (sum of j, C), and give its result the input's structure.
+
+    Raises:
+        ValueError: the input has no channels before its ragged dimension, or a residual another structure.
+    """
+    rows, offsets = _rows(input)
+    if epilogue and epilogue[0] is not None:
+        residual, residual_offsets = _rows(epilogue[0])
+        if residual_offsets is not offsets:
+            raise ValueError("expected residual to have the structure of input: to share its offsets, but it does not")
+        epilogue = (residual, *epilogue[1:])
+    output = function(rows, *vectors, *settings, epilogue)
+    return torch.nested.nested_tensor_from_jagged(output, offsets).transpose(1, 2)
+
+
+def _rows(nested: Tensor) -> tuple[Tensor, Tensor]:
+    if not is_jagged(nested) or nested.dim() != 3 or not isinstance(nested.shape[1], int):
+        shape = tuple(nested.shape) if nested.is_nested else "a dense tensor"
+        raise ValueError(f"expected a nested tensor of shape (N, C, j), as transpose(1, 2) makes it, but got {shape}")
+    sequences: Any = nested.transpose(1, 2)
+    return sequences.values(), sequences.offsets()

@@ -1,0 +1,39 @@
+#include "valid.h"
+
+#include <algorithm>
+
+namespace bnext::cpu {
+
+// A byte holds the number of valid ones among so many, which is how the compiler vectorises the loop.
+constexpr std::int64_t kRun = 255;
+
+std::int64_t count_valid(const std::uint8_t* valid, std::int64_t positions) {
+  std::int64_t count = 0;
+  for (std::int64_t begin = 0; begin < positions; begin += kRun) {
+    const std::int64_t end = std::min(positions, begin + kRun);
+    std::uint8_t some = 0;
+    for (std::int64_t i = begin; i < end; ++i) some = static_cast<std::uint8_t>(some + (valid[i] != 0 ? 1 : 0));
+    count += some;
+  }
+  return count;
+}
+
+SamplePositions samples_of_valid(const std::uint8_t* valid, std::int64_t positions, std::int64_t count) {
+  SamplePositions samples(count);
+  std::int64_t begin = 0;   // of a run of positions
+  std::int64_t before = 0;  // valid ones before it, and in it
+  std::int64_t within = count_valid(valid, std::min(positions, kRun));
+  for (int i = 0; i < samples.samples; ++i) {
+    while (before + within <= samples.at[i]) {
+      before += within;
+      begin += kRun;
+      within = count_valid(valid + begin, std::min(positions - begin, kRun));
+    }
+    std::int64_t position = begin;
+    for (std::int64_t left = samples.at[i] - before; valid[position] == 0 || left-- > 0;) ++position;
+    samples.at[i] = position;
+  }
+  return samples;
+}
+
+}  // namespace bnext::cpu
