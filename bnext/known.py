@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from bnext import functional, modules
 from bnext.attached import attach_forward, has_forward
@@ -75,12 +74,14 @@ def _is_frozen(layer: nn.Module) -> bool:
         return False
 
 
-def _normalize(self: modules.BatchNorm, input: Tensor, **padding: Unpack[modules.Padding]) -> Tensor:
+def _normalize(
+    self: modules.BatchNorm, input: Tensor, *, lengths: modules.Lengths = None, mask: Tensor | None = None
+) -> Tensor:
     """torch.nn.BatchNorm1d, 2d and 3d"""
     if modules.is_traced(input):
-        traced: Tensor = type(self).forward(self, input, **padding)  # type: ignore[misc]
+        traced: Tensor = type(self).forward(self, input)
         return traced
-    return modules.normalize(self, input, **padding)
+    return modules.normalize(self, input, lengths=lengths, mask=mask)
 
 
 def _normalize_act(self: nn.BatchNorm2d, x: Tensor) -> Tensor:

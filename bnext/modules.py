@@ -7,11 +7,10 @@ checkpoint of one loads into the other, and ``isinstance(layer, torch.nn.BatchNo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, fx
-from typing_extensions import Unpack
 
 from bnext import activations, functional
 from bnext.activations import PLAIN, Act, Activation, Epilogue
@@ -22,12 +21,7 @@ from bnext.functional import Group
 BatchNorm = torch.nn.modules.batchnorm._BatchNorm
 
 
-class Padding(TypedDict, total=False):
-    """What a layer's forward may be told of its input: see :func:`bnext.functional.batch_norm`."""
-
-    lengths: Tensor | Sequence[int] | None
-    mask: Tensor | None
-
+Lengths = Tensor | Sequence[int] | None
 
 # Attributes of a layer that is to differ from torch's, and what they are by default. They may be set on every layer
 # whose forward is bnext's; convert sets those it is told.
@@ -41,7 +35,7 @@ def normalize(
     input: Tensor,
     epilogue: Epilogue = PLAIN,
     group: Group | None = None,
-    lengths: Tensor | Sequence[int] | None = None,
+    lengths: Lengths = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """What every layer does with its input; ``group``: the processes that share a training batch."""
@@ -100,19 +94,20 @@ def _leaf(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """The call as one node of a ``torch.fx`` graph that is being traced. A tracer takes torch's own layers for leaves
     by the name of their module; it would go into ours, and freeze what depends on ``training``."""
     tracer = args[0].tracer
-    output: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(layer), args, kwargs)
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    output: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(layer), args, given)
     return output
 
 
-def _forward(self: BatchNorm, input: Tensor, **padding: Unpack[Padding]) -> Tensor:
+def _forward(self: BatchNorm, input: Tensor, *, lengths: Lengths = None, mask: Tensor | None = None) -> Tensor:
     """Normalise ``input``; see :func:`bnext.functional.batch_norm`, also for ``lengths=`` and ``mask=``.
 
     In training the running statistics and ``num_batches_tracked`` are updated in the same operator, once every
     argument has been checked. ``momentum=None`` is the cumulative average, its factor computed on the device.
     """
     if is_traced(input):
-        return _leaf(self, input, **padding)
-    return normalize(self, input, **padding)
+        return _leaf(self, input, lengths=lengths, mask=mask)
+    return normalize(self, input, lengths=lengths, mask=mask)
 
 
 def _scriptable(self: BatchNorm) -> torch.nn.Module:
@@ -186,18 +181,27 @@ class Activated(BatchNorm):
         self.__dict__["_activation"] = activations.parse(act)
         self.__dict__["_act"] = act
 
-    def normalize(self, input: Tensor, epilogue: Epilogue = PLAIN, **padding: Unpack[Padding]) -> Tensor:
+    def normalize(
+        self, input: Tensor, epilogue: Epilogue = PLAIN, lengths: Lengths = None, mask: Tensor | None = None
+    ) -> Tensor:
         """Without the activation, or with another one."""
-        return normalize(self, input, epilogue, **padding)
+        return normalize(self, input, epilogue, lengths=lengths, mask=mask)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, **padding: Unpack[Padding]) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        *,
+        lengths: Lengths = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """act(batch_norm(input) + residual); see :func:`bnext.functional.batch_norm_act`, also for ``lengths=`` and
         ``mask=``."""
         if is_traced(input):
-            return _leaf(self, input, *([] if residual is None else [residual]), **padding)
+            return _leaf(self, input, *([] if residual is None else [residual]), lengths=lengths, mask=mask)
         # A layer that became one by a change of class has no activation yet.
         activation: Activation = self.__dict__.get("_activation", activations.IDENTITY)
-        return self.normalize(input, (residual, *activation), **padding)
+        return self.normalize(input, (residual, *activation), lengths, mask)
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         raise NotImplementedError(

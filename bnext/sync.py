@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
-from typing_extensions import Unpack
 
 from bnext import modules
 from bnext.activations import PLAIN, Act, Epilogue
 from bnext.attached import detach_forward
 from bnext.functional import Group
-from bnext.modules import Padding
+from bnext.modules import Lengths
 
 
 def _group_of(process_group: Any) -> Group | None:
@@ -88,11 +87,13 @@ class SyncBatchNorm(modules.Activated, torch.nn.SyncBatchNorm):
         plain: str = torch.nn.SyncBatchNorm.extra_repr(self)
         return plain if self.act is None else f"{plain}, act={self.__dict__['_activation']}"
 
-    def normalize(self, input: Tensor, epilogue: Epilogue = PLAIN, **padding: Unpack[Padding]) -> Tensor:
+    def normalize(
+        self, input: Tensor, epilogue: Epilogue = PLAIN, lengths: Lengths = None, mask: Tensor | None = None
+    ) -> Tensor:
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
         group = _group_of(self.process_group) if self.training else None
-        return modules.normalize(self, input, epilogue, group, **padding)
+        return modules.normalize(self, input, epilogue, group, lengths, mask)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:

@@ -61,10 +61,10 @@ struct Inputs {
   BNEXT_INLINE void leave_out_padding(Vec<acc_t> (&v)[kMaxInputs], const Vec<acc_t> (&c)[kMaxReduceCoefficients],
                                       const Flags& flags, std::int64_t i, Lanes lanes) const {
     if (!flags.has_padding) return;
-    const auto keeps = nonzero_lanes<acc_t>(valid + i, lanes);
-    if constexpr (Op::kReadsInput) v[0] = keeps ? v[0] : c[0];
-    if constexpr (Op::kReadsGrad) v[1] = keeps ? v[1] : Vec<acc_t>{};
-    if constexpr (Op::kActivated) v[2] = keeps ? v[2] : Vec<acc_t>{};
+    const std::uint32_t keeps = load_mask<kWidth<acc_t>>(valid, i, lanes);
+    if constexpr (Op::kReadsInput) v[0] = select(keeps, v[0], c[0]);
+    if constexpr (Op::kReadsGrad) v[1] = select(keeps, v[1], Vec<acc_t>{});
+    if constexpr (Op::kActivated) v[2] = select(keeps, v[2], Vec<acc_t>{});
   }
 
   // The results of padding.
@@ -72,8 +72,8 @@ struct Inputs {
   BNEXT_INLINE Mapped<Vec<acc_t>> without_padding(const Mapped<Vec<acc_t>>& mapped, const Flags& flags, std::int64_t i,
                                                   Lanes lanes) const {
     if (!flags.has_padding) return mapped;
-    const auto keeps = nonzero_lanes<acc_t>(valid + i, lanes);
-    return {keeps ? mapped.first : Vec<acc_t>{}, keeps ? mapped.second : Vec<acc_t>{}};
+    const std::uint32_t keeps = load_mask<kWidth<acc_t>>(valid, i, lanes);
+    return {select(keeps, mapped.first, Vec<acc_t>{}), select(keeps, mapped.second, Vec<acc_t>{})};
   }
 
   // Those of two registers, in the same order for each input; there is no mask.
@@ -130,7 +130,7 @@ struct Outputs {
   // where they begin, and a mask's bits stand for elements counted from a row's beginning.
   BNEXT_INLINE bool can_store_non_temporal(const Flags& flags, std::int64_t stride) const {
     const bool agree = !flags.second || before_lines(flags) == before_line(out[1]);
-    const bool has_mask = flags.writes_mask || flags.epilogue.has_mask;
+    const bool has_mask = flags.writes_mask || flags.epilogue.has_mask || flags.has_padding;
     return agree && (!has_mask || (before_lines(flags) == 0 && stride % kLineElements<scalar_t> == 0));
   }
 

@@ -12,6 +12,7 @@
 #include "../common/statistics.h"
 #include "isa/dispatch.h"
 #include "traversal.h"
+#include "valid.h"
 
 namespace bnext::cpu {
 namespace {
@@ -46,6 +47,13 @@ class ChannelsFirst {
     if (op.samples != nullptr) {
       for (int i = 0; i < op.samples->samples; ++i) {
         sample_offsets_[i] = op.samples->at[i] / HW * problem.C * HW + op.samples->at[i] % HW;
+      }
+    }
+    valid_row_ = divide_up(HW, 8);
+    if (op.valid != nullptr) {
+      valid_bits_.resize(static_cast<std::size_t>(problem.N * valid_row_));
+      for (std::int64_t n = 0; n < problem.N; ++n) {
+        pack_valid(op.valid + n * HW, HW, valid_bits_.data() + n * valid_row_);
       }
     }
     if (HW <= kChunkElements) {
@@ -131,7 +139,8 @@ class ChannelsFirst {
       MapArgs args;
       args.block =
           op_.block(problem_.dtype, plane * problem_.HW, rows, problem_.HW, problem_.HW, plane * mask_row_, mask_row_);
-      if (op_.valid != nullptr) args.block.valid = op_.valid + plane / problem_.C * problem_.HW;  // of all the rows
+      // All rows are of one image.
+      if (op_.valid != nullptr) args.block.valid = valid_bits_.data() + plane / problem_.C * valid_row_;
       coefficients.pass(j, compute, args.coefficients);
       args.coefficient_step = 1;
       run_map(kernels_.map_segments, args, plane * problem_.HW, compute);
@@ -362,8 +371,8 @@ class ChannelsFirst {
     Block block = op_.block(problem_.dtype, offset, rows, len, problem_.C * problem_.HW,
                             plane * mask_row_ + s / kCpuMaskLanes, problem_.C * mask_row_);
     if (op_.valid != nullptr) {
-      block.valid = op_.valid + n * problem_.HW + s;
-      block.valid_stride = problem_.HW;
+      block.valid = valid_bits_.data() + n * valid_row_ + s / 8;
+      block.valid_stride = valid_row_;
     }
     return block;
   }
@@ -411,6 +420,8 @@ class ChannelsFirst {
   const KernelTable& kernels_;
   std::int64_t sample_offsets_[kMaxSamples];  // of a channel's samples from its first element
   std::int64_t mask_row_;                     // bytes of a plane's mask
+  std::int64_t valid_row_;
+  std::vector<std::uint8_t> valid_bits_;  // (N, valid_row_): an image's positions, which its channels share
   std::int64_t rows_per_chunk_;
   std::int64_t pieces_per_row_;
   std::int64_t piece_;

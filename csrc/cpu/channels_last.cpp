@@ -317,7 +317,7 @@ class ChannelsLast {
                      row * mask_row_ + column / kCpuMaskLanes, mask_row_);
   }
 
-  // Which pixels are padding, for each of the elements of a block that lies in this chunk.
+  // Which pixels are padding, a bit for each of the elements of a block that lies in this chunk.
   struct Padding {
     Padding(const ChannelsLast& all, std::int64_t chunk, Block& block) {
       if (all.op_.valid == nullptr) return;
@@ -327,14 +327,34 @@ class ChannelsLast {
       const std::int64_t count = count_valid(valid, pixels);
       is_all = count == 0;
       if (count == pixels) return;
-      bytes.reset(new std::uint8_t[static_cast<std::size_t>(block.rows * block.len)]);
-      for (std::int64_t i = 0; i < pixels; ++i) std::memset(bytes.get() + i * C, valid[i], static_cast<std::size_t>(C));
-      block.valid = bytes.get();
-      block.valid_stride = block.len;
+      const std::int64_t stride = divide_up(block.len, 8);
+      bits.resize(static_cast<std::size_t>(block.rows * stride));
+      const std::int64_t fold = block.len / C;
+      for (std::int64_t i = 0; i < pixels; ++i) {
+        if (valid[i] != 0) set_bits(bits.data() + i / fold * stride, i % fold * C, C);
+      }
+      block.valid = bits.data();
+      block.valid_stride = stride;
+    }
+
+    // Bits [begin, begin + n) of a row.
+    static void set_bits(std::uint8_t* row, std::int64_t begin, std::int64_t n) {
+      const std::int64_t end = begin + n;
+      for (std::int64_t i = begin; i < end;) {
+        const std::int64_t next = std::min(end, i / 8 * 8 + 8);
+        if (next - i == 8) {
+          const std::int64_t bytes = (end - i) / 8;
+          std::memset(row + i / 8, 0xff, static_cast<std::size_t>(bytes));
+          i += 8 * bytes;
+        } else {
+          row[i / 8] |= static_cast<std::uint8_t>(((1 << (next - i)) - 1) << i % 8);
+          i = next;
+        }
+      }
     }
 
     bool is_all = false;
-    std::unique_ptr<std::uint8_t[]> bytes;
+    std::vector<std::uint8_t> bits;
   };
 
   const Problem& problem_;

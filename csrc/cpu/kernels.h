@@ -59,8 +59,7 @@ struct Block {
   // Bit i of a row's mask belongs to its element i; null if there is none. Forward writes it, backward reads it.
   std::uint8_t* mask;
   std::int64_t mask_stride;  // bytes
-  // Byte i of a row is 0 where its element i is padding, which adds nothing to a sum and is mapped to 0; null if none
-  // is.
+  // Bit i of a row is 0 where its element i is padding, which adds nothing to a sum and is mapped to 0. Null: none is.
   const std::uint8_t* valid = nullptr;
   std::int64_t valid_stride = 0;  // bytes
 };

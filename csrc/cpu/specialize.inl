@@ -18,7 +18,7 @@ struct Flags {
 };
 
 // An activation, and flags in the bits above it; kAny: known at run time only. Of a plain functor there is nothing to
-// be known but that no element is padding (kPlain).
+// be known but whether there is padding (kPlain, kPadding).
 using Specialization = unsigned;
 constexpr Specialization first_flag_above(Specialization values) {
   Specialization flag = 1;
@@ -30,7 +30,8 @@ static_assert(kActCount <= kResidual, "an activation must not be taken for a fla
 constexpr Specialization kMask = 2 * kResidual;
 constexpr Specialization kSecond = 2 * kMask;
 constexpr Specialization kStatistics = 2 * kSecond;
-constexpr Specialization kIncomplete = 2 * kStatistics;
+constexpr Specialization kPadding = 2 * kStatistics;
+constexpr Specialization kIncomplete = 2 * kPadding;
 constexpr Specialization kAny = ~0u;
 constexpr Specialization kPlain = static_cast<Specialization>(Act::kIdentity);
 constexpr Specialization kRelu = static_cast<Specialization>(Act::kRelu);
@@ -48,6 +49,7 @@ BNEXT_INLINE constexpr Flags flags_of(Specialization specialization) {
   flags.epilogue.differentiates_statistics = (specialization & kStatistics) != 0;
   flags.second = (specialization & kSecond) != 0;
   flags.writes_mask = !Op::kReadsGrad && (specialization & kMask) != 0;
+  flags.has_padding = (specialization & kPadding) != 0;
   return flags;
 }
 
@@ -94,7 +96,8 @@ BNEXT_INLINE Specialization specialization_of(const Flags& flags) {
   specialization |= epilogue.has_mask || flags.writes_mask ? kMask : 0;
   specialization |= flags.second ? kSecond : 0;
   specialization |= epilogue.differentiates_statistics ? kStatistics : 0;
-  return flags.input && flags.first && !flags.has_padding ? specialization : specialization | kIncomplete;
+  specialization |= flags.has_padding ? kPadding : 0;
+  return flags.input && flags.first ? specialization : specialization | kIncomplete;
 }
 
 template <typename Op>
@@ -127,8 +130,12 @@ template <typename Kernel, typename scalar_t, typename acc_t, typename Op, typen
 void run_specialized(const Args& args) {
   if constexpr (Op::kActivated && sizeof(acc_t) == sizeof(float)) {
     run_first_match<Kernel, scalar_t, acc_t, Op, 0>(args, specialization_of(flags_of<Op>(args)));
-  } else if (!Op::kActivated && kIsOpmath<scalar_t, acc_t> && args.block.valid == nullptr) {
-    Kernel::template run<scalar_t, acc_t, Op, kPlain>(args);
+  } else if constexpr (!Op::kActivated && kIsOpmath<scalar_t, acc_t>) {
+    if (args.block.valid == nullptr) {
+      Kernel::template run<scalar_t, acc_t, Op, kPlain>(args);
+    } else {
+      Kernel::template run<scalar_t, acc_t, Op, kPadding>(args);
+    }
   } else {
     Kernel::template run<scalar_t, acc_t, Op, kAny>(args);
   }

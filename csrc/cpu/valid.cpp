@@ -1,11 +1,23 @@
 #include "valid.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace bnext::cpu {
 
 // A byte holds the number of valid ones among so many, which is how the compiler vectorises the loop.
 constexpr std::int64_t kRun = 255;
+
+void pack_valid(const std::uint8_t* valid, std::int64_t positions, std::uint8_t* bits) {
+  constexpr std::uint64_t kLow = 0x7f7f7f7f7f7f7f7f;
+  for (std::int64_t i = 0; i < positions; i += 8) {
+    std::uint64_t eight = 0;
+    std::memcpy(&eight, valid + i, static_cast<std::size_t>(std::min<std::int64_t>(8, positions - i)));
+    // 1 in each byte that is not 0; a product with a term for each byte brings these to one another's side.
+    const std::uint64_t ones = (((eight & kLow) + kLow) | eight) >> 7 & 0x0101010101010101;
+    bits[i / 8] = static_cast<std::uint8_t>(ones * 0x0102040810204080 >> 56);
+  }
+}
 
 std::int64_t count_valid(const std::uint8_t* valid, std::int64_t positions) {
   std::int64_t count = 0;

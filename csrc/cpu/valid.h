@@ -7,6 +7,9 @@
 
 namespace bnext::cpu {
 
+// A bit for each of `positions`, the lowest of a byte first; 0 in what is left of the last byte.
+void pack_valid(const std::uint8_t* valid, std::int64_t positions, std::uint8_t* bits);
+
 std::int64_t count_valid(const std::uint8_t* valid, std::int64_t positions);
 
 // Where to take samples of a channel, of whose positions `count` are valid: more than none.

@@ -275,19 +275,6 @@ BNEXT_INLINE Vector<acc_t, kWidth<acc_t>> keep(const Vector<acc_t, kWidth<acc_t>
   return lane < Bits{} + tail.n ? v : V{};
 }
 
-// Where the bytes from `bytes` on, one for each lane, are not zero; lanes that there are none of count as zero.
-template <typename acc_t, typename Lanes>
-BNEXT_INLINE auto nonzero_lanes(const std::uint8_t* bytes, Lanes lanes) {
-  using Bits = typename LanesOf<Vector<acc_t, kWidth<acc_t>>>::Bits;
-  std::uint8_t packed[kWidth<acc_t>];
-  if constexpr (std::is_same_v<Lanes, Tail>) {
-    load_tail(packed, bytes, lanes);
-  } else {
-    __builtin_memcpy(packed, bytes, sizeof packed);
-  }
-  return __builtin_convertvector(load_raw<Vector<std::uint8_t, kWidth<acc_t>>>(packed), Bits) != Bits{};
-}
-
 // A cache line's worth of values.
 constexpr int kLineBytes = 64;
 template <typename acc_t, typename scalar_t>
@@ -343,6 +330,23 @@ BNEXT_INLINE V from_bits(std::uint32_t bits) {
   for (int l = 0; l < kWidth<T>; ++l) each[l] = 1 << l;
   const Bits named = each & static_cast<std::remove_reference_t<decltype(each[0])>>(bits);
   return named != 0 ? V{} + static_cast<T>(1) : V{};
+}
+
+// Of `named` the lanes that the bits name, of `others` the rest.
+template <typename V>
+BNEXT_INLINE V select(std::uint32_t bits, const V& named, const V& others) {
+  using T = scalar_of<V>;
+#if defined(__x86_64__)
+  if constexpr (kVectorBytes == 64 && sizeof(T) == 4) {
+    return __builtin_bit_cast(V, _mm512_mask_blend_ps(static_cast<__mmask16>(bits), __builtin_bit_cast(__m512, others),
+                                                      __builtin_bit_cast(__m512, named)));
+  }
+  if constexpr (kVectorBytes == 64 && sizeof(T) == 8) {
+    return __builtin_bit_cast(V, _mm512_mask_blend_pd(static_cast<__mmask8>(bits), __builtin_bit_cast(__m512d, others),
+                                                      __builtin_bit_cast(__m512d, named)));
+  }
+#endif
+  return from_bits<V>(bits) != static_cast<T>(0) ? named : others;
 }
 
 // Whether each lane is above zero or a NaN: where a rectifier is open, by its opening().

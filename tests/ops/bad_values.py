@@ -181,7 +181,14 @@ def _act(t: Target, name: str) -> list[Bad]:
 
 
 def _mask(t: Target, name: str) -> list[Bad]:
+    if not t.name.startswith("operator"):
+        return _exactly(t, name)  # of padding
     return [*_exactly(t, name), Bad("of_channels_last", lambda: t.good()[name].flatten(0, 1))]
+
+
+def _part_size(t: Target, name: str) -> list[Bad]:
+    rows = NOT_A_NUMBER + _constants(negative=-1, float=1.5)
+    return rows + (_constants(bool=True, zero=0) if "function" in t.name else IS_NONE)
 
 
 def _list_of_bools(t: Target, name: str) -> list[Bad]:
@@ -228,6 +235,13 @@ KINDS: dict[str, Callable[[Target, str], list[Bad]]] = {
     "count": _count,
     "tensor": lambda t, name: NOT_A_TENSOR + IS_NONE,  # any that torch's collective takes
     "mask": _mask,
+    "valid": _exactly,
+    "lengths": lambda t, name: [*NOT_A_TENSOR, Bad("of_images", lambda: torch.ones(SHAPE[0], dtype=torch.int64))],
+    "batch": _group,
+    "size": _group,
+    "device": lambda t, name: _constants(unknown="nowhere", int=-5) + NOT_A_STRING + IS_NONE,
+    "virtual_batch_size": _part_size,
+    "update_in_backward": _strict_bool,
     "momentum": _momentum,
     "eps": _eps,
     "slope": lambda t, name: NOT_A_NUMBER + IS_NONE,
@@ -242,6 +256,7 @@ KINDS: dict[str, Callable[[Target, str], list[Bad]]] = {
     "recompute": _strict_bool,
     "sync": _strict_bool,
     "verbose": _strict_bool,
+    "single_value": lambda t, name: NOT_A_STRING + _constants(unknown="skip"),
     "process_group": _process_group,
     "name": _cpu_isa,
     "sms": _cap,

@@ -1,0 +1,104 @@
+"""What a layer may do otherwise than torch, where that is asked for: one value a channel, and forwards in backward."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from cases import make_input
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import bnext
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    return all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def pooled() -> nn.Sequential:
+    """As ASPP's branch of image features, which ends in one value a channel."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
+def test_one_value_a_channel_takes_the_running_statistics(fuse: bool) -> None:
+    model = bnext.convert(pooled(), fuse=fuse, single_value="running")
+    model(make_input((6, 3, 5, 5)))
+    before, x = state(model), make_input((1, 3, 5, 5)).requires_grad_()
+    y = model(x)
+    assert unchanged(model, before)
+    theirs = pooled()
+    theirs.load_state_dict(before)
+    expected = theirs.eval()(x)
+    assert torch.allclose(y, expected, rtol=1e-6, atol=1e-6)
+    grads, wanted = (torch.autograd.grad(t.sum(), x)[0] for t in (y, expected))
+    assert torch.allclose(grads, wanted, rtol=1e-6, atol=1e-6)
+    model(make_input((2, 3, 5, 5)))
+    assert not unchanged(model, before)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        bnext.revert(model)(x)
+
+
+def test_policies_by_attribute() -> None:
+    layer, x = bnext.BatchNorm1d(3), make_input((1, 3))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        layer(x)
+    layer.single_value = "running"
+    assert copy.deepcopy(layer)(x).shape == (1, 3)
+    layer.single_value = "mean"
+    with pytest.raises(ValueError, match='expected single_value to be "running" or None, but got \'mean\''):
+        layer(x)
+    layer = bnext.BatchNorm1d(3, track_running_stats=False)
+    layer.single_value = "running"  # of which there are none
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        layer(x)
+
+
+KINDS: dict[str, Any] = {
+    "reentrant": functools.partial(checkpoint, use_reentrant=True),
+    "saved_tensors": functools.partial(checkpoint, use_reentrant=False),
+}
+
+
+def block() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("sync", [False, True], ids=["alone", "sync"])
+def test_a_checkpointed_batch_counts_once(kind: str, fuse: bool, sync: bool) -> None:
+    results = []
+    for options in (None, {"update_in_backward": True}, {"update_in_backward": False}):
+        model, x = block(), make_input((4, 3, 7, 7)).requires_grad_()
+        if options:
+            bnext.convert(model, fuse=fuse, sync=sync, **options)
+        y = model(x) if options is None else KINDS[kind](model, x)
+        grads = torch.autograd.grad(y.square().sum(), [x, *model.parameters()]) if kind == "saved_tensors" else ()
+        if kind == "reentrant":
+            y.square().sum().backward()
+            grads = (x.grad,)
+        results.append((int(model[1].num_batches_tracked), model[1].running_var.clone(), grads[0]))
+    (_, once, grad), (twice, _, _), (ours, running_var, ours_grad) = results
+    assert twice == 2
+    assert ours == 1
+    assert torch.allclose(running_var, once, rtol=1e-5)
+    assert torch.allclose(ours_grad, grad, rtol=1e-4, atol=1e-6)
+
+
+def test_forwards_outside_of_backward_count() -> None:
+    model = bnext.convert(block(), update_in_backward=False)
+    for _ in range(2):
+        model(make_input((4, 3, 7, 7))).sum().backward()
+    assert model[1].num_batches_tracked == 2
+    assert bnext.revert(model)[1].__dict__.get("update_in_backward") is None

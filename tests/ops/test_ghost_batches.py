@@ -1,0 +1,102 @@
+"""Ghost batches: parts of a batch that are normalised apart, in one call, as a loop over calls would do it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from batches import check_batch, random_mask
+from cases import DTYPES, Case, make_input, make_parameters
+from checks import make_inputs
+from marks import FLAGS, PLAIN_OR_ACT, pairs
+
+import bnext
+from bnext.functional import batch_norm
+
+# Parts that are shared out among threads, 16 and more; a shorter last one; one part alone.
+CASES = [
+    Case((33, 17), "contiguous"),
+    Case((37, 5, 6), "contiguous"),
+    Case((37, 5, 6), "channels_last"),
+    Case((7, 64, 7, 7), "contiguous"),
+    Case((7, 64, 7, 7), "channels_last"),
+    Case((5, 3, 40, 40), "contiguous"),
+    Case((4, 3, 2, 3, 5), "channels_last_3d"),
+    Case((6, 5, 7, 3), "sliced"),
+]
+
+
+@pairs(case=CASES, dtype=DTYPES, act=PLAIN_OR_ACT, has_residual=FLAGS, size=(2, 3, 64), has_padding=FLAGS)
+def test_each_part_is_normalised_by_itself(
+    case: Case, dtype: torch.dtype, act: Any, has_residual: bool, size: int, has_padding: bool
+) -> None:
+    if case.shape[0] % size == 1 and len(case.shape) == 2:
+        size += 2  # a last part of one row would be refused
+    inputs = make_inputs(*case, dtype, has_residual=has_residual, grad_layout=case.layout)
+    check_batch(inputs, random_mask(case.shape) if has_padding else None, size, act=act)
+
+
+@pytest.mark.parametrize("momentum", [0.3, None], ids="momentum={}".format)
+def test_running_statistics_are_those_of_a_loop(momentum: float | None) -> None:
+    x, p = make_input((37, 5, 6)), make_parameters(5)
+    layers = [bnext.BatchNorm1d(5, momentum=momentum) for _ in range(2)]
+    for layer in layers:
+        layer.load_state_dict({**p._asdict(), "num_batches_tracked": torch.tensor(2)})
+    layers[0].virtual_batch_size = 4
+    y = layers[0](x)
+    z = torch.cat([layers[1](part) for part in x.split(4)])
+    assert torch.allclose(y, z, rtol=1e-6, atol=1e-6)
+    for name, value in layers[1].state_dict().items():
+        assert torch.allclose(layers[0].state_dict()[name], value, rtol=1e-6), name
+    assert layers[0].num_batches_tracked == 12
+    evaluations = [layer.eval()(x) for layer in layers]  # which have no parts
+    assert torch.allclose(*evaluations, rtol=1e-5, atol=1e-6)
+
+
+def test_an_empty_batch_is_one_part() -> None:
+    layer = bnext.BatchNorm1d(3)
+    layer.virtual_batch_size = 2
+    assert layer(torch.empty(0, 3, 4)).shape == (0, 3, 4)
+    assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["fused", "compiled"])
+def test_a_converted_model_fuses_and_compiles_them(compiled: bool) -> None:
+    def model() -> torch.nn.Sequential:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+
+    x = make_input((6, 3, 7, 7))
+    expected = model()
+    z = torch.cat([expected(part) for part in x.split(4)])
+    ours = bnext.convert(model(), fuse=not compiled)
+    ours[1].virtual_batch_size = 4
+    y = (torch.compile(ours, backend="aot_eager", fullgraph=True) if compiled else ours)(x)
+    assert torch.allclose(y, z, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(ours[1].running_var, expected[1].running_var, rtol=1e-5)
+    if not compiled:
+        assert [name for name, _ in bnext.fusion_report(ours).fused] == ["1"]
+
+
+WRONG: dict[str, tuple[type[Exception], str, Any]] = {
+    "zero": (ValueError, "virtual_batch_size to be at least 1, but got 0", 0),
+    "negative": (ValueError, "virtual_batch_size to be at least 1, but got -3", -3),
+    "float": (TypeError, "virtual_batch_size to be an int", 2.0),
+    "bool": (TypeError, "virtual_batch_size to be an int", True),
+    "single_values": (ValueError, "more than 1 value per channel.*virtual_batch_size=1", 1),
+    "a_single_value_at_last": (ValueError, "more than 1 value per channel.*virtual_batch_size=4", 4),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_named_before_anything_is_touched(case: str) -> None:
+    error, message, size = WRONG[case]
+    x, layer = make_input((9, 3)), bnext.BatchNorm1d(3)
+    layer.virtual_batch_size = size
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    with pytest.raises(error, match=message):
+        layer(x)
+    with pytest.raises(error, match=message):
+        batch_norm(x, layer.running_mean, layer.running_var, training=True, virtual_batch_size=size)
+    assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())

@@ -1,0 +1,272 @@
+"""Padding: by a mask, by lengths, or not there at all, in nested tensors. And what is wrong with either."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from batches import check_batch, make_padded, positions, random_mask, with_garbage
+from cases import DTYPES, Case, make_grad, make_input, make_parameters, same_bits, seed
+from checks import make_inputs
+from marks import FLAGS, PLAIN_OR_ACT, pairs
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+import bnext
+from bnext.functional import batch_norm, batch_norm_act
+
+# Every rank and layout; planes and rows that fill registers and that do not; more than one chunk of a reduction.
+CASES = [
+    Case((33, 17), "contiguous"),
+    Case((6, 17, 5), "contiguous"),
+    Case((6, 17, 5), "channels_last"),
+    Case((5, 130, 40), "channels_last"),
+    Case((4, 64, 7, 7), "contiguous"),
+    Case((4, 64, 7, 7), "channels_last"),
+    Case((12, 5, 3, 3), "contiguous"),
+    Case((4, 3, 150, 160), "contiguous"),
+    Case((4, 3, 150, 160), "channels_last"),
+    Case((2, 3, 2, 3, 5), "channels_last_3d"),
+    Case((6, 5, 7, 3), "sliced"),
+]
+
+
+@pairs(case=CASES, dtype=DTYPES, act=PLAIN_OR_ACT, has_residual=FLAGS, training=FLAGS)
+def test_padding_is_as_if_it_were_not_there(
+    case: Case, dtype: torch.dtype, act: Any, has_residual: bool, training: bool
+) -> None:
+    inputs = make_inputs(*case, dtype, has_residual=has_residual, grad_layout=case.layout)
+    check_batch(inputs, random_mask(case.shape), training=training, act=act)
+
+
+@pytest.mark.parametrize("case", [CASES[6], CASES[8]], ids=str)
+def test_every_instruction_set(case: Case, isa: str) -> None:
+    for dtype in DTYPES:
+        check_batch(make_inputs(*case, dtype, has_residual=True), random_mask(case.shape), act="relu")
+
+
+@pytest.mark.parametrize("offset", [1e4, 1e30], ids="mean={}".format)
+def test_sums_that_float32_does_not_hold(offset: float) -> None:
+    # The first look shifts by samples, which must be valid ones; values of 1e30 are reduced again in float64.
+    shape = (6, 5, 9, 11)
+    for layout in ("contiguous", "channels_last"):
+        inputs = make_inputs(shape, layout)
+        check_batch(inputs._replace(input=(inputs.input + 1.0) * offset), random_mask(shape))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, list], ids=str)
+def test_lengths(layout: str, dtype: Any) -> None:
+    shape, lengths = (5, 7, 13), [13, 0, 4, 12, 1]
+    given = lengths if dtype is list else torch.tensor(lengths, dtype=dtype)
+    valid = torch.arange(13) < torch.tensor(lengths)[:, None]
+    x, p = make_padded(shape, valid, layout), make_parameters(7)
+    for training in FLAGS:
+        outputs = []
+        for options in ({"lengths": given}, {"mask": valid}):
+            stats = p.clone()
+            y = batch_norm(x, *stats[2:], *stats[:2], training, **options)
+            outputs.append([y, *stats[2:]])
+        assert all(map(same_bits, *outputs))
+        assert outputs[0][0][:, :, 12].nonzero()[:, 0].unique().tolist() == [0]
+
+
+@pytest.mark.parametrize("shape", [(40, 5, 70), (40, 64, 6, 6)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_bits_depend_on_neither_threads_nor_what_padding_holds(shape: tuple[int, ...], layout: str) -> None:
+    valid, results = random_mask(shape), []
+    x, g = make_input(shape, layout), make_grad(shape, layout)
+    before = torch.get_num_threads()
+    try:
+        for count, garbage in ((1, False), (3, True)):
+            torch.set_num_threads(count)
+            for size in (None, 2):
+                seed(0)
+                p = make_parameters(shape[1])
+                leaf, grad = (with_garbage(t, valid) if garbage else t for t in (x, g))
+                leaf = leaf.detach().requires_grad_()
+                y = batch_norm_act(leaf, *p[2:], *p[:2], training=True, mask=valid, virtual_batch_size=size)
+                results.append((y, *torch.autograd.grad(y, leaf, grad), *p[2:]))
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(results[:2], results[2:], strict=True):
+        assert all(map(same_bits, one, other))
+
+
+def test_nothing_but_padding_and_a_single_value() -> None:
+    x, p = make_input((4, 3, 5)).requires_grad_(), make_parameters(3)
+    for valid_values in (0, 1):
+        valid = torch.zeros(4, 5, dtype=torch.bool)
+        valid.view(-1)[7 : 7 + valid_values] = True
+        layer = bnext.BatchNorm1d(3)
+        layer.load_state_dict({**layer.state_dict(), **{k: v for k, v in p._asdict().items()}})
+        y = layer(x, mask=valid)
+        expected = torch.zeros_like(y)
+        expected[valid.unsqueeze(1).expand_as(y)] = p.bias.repeat(valid_values)
+        assert torch.equal(y, expected)
+        (grad,) = torch.autograd.grad(y.square().sum(), x)
+        assert torch.equal(grad, torch.zeros_like(x))
+        seen = x[1, :, 2].detach()
+        mean = 0.9 * p.running_mean + 0.1 * seen if valid_values else p.running_mean
+        assert torch.allclose(layer.running_mean, mean)
+        assert torch.equal(layer.running_var, p.running_var)
+        assert layer.num_batches_tracked == 1
+
+
+@pairs(
+    shape=((5, 3, 4), (4, 3, 2, 3)),
+    layout=("contiguous", "channels_last"),
+    act=("identity", "relu", "silu"),
+    has_residual=FLAGS,
+    size=(None, 3),
+)
+def test_derivatives(shape: tuple[int, ...], layout: str, act: str, has_residual: bool, size: int | None) -> None:
+    inputs, valid = make_inputs(shape, layout, torch.float64, has_residual=has_residual), random_mask(shape)
+
+    def call(*leaves: Tensor) -> Tensor:
+        x, weight, bias, *residual = leaves
+        statistics = [None, None] if training else inputs.params[2:]
+        options = {"mask": valid, "virtual_batch_size": size if training else None}
+        return batch_norm_act(x, *statistics, weight, bias, *(residual or [None]), training, 0.1, 1e-3, act, **options)
+
+    leaves = [inputs.input, *inputs.params[:2], *([inputs.residual] if has_residual else [])]
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    for training in FLAGS:
+        gradcheck(call, leaves, check_forward_ad=True, check_batched_grad=True, fast_mode=True)
+        gradgradcheck(call, leaves, check_fwd_over_rev=True, fast_mode=True)
+
+
+def test_derivatives_do_not_see_what_padding_holds() -> None:
+    shape = (5, 3, 4)
+    valid = random_mask(shape)
+    results = []
+    for fill in (lambda t, valid: t, with_garbage):
+        x, g, u = (fill(make(shape, dtype=torch.float64), valid) for make in (make_input, make_grad, make_input))
+        x, g = x.detach().requires_grad_(), g.detach().requires_grad_()
+        w = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        y, tangent = torch.func.jvp(lambda x, w=w: batch_norm_act(x, None, None, w, None, None, True, mask=valid), (x,), (u,))
+        first = torch.autograd.grad(y, (x, w), g, create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum() + first[1].sum(), (x, w, g))
+        results.append([y, tangent, *first, *second])
+    for one, other in zip(*results, strict=True):
+        assert same_bits(one, other)
+
+
+@pytest.mark.parametrize("dim", [0, None], ids=["own_padding", "shared_padding"])
+def test_vmap(dim: int | None) -> None:
+    x, valid = make_input((3, 6, 5, 4)), random_mask((18, 1, 4)).view(3, 6, 4)
+    masks = valid if dim == 0 else valid[0]
+    together = torch.func.vmap(lambda x, m: batch_norm(x, None, None, training=True, mask=m), in_dims=(0, dim))(x, masks)
+    for i in range(3):
+        alone = batch_norm(x[i], None, None, training=True, mask=valid[i] if dim == 0 else masks)
+        assert torch.allclose(together[i], alone, rtol=1e-6, atol=1e-6)
+
+
+def layer_calls() -> dict[str, Callable[..., Tensor]]:
+    """Of every kind of layer that takes padding, in training."""
+    converted = bnext.convert(torch.nn.BatchNorm1d(5))
+    fused = bnext.convert(torch.nn.Sequential(torch.nn.BatchNorm1d(5)), fuse=True)[0]
+    return {
+        "plain": bnext.BatchNorm1d(5),
+        "activated": bnext.BatchNormAct1d(5, act="identity"),
+        "sync": bnext.SyncBatchNorm(5),
+        "lazy": bnext.LazyBatchNorm1d(),
+        "converted": converted,
+        "part_of_fused": fused,
+        "compiled": torch.compile(bnext.BatchNorm1d(5), backend="aot_eager", fullgraph=True),
+    }
+
+
+@pytest.mark.parametrize("kind", sorted(layer_calls()))
+def test_layers(kind: str) -> None:
+    layer, lengths = layer_calls()[kind], torch.tensor([4, 2, 0])
+    valid = torch.arange(4) < lengths[:, None]
+    x = make_padded((3, 5, 4), valid)
+    mean, var = torch.zeros(5), torch.ones(5)
+    expected = batch_norm(x, mean, var, torch.ones(5), torch.zeros(5), True, mask=valid)
+    for options in ({"lengths": lengths}, {"mask": valid}):
+        assert torch.allclose(layer(x, **options), expected, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(layer.running_mean, 0.19 * 10 * mean, rtol=1e-5, atol=1e-6)
+    layer.eval()
+    statistics = (layer.running_mean, layer.running_var)
+    evaluated = batch_norm(x, *statistics, training=False, mask=valid)
+    assert torch.allclose(layer(x, lengths=lengths), evaluated, rtol=1e-6, atol=1e-6)
+    with torch.no_grad():  # which a compiler sees as arithmetic
+        assert torch.allclose(layer(x, mask=valid), evaluated, rtol=1e-6, atol=1e-6)
+
+
+def test_outputs_are_made_again_without_padding() -> None:
+    valid = random_mask((4, 3, 5, 5))
+    x, conv = make_padded((4, 3, 5, 5), valid).requires_grad_(), torch.nn.Conv2d(3, 4, 3)
+    for size in (None, 2):
+        grads = []
+        for scope in (torch.enable_grad, bnext.recompute):
+            with scope():
+                y = conv(batch_norm_act(x, None, None, act="silu", training=True, mask=valid, virtual_batch_size=size))
+            grads.append(torch.autograd.grad(y.square().sum(), [x, *conv.parameters()]))
+        assert all(map(same_bits, *grads))
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+def test_nested_tensors_run_on_their_values() -> None:
+    sequences = [make_input((length, 5)) for length in (3, 1, 4)]
+    nested = torch.nested.nested_tensor(sequences, layout=torch.jagged, requires_grad=True)
+    layer, padded = bnext.BatchNormAct1d(5, act="silu"), bnext.BatchNormAct1d(5, act="silu")
+    for training in FLAGS:
+        layer.train(training), padded.train(training)
+        y = layer(nested.transpose(1, 2))
+        assert y.shape[:2] == (3, 5)
+        x = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).transpose(1, 2).detach().requires_grad_()
+        z = padded(x, lengths=[3, 1, 4])
+        values = torch.cat([z[i, :, :n].T for i, n in enumerate((3, 1, 4))])
+        assert torch.allclose(y.transpose(1, 2).values(), values, rtol=1e-6, atol=1e-6)
+        (grad,) = torch.autograd.grad(y.values().square().sum(), nested)
+        (expected,) = torch.autograd.grad(z.square().sum(), x)
+        expected = torch.cat([expected[i, :, :n].T for i, n in enumerate((3, 1, 4))])
+        assert torch.allclose(grad.values(), expected, rtol=1e-5, atol=1e-6)
+        assert torch.allclose(layer.running_var, padded.running_var)
+    with pytest.raises(ValueError, match=r"shape \(N, C, j\)"):
+        layer(nested)
+    with pytest.raises(ValueError, match="no lengths"):
+        layer(nested.transpose(1, 2), lengths=[3, 1, 4])
+
+
+WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "negative": (ValueError, "lengths from 0 to 6.*but got -1 at 1", {"lengths": [6, -1, 2, 3]}),
+    "too_long": (ValueError, "lengths from 0 to 6.*but got 7 at 3", {"lengths": [6, 1, 2, 7]}),
+    "too_few": (ValueError, "lengths to have shape", {"lengths": [6, 1, 2]}),
+    "a_column": (ValueError, "lengths to have shape", {"lengths": torch.ones(4, 1, dtype=torch.int64)}),
+    "floats": (TypeError, "lengths to be int64 or int32", {"lengths": torch.ones(4)}),
+    "a_list_of_floats": (TypeError, "list of ints", {"lengths": [1.0, 2.0, 3.0, 4.0]}),
+    "elsewhere": (RuntimeError, "lengths on the CPU", {"lengths": torch.ones(4, dtype=torch.int64, device="meta")}),
+    "both": (ValueError, "lengths or mask", {"lengths": [1] * 4, "mask": torch.ones(4, 6, dtype=torch.bool)}),
+    "mask_of_floats": (TypeError, "mask to be a tensor of bool", {"mask": torch.ones(4, 6)}),
+    "mask_with_channels": (ValueError, "mask to have the shape", {"mask": torch.ones(4, 3, 6, dtype=torch.bool)}),
+    "mask_elsewhere": (RuntimeError, "mask on the device", {"mask": torch.ones(4, 6, dtype=torch.bool, device="meta")}),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_named_before_anything_is_touched(case: str) -> None:
+    error, message, options = WRONG[case]
+    layer = bnext.BatchNorm1d(3)
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    for training in FLAGS:
+        with pytest.raises(error, match=message):
+            layer.train(training)(make_input((4, 3, 6)), **options)
+    assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+    with pytest.raises(ValueError, match=r"shape \(N, C, L\) with lengths"):
+        bnext.BatchNorm2d(3)(make_input((4, 3, 6, 6)), lengths=[1] * 4)
+
+
+def test_an_infinite_value_that_is_no_padding_is_seen() -> None:
+    valid = torch.ones(positions((4, 3, 5)), dtype=torch.bool)
+    valid[0, 0] = False
+    x = make_input((4, 3, 5))
+    x[1, 0, 1] = math.inf
+    y = batch_norm(x, None, None, training=True, mask=valid)
+    assert y[:, 0][valid].isnan().all()
+    assert y[:, 1:].isfinite().all()
