@@ -69,6 +69,7 @@ class ChannelsLast {
     tile_rows_ = op.exceeds_l2 ? std::clamp(kTileBytes / row_bytes_, kMinTileRows, kMaxTileRows) : kMaxTileRows;
     prefetch_distance_ =
         op.exceeds_l2 ? std::max(kPrefetchBytes, tile_rows_ * row_bytes_) / element_size(problem.dtype) : 0;
+    if (op.valid != nullptr && fold_ != 1) repeat_for_channels();
   }
 
   void run(const Parallel& parallel) const {
@@ -87,6 +88,20 @@ class ChannelsLast {
   }
 
  private:
+  // Eight pixels' bits, each as often as there are channels, for every byte that they may be.
+  void repeat_for_channels() {
+    const std::int64_t C = problem_.C;
+    repeated_.resize(static_cast<std::size_t>(256 * C));
+    for (std::int64_t pixel = 0; pixel < 8; ++pixel) {
+      std::uint8_t* const alone = repeated_.data() + (C << pixel);
+      for (std::int64_t bit = pixel * C; bit < (pixel + 1) * C; ++bit) {
+        alone[bit / 8] |= static_cast<std::uint8_t>(1 << bit % 8);
+      }
+      // With each of the bytes of the pixels before it.
+      for (std::int64_t i = C; i < C << pixel; ++i) alone[i] = repeated_[i] | alone[i % C];
+    }
+  }
+
   void run_in_blocks(const Parallel& parallel) const {
     const std::int64_t C = problem_.C;
     const std::int64_t width = std::clamp(kBlockElements / M_ / 64 * 64, kMinColumnBlock, kMaxBlockColumns);
@@ -327,28 +342,21 @@ class ChannelsLast {
       const std::int64_t count = count_valid(valid, pixels);
       is_all = count == 0;
       if (count == pixels) return;
-      const std::int64_t stride = divide_up(block.len, 8);
-      bits.resize(static_cast<std::size_t>(block.rows * stride));
-      const std::int64_t fold = block.len / C;
-      for (std::int64_t i = 0; i < pixels; ++i) {
-        if (valid[i] != 0) set_bits(bits.data() + i / fold * stride, i % fold * C, C);
-      }
-      block.valid = bits.data();
-      block.valid_stride = stride;
-    }
-
-    // Bits [begin, begin + n) of a row.
-    static void set_bits(std::uint8_t* row, std::int64_t begin, std::int64_t n) {
-      const std::int64_t end = begin + n;
-      for (std::int64_t i = begin; i < end;) {
-        const std::int64_t next = std::min(end, i / 8 * 8 + 8);
-        if (next - i == 8) {
-          const std::int64_t bytes = (end - i) / 8;
-          std::memset(row + i / 8, 0xff, static_cast<std::size_t>(bytes));
-          i += 8 * bytes;
-        } else {
-          row[i / 8] |= static_cast<std::uint8_t>(((1 << (next - i)) - 1) << i % 8);
-          i = next;
+      block.valid_stride = divide_up(block.len, 8);
+      if (all.fold_ == 1) {
+        bits.resize(static_cast<std::size_t>(block.rows * block.valid_stride));
+        block.valid = bits.data();
+        for (std::int64_t r = 0; r < pixels; ++r) {
+          if (valid[r] != 0) std::fill_n(bits.data() + r * block.valid_stride, block.valid_stride, std::uint8_t{0xff});
+        }
+      } else {
+        // Folded rows are whole bytes, and lie one behind the other. Of eight pixels' bits there are C bytes.
+        std::vector<std::uint8_t> of_pixels(static_cast<std::size_t>(divide_up(pixels, 8)));
+        pack_valid(valid, pixels, of_pixels.data());
+        bits.resize(of_pixels.size() * static_cast<std::size_t>(C));
+        block.valid = bits.data();
+        for (std::size_t i = 0; i < of_pixels.size(); ++i) {
+          std::memcpy(bits.data() + i * C, all.repeated_.data() + of_pixels[i] * C, static_cast<std::size_t>(C));
         }
       }
     }
@@ -360,6 +368,7 @@ class ChannelsLast {
   const Problem& problem_;
   const ChannelOp& op_;
   const KernelTable& kernels_;
+  std::vector<std::uint8_t> repeated_;
   std::int64_t M_;
   std::int64_t fold_;       // rows of the tensor in one row of the matrix as the kernels see it
   std::int64_t columns_;    // C * fold_

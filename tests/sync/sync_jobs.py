@@ -53,6 +53,33 @@ def equals_the_whole_batch(
                     check_same_bits_everywhere(layer)
 
 
+def counts_what_is_no_padding(world: World, *, sizes: Sequence[int], layout: str) -> None:
+    """As one process with the whole batch, whose own tests compare it with the reference. On one process there may be
+    nothing but padding."""
+    rows = share_of(sizes, world.rank)
+    batch = make_batch((sum(sizes), 5, 4, 3), offset=10.0, has_residual=True)
+    valid = torch.rand(sum(sizes), 4, 3) < 0.6
+    valid[share_of(sizes, 1)] = len(sizes) > 2
+    alone = bnext.BatchNormAct2d(5, act="relu", dtype=torch.float64)
+    layer = make_layer(5, act="relu")
+    alone.load_state_dict(layer.state_dict())
+    results = []
+    for each, part in ((alone, slice(None)), (layer, rows)):
+        x, residual = (t[part].detach().requires_grad_() for t in (to_layout(batch.input, layout), batch.residual))
+        y = each(x, residual, mask=valid[part])
+        grads = torch.autograd.grad(y, [x, residual, *each.parameters()], batch.grad_output[part])
+        results.append((y, *grads))
+    y, dx, dresidual, *_ = results[0]
+    for what, got, expected in zip(("output", "input", "residual"), results[1], (y, dx, dresidual), strict=False):
+        assert_within(got, expected[rows], 1e-11 * (1 + expected.abs().max()), what)
+    for got, expected in zip(results[1][3:], results[0][3:], strict=True):
+        distributed.all_reduce(got)
+        assert_within(got, expected, 1e-11 * (1 + expected.abs().max()), "parameters")
+    for what in ("running_mean", "running_var"):
+        assert_within(getattr(layer, what), getattr(alone, what), 1e-11, what)
+    check_same_bits_everywhere(layer)
+
+
 def is_accurate_far_from_zero(world: World, *, sizes: Sequence[int], layout: str) -> None:
     """The bars of the contract's section 3: 16,384 values a channel, standard deviation 1, float32."""
     rows = share_of(sizes, world.rank)

@@ -53,6 +53,12 @@ def test_dtypes(sizes: tuple[int, ...], layout: str, dtype: torch.dtype, paramet
     run(jobs.equals_the_whole_batch, sizes=sizes, **image, parameters=own, acts=FEW_ACTS)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@EACH_OF_FEW_SHARES
+def test_padding(sizes: tuple[int, ...], layout: str, run: Run) -> None:
+    run(jobs.counts_what_is_no_padding, sizes=sizes, layout=layout)
+
+
 OPTIONS = (
     {"momentum": None},
     {"momentum": 0.3, "eps": 1e-3},
