@@ -3,6 +3,7 @@
 from bnext import functional
 from bnext._version import __version__
 from bnext.convert import convert, fusion_report, revert
+from bnext.freezing import freeze, unfreeze
 from bnext.memory import recompute
 from bnext.modules import (
     BatchNorm1d,
@@ -15,6 +16,7 @@ from bnext.modules import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
+from bnext.population import update_bn
 from bnext.sync import SyncBatchNorm
 
 __all__ = [
@@ -30,8 +32,11 @@ __all__ = [
     "SyncBatchNorm",
     "__version__",
     "convert",
+    "freeze",
     "functional",
     "fusion_report",
     "recompute",
     "revert",
+    "unfreeze",
+    "update_bn",
 ]

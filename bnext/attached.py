@@ -53,52 +53,73 @@ class Method(Attached):
     others, so that copies of a model share its graphs.
     """
 
-    def __init__(self, owner: torch.nn.Module, name: str, function: Callable[..., Any]) -> None:
+    def __init__(self, owner: torch.nn.Module, name: str, function: Callable[..., Any], lasting: bool = False) -> None:
         super().__init__(owner)
         self._name = name
-        self._function = function
+        self.function = function
+        self.lasting = lasting
+        self.holds: torch.nn.Module | None = None
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         owner = self._owner()
         if owner is None:
             raise RuntimeError(
-                f"expected the layer whose {self._name} was converted, but it is gone: bnext.convert is to be called "
-                "again on a copy that shared its __dict__, or was not made by copy.deepcopy"
+                f"expected the layer whose {self._name} was replaced, but it is gone: bnext.convert, or bnext.freeze, "
+                "is to be called again on a copy that shared its __dict__, or was not made by copy.deepcopy"
             )
-        return self._function(owner, *args, **kwargs)
+        return self.function(owner, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attached:
-        return super().__deepcopy__(memo) or _without_owner(self._name, self._function)
+        return super().__deepcopy__(memo) or _without_owner(self._name, self.function, self.lasting)
 
     def __reduce__(self) -> tuple[Any, ...]:
         reduced = super().__reduce__()
-        return reduced if reduced[1] else (_without_owner, (self._name, self._function))
+        return reduced if reduced[1] else (_without_owner, (self._name, self.function, self.lasting))
 
     def follow(self, copy: torch.nn.Module) -> Attached:
-        return attach_method(copy, self._name, self._function)
+        return attach_method(copy, self._name, self.function, self.lasting)
 
     def remake(self) -> tuple[Any, ...]:
-        return attach_method, (self._owner(), self._name, self._function)
+        return attach_method, (self._owner(), self._name, self.function, self.lasting)
 
 
 def attach(owner: torch.nn.Module, attached: Attached, *keys: str) -> Attached:
     """Put an object into its owner's ``__dict__``, where replicas of the owner do not take it for theirs."""
     for key in keys:
         owner.__dict__[key] = attached
-    if _REPLICATE not in keys:
+    replicating = _behind(owner.__dict__.get(_REPLICATE))
+    if _REPLICATE not in keys and not (replicating and replicating.acts_for(owner)):
         attach_method(owner, _REPLICATE, _replicate)
     return attached
 
 
-def attach_method(owner: torch.nn.Module, name: str, function: Callable[..., Any]) -> Attached:
-    method = Method(owner, name, function)
+def attach_method(owner: torch.nn.Module, name: str, function: Callable[..., Any], lasting: bool = False) -> Attached:
+    """Let a function of a module and of a method's arguments take the method's place. A lasting one is no part of a
+    conversion, and stays when that is undone. It is for users to call, on a temporary, too, of which nothing is left
+    but the method when it is called: it keeps its owner alive. Of the others, modules call their own."""
+    method = Method(owner, name, function, lasting)
+    method.holds = owner if lasting else None
     attach(owner, method, name)
     owner.__dict__[name] = method.call
     return method
 
 
-def _without_owner(name: str, function: Callable[..., Any]) -> Method:
-    return Method(torch.nn.Module(), name, function)  # which is gone when this returns
+def attached_function(owner: torch.nn.Module, name: str) -> Callable[..., Any] | None:
+    """What takes the place of a method, if anything does."""
+    attached = _behind(owner.__dict__.get(name))
+    return attached.function if isinstance(attached, Method) else None
+
+
+def detach_methods(owner: torch.nn.Module, *names: str) -> None:
+    """Undo :func:`attach_method`."""
+    for name in names:
+        del owner.__dict__[name]
+    if _attached_to(owner).keys() == {_REPLICATE}:
+        del owner.__dict__[_REPLICATE]
+
+
+def _without_owner(name: str, function: Callable[..., Any], lasting: bool = False) -> Method:
+    return Method(torch.nn.Module(), name, function, lasting)  # which is gone when this returns
 
 
 def attach_forward(owner: torch.nn.Module, function: Callable[..., Any]) -> None:
@@ -120,10 +141,14 @@ def detach_forward(owner: torch.nn.Module) -> None:
 
 
 def detach(owner: torch.nn.Module) -> None:
-    """Take everything attached out of a module."""
-    for key, value in list(owner.__dict__.items()):
-        if _behind(value) is not None:
-            del owner.__dict__[key]
+    """Take everything attached out of a module, but methods that are lasting."""
+    temporary = [key for key, a in _attached_to(owner).items() if not (isinstance(a, Method) and a.lasting)]
+    detach_methods(owner, *(key for key in temporary if key != _REPLICATE))
+
+
+def _attached_to(owner: torch.nn.Module) -> dict[str, Attached]:
+    found = {key: _behind(value) for key, value in owner.__dict__.items()}
+    return {key: attached for key, attached in found.items() if attached is not None}
 
 
 def _behind(value: Any) -> Attached | None:
@@ -135,8 +160,8 @@ def _behind(value: Any) -> Attached | None:
 def without_attached(owner: torch.nn.Module) -> torch.nn.Module:
     """A module of the owner's class, with its parameters and all else that the owner has, but nothing attached."""
     plain = type(owner).__new__(type(owner))
-    plain.__dict__.update(owner.__dict__)
-    detach(plain)
+    attached = _attached_to(owner)
+    plain.__dict__.update({key: value for key, value in owner.__dict__.items() if key not in attached})
     return plain
 
 
@@ -147,10 +172,8 @@ _REPLICATE = "_replicate_for_data_parallel"  # which copies __dict__ as it is
 
 def _replicate(owner: torch.nn.Module) -> torch.nn.Module:
     replica: torch.nn.Module = type(owner)._replicate_for_data_parallel(owner)
-    for key, value in list(replica.__dict__.items()):
-        attached = _behind(value)
-        if attached is not None:
-            del replica.__dict__[key]
-            if isinstance(attached, Method) and key != _REPLICATE:
-                attached.follow(replica)
+    for key, attached in _attached_to(replica).items():
+        del replica.__dict__[key]
+        if isinstance(attached, Method) and key != _REPLICATE:
+            attached.follow(replica)
     return replica

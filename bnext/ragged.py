@@ -28,17 +28,22 @@ def on_values(
     Raises:
         ValueError: the input has no channels before its ragged dimension, or a residual another structure.
     """
-    rows, offsets = _rows(input)
+    values, offsets = rows(input)
     if epilogue and epilogue[0] is not None:
-        residual, residual_offsets = _rows(epilogue[0])
+        residual, residual_offsets = rows(epilogue[0])
         if residual_offsets is not offsets:
             raise ValueError("expected residual to have the structure of input: to share its offsets, but it does not")
         epilogue = (residual, *epilogue[1:])
-    output = function(rows, *vectors, *settings, epilogue)
+    output = function(values, *vectors, *settings, epilogue)
     return torch.nested.nested_tensor_from_jagged(output, offsets).transpose(1, 2)
 
 
-def _rows(nested: Tensor) -> tuple[Tensor, Tensor]:
+def rows(nested: Tensor) -> tuple[Tensor, Tensor]:
+    """The values, (sum of j, C), and the offsets of the sequences.
+
+    Raises:
+        ValueError: it is not nested, or not of shape (N, C, j).
+    """
     if not is_jagged(nested) or nested.dim() != 3 or not isinstance(nested.shape[1], int):
         shape = tuple(nested.shape) if nested.is_nested else "a dense tensor"
         raise ValueError(f"expected a nested tensor of shape (N, C, j), as transpose(1, 2) makes it, but got {shape}")

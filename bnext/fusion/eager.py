@@ -210,5 +210,6 @@ def _stands_aside() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.maybe_current_level() is not None
         or torch.nn.modules.module._has_any_global_hook()
+        or torch._dynamo.eval_frame._stance.stance == "force_eager"
         or (torch._C._len_torch_function_stack() > 0 and native.has_foreign_function_mode())
     )

@@ -267,4 +267,25 @@ FAULTS: tuple[Fault, ...] = (
         "save_stats = input.new_empty((2, input.shape[1]), dtype=torch.float32)",
         "ops/test_schema.py::test_fake_kernels_predict_shape_dtype_and_strides",
     ),
+    Fault(
+        "revert-thaws",
+        "bnext/attached.py",
+        "if not (isinstance(a, Method) and a.lasting)]",
+        "]",
+        "modules/test_freezing.py::test_copies_are_frozen_by_themselves",
+    ),
+    Fault(
+        "unfreezing-forgets-what-was-asked-for",
+        "bnext/freezing.py",
+        "self.attach(layer, layer.training)\n        return",
+        "self.attach(layer, self.training)\n        return",
+        "modules/test_freezing.py::test_unfreezing_gives_back_modes_and_gradients",
+    ),
+    Fault(
+        "batches-of-any-size-weigh-alike",
+        "bnext/population.py",
+        "share = b[-1] / total.clamp(min=1)",
+        "share = 0.5 * (total > 0)",
+        "modules/test_population.py::test_statistics_of_all_values_of_all_calls",
+    ),
 )

@@ -1,0 +1,316 @@
+"""update_bn: running statistics of all data together, whatever batches they come in, and nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import population_jobs
+import pytest
+import torch
+from cases import make_input, to_layout
+from fusion.counting import activation, nodes
+from networks import Basic, OwnNorm, random_input
+from population_jobs import assert_statistics, expected, network, population
+from processes import Pool
+from tolerances import assert_within, half_ulp, statistics
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.optim import swa_utils
+
+import bnext
+
+Change = Callable[[nn.Module], nn.Module]
+
+UNEVEN = (64, 64, 2)
+
+
+class Twice(nn.Module):
+    """One layer, called two times, once with a keyword."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.bn = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.bn(input=x / 2)
+        return self.bn(x)
+
+
+class Tagged(Tensor):
+    """Of a class of its own, for which bnext has no kernels."""
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "torch": lambda: nn.BatchNorm2d(3),
+    "converted": lambda: bnext.convert(nn.BatchNorm2d(3, momentum=0.0)),
+    "activated": lambda: bnext.BatchNormAct2d(3, momentum=None),
+    "own": lambda: OwnNorm(3),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "layout", "mean"),
+    [
+        ("torch", torch.float32, "contiguous", 0.0),
+        ("torch", torch.float64, "channels_last", 1e4),
+        ("converted", torch.float32, "channels_last", 1e4),
+        ("converted", torch.bfloat16, "contiguous", 0.0),
+        ("activated", torch.bfloat16, "channels_last", 100.0),
+        ("own", torch.float32, "contiguous", 1e4),
+    ],
+)
+@pytest.mark.parametrize("tagged", [False, True])
+def test_statistics_of_all_values_of_all_calls(
+    kind: str, dtype: torch.dtype, layout: str, mean: float, tagged: bool
+) -> None:
+    """The standard deviation is 1, and the mean rises from batch to batch."""
+    data = [(to_layout(torch.randn(n, 3, 7, 5), layout) + mean + i).to(dtype) for i, n in enumerate(UNEVEN)]
+    model = Twice(LAYERS[kind]()).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    state = copy.deepcopy(model.state_dict())
+    if tagged:
+        data = [x.as_subclass(Tagged) for x in data]
+    assert bnext.update_bn([[x, "a label"] for x in data], model) is None
+    buffers = dict(model.bn.named_buffers())
+    values = [v for x in data for v in (x / 2, x)]
+    mean_, var = population([v.as_subclass(Tensor) for v in values])
+    count = values[0][:, 0].numel()
+    kept = model.bn.running_mean.dtype
+    # Those of one call are off by `statistics`, in standard deviations; merged, by a few roundings of float64.
+    off = statistics(count, dtype) * var.sqrt() + 2.0**-48 * mean_.abs()
+    assert_within(buffers["running_mean"], mean_, off + half_ulp(mean_, kept), "mean")
+    off = 2 * statistics(count, dtype) * var + 2.0**-48 * mean_.abs() * var.sqrt()
+    assert_within(buffers["running_var"], var, off + half_ulp(var, kept), "var")
+    assert buffers["num_batches_tracked"] == 6
+    for name in ("bn.weight", "bn.bias"):
+        assert torch.equal(model.state_dict()[name], state[name])
+
+
+def test_an_empty_batch_changes_nothing_and_a_first_one_neither() -> None:
+    x = random_input(4, 3, 2, 2)
+    for empty in (x[:0], x[:0].as_subclass(Tagged)):
+        model = nn.Sequential(nn.BatchNorm2d(3)).double()
+        bnext.update_bn([empty, x, empty], model)
+        mean, var = population([x])
+        assert_statistics(model, {"0": (mean, var, 3)})
+
+
+def in_modes(model: nn.Module) -> nn.Module:
+    """Modes as parts of models have them, one layer frozen, hooks of a user's, and a memory of another life."""
+    model[0].eval()
+    model[2].bn1.eval()
+    bnext.freeze(model[2].bn2)
+    model[2].bn1.register_forward_pre_hook(lambda _, args: (args[0] * 3 + 1,))
+    for layer in (model[0][1], model[2].bn1, model[2].bn2):
+        nn.init.normal_(layer.running_mean)
+        layer.num_batches_tracked.fill_(7)
+    return model
+
+
+def blocks() -> nn.Module:
+    return in_modes(nn.Sequential(network(), nn.Conv2d(3, 4, 1), Basic(4)).double())
+
+
+def everything(model: nn.Module) -> list[Any]:
+    """What update_bn must give back, but statistics."""
+    return [
+        (m.training, getattr(m, "momentum", None), list(m._forward_pre_hooks.values()), list(m._forward_hooks), repr(m))
+        for m in model.modules()
+    ]
+
+
+WAYS: dict[str, Change] = {
+    "torch": lambda m: m,
+    "converted": bnext.convert,
+    "fused": lambda m: bnext.convert(m, fuse=True),
+    "compiled": lambda m: torch.compile(m, backend="eager"),
+    "part compiled": lambda m: m[2].compile(backend="eager") or m,
+}
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_whole_models_are_as_before_but_for_their_statistics(
+    way: str, called: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = blocks()
+    wanted = expected(model, batches := [random_input(n, 3, 5, 4) for n in UNEVEN])
+    assert wanted.keys() == {"0.1", "0.4", "2.bn1", "2.downsample.1"}
+    run = WAYS[way](model)
+
+    def call() -> int:
+        """Also leaves graphs behind; what it gives back are activations that are not fused."""
+        state = copy.deepcopy(model.state_dict())
+        modes = [(m, bnext.freezing.mode_of(m)) for m in model.modules()]
+        left = sum(activation(node) is not None for node in nodes([run.train()(batches[0])]))
+        with torch.no_grad():
+            for batch in batches:
+                run(batch)
+        model.load_state_dict(state)
+        for module, mode in modes:
+            bnext.freezing.set_mode(module, mode)
+        return left
+
+    left = call() if called else None
+    before, graphs = everything(model), counters["stats"]["unique_graphs"]
+    frozen = copy.deepcopy(model[2].bn2.state_dict())
+    bnext.update_bn(iter(batches), run)
+    assert_statistics(model, wanted)
+    assert everything(model) == before
+    assert all(torch.equal(a, b) for a, b in zip(frozen.values(), model[2].bn2.state_dict().values(), strict=True))
+    assert bnext.unfreeze(model)[2].bn2.training
+    if called:
+        bnext.freeze(model[2].bn2)
+        assert call() == left == (0 if way == "fused" else 3)
+        assert counters["stats"]["unique_graphs"] == graphs
+    elif way == "fused":
+        assert call() == 0
+    assert not [record for record in caplog.records if record.name == "bnext"]
+
+
+def test_what_is_different_from_torchs() -> None:
+    """With equal batches the means are the same; torch's variance is the mean of the batches' own, without what lies
+    between them. With uneven ones it weighs a batch of 2 as one of 64."""
+    data = [torch.randn(n, 3, 5, 4, dtype=torch.float64) + i for i, n in enumerate((8, 8, 8, 2))]
+    for batches, equal in ((data[:3], True), (data, False)):
+        theirs, ours = (nn.Sequential(nn.BatchNorm2d(3)).double() for _ in range(2))
+        swa_utils.update_bn(batches, theirs)
+        bnext.update_bn(batches, ours)
+        assert torch.allclose(ours[0].running_mean, theirs[0].running_mean, rtol=0, atol=1e-12) is equal
+        within = sum(x.var((0, 2, 3)) for x in batches) / len(batches)
+        assert torch.allclose(theirs[0].running_var, within, rtol=1e-12)
+        assert (ours[0].running_var > 1.1 * within).all()
+        assert ours[0].num_batches_tracked == theirs[0].num_batches_tracked == len(batches)
+
+
+class Breaks(nn.Module):
+    """At the third batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        assert not torch.is_grad_enabled()
+        if self.calls == 3:
+            raise LookupError("in the model")
+        return x
+
+
+def breaking(batches: list[Tensor]) -> Iterator[Tensor]:
+    yield from batches
+    raise LookupError("in the loader")
+
+
+@pytest.mark.parametrize("where", ["model", "loader", "layer"])
+def test_an_exception_leaves_everything_as_it_was(where: str) -> None:
+    model = blocks()
+    run = nn.Sequential(model, Breaks()) if where == "model" else model
+    batches = [random_input(n, 3, 5, 4) for n in UNEVEN]
+    if where == "layer":
+        batches[2] = batches[2][:1, :, :1, :1]  # one value a channel
+    before, state = everything(run), copy.deepcopy(run.state_dict())
+    with pytest.raises((LookupError, ValueError), match="more than 1 value" if where == "layer" else f"in the {where}"):
+        bnext.update_bn(breaking(batches), run)
+    assert everything(run) == before
+    assert all(torch.equal(value, state[name]) for name, value in run.state_dict().items())
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_two_threads_and_a_compiler_that_comes_back() -> None:
+    """The second begins while the first is at it, and ends later."""
+    batches = [random_input(n, 3, 5, 4) for n in UNEVEN]
+    models = [Basic(3).double() for _ in range(2)]
+    wanted = [expected(model, batches) for model in models]
+    with torch.no_grad():
+        for model in models:
+            model.compile(backend="eager")
+            model(batches[0])  # which is captured, without the hooks
+    begun, over = [threading.Event() for _ in models], threading.Event()
+
+    def first() -> Iterator[Tensor]:
+        begun[0].set()
+        assert begun[1].wait(30)
+        yield from batches
+
+    def second() -> Iterator[Tensor]:
+        assert begun[0].wait(30)
+        begun[1].set()
+        yield batches[0]
+        assert over.wait(30)
+        yield from batches[1:]
+
+    threads = [
+        threading.Thread(target=bnext.update_bn, args=(loader(), model))
+        for loader, model in zip((first, second), models, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    threads[0].join(30)
+    over.set()
+    threads[1].join(30)
+    for model, statistics_ in zip(models, wanted, strict=True):
+        assert_statistics(model, statistics_)
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_what_no_batch_reaches_stays_and_is_listed(caplog: pytest.LogCaptureFixture) -> None:
+    model = network()
+    model.unused = nn.BatchNorm2d(3)
+    model.unused.running_mean.fill_(5)
+    model.forward = lambda x: model[1](model[0](x))
+    with caplog.at_level(logging.WARNING, "bnext"):
+        bnext.update_bn([make_input((2, 3, 4, 4))], model)
+    (record,) = caplog.records
+    assert record.getMessage() == "update_bn left 2 batch norm(s) as they were, which no batch reached: 4, unused"
+    assert torch.equal(model.unused.running_mean, torch.full((3,), 5.0))
+    assert (model[1].num_batches_tracked, model.unused.num_batches_tracked) == (1, 0)
+
+
+def test_the_loader_is_not_read_for_a_model_without_such_layers() -> None:
+    untracked = nn.BatchNorm1d(3)
+    untracked.track_running_stats = False
+    for model in (nn.Linear(2, 2), bnext.freeze(network()), nn.BatchNorm1d(3, track_running_stats=False), untracked):
+        assert bnext.update_bn(breaking([]), model.eval()) is None
+        assert not any(m.training for m in model.modules())
+
+
+def test_the_input_is_moved_to_the_device() -> None:
+    class Elsewhere:
+        def to(self, device: object) -> Tensor:
+            assert device == "cpu"
+            return x
+
+    x = random_input(4, 3, 5, 4)
+    model = network().double()
+    wanted = expected(model, [x])
+    bnext.update_bn([(Elsewhere(), 1)], model, "cpu")
+    assert_statistics(model, wanted)
+
+
+def test_bad_arguments_change_nothing() -> None:
+    model = nn.Sequential(nn.Identity(), nn.LazyBatchNorm2d(), nn.BatchNorm2d(3)).eval()
+    with pytest.raises(ValueError, match=r"these layers are lazy still: 1$"):
+        bnext.update_bn([torch.randn(2, 3, 2, 2)], model)
+    for arguments, wrong in (
+        (([], [torch.ones(1)]), "model to be a torch.nn.Module, but got list"),
+        ((3, model), "loader to be iterable, but got int"),
+        (([], model, 1.5), "device to be a torch.device, but got float"),
+    ):
+        with pytest.raises(TypeError, match=wrong):
+            bnext.update_bn(*arguments)
+    assert not any(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("shares", [((4, 1, 3), (6,)), ((), (5, 2))])
+def test_statistics_of_all_processes(pools: Callable[[int], Pool], shares: tuple[tuple[int, ...], ...]) -> None:
+    pools(2).run(population_jobs.all_ranks_together, seed=3, shares=shares)
+
+
+def test_processes_have_one_collective_for_all_layers(pools: Callable[[int], Pool]) -> None:
+    assert pools(2).run(population_jobs.one_collective) == [1, 1]
