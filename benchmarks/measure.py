@@ -12,14 +12,24 @@ from torch.utils.benchmark.utils.common import set_torch_threads
 
 from benchmarks.command import error_summary
 from benchmarks.correctness import Checker, MismatchError
-from benchmarks.operators import Provider, Tensors, floor_call, held, make_provider, make_tensors, provider_call
+from benchmarks.operators import (
+    BatchNorm,
+    Provider,
+    Tensors,
+    floor_call,
+    held,
+    make_provider,
+    make_tensors,
+    provider_call,
+)
 from benchmarks.provenance import provenance
 from benchmarks.rows import CLOCK, Provenance, Row
-from benchmarks.suites import BNEXT, COMPILE, COPY, SUITES, TORCH, TORCH_COMPILE, Case
+from benchmarks.suites import BNEXT, COMPILE, COPY, SUITES, TORCH, TORCH_BY_HAND, TORCH_COMPILE, WHOLE, Case
 from benchmarks.timing import Budget, Call, Stopwatch, check_work, operation_work, time_in_turn
 from benchmarks.traffic import STEP, WALKS, model_bytes
 from benchmarks.trainer_process import TrainerProcess, trainer_process
 from benchmarks.training import Made, ModelChecker
+from benchmarks.variants import functions
 from benchmarks.walk import Walk
 
 Progress = Callable[[str, float], None]  # (what is being done, work that has been finished by it)
@@ -86,11 +96,11 @@ class Device:
 class BatchNorms:
     floors: tuple[str, ...] = (COPY,)  # timed beside the providers, without a check
 
-    def __init__(self, case: Case, device: Device) -> None:
+    def __init__(self, case: Case, device: Device, right: BatchNorm | None = None) -> None:
         self._case = case
         self._device = device
         self._sets = device.make_sets(case)
-        self._checker = Checker(case, self._sets[0])
+        self._checker = Checker(case, self._sets[0], right)
 
     def make(self, provider: str) -> Provider:
         return self._device.make_provider(self._case, provider)
@@ -114,6 +124,22 @@ class BatchNorms:
         stopwatch, how = self._device.stopwatch(mode, calls, made.context, moved)
         # How bnext's kernels were launched, which only they say.
         return stopwatch, {**fields, **how, **({} if made.name.startswith(BNEXT) else {"plan": ""})}
+
+
+class Variants(BatchNorms):
+    floors = ()
+
+    def __init__(self, case: Case, device: Device) -> None:
+        self._functions = functions(case)
+        super().__init__(case, device, self._functions[TORCH_BY_HAND])
+
+    def make(self, provider: str) -> Provider:
+        return Provider(provider, self._functions[provider])
+
+    def check(self, provider: str, made: Any) -> None:
+        """But for batch norm of the whole tensor, whose results are others; the other suites check that."""
+        if provider != WHOLE:
+            super().check(provider, made)
 
 
 class Models(ModelChecker):
@@ -203,7 +229,7 @@ def is_required(case: Case, provider: str, checked: Mapping[str, Any]) -> bool:
     """
     if provider.endswith(COMPILE):
         return provider != TORCH_COMPILE and (TORCH_COMPILE in checked or TORCH_COMPILE not in case.providers)
-    return bool(case.model) or provider in (TORCH, BNEXT, COPY)
+    return bool(case.model) or provider in (TORCH, WHOLE, BNEXT, COPY)
 
 
 @dataclass(frozen=True)
@@ -241,11 +267,11 @@ class Run:
 
     def subject(self, case: Case, alive: ExitStack) -> Subject:
         if not case.model:
-            return BatchNorms(case, self.device)
+            return (Variants if case.variant else BatchNorms)(case, self.device)
         return Walk(case) if case.operations[0] in WALKS else Models(case, self.device, alive)
 
     def check(self, case: Case, subject: Subject) -> dict[str, Any]:
-        """The providers to be timed: of a batch norm none where bnext is wrong, or bnext or torch fails.
+        """The providers to be timed: of a batch norm none where bnext is wrong, or it or the first one fails.
 
         torch's own are timed even where they are further from right, with a note: on a CPU, for one, torch.compile
         keeps statistics in the data's dtype from forward to backward. That is how torch is; but in training all are to
@@ -267,7 +293,7 @@ class Run:
                 self.report(message, is_required(case, provider, checked))
                 continue
             checked[provider] = made
-        return checked if case.model or {TORCH, BNEXT} <= checked.keys() else {}
+        return checked if case.model or {case.providers[0], BNEXT} <= checked.keys() else {}
 
     def examine(self, case: Case, subject: Models, checked: Mapping[str, Any]) -> None:
         """Each in a process of its own."""
@@ -298,7 +324,7 @@ class Run:
             self.examine(case, subject, checked)
         for name, timing in timings.items():
             row = Row(
-                **{field: getattr(case, field) for field in ("suite", "model", "shape", "dtype", "layout")},
+                **{field: getattr(case, field) for field in ("suite", "model", "variant", "shape", "dtype", "layout")},
                 op=operation,
                 provider=name,
                 mode=mode,

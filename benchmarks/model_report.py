@@ -8,7 +8,17 @@ import pandas as pd
 
 from benchmarks.rows import Row
 from benchmarks.suites import BNEXT, COMPILE, COPY, EAGER_PROVIDERS, TORCH, WITHOUT
-from benchmarks.tables import Sheet, command, foldable, how_measured, mean_of, operation_label, spread, texts
+from benchmarks.tables import (
+    Sheet,
+    command,
+    foldable,
+    how_measured,
+    mean_and_range,
+    mean_of,
+    operation_label,
+    spread,
+    texts,
+)
 from benchmarks.traffic import MB, STEP, WALKS, shape_label
 
 BUDGET = 1000 * MB
@@ -109,16 +119,12 @@ def cost_means(costs: pd.DataFrame) -> Sheet:
             "dtype": dtype,
             "layout": layout,
             "models": f"{members['model'].nunique()}",
-            **{f"x torch, {name}": speedup_range(members[name].dropna()) for name in PROVIDERS},
+            **{f"x torch, {name}": mean_and_range(members[name].dropna()) for name in PROVIDERS},
             **{f"cost gone, {name}": texts([cost_gone(members, name)], "{:.0%}")[0] for name in OURS},
         }
         for (dtype, layout), members in groups.items()
     ]
     return Sheet(pd.DataFrame(lines), labels=3)
-
-
-def speedup_range(found: pd.Series) -> str:
-    return "" if found.empty else f"{mean_of(found):.2f} ({found.min():.2f}-{found.max():.2f})"
 
 
 def cost_lines(costs: pd.DataFrame) -> Sheet:

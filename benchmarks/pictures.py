@@ -10,12 +10,13 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from benchmarks import model_report, sweep_report
+from benchmarks import model_report, sweep_report, variants_report
+from benchmarks.acceptance import VARIANT_LIMITS
 from benchmarks.numerics_report import DATA, RELATIVE, Results, distance, is_numerics, load_results
-from benchmarks.report import compare, device_times, group_label, means, of_kinds
+from benchmarks.report import MODELS, TENSORS, compare, device_times, group_label, means, of_kinds
 from benchmarks.rows import InputError, Row, is_touched, load_rows
 from benchmarks.style import BLACK, BLUE, LABEL, NUMBER, ORANGE, SKY, TITLE, WIDTH_INCHES, bar, panels, ratio_axis, save
-from benchmarks.suites import WITHOUT
+from benchmarks.suites import BNEXT, BNEXT_BY_HAND, SWEEP, TORCH_BY_HAND, VARIANTS, WITHOUT
 from benchmarks.tables import mean_of, operation_label
 from benchmarks.traffic import SIZE_CLASSES
 
@@ -32,16 +33,18 @@ SWEPT_COLOURS = LinearSegmentedColormap.from_list("slower, faster", [ORANGE, "wh
 SMALL = 7  # points
 MODEL_TICKS = (0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 3, 4)
 MEMORY_COLOURS = {"bnext-fused": SKY, "bnext-recompute": BLUE, "torch-checkpoint": ORANGE}
+VARIANT_COLOURS = {BNEXT: BLUE, BNEXT_BY_HAND: SKY, TORCH_BY_HAND: ORANGE}
 MODEL_COLOURS = {"bnext": SKY, "bnext-fused": BLUE}
 SMALLEST_ERROR, LARGEST_ERROR = 1e-9, 1e2  # 0 is drawn at the one, NaN, inf and what is beyond at the other
 
 
 def draw(rows: Sequence[Row]) -> Figure | None:
-    """The picture beside a file: of batch norms, or else of the sweep, or of what they cost a model."""
-    tensors, models, swept = of_kinds(rows)
-    if swept and not tensors:
-        return draw_sweep(swept)
-    return draw_operators(tensors) if tensors else draw_models(models) or draw_memory(models)
+    """The picture beside a file: of batch norms, or else of the sweep, of variants, or of what they cost a model."""
+    found = of_kinds(rows)
+    for kind, draw_kind in ((TENSORS, draw_operators), (SWEEP, draw_sweep), (VARIANTS, draw_variants)):
+        if found[kind]:
+            return draw_kind(found[kind])
+    return draw_models(found[MODELS]) or draw_memory(found[MODELS])
 
 
 def draw_models(rows: Sequence[Row]) -> Figure | None:
@@ -119,6 +122,27 @@ def draw_operators(rows: Sequence[Row], ops: Sequence[str] = ()) -> Figure:
     grid[0].set_xlim(min(0.9, table["speedup"].min()), 1.6 * table["speedup"].max())
     colours = {name: colour for name, colour in SIZE_COLOURS.items() if name in set(table["size_class"])}
     return lettered(figure, names, colours, "Single operators: torch's time / bnext's, by size of the tensor")
+
+
+def draw_variants(rows: Sequence[Row]) -> Figure:
+    """Times beside plain's: one line per variant and layout, geometric means; a mark at bnext's bar."""
+    table = variants_report.compare(rows)
+    table["name"] = table["variant"] + ", " + table["layout"]
+    names, ops = table["name"].unique(), table["op"].unique()
+    limits = table.drop_duplicates("name")["variant"].map(VARIANT_LIMITS)
+    ratios = table.groupby(["op", "name"])[list(VARIANT_COLOURS)].agg(mean_of)
+    height = HEAD_INCHES + len(VARIANT_COLOURS) * LINE_INCHES * len(names)
+    figure, ((*grid,),) = panels(height, columns=len(ops), sharex=True, sharey=True)
+    for op, axes in zip(ops, grid, strict=True):
+        for line, (name, limit) in enumerate(zip(names, limits, strict=True)):
+            for index, (way, colour) in enumerate(VARIANT_COLOURS.items()):
+                bar(axes, line + 0.28 * (index - 1), ratios.loc[(op, name), way], colour, height=0.26, beyond=limit)
+            axes.plot([limit] * 2, [line - 0.42, line - 0.14], color=BLACK, linewidth=1.5)
+        ratio_axis(axes)
+        axes.set_title(operation_label(op), fontsize=TITLE)
+    grid[0].set_xlim(min(0.9, 0.95 * ratios.min().min()), 1.6 * ratios.max().max())
+    colours = {way.replace("-", " "): colour for way, colour in VARIANT_COLOURS.items()} | {"bar": BLACK}
+    return lettered(figure, names, colours, "Padding and ghost batches: time / that of batch norm of the whole tensor")
 
 
 def draw_sweep(rows: Sequence[Row]) -> Figure:
@@ -209,8 +233,9 @@ def drawn(folder: Path) -> Iterator[tuple[str, Figure]]:
             yield "accuracy.png", draw_accuracy(load_results(file))
             continue
         rows = [row for row in load_rows(file) if not is_touched(row.environment)]
-        tensors, models, swept = of_kinds(rows)
-        plain = [row for row in tensors if not row.act]
+        found = of_kinds(rows)
+        models = found[MODELS]
+        plain = [row for row in found[TENSORS] if not row.act]
         costs = draw_models(models) if models else None
         if costs:
             yield "models.png", costs
@@ -219,8 +244,10 @@ def drawn(folder: Path) -> Iterator[tuple[str, Figure]]:
             yield "memory.png", memory
         if plain:
             yield "operators.png", draw_operators(plain, SHOWN_OPS)
-        if swept:
-            yield "sweep.png", draw_sweep(swept)
+        if found[SWEEP]:
+            yield "sweep.png", draw_sweep(found[SWEEP])
+        if found[VARIANTS]:
+            yield "variants.png", draw_variants(found[VARIANTS])
 
 
 def draw_all(results: Path, output: Path) -> list[Path]:

@@ -1,18 +1,18 @@
 """The report on rows: of batch norms bnext beside torch and a copy, a measurement at a time and as geometric means.
 
-Those of whole models are in model_report.py, those of the sweep in sweep_report.py.
+Those of whole models are in model_report.py, those of the sweep and of the variants in reports of their own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
-from benchmarks import model_report, sweep_report, traffic
+from benchmarks import model_report, sweep_report, traffic, variants_report
 from benchmarks.acceptance import BARS, bars_text, mean_verdicts, summary, verdicts
 from benchmarks.cuda.predict import predicted_us
 from benchmarks.rows import CLOCK, GRAPH, Row, is_touched
-from benchmarks.suites import BNEXT, COPY, NO_CUDNN, PLANNED, SWEEP, TORCH, TORCH_COMPILE
+from benchmarks.suites import BNEXT, COPY, NO_CUDNN, PLANNED, SWEEP, TORCH, TORCH_COMPILE, VARIANTS
 from benchmarks.tables import (
     Sheet,
     command,
@@ -190,25 +190,26 @@ def legend(table: pd.DataFrame) -> str:
 # Of whatever rows.
 
 
-def of_kinds(rows: Sequence[Row]) -> tuple[list[Row], list[Row], list[Row]]:
-    """Those of batch norms, those of whole models, and those of the sweep."""
-    swept = [row for row in rows if row.suite == SWEEP]
-    others = [row for row in rows if row.suite != SWEEP]
-    return [row for row in others if not row.model], [row for row in others if row.model], swept
+# What makes the block of rows, by their kind.
+TENSORS, MODELS = "tensors", "models"
+MAKERS = {TENSORS: block, MODELS: model_report.block, SWEEP: sweep_report.block, VARIANTS: variants_report.block}
+
+
+def kind(row: Row) -> str:
+    """The sweep, the variants, whole models, or batch norms."""
+    return row.suite if row.suite in (SWEEP, VARIANTS) else MODELS if row.model else TENSORS
+
+
+def of_kinds(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Every kind, also without rows."""
+    return {each: [row for row in rows if kind(row) == each] for each in MAKERS}
 
 
 def block_name(row: Row) -> str:
-    """By device, by suite of whole models, the sweep or batch norms with an activation, and by what was touched."""
+    """By device, by suite, those of batch norms by whether an activation follows, and by what was touched."""
     device = "" if row.device == "cpu" else row.device
-    what = row.suite if row.model or row.suite == SWEEP else "fused" if row.act else ""
+    what = row.suite if kind(row) != TENSORS else "fused" if row.act else ""
     return ":".join(filter(None, ("benchmark", device, what, "touched" if is_touched(row.environment) else "")))
-
-
-def maker(row: Row) -> Callable[[Sequence[Row]], str]:
-    """What makes the block that the row belongs to."""
-    if row.suite == SWEEP:
-        return sweep_report.block
-    return model_report.block if row.model else block
 
 
 def blocks(rows: Sequence[Row]) -> dict[str, str]:
@@ -216,12 +217,12 @@ def blocks(rows: Sequence[Row]) -> dict[str, str]:
     members: dict[str, list[Row]] = {}
     for row in rows:
         members.setdefault(block_name(row), []).append(row)
-    return {name: maker(of[0])(of) for name, of in members.items()}
+    return {name: MAKERS[kind(of[0])](of) for name, of in members.items()}
 
 
 def print_report(rows: Sequence[Row]) -> None:
     """Every measurement of batch norms, one table per group; then the blocks as a document has them."""
-    tensors, _, _ = of_kinds(rows)
+    tensors = of_kinds(rows)[TENSORS]
     if tensors:
         for _, members in compare(tensors).groupby("group"):
             print(f"{group_label(members.iloc[0])}\n{measurements(members).to_string(index=False)}\n")

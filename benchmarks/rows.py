@@ -56,6 +56,7 @@ class Measurement:
     # What follows the batch norm in the same call: traffic.Epilogue.
     act: str = ""
     residual: bool = False
+    variant: str = ""  # of the suite variants: which
     # Of a forward with an activation: what its graph holds; operators.held says which bytes are where.
     held_arguments_bytes: int | None = None
     held_result_bytes: int | None = None

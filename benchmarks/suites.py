@@ -36,6 +36,12 @@ WITHOUT = "without"  # no batch norm at all: what it costs is what can be gained
 # more.
 RECOMPUTE, CHECKPOINT = "bnext-recompute", "torch-checkpoint"
 
+# Of batches with padding and of ghost batches: batch norm of the whole tensor, which is what they are compared with;
+# and what people write by hand.
+WHOLE = "plain"
+BY_HAND = "-by-hand"
+BNEXT_BY_HAND, TORCH_BY_HAND = f"bnext{BY_HAND}", f"torch{BY_HAND}"
+
 QUICK_MAX_ELEMENTS = 2_000_000
 
 # In the order they are measured and shown in. Of models float32 is as it is; bfloat16 is autocast: parameters,
@@ -53,6 +59,7 @@ class Input(NamedTuple):
     shape: Shape
     model: str = ""
     epilogue: Epilogue = PLAIN
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Suite:
     """A list of inputs, and what is measured on each of them.
 
     ``compiled``: the shapes, or the models, that torch.compile is measured on too; None: all; where there are
-    ``compiled_dtypes``, in these only. ``providers``: of whole models; ``compile_s``: what compiling one takes.
+    ``compiled_dtypes``, in these only. ``providers``: of models and variants; ``compile_s``: what compiling one takes.
     ``seconds``: the time budget of a suite that is measured only when it is asked for, compiling included; all others
     share the device's. ``peak_s``: what it takes to examine a provider, its memory and where its time goes; 0: it is
     not examined. ``allocations``: whether it is examined for what a step allocates instead. ``quick``: the models of a
@@ -98,6 +105,7 @@ class Case:
     providers: tuple[str, ...] = ()
     model: str = ""
     epilogue: Epilogue = PLAIN
+    variant: str = ""
 
     @property
     def count(self) -> int:
@@ -105,7 +113,7 @@ class Case:
         return prod(self.shape) // self.shape[1]
 
     def __str__(self) -> str:
-        what = f"{self.model} {tensor_label(self.shape, self.epilogue)}".lstrip()
+        what = " ".join(filter(None, (self.variant, self.model, tensor_label(self.shape, self.epilogue))))
         return f"{self.suite} {what} {self.dtype} {self.layout}"
 
 
@@ -205,6 +213,16 @@ def _sweep() -> tuple[Shape, ...]:
     return tuple(shape for shape in grid if prod(shape) in _SWEEP_ELEMENTS and prod(shape) > shape[1])
 
 
+# What a batch has beside its values: padding, by the lengths of sequences or a mask of images, or parts.
+VARIANTS = "variants"
+LENGTHS, RECTANGLES, RANDOM, GHOST = "lengths", "mask of rectangles", "random mask", "ghost batches"
+_VARIANTS: dict[str, tuple[Shape, ...]] = {
+    LENGTHS: ((32, 256, 512), (16, 512, 1000)),
+    RECTANGLES: ((32, 64, 56, 56), (16, 256, 28, 28)),
+    RANDOM: ((32, 64, 56, 56), (16, 256, 28, 28)),
+    GHOST: ((256, 64, 28, 28), (256, 256, 14, 14), (4096, 256)),
+}
+
 MEMORY = "memory"
 _SMALL_PICTURES: Shape = (8, 3, 96, 96)
 _OF_MEMORY = (
@@ -260,6 +278,12 @@ SUITES = {
             quick=("torchvision/mobilenet_v3_large",),
         ),
         SWEEP: Suite(_plain(*_sweep()), seconds=300),
+        VARIANTS: Suite(
+            inputs=tuple(Input(shape, variant=name) for name, shapes in _VARIANTS.items() for shape in shapes),
+            operations=("forward", "forward_backward"),
+            providers=(WHOLE, BNEXT, BNEXT_BY_HAND, TORCH_BY_HAND),
+            seconds=240,
+        ),
         "compiled": _COMPILED,
     },
     "cuda": {
@@ -323,7 +347,8 @@ def select_cases(
     """The cases of the chosen suites of a device, in their order, with what they do not have in common left out.
 
     Nothing given is all that a suite has; a dtype or layout that it does not have by itself is measured where it is
-    asked for. A tensor that is not (N, C, H, W) has one layout, contiguous. ``quick`` leaves out what is above
+    asked for. A tensor that is not (N, C, H, W) has one layout, contiguous; of the variants, sequences have two, as
+    images have. ``quick`` leaves out what is above
     ``QUICK_MAX_ELEMENTS``, and models that are not among a suite's quick ones.
     """
     cases = []
@@ -345,17 +370,17 @@ def select_cases(
                     if (
                         wanted
                         and providers
-                        and (layout == "contiguous" or len(input.shape) == 4)
+                        and (layout == "contiguous" or len(input.shape) >= (3 if input.variant else 4))
                         and not (quick and prod(input.shape) > QUICK_MAX_ELEMENTS)
                     ):
-                        case = Case(name, input.shape, dtype, layout, chosen, providers, input.model, input.epilogue)
-                        cases.append(case)
+                        of_input = {"model": input.model, "epilogue": input.epilogue, "variant": input.variant}
+                        cases.append(Case(name, input.shape, dtype, layout, chosen, providers, **of_input))
     return cases
 
 
 def _providers(suite: Suite, input: Input, device: str, compiles: bool, with_plans: bool) -> tuple[str, ...]:
     """torch.compile, which may fail, is the last."""
-    if input.model:
+    if suite.providers:
         return tuple(name for name in suite.providers if compiles or not name.endswith(COMPILE))
     on_gpu = (NO_CUDNN, *(f"{PLANNED}{name}" for name in PLANS if with_plans)) if device == "cuda" else ()
     return (TORCH, BNEXT, *on_gpu, *((TORCH_COMPILE,) if compiles else ()))

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from benchmarks.rows import Row, is_touched
-from benchmarks.suites import SWEEP
+from benchmarks.suites import SWEEP, VARIANTS
 from benchmarks.traffic import PLAIN
 
 # In a narrower terminal, or a log, lines may wrap; rich would cut numbers instead.
@@ -43,6 +43,10 @@ def mean_of(values: pd.Series) -> float:
     return float(np.exp(np.log(values).mean()))
 
 
+def mean_and_range(found: pd.Series) -> str:
+    return "" if found.empty else f"{mean_of(found):.2f} ({found.min():.2f}-{found.max():.2f})"
+
+
 def markdown(sheet: Sheet) -> str:
     heads = list(sheet.cells.columns)
     ruler = ["---"] * sheet.labels + ["--:"] * (len(heads) - sheet.labels)
@@ -71,7 +75,7 @@ def command(rows: Sequence[Row]) -> str:
     parts = ["python -m benchmarks"]
     parts += ["--device cuda"] if row.device == "cuda" else []
     parts += ["--touched"] if is_touched(row.environment) else []
-    named = row.model or row.epilogue != PLAIN or row.suite == SWEEP
+    named = row.model or row.epilogue != PLAIN or row.suite in (SWEEP, VARIANTS)
     parts += [f"--suite {','.join(dict.fromkeys(row.suite for row in rows))}"] if named else []
     return " ".join(parts)
 
