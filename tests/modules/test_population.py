@@ -314,3 +314,21 @@ def test_statistics_of_all_processes(pools: Callable[[int], Pool], shares: tuple
 
 def test_processes_have_one_collective_for_all_layers(pools: Callable[[int], Pool]) -> None:
     assert pools(2).run(population_jobs.one_collective) == [1, 1]
+
+
+def test_padding_is_left_out() -> None:
+    layer, x = bnext.BatchNorm1d(3), make_input((4, 3, 6))
+    lengths = torch.tensor([6, 2, 0, 3])
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(x, lengths=lengths)
+
+    bnext.update_bn([x], Padded())
+    values = x.transpose(1, 2)[torch.arange(6) < lengths[:, None]].double()
+    assert torch.allclose(layer.running_mean.double(), values.mean(0), rtol=1e-6)
+    assert torch.allclose(layer.running_var.double(), values.var(0), rtol=1e-6)
