@@ -76,6 +76,10 @@ def _valid(input: Tensor, lengths: Tensor | Sequence[int] | None, mask: Tensor |
         if not isinstance(lengths, (list, tuple)) or any(type(length) is not int for length in lengths):
             raise TypeError(f"expected lengths to be a tensor or a list of ints, but got {lengths!r}")
         lengths = torch.tensor(lengths, dtype=torch.int64)
+    if not (lengths.is_cpu or lengths.device == input.device):
+        raise RuntimeError(
+            f"expected lengths on the CPU or on the device of input, {input.device}, but got {lengths.device}"
+        )
     valid: Tensor = ops.sequence_mask(lengths, input.shape[0], input.shape[2], input.device)
     return valid
 

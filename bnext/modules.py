@@ -143,7 +143,14 @@ class BatchNorm3d(torch.nn.BatchNorm3d):
 # A lazy layer turns into cls_to_become in a hook of its first call, which then still runs the lazy class's forward.
 
 
-class LazyBatchNorm1d(torch.nn.LazyBatchNorm1d):
+class _Lazy:
+    """What the lazy layers share: torch hands all arguments of the first call to what takes ``num_features`` from it."""
+
+    def initialize_parameters(self, input: Tensor, lengths: Lengths = None, mask: Tensor | None = None) -> None:
+        super().initialize_parameters(input)  # type: ignore[misc]
+
+
+class LazyBatchNorm1d(_Lazy, torch.nn.LazyBatchNorm1d):
     """:class:`BatchNorm1d` that takes ``num_features`` from its first input."""
 
     cls_to_become = BatchNorm1d
@@ -151,7 +158,7 @@ class LazyBatchNorm1d(torch.nn.LazyBatchNorm1d):
     __prepare_scriptable__ = _scriptable
 
 
-class LazyBatchNorm2d(torch.nn.LazyBatchNorm2d):
+class LazyBatchNorm2d(_Lazy, torch.nn.LazyBatchNorm2d):
     """:class:`BatchNorm2d` that takes ``num_features`` from its first input."""
 
     cls_to_become = BatchNorm2d
@@ -159,7 +166,7 @@ class LazyBatchNorm2d(torch.nn.LazyBatchNorm2d):
     __prepare_scriptable__ = _scriptable
 
 
-class LazyBatchNorm3d(torch.nn.LazyBatchNorm3d):
+class LazyBatchNorm3d(_Lazy, torch.nn.LazyBatchNorm3d):
     """:class:`BatchNorm3d` that takes ``num_features`` from its first input."""
 
     cls_to_become = BatchNorm3d

@@ -135,7 +135,12 @@ def _backward(given: dict[str, Any]) -> _Results:
 
 
 def _sequence_mask(given: dict[str, Any]) -> Tensor:
-    return torch.empty((given["batch"], given["size"]), dtype=torch.bool, device=given["device"])
+    lengths, device = given["lengths"], given["device"]
+    if lengths.device.type == "meta" != device.type:
+        raise RuntimeError(
+            f"batch_norm: expected lengths on the CPU or on the device of input, {device}, but got {lengths.device}"
+        )
+    return torch.empty((given["batch"], given["size"]), dtype=torch.bool, device=device)
 
 
 def _all_reduce_sum(given: dict[str, Any]) -> Tensor:

@@ -55,7 +55,7 @@ def test_policies_by_attribute() -> None:
     layer.single_value = "running"
     assert copy.deepcopy(layer)(x).shape == (1, 3)
     layer.single_value = "mean"
-    with pytest.raises(ValueError, match='expected single_value to be "running" or None, but got \'mean\''):
+    with pytest.raises(ValueError, match="expected single_value to be \"running\" or None, but got 'mean'"):
         layer(x)
     layer = bnext.BatchNorm1d(3, track_running_stats=False)
     layer.single_value = "running"  # of which there are none

@@ -12,7 +12,7 @@ TENSORS = "csrc/tensor/forward.cpp"
 RECOMPUTATION = "csrc/tensor/recomputation.cpp"
 CHECKS = "csrc/tensor/checks.cpp"
 
-PLAIN_TRAINING = "train_batch_norm(input, running_mean, running_var, None, weight, bias, momentum, eps)"
+PLAIN_TRAINING = "train_batch_norm(input, running_mean, running_var, None, weight, bias, momentum, eps, batch=batch)"
 
 FAULTS: tuple[Fault, ...] = (
     # The statistics.
@@ -224,6 +224,49 @@ FAULTS: tuple[Fault, ...] = (
         "w",
         "recompute/test_recomputed_outputs.py::test_parameters_may_be_changed_before_the_gradient_of_a_user",
     ),
+    # Padding and parts of a batch.
+    Fault(
+        "padding-counts",
+        "csrc/cpu/batch_norm.cpp",
+        "count_valid(problem.valid, problem.count())",
+        "problem.count()",
+        "ops/test_padding.py::test_lengths",
+    ),
+    Fault(
+        "samples-of-padding",
+        "csrc/cpu/valid.cpp",
+        "valid[position] == 0 || left-- > 0",
+        "left-- > 0",
+        "ops/test_padding.py::test_padding_is_as_if_it_were_not_there",
+    ),
+    Fault(
+        "parts-count-as-one-batch",
+        "csrc/cpu/batch_norm.cpp",
+        "count_batches(args.running, parts)",
+        "count_batches(args.running, 1)",
+        "ops/test_ghost_batches.py::test_running_statistics_are_those_of_a_loop",
+    ),
+    Fault(
+        "tangents-see-padding",
+        "csrc/tensor/derivatives.cpp",
+        "!t.defined() || !valid.defined()",
+        "!t.defined() || valid.defined() || !valid.defined()",
+        "ops/test_padding.py::test_derivatives_do_not_see_what_padding_holds",
+    ),
+    Fault(
+        "a-batch-counts-again-in-backward",
+        TENSORS,
+        "!update_in_backward && runs_in_backward()",
+        "!update_in_backward && !runs_in_backward()",
+        "modules/test_policies.py::test_a_checkpointed_batch_counts_once",
+    ),
+    Fault(
+        "a-sum-at-padding-is-fused",
+        "bnext/fusion/rewrite.py",
+        'norm.options.get("valid") is None',
+        "norm is not None",
+        "fusion/test_fused_padding.py::test_a_sum_behind_padding_is_not_fused",
+    ),
     # The Python layers.
     Fault(
         "eval-updates-the-statistics",
@@ -263,8 +306,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "fake-save_stats-are-float32",
         "bnext/ops/fake.py",
-        "save_stats = input.new_empty((2, input.shape[1]), dtype=torch.float64)",
-        "save_stats = input.new_empty((2, input.shape[1]), dtype=torch.float32)",
+        "save_stats = input.new_empty((*parts, 2, input.shape[1]), dtype=torch.float64)",
+        "save_stats = input.new_empty((*parts, 2, input.shape[1]), dtype=torch.float32)",
         "ops/test_schema.py::test_fake_kernels_predict_shape_dtype_and_strides",
     ),
     Fault(

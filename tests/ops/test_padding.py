@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -103,13 +104,13 @@ def test_nothing_but_padding_and_a_single_value() -> None:
         valid = torch.zeros(4, 5, dtype=torch.bool)
         valid.view(-1)[7 : 7 + valid_values] = True
         layer = bnext.BatchNorm1d(3)
-        layer.load_state_dict({**layer.state_dict(), **{k: v for k, v in p._asdict().items()}})
+        layer.load_state_dict({**layer.state_dict(), **p._asdict()})
         y = layer(x, mask=valid)
         expected = torch.zeros_like(y)
         expected[valid.unsqueeze(1).expand_as(y)] = p.bias.repeat(valid_values)
         assert torch.equal(y, expected)
         (grad,) = torch.autograd.grad(y.square().sum(), x)
-        assert torch.equal(grad, torch.zeros_like(x))
+        assert torch.allclose(grad, torch.zeros_like(x), atol=1e-3)  # 1/sqrt(eps) is 316
         seen = x[1, :, 2].detach()
         mean = 0.9 * p.running_mean + 0.1 * seen if valid_values else p.running_mean
         assert torch.allclose(layer.running_mean, mean)
@@ -127,7 +128,7 @@ def test_nothing_but_padding_and_a_single_value() -> None:
 def test_derivatives(shape: tuple[int, ...], layout: str, act: str, has_residual: bool, size: int | None) -> None:
     inputs, valid = make_inputs(shape, layout, torch.float64, has_residual=has_residual), random_mask(shape)
 
-    def call(*leaves: Tensor) -> Tensor:
+    def call(training: bool, *leaves: Tensor) -> Tensor:
         x, weight, bias, *residual = leaves
         statistics = [None, None] if training else inputs.params[2:]
         options = {"mask": valid, "virtual_batch_size": size if training else None}
@@ -136,19 +137,23 @@ def test_derivatives(shape: tuple[int, ...], layout: str, act: str, has_residual
     leaves = [inputs.input, *inputs.params[:2], *([inputs.residual] if has_residual else [])]
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     for training in FLAGS:
-        gradcheck(call, leaves, check_forward_ad=True, check_batched_grad=True, fast_mode=True)
-        gradgradcheck(call, leaves, check_fwd_over_rev=True, fast_mode=True)
+        function = functools.partial(call, training)
+        gradcheck(function, leaves, check_forward_ad=True, check_batched_grad=True, fast_mode=True)
+        gradgradcheck(function, leaves, check_fwd_over_rev=True, fast_mode=True)
 
 
 def test_derivatives_do_not_see_what_padding_holds() -> None:
     shape = (5, 3, 4)
     valid = random_mask(shape)
+    tensors = [make(shape, dtype=torch.float64) for make in (make_input, make_grad, make_input)]
     results = []
     for fill in (lambda t, valid: t, with_garbage):
-        x, g, u = (fill(make(shape, dtype=torch.float64), valid) for make in (make_input, make_grad, make_input))
+        x, g, u = (fill(t, valid) for t in tensors)
         x, g = x.detach().requires_grad_(), g.detach().requires_grad_()
         w = torch.ones(3, dtype=torch.float64, requires_grad=True)
-        y, tangent = torch.func.jvp(lambda x, w=w: batch_norm_act(x, None, None, w, None, None, True, mask=valid), (x,), (u,))
+        y, tangent = torch.func.jvp(
+            lambda x, w=w: batch_norm_act(x, None, None, w, None, None, True, mask=valid), (x,), (u,)
+        )
         first = torch.autograd.grad(y, (x, w), g, create_graph=True)
         second = torch.autograd.grad(first[0].square().sum() + first[1].sum(), (x, w, g))
         results.append([y, tangent, *first, *second])
@@ -160,7 +165,9 @@ def test_derivatives_do_not_see_what_padding_holds() -> None:
 def test_vmap(dim: int | None) -> None:
     x, valid = make_input((3, 6, 5, 4)), random_mask((18, 1, 4)).view(3, 6, 4)
     masks = valid if dim == 0 else valid[0]
-    together = torch.func.vmap(lambda x, m: batch_norm(x, None, None, training=True, mask=m), in_dims=(0, dim))(x, masks)
+    together = torch.func.vmap(lambda x, m: batch_norm(x, None, None, training=True, mask=m), in_dims=(0, dim))(
+        x, masks
+    )
     for i in range(3):
         alone = batch_norm(x[i], None, None, training=True, mask=valid[i] if dim == 0 else masks)
         assert torch.allclose(together[i], alone, rtol=1e-6, atol=1e-6)
