@@ -191,6 +191,13 @@ def _part_size(t: Target, name: str) -> list[Bad]:
     return rows + (_constants(bool=True, zero=0) if "function" in t.name else IS_NONE)
 
 
+def _lengths(t: Target, name: str) -> list[Bad]:
+    rows = [*NOT_A_TENSOR, Bad("long", lambda: torch.tensor([9, 1, 1, 1])), Bad("few", lambda: torch.tensor([1, 1]))]
+    rows += _cast(tuple(d for d in DTYPES if d not in (torch.int32, torch.int64)), lambda: torch.ones(4))
+    rows.append(Bad("meta", lambda: torch.ones(4, dtype=torch.int64, device="meta")))
+    return rows + IS_NONE if t.name.startswith("operator") else rows
+
+
 def _list_of_bools(t: Target, name: str) -> list[Bad]:
     lengths: dict[str, object] = {f"of_{n}": [True] * n for n in (0, 1, 3, 5)}
     return _constants(str="five", int=1, bool=True, strings=["yes"] * 4, **lengths) + IS_NONE + [Bad("object", object)]
@@ -236,7 +243,7 @@ KINDS: dict[str, Callable[[Target, str], list[Bad]]] = {
     "tensor": lambda t, name: NOT_A_TENSOR + IS_NONE,  # any that torch's collective takes
     "mask": _mask,
     "valid": _exactly,
-    "lengths": lambda t, name: [*NOT_A_TENSOR, Bad("of_images", lambda: torch.ones(SHAPE[0], dtype=torch.int64))],
+    "lengths": _lengths,
     "batch": _group,
     "size": _group,
     "device": lambda t, name: _constants(unknown="nowhere", int=-5) + NOT_A_STRING + IS_NONE,
@@ -293,7 +300,18 @@ def forward_arguments() -> Arguments:
         "group_size": 1,
         "group_name": "0",
         "training": True,
+        "valid": no_padding(SHAPE),
+        "virtual_batch_size": 0,
+        "update_in_backward": True,
+        "lengths": torch.tensor([5, 1, 0, 2]),
+        "batch": 4,
+        "size": 5,
+        "device": "cpu",
     }
+
+
+def no_padding(shape: tuple[int, ...]) -> Tensor:
+    return torch.ones((shape[0], *shape[2:]), dtype=torch.bool)
 
 
 def backward_arguments() -> Arguments:
@@ -311,6 +329,8 @@ def backward_arguments() -> Arguments:
         "mean_grads": torch.ones(2, CHANNELS),
         "count": torch.tensor(100.0, dtype=torch.float64),
         "group_name": "0",
+        "valid": no_padding(SHAPE),
+        "virtual_batch_size": 0,
     }
 
 
@@ -342,7 +362,8 @@ def functions() -> list[Target]:
 
             def good(arguments: tuple[str, ...] = arguments, mode: str = mode) -> Arguments:
                 values = {**forward_arguments(), "training": mode == "training"}
-                return {k: v for k, v in values.items() if k in arguments}
+                values |= {"mask": no_padding(SHAPE), "virtual_batch_size": 2}
+                return {k: v for k, v in values.items() if k in arguments and k != "lengths"}
 
             targets.append(Target(f"function_{function.__name__}_{mode}", function, arguments, good))
     return targets
@@ -359,11 +380,15 @@ def layers() -> list[Target]:
 
 def _layer(cls: type, mode: str) -> Target:
     is_lazy = "Lazy" in cls.__name__
-    takes = tuple(inspect.signature(cls.forward).parameters)[1:]
+    shape = RANKS[cls.__name__[-2:]]
+    # Lengths or a mask: the one that the rank of the input allows, or the other.
+    other = "mask" if len(shape) == 3 else "lengths"
+    takes = tuple(name for name in inspect.signature(cls.forward).parameters if name not in ("self", other))
 
     def good() -> Arguments:
         seed(0)
-        return {key: make_input(RANKS[cls.__name__[-2:]]) for key in takes}
+        padding = {"lengths": torch.tensor([6, 1, 0, 2]), "mask": no_padding(shape)}
+        return {key: padding[key] if key in padding else make_input(shape) for key in takes}
 
     def new(cls: type) -> torch.nn.Module:
         return cls(*[] if is_lazy else [CHANNELS]).train(mode == "training")
