@@ -43,7 +43,8 @@ __device__ __forceinline__ void finish_part(BackwardOp op, std::int64_t c, const
 // none where nothing is reduced.
 template <typename Op>
 __global__ void __launch_bounds__(kPartThreads)
-    part_finish_kernel(const __grid_constant__ PartArgs args, const __grid_constant__ Op op, const std::int64_t splits) {
+    part_finish_kernel(const __grid_constant__ PartArgs args, const __grid_constant__ Op op,
+                       const std::int64_t splits) {
   BNEXT_DYNAMIC_SHARED(bytes);
   const PartPlan& plan = args.plan;
   const int t = static_cast<int>(threadIdx.x);

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kPartThreads) part_map_kernel(const __grid_con
 #pragma unroll
     for (int j = 0; j < Map::kCoefficients; ++j) c[j] = *part_coefficient(args, place.part(), j, place.channel());
   }
-  for_each_element<scalar_t, Map>(args, place, [&](const PartElement& element, const double(&in)[kMaxInputs]) {
+  for_each_element<scalar_t, Map>(args, place, [&](const PartElement& element, const double (&in)[kMaxInputs]) {
     Mapped<double> mapped = {};
     if (element.valid) mapped = Map::template apply<scalar_t>(in, c, args.epilogue);
     if (element.inside) {

@@ -79,8 +79,8 @@ PartPlan make_part_plan(const Problem& problem) {
 }
 
 std::string description(const PartPlan& plan) {
-  return std::to_string(plan.parts) + (plan.parts == 1 ? " part" : " parts") + (plan.valid != nullptr ? ", padded" : "") +
-         ", read twice";
+  return std::to_string(plan.parts) + (plan.parts == 1 ? " part" : " parts") +
+         (plan.valid != nullptr ? ", padded" : "") + ", read twice";
 }
 
 }  // namespace bnext::cuda

@@ -29,8 +29,8 @@ struct GradientSums {
   }
 };
 
-// What a thread, a block or all of them know of a channel's part. Moments are merged by Chan's formula (LocalStats), for
-// each thread shifts by a value of its own.
+// What a thread, a block or all of them know of a channel's part. Moments are merged by Chan's formula (LocalStats),
+// for each thread shifts by a value of its own.
 template <typename Op>
 using PartialOf = std::conditional_t<std::is_same_v<Op, TrainingForwardOp>, LocalStats, GradientSums>;
 static_assert(sizeof(LocalStats) == kPartialDoubles * sizeof(double) && sizeof(GradientSums) == sizeof(LocalStats));
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kPartThreads)
     if (place.has_channel()) of_part(op, place.part(), plan.C).reduce_coefficients(place.channel(), c);
   }
   GradientSums sums;
-  for_each_element<scalar_t, Reduce>(args, place, [&](const PartElement& element, const double(&in)[kMaxInputs]) {
+  for_each_element<scalar_t, Reduce>(args, place, [&](const PartElement& element, const double (&in)[kMaxInputs]) {
     if (!element.valid) return;
     if constexpr (kSamples) {
       if (sums.count == 0.0) c[0] = first_shift(in[0]);

@@ -47,8 +47,7 @@ cudaError_t backward(const Problem& problem, const Backward& args, const PartPla
   if (args.reduces()) launch_sums(launches, op);
   launches.finish(op);
   if (plan.parts > 1 && (args.grad_weight.data != nullptr || args.grad_bias.data != nullptr)) {
-    launches.totals(
-        SumOfPartsOp{args.grad_weight, args.grad_bias, weight_of_parts, bias_of_parts, plan.parts, plan.C});
+    launches.totals(SumOfPartsOp{args.grad_weight, args.grad_bias, weight_of_parts, bias_of_parts, plan.parts, plan.C});
   }
   if (args.maps()) launch_map(launches, op);
   return launches.error();
