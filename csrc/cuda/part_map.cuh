@@ -43,9 +43,8 @@ __global__ void __launch_bounds__(kPartThreads) part_map_kernel(const __grid_con
     Mapped<double> mapped = {};
     if (element.valid) mapped = Map::template apply<scalar_t>(in, c, args.epilogue);
     if (element.inside) {
-      const std::int64_t offset = place.offset(element);
-      store_result<scalar_t>(tensors.out[0], offset, mapped.first);
-      if constexpr (Map::kActivated && !kForward) store_result<scalar_t>(tensors.out[1], offset, mapped.second);
+      store_result<scalar_t>(tensors.out[0], element.offset, mapped.first);
+      if constexpr (Map::kActivated && !kForward) store_result<scalar_t>(tensors.out[1], element.offset, mapped.second);
     }
     if constexpr (Map::kActivated && kForward) {
       // A NaN lets through, too.

@@ -16,6 +16,7 @@ struct PartArgs {
 
 // An element, or a place in a padded plane or beyond the channels that is `inside` of nothing.
 struct PartElement {
+  std::int64_t offset;
   std::int64_t image;
   std::int64_t spot;
   bool inside;
@@ -36,10 +37,12 @@ class PartPlace {
     const std::int64_t begin = split_ * plan.chunk;
     const std::int64_t positions = images * plan.padded_plane;
     const std::int64_t end = begin + plan.chunk < positions ? begin + plan.chunk : positions;
-    left_ = end - begin;
+    left_ = static_cast<int>(end - begin);
     row_ = t / plan.threads_x;
     image_ = first + (begin + row_) / plan.padded_plane;
     spot_ = (begin + row_) % plan.padded_plane;
+    offset_ = (image_ * plan.C + channel_) * plan.plane + spot_;
+    position_ = image_ * plan.plane + spot_;
   }
 
   __device__ __forceinline__ std::int64_t channel() const { return channel_; }
@@ -51,20 +54,12 @@ class PartPlace {
   __device__ __forceinline__ bool more() const { return left_ > 0; }
 
   __device__ __forceinline__ PartElement next() {
-    PartElement element = {image_, spot_, has_channel() && row_ < left_ && spot_ < plan_.plane, false};
-    if (element.inside) element.valid = plan_.valid == nullptr || plan_.valid[image_ * plan_.plane + spot_] != 0;
+    PartElement element = {offset_, image_, spot_, has_channel() && row_ < left_ && spot_ < plan_.plane, false};
+    if (element.inside) element.valid = plan_.valid == nullptr || plan_.valid[position_] != 0;
     left_ -= plan_.threads_y;
-    image_ += plan_.step_images;
-    spot_ += plan_.step_spots;
-    if (spot_ >= plan_.padded_plane) {
-      spot_ -= plan_.padded_plane;
-      ++image_;
-    }
+    move(plan_.step_images, plan_.step_spots);
+    if (spot_ >= plan_.padded_plane) move(1, -plan_.padded_plane);
     return element;
-  }
-
-  __device__ __forceinline__ std::int64_t offset(const PartElement& element) const {
-    return (element.image * plan_.C + channel_) * plan_.plane + element.spot;
   }
 
   // The byte of a mask that holds an element's bit, and which of its bits that is.
@@ -79,6 +74,14 @@ class PartPlace {
   }
 
  private:
+  // Additions of the plan's numbers, where what they lead to would take multiplications.
+  __device__ __forceinline__ void move(std::int64_t images, std::int64_t spots) {
+    image_ += images;
+    spot_ += spots;
+    position_ += images * plan_.plane + spots;
+    offset_ += images * plan_.image_elements + spots;
+  }
+
   __device__ __forceinline__ std::int64_t in_row(const PartElement& element) const {
     return plan_.channels_last ? channel_ : element.spot;
   }
@@ -89,7 +92,9 @@ class PartPlace {
   std::int64_t split_;
   std::int64_t image_;
   std::int64_t spot_;
-  std::int64_t left_;  // positions of the chunk from the block's first thread on
+  std::int64_t offset_;
+  std::int64_t position_;
+  int left_;  // positions of the chunk from the block's first thread on
   int row_;
 };
 
@@ -97,42 +102,58 @@ class PartPlace {
 template <typename Functor>
 constexpr int kPartAhead = Functor::kActivated ? 2 : 4;
 
-// What a functor reads of an element, in float64. Of padding nothing is read: whatever lies there does not matter.
+// What a functor reads of an element, as it lies in memory: a conversion would wait for it.
+template <typename scalar_t>
+struct PartValues {
+  scalar_t value[kMaxInputs];
+  unsigned char mask;
+};
+
+// Of padding nothing is read: whatever lies there does not matter.
 template <typename scalar_t, typename Functor>
-__device__ __forceinline__ void read_element(const PartArgs& args, const PartPlace& place, const PartElement& element,
-                                             double (&in)[kMaxInputs]) {
-  if (!element.valid) return;
-  const Tensors& tensors = args.tensors;
-  const std::int64_t offset = place.offset(element);
+__device__ __forceinline__ PartValues<scalar_t> read_element(const Tensors& tensors, const PartPlace& place,
+                                                             const PartElement& element) {
+  PartValues<scalar_t> values = {};
   const auto read = [&](int i) {
-    const void* data = tensors.in[i];
-    if (data != nullptr) in[i] = static_cast<double>(widen(static_cast<const scalar_t*>(data)[offset]));
+    const auto* data = static_cast<const scalar_t*>(tensors.in[i]);
+    if (data != nullptr && element.valid) values.value[i] = data[element.offset];
   };
   if constexpr (Functor::kReadsInput) read(0);
   if constexpr (Functor::kReadsGrad) read(1);
   if constexpr (Functor::kActivated) {
-    if (tensors.mask != nullptr) {
-      const unsigned byte = tensors.mask[place.mask_byte<scalar_t>(element)];
-      in[2] = (byte >> place.mask_bit<scalar_t>(element) & 1u) != 0 ? 1.0 : 0.0;
-    } else {
-      read(2);
-    }
+    read(2);
+    if (tensors.mask != nullptr && element.valid) values.mask = tensors.mask[place.mask_byte<scalar_t>(element)];
+  }
+  return values;
+}
+
+template <typename scalar_t, typename Functor>
+__device__ __forceinline__ void widen_values(const PartArgs& args, const PartPlace& place, const PartElement& element,
+                                             const PartValues<scalar_t>& values, double (&in)[kMaxInputs]) {
+#pragma unroll
+  for (int i = 0; i < kMaxInputs; ++i) in[i] = static_cast<double>(widen(values.value[i]));
+  if constexpr (Functor::kActivated) {
+    if (args.epilogue.has_mask) in[2] = (values.mask >> place.mask_bit<scalar_t>(element) & 1) != 0 ? 1.0 : 0.0;
   }
 }
 
-// f(element, what the functor reads of it) for each of a thread's places, all threads of a block in step.
+// f(element, what the functor reads of it, in float64) for each of a thread's places, all threads of a block in step.
 template <typename scalar_t, typename Functor, typename F>
 __device__ __forceinline__ void for_each_element(const PartArgs& args, PartPlace& place, F&& f) {
   constexpr int kAhead = kPartAhead<Functor>;
   while (place.more()) {
     PartElement element[kAhead];
-    double in[kAhead][kMaxInputs] = {};
+    PartValues<scalar_t> values[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) element[i] = place.next();
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) read_element<scalar_t, Functor>(args, place, element[i], in[i]);
+    for (int i = 0; i < kAhead; ++i) values[i] = read_element<scalar_t, Functor>(args.tensors, place, element[i]);
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) f(element[i], in[i]);
+    for (int i = 0; i < kAhead; ++i) {
+      double in[kMaxInputs];
+      widen_values<scalar_t, Functor>(args, place, element[i], values[i], in);
+      f(element[i], in);
+    }
   }
 }
 

@@ -13,6 +13,7 @@ constexpr int kWarp = 32;
 constexpr std::int64_t kWantedBlocks = 1024;
 constexpr std::int64_t kMinSteps = 8;  // of a thread
 constexpr std::int64_t kMaxSplits = 256;
+constexpr std::int64_t kMaxChunk = std::int64_t{1} << 30;  // counted in 32 bits
 
 static_assert(kPartThreads % kPartChannels == 0 && kPartChannels % kWarp == 0);
 static_assert(kWarp % kCudaMaskBytes == 0, "threads that share a byte of a mask are in one warp");
@@ -66,11 +67,12 @@ PartPlan make_part_plan(const Problem& problem) {
   plan.threads_y = std::max(power_of_two_from(positions, kPartThreads / plan.threads_x), kWarp / plan.threads_x);
   const std::int64_t by_work = positions / (plan.threads_y * kMinSteps);
   const std::int64_t wanted = divide_up(kWantedBlocks, plan.tiles * plan.parts);
-  const std::int64_t splits = std::max<std::int64_t>(1, std::min({by_work, wanted, kMaxSplits}));
+  const std::int64_t splits = std::max(divide_up(positions, kMaxChunk), std::min({by_work, wanted, kMaxSplits}));
   plan.chunk = divide_up(divide_up(positions, splits), plan.threads_y) * plan.threads_y;
   plan.splits = divide_up(positions, plan.chunk);
   plan.step_images = plan.threads_y / plan.padded_plane;
   plan.step_spots = plan.threads_y % plan.padded_plane;
+  plan.image_elements = plan.C * plan.plane;
 
   std::int64_t doubles = 0;
   plan.workspace = layout(plan, doubles);

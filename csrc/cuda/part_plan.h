@@ -56,6 +56,7 @@ struct PartPlan {
   std::int64_t chunk;        // positions in padded planes, a multiple of threads_y
   std::int64_t step_images;  // threads_y positions further on
   std::int64_t step_spots;
+  std::int64_t image_elements;
 
   PartWorkspace workspace;
   std::int64_t workspace_bytes;
