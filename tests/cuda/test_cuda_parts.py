@@ -245,6 +245,17 @@ def test_evaluation(batch: Batch, kernel_device: str) -> None:
         assert_near(y, expected.output, batch.dtype, "output", scale=4)
         assert_padding_is_zero(inputs, y)
         check_gradients(batch, inputs, expected, stats, mask if rectifies else None, training=False)
+        if batch.act == "silu":
+            return
+        # Without the input, which nothing else depends on.
+        activated = batch.act != "identity"
+        dx, _, grad_bias, dz = torch.ops.bnext.batch_norm_backward(
+            inputs.g, None, inputs.weight, stats, False, EPS, [True, False, True, activated], inputs.bias, None,
+            mask if rectifies else None, batch.act, SLOPE, None, inputs.valid,
+        )  # fmt: skip
+        assert_near(dx, expected.grad_input, batch.dtype, "grad_input", scale=2)
+        assert_near(grad_bias, expected.grad_bias, parameter_dtype(batch.dtype), "grad_bias", scale=20)
+        assert_padding_is_zero(inputs, dx, dz if activated else None)
 
 
 def test_a_batch_on_several_processes(kernel_device: str) -> None:
@@ -277,9 +288,11 @@ def test_a_batch_on_several_processes(kernel_device: str) -> None:
         assert not torch.allclose(doubled, dx)
 
 
-def test_one_value_spoils_its_part_alone(kernel_device: str) -> None:
-    """Beside an infinite value: one that is constant, and far from zero, and one whose squares float32 cannot hold."""
-    batch = Batch(Case((6, 4, 5, 7), "contiguous"), "random", 2, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
+def test_hard_channels(dtype: torch.dtype, kernel_device: str) -> None:
+    """An infinite value spoils its part of its channel alone; values that are the same, far from zero, have a variance
+    of zero; and squares may be more than float32 holds."""
+    batch = Batch(Case((6, 4, 5, 7), "contiguous"), "random", 2, dtype)
     with kernels_on(kernel_device) as device:
         inputs = inputs_of(batch, device)
         x, valid = inputs.x, inputs.valid
@@ -295,7 +308,7 @@ def test_one_value_spoils_its_part_alone(kernel_device: str) -> None:
         assert y.movedim(1, -1)[2:4][valid[2:4]][:, 0].isnan().all()
         # Its channel in other parts, and other channels in its part, are as they were.
         x[2, 0, 0, 0] = 0.5
-        expected = by_definition(batch, inputs._replace(weight=torch.ones(4, device=device)))
+        expected = by_definition(batch, inputs._replace(weight=torch.ones(4, dtype=dtype, device=device)))
         others = torch.ones_like(stats[:, 0], dtype=torch.bool).cpu()
         others[1, 0] = False
         assert_near(stats[:, 0].cpu()[others], expected.mean[others], torch.float64, "mean")
