@@ -55,8 +55,11 @@ CUDA_SOURCES = [
     "csrc/cuda/backward_activated.cu",
     "csrc/cuda/backward.cu",
     "csrc/cuda/forward.cu",
+    "csrc/cuda/parts_backward.cu",
+    "csrc/cuda/parts_forward.cu",
     "csrc/cuda/limits.cu",
     "csrc/cuda/launch_plan.cpp",
+    "csrc/cuda/part_plan.cpp",
 ]
 
 # The kernels read no errno and unmask no floating-point trap: no result changes. Debug information, which Python's own

@@ -289,7 +289,7 @@ def main() -> int:
     print("\n".join(step_table(kernels)))
     if update:
         save_steps(kernels)
-    print("Static shared memory: none. Dynamic: csrc/cuda/launch_plan.cpp, half an SM at most for two blocks.")
+    print("Static shared memory: none. Dynamic: launch_plan.cpp, half an SM at most for two blocks; for parts 6 KB.")
     broken = [f"{k.name} sm_{k.architecture}: {fault}" for k in kernels for fault in k.faults]
     counted = sum(k.steps is not None for k in kernels)
     if disassembler is not None and counted != COUNTED_KERNELS:

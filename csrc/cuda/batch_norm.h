@@ -7,6 +7,7 @@
 
 #include "../common/arguments.h"
 #include "launch_plan.h"
+#include "part_plan.h"
 
 namespace bnext::cuda {
 
@@ -34,6 +35,15 @@ cudaError_t forward(const Problem& problem, const TrainingForward& args, const L
 cudaError_t forward(const Problem& problem, const EvalForward& args, const LaunchPlan& plan, void* workspace,
                     cudaStream_t stream);
 cudaError_t backward(const Problem& problem, const Backward& args, const LaunchPlan& plan, void* workspace,
+                     cudaStream_t stream);
+
+// The same for a problem that has_parts(), by kernels that look at padding and at the parts of a batch (part_plan.h).
+// workspace: as above.
+cudaError_t forward(const Problem& problem, const TrainingForward& args, const PartPlan& plan, void* workspace,
+                    cudaStream_t stream);
+cudaError_t forward(const Problem& problem, const EvalForward& args, const PartPlan& plan, void* workspace,
+                    cudaStream_t stream);
+cudaError_t backward(const Problem& problem, const Backward& args, const PartPlan& plan, void* workspace,
                      cudaStream_t stream);
 
 // Merges the local batches' statistics, a thread a channel.

@@ -134,7 +134,6 @@ void check_virtual_batch_size(std::int64_t virtual_batch_size) {
 
 void check_save_stats(const Tensor& save_stats, const char* like_name, const Tensor& like,
                       std::int64_t virtual_batch_size) {
-  const std::int64_t C = like.size(1);
   check_given("save_stats", save_stats);
   TORCH_CHECK(save_stats.device() == like.device(), "batch_norm: expected save_stats on the device of ", like_name,
               ", ", like.device(), ", but got ", save_stats.device());

@@ -9,6 +9,7 @@
 #include <map>
 #include <mutex>
 #include <optional>
+#include <variant>
 
 #include "../common/mask.h"
 #include "../cuda/batch_norm.h"
@@ -46,18 +47,20 @@ cuda::DeviceLimits limits_of_current_device() {
 // Backward calls run on threads of autograd's own.
 class LastPlan {
  public:
-  void set(const cuda::LaunchPlan& plan) {
+  template <typename Plan>
+  void set(const Plan& plan) {
     const std::lock_guard lock(mutex_);
     plan_ = plan;
   }
   std::string description() {
     const std::lock_guard lock(mutex_);
-    return plan_ ? cuda::description(*plan_) : std::string();
+    const auto described = [](const auto& plan) { return cuda::description(plan); };
+    return plan_ ? std::visit(described, *plan_) : std::string();
   }
 
  private:
   std::mutex mutex_;
-  std::optional<cuda::LaunchPlan> plan_;
+  std::optional<std::variant<cuda::LaunchPlan, cuda::PartPlan>> plan_;
 };
 
 LastPlan& last_plan() {
@@ -66,8 +69,8 @@ LastPlan& last_plan() {
 }
 
 // Freed when it goes out of scope: the caching allocator hands it out again only to what follows on the stream.
-at::Tensor allocate_workspace(const cuda::LaunchPlan& plan, at::Device where) {
-  return at::empty({plan.workspace_bytes}, at::TensorOptions().dtype(at::kByte).device(where));
+at::Tensor allocate_workspace(std::int64_t bytes, at::Device where) {
+  return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(where));
 }
 
 class CudaBackend final : public Backend {
@@ -104,13 +107,18 @@ class CudaBackend final : public Backend {
   static void enqueue(const Problem& problem, const Args& args, at::Device where, Launch&& launch) {
     const c10::cuda::CUDAGuard guard(where);
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-    const auto launch_plan = [&](const cuda::LaunchPlan& plan) {
-      const at::Tensor workspace = plan.workspace_bytes > 0 ? allocate_workspace(plan, where) : at::Tensor();
+    const auto launch_plan = [&](const auto& plan) {
+      const at::Tensor workspace =
+          plan.workspace_bytes > 0 ? allocate_workspace(plan.workspace_bytes, where) : at::Tensor();
       void* const scratch = workspace.defined() ? workspace.mutable_data_ptr() : nullptr;
       last_plan().set(plan);
       return launch(problem, args, plan, scratch, stream);
     };
-    C10_CUDA_CHECK(cuda::plan_and_launch(problem, args, limits_of_current_device(), launch_plan));
+    if (cuda::has_parts(problem)) {
+      C10_CUDA_CHECK(launch_plan(cuda::make_part_plan(problem)));
+    } else {
+      C10_CUDA_CHECK(cuda::plan_and_launch(problem, args, limits_of_current_device(), launch_plan));
+    }
   }
 };
 

@@ -19,6 +19,8 @@ namespace bnext {
 namespace {
 
 cuda::LaunchPlan last_plan;
+cuda::PartPlan last_part_plan;
+std::string last_description;
 
 // Plans are made as if the device had no more than this, so that small tensors take the paths of large ones.
 int shared_cap;
@@ -63,9 +65,26 @@ class Buffers {
   std::vector<std::pair<const void*, const char*>> outputs_;
 };
 
-void add_stats(Buffers& buffers, std::int64_t C, double* mean, double* invstd) {
-  buffers.add(mean, channel_bytes(C, DType::kFloat64), "save_mean", simt::Access::kUninitialised);
-  buffers.add(invstd, channel_bytes(C, DType::kFloat64), "save_invstd", simt::Access::kUninitialised);
+// Of several parts they lie between each other.
+void add_stats(Buffers& buffers, const Problem& problem, double* mean, double* invstd) {
+  const std::size_t bytes = channel_bytes(problem.C, DType::kFloat64);
+  if (problem.parts() > 1) {
+    buffers.add(mean, 2 * bytes * problem.parts(), "save_stats", simt::Access::kUninitialised);
+    return;
+  }
+  buffers.add(mean, bytes, "save_mean", simt::Access::kUninitialised);
+  buffers.add(invstd, bytes, "save_invstd", simt::Access::kUninitialised);
+}
+
+void add_given_stats(Buffers& buffers, const Problem& problem, const double* mean, const double* invstd) {
+  const std::size_t bytes = channel_bytes(problem.C, DType::kFloat64);
+  if (problem.parts() > 1) return buffers.add(mean, 2 * bytes * problem.parts(), "save_stats", simt::Access::kRead);
+  buffers.add(mean, bytes, "save_mean", simt::Access::kRead);
+  buffers.add(invstd, bytes, "save_invstd", simt::Access::kRead);
+}
+
+void add_valid(Buffers& buffers, const Problem& problem) {
+  buffers.add(problem.valid, static_cast<std::size_t>(problem.count()), "valid", simt::Access::kRead);
 }
 
 // A mask has bytes between its rows that nobody writes or looks at.
@@ -93,7 +112,11 @@ void add_arguments(Buffers& buffers, const Problem& problem, const TrainingForwa
   buffers.add(args.bias, problem.C, "bias");
   add_running(buffers, problem.C, args.running);
   buffers.add(args.output, bytes, "output", simt::Access::kUninitialised);
-  add_stats(buffers, problem.C, args.save_mean, args.save_m2 == nullptr ? args.save_invstd : args.save_m2);
+  add_stats(buffers, problem, args.save_mean, args.save_m2 == nullptr ? args.save_invstd : args.save_m2);
+  if (args.save_count != nullptr) {
+    buffers.add(args.save_count, sizeof(double), "save_count", simt::Access::kUninitialised);
+  }
+  add_valid(buffers, problem);
   add_epilogue(buffers, problem, args.epilogue);
 }
 
@@ -102,22 +125,26 @@ void add_arguments(Buffers& buffers, const Problem& problem, const EvalForward& 
   buffers.add(args.input, bytes, "input", simt::Access::kRead);
   buffers.add(args.weight, problem.C, "weight");
   buffers.add(args.bias, problem.C, "bias");
-  buffers.add(args.running_mean, problem.C, "running_mean");
-  buffers.add(args.running_var, problem.C, "running_var");
-  buffers.add(args.invstd, problem.C, "invstd");
+  if (problem.parts() > 1) {
+    add_given_stats(buffers, problem, static_cast<const double*>(args.running_mean.data), nullptr);
+  } else {
+    buffers.add(args.running_mean, problem.C, "running_mean");
+    buffers.add(args.running_var, problem.C, "running_var");
+    buffers.add(args.invstd, problem.C, "invstd");
+  }
+  add_valid(buffers, problem);
   buffers.add(args.output, bytes, "output", simt::Access::kUninitialised);
-  add_stats(buffers, problem.C, args.save_mean, args.save_invstd);
+  add_stats(buffers, problem, args.save_mean, args.save_invstd);
   add_epilogue(buffers, problem, args.epilogue);
 }
 
 void add_arguments(Buffers& buffers, const Problem& problem, const Backward& args) {
   const std::size_t bytes = channel_bytes(problem.numel(), problem.dtype);
-  const std::size_t stats = channel_bytes(problem.C, DType::kFloat64);
   buffers.add(args.grad_output, bytes, "grad_output", simt::Access::kRead);
   buffers.add(args.input, bytes, "input", simt::Access::kRead);
   buffers.add(args.weight, problem.C, "weight");
-  buffers.add(args.save_mean, stats, "save_mean", simt::Access::kRead);
-  buffers.add(args.save_invstd, stats, "save_invstd", simt::Access::kRead);
+  add_given_stats(buffers, problem, args.save_mean, args.save_invstd);
+  add_valid(buffers, problem);
   buffers.add(args.mean_dz_xhat, problem.C, "mean_dz_xhat");
   buffers.add(args.mean_dz, problem.C, "mean_dz");
   buffers.add(args.grad_input, bytes, "grad_input", simt::Access::kUninitialised);
@@ -174,8 +201,8 @@ class SimtBackend final : public Backend {
     limits.max_grid = std::min(limits.max_grid, grid_cap);
     Buffers buffers;
     add_arguments(buffers, problem, args);
-    const auto launch_plan = [&](const cuda::LaunchPlan& plan) {
-      last_plan = plan;
+    const auto launch_plan = [&](const auto& plan) {
+      last_description = cuda::description(plan);
       // Doubles, for their alignment.
       std::vector<double> workspace(static_cast<std::size_t>(plan.workspace_bytes + 7) / 8, -1.0);
       if (workspace.empty()) return launch(problem, args, plan, nullptr, cudaStream_t{});
@@ -185,7 +212,15 @@ class SimtBackend final : public Backend {
       simt::unregister_buffer(workspace.data());
       return error;
     };
-    buffers.finish(cuda::plan_and_launch(problem, args, limits, launch_plan));
+    if (cuda::has_parts(problem)) {
+      last_part_plan = cuda::make_part_plan(problem);
+      buffers.finish(launch_plan(last_part_plan));
+      return;
+    }
+    buffers.finish(cuda::plan_and_launch(problem, args, limits, [&](const cuda::LaunchPlan& plan) {
+      last_plan = plan;
+      return launch_plan(plan);
+    }));
   }
 };
 
@@ -214,6 +249,16 @@ Facts facts_of(const cuda::LaunchPlan& plan) {
   facts.insert("share", plan.share);
   facts.insert("shared_bytes", plan.shared.bytes);
   facts.insert("workspace_bytes", plan.workspace_bytes);
+  return facts;
+}
+
+Facts facts_of(const cuda::PartPlan& plan) {
+  Facts facts;
+  facts.insert("parts", plan.parts);
+  facts.insert("tiles", plan.tiles);
+  facts.insert("splits", plan.splits);
+  facts.insert("threads_x", plan.threads_x);
+  facts.insert("threads_y", plan.threads_y);
   return facts;
 }
 
@@ -287,6 +332,7 @@ TORCH_LIBRARY(bnext_simt, m) {
       "-> Dict(str, int)",
       &bnext::plan);
   m.def("last_plan() -> Dict(str, int)", [] { return bnext::facts_of(bnext::last_plan); });
-  m.def("last_description() -> str", [] { return bnext::cuda::description(bnext::last_plan); });
+  m.def("last_description() -> str", [] { return bnext::last_description; });
+  m.def("last_part_plan() -> Dict(str, int)", [] { return bnext::facts_of(bnext::last_part_plan); });
   m.def("counters() -> Dict(str, int)", &bnext::counters);
 }

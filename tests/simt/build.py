@@ -19,8 +19,14 @@ ROOT = Path(__file__).resolve().parents[2]
 SIMT = ROOT / "tests" / "simt"
 BUILD = ROOT / "build" / "simt"
 
-KERNELS = ("csrc/cuda/backward_activated.cu", "csrc/cuda/backward.cu", "csrc/cuda/forward.cu")
-HOST = ("csrc/cuda/limits.cu", "csrc/cuda/launch_plan.cpp")
+KERNELS = (
+    "csrc/cuda/backward_activated.cu",
+    "csrc/cuda/backward.cu",
+    "csrc/cuda/forward.cu",
+    "csrc/cuda/parts_backward.cu",
+    "csrc/cuda/parts_forward.cu",
+)
+HOST = ("csrc/cuda/limits.cu", "csrc/cuda/launch_plan.cpp", "csrc/cuda/part_plan.cpp")
 TENSOR_LEVEL = (
     "csrc/tensor/forward.cpp",
     "csrc/tensor/backward.cpp",

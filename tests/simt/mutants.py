@@ -7,6 +7,7 @@
 A mutant is a copy of csrc/ with one barrier, wait, release or acquire taken away or weakened. Every synchronisation
 lies in a header that the forward and the backward kernels share: only the forward ones are compiled anew. Two lines
 matter to a backward pass with an activation alone, which reduces with coefficients by column, and may begin in float64.
+The kernels for padding and parts have headers and tests of their own.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from simt.build import BUILD, ROOT, build
 KERNELS = ROOT / "csrc" / "cuda"
 # What the mutants have to survive: one dtype on every way through the kernels.
 TESTS = ("tests/cuda/test_cuda_kernels.py", "tests/cuda/test_emulated_kernels.py", "-k")
+TESTS_OF_PARTS = "tests/cuda/test_cuda_parts.py"
 FORWARD = "(every_way and bfloat16) or cannot_hold or several or share_the_additions"
 ACTIVATED = "(with_an_epilogue and bfloat16-relu-residual) or coefficients_float32_cannot_hold"
 
@@ -63,8 +65,24 @@ class Mutant(NamedTuple):
     after: str
 
     @property
+    def of_parts(self) -> bool:
+        return self.file.startswith("part_")
+
+    @property
     def activated(self) -> bool:
         return "Reduce, kTile" in self.before or self.before.strip() == "wait_prior<0>();"
+
+    @property
+    def kernels(self) -> str:
+        """What is compiled with it."""
+        stem = "parts_forward" if self.of_parts else "backward_activated" if self.activated else "forward"
+        return f"csrc/cuda/{stem}.cu"
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        if self.of_parts:
+            return (TESTS_OF_PARTS,)
+        return (*TESTS, ACTIVATED if self.activated else FORWARD)
 
     @property
     def name(self) -> str:
@@ -90,14 +108,12 @@ def compiled(mutant: Mutant, folder: Path) -> Path:
     lines = path.read_text().splitlines(keepends=True)
     lines[mutant.line - 1] = mutant.after + "\n"
     path.write_text("".join(lines))
-    kernels = "csrc/cuda/backward_activated.cu" if mutant.activated else "csrc/cuda/forward.cu"
-    return build(folder / "build", kernels={kernels: folder}, objects=BUILD)
+    return build(folder / "build", kernels={mutant.kernels: folder}, objects=BUILD)
 
 
 def noticed_by(mutant: Mutant, library: Path) -> str | None:
     """The test that fails with it. They need a process of their own: torch keeps what it has loaded."""
-    tests = (*TESTS, ACTIVATED if mutant.activated else FORWARD)
-    return failed_test(*tests, timeout=3600, BNEXT_SIMT_LIBRARY=str(library), PYTHONPATH=str(ROOT))
+    return failed_test(*mutant.tests, timeout=3600, BNEXT_SIMT_LIBRARY=str(library), PYTHONPATH=str(ROOT))
 
 
 def survives(mutant: Mutant, library: Path) -> bool:

@@ -1,0 +1,361 @@
+"""The CUDA kernels for padding and for batches of several parts, against float64 by the definition.
+
+In emulation every access is checked (tests/simt); where there is a GPU they run on it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import reference
+import torch
+from cases import Case, make_grad, make_input, make_parameters, make_residual, name, parameter_dtype, same_bits
+from marks import DEVICES, SIMT
+from simt.device import Limits, emulated
+from torch import Tensor
+
+EPS = 1e-5
+SLOPE = 0.1  # of a leaky_relu
+
+
+@pytest.fixture(params=[SIMT, *(device for device in DEVICES if device != "cpu")])
+def kernel_device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@contextlib.contextmanager
+def kernels_on(kernel_device: str, seed: int = 0) -> Iterator[str]:
+    """Where tensors have to be for the kernels to run."""
+    if kernel_device == "simt":
+        with emulated(Limits(), seed):
+            yield "cpu"
+    else:
+        yield kernel_device
+
+
+class Batch(NamedTuple):
+    """A batch, and what is padding in it: "none", "lengths" of sequences, "random" positions, or the "second" part."""
+
+    case: Case
+    padding: str
+    virtual_batch_size: int
+    dtype: torch.dtype
+    act: str = "identity"
+    has_residual: bool = False
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.case.shape))
+        parts = f"parts-of-{self.virtual_batch_size}" if self.virtual_batch_size else "whole"
+        return f"{shape}-{self.case.layout}-{self.padding}-{parts}-{name(self.dtype)}-{self.act}"
+
+    def part_of_image(self) -> Tensor:
+        return torch.arange(self.case.shape[0]) // (self.virtual_batch_size or self.case.shape[0])
+
+    def valid(self) -> Tensor | None:
+        images, _, *spatial = self.case.shape
+        if self.padding == "none":
+            return None
+        if self.padding == "lengths":
+            return torch.arange(spatial[0]) < torch.randint(spatial[0] // 4, spatial[0] + 1, (images, 1))
+        if self.padding == "random":
+            return torch.rand(images, *spatial) < 0.6
+        return (self.part_of_image() != 1).reshape(images, *[1] * len(spatial)).expand(images, *spatial)
+
+
+class Inputs(NamedTuple):
+    """Of a call. What lies in the padding is NaN."""
+
+    x: Tensor
+    g: Tensor
+    residual: Tensor | None
+    valid: Tensor | None
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+
+def inputs_of(batch: Batch, device: str) -> Inputs:
+    valid = batch.valid()
+    residual = make_residual(*batch.case, batch.dtype) if batch.has_residual else None
+    data = [make_input(*batch.case, batch.dtype), make_grad(*batch.case, batch.dtype), residual]
+    if valid is not None:
+        for tensor in data:
+            if tensor is not None:
+                tensor.masked_fill_(~valid.unsqueeze(1), float("nan"))
+    params = make_parameters(batch.case.shape[1], parameter_dtype(batch.dtype))
+    tensors = [*data, valid, *params]
+    return Inputs(*(None if tensor is None else tensor.to(device) for tensor in tensors))
+
+
+class Expected(NamedTuple):
+    """In float64. Statistics have a row for each part."""
+
+    output: Tensor
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+    grad_input: Tensor
+    grad_weight: Tensor
+    grad_bias: Tensor
+    grad_residual: Tensor
+
+
+def by_definition(batch: Batch, inputs: Inputs, running: bool = False) -> Expected:
+    """Each part by its own statistics, or by the running ones; the gradients are autograd's."""
+    shape = batch.case.shape
+    wide = [None if tensor is None else reference.widen(tensor).cpu() for tensor in inputs]
+    valid = torch.ones(shape[0], *shape[2:], dtype=torch.bool) if inputs.valid is None else inputs.valid.cpu()
+    along = valid.unsqueeze(1).expand(shape)
+    x, g, residual = (torch.zeros(shape).double() if t is None else torch.where(along, t, 0) for t in wide[:3])
+    leaves = [t.requires_grad_() for t in (x, wide[4], wide[5], residual)]
+    z, rows = residual, []
+    for part in batch.part_of_image().unique():
+        chosen = along & (batch.part_of_image() == part).reshape(-1, *[1] * (len(shape) - 1))
+        values = x.movedim(1, 0)[chosen.movedim(1, 0)].reshape(shape[1], -1)
+        if values.shape[1] == 0:
+            rows.append((torch.zeros(shape[1]).double(), torch.full((shape[1],), float("inf")).double(), 0))
+            continue
+        mean = wide[6] if running else values.mean(1)
+        var = wide[7] if running else (values - mean[:, None]).square().mean(1)
+        mean_of_x, scale, bias = (
+            reference.along_channels(vector, len(shape)) for vector in (mean, wide[4] * (var + EPS).rsqrt(), wide[5])
+        )
+        z = torch.where(chosen, (x - mean_of_x) * scale + bias + residual, z)
+        rows.append((mean.detach(), var.detach(), values.shape[1]))
+    y = torch.where(along, reference.activate(z, (batch.act, SLOPE)), 0)
+    means, variances, counts = zip(*rows, strict=True)
+    gradients = torch.autograd.grad(y, leaves, torch.where(along, g, 0))
+    return Expected(y.detach(), torch.stack(means), torch.stack(variances), torch.tensor(counts), *gradients)
+
+
+def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str, scale: float = 1.0) -> None:
+    """Within a rounding or two to `dtype`; `scale` is the size of what was added up."""
+    unit = {torch.float64: 2e-13, torch.float32: 4e-7, torch.bfloat16: 2**-8}[dtype]
+    torch.testing.assert_close(
+        actual.double().cpu(), expected, rtol=4 * unit, atol=4 * unit * scale, msg=lambda text: f"{what}: {text}"
+    )
+
+
+def running_after(inputs: Inputs, expected: Expected, momentum: float | None) -> tuple[Tensor, Tensor]:
+    """As a loop over the parts leaves the running statistics; of a part without values it has none."""
+    mean, var = reference.widen(inputs.running_mean).cpu(), reference.widen(inputs.running_var).cpu()
+    for part, count in enumerate(expected.count.tolist()):
+        share = 1 / (8 + part) if momentum is None else momentum
+        if count == 0:
+            continue
+        assert count > 1
+        # Rounded to the dtype that they are kept in, after each part.
+        mean = ((1 - share) * mean + share * expected.mean[part]).to(inputs.running_mean.dtype).double()
+        unbiased = expected.var[part] * count / (count - 1)
+        var = ((1 - share) * var + share * unbiased).to(inputs.running_var.dtype).double()
+    return mean, var
+
+
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+
+# Planes that are no multiple of a vector and planes that are; more and fewer channels than a warp has threads; a last
+# part of fewer images; parts that several blocks share, by more of them than merge them at once.
+BATCHES = (
+    Batch(Case((4, 3, 50), "contiguous"), "lengths", 0, F32),
+    Batch(Case((4, 3, 50), "channels_last"), "lengths", 0, BF16, "silu", True),
+    Batch(Case((5, 6, 7, 7), "contiguous"), "random", 2, BF16, "relu", True),
+    Batch(Case((5, 19, 3, 5), "channels_last"), "random", 2, F32, "relu", True),
+    Batch(Case((5, 2, 3, 4), "channels_last"), "random", 2, BF16, "leaky_relu", True),
+    Batch(Case((6, 40, 4, 4), "channels_last"), "none", 4, F64, "silu", True),
+    Batch(Case((6, 3, 4, 4), "contiguous"), "none", 4, F32),
+    Batch(Case((11, 9), "contiguous"), "random", 4, F64),
+    Batch(Case((5, 4, 3, 3), "contiguous"), "second", 2, F32, "relu", True),
+    Batch(Case((5, 4, 3, 3), "channels_last"), "second", 2, F64),
+    Batch(Case((2, 2, 53, 80), "contiguous"), "random", 0, F32),
+    Batch(Case((9, 1, 64, 64), "channels_last"), "random", 0, F32, "relu"),
+)
+
+
+def check_gradients(
+    batch: Batch, inputs: Inputs, expected: Expected, stats: Tensor, mask: Tensor | None, training: bool
+) -> None:
+    """By a mask, where there is one, and by the pre-activation."""
+    activated = batch.act != "identity"
+    wanted = [True, True, True, activated]
+    masks = [None] if mask is None else [mask, None]
+    for given in masks:
+        before = None if given is not None else inputs.residual
+        gradients = torch.ops.bnext.batch_norm_backward(
+            inputs.g, inputs.x, inputs.weight, stats, training, EPS, wanted, inputs.bias, before, given,
+            batch.act, SLOPE, None, inputs.valid, batch.virtual_batch_size,
+        )  # fmt: skip
+        terms = max(1.0, inputs.x.numel() / inputs.x.shape[1]) ** 0.5
+        # An activation in 16 bits is accurate to as many; the sums of what follows it, too.
+        sums = batch.dtype if activated else parameter_dtype(batch.dtype)
+        names = ("grad_input", "grad_weight", "grad_bias", "grad_residual")
+        dtypes, scales = (batch.dtype, sums, sums, batch.dtype), (2, terms, terms, 1)
+        for what, actual, dtype, scale in zip(names, gradients, dtypes, scales, strict=True):
+            if what != "grad_residual" or activated:
+                assert_near(actual, getattr(expected, what), dtype, what, scale)
+        assert_padding_is_zero(inputs, gradients[0], gradients[3] if activated else None)
+
+
+def assert_padding_is_zero(inputs: Inputs, *results: Tensor | None) -> None:
+    for result in results:
+        if inputs.valid is not None and result is not None:
+            assert not result.movedim(1, -1)[~inputs.valid].any()
+
+
+@pytest.mark.parametrize(
+    ("batch", "momentum"), [pytest.param(batch, (0.1, None)[i % 2], id=str(batch)) for i, batch in enumerate(BATCHES)]
+)
+def test_training(batch: Batch, momentum: float | None, kernel_device: str) -> None:
+    with kernels_on(kernel_device, seed=0 if momentum is None else 1) as device:
+        inputs = inputs_of(batch, device)
+        expected = by_definition(batch, inputs)
+        mean, var, counter = inputs.running_mean.clone(), inputs.running_var.clone(), torch.tensor(7, device=device)
+        rectifies = batch.act in ("relu", "leaky_relu")
+        vectors, epilogue = (inputs.weight, inputs.bias), (inputs.residual, batch.act, SLOPE)
+        parts = (inputs.valid, batch.virtual_batch_size)
+        y, stats, mask = torch.ops.bnext.batch_norm_train(
+            inputs.x, *vectors, mean, var, counter, momentum, EPS, *epilogue, rectifies, *parts
+        )
+        assert_near(y, expected.output, batch.dtype, "output", scale=2)
+        assert_padding_is_zero(inputs, y)
+        of_parts = stats.reshape(-1, 2, batch.case.shape[1])
+        assert_near(of_parts[:, 0], expected.mean, torch.float64, "mean")
+        assert_near(of_parts[:, 1], (expected.var + EPS).rsqrt(), torch.float64, "invstd")
+        for actual, after in zip((mean, var), running_after(inputs, expected, momentum), strict=True):
+            assert_near(actual, after, parameter_dtype(batch.dtype), "running statistics")
+        assert counter == 7 + len(expected.count)
+        assert same_bits(torch.ops.bnext.batch_norm_recompute(inputs.x, stats, *vectors, *epilogue, *parts), y)
+        check_gradients(batch, inputs, expected, stats, mask if rectifies else None, training=True)
+
+
+@pytest.mark.parametrize("batch", [batch for batch in BATCHES if batch.padding in ("lengths", "random")][:4], ids=str)
+def test_evaluation(batch: Batch, kernel_device: str) -> None:
+    batch = batch._replace(virtual_batch_size=0)
+    with kernels_on(kernel_device) as device:
+        inputs = inputs_of(batch, device)
+        expected = by_definition(batch, inputs, running=True)
+        rectifies = batch.act in ("relu", "leaky_relu")
+        y, stats, mask = torch.ops.bnext.batch_norm_eval(
+            inputs.x, inputs.weight, inputs.bias, inputs.running_mean, inputs.running_var, EPS,
+            inputs.residual, batch.act, SLOPE, rectifies, inputs.valid,
+        )  # fmt: skip
+        assert_near(y, expected.output, batch.dtype, "output", scale=4)
+        assert_padding_is_zero(inputs, y)
+        check_gradients(batch, inputs, expected, stats, mask if rectifies else None, training=False)
+        if batch.act == "silu":
+            return
+        # Without the input, which nothing else depends on.
+        activated = batch.act != "identity"
+        dx, _, grad_bias, dz = torch.ops.bnext.batch_norm_backward(
+            inputs.g, None, inputs.weight, stats, False, EPS, [True, False, True, activated], inputs.bias, None,
+            mask if rectifies else None, batch.act, SLOPE, None, inputs.valid,
+        )  # fmt: skip
+        assert_near(dx, expected.grad_input, batch.dtype, "grad_input", scale=2)
+        assert_near(grad_bias, expected.grad_bias, parameter_dtype(batch.dtype), "grad_bias", scale=20)
+        assert_padding_is_zero(inputs, dx, dz if activated else None)
+
+
+def test_a_batch_on_several_processes(kernel_device: str) -> None:
+    """The operators that a process calls: its statistics and count, which it is then given as all of them; and the
+    gradient by means that come from elsewhere. One process holds nothing but padding."""
+    batch = Batch(Case((4, 5, 6, 3), "contiguous"), "random", 0, torch.float32)
+    with kernels_on(kernel_device) as device:
+        inputs = inputs_of(batch, device)
+        expected = by_definition(batch, inputs)
+        local = torch.ops.bnext.batch_norm_stats(inputs.x, EPS, inputs.valid)
+        count = float(expected.count[0])
+        assert_near(local, torch.cat((expected.mean[0], expected.var[0] * count, torch.tensor([count]))), F64, "stats")
+        nothing = torch.ops.bnext.batch_norm_stats(inputs.x, EPS, torch.zeros_like(inputs.valid))
+        assert not nothing.any()
+        gathered = torch.stack((nothing, local))
+        y, stats, _ = torch.ops.bnext.batch_norm_gathered(
+            inputs.x, gathered, inputs.weight, inputs.bias, None, None, None, 0.1, EPS, valid=inputs.valid
+        )
+        assert_near(y, expected.output, batch.dtype, "output", scale=2)
+        means = torch.stack((expected.grad_weight, expected.grad_bias)).float().to(device) / count
+        dx, *_ = torch.ops.bnext.batch_norm_backward(
+            inputs.g, inputs.x, inputs.weight, stats, True, EPS, [True, False, False, False],
+            mean_grads=means, valid=inputs.valid,
+        )  # fmt: skip
+        assert_near(dx, expected.grad_input, batch.dtype, "grad_input", scale=2)
+        doubled, *_ = torch.ops.bnext.batch_norm_backward(
+            inputs.g, inputs.x, inputs.weight, stats, True, EPS, [True, False, False, False],
+            mean_grads=2 * means, valid=inputs.valid,
+        )  # fmt: skip
+        assert not torch.allclose(doubled, dx)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
+def test_hard_channels(dtype: torch.dtype, kernel_device: str) -> None:
+    """An infinite value spoils its part of its channel alone; values that are the same, far from zero, have a variance
+    of zero; and squares may be more than float32 holds."""
+    batch = Batch(Case((6, 4, 20, 21), "contiguous"), "random", 2, dtype)
+    with kernels_on(kernel_device) as device:
+        inputs = inputs_of(batch, device)
+        x, valid = inputs.x, inputs.valid
+        valid[2, 0, 0] = True
+        x[2, :, 0, 0] = 0.5
+        x[2, 0, 0, 0] = float("inf")
+        x[:, 1] = 1e6 + 0.1
+        x[:, 2] *= 1e30
+        y, stats, _ = torch.ops.bnext.batch_norm_train(
+            x, None, inputs.bias, None, None, None, 0.1, EPS, valid=valid, virtual_batch_size=2
+        )
+        assert stats[1, 0, 0] == float("inf")
+        assert y.movedim(1, -1)[2:4][valid[2:4]][:, 0].isnan().all()
+        # Its channel in other parts, and other channels in its part, are as they were.
+        x[2, 0, 0, 0] = 0.5
+        expected = by_definition(batch, inputs._replace(weight=torch.ones(4, dtype=dtype, device=device)))
+        others = torch.ones_like(stats[:, 0], dtype=torch.bool).cpu()
+        others[1, 0] = False
+        assert_near(stats[:, 0].cpu()[others], expected.mean[others], torch.float64, "mean")
+        assert same_bits(stats[:, 0, 1].cpu(), torch.full((3,), x[0, 1, 0, 0].item(), dtype=torch.float64))
+        assert same_bits(stats[:, 1, 1].cpu(), torch.full((3,), EPS, dtype=torch.float64).rsqrt())
+        constant = y[:, 1][valid]
+        assert same_bits(constant, inputs.bias[1].expand_as(constant).contiguous())
+        others[:, 1] = False  # the definition's mean is rounded
+        of_others = others.repeat_interleave(2, 0).reshape(6, 4, 1, 1).expand(y.shape)
+        assert_near(y.cpu()[of_others], expected.output[of_others], batch.dtype, "output", scale=2)
+
+
+@pytest.mark.simt
+def test_parts_share_a_launch() -> None:
+    """However many there are; and padding is not read, nor what a call does not need."""
+    x = make_input((24, 4, 6, 8), dtype=torch.float32)
+    valid = torch.arange(24).reshape(-1, 1, 1).expand(24, 6, 8) % 2 == 0
+    mean, var = torch.zeros(4), torch.ones(4)
+    counters = torch.ops.bnext_simt.counters
+    with emulated(Limits()):
+        for size in (12, 2):
+            counters()
+            _, stats, _ = torch.ops.bnext.batch_norm_train(
+                x, None, None, mean, var, None, 0.1, EPS, valid=valid, virtual_batch_size=size
+            )
+            counted = counters()
+            plan = torch.ops.bnext_simt.last_part_plan()
+            assert plan["parts"] == 24 // size
+            assert counted["launches"] == 4  # sums, their end, the running statistics, the map
+            read = 2 * x.nbytes // 2 + 2 * valid.numel() * x.shape[1]  # half the elements, and a byte for each
+            channels = plan["parts"] * x.shape[1]
+            beside = channels * (3 * 8 * plan["threads_y"] + 200)  # coefficients for each thread of the map
+            assert read <= counted["global_load_bytes"] <= read + beside
+            counters()
+            grads = [True, True, False, False]
+            torch.ops.bnext.batch_norm_backward(
+                x, x, None, stats, True, EPS, grads, valid=valid, virtual_batch_size=size
+            )
+            assert counters()["launches"] == 4
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize(("batch", "splits", "rows"), [(BATCHES[-2], 4, 256), (BATCHES[-1], 18, 256)], ids=str)
+def test_blocks_share_a_part(batch: Batch, splits: int, rows: int) -> None:
+    """More of them than there are threads to merge a channel's sums: the batches above do lead there."""
+    with emulated(Limits(), check=False):
+        x = make_input(*batch.case)
+        torch.ops.bnext.batch_norm_stats(x, EPS, batch.valid())
+        plan = torch.ops.bnext_simt.last_part_plan()
+        assert (plan["splits"], plan["threads_y"]) == (splits, rows)
