@@ -66,15 +66,19 @@ def _valid(input: Tensor, lengths: Tensor | Sequence[int] | None, mask: Tensor |
         return None
     if lengths is not None and mask is not None:
         raise ValueError("expected lengths or mask, but got both")
+    if not isinstance(input, Tensor):
+        raise TypeError(f"expected input to be a tensor, but got {type(input).__name__}")
     if input.is_nested:
         raise ValueError("expected no lengths and no mask with a nested input, which has no padding")
     if mask is not None:
         return _checked_mask(input, mask)
     if input.dim() != 3:
-        raise ValueError(f"expected an input of shape (N, C, L) with lengths, but got {tuple(input.shape)}")
+        raise ValueError(f"expected an input of shape (N, C, L) with lengths, but got {input.shape}")
     if not isinstance(lengths, Tensor):
-        if not isinstance(lengths, (list, tuple)) or any(type(length) is not int for length in lengths):
-            raise TypeError(f"expected lengths to be a tensor or a list of ints, but got {lengths!r}")
+        if not isinstance(lengths, (list, tuple)):
+            raise TypeError(f"expected lengths to be a tensor or a list of ints, but got {type(lengths).__name__}")
+        if any(type(length) is not int for length in lengths):
+            raise TypeError(f"expected lengths to be a tensor or a list of ints, but got the list {lengths!r}")
         lengths = torch.tensor(lengths, dtype=torch.int64)
     if not (lengths.is_cpu or lengths.device == input.device):
         raise RuntimeError(
@@ -94,6 +98,6 @@ def _checked_mask(input: Tensor, mask: Tensor) -> Tensor:
     if mask.shape != expected:
         raise ValueError(
             "expected mask to have the shape of input without its channels, "
-            f"{tuple(expected)}, but got {tuple(mask.shape)}"
+            f"{torch.Size(expected)}, but got {mask.shape}"
         )
     return mask

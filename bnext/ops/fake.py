@@ -102,7 +102,7 @@ def _output(given: dict[str, Any]) -> Tensor:
 
 def _stats(given: dict[str, Any]) -> Tensor:
     input: Tensor = given["input"]
-    _check("input", input, {})
+    _check("input", input, given)
     stats: Tensor = input.new_empty((2 * input.shape[1] + 1,), dtype=torch.float64)
     return stats
 

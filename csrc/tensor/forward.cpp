@@ -273,7 +273,7 @@ Tensor sequence_mask(const Tensor& lengths, std::int64_t batch, std::int64_t siz
   TORCH_CHECK_TYPE(lengths.scalar_type() == at::kLong || lengths.scalar_type() == at::kInt,
                    "batch_norm: expected lengths to be int64 or int32, but got ", lengths.scalar_type());
   TORCH_CHECK_VALUE(lengths.dim() == 1 && lengths.size(0) == batch, "batch_norm: expected lengths to have shape ",
-                    "torch.Size([", batch, "]), one for each sequence of input, but got ", size_of(lengths));
+                    "torch.Size([", batch, "]), one for each sequence of the batch, but got ", size_of(lengths));
   const Tensor host = lengths.to(at::kCPU, at::kLong).contiguous();
   Tensor valid = at::zeros({batch, size}, host.options().dtype(at::kBool));
   for (std::int64_t n = 0; n < batch; ++n) {

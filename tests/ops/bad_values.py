@@ -188,7 +188,10 @@ def _mask(t: Target, name: str) -> list[Bad]:
 
 def _part_size(t: Target, name: str) -> list[Bad]:
     rows = NOT_A_NUMBER + _constants(negative=-1, float=1.5)
-    return rows + (_constants(bool=True, zero=0) if "function" in t.name else IS_NONE)
+    if "function" not in t.name:
+        return rows + IS_NONE
+    rows = [row for row in rows if row.id != "huge"]  # for which there are no parts
+    return rows + _constants(bool=True, zero=0)
 
 
 def _lengths(t: Target, name: str) -> list[Bad]:
@@ -370,7 +373,7 @@ def functions() -> list[Target]:
 
 
 LAYERS = [getattr(bnext, name) for name in bnext.__all__ if isinstance(getattr(bnext, name), type)]
-RANKS = {"1d": (4, CHANNELS, 6), "2d": SHAPE, "3d": (2, CHANNELS, 2, 3, 2), "rm": SHAPE}
+RANKS = {"1d": (4, CHANNELS, 6), "2d": SHAPE, "3d": (4, CHANNELS, 2, 3, 2), "rm": SHAPE}
 
 
 def layers() -> list[Target]:

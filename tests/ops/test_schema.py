@@ -59,10 +59,12 @@ def test_schemas_keep_names_and_marks() -> None:
     stem = ["input", "weight", "bias", "running_mean", "running_var"]
     fused = ["residual", "act", "slope", "with_mask"]
     backwards = ["grad_output", "input", "weight", "save_stats", "training", "eps", "output_mask", "bias", "residual"]
+    parts = ["valid", "virtual_batch_size"]
+    training = [*stem, "num_batches_tracked", "momentum", "eps", *fused, *parts, "update_in_backward"]
     expected = {
-        train: ([*stem, "num_batches_tracked", "momentum", "eps", *fused], {*stem[3:], "num_batches_tracked"}),
-        evaluate: ([*stem, "eps", *fused], set()),
-        backward: ([*backwards, "mask", "act", "slope", "mean_grads"], set()),
+        train: (training, {*stem[3:], "num_batches_tracked"}),
+        evaluate: ([*stem, "eps", *fused, "valid"], set()),
+        backward: ([*backwards, "mask", "act", "slope", "mean_grads", *parts], set()),
     }
     for op, (names, written) in expected.items():
         schema = op.default._schema
