@@ -144,7 +144,7 @@ class BatchNorm3d(torch.nn.BatchNorm3d):
 
 
 class _Lazy:
-    """What the lazy layers share: torch hands all arguments of the first call to what takes ``num_features`` from it."""
+    """What the lazy layers share: torch hands all arguments of a first call to what takes ``num_features`` from it."""
 
     def initialize_parameters(self, input: Tensor, lengths: Lengths = None, mask: Tensor | None = None) -> None:
         super().initialize_parameters(input)  # type: ignore[misc]
