@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bnext import ops
+from bnext import native, ops
 
 
 class Batch(NamedTuple):
@@ -84,6 +84,8 @@ def _valid(input: Tensor, lengths: Tensor | Sequence[int] | None, mask: Tensor |
         raise RuntimeError(
             f"expected lengths on the CPU or on the device of input, {input.device}, but got {lengths.device}"
         )
+    if native.takes(input):
+        return torch.arange(input.shape[2], device=input.device) < lengths.to(input.device).unsqueeze(1)
     valid: Tensor = ops.sequence_mask(lengths, input.shape[0], input.shape[2], input.device)
     return valid
 

@@ -197,7 +197,7 @@ def train_batch_norm(
         vectors = (running_mean, running_var, num_batches_tracked, weight, bias)
         if ragged.is_jagged(input):
             return ragged.on_values(train_batch_norm, input, vectors, (momentum, eps), epilogue)
-        return native.batch_norm(input, *vectors, True, momentum, eps, epilogue, batch)
+        return native.batch_norm(input, *vectors, True, momentum, eps, epilogue, *batch[:2])
     if num_batches_tracked is not None and not (
         num_batches_tracked.dtype is torch.int64 and num_batches_tracked.device == input.device
     ):
@@ -237,8 +237,7 @@ def eval_batch_norm(
         vectors = (running_mean, running_var, weight, bias)
         if ragged.is_jagged(input):
             return ragged.on_values(eval_batch_norm, input, vectors, (eps,), epilogue)
-        batch = WHOLE if valid is None else Batch(valid)
-        return native.batch_norm(input, *vectors[:2], None, *vectors[2:], False, 0.0, eps, epilogue, batch)
+        return native.batch_norm(input, *vectors[:2], None, *vectors[2:], False, 0.0, eps, epilogue, valid)
     output: Tensor
     compiled = torch.compiler.is_compiling() and not keeps_operators()
     if compiled and _is_arithmetic(input, (weight, bias, running_mean, running_var), eps, epilogue):

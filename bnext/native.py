@@ -14,7 +14,6 @@ from torch import Tensor
 
 from bnext import _C, activations
 from bnext.activations import Activation, Epilogue
-from bnext.batches import Batch
 
 _logger = logging.getLogger("bnext")
 
@@ -100,7 +99,8 @@ def batch_norm(
     momentum: float | None,
     eps: float,
     epilogue: Epilogue,
-    batch: Batch,
+    valid: Tensor | None = None,
+    virtual_batch_size: int = 0,
 ) -> Tensor:
     """The same of torch's functions, as ``torch.nn.BatchNorm2d`` calls them."""
 
@@ -113,17 +113,17 @@ def batch_norm(
             return _without_padding(part, valid, *statistics, weight, bias, training, factor, eps)
         return torch.nn.functional.batch_norm(part, *statistics, weight, bias, training, factor, eps)
 
-    if training and batch.virtual_batch_size:
-        parts = input.split(batch.virtual_batch_size)
-        valid = [None] * len(parts) if batch.valid is None else batch.valid.split(batch.virtual_batch_size)
-        output = torch.cat([normalized(*part) for part in zip(parts, valid, strict=True)])
+    if training and virtual_batch_size:
+        parts = input.split(virtual_batch_size)
+        masks = [None] * len(parts) if valid is None else valid.split(virtual_batch_size)
+        output = torch.cat([normalized(*part) for part in zip(parts, masks, strict=True)])
     else:
-        output = normalized(input, batch.valid)
+        output = normalized(input, valid)
     residual, name, slope = epilogue or (None, "identity", 0.0)
     activated: Tensor = activations.compose(output if residual is None else output + residual, Activation(name, slope))
-    if batch.valid is None or residual is None:
+    if valid is None or residual is None:
         return activated
-    return torch.where(batch.valid.unsqueeze(1), activated, 0)
+    return torch.where(valid.unsqueeze(1), activated, 0)
 
 
 def _without_padding(

@@ -218,6 +218,22 @@ def test_outputs_are_made_again_without_padding() -> None:
         assert all(map(same_bits, *grads))
 
 
+@pytest.mark.parametrize("options", [{}, {"virtual_batch_size": 2}], ids=["whole", "parts"])
+def test_exported_graphs_are_of_torchs_operators(options: dict[str, int]) -> None:
+    lengths = torch.tensor([4, 2, 0, 3])
+    valid = torch.arange(4) < lengths[:, None]
+    x, residual = make_padded((4, 5, 4), valid), make_input((4, 5, 4))
+    for training in FLAGS:
+        for padding in ({"lengths": lengths}, {"mask": valid}):
+            layer = bnext.BatchNormAct1d(5, act="silu").train(training)
+            layer.__dict__.update(options)
+            program = torch.export.export(layer, (x, residual), padding)
+            assert not [node for node in program.graph.nodes if "bnext" in str(node.target)]
+            exported = program.module()
+            assert torch.allclose(exported(x, residual, **padding), layer(x, residual, **padding), atol=1e-5)
+            assert torch.allclose(exported.running_var, layer.running_var, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
 def test_nested_tensors_run_on_their_values() -> None:
     sequences = [make_input((length, 5)) for length in (3, 1, 4)]
