@@ -34,6 +34,11 @@ constexpr std::int64_t kMappedRowBytes = 16384;
 constexpr std::int64_t kMinMappedRows = 64;
 constexpr std::int64_t kMinMappedTasks = 4;
 
+// Of so few images a channel has hardly more than a plane: planes up to this size are mapped an image at a time, in the
+// order in which they lie, by one call for all channels of a group.
+constexpr std::int64_t kFewImages = 2;
+constexpr std::int64_t kMaxPlaneOfFewImages = 4096;
+
 // A channel's planes lie apart, and the hardware does not prefetch from one into the next: so much of them is
 // prefetched.
 constexpr std::int64_t kPrefetchBytes = 2048;
@@ -195,7 +200,7 @@ class ChannelsFirst {
           map_columns(c0, n, 0, problem_.N, of.map, 0, columns);
           continue;
         }
-        if (problem_.HW <= kMaxColumnPlane) {
+        if (problem_.HW <= kMaxColumnPlane || (problem_.N <= kFewImages && problem_.HW <= kMaxPlaneOfFewImages)) {
           for (std::int64_t image = 0; image < problem_.N; ++image) map_planes(image * C + c0, n, of.map, 0);
           continue;
         }

@@ -103,7 +103,7 @@ struct SegmentSums {
 
   // Elements [i, n), at most kInner * kStep of them.
   BNEXT_INLINE void add_run(const Inputs<scalar_t, Op>& inputs, std::int64_t i, std::int64_t n) {
-    inner += (n - i) / kStep + 1;
+    inner += (n - i + kStep - 1) / kStep;
     if (prefetch_distance != 0) {
       for (std::int64_t j = i; j < n; j += kLineBytes / static_cast<std::int64_t>(sizeof(scalar_t))) {
         inputs.prefetch(flags(), j + prefetch_distance);
