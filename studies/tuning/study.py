@@ -73,7 +73,8 @@ def opened(url: str, name: str, settings: Settings) -> Iterator[optuna.Study]:
 def results(study: optuna.Study) -> dict[Point, Trial]:
     """What is done so far."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return {Point(**trial.params): Trial.from_json(trial.user_attrs["result"]) for trial in complete}
+    found = (Trial.from_json(trial.user_attrs["result"]) for trial in complete)
+    return {trial.point: trial for trial in found}
 
 
 def results_of(study: optuna.Study, settings: Settings) -> Results:
@@ -113,7 +114,7 @@ def add_machine(study: optuna.Study, machine: dict[str, Any]) -> None:
 
 def objective(settings: Settings, trial: optuna.Trial) -> float:
     """The accuracy at the end, 0 where it diverged."""
-    point = Point(**{name: trial.suggest_categorical(name, values) for name, values in settings.space.items()})
+    point = settings.point(**{name: trial.suggest_categorical(name, values) for name, values in settings.space.items()})
     try:
         result = run_trial(settings, point)
         trial.set_user_attr("result", result.to_json())
