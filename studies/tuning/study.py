@@ -21,6 +21,7 @@ from optuna.samplers import GridSampler
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from benchmarks.command import end_with_parent, error_summary, processes
 from benchmarks.progress import ProgressBar
@@ -43,7 +44,8 @@ class WorkerError(BaseException):
 
 def connect(url: str) -> RDBStorage:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    options = {"connect_args": {"timeout": LOCK_S}} if url.startswith("sqlite") else {}
+    # Without a pool of connections none stays open of an attempt that failed.
+    options = {"connect_args": {"timeout": LOCK_S}} if url.startswith("sqlite") else {"poolclass": NullPool}
     for _ in range(ATTEMPTS):
         try:
             return RDBStorage(url, engine_kwargs=options)
