@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from benchmarks.style import BLUE, LABEL, ORANGE, SKY, TITLE, panels
-from benchmarks.tables import Sheet, markdown
+from benchmarks.tables import Sheet, markdown, spread
 from studies.tuning.analysis import GOAL, how_measured, trials
 from studies.tuning.results import Results
 from studies.tuning.settings import Settings
@@ -47,8 +47,8 @@ def widths(results: Results) -> pd.DataFrame:
 def widths_sheet(results: Results) -> Sheet:
     """A line per initialisation and kind of network, a column per number of values that are normalised together."""
     found = widths(results)
-    cells = found.apply(lambda width: "{:.1f} ({:.1f} to {:.1f})".format(*width), axis=1, result_type="reduce")
-    table = cells.unstack().reindex(found.index.droplevel("values").unique()).fillna("")
+    cells = [f"{mean:.1f} ({least:.1f} to {most:.1f})" for _, mean, least, most in found.itertuples()]
+    table = spread(pd.Series(cells, found.index, dtype=object)).sort_index(axis=1).fillna("").rename(columns=str)
     return Sheet(table.reset_index().rename(columns={"init": "initialisation", "kind": ""}), labels=2)
 
 
