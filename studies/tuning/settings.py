@@ -107,7 +107,7 @@ class Settings:
 # one α to the next is 4.
 RANGE = Settings(
     steps=800,
-    alphas=(0.0005, 0.002, 0.008, 0.03, 0.125, 0.5, 2.0, 8.0),
+    alphas=(0.000125, 0.0005, 0.002, 0.008, 0.03, 0.125, 0.5, 2.0),
     betas=(0.9, 0.99),
     seeds=(0, 1),
     inits=INITS,
