@@ -56,6 +56,7 @@ def draw_widths(results: Results) -> Figure:
     """The width of what trains over the values that are normalised together, a panel per initialisation; a band from
     the seed that trains least to the one that trains most."""
     found = widths(results)
+    ticks = sorted(found.index.unique("values"))
     figure, ((*grid,),) = panels(3.2, columns=len(results.settings.inits), sharex=True, sharey=True)
     for init, axes in zip(results.settings.inits, grid, strict=True):
         for kind, line in found[found.index.get_level_values("init") == init].groupby("kind", sort=False):
@@ -64,7 +65,7 @@ def draw_widths(results: Results) -> Figure:
             axes.plot(values, line["mean"], "o-", color=colour, markersize=4, label=kind)
             axes.fill_between(values, line["min"], line["max"], color=colour, alpha=0.25, linewidth=0)
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xticks(ticks, ticks)
         axes.set_title(f"initialisation {init}", fontsize=TITLE)
         axes.grid(alpha=0.3)
     grid[0].set_ylabel("decades of α that train", fontsize=LABEL)

@@ -103,8 +103,8 @@ class Settings:
         return sorted({max(1, round(step)) for step in dense + medium + sparse})
 
 
-# How the range that trains depends on batch, ghost batches and initialisation: 20 minutes of one core. The factor from
-# one α to the next is 4.
+# How the range that trains depends on batch, ghost batches and initialisation: some 25 minutes of one core. The factor
+# from one α to the next is 4.
 RANGE = Settings(
     steps=800,
     alphas=(0.000125, 0.0005, 0.002, 0.008, 0.03, 0.125, 0.5, 2.0),
