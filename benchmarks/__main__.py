@@ -7,13 +7,13 @@ on Ctrl-C.
 import argparse
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import document
-from benchmarks.command import POSITIVE, WHOLE, OneLineParser, add_report_options, make_writable, run_command
+from benchmarks.command import POSITIVE, WHOLE, OneLineParser, add_report_options, listed, make_writable, run_command
 from benchmarks.rows import TOUCHED, InputError, is_touched, load_rows, save_rows, write_atomically
 from benchmarks.suites import DEFAULT_DTYPES, DEFAULT_SECONDS, SUITES, default_seconds, default_suites, select_cases
 from benchmarks.traffic import ITEM_BYTES, LAYOUTS, STEP, TENSOR_PASSES, WALKS
@@ -22,15 +22,6 @@ PROGRAM = "python -m benchmarks"
 RESULTS = Path(__file__).parent / "results"
 LATEST = RESULTS / "latest"
 QUICK_ROUNDS = 5
-
-
-def listed(choices: Collection[str], text: str) -> list[str]:
-    """A comma-separated list of known names."""
-    chosen = text.split(",")
-    for name in chosen:
-        if name not in choices:
-            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(choices)}")
-    return chosen
 
 
 def names(what: str) -> list[str]:

@@ -46,6 +46,15 @@ class Number:
         return tuple(sorted({self(part) for part in text.split(",")}))
 
 
+def listed(choices: Collection[str], text: str) -> list[str]:
+    """A comma-separated list of known names."""
+    chosen = text.split(",")
+    for name in chosen:
+        if name not in choices:
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(choices)}")
+    return chosen
+
+
 WHOLE = Number(int, "a positive whole number", lambda value: value > 0)
 POSITIVE = Number(float, "positive numbers", lambda value: 0 < value < float("inf"))
 

@@ -10,7 +10,7 @@ from benchmarks.rows import InputError, write_atomically
 DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 # The blocks that are not of rows.
-NUMERICS, TUNING = "numerics", "tuning"
+NUMERICS, TUNING, TUNING_RANGE = "numerics", "tuning", "tuning:range"
 
 
 def markers(name: str) -> tuple[str, str]:

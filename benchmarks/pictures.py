@@ -251,8 +251,9 @@ def drawn(folder: Path) -> Iterator[tuple[str, Figure]]:
 
 
 def draw_all(results: Path, output: Path) -> list[Path]:
-    """The files written, those of the tuning study among them; raises InputError where two results give one."""
+    """The files written, those of the tuning studies among them; raises InputError where two results give one."""
     from studies.tuning.pictures import heat_maps
+    from studies.tuning.ranges import draw_widths
     from studies.tuning.results import load_results as load_study
 
     found: dict[str, Figure] = {}
@@ -260,9 +261,10 @@ def draw_all(results: Path, output: Path) -> list[Path]:
         if name in found:
             raise InputError(f"{results}: two files for {name}")
         found[name] = figure
-    study = results / "tuning" / "results.json"
-    if study.exists():
-        found["tuning.png"] = heat_maps(load_study(study))
+    for study, name, draw_study in ((".", "tuning.png", heat_maps), ("range", "tuning-range.png", draw_widths)):
+        file = results / "tuning" / study / "results.json"
+        if file.exists():
+            found[name] = draw_study(load_study(file))
     output.mkdir(parents=True, exist_ok=True)
     for name, figure in found.items():
         save(output / name, figure)

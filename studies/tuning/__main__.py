@@ -12,12 +12,22 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks import document
-from benchmarks.command import POSITIVE, WHOLE, Number, OneLineParser, add_report_options, make_writable, run_command
+from benchmarks.command import (
+    POSITIVE,
+    WHOLE,
+    Number,
+    OneLineParser,
+    add_report_options,
+    listed,
+    make_writable,
+    run_command,
+)
 from benchmarks.rows import InputError, write_atomically
 from studies.tuning.results import Results, load_results, save_results
-from studies.tuning.settings import INITS, OPTIMIZERS, QUICK_SEEDS, QUICK_STEPS, Settings
+from studies.tuning.settings import INITS, OPTIMIZERS, QUICK_SEEDS, QUICK_STEPS, RANGE, Settings
 
 PROGRAM = "python -m benchmarks tuning"
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "tuning"
@@ -25,6 +35,7 @@ DEFAULT = Settings()
 
 MOMENTUM = Number(float, "numbers from 0 to below 1", lambda value: 0 <= value < 1)
 SEED = Number(int, "whole numbers from 0 to below 2^31", lambda value: 0 <= value < 2**31)
+SEVERAL = Number(int, "whole numbers from 2 on", lambda value: value >= 2)  # of one value there is no variance
 
 
 def make_parser() -> OneLineParser:
@@ -39,17 +50,22 @@ def make_parser() -> OneLineParser:
     run = commands.add_parser("run", help="run the study, or what is left of it, and report (the default)")
     run.set_defaults(run=run_study)
     run.add_argument("--jobs", type=WHOLE, default=os.cpu_count() or 1, help="processes that train (%(default)s)")
-    for option, choices, meaning in (
-        ("--optimizer", OPTIMIZERS, "β is the momentum of v ← βv + g (sgd) or of v ← βv + (1 − β)g (average)"),
-        ("--init", INITS, "starting weights: scaled for the sigmoid, or as torch's layers come"),
-    ):
-        default = getattr(DEFAULT, option[2:])
-        run.add_argument(option, choices=choices, default=default, help=f"{meaning} (default: {default})")
+    meaning = "β is the momentum of v ← βv + g (sgd, the default) or of v ← βv + (1 − β)g (average)"
+    run.add_argument("--optimizer", choices=OPTIMIZERS, help=meaning)
+    meaning = "the study of how the range that trains depends on batch, ghost batches and initialisation"
+    run.add_argument("--range", action="store_true", help=f"{meaning}: other defaults")
     run.add_argument("--quick", action="store_true", help=f"two seeds and {QUICK_STEPS} steps: a look, not a result")
-    run.add_argument("--steps", type=WHOLE, help=f"default: {DEFAULT.steps}")
-    for option, number in (("--alphas", POSITIVE), ("--betas", MOMENTUM), ("--seeds", SEED)):
-        usual = ",".join(f"{value:g}" for value in getattr(DEFAULT, option[2:]))
-        run.add_argument(option, type=number.list, help=f"default: {usual}")
+    run.add_argument("--steps", type=WHOLE, help=f"default: {default_of('steps')}")
+    for option, kind, meaning in (
+        ("--alphas", POSITIVE.list, "learning rates"),
+        ("--betas", MOMENTUM.list, "momenta"),
+        ("--seeds", SEED.list, "of weights, batches and split"),
+        ("--inits", lambda text: tuple(listed(INITS, text)), f"starting weights, of {', '.join(INITS)}"),
+        ("--batch-sizes", SEVERAL.list, "images in a batch, which are as many values a channel"),
+        ("--virtual-batch-sizes", SEVERAL.list, "of the largest batch, images that are normalised together"),
+    ):
+        default = default_of(option[2:].replace("-", "_"))
+        run.add_argument(option, type=kind, metavar="LIST", help=f"{meaning} (default: {default})")
     run.add_argument("--output", type=Path, metavar="DIR", help="default: benchmarks/results/tuning, or a folder in it")
     run.add_argument("--storage", metavar="URL", help="a database's, for SQLAlchemy; default: study.db in the output")
 
@@ -62,17 +78,35 @@ def make_parser() -> OneLineParser:
     return parser
 
 
+def written(value: Any) -> str:
+    """A setting as its option takes it."""
+    return ",".join(map(written, value)) if isinstance(value, tuple) else str(value).removesuffix(".0")
+
+
+def default_of(name: str) -> str:
+    usual, ranges = (written(getattr(settings, name)) or "none" for settings in (DEFAULT, RANGE))
+    return usual if usual == ranges else f"{usual}; with --range {ranges}"
+
+
 def settings_of(arguments: argparse.Namespace) -> Settings:
-    usual = replace(DEFAULT, seeds=QUICK_SEEDS, steps=QUICK_STEPS) if arguments.quick else DEFAULT
+    """Raises InputError where a batch has no such parts."""
+    usual = RANGE if arguments.range else DEFAULT
+    usual = replace(usual, seeds=QUICK_SEEDS, steps=QUICK_STEPS) if arguments.quick else usual
     given = {field.name: getattr(arguments, field.name) for field in fields(Settings)}
-    return replace(usual, **{name: value for name, value in given.items() if value is not None})
+    settings = replace(usual, **{name: value for name, value in given.items() if value is not None})
+    largest = max(settings.batch_sizes)
+    for part in settings.virtual_batch_sizes:
+        if part >= largest or largest % part:
+            raise InputError(f"--virtual-batch-sizes: expected divisors of the largest batch, {largest}, got {part}")
+    return settings
 
 
 def study_name(settings: Settings) -> str:
-    """What is different from the default study."""
+    """What is different from the default study; "range" is the name of that study."""
     given = {field.name: getattr(settings, field.name) for field in fields(Settings)}
     different = {name: value for name, value in given.items() if value != getattr(DEFAULT, name)}
-    return "-".join(f"{name}={value}".replace(" ", "") for name, value in different.items()) or "default"
+    named = {DEFAULT: "default", RANGE: "range"}
+    return named.get(settings) or "-".join(f"{name}={written(value)}" for name, value in different.items())
 
 
 def run_study(arguments: argparse.Namespace) -> int:
@@ -101,7 +135,16 @@ def run_study(arguments: argparse.Namespace) -> int:
 
 
 def show(folder: Path, results: Results) -> None:
-    """Draw the pictures, write the page that shows them, print the table and the conclusion."""
+    """Draw the pictures, write the page that shows them, print the table and the conclusion. Of a comparison of
+    networks there is one picture, and no page."""
+    if results.settings.compares_networks:
+        from benchmarks.style import save
+        from studies.tuning.ranges import draw_widths, widths_sheet
+
+        make_writable(folder)
+        save(folder / "range.png", draw_widths(results))
+        print(f"{widths_sheet(results).cells.to_string(index=False)}\n{folder}")
+        return
     from studies.tuning.analysis import conclusion, page, sides_sheet
     from studies.tuning.pictures import captions, save_pictures
 
@@ -120,9 +163,11 @@ def run_report(arguments: argparse.Namespace) -> int:
         show(arguments.output or arguments.file.parent, results)
         return 0
     from studies.tuning.analysis import block
+    from studies.tuning.ranges import ranges_block
 
-    new = {document.TUNING: block(results)}
-    return document.update(f"{PROGRAM} report", arguments.document, new, arguments.check)
+    comparison = results.settings.compares_networks
+    new = {document.TUNING_RANGE: ranges_block(results)} if comparison else {document.TUNING: block(results)}
+    return document.update(f"{PROGRAM} report {arguments.file}", arguments.document, new, arguments.check)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -153,7 +153,7 @@ def conclusion(results: Results) -> list[str]:
 def how_measured(results: Results) -> str:
     settings = results.settings
     what = (
-        f"three layers of 100 sigmoids, {settings.optimizer}, initialisation {settings.init}, "
+        f"three layers of 100 sigmoids, {settings.optimizer}, initialisation {', '.join(settings.inits)}, "
         f"{settings.steps} steps, {len(settings.seeds)} seeds, {len(results.trials)} of {len(settings.points)} trials"
     )
     machines = [

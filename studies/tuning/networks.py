@@ -7,23 +7,30 @@ from torch import nn
 
 import bnext
 from studies.tuning.digits import CLASSES
-from studies.tuning.settings import Settings
+from studies.tuning.settings import Point
 
 PIXELS = 64
 WIDTH = 100  # three layers of it, as in figure 1 of Ioffe and Szegedy (2015)
 GAIN = 4.0  # of Glorot and Bengio's initialisation (2010): the inverse of the sigmoid's slope at 0
 
 
-def build(settings: Settings, batch_norm: bool, seed: int) -> nn.Sequential:
+def build(point: Point) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs in (PIXELS, WIDTH, WIDTH):
         # Batch norm takes the mean away, and a bias with it.
-        layers.append(nn.Linear(inputs, WIDTH, bias=not batch_norm))
-        layers += [bnext.BatchNorm1d(WIDTH)] if batch_norm else []
+        layers.append(nn.Linear(inputs, WIDTH, bias=not point.batch_norm))
+        layers += [normalisation(point)] if point.batch_norm else []
         layers.append(nn.Sigmoid())
     network = nn.Sequential(*layers, nn.Linear(WIDTH, CLASSES))
-    initialise(network, settings.init, seed)
+    initialise(network, point.init, point.seed)
     return network
+
+
+def normalisation(point: Point) -> bnext.BatchNorm1d:
+    layer = bnext.BatchNorm1d(WIDTH)
+    if point.virtual_batch_size:
+        layer.virtual_batch_size = point.virtual_batch_size
+    return layer
 
 
 def initialise(network: nn.Sequential, init: str, seed: int) -> None:
@@ -33,6 +40,8 @@ def initialise(network: nn.Sequential, init: str, seed: int) -> None:
     for layer in layers:
         if init == "torch":  # its own distributions; only the generators are ours
             nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=weights)
+        elif init == "normal":
+            nn.init.normal_(layer.weight, generator=weights)
         else:
             nn.init.xavier_uniform_(layer.weight, gain=1 if layer is layers[-1] else GAIN, generator=weights)
         if layer.bias is not None:

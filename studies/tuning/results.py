@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,15 @@ class Trial:
     cpu_s: float
 
     def to_json(self) -> dict[str, Any]:
-        fields = asdict(self)
-        return {**fields.pop("point"), **fields}
+        """Fields of the point that have their default are left out."""
+        rest = asdict(self)
+        point = rest.pop("point")
+        return {**{f.name: point[f.name] for f in fields(Point) if point[f.name] != f.default}, **rest}
 
     @staticmethod
-    def from_json(fields: Mapping[str, Any]) -> "Trial":
-        rest = dict(fields)
-        point = Point(*(rest.pop(name) for name in ("alpha", "beta", "batch_norm", "seed")))
+    def from_json(content: Mapping[str, Any]) -> "Trial":
+        rest = dict(content)
+        point = Point(**{f.name: rest.pop(f.name) for f in fields(Point) if f.name in rest})
         return Trial(point=point, **rest)
 
     def rounded(self) -> "Trial":
@@ -78,7 +80,7 @@ def load_results(path: Path) -> Results:
     try:
         settings = {name: tuple(v) if isinstance(v, list) else v for name, v in content["settings"].items()}
         return Results.of(
-            Settings(**settings), content["machines"], [Trial.from_json(fields) for fields in content["trials"]]
+            Settings(**settings), content["machines"], [Trial.from_json(trial) for trial in content["trials"]]
         )
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise InputError(f"{path} holds no results of a tuning study: {error!r}") from None

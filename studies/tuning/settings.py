@@ -1,4 +1,4 @@
-"""What is studied: the grid, the optimiser, the initialisation, and at which steps a trial is looked at."""
+"""What is studied: the grid, the optimiser, the networks, and at which steps a trial is looked at."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -6,13 +6,15 @@ from typing import Any
 
 # β is the momentum of v ← βv + g (sgd) or of the average v ← βv + (1 − β)g (average).
 OPTIMIZERS = ("sgd", "average")
-# glorot: scaled by layer width and sigmoid, the network without batch norm's best chance. torch: as its layers come.
-INITS = ("glorot", "torch")
+# glorot: scaled by layer width and sigmoid, the network without batch norm's best chance. torch: as its layers come,
+# a seventh of that. normal: of standard deviation 1, two and a half times that, which saturates the sigmoids.
+INITS = ("glorot", "torch", "normal")
 
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 BETAS = (0.8, 0.88, 0.9, 0.99, 0.998, 0.999, 0.9995)
 SEEDS = (0, 1, 2)
 STEPS = 2000
+BATCH = 60  # as in figure 1 of Ioffe and Szegedy (2015)
 QUICK_SEEDS = (0, 1)
 QUICK_STEPS = 200
 
@@ -28,21 +30,45 @@ class Point:
     beta: float
     batch_norm: bool
     seed: int
+    batch_size: int = BATCH
+    virtual_batch_size: int = 0  # images that are normalised together, 0: the whole batch
+    init: str = INITS[0]
 
 
 @dataclass(frozen=True)
 class Settings:
     optimizer: str = "sgd"
-    init: str = "glorot"
     steps: int = STEPS
     alphas: tuple[float, ...] = ALPHAS
     betas: tuple[float, ...] = BETAS
     seeds: tuple[int, ...] = SEEDS
+    inits: tuple[str, ...] = INITS[:1]
+    batch_sizes: tuple[int, ...] = (BATCH,)
+    virtual_batch_sizes: tuple[int, ...] = ()  # of the largest batch, beside the whole of it
+
+    @property
+    def networks(self) -> dict[str, dict[str, Any]]:
+        """By name, the fields of Point that say which network is trained on which batches."""
+        found = {}
+        for init, size in product(self.inits, self.batch_sizes):
+            of_all = {"init": init, "batch_size": size}
+            found[f"{init}, batch {size}"] = {**of_all, "batch_norm": False}
+            found[f"{init}, batch {size}, batch norm"] = {**of_all, "batch_norm": True}
+            for part in self.virtual_batch_sizes if size == max(self.batch_sizes) else ():
+                ghost = {**of_all, "batch_norm": True, "virtual_batch_size": part}
+                found[f"{init}, batch {size}, batch norm of {part}"] = ghost
+        return found
+
+    @property
+    def compares_networks(self) -> bool:
+        """Whether this is about more than one network with batch norm and without. Then no move of β is tried, and a
+        trial is looked at when it ends."""
+        return len(self.networks) > 2
 
     @property
     def moves(self) -> tuple[tuple[float, float], ...]:
         """The changes of β whose start is in the grid."""
-        return tuple(move for move in MOVES if move[0] in self.betas)
+        return tuple(move for move in MOVES if move[0] in self.betas and not self.compares_networks)
 
     @property
     def all_betas(self) -> tuple[float, ...]:
@@ -51,22 +77,40 @@ class Settings:
 
     @property
     def space(self) -> dict[str, list[Any]]:
-        """The choices of each field of Point."""
+        """What a storage has as the parameters of a trial, and the choices of each."""
         return {
+            "network": list(self.networks),
             "alpha": list(self.alphas),
             "beta": list(self.all_betas),
-            "batch_norm": [False, True],
             "seed": list(self.seeds),
         }
 
+    def point(self, network: str, **others: Any) -> Point:
+        return Point(**self.networks[network], **others)
+
     @property
     def points(self) -> list[Point]:
-        return [Point(*values) for values in product(*self.space.values())]
+        return [self.point(**dict(zip(self.space, values, strict=True))) for values in product(*self.space.values())]
 
     @property
     def evaluations(self) -> list[int]:
         """Steps after which accuracy and distributions are taken: closer together at the start, 36 at most."""
+        if self.compares_networks:
+            return [self.steps]
         dense = [self.steps * hundredth / 100 for hundredth in range(1, 11)]
         medium = [self.steps * fortieth / 40 for fortieth in range(5, 21)]
         sparse = [self.steps * twentieth / 20 for twentieth in range(11, 21)]
         return sorted({max(1, round(step)) for step in dense + medium + sparse})
+
+
+# How the range that trains depends on batch, ghost batches and initialisation: some 25 minutes of one core. The factor
+# from one α to the next is 4.
+RANGE = Settings(
+    steps=800,
+    alphas=(0.000125, 0.0005, 0.002, 0.008, 0.03, 0.125, 0.5, 2.0),
+    betas=(0.9, 0.99),
+    seeds=(0, 1),
+    inits=INITS,
+    batch_sizes=(2, 4, 8, 32, 256),
+    virtual_batch_sizes=(2, 4, 8, 32),
+)

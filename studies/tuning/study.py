@@ -21,6 +21,7 @@ from optuna.samplers import GridSampler
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from benchmarks.command import end_with_parent, error_summary, processes
 from benchmarks.progress import ProgressBar
@@ -43,7 +44,8 @@ class WorkerError(BaseException):
 
 def connect(url: str) -> RDBStorage:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    options = {"connect_args": {"timeout": LOCK_S}} if url.startswith("sqlite") else {}
+    # Without a pool of connections none stays open of an attempt that failed.
+    options = {"connect_args": {"timeout": LOCK_S}} if url.startswith("sqlite") else {"poolclass": NullPool}
     for _ in range(ATTEMPTS):
         try:
             return RDBStorage(url, engine_kwargs=options)
@@ -73,7 +75,8 @@ def opened(url: str, name: str, settings: Settings) -> Iterator[optuna.Study]:
 def results(study: optuna.Study) -> dict[Point, Trial]:
     """What is done so far."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return {Point(**trial.params): Trial.from_json(trial.user_attrs["result"]) for trial in complete}
+    found = (Trial.from_json(trial.user_attrs["result"]) for trial in complete)
+    return {trial.point: trial for trial in found}
 
 
 def results_of(study: optuna.Study, settings: Settings) -> Results:
@@ -113,7 +116,7 @@ def add_machine(study: optuna.Study, machine: dict[str, Any]) -> None:
 
 def objective(settings: Settings, trial: optuna.Trial) -> float:
     """The accuracy at the end, 0 where it diverged."""
-    point = Point(**{name: trial.suggest_categorical(name, values) for name, values in settings.space.items()})
+    point = settings.point(**{name: trial.suggest_categorical(name, values) for name, values in settings.space.items()})
     try:
         result = run_trial(settings, point)
         trial.set_user_attr("result", result.to_json())

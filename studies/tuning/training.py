@@ -11,7 +11,6 @@ from studies.tuning.networks import build
 from studies.tuning.results import Trial
 from studies.tuning.settings import Point, Settings
 
-BATCH = 60  # as in figure 1 of Ioffe and Szegedy (2015)
 PERCENTILES = (15, 50, 85)
 
 
@@ -53,10 +52,10 @@ def train(settings: Settings, point: Point) -> Trial:
     """Trains to the end or to the first loss that is not finite, which is a result as well."""
     start = time.process_time()
     data = split(point.seed)
-    network = build(settings, point.batch_norm, point.seed)
+    network = build(point)
     optimizer = make_optimizer(settings.optimizer, network, point.alpha, point.beta)
     generator = torch.Generator().manual_seed(point.seed)
-    batches = torch.randint(len(data.targets), (settings.steps, BATCH), generator=generator)
+    batches = torch.randint(len(data.targets), (settings.steps, point.batch_size), generator=generator)
 
     evaluations = set(settings.evaluations)
     losses: list[float] = []

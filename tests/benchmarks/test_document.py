@@ -8,20 +8,19 @@ import pytest
 from canned import imagined_fused_gpu_run, imagined_gpu_run, rows_of
 
 from benchmarks.__main__ import RESULTS, main
-from benchmarks.document import DOCUMENT, NUMERICS, TUNING, markers, rewritten
+from benchmarks.document import DOCUMENT, NUMERICS, TUNING, TUNING_RANGE, markers, rewritten
 from benchmarks.numerics_report import is_numerics, load_results, page
 from benchmarks.report import block_name, blocks
 from benchmarks.rows import TOUCHED, InputError, load_rows, save_rows
 
 FILES = sorted(RESULTS.glob("*.json"))
+STUDIES = {TUNING: RESULTS / "tuning" / "results.json", TUNING_RANGE: RESULTS / "tuning" / "range" / "results.json"}
 GPU = [*imagined_gpu_run(), *imagined_fused_gpu_run()]
 
 
-@pytest.mark.parametrize(
-    "file", [*FILES, RESULTS / "tuning" / "results.json"], ids=lambda file: file.parent.name + file.stem
-)
+@pytest.mark.parametrize("file", [*FILES, *STUDIES.values()], ids=lambda file: file.parent.name + file.stem)
 def test_document_shows_the_committed_results(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study = ["tuning"] if file.parent.name == TUNING else []
+    study = ["tuning"] if file in STUDIES.values() else []
     assert main([*study, "report", str(shutil.copy(file, tmp_path)), "--document", "--check"]) == 0, (
         capsys.readouterr().err
     )
@@ -30,7 +29,7 @@ def test_document_shows_the_committed_results(file: Path, tmp_path: Path, capsys
 
 def test_every_block_of_the_document_has_one_file() -> None:
     named = [{NUMERICS} if is_numerics(file) else set(map(block_name, load_rows(file))) for file in FILES]
-    found = [TUNING, *(name for names in named for name in names)]
+    found = [*STUDIES, *(name for names in named for name in names)]
     blocks = re.findall("<!-- (.*):begin -->", DOCUMENT.read_text(encoding="utf-8"))
     assert sorted(blocks) == sorted(found)
 

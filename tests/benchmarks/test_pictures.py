@@ -99,7 +99,7 @@ def test_command_draws_what_there_are_results_of(tmp_path: Path, capsys: pytest.
 
 def test_there_is_a_committed_picture_of_all_that_can_be_drawn() -> None:
     files = {path.name: path for path in (DOCUMENT.parent / "pictures").glob("*.png")}
-    assert set(files) == {"tuning.png", *(name for name, _ in drawn(RESULTS))}
+    assert set(files) == {"tuning.png", "tuning-range.png", *(name for name, _ in drawn(RESULTS))}
     for name, file in files.items():
         assert imread(file).shape[1] == 800, name
         assert file.stat().st_size < 100_000, name

@@ -9,7 +9,7 @@ from studies.tuning.__main__ import RESULTS, main, make_parser, settings_of, stu
 from studies.tuning.analysis import conclusion, sides, trials
 from studies.tuning.pictures import PICTURES, heat_maps, inputs, losses, moves, of_seeds
 from studies.tuning.results import Results, load_results, save_results
-from studies.tuning.settings import ALPHAS, BETAS, SEEDS, Point, Settings
+from studies.tuning.settings import ALPHAS, BETAS, RANGE, SEEDS, Point, Settings
 
 
 def test_report_from_the_file_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,6 +74,10 @@ def test_a_report_of_part_of_the_grid(keep: int, tmp_path: Path) -> None:
         (["--alphas", "0.1,nan"], "expected positive numbers, got 'nan'"),
         (["--betas", "1"], "expected numbers from 0 to below 1, got '1'"),
         (["--seeds", "0.5"], "got '0.5'"),
+        (["--inits", "glorot,he"], "'he' is not one of glorot, torch, normal"),
+        (["--batch-sizes", "1"], "expected whole numbers from 2 on, got '1'"),
+        (["--virtual-batch-sizes", "4,7"], "expected divisors of the largest batch, 60, got 7"),
+        (["--batch-sizes", "8,16", "--virtual-batch-sizes", "16"], "of the largest batch, 16, got 16"),
         (["--storage", "sqlite:////no/such/folder/study.db"], "cannot use the storage: "),
         (["--storage", "nosuch://host/study"], "cannot use the storage: "),
         (["report", "/no/such.json"], "/no/such.json"),
@@ -99,18 +103,25 @@ def test_bad_input_is_one_line_and_status_2(
 
 
 def test_different_studies_have_different_names() -> None:
-    options = "", "--quick", "--optimizer average", "--init torch", "--steps 5", "--seeds 7", "--init torch --quick"
+    options = ["", "--range", "--quick", "--optimizer average", "--inits torch", "--steps 5", "--seeds 7"]
+    options += ["--inits torch --quick", "--batch-sizes 60,120", "--virtual-batch-sizes 4", "--range --quick"]
     names = [study_name(settings_of(make_parser().parse_args(["run", *option.split()]))) for option in options]
-    assert names[0] == "default"
+    assert names[:2] == ["default", "range"]
+    assert names[8] == "batch_sizes=60,120"
     assert len(set(names)) == len(names)
+    assert max(map(len, names)) < 255, "it is the name of a folder"
 
 
-def test_committed_results_are_the_default_study() -> None:
-    file = RESULTS / "results.json"
+@pytest.mark.parametrize(("folder", "settings"), [(".", Settings()), ("range", RANGE)], ids=["default", "range"])
+def test_committed_results_are_the_two_studies(folder: str, settings: Settings) -> None:
+    file = RESULTS / folder / "results.json"
     results = load_results(file)
-    assert results.settings == Settings()
-    assert [t.point for t in results.trials] == sorted(Settings().points)
-    assert file.stat().st_size < 300_000
+    assert results.settings == settings
+    assert [t.point for t in results.trials] == sorted(settings.points)
+    assert file.stat().st_size < 350_000
+
+
+def test_committed_pictures_are_small() -> None:
     for name in PICTURES:
         assert (RESULTS / name).stat().st_size < 150_000
 

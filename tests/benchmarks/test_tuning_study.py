@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
+from postgres import server
+from sqlalchemy import create_engine, text
 from tuning_canned import MACHINE, curve, trial
 
 from studies.tuning import study as study_module
@@ -29,6 +31,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
 PATIENCE_S = 60  # of a machine that does much else
 
 GRID = ("--alphas", "0.1,1", "--betas", "0.9,0.99", "--seeds", "0,1")
+SHARED = Settings(alphas=(0.1, 1.0), betas=(0.9, 0.99), seeds=(0, 1))
 POINTS = 24  # with 0.9005
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -91,11 +94,33 @@ def finish(process: subprocess.Popen[str]) -> None:
     assert (process.returncode, errors) == (0, "")
 
 
-def test_two_processes_share_a_storage(start: Start, tmp_path: Path) -> None:
-    for process in [start("--jobs", "1", "--steps", "100") for _ in range(2)]:
+@pytest.fixture(params=["sqlite", "postgresql"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'shared.db'}"
+        return
+    with server() as url:
+        yield url
+
+
+def test_two_processes_share_a_storage(storage: str, start: Start, tmp_path: Path) -> None:
+    for process in [start("--jobs", "1", "--steps", "200", "--storage", storage) for _ in range(2)]:
         finish(process)
-    assert len(load_results(tmp_path / "results.json").trials) == POINTS
-    assert POINTS <= len(trials(tmp_path, "COMPLETE")) <= POINTS + 2, "each repeats one of the last at most"
+    found = load_results(tmp_path / "results.json").trials
+    assert [trial.point for trial in found] == sorted(SHARED.points)
+    assert len({trial.cpu_s for trial in found}) == 2, "one of them tried nothing"
+    states = states_in(storage)
+    assert list(states) == ["COMPLETE"], "a trial was lost"
+    assert POINTS <= states["COMPLETE"] <= POINTS + 2, "each repeats one of the last at most"
+
+
+def states_in(url: str) -> Counter[str]:
+    """How many trials of a storage are in each state."""
+    engine = create_engine(url)
+    with closing(engine.connect()) as database:
+        states = database.execute(text("select state from trials")).scalars().all()
+    engine.dispose()
+    return Counter(states)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
@@ -123,7 +148,7 @@ def test_what_was_ended_leaves_no_process_and_goes_on(number: signal.Signals, st
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        (("--init", "torch"), "a worker failed: NotImplementedError: torch"),
+        (("--inits", "torch"), "a worker failed: NotImplementedError: torch"),
         (("--optimizer", "average"), "a worker died"),
     ],
     ids=["raises", "dies"],

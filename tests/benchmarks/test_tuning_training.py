@@ -53,20 +53,35 @@ def test_what_came_before_it_diverged_is_kept() -> None:
     assert [len(curve) for curve in trial.percentiles] == [len(trial.loss)] * 3
 
 
-@pytest.mark.parametrize("init", INITS)
-def test_weights_are_the_same_with_and_without_batch_norm(init: str) -> None:
-    networks = [build(Settings(init=init), side, seed=3) for side in (False, True)]
+@pytest.mark.parametrize(("init", "deviation"), list(zip(INITS, (0.4, 0.0577, 1.0), strict=True)))
+def test_weights_are_the_same_with_and_without_batch_norm(init: str, deviation: float) -> None:
+    networks = [build(Point(0.1, 0.9, side, 3, init=init)) for side in (False, True)]
     plain, normed = ([layer.weight for layer in network if isinstance(layer, nn.Linear)] for network in networks)
     assert len(plain) == 4
     assert all(torch.equal(a, b) for a, b in zip(plain, normed, strict=True))
-    assert plain[0].std() > 0
+    assert plain[1].std().item() == pytest.approx(deviation, rel=0.05)
 
 
 def test_batch_norm_is_between_the_linear_map_and_the_activation() -> None:
-    network = build(Settings(), True, 0)
+    network = build(Point(0.1, 0.9, True, 0))
     names = [type(layer).__name__ for layer in network]
     assert names == ["Flatten", *["Linear", "BatchNorm1d", "Sigmoid"] * 3, "Linear"]
     assert type(network[2]).__module__.startswith("bnext")
+
+
+def test_a_ghost_batch_is_normalised_in_parts() -> None:
+    ghost, whole = (build(Point(0.1, 0.9, True, 0, 8, part)) for part in (4, 0))
+    images = split(0).images[:8]
+    assert torch.allclose(ghost(images), torch.cat([whole(part) for part in images.split(4)]), atol=1e-5)
+    assert torch.allclose(ghost[2].running_var, whole[2].running_var)
+
+
+def test_a_trial_sees_batches_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    real = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(nn.functional, "cross_entropy", lambda x, target: seen.append(len(target)) or real(x, target))
+    train(Settings(steps=2), Point(0.1, 0.9, False, 0, batch_size=7))
+    assert seen == [7, 7]
 
 
 def test_split_depends_on_the_seed_and_shares_nothing() -> None:
@@ -96,7 +111,7 @@ def test_travel_is_the_medians_way_in_widths() -> None:
 
 
 def test_percentiles_kept_are_those_of_the_last_hidden_layers_input() -> None:
-    network = build(Settings(steps=1), False, 0)
+    network = build(Point(0.1, 0.9, False, 0))
     with torch.no_grad():
         before_last_sigmoid = network[:6](split(0).test_images)
     expected = percentiles(before_last_sigmoid)[:, 0].tolist()

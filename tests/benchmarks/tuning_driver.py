@@ -15,15 +15,16 @@ from studies.tuning.settings import Point, Settings
 
 
 def pretend(settings: Settings, point: Point) -> Trial:
-    if settings.init == "torch":
-        raise NotImplementedError(settings.init)
+    """Its seconds are the process's number, which tells who tried it."""
+    if point.init == "torch":
+        raise NotImplementedError(point.init)
     if settings.optimizer == "average":
         os._exit(3)
     steps = settings.evaluations
     for before, step in zip([0, *steps], steps, strict=False):
         time.sleep((step - before) / 1000)
     flat = [1.0] * len(steps)
-    return Trial(point, None, flat, [95] * len(steps), 100, [flat] * 3, travel=1.0, cpu_s=0.1)
+    return Trial(point, None, flat, [95] * len(steps), 100, [flat] * 3, travel=1.0, cpu_s=os.getpid())
 
 
 study.run_trial, study.this_machine, command.show = pretend, lambda: {"date": "imagined"}, lambda *_: None
