@@ -162,8 +162,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "empty-batch-is-refused",
         TENSORS,
-        "geometry.problem.count() != 1",
-        "geometry.problem.count() > 1",
+        "problem.count() != 1",
+        "problem.count() > 1",
         "ops/test_running_stats.py::test_empty_batch_does_not_spoil_the_cumulative_average",
     ),
     # The memory.
@@ -226,18 +226,18 @@ FAULTS: tuple[Fault, ...] = (
     ),
     # Padding and parts of a batch.
     Fault(
-        "padding-counts",
+        "padding-counts-in-backward",
         "csrc/cpu/batch_norm.cpp",
-        "count_valid(problem.valid, problem.count())",
+        "divides ? count_of(problem) : problem.count()",
         "problem.count()",
-        "ops/test_padding.py::test_lengths",
+        "ops/test_padding.py::test_padding_is_as_if_it_were_not_there",
     ),
     Fault(
-        "samples-of-padding",
-        "csrc/cpu/valid.cpp",
-        "valid[position] == 0 || left-- > 0",
-        "left-- > 0",
-        "ops/test_padding.py::test_padding_is_as_if_it_were_not_there",
+        "parts-share-their-statistics",
+        "csrc/cpu/parts.cpp",
+        "2 * index * whole.C",
+        "index * whole.C",
+        "ops/test_ghost_batches.py::test_each_part_is_normalised_by_itself",
     ),
     Fault(
         "parts-count-as-one-batch",
@@ -257,7 +257,7 @@ FAULTS: tuple[Fault, ...] = (
         "a-batch-counts-again-in-backward",
         TENSORS,
         "!update_in_backward && runs_in_backward()",
-        "!update_in_backward && !runs_in_backward()",
+        "update_in_backward && runs_in_backward()",
         "modules/test_policies.py::test_a_checkpointed_batch_counts_once",
     ),
     Fault(
