@@ -12,7 +12,7 @@ from bnext import native, ops
 
 
 class Batch(NamedTuple):
-    """As the operators take it: by name."""
+    """What an operator is told of a batch; the fields are keyword arguments of the operators."""
 
     valid: Tensor | None = None  # bool, (N, *spatial): False at padding; None: there is none
     virtual_batch_size: int = 0  # images that are normalised together; 0: all

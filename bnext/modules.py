@@ -41,9 +41,10 @@ def normalize(
     """What every layer does with its input; ``group``: the processes that share a training batch."""
     self._check_input_dim(input)
     running_mean, running_var = self.running_mean, self.running_var
-    training, own = self.training, self.__dict__
-    if training and SINGLE_VALUE in own and group is None and running_mean is not None and _takes_running(self, input):
-        training = False
+    training = self.training
+    policy, size, update_in_backward = _options(self)
+    if policy is not None and training and group is None and running_mean is not None:
+        training = not _takes_running(policy, input)
     if not training and (running_mean is not None or running_var is not None):
         valid = None if lengths is None and mask is None else Batch.of(input, lengths, mask).valid
         return functional.eval_batch_norm(
@@ -58,22 +59,34 @@ def normalize(
         if counter is None and momentum is None:
             momentum = 0.0  # nothing to average over: torch keeps the running statistics as they are
     batch = WHOLE
-    if lengths is not None or mask is not None or VIRTUAL_BATCH_SIZE in own or UPDATE_IN_BACKWARD in own:
-        batch = Batch.of(input, lengths, mask, own.get(VIRTUAL_BATCH_SIZE), own.get(UPDATE_IN_BACKWARD, True))
+    if lengths is not None or mask is not None or size is not None or not update_in_backward:
+        batch = Batch.of(input, lengths, mask, size, update_in_backward)
     return functional.train_batch_norm(
         input, running_mean, running_var, counter, self.weight, self.bias, momentum, self.eps, epilogue, group, batch
     )
 
 
-def _takes_running(self: BatchNorm, input: Tensor) -> bool:
-    """Whether a training batch has one value a channel, and the layer's policy says what to do with that.
+def _options(self: BatchNorm) -> tuple[str | None, int | None, bool]:
+    """The attributes above."""
+    if torch.compiler.is_compiling():
+        # Of a layer whose __dict__ was looked into, torch._dynamo keeps hold until the garbage collector comes.
+        return (
+            getattr(self, SINGLE_VALUE, None),
+            getattr(self, VIRTUAL_BATCH_SIZE, None),
+            getattr(self, UPDATE_IN_BACKWARD, True),
+        )
+    own = self.__dict__  # what is missing would be looked for in three more places
+    return own.get(SINGLE_VALUE), own.get(VIRTUAL_BATCH_SIZE), own.get(UPDATE_IN_BACKWARD, True)
+
+
+def _takes_running(policy: str, input: Tensor) -> bool:
+    """Whether a training batch has one value a channel, for which there is this policy.
 
     Raises:
-        ValueError: the policy is unknown.
+        ValueError: it is unknown.
     """
-    policy = self.__dict__[SINGLE_VALUE]
     check_single_value(policy)
-    return policy == "running" and not input.is_nested and input.dim() >= 2 and input.numel() == input.shape[1]
+    return not input.is_nested and input.dim() >= 2 and input.numel() == input.shape[1]
 
 
 def check_single_value(policy: object) -> None:

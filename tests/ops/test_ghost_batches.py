@@ -75,6 +75,9 @@ def test_a_converted_model_fuses_and_compiles_them(compiled: bool) -> None:
     y = (torch.compile(ours, backend="aot_eager", fullgraph=True) if compiled else ours)(x)
     assert torch.allclose(y, z, rtol=1e-5, atol=1e-6)
     assert torch.allclose(ours[1].running_var, expected[1].running_var, rtol=1e-5)
+    ours[1].virtual_batch_size = None  # is seen by what was captured before
+    ours(x)
+    assert ours[1].num_batches_tracked == 3
     if not compiled:
         assert [name for name, _ in bnext.fusion_report(ours).fused] == ["1"]
 
