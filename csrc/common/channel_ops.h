@@ -25,16 +25,19 @@ BNEXT_INLINE typename Access::V load_or(const Access& access, const ChannelVecto
   return from.data == nullptr ? typename Access::V{} + absent : access.load(from, c);
 }
 
-// Takes a batch's mean and its unbiased variance into the running statistics. One value has no variance. part: of a
-// batch whose parts count one after another.
+// The weight of a batch in the running statistics, of whose parts `part` have counted. The counter still stands at the
+// batches before.
+BNEXT_INLINE double momentum_of(const Running& running, std::int64_t part = 0) {
+  return running.cumulative ? 1.0 / static_cast<double>(*running.num_batches_tracked + 1 + part) : running.momentum;
+}
+
+// Takes a batch's mean and its unbiased variance into the running statistics. One value has no variance.
 template <typename V, typename Access>
 BNEXT_INLINE void update_running(const Running& running, std::int64_t c, const Moments<V>& batch, double count,
-                                 Access access, std::int64_t part = 0) {
+                                 Access access) {
   const auto update = [&](const MutableChannelVector& to, const V& value) {
     if (to.data == nullptr) return;
-    // The counter still stands at the batches before this one.
-    const double momentum =
-        running.cumulative ? 1.0 / static_cast<double>(*running.num_batches_tracked + 1 + part) : running.momentum;
+    const double momentum = momentum_of(running);
     const V before = access.load(ChannelVector{to.data, to.dtype}, c);
     access.store(to, c, updated_running_stat(before, value, momentum));
   };
@@ -106,11 +109,23 @@ struct UpdateByPartsOp {
   const double* count;  // (parts): of values; of an empty part there are no statistics
 
   BNEXT_INLINE void finish(std::int64_t c) const {
-    for (std::int64_t p = 0; p < parts; ++p) {
-      if (count[p] == 0.0) continue;
-      const Moments<double> moments{mean[2 * p * C + c], m2[p * C + c] / count[p]};
-      update_running(running, c, moments, count[p], OneChannel(), p);
+    if (running.mean.data != nullptr) {
+      update(running.mean, c, /*least=*/1.0, [&](std::int64_t p) { return mean[2 * p * C + c]; });
     }
+    if (running.var.data != nullptr) {
+      update(running.var, c, /*least=*/2.0, [&](std::int64_t p) { return m2[p * C + c] / (count[p] - 1.0); });
+    }
+  }
+
+ private:
+  // By the parts of at least so many values. Between the parts it is not rounded to the statistic's dtype.
+  template <typename F>
+  BNEXT_INLINE void update(const MutableChannelVector& to, std::int64_t c, double least, F&& of_part) const {
+    double value = load(ChannelVector{to.data, to.dtype}, c);
+    for (std::int64_t p = 0; p < parts; ++p) {
+      if (count[p] >= least) value = updated_running_stat(value, of_part(p), momentum_of(running, p));
+    }
+    store(to, c, value);
   }
 };
 

@@ -174,7 +174,9 @@ void forward(const Problem& problem, const TrainingForward& args, const Parallel
       counts[part.index] = static_cast<double>(train(problem, part.problem, of_part, within));
     });
     const UpdateByPartsOp update{args.running, parts, problem.C, args.save_mean, m2.data(), counts.data()};
-    for (std::int64_t c = 0; c < problem.C; ++c) update.finish(c);
+    parallel(problem.C, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t c = begin; c < end; ++c) update.finish(c);
+    });
   }
   count_batches(args.running, parts);
 }

@@ -21,10 +21,11 @@ constexpr std::int64_t kGroupBytes = 262144;
 constexpr std::int64_t kMinGroups = 16;  // fewer tasks cannot be shared out evenly
 
 // Planes up to this size are taken as columns, if there are enough of them one below the other; and somewhat larger
-// ones where no coefficients are repeated for each column, but for the shift.
+// ones, if there are more, where no coefficients are repeated for each column, but for the shift.
 constexpr std::int64_t kMaxColumnPlane = 64;
-constexpr std::int64_t kMaxMomentsPlane = 256;
 constexpr std::int64_t kMinColumnRows = 8;
+constexpr std::int64_t kMaxMomentsPlane = 256;
+constexpr std::int64_t kMinMomentsRows = 32;
 
 // Where there is nothing to reduce, planes of more bytes are mapped in the order in which they lie: of their registers
 // few enough are incomplete. Columns are mapped in rows of about so many bytes, as short ones lie too far apart, and at
@@ -172,8 +173,9 @@ class ChannelsFirst {
     const std::int64_t C = problem_.C;
     const bool small = takes_columns();
     // A mask's rows are planes.
+    const bool moments = op_.reduce_op == ReduceOp::kMomentSums;
     const bool reduces_columns =
-        op_.reduce_op == ReduceOp::kMomentSums ? takes_columns(kMaxMomentsPlane) : small && !op_.epilogue.has_mask;
+        moments ? small || takes_columns(kMaxMomentsPlane, kMinMomentsRows) : small && !op_.epilogue.has_mask;
     const bool maps_columns = small && op_.mask == nullptr;
     parallel(divide_up(C, group), [&](std::int64_t begin, std::int64_t end) {
       Group of(op_, group);
@@ -285,8 +287,8 @@ class ChannelsFirst {
 
   // Planes of a few elements would each end in an incomplete register. A group of channels is also a matrix of N rows,
   // whose n*HW columns each belong to one channel. (Padding would have to be repeated for each of these.)
-  bool takes_columns(std::int64_t max_plane = kMaxColumnPlane) const {
-    return problem_.HW <= max_plane && problem_.N >= kMinColumnRows && op_.valid == nullptr;
+  bool takes_columns(std::int64_t max_plane = kMaxColumnPlane, std::int64_t min_rows = kMinColumnRows) const {
+    return problem_.HW <= max_plane && problem_.N >= min_rows && op_.valid == nullptr;
   }
 
   // Room for a group's columns.
