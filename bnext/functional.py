@@ -290,20 +290,10 @@ def _composed_eval(
     epilogue: Epilogue,
 ) -> Tensor:
     """:func:`eval_batch_norm` of torch's operators, for compilers, which fuse arithmetic on each element with what
-    stands before and behind it. Shifted first, as everywhere in bnext; equal to the operator to rounding."""
-    compute = torch.float64 if input.dtype == torch.float64 else torch.float32
-
-    def per_channel(vector: Tensor) -> Tensor:
-        return vector.to(compute).view((1, -1) + (1,) * (input.dim() - 2))
-
-    scale = torch.rsqrt(per_channel(running_var) + eps)
-    if weight is not None:
-        scale = scale * per_channel(weight)
-    y = (input.to(compute) - per_channel(running_mean)) * scale
-    if bias is not None:
-        y = y + per_channel(bias)
+    stands before and behind it; equal to the operator to rounding."""
+    y = native.normalized_by(input, running_mean, running_var, weight, bias, eps)
     residual, name, slope = epilogue or (None, "identity", 0.0)
     if residual is not None:
-        y = y + residual.to(compute)
+        y = y + residual.to(y.dtype)
     output: Tensor = activations.compose(y, Activation(name, slope)).to(input.dtype)
     return output

@@ -138,31 +138,40 @@ def _without_padding(
     eps: float,
 ) -> Tensor:
     """Batch norm of the values that are no padding, of which there are several; 0 elsewhere."""
-    compute = torch.float64 if input.dtype == torch.float64 else torch.float32
     keeps = valid.unsqueeze(1)
-    x = torch.where(keeps, input, 0).to(compute)
-
-    def per_channel(vector: Tensor) -> Tensor:
-        return vector.to(compute).view((1, -1) + (1,) * (input.dim() - 2))
-
+    x = torch.where(keeps, input, 0).to(_compute_type(input))
+    mean, var = running_mean, running_var
     if training:
         dims = [0, *range(2, input.dim())]
         count = valid.sum()
         mean = x.sum(dims) / count
-        x = torch.where(keeps, x - per_channel(mean), 0)
-        var = (x * x).sum(dims) / count
+        var = torch.where(keeps, x - _per_channel(mean, x), 0).square().sum(dims) / count
         if running_mean is not None:
             running_mean.mul_(1 - momentum).add_(mean.detach().to(running_mean.dtype), alpha=momentum)
         if running_var is not None:
             unbiased = (var * count / (count - 1)).detach()
             running_var.mul_(1 - momentum).add_(unbiased.to(running_var.dtype), alpha=momentum)
-    else:
-        assert running_mean is not None
-        assert running_var is not None
-        x, var = x - per_channel(running_mean), running_var
-    y = x * torch.rsqrt(per_channel(var) + eps)
+    assert mean is not None
+    assert var is not None
+    return torch.where(keeps, normalized_by(x, mean, var, weight, bias, eps), 0).to(input.dtype)
+
+
+def normalized_by(
+    input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """(input - mean)/sqrt(var + eps)*weight + bias of torch's operators, in float32 at least and not rounded yet.
+    Shifted first, as everywhere in bnext."""
+    x = input.to(_compute_type(input))
+    scale = torch.rsqrt(_per_channel(var, x) + eps)
     if weight is not None:
-        y = y * per_channel(weight)
-    if bias is not None:
-        y = y + per_channel(bias)
-    return torch.where(keeps, y, 0).to(input.dtype)
+        scale = scale * _per_channel(weight, x)
+    y = (x - _per_channel(mean, x)) * scale
+    return y if bias is None else y + _per_channel(bias, x)
+
+
+def _compute_type(input: Tensor) -> torch.dtype:
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def _per_channel(vector: Tensor, x: Tensor) -> Tensor:
+    return vector.to(x.dtype).view((1, -1) + (1,) * (x.dim() - 2))
