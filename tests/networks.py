@@ -3,6 +3,7 @@ fused one is compared with its original."""
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Callable
 from typing import NamedTuple
@@ -352,3 +353,11 @@ def assert_same(original: nn.Module, fused: nn.Module, *inputs: object) -> None:
 
 def random_input(*shape: int) -> Tensor:
     return make_input(shape or IMAGE, dtype=torch.float64)
+
+
+def saved(model: nn.Module) -> nn.Module:
+    """A model that was written to a file as a whole, and read again."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)

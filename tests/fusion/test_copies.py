@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 import subprocess
 from collections.abc import Callable
@@ -12,18 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from networks import NETWORKS, Basic, assert_close, conv, random_input
+from networks import NETWORKS, Basic, assert_close, conv, random_input, saved
 from observe import assert_same_steps, count, counted_graphs, fused_names, pair, sequential, small
 from torch import Tensor, fx, nn
 
 import bnext
-
-
-def saved(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 def by_hand(model: nn.Module) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import io
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fusion.real_models import why_not
-from networks import NETWORKS, Basic, OwnNorm, assert_close, random_input
+from networks import NETWORKS, Basic, OwnNorm, assert_close, random_input, saved
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -183,13 +182,6 @@ def test_unfreezing_gives_back_modes_and_gradients(convert: bool) -> None:
         bnext.freeze(model)
         assert modes(bnext.unfreeze(model)) == [then == model.train] * 3
         assert wants(model) == before
-
-
-def saved(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 def replica(module: nn.Module) -> nn.Module:
