@@ -132,9 +132,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& input, const o
   const Problem& problem = geometry.problem;
   TORCH_CHECK_VALUE(problem.count() != 1, "Expected more than 1 value per channel when training, got input size ",
                     size_of(input));
-  const std::int64_t last_part =
-      problem.parts() == 1 ? problem.N : problem.N - (problem.parts() - 1) * problem.virtual_batch;
-  TORCH_CHECK_VALUE(last_part * problem.HW != 1 && (problem.parts() == 1 || problem.virtual_batch * problem.HW != 1),
+  // No part is smaller than the last.
+  const std::int64_t last_part = problem.N - (problem.parts() - 1) * problem.virtual_batch;
+  TORCH_CHECK_VALUE(last_part * problem.HW != 1,
                     "Expected more than 1 value per channel when training, in each part of virtual_batch_size=",
                     virtual_batch_size, ", got input size ", size_of(input));
 
