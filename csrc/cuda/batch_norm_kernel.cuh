@@ -16,11 +16,6 @@
 #include "reduce.cuh"
 #include "staging.cuh"
 
-// An emulation has its own.
-#if defined(__CUDACC__)
-#define BNEXT_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-#endif
-
 namespace bnext::cuda {
 
 // Pointers into a block's shared memory.

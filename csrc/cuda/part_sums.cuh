@@ -9,11 +9,6 @@
 #include "../common/samples.h"
 #include "part_place.cuh"
 
-// An emulation has its own.
-#if defined(__CUDACC__)
-#define BNEXT_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-#endif
-
 namespace bnext::cuda {
 
 // Sums of gradients, all shifted by the same value.

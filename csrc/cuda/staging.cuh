@@ -9,6 +9,11 @@
 #include "activation_lanes.cuh"
 #include "tile_iterator.cuh"
 
+// The shared memory of a launch. An emulation has its own.
+#if defined(__CUDACC__)
+#define BNEXT_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
 namespace bnext::cuda {
 
 // What a call reads and writes, as the kernel's functors want it.
