@@ -12,7 +12,7 @@ from torch._prims_common import suggest_memory_format
 
 from bnext import _C
 from bnext.ops import operators as ops
-from bnext.ops.operators import bind
+from bnext.ops.operators import bind, number_of_parts
 
 _Results = tuple[Tensor, ...]
 
@@ -91,7 +91,7 @@ def _forward(given: dict[str, Any]) -> _Results:
         return _as_sequences(images), save_stats, mask
     output = _empty_like(input, _memory_format(input))
     size: int | None = given.get("virtual_batch_size")
-    parts = [torch.sym_max(1, (input.shape[0] + size - 1) // size)] if size else []
+    parts = [number_of_parts(input.shape[0], size)] if size else []
     save_stats = input.new_empty((*parts, 2, input.shape[1]), dtype=torch.float64)
     return output, save_stats, _empty_mask(input, given["act"], given.get("with_mask", False))
 

@@ -26,3 +26,9 @@ def bind(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str,
     schema = op._schema.arguments
     given = dict(zip((a.name for a in schema), args, strict=False)) | dict(kwargs)
     return {a.name: given.get(a.name, a.default_value) for a in schema}
+
+
+def number_of_parts(images: int, virtual_batch_size: int) -> int:
+    """Of how many parts, each normalised by itself, a batch is: as in csrc/common/problem.h, without a guard on a
+    symbolic number of images."""
+    return torch.sym_max(1, -(-images // virtual_batch_size)) if virtual_batch_size else 1

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bnext.ops import operators as ops
-from bnext.ops.operators import bind
+from bnext.ops.operators import bind, number_of_parts
 
 _Dims = tuple[int | None, ...]
 _Batched = tuple[tuple[Tensor, ...], _Dims]
@@ -81,12 +81,6 @@ def _eval(op: Any, size: int, given: dict[str, Any], dims: dict[str, int | None]
     return _forward(op, size, _channels(given["input"], dims["input"]), _fold_all(given, dims, size))
 
 
-def _parts(given: dict[str, Any], dims: dict[str, int | None]) -> int:
-    """How many batches a call counts."""
-    images, size = given["input"].shape[1 if dims["input"] == 0 else 0], given["virtual_batch_size"]
-    return max(1, -(-images // size)) if size else 1
-
-
 def _train(op: Any, size: int, given: dict[str, Any], dims: dict[str, int | None]) -> _Batched:
     for name in _STATISTICS:
         if given[name] is not None and dims[name] is None:
@@ -102,7 +96,8 @@ def _train(op: Any, size: int, given: dict[str, Any], dims: dict[str, int | None
         if counter is not None and not counted_apart:
             # A shared counter counts once: the samples get copies.
             given["num_batches_tracked"], dims["num_batches_tracked"] = torch.stack([counter] * size), 0
-            counter.add_(_parts(given, dims))
+            images = given["input"].shape[1 if dims["input"] == 0 else 0]
+            counter.add_(number_of_parts(images, given["virtual_batch_size"]))
         return _each(op, size, given, dims)
     if counter is not None and counted_apart:
         counter.add_(1)

@@ -108,24 +108,21 @@ struct UpdateByPartsOp {
   const double* m2;     // (parts, C): sums of (x - mean)^2
   const double* count;  // (parts): of values; of an empty part there are no statistics
 
+  // Between the parts a statistic is not rounded to its dtype. One value has no variance.
   BNEXT_INLINE void finish(std::int64_t c) const {
-    if (running.mean.data != nullptr) {
-      update(running.mean, c, /*least=*/1.0, [&](std::int64_t p) { return mean[2 * p * C + c]; });
-    }
-    if (running.var.data != nullptr) {
-      update(running.var, c, /*least=*/2.0, [&](std::int64_t p) { return m2[p * C + c] / (count[p] - 1.0); });
-    }
-  }
-
- private:
-  // By the parts of at least so many values. Between the parts it is not rounded to the statistic's dtype.
-  template <typename F>
-  BNEXT_INLINE void update(const MutableChannelVector& to, std::int64_t c, double least, F&& of_part) const {
-    double value = load(ChannelVector{to.data, to.dtype}, c);
+    const OneChannel access;
+    double running_mean = load_or(access, {running.mean.data, running.mean.dtype}, c, 0.0);
+    double running_var = load_or(access, {running.var.data, running.var.dtype}, c, 0.0);
+    BNEXT_NO_UNROLL
     for (std::int64_t p = 0; p < parts; ++p) {
-      if (count[p] >= least) value = updated_running_stat(value, of_part(p), momentum_of(running, p));
+      const double values = count[p];
+      if (values < 1.0) continue;
+      const double momentum = momentum_of(running, p);
+      running_mean = updated_running_stat(running_mean, mean[2 * p * C + c], momentum);
+      if (values > 1.0) running_var = updated_running_stat(running_var, m2[p * C + c] / (values - 1.0), momentum);
     }
-    store(to, c, value);
+    if (running.mean.data != nullptr) access.store(running.mean, c, running_mean);
+    if (running.var.data != nullptr) access.store(running.var, c, running_var);
   }
 };
 
@@ -213,6 +210,29 @@ struct BackwardOp {
   BNEXT_INLINE void normalization(std::int64_t c, V (&coefficients)[kMaxCoefficients], Access access) const {
     normalize_coefficients(dtype, access.load(args.save_mean, c), access.load(args.save_invstd, c),
                            load_or(access, args.weight, c, 1.0), load_or(access, args.bias, c, 0.0), coefficients);
+  }
+};
+
+// The parameters' gradients of a batch of several parts: theirs, added in their order. Null: not asked for.
+struct SumOfPartsOp {
+  MutableChannelVector grad_weight;
+  MutableChannelVector grad_bias;
+  const double* weight_of_parts;  // (parts, C)
+  const double* bias_of_parts;
+  std::int64_t parts;
+  std::int64_t C;
+
+  BNEXT_INLINE void finish(std::int64_t c) const {
+    add(grad_weight, weight_of_parts, c);
+    add(grad_bias, bias_of_parts, c);
+  }
+
+ private:
+  BNEXT_INLINE void add(const MutableChannelVector& to, const double* of_parts, std::int64_t c) const {
+    if (to.data == nullptr) return;
+    double sum = 0.0;
+    for (std::int64_t p = 0; p < parts; ++p) sum += of_parts[p * C + c];
+    store(to, c, sum);
   }
 };
 

@@ -17,6 +17,11 @@ constexpr std::int64_t element_size(DType dtype) {
 // kChannelsLast:  element (n, c, s) lies at (n*HW + s)*C + c   (channels_last, channels_last_3d, and (N, C))
 enum class Layout : std::uint8_t { kChannelsFirst, kChannelsLast };
 
+// Of how many parts a batch of N images is: see Problem::virtual_batch. An empty batch is a part, too.
+constexpr std::int64_t number_of_parts(std::int64_t N, std::int64_t virtual_batch) {
+  return virtual_batch == 0 || N <= virtual_batch ? 1 : (N + virtual_batch - 1) / virtual_batch;
+}
+
 struct Problem {
   std::int64_t N;
   std::int64_t C;
@@ -30,10 +35,7 @@ struct Problem {
 
   std::int64_t count() const { return N * HW; }  // values a channel holds, padding included
   std::int64_t numel() const { return N * C * HW; }
-  // Of each there is a row of statistics. An empty batch is a part, too.
-  std::int64_t parts() const {
-    return virtual_batch == 0 || N <= virtual_batch ? 1 : (N + virtual_batch - 1) / virtual_batch;
-  }
+  std::int64_t parts() const { return number_of_parts(N, virtual_batch); }
 };
 
 }  // namespace bnext

@@ -131,31 +131,27 @@ void differentiate(const Problem& whole, const Problem& problem, const Backward&
   run(whole, problem, op, parallel);
 }
 
-// A parameter's gradient of each part, which are added in their order.
-class PartGrads {
+// What needs no pass over the tensors.
+template <typename Op>
+void finish_channels(const Op& op, std::int64_t C, const Parallel& parallel) {
+  parallel(C, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t c = begin; c < end; ++c) op.finish(c);
+  });
+}
+
+// A result of each part in float64, (parts, C), where the caller asked for what they come to.
+class OfParts {
  public:
-  PartGrads(const MutableChannelVector& total, const Problem& problem)
-      : total_(total), parts_(problem.parts()), C_(problem.C) {
-    if (total.data != nullptr) grads_.resize(static_cast<std::size_t>(parts_ * C_));
+  OfParts(const Problem& problem, bool wanted) : C_(problem.C) {
+    if (wanted) values_.resize(static_cast<std::size_t>(problem.parts() * C_));
   }
 
-  MutableChannelVector of(std::int64_t part) {
-    return total_.data == nullptr ? total_ : MutableChannelVector{grads_.data() + part * C_, DType::kFloat64};
-  }
-
-  void add() const {
-    for (std::int64_t c = 0; total_.data != nullptr && c < C_; ++c) {
-      double sum = 0.0;
-      for (std::int64_t p = 0; p < parts_; ++p) sum += grads_[p * C_ + c];
-      store(total_, c, sum);
-    }
-  }
+  const double* data() const { return values_.data(); }
+  double* of(std::int64_t part) { return values_.empty() ? nullptr : values_.data() + part * C_; }
 
  private:
-  const MutableChannelVector total_;
-  const std::int64_t parts_;
   const std::int64_t C_;
-  std::vector<double> grads_;
+  std::vector<double> values_;
 };
 
 }  // namespace
@@ -165,25 +161,22 @@ void forward(const Problem& problem, const TrainingForward& args, const Parallel
   if (parts == 1) {
     train(problem, problem, args, parallel);
   } else {
-    std::vector<double> m2(static_cast<std::size_t>(parts * problem.C));
+    OfParts m2(problem, /*wanted=*/true);
     std::vector<double> counts(static_cast<std::size_t>(parts));
     for_each_part(problem, parallel, [&](const Part& part, const Parallel& within) {
       TrainingForward of_part = part.of(args);
       of_part.running = {};
-      of_part.save_m2 = m2.data() + part.index * problem.C;
+      of_part.save_m2 = m2.of(part.index);
       counts[part.index] = static_cast<double>(train(problem, part.problem, of_part, within));
     });
-    const UpdateByPartsOp update{args.running, parts, problem.C, args.save_mean, m2.data(), counts.data()};
-    parallel(problem.C, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t c = begin; c < end; ++c) update.finish(c);
-    });
+    finish_channels(UpdateByPartsOp{args.running, parts, problem.C, args.save_mean, m2.data(), counts.data()},
+                    problem.C, parallel);
   }
   count_batches(args.running, parts);
 }
 
 void gather_stats(const GatherStats& args) {
-  const GatherStatsOp op{args};
-  for (std::int64_t c = 0; c < args.C; ++c) op.finish(c);
+  finish_channels(GatherStatsOp{args}, args.C, Parallel::serial());
   count_batches(args.running, 1);
 }
 
@@ -198,16 +191,17 @@ void forward(const Problem& problem, const EvalForward& args, const Parallel& pa
 
 void backward(const Problem& problem, const Backward& args, const Parallel& parallel) {
   if (problem.parts() == 1) return differentiate(problem, problem, args, parallel);
-  PartGrads grad_weight(args.grad_weight, problem);
-  PartGrads grad_bias(args.grad_bias, problem);
+  OfParts grad_weight(problem, args.grad_weight.data != nullptr);
+  OfParts grad_bias(problem, args.grad_bias.data != nullptr);
   for_each_part(problem, parallel, [&](const Part& part, const Parallel& within) {
     Backward of_part = part.of(args);
-    of_part.grad_weight = grad_weight.of(part.index);
-    of_part.grad_bias = grad_bias.of(part.index);
+    of_part.grad_weight = {grad_weight.of(part.index), DType::kFloat64};
+    of_part.grad_bias = {grad_bias.of(part.index), DType::kFloat64};
     differentiate(problem, part.problem, of_part, within);
   });
-  grad_weight.add();
-  grad_bias.add();
+  finish_channels(
+      SumOfPartsOp{args.grad_weight, args.grad_bias, grad_weight.data(), grad_bias.data(), problem.parts(), problem.C},
+      problem.C, parallel);
 }
 
 }  // namespace bnext::cpu

@@ -66,29 +66,7 @@ __global__ void __launch_bounds__(kPartThreads)
   for (int j = 0; j < kMaxCoefficients; ++j) *part_coefficient(args, part, j, c) = coefficients[j];
 }
 
-// What the parts' results come to together, in their order: a thread a channel.
-struct SumOfPartsOp {
-  MutableChannelVector grad_weight;
-  MutableChannelVector grad_bias;
-  const double* weight_of_parts;  // (parts, C)
-  const double* bias_of_parts;
-  std::int64_t parts;
-  std::int64_t C;
-
-  __device__ __forceinline__ void finish(std::int64_t c) const {
-    add(grad_weight, weight_of_parts, c);
-    add(grad_bias, bias_of_parts, c);
-  }
-
- private:
-  __device__ __forceinline__ void add(const MutableChannelVector& to, const double* of_parts, std::int64_t c) const {
-    if (to.data == nullptr) return;
-    double sum = 0.0;
-    for (std::int64_t part = 0; part < parts; ++part) sum += of_parts[part * C + c];
-    store(to, c, sum);
-  }
-};
-
+// What the parts' results come to together: a thread a channel.
 template <typename Op>
 __global__ void __launch_bounds__(kPartThreads) part_totals_kernel(const __grid_constant__ Op op) {
   const std::int64_t c = std::int64_t{blockIdx.x} * kPartThreads + threadIdx.x;

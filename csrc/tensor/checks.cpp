@@ -3,7 +3,6 @@
 #include <ATen/MemoryOverlap.h>
 #include <c10/util/Exception.h>
 
-#include <algorithm>
 #include <cmath>
 
 namespace bnext {
@@ -46,7 +45,7 @@ std::string python_float(double value) {
 std::vector<std::int64_t> stats_sizes(const Tensor& input, std::int64_t virtual_batch_size) {
   const std::int64_t N = input.size(0), C = input.size(1);
   if (virtual_batch_size == 0) return {2, C};
-  return {std::max<std::int64_t>(1, (N + virtual_batch_size - 1) / virtual_batch_size), 2, C};
+  return {number_of_parts(N, virtual_batch_size), 2, C};
 }
 
 // Where an operator's argument is no option, torch makes an undefined tensor of None.

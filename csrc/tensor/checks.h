@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../common/activation.h"
+#include "../common/problem.h"
 
 namespace bnext {
 
