@@ -1,5 +1,6 @@
 """What a training step holds in memory, and torch's own way to hold less: checkpointing of blocks."""
 
+import bisect
 import copy
 import gc
 from collections import Counter
@@ -58,14 +59,15 @@ def checkpointed(model: nn.Module, blocks: list[str]) -> nn.Module:
 
 
 def checkpointed_to(model: nn.Module, input: Tensor, limit: int) -> nn.Module:
-    """A copy with as many blocks checkpointed, from the first on, as it takes to hold no more bytes than ``limit``; if
-    that cannot be, with all of them."""
+    """A copy with as many blocks checkpointed, from the first on, as it takes to hold no more bytes than ``limit``: one
+    at least, and if that cannot be, all of them."""
     blocks = blocks_of(model)
-    for count in range(1, len(blocks)):
-        tried = checkpointed(model, blocks[:count])
-        if held_by(tried, input) <= limit:
-            return checkpointed(model, blocks[:count])  # whose running statistics are as they were
-    return checkpointed(model, blocks)
+
+    def fits(count: int) -> bool:
+        return held_by(checkpointed(model, blocks[:count]), input) <= limit  # of a copy that is thrown away
+
+    count = 1 + bisect.bisect_left(range(1, len(blocks)), x=True, key=fits)
+    return checkpointed(model, blocks[:count])
 
 
 def held_by(model: nn.Module, input: Tensor) -> int:

@@ -6,6 +6,7 @@ the CUDA kernels in emulation below bnext's operators.
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -40,6 +41,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason="takes minutes; --long runs it"))
+
+
+def pytest_collection_finish() -> None:
+    # Thousands of tests are a million objects that stay to the end: a collection would look through them each time, for
+    # half a second, and leak tests, fused models and torch's compiler collect often.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -48,10 +48,9 @@ def test_a_checkpointed_copy_holds_less_and_has_the_same_gradients() -> None:
 def test_no_more_blocks_are_checkpointed_than_it_takes() -> None:
     model, x = ResNet20(), torch.randn(4, 3, 16, 16)
     blocks = blocks_of(model)
-    held = [held_by(checkpointed(model, blocks[:count]), x) for count in range(len(blocks) + 1)]
-    assert held == sorted(held, reverse=True)
-    for limit, count in ((held[3], 3), (held[3] - 1, 4), (0, len(blocks))):
-        assert held_by(checkpointed_to(model, x, limit), x) == held[count]
-    assert torch.equal(checkpointed_to(model, x, held[2]).bn1.running_mean, model.bn1.running_mean), (
-        "nothing was counted"
-    )
+    held = {count: held_by(checkpointed(model, blocks[:count]), x) for count in (1, 3, 4, len(blocks))}
+    assert list(held.values()) == sorted(held.values(), reverse=True)
+    for limit, count in ((held[1], 1), (held[3], 3), (held[3] - 1, 4), (0, len(blocks))):
+        found = checkpointed_to(model, x, limit)
+        assert torch.equal(found.bn1.running_mean, torch.zeros(16)), "nothing was counted"
+        assert held_by(found, x) == held[count]

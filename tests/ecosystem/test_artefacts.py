@@ -76,7 +76,9 @@ def test_train_and_eval_of_an_exported_model(network: nn.Module, converted: Conv
     assert (exported(others(image))[0] - exported(image)[0]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["after training", "quantisation-aware"])
+@pytest.mark.parametrize(
+    "training", [False, pytest.param(True, marks=pytest.mark.long)], ids=["after training", "quantisation-aware"]
+)
 def test_quantisation_folds_the_batch_norms(training: bool, network: nn.Module, image: Tensor) -> None:
     pt2e = pytest.importorskip("torchao.quantization.pt2e")
     steps = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")

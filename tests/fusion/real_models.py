@@ -69,10 +69,10 @@ _MORE_OF_TORCHVISION = """
     efficientnet_b0 efficientnet_v2_s mnasnet0_5 vgg11_bn
 """
 _TIMM = """
-    resnet18d dla46_c ese_vovnet19b_slim_dw cs3darknet_s darknet17 mobilenetv1_100 regnety_002 resnetv2_18d dpn48b
-    resnest14d
+    dla46_c ese_vovnet19b_slim_dw darknet17 regnety_002 resnetv2_18d dpn48b resnest14d
 """
 _MORE_OF_TIMM = """
+    resnet18d cs3darknet_s mobilenetv1_100
     resnet50 efficientnet_b0 densenet121 dla34 hrnet_w18_small xception41 repvgg_a0 vovnet39a cspdarknet53 cspresnet50
     darknet53 mobilenetv4_conv_small_035 regnety_004 mobileone_s0 resnetv2_50d res2net50_26w_4s selecsls42b dpn68
     mobilenetv2_035 ghostnet_050 rexnet_100 hardcorenas_a legacy_seresnet18 ecaresnet26t tresnet_m mixnet_s fbnetc_100

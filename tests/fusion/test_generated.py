@@ -101,7 +101,7 @@ def check(seed: int, modes: tuple[str, ...]) -> None:
     assert not wrong, "\n\n".join(f"{why}\n{source}" for source, why in wrong.items())
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_random_forwards_compute_the_same(seed: int) -> None:
     check(seed, ("training", "evaluation, no_grad") if seed else ("training", "training, no_grad", "evaluation"))
 
