@@ -24,13 +24,18 @@ BNEXT_INLINE F bfloat16_to_float(U bits) {
   return __builtin_bit_cast(F, bits << 16);
 }
 
-// Round to nearest, ties to even; a NaN stays a (quiet) NaN of the same sign.
+// Round to nearest, ties to even; a NaN stays a (quiet) NaN of the same sign. The result is in the upper half, above
+// bits that mean nothing.
+template <typename U, typename F>
+BNEXT_INLINE U round_to_bfloat16(F value) {
+  const U bits = __builtin_bit_cast(U, value);
+  const U rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return value != value ? bits | 0x400000u : rounded;
+}
+
 template <typename U, typename F>
 BNEXT_INLINE U float_to_bfloat16(F value) {
-  const U bits = __builtin_bit_cast(U, value);
-  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const U quiet_nan = (bits >> 16) | 0x40u;
-  return (bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded;
+  return round_to_bfloat16<U>(value) >> 16;
 }
 
 template <typename F, typename U>

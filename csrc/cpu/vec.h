@@ -73,7 +73,7 @@ BNEXT_INLINE void store_tail(T* to, const T (&from)[kN], Tail tail) {
 constexpr unsigned short kAllLanes = 0xffff;
 
 // 16-bit patterns to and from the lower halves of 32-bit lanes. (Of __builtin_convertvector GCC 12 makes several
-// shuffles for 512 bits, where there is one instruction.)
+// shuffles for 256 and 512 bits, where there is one instruction.)
 template <int kN>
 BNEXT_INLINE Vector<std::uint32_t, kN> load_bits(const void* from) {
   Vector<std::uint16_t, kN> bits;
@@ -82,6 +82,9 @@ BNEXT_INLINE Vector<std::uint32_t, kN> load_bits(const void* from) {
   if constexpr (kVectorBytes == 64 && kN == 16) {
     return __builtin_bit_cast(Vector<std::uint32_t, kN>,
                               _mm512_maskz_cvtepu16_epi32(kAllLanes, __builtin_bit_cast(__m256i, bits)));
+  }
+  if constexpr (kVectorBytes == 32 && kN == 8) {
+    return __builtin_bit_cast(Vector<std::uint32_t, kN>, _mm256_cvtepu16_epi32(__builtin_bit_cast(__m128i, bits)));
   }
 #endif
   return __builtin_convertvector(bits, Vector<std::uint32_t, kN>);
@@ -106,35 +109,64 @@ BNEXT_INLINE Vector<float, kN> widen(const BFloat16* from) {
   return bfloat16_to_float<Vector<float, kN>>(load_bits<kN>(from));
 }
 
-template <int kN>
-BNEXT_INLINE void narrow(BFloat16* to, const Vector<float, kN>& v) {
-  store_bits<kN>(to, float_to_bfloat16<Vector<std::uint32_t, kN>>(v));
-}
-
 #if defined(__x86_64__)
-// float_to_bfloat16 in half the instructions, for 512 bits; the result is in the upper halves.
+// Whether two registers of 32 bits are packed into one of 16: a line is not made of halves.
+template <typename scalar_t>
+constexpr bool kPacksPairs = std::is_same_v<scalar_t, BFloat16> || (sizeof(scalar_t) == 2 && kVectorBytes == 64);
+
+// The rounded value is in the upper halves. AVX-512 has an addition under a mask, which saves half of the instructions.
 template <int kN>
-BNEXT_INLINE Vector<std::uint32_t, kN> round_to_bfloat16(const Vector<float, kN>& v) {
-  const __m512i bits = __builtin_bit_cast(__m512i, v);
-  const __m512 value = __builtin_bit_cast(__m512, v);
-  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
-  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-  const __m512i down = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
-  const __m512i rounded = _mm512_mask_add_epi32(down, odd, bits, _mm512_set1_epi32(0x8000));
-  return __builtin_bit_cast(Vector<std::uint32_t, kN>,
-                            _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000)));
+BNEXT_INLINE Vector<std::uint32_t, kN> round_vector_to_bfloat16(const Vector<float, kN>& v) {
+  using Bits = Vector<std::uint32_t, kN>;
+  if constexpr (kN == 16) {
+    const __m512i bits = __builtin_bit_cast(__m512i, v);
+    const __m512 value = __builtin_bit_cast(__m512, v);
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    const __m512i down = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    const __m512i rounded = _mm512_mask_add_epi32(down, odd, bits, _mm512_set1_epi32(0x8000));
+    return __builtin_bit_cast(Bits, _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000)));
+  } else {
+    return round_to_bfloat16<Bits>(v);
+  }
 }
 
+// (An arithmetic shift makes a number of 16 bits with its sign, which the saturating pack does not change.)
 template <int kN>
 BNEXT_INLINE void narrow_pair(BFloat16* to, const Vector<float, kN>& low, const Vector<float, kN>& high) {
-  Vector<std::uint16_t, 2 * kN> upper_halves;
-  for (int i = 0; i < 2 * kN; ++i) upper_halves[i] = static_cast<std::uint16_t>(2 * i + 1);
-  const __m512i packed = _mm512_permutex2var_epi16(__builtin_bit_cast(__m512i, round_to_bfloat16<kN>(low)),
-                                                   __builtin_bit_cast(__m512i, upper_halves),
-                                                   __builtin_bit_cast(__m512i, round_to_bfloat16<kN>(high)));
-  store_raw(to, packed);
+  const auto a = round_vector_to_bfloat16<kN>(low);
+  const auto b = round_vector_to_bfloat16<kN>(high);
+  if constexpr (kN == 16) {
+    Vector<std::uint16_t, 2 * kN> upper_halves;
+    for (int i = 0; i < 2 * kN; ++i) upper_halves[i] = static_cast<std::uint16_t>(2 * i + 1);
+    store_raw(to, _mm512_permutex2var_epi16(__builtin_bit_cast(__m512i, a), __builtin_bit_cast(__m512i, upper_halves),
+                                            __builtin_bit_cast(__m512i, b)));
+  } else if constexpr (kN == 8) {
+    const __m256i halves = _mm256_packs_epi32(_mm256_srai_epi32(__builtin_bit_cast(__m256i, a), 16),
+                                              _mm256_srai_epi32(__builtin_bit_cast(__m256i, b), 16));
+    store_raw(to, _mm256_permute4x64_epi64(halves, 0xd8));
+  } else {
+    store_raw(to, _mm_packs_epi32(_mm_srai_epi32(__builtin_bit_cast(__m128i, a), 16),
+                                  _mm_srai_epi32(__builtin_bit_cast(__m128i, b), 16)));
+  }
 }
 #endif
+
+template <int kN>
+BNEXT_INLINE void narrow(BFloat16* to, const Vector<float, kN>& v) {
+#if defined(__x86_64__)
+  if constexpr (kVectorBytes == 32 && kN == 8) {
+    const __m256i rounded = __builtin_bit_cast(__m256i, round_vector_to_bfloat16<kN>(v));
+    const __m256i bits = _mm256_srai_epi32(rounded, 16);
+    return store_raw(to, _mm_packs_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1)));
+  }
+  if constexpr (kVectorBytes == 16 && kN == 4) {
+    const __m128i bits = _mm_srai_epi32(__builtin_bit_cast(__m128i, round_vector_to_bfloat16<kN>(v)), 16);
+    return _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi32(bits, bits));
+  }
+#endif
+  store_bits<kN>(to, float_to_bfloat16<Vector<std::uint32_t, kN>>(v));
+}
 
 // By the processor's own instructions where this instruction set has them. (A target pragma does not define
 // __F16C__ in time for the preprocessor, so the register's width stands for the instruction set.)
@@ -283,8 +315,11 @@ constexpr int kLineVectors = kLineBytes / (kWidth<acc_t> * static_cast<int>(size
 template <typename acc_t, typename scalar_t>
 BNEXT_INLINE void store_line(scalar_t* to, const Vector<acc_t, kWidth<acc_t>> (&v)[kLineVectors<acc_t, scalar_t>]) {
 #if defined(__x86_64__)
-  if constexpr (kVectorBytes == 64 && sizeof(scalar_t) == 2 && std::is_same_v<acc_t, float>) {
-    return narrow_pair<kWidth<acc_t>>(to, v[0], v[1]);
+  if constexpr (kPacksPairs<scalar_t> && std::is_same_v<acc_t, float>) {
+    constexpr int kN = kWidth<acc_t>;
+#pragma GCC unroll 4
+    for (int u = 0; u < kLineVectors<acc_t, scalar_t>; u += 2) narrow_pair<kN>(to + u * kN, v[u], v[u + 1]);
+    return;
   }
 #endif
 #pragma GCC unroll 4
