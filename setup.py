@@ -24,6 +24,7 @@ SOURCES = [
     "csrc/tensor/node_attributes.cpp",
     "csrc/tensor/recomputation.cpp",
     "csrc/tensor/saved_tensor_hooks.cpp",
+    "csrc/tensor/direct_calls.cpp",
     "csrc/tensor/derivatives.cpp",
     "csrc/tensor/forward.cpp",
     "csrc/tensor/backward.cpp",

@@ -20,6 +20,26 @@ class SavedTensorHooks:
     def enter(self) -> None: ...
     def exit(self) -> None: ...
 
+def batch_norm_train(
+    input: object,
+    weight: object,
+    bias: object,
+    running_mean: object,
+    running_var: object,
+    num_batches_tracked: object,
+    momentum: object,
+    eps: object,
+    *epilogue: object,
+) -> torch.Tensor | None: ...
+def batch_norm_eval(
+    input: object,
+    weight: object,
+    bias: object,
+    running_mean: object,
+    running_var: object,
+    eps: object,
+    *epilogue: object,
+) -> torch.Tensor | None: ...
 def cpu_isas() -> list[str]: ...
 def cpu_isa() -> str: ...
 def set_cpu_isa(name: str) -> None: ...

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from bnext import activations, native, ops, ragged
+from bnext import _C, activations, native, ops, ragged
 from bnext.activations import PLAIN, Act, Activation, Epilogue
 from bnext.batches import WHOLE, Batch
 
@@ -190,7 +190,12 @@ def train_batch_norm(
     Raises:
         ValueError: a group and parts of the batch.
     """
-    output: Tensor
+    arguments = (input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
+    output: Tensor | None
+    if group is None and batch is WHOLE and not torch.compiler.is_compiling():
+        output = _C.batch_norm_train(*arguments, *epilogue)
+        if output is not None:
+            return output
     # torch cannot export a cumulative average, whose factor it computes on the host.
     exportable = momentum is not None or not (torch.compiler.is_compiling() and native.is_exporting())
     if group is None and exportable and native.takes(input):
@@ -209,7 +214,6 @@ def train_batch_norm(
         )
         num_batches_tracked.copy_(counted)
         return output
-    arguments = (input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
     if group is not None:
         output = ops.batch_norm_sync(*arguments, *group, *epilogue, **batch.of_group())
     elif batch is WHOLE:
@@ -233,18 +237,23 @@ def eval_batch_norm(
     if running_mean is None or running_var is None:
         missing = "running_mean" if running_mean is None else "running_var"
         raise RuntimeError(f"{missing} must be defined in evaluation mode, but got None")
+    vectors = (weight, bias, running_mean, running_var)
+    compiling = torch.compiler.is_compiling()
+    output: Tensor | None
+    if valid is None and not compiling:
+        output = _C.batch_norm_eval(input, *vectors, eps, *epilogue)
+        if output is not None:
+            return output
     if native.takes(input):
-        vectors = (running_mean, running_var, weight, bias)
+        parameters, statistics = vectors[:2], vectors[2:]
         if ragged.is_jagged(input):
-            return ragged.on_values(eval_batch_norm, input, vectors, (eps,), epilogue)
-        return native.batch_norm(input, *vectors[:2], None, *vectors[2:], False, 0.0, eps, epilogue, valid)
-    output: Tensor
-    compiled = torch.compiler.is_compiling() and not keeps_operators()
-    if compiled and _is_arithmetic(input, (weight, bias, running_mean, running_var), eps, epilogue):
+            return ragged.on_values(eval_batch_norm, input, (*statistics, *parameters), (eps,), epilogue)
+        return native.batch_norm(input, *statistics, None, *parameters, False, 0.0, eps, epilogue, valid)
+    if compiling and not keeps_operators() and _is_arithmetic(input, vectors, eps, epilogue):
         output = _composed_eval(input, running_mean, running_var, weight, bias, eps, epilogue)
         return output if valid is None else torch.where(valid.unsqueeze(1), output, 0)
     options = {} if valid is None else {"valid": valid}
-    output, _, _ = ops.batch_norm_eval(input, weight, bias, running_mean, running_var, eps, *epilogue, **options)
+    output, _, _ = ops.batch_norm_eval(input, *vectors, eps, *epilogue, **options)
     return output
 
 

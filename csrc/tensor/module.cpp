@@ -15,6 +15,7 @@
 #include "../cpu/isa/dispatch.h"
 #include "../cpu/output_pool.h"
 #include "backend.h"
+#include "direct_calls.h"
 #include "node_attributes.h"
 #include "saved_tensor_hooks.h"
 #include "schema.h"
@@ -90,6 +91,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of bnext. Importing it registers the operators torch.ops.bnext.*.";
   bnext::register_node_attributes();
   bnext::register_saved_tensor_hooks(m);
+  bnext::register_direct_calls(m);
   m.attr("torch_version") = TORCH_VERSION;  // that this was compiled against
   m.attr("compiler") = __VERSION__;
   m.attr("activations") = activations(/*rectifiers_alone=*/false);

@@ -110,6 +110,11 @@ NOT_CALLED = {
 }  # the layers' way into the operators, which check
 
 
+def takes_any_object(function: ast.FunctionDef) -> bool:
+    """It leaves what it does not know to others (test_direct_calls.py)."""
+    return all(ast.unparse(a.annotation) == "object" for a in function.args.args if a.annotation)
+
+
 def test_everything_public_is_covered() -> None:
     assert {
         *(cls.__name__ for cls in LAYERS),
@@ -128,7 +133,8 @@ def test_everything_public_is_covered() -> None:
     called = {target.call.__name__ for target in functions()}
     assert {name for name in public if not name.startswith("_")} == called | NOT_CALLED
     stub = ast.parse((Path(bnext.__file__).parent / "_C.pyi").read_text()).body
-    taking = {f.name: tuple(a.arg for a in f.args.args) for f in stub if isinstance(f, ast.FunctionDef) and f.args.args}
+    functions_of_stub = [each for each in stub if isinstance(each, ast.FunctionDef) and each.args.args]
+    taking = {f.name: tuple(a.arg for a in f.args.args) for f in functions_of_stub if not takes_any_object(f)}
     assert taking == {target.name: target.arguments for target in EXTENSION}
 
 

@@ -1,0 +1,12 @@
+// The operators called from Python without the matching of a call with a schema, which takes torch longer than a small
+// batch norm.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace bnext {
+
+// The functions batch_norm_train and batch_norm_eval.
+void register_direct_calls(pybind11::module_& m);
+
+}  // namespace bnext
