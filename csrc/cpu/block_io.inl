@@ -6,6 +6,7 @@
 
 #include "specialize.inl"
 #include "vec.h"
+#include "vec_mask.h"
 
 template <typename acc_t>
 using Vec = Vector<acc_t, kWidth<acc_t>>;
