@@ -32,7 +32,7 @@ class Batch(NamedTuple):
         Raises:
             ValueError, TypeError, RuntimeError: :func:`bnext.functional.batch_norm` says when.
         """
-        return cls(_valid(input, lengths, mask), _part_size(virtual_batch_size), update_in_backward)
+        return cls(_valid(input, lengths, mask), part_size(virtual_batch_size), update_in_backward)
 
     def of_group(self) -> dict[str, Any]:
         """For a batch that several processes share.
@@ -51,7 +51,7 @@ class Batch(NamedTuple):
 WHOLE = Batch()
 
 
-def _part_size(virtual_batch_size: int | None) -> int:
+def part_size(virtual_batch_size: int | None) -> int:
     if virtual_batch_size is None:
         return 0
     if not isinstance(virtual_batch_size, int) or isinstance(virtual_batch_size, bool):

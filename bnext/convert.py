@@ -9,7 +9,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from bnext import known, modules
+from bnext import batches, known, modules
 from bnext import sync as synchronization
 from bnext.attached import detach
 from bnext.modules import Activated
@@ -44,6 +44,7 @@ def convert(
     process_group: Any = None,
     single_value: str | None = None,
     update_in_backward: bool = True,
+    virtual_batch_size: int | None = None,
     verbose: bool = False,
 ) -> _Module:
     """Turn every batch-norm layer of a model into bnext's, in place.
@@ -86,7 +87,7 @@ def convert(
     those of the batches of all processes of a group. To be called before the model is wrapped in
     ``DistributedDataParallel``, which accepts it on the CPU, too. Lazy layers stay as they are, and are listed.
 
-    A result never changes by more than rounding, unless one of two policies is asked for, which set the attributes of
+    A result never changes by more than rounding, unless one of three policies is asked for, which set the attributes of
     the same names on every layer:
 
     - ``single_value="running"``: a training batch of one value a channel, of which torch raises an error, is normalised
@@ -94,6 +95,8 @@ def convert(
     - ``update_in_backward=False``: a forward that runs within a backward pass, as activation checkpointing runs it a
       second time, leaves running statistics and counters alone, so that a batch counts once. A forward that runs
       anywhere else counts as ever.
+    - ``virtual_batch_size``: in training, so many consecutive images at a time are normalised by their own statistics
+      (ghost batch normalisation, :func:`bnext.functional.batch_norm`).
 
     Args:
         module: a model, or a single layer.
@@ -103,6 +106,7 @@ def convert(
         process_group: of ``sync``; None: all processes.
         single_value: ``"running"``, or None, as torch.
         update_in_backward: False, or True, as torch.
+        virtual_batch_size: images of a part, or None, as torch: all of a batch.
         verbose: whether to print what was done and, with ``fuse``, after each call that captured a graph, what was
             fused, and what was left and why. Otherwise that is logged by ``"bnext"`` at level INFO.
 
@@ -110,9 +114,10 @@ def convert(
         The same module.
 
     Raises:
-        TypeError: ``module`` is not a ``torch.nn.Module``, or ``fuse``, ``recompute``, ``sync`` or ``verbose`` not a
-            bool.
-        ValueError: ``recompute`` without ``fuse``; another ``single_value``.
+        TypeError: ``module`` is not a ``torch.nn.Module``, ``fuse``, ``recompute``, ``sync`` or ``verbose`` not a
+            bool, or ``virtual_batch_size`` not an int.
+        ValueError: ``recompute`` without ``fuse``; another ``single_value``; ``virtual_batch_size`` below 1, or with
+            synchronised layers.
     """
     flags = {"fuse": fuse, "recompute": recompute, "sync": sync, "verbose": verbose}
     for name, flag in {**flags, "update_in_backward": update_in_backward}.items():
@@ -121,9 +126,15 @@ def convert(
     if recompute and not fuse:
         raise ValueError("expected fuse=True with recompute=True, which is for whole calls of a model, but got False")
     modules.check_single_value(single_value)
+    batches.part_size(virtual_batch_size)
     _check(module)
     # Before anything is changed: a part may walk through its own parts in a way that fails.
     layers = list(module.named_modules())
+    if virtual_batch_size is not None and (sync or any(isinstance(m, torch.nn.SyncBatchNorm) for _, m in layers)):
+        raise ValueError(
+            "expected no virtual_batch_size with synchronised layers, whose processes share a batch, but got "
+            f"{virtual_batch_size}"
+        )
     if fuse:
         from bnext.fusion import eager  # imports torch._dynamo, which takes a second
     for _, m in layers:
@@ -137,11 +148,11 @@ def convert(
         _logger.warning(
             "convert left alone %d batch norm(s) of other classes (%s): %s", len(left), ", ".join(classes), names
         )
+    asked_for = {modules.SINGLE_VALUE: single_value, modules.VIRTUAL_BATCH_SIZE: virtual_batch_size}
+    if not update_in_backward:
+        asked_for[modules.UPDATE_IN_BACKWARD] = False
     for m in ours:
-        if single_value is not None:
-            m.__dict__[modules.SINGLE_VALUE] = single_value
-        if not update_in_backward:
-            m.__dict__[modules.UPDATE_IN_BACKWARD] = False
+        m.__dict__.update({name: value for name, value in asked_for.items() if value is not None})
     lines = [f"{len(ours)} batch norm(s) are bnext's"]
     if sync:
         synchronization.synchronize(module, process_group)
@@ -178,7 +189,7 @@ def revert(module: _Module) -> _Module:
     left = []
     for name, m in module.named_modules():
         detach(m)
-        for option in (modules.SINGLE_VALUE, modules.UPDATE_IN_BACKWARD):
+        for option in (modules.SINGLE_VALUE, modules.UPDATE_IN_BACKWARD, modules.VIRTUAL_BATCH_SIZE):
             m.__dict__.pop(option, None)
         if isinstance(m, Activated) and m.act is not None:
             left.append(name or "(the module itself)")

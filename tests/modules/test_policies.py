@@ -102,3 +102,43 @@ def test_forwards_outside_of_backward_count() -> None:
         model(make_input((4, 3, 7, 7))).sum().backward()
     assert model[1].num_batches_tracked == 2
     assert bnext.revert(model)[1].__dict__.get("update_in_backward") is None
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
+def test_ghost_batches_of_a_whole_model(fuse: bool) -> None:
+    model = bnext.convert(block(), fuse=fuse, virtual_batch_size=2)
+    layer_by_layer = bnext.convert(block())
+    layer_by_layer[1].virtual_batch_size = 2
+    x = make_input((5, 3, 7, 7))
+    assert torch.allclose(model(x), layer_by_layer(x), rtol=1e-5, atol=1e-6)
+    assert model[1].num_batches_tracked == layer_by_layer[1].num_batches_tracked == 3
+    bnext.convert(model)  # which does not ask for anything else
+    model(x)
+    assert model[1].num_batches_tracked == 6
+    bnext.revert(model)(x)
+    assert model[1].num_batches_tracked == 7
+
+
+@pytest.mark.parametrize(
+    ("size", "sync", "error", "message"),
+    [
+        (0, False, ValueError, "expected virtual_batch_size to be at least 1, but got 0"),
+        (True, False, TypeError, "expected virtual_batch_size to be an int or None, but got True"),
+        (2.0, False, TypeError, "expected virtual_batch_size to be an int or None, but got 2.0"),
+        (2, True, ValueError, "expected no virtual_batch_size with synchronised layers, .* but got 2"),
+    ],
+)
+def test_sizes_that_no_model_can_have(size: Any, sync: bool, error: type[Exception], message: str) -> None:
+    model = block()
+    with pytest.raises(error, match=message):
+        bnext.convert(model, sync=sync, virtual_batch_size=size)
+    assert type(model[1]) is nn.BatchNorm2d
+    assert "forward" not in model[1].__dict__
+    assert "virtual_batch_size" not in model[1].__dict__
+
+
+def test_synchronised_layers_have_no_ghost_batches() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.SyncBatchNorm(3))
+    with pytest.raises(ValueError, match="expected no virtual_batch_size with synchronised layers"):
+        bnext.convert(model, virtual_batch_size=2)
+    assert type(model[1]) is nn.SyncBatchNorm
