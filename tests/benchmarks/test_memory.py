@@ -1,5 +1,8 @@
 """What a step holds, counted, and torch's checkpoints that hold less."""
 
+import gc
+
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -8,6 +11,13 @@ from benchmarks.memory import Allocated, allocated, blocks_of, checkpointed, che
 from benchmarks.networks import Bottleneck, ResNet20
 
 MB = 1_000_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_objects_to_collect() -> None:
+    """What other tests left in the process stays, and need not be looked through at every measurement."""
+    gc.collect()
+    gc.freeze()
 
 
 def test_what_a_result_keeps_alive_and_the_most_at_any_time() -> None:
