@@ -148,11 +148,14 @@ def convert(
         _logger.warning(
             "convert left alone %d batch norm(s) of other classes (%s): %s", len(left), ", ".join(classes), names
         )
-    asked_for = {modules.SINGLE_VALUE: single_value, modules.VIRTUAL_BATCH_SIZE: virtual_batch_size}
-    if not update_in_backward:
-        asked_for[modules.UPDATE_IN_BACKWARD] = False
+    options = {
+        modules.SINGLE_VALUE: single_value,
+        modules.VIRTUAL_BATCH_SIZE: virtual_batch_size,
+        modules.UPDATE_IN_BACKWARD: None if update_in_backward else False,
+    }
+    asked_for = {name: value for name, value in options.items() if value is not None}
     for m in ours:
-        m.__dict__.update({name: value for name, value in asked_for.items() if value is not None})
+        m.__dict__.update(asked_for)
     lines = [f"{len(ours)} batch norm(s) are bnext's"]
     if sync:
         synchronization.synchronize(module, process_group)

@@ -191,13 +191,14 @@ def train_batch_norm(
         ValueError: a group and parts of the batch.
     """
     arguments = (input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
+    compiling = torch.compiler.is_compiling()
     output: Tensor | None
-    if group is None and batch is WHOLE and not torch.compiler.is_compiling():
+    if group is None and batch is WHOLE and not compiling:
         output = _C.batch_norm_train(*arguments, *epilogue)
         if output is not None:
             return output
     # torch cannot export a cumulative average, whose factor it computes on the host.
-    exportable = momentum is not None or not (torch.compiler.is_compiling() and native.is_exporting())
+    exportable = momentum is not None or not (compiling and native.is_exporting())
     if group is None and exportable and native.takes(input):
         vectors = (running_mean, running_var, num_batches_tracked, weight, bias)
         if ragged.is_jagged(input):

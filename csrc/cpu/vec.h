@@ -110,7 +110,7 @@ BNEXT_INLINE Vector<float, kN> widen(const BFloat16* from) {
 }
 
 #if defined(__x86_64__)
-// Whether two registers of 32 bits are packed into one of 16: a line is not made of halves.
+// Whether two registers of float32 are packed into one register of 16-bit elements, which is stored whole.
 template <typename scalar_t>
 constexpr bool kPacksPairs = std::is_same_v<scalar_t, BFloat16> || (sizeof(scalar_t) == 2 && kVectorBytes == 64);
 
