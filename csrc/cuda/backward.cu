@@ -5,7 +5,6 @@ namespace bnext::cuda {
 // In backward_activated.cu.
 extern template cudaError_t launch_dtype<ActivatedGradSums, ActivatedGrad>(const KernelArgs&, const BackwardOp&,
                                                                            cudaStream_t);
-extern template cudaError_t launch_dtype<NoSums, ActivatedGrad>(const KernelArgs&, const BackwardOp&, cudaStream_t);
 
 LaunchPlan plan_for(const Problem& problem, const Backward& args, const DeviceLimits& limits) {
   const bool reads_residual = args.reads_preactivation() && args.residual != nullptr;
@@ -28,14 +27,8 @@ cudaError_t backward(const Problem& problem, const Backward& args, const LaunchP
       static_cast<unsigned char*>(workspace),
       nullptr};
   const BackwardOp op{args, problem.dtype, static_cast<double>(problem.count())};
-  if (args.activated()) {
-    return args.reduces() ? launch_dtype<ActivatedGradSums, ActivatedGrad>(kernel_args, op, stream)
-                          : launch_dtype<NoSums, ActivatedGrad>(kernel_args, op, stream);
-  }
-  if (!args.reduces()) {
-    return args.differentiates_statistics() ? launch_dtype<NoSums, GradInput>(kernel_args, op, stream)
-                                            : launch_dtype<NoSums, ScaleGrad>(kernel_args, op, stream);
-  }
+  // A call without sums takes the kernel that has the same map.
+  if (args.activated()) return launch_dtype<ActivatedGradSums, ActivatedGrad>(kernel_args, op, stream);
   if (!args.reads_input()) return launch_dtype<BiasGradSum, ScaleGrad>(kernel_args, op, stream);
   if (args.differentiates_statistics()) return launch_dtype<GradSums, GradInput>(kernel_args, op, stream);
   return launch_dtype<GradSums, ScaleGrad>(kernel_args, op, stream);

@@ -4,6 +4,5 @@
 namespace bnext::cuda {
 
 template cudaError_t launch_dtype<ActivatedGradSums, ActivatedGrad>(const KernelArgs&, const BackwardOp&, cudaStream_t);
-template cudaError_t launch_dtype<NoSums, ActivatedGrad>(const KernelArgs&, const BackwardOp&, cudaStream_t);
 
 }  // namespace bnext::cuda

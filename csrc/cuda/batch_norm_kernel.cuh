@@ -43,6 +43,7 @@ struct Shared {
 template <typename scalar_t, typename Op, typename Reduce, typename Map, Tile kTile>
 class BlockTask {
   using Acc = opmath_t<scalar_t>;
+  static constexpr bool kIsFloat64 = std::is_same_v<Acc, double>;
   static constexpr bool kReduces = !std::is_same_v<Reduce, NoSums>;
   // The shift is a sample of the channel's own values; else it is known.
   static constexpr bool kSamples = std::is_same_v<Reduce, MomentSums>;
@@ -66,24 +67,30 @@ class BlockTask {
     const int items = this->items();
     Verdict verdict;
     if constexpr (kReduces) {
-      // The samples are requested first: behind all other loads they would arrive last.
-      const Acc sample = kSamples ? load_sample(0) : Acc{};
-      if (!requested) {
-        in_form<scalar_t, Map, Reduce::kActivated>(args_, [&](auto loop) { request_kept<loop.value>(kept_of(items)); });
-      }
-      // Where float32 cannot begin, every channel needs float64.
-      bool again = !choose_coefficients(sample);
-      // What was asked for in the map came in another order than the sums'.
-      if (requested) wait_prior<0>();
+      bool again = false;
       // One copy of what merges and finishes, for this pass and its repetition: two would be a fifth of the kernel
       // more.
       ThreadSums sums;
-      if (!again) thread_sums<Acc>(items, sums);
+      if (plan_.reduces) {
+        // The samples are requested first: behind all other loads they would arrive last.
+        const Acc sample = kSamples ? load_sample(0) : Acc{};
+        if (!requested) {
+          in_form<scalar_t, Map, Reduce::kActivated>(args_,
+                                                     [&](auto loop) { request_kept<loop.value>(kept_of(items)); });
+        }
+        // Where float32 cannot begin, every channel needs float64.
+        again = !choose_coefficients(sample);
+        // What was asked for in the map came in another order than the sums'.
+        if (requested) wait_prior<0>();
+        if constexpr (!kIsFloat64) {
+          if (!again) thread_sums<Acc>(items, sums);
+        }
+      }
       bool wide = false;
 #pragma unroll 1
       for (;; again = true) {
-        if (again) thread_sums<double>(items, sums);
-        verdict = finish(group_sums(sums), again);
+        if (again || (kIsFloat64 && plan_.reduces)) thread_sums<double>(items, sums);
+        verdict = finish(plan_.reduces ? group_sums(sums) : nullptr, again);
         wide |= verdict.wide;
         if (again || !verdict.needs_fp64) break;
       }
@@ -93,11 +100,13 @@ class BlockTask {
     }
     // The others of the cluster may have looked at this block's sums for the last time: it need not wait for its stores
     // to say so.
-    if (kReduces && last() && plan_.group == Group::kCluster) cluster_barrier_arrive();
+    if (kReduces && plan_.group == Group::kCluster && last()) cluster_barrier_arrive();
     if (!args_.tensors.maps()) return false;
-    if (verdict.wide) {
-      map<double>(items);
-      return false;
+    if constexpr (!kIsFloat64) {
+      if (verdict.wide) {
+        map<double>(items);
+        return false;
+      }
     }
     map<Acc>(items);
     return asks_ahead();
@@ -126,7 +135,7 @@ class BlockTask {
 
   // Whether the map fills the slots that fall free with the group's next tile.
   __device__ __forceinline__ bool asks_ahead() const {
-    return kReduces && sizeof(scalar_t) < sizeof(double) && plan_.whole && !last();
+    return kReduces && !kIsFloat64 && plan_.reduces && plan_.whole && !last();
   }
 
   template <Loop kLoop>
@@ -321,7 +330,7 @@ class BlockTask {
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < span_.channels(plan_); i += plan_.threads) {
       ChannelSums channel;
-      if constexpr (kReduces) {
+      if (kReduces && plan_.reduces) {
         channel = {shared_.shift[i], sums[i], sums[plan_.tile_channels + i]};
         if (again && shared_.needs_fp64[i] == 0) continue;
         const bool accurate = again || op_.accurate(channel);
@@ -340,7 +349,7 @@ class BlockTask {
     }
     // Also what makes the coefficients, and the refined shifts, visible to the block.
     Verdict verdict;
-    verdict.needs_fp64 = kReduces && __syncthreads_or(needs_fp64 ? 1 : 0) != 0;
+    verdict.needs_fp64 = kReduces && plan_.reduces && __syncthreads_or(needs_fp64 ? 1 : 0) != 0;
     verdict.wide = __syncthreads_or(wide ? 1 : 0) != 0;
     return verdict;
   }
@@ -458,7 +467,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   for (std::int64_t tile = group; tile < plan.tiles; tile += plan.groups) {
     requested = BlockTask<scalar_t, Op, Reduce, Map, kTile>(args, op, shared, self, tile).run(requested);
     // The next tile's coefficients take the place of this one's: sums have barriers enough before that.
-    if constexpr (std::is_same_v<Reduce, NoSums>) __syncthreads();
+    if (!plan.reduces) __syncthreads();
   }
   // A block's shared memory must outlive the others' look at it.
   if (plan.group == Group::kCluster) cluster_barrier_wait();
