@@ -13,17 +13,17 @@
 namespace bnext::cpu {
 namespace {
 
-// Bytes that a call reads and writes, all together. A non-temporal store does not read the line that it overwrites,
-// which is a third of the traffic, and leaves the caches to inputs that are read twice. Planes that are read once keep
-// their outputs in a third-level cache that may hold them; rows of channels do not gain by it. Nor do short planes,
-// whose first and last lines are stored through the caches, where those may hold all.
+// Limits on the bytes that a call reads and writes in total. A non-temporal store saves the read of the line that it
+// overwrites, a third of the traffic, and leaves the caches to inputs that are read twice. Planes that are read once
+// have a higher limit: a third-level cache may hold their outputs (channels last does not gain by this). Short planes
+// have the highest: their first and last lines are stored through the caches, which may hold all up to that size.
 constexpr std::int64_t kL2Bytes = std::int64_t{4} << 20;
 constexpr std::int64_t kNonTemporalBytes = std::int64_t{18} << 20;
 constexpr std::int64_t kNonTemporalOnceBytes = std::int64_t{28} << 20;
 constexpr std::int64_t kNonTemporalShortBytes = std::int64_t{40} << 20;
 constexpr std::int64_t kShortPlaneBytes = 1280;
 
-// `whole`: what the problem is a part of, whose outputs are written by the same call.
+// `whole`: the problem of the whole call, of which `problem` may be one part.
 void run(const Problem& whole, const Problem& problem, ChannelOp& op, const Parallel& parallel) {
   const std::int64_t tensors = element_size(problem.dtype) * (op.inputs() + op.outputs());
   const std::int64_t bytes = whole.numel() * tensors;
@@ -40,7 +40,7 @@ void run(const Problem& whole, const Problem& problem, ChannelOp& op, const Para
   }
 }
 
-// What training and evaluation share.
+// Sets what training and evaluation have in common.
 template <typename Args>
 void set_forward(ChannelOp& op, const Args& args) {
   op.in[0] = args.input;
@@ -78,7 +78,7 @@ void clear_mask(std::uint8_t* mask, const Problem& problem) {
   clear(mask, rows * mask_row_bytes(mask_row_elements(problem), kCpuMaskLanes));
 }
 
-// A part of a training batch; how many values a channel has.
+// Normalises one part of a training batch. Returns the count of values a channel holds, without padding.
 std::int64_t train(const Problem& whole, const Problem& problem, const TrainingForward& args,
                    const Parallel& parallel) {
   const std::int64_t count = count_of(problem);
@@ -131,7 +131,7 @@ void differentiate(const Problem& whole, const Problem& problem, const Backward&
   run(whole, problem, op, parallel);
 }
 
-// What needs no pass over the tensors.
+// Finishes all channels, without a pass over the tensors.
 template <typename Op>
 void finish_channels(const Op& op, std::int64_t C, const Parallel& parallel) {
   parallel(C, [&](std::int64_t begin, std::int64_t end) {
@@ -139,7 +139,7 @@ void finish_channels(const Op& op, std::int64_t C, const Parallel& parallel) {
   });
 }
 
-// A result of each part in float64, (parts, C), where the caller asked for what they come to.
+// A per-channel result of each part in float64, (parts, C); empty if nobody asked for the total.
 class OfParts {
  public:
   OfParts(const Problem& problem, bool wanted) : C_(problem.C) {

@@ -3,7 +3,7 @@
 //
 // Bytes moved (S = bytes of the tensor): training forward 2 S where a group of channels fits the second-level
 // cache (channels first), else 3 S; backward 3 S or 5 S; evaluation forward 2 S, its backward 2 S to 5 S.
-// Results are the same bits for any number of threads.
+// Results are bit-identical for any number of threads.
 #pragma once
 
 #include "../common/arguments.h"

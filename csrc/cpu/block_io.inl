@@ -1,7 +1,6 @@
-// A row of a block, as a functor reads and writes it: what all kernels share. Each file of kernels includes it, inside
-// the namespace of an instruction set and under its target pragma (isa/). Nothing of the standard library is
-// instantiated in these files, so that no function compiled for a newer processor can be merged with a copy that an
-// older one calls.
+// Loads and stores of a block's row, which all microkernels share. Each file of microkernels includes this one, inside
+// the namespace of an instruction set and under its target pragma (isa/). These files instantiate no function of the
+// standard library: the linker might keep the copy for a newer processor, which an older processor would then call.
 #pragma once
 
 #include "specialize.inl"
@@ -11,7 +10,7 @@
 template <typename acc_t>
 using Vec = Vector<acc_t, kWidth<acc_t>>;
 
-// The coefficients of the lanes from element j on; of all alike, where they belong to one channel.
+// Op's coefficients as vectors: those of columns j, j + 1, ... in one lane each, or those of channel j in every lane.
 template <typename acc_t, typename Op, int kMax, typename Lanes>
 BNEXT_INLINE void load_coefficients(Vec<acc_t> (&c)[kMax], const void* const (&from)[kMax], std::int64_t j,
                                     Lanes lanes) {
@@ -22,7 +21,7 @@ BNEXT_INLINE void broadcast_coefficients(Vec<acc_t> (&c)[kMax], const void* cons
   for (int k = 0; k < Op::kCoefficients; ++k) c[k] = broadcast(static_cast<const acc_t*>(from[k])[j]);
 }
 
-// What Op reads of row r of a block, or of one that lies so many elements and bytes of mask behind it.
+// The inputs of Op in row r of a block, or of the block `behind` elements and `mask_behind` bytes of mask after it.
 template <typename scalar_t, typename Op>
 struct Inputs {
   const scalar_t* in[kMaxInputs] = {};
@@ -32,7 +31,7 @@ struct Inputs {
   BNEXT_INLINE Inputs(const Block& block, const Flags& flags, std::int64_t r, std::int64_t behind = 0,
                       std::int64_t mask_behind = 0) {
     const std::int64_t at = behind + r * block.stride;
-    // One that is not read may be null and stays so.
+    // An input that Op does not read may be null: no address is computed from it.
     if (Op::kReadsInput && flags.input) in[0] = static_cast<const scalar_t*>(block.in[0]) + at;
     if (Op::kReadsGrad) in[1] = static_cast<const scalar_t*>(block.in[1]) + at;
     if (Op::kActivated && flags.epilogue.has_residual) in[2] = static_cast<const scalar_t*>(block.in[2]) + at;
@@ -40,7 +39,7 @@ struct Inputs {
     if (flags.has_padding) valid = block.valid + r * block.valid_stride;
   }
 
-  // Those of the lanes from element i on, a multiple of a register's.
+  // Loads a register of each input that Op reads, from element i on, which is a multiple of a register's lanes.
   template <typename acc_t, typename Lanes>
   BNEXT_INLINE void load(Vec<acc_t> (&v)[kMaxInputs], const Flags& flags, std::int64_t i, Lanes lanes) const {
     using V = Vec<acc_t>;
@@ -57,7 +56,7 @@ struct Inputs {
     }
   }
 
-  // What adds nothing to a sum, in the place of padding: the shift c[0], and zeros.
+  // Replaces padding by values that add nothing to a sum: the input by the shift c[0], the other inputs by 0.
   template <typename acc_t, typename Lanes>
   BNEXT_INLINE void leave_out_padding(Vec<acc_t> (&v)[kMaxInputs], const Vec<acc_t> (&c)[kMaxReduceCoefficients],
                                       const Flags& flags, std::int64_t i, Lanes lanes) const {
@@ -68,7 +67,7 @@ struct Inputs {
     if constexpr (Op::kActivated) v[2] = select(keeps, v[2], Vec<acc_t>{});
   }
 
-  // The results of padding.
+  // Replaces the results of padding by 0.
   template <typename acc_t, typename Lanes>
   BNEXT_INLINE Mapped<Vec<acc_t>> without_padding(const Mapped<Vec<acc_t>>& mapped, const Flags& flags, std::int64_t i,
                                                   Lanes lanes) const {
@@ -77,7 +76,7 @@ struct Inputs {
     return {select(keeps, mapped.first, Vec<acc_t>{}), select(keeps, mapped.second, Vec<acc_t>{})};
   }
 
-  // Those of two registers, in the same order for each input; there is no mask.
+  // Loads two registers of each input, all in the same order of elements (load_two_vectors). Not for calls with a mask.
   template <typename acc_t>
   BNEXT_INLINE void load_two(Vec<acc_t> (&v)[2][kMaxInputs], const Flags& flags, std::int64_t i) const {
     Vec<acc_t> two[kMaxInputs][2] = {};
@@ -89,7 +88,7 @@ struct Inputs {
     }
   }
 
-  // Asks for the cache line of element i, which need not be the row's.
+  // Prefetches the cache line of element i, which may lie outside the row.
   BNEXT_INLINE void prefetch(const Flags& flags, std::int64_t i) const {
     if (Op::kReadsInput && flags.input) __builtin_prefetch(in[0] + i, 0, 2);
     if (Op::kReadsGrad) __builtin_prefetch(in[1] + i, 0, 2);
@@ -97,14 +96,14 @@ struct Inputs {
   }
 };
 
-// The beginning of a line of each output, which a row begins and the next completes.
+// The beginning of a cache line of each output: one row writes it here, and the next row completes the line.
 template <typename scalar_t>
 struct OpenLine {
   alignas(kLineBytes) scalar_t out[2][kLineElements<scalar_t>];
   std::int64_t filled = 0;  // elements
 };
 
-// Where Op's results of row r of a block go.
+// Where the results of Op in row r of a block go.
 template <typename scalar_t, typename Op>
 struct Outputs {
   scalar_t* out[2] = {};
@@ -116,7 +115,7 @@ struct Outputs {
     if (flags.writes_mask) mask = args.block.mask + r * args.block.mask_stride;
   }
 
-  // Asks for the cache line of element i, which need not be the row's, to be written.
+  // Prefetches the cache line of element i for writing; the element may lie outside the row.
   BNEXT_INLINE void write_prefetch(const Flags& flags, std::int64_t i) const {
     if (flags.first) __builtin_prefetch(out[0] + i, 1, 3);
     if (flags.second) __builtin_prefetch(out[1] + i, 1, 3);
@@ -127,15 +126,15 @@ struct Outputs {
     return before_line(flags.first ? out[0] : out[1]);
   }
 
-  // Whether whole lines can be stored non-temporally, of this row and of others `stride` apart: outputs must agree on
-  // where they begin, and a mask's bits stand for elements counted from a row's beginning.
+  // Whether whole lines of this row, and of others `stride` apart, can be stored non-temporally: both outputs must have
+  // the same offset within a line, and with a mask or padding, whose bits start with a row, rows must start at a line.
   BNEXT_INLINE bool can_store_non_temporal(const Flags& flags, std::int64_t stride) const {
     const bool agree = !flags.second || before_lines(flags) == before_line(out[1]);
     const bool has_mask = flags.writes_mask || flags.epilogue.has_mask || flags.has_padding;
     return agree && (!has_mask || (before_lines(flags) == 0 && stride % kLineElements<scalar_t> == 0));
   }
 
-  // The results of the elements from i on into an open line instead.
+  // Redirects the results of the elements from i on into an open line.
   BNEXT_INLINE Outputs into(OpenLine<scalar_t>& line, const Flags& flags, std::int64_t i) const {
     Outputs to = *this;
     if (flags.first) to.out[0] = line.out[0] + (line.filled - i);
@@ -143,7 +142,7 @@ struct Outputs {
     return to;
   }
 
-  // Streams a line that is full, and ends before element i.
+  // Stores an open line that is full, and ends before element i, past the caches.
   BNEXT_INLINE void close(OpenLine<scalar_t>& line, const Flags& flags, std::int64_t i) const {
     if (flags.first) store_line_non_temporal(out[0] + i - kLineElements<scalar_t>, line.out[0]);
     if (flags.second) store_line_non_temporal(out[1] + i - kLineElements<scalar_t>, line.out[1]);
@@ -157,7 +156,7 @@ struct Outputs {
     if (flags.writes_mask) store_mask<kWidth<acc_t>>(mask, i, open_bits(mapped.second), lanes);
   }
 
-  // A line's worth, perhaps past the caches.
+  // Stores a line's worth of results; past the caches if kNonTemporal.
   template <typename acc_t, bool kNonTemporal>
   BNEXT_INLINE void store_line_of(const Mapped<Vec<acc_t>> (&mapped)[kLineVectors<acc_t, scalar_t>], const Flags& flags,
                                   std::int64_t i) const {

@@ -25,7 +25,7 @@ struct ChannelLanes {
   }
 };
 
-// Calls f(j, lanes) for channels j, j + 1, ... of n.
+// Calls f(j, lanes) for each register of n channels: channels j, j + 1, ... are its lanes.
 template <typename F>
 BNEXT_INLINE void for_each_register(std::int64_t n, F&& f) {
   constexpr std::int64_t kN = kWidth<double>;

@@ -1,9 +1,9 @@
 // Channels first: a channel is N planes of HW consecutive elements, C*HW apart.
 //
 // A group of channels that the second-level cache holds is reduced and then mapped while it is still there, so
-// that main memory sees one read and one write. Where there are too few channels to keep the threads busy, the
-// same work is cut into chunks of channels, with a barrier between reducing and mapping. Where there is nothing to
-// reduce, planes are mapped in the order in which they lie. Planes of a few elements are taken as columns.
+// that main memory sees one read and one write. Where there are too few channels to keep the threads busy, each
+// channel is cut into chunks, with a barrier between reducing and mapping. Where there is nothing to reduce, planes
+// are mapped in memory order. Planes of a few elements are taken as columns.
 
 #include <algorithm>
 #include <vector>
@@ -20,28 +20,28 @@ namespace {
 constexpr std::int64_t kGroupBytes = 262144;
 constexpr std::int64_t kMinGroups = 16;  // fewer tasks cannot be shared out evenly
 
-// Planes up to this size are taken as columns, if there are enough of them one below the other; and somewhat larger
-// ones, if there are more, where no coefficients are repeated for each column, but for the shift.
+// Planes of at most kMaxColumnPlane elements are taken as columns, from kMinColumnRows images on. The moments' sums
+// read one input and repeat only the shift for each column, so they take larger planes too, from more images on.
 constexpr std::int64_t kMaxColumnPlane = 64;
 constexpr std::int64_t kMinColumnRows = 8;
 constexpr std::int64_t kMaxMomentsPlane = 256;
 constexpr std::int64_t kMinMomentsRows = 32;
 
-// Where there is nothing to reduce, planes of more bytes are mapped in the order in which they lie: of their registers
-// few enough are incomplete. Columns are mapped in rows of about so many bytes, as short ones lie too far apart, and at
-// least so many of them with the same coefficients.
+// Where there is nothing to reduce, planes of more than kMaxMappedPlaneBytes are mapped in memory order: few enough of
+// their registers are tails. Smaller planes are mapped as columns, in rows of about kMappedRowBytes, as short rows lie
+// too far apart. At least kMinMappedRows rows, if there are as many, share one copy of the repeated coefficients.
 constexpr std::int64_t kMaxMappedPlaneBytes = 160;
 constexpr std::int64_t kMappedRowBytes = 16384;
 constexpr std::int64_t kMinMappedRows = 64;
 constexpr std::int64_t kMinMappedTasks = 4;
 
-// Of so few images a channel has hardly more than a plane: planes up to this size are mapped an image at a time, in the
-// order in which they lie, by one call for all channels of a group.
+// In at most kFewImages images a channel is hardly more than a plane. Planes of at most kMaxPlaneOfFewImages elements
+// are then mapped an image at a time, in memory order, by one kernel call for all channels of a group.
 constexpr std::int64_t kFewImages = 2;
 constexpr std::int64_t kMaxPlaneOfFewImages = 4096;
 
-// A channel's planes lie apart, and the hardware does not prefetch from one into the next: so much of them is
-// prefetched.
+// A channel's planes lie apart, and the hardware prefetcher does not go from one to the next. So the kernels prefetch
+// as many planes ahead as hold kPrefetchBytes: at least one, at most kMaxRowsPrefetched.
 constexpr std::int64_t kPrefetchBytes = 2048;
 constexpr std::int64_t kMaxRowsPrefetched = 8;
 
@@ -105,7 +105,7 @@ class ChannelsFirst {
     parallel(divide_up(planes, share), [&](std::int64_t begin, std::int64_t end) {
       const std::int64_t last = end * share < planes ? end * share : planes;
       for (std::int64_t plane = begin * share; plane < last;) {
-        // Up to the end of the image.
+        // A kernel call ends with the image, where the channels begin again.
         const std::int64_t c = plane % C;
         const std::int64_t rows = C - c < last - plane ? C - c : last - plane;
         map_planes(plane, rows, coefficients, c);
@@ -114,14 +114,14 @@ class ChannelsFirst {
     });
   }
 
-  // As columns that nothing is known of but their coefficients: of as many channels at a time as fill a row.
+  // Maps planes as columns where nothing is reduced: as many channels at a time as fill a row of kMappedRowBytes.
   void run_in_columns(const Parallel& parallel) const {
     const std::int64_t C = problem_.C;
     Coefficients coefficients(map_coefficients_of(op_.map_op), C);
     finish(0, C, SumsTable(C), coefficients);
     if (!op_.maps()) return;
     const std::int64_t image_bytes = C * problem_.HW * element_size(problem_.dtype);
-    // The coefficients are repeated for each piece of rows.
+    // Each piece of rows spreads the coefficients over its columns anew.
     const std::int64_t pieces = std::max<std::int64_t>(1, problem_.N / kMinMappedRows);
     const std::int64_t fewest = divide_up(kMinMappedTasks, pieces);
     const std::int64_t group = divide_up(C, std::max(fewest, image_bytes / kMappedRowBytes));
@@ -137,7 +137,7 @@ class ChannelsFirst {
     });
   }
 
-  // Maps planes of an image, one after the other in memory, of channels whose coefficients stand from j on.
+  // Maps consecutive planes of one image. The coefficients of their channels begin at index j.
   void map_planes(std::int64_t plane, std::int64_t planes, const Coefficients& coefficients, std::int64_t j) const {
     for (const std::int64_t end = plane + planes; plane < end;) {
       const std::int64_t rows = alike(coefficients, j, end - plane);
@@ -155,7 +155,7 @@ class ChannelsFirst {
     }
   }
 
-  // What is known of a group of channels.
+  // The sums, coefficients and flags of a group of channels.
   struct Group {
     Group(const ChannelOp& op, std::int64_t channels)
         : sums(channels),
@@ -172,7 +172,7 @@ class ChannelsFirst {
   void run_fused(const Parallel& parallel, std::int64_t group) const {
     const std::int64_t C = problem_.C;
     const bool small = takes_columns();
-    // A mask's rows are planes.
+    // A mask's rows are planes, so that kernels for columns can neither read nor write it.
     const bool moments = op_.reduce_op == ReduceOp::kMomentSums;
     const bool reduces_columns =
         moments ? small || takes_columns(kMaxMomentsPlane, kMinMomentsRows) : small && !op_.epilogue.has_mask;
@@ -267,7 +267,7 @@ class ChannelsFirst {
     std::copy_n(shift, n, of.sums.shift.begin());
   }
 
-  // The sums of n channels from c on, which stand at j in the group.
+  // Computes the sums of n channels from c on. In the tables of the group they begin at index j.
   void reduce_channels(std::int64_t c, std::int64_t j, std::int64_t n, Group& of, Compute compute) const {
     double* const first = of.sums.first.data() + j;
     double* const second = of.sums.second.data() + j;
@@ -285,23 +285,23 @@ class ChannelsFirst {
     }
   }
 
-  // Planes of a few elements would each end in an incomplete register. A group of channels is also a matrix of N rows,
-  // whose n*HW columns each belong to one channel. (Padding would have to be repeated for each of these.)
+  // Planes of a few elements would each end in a tail. A group of n channels is also a matrix of N rows and n*HW
+  // columns, each of which belongs to one channel. (An image's valid bits would have to be repeated for each channel.)
   bool takes_columns(std::int64_t max_plane = kMaxColumnPlane, std::int64_t min_rows = kMinColumnRows) const {
     return problem_.HW <= max_plane && problem_.N >= min_rows && op_.valid == nullptr;
   }
 
-  // Room for a group's columns.
+  // Buffers for the columns of a group.
   struct Columns {
     explicit Columns(std::int64_t columns) : sums(static_cast<std::size_t>(2 * columns)) {}
 
     std::vector<double> sums;
-    // Coefficients; of the two, mostly only one is ever filled.
+    // Coefficients in float64 and in float32; mostly only one of the two is ever filled.
     std::vector<double> wide;
     std::vector<float> single;
   };
 
-  // Of n channels from c0 on and `rows` images, the first element at `offset`.
+  // The columns of n channels in `rows` images, as a block whose first element is at `offset`.
   Block columns_of(std::int64_t offset, std::int64_t n, std::int64_t rows) const {
     return op_.block(problem_.dtype, offset, rows, n * problem_.HW, problem_.C * problem_.HW, 0, 0);
   }
@@ -336,7 +336,7 @@ class ChannelsFirst {
     kernels_.reduce_columns[static_cast<int>(problem_.dtype)][static_cast<int>(natural)]
                            [static_cast<int>(op_.reduce_op)](args);
     for (std::int64_t j = 0; j < n; ++j) {
-      // A channel must not change another's bits, so what float32 does not hold is done by itself.
+      // A channel must not change another's bits, so one whose coefficients do not fit float32 is reduced alone.
       if (of.reduce.compute(j) != natural) {
         reduce_channels(c0 + j, j, 1, of, of.reduce.compute(j));
         continue;
@@ -352,7 +352,7 @@ class ChannelsFirst {
     }
   }
 
-  // Maps n channels from c0 on, whose coefficients stand from j on, of `rows` images from n0 on.
+  // Maps n channels from c0 on in `rows` images from n0 on. The channels' coefficients begin at index j.
   void map_columns(std::int64_t c0, std::int64_t n, std::int64_t n0, std::int64_t rows, const Coefficients& of,
                    std::int64_t j, Columns& columns) const {
     for (std::int64_t done = 0; done < n;) {
@@ -367,7 +367,7 @@ class ChannelsFirst {
     }
   }
 
-  // Pieces of a channel's planes, one image apart. `offset`: of the block's first element.
+  // The block of a chunk: pieces of planes of channel c, one image apart. Sets `offset` to that of its first element.
   Block block_of(std::int64_t c, std::int64_t chunk, std::int64_t& offset) const {
     const std::int64_t n = chunk / pieces_per_row_ * rows_per_chunk_;
     const std::int64_t s = chunk % pieces_per_row_ * piece_;
@@ -384,7 +384,7 @@ class ChannelsFirst {
     return block;
   }
 
-  // Adds the sums of a chunk of each of n channels from c on, whose coefficients stand from j on.
+  // Adds up a chunk of each of n channels from c on. The channels' coefficients begin at index j.
   void reduce(std::int64_t c, std::int64_t n, std::int64_t chunk, const Coefficients& coefficients, std::int64_t j,
               Compute compute, double* first, double* second) const {
     std::int64_t offset;
@@ -402,7 +402,7 @@ class ChannelsFirst {
                             [static_cast<int>(op_.reduce_op)](args);
   }
 
-  // `next`: how far it is from a channel to the one that the caller takes next, 0 if there is none.
+  // `next`: elements from channel c to its counterpart in the next group, which is prefetched; 0: no prefetch.
   void map_chunk(std::int64_t c, std::int64_t chunk, const Coefficients& coefficients, std::int64_t j,
                  std::int64_t next) const {
     std::int64_t offset;
@@ -414,7 +414,7 @@ class ChannelsFirst {
     run_map(kernels_.map_segments, args, offset, coefficients.compute(j));
   }
 
-  // With the arguments that are the same for every block; the first element of this one is at `offset`.
+  // Adds the outputs of the block, whose first element is at `offset`, and the epilogue to `args`; runs the kernel.
   template <typename Kernels>
   void run_map(const Kernels& kernels, MapArgs& args, std::int64_t offset, Compute compute) const {
     op_.place(args, problem_.dtype, offset);

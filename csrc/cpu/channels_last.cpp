@@ -1,8 +1,8 @@
 // Channels last, and (N, C): a matrix of M = N*HW rows and C columns, a channel a column.
 //
 // Whole rows are read in order, twice: once to add up the columns, once to map them. The second pass takes the
-// row chunks backwards, so that it starts with what the first has left in the caches. Where there are few rows, what is
-// done for each channel takes most of the time, and all of it is done for a block of columns after the other.
+// row chunks backwards, so that it starts with what the first has left in the caches. Where there are few rows, the
+// work for each channel takes most of the time: one task then reduces, finishes and maps a block of columns.
 
 #include <algorithm>
 #include <cstdint>
@@ -20,27 +20,27 @@
 namespace bnext::cpu {
 namespace {
 
-constexpr std::int64_t kMinChunkRows = 64;      // keeps the chunks' sums small beside the chunks
-constexpr std::int64_t kMinTasks = 16;          // columns are shared out too where there are fewer row chunks
-constexpr std::int64_t kMinColumnBlock = 256;   // narrower column blocks read memory badly
-constexpr std::int64_t kMinFoldedColumns = 64;  // what the kernels' unrolled loop takes
+constexpr std::int64_t kMinChunkRows = 64;      // keeps a chunk's sums small beside its elements
+constexpr std::int64_t kMinTasks = 16;          // with fewer row chunks, columns are divided among tasks too
+constexpr std::int64_t kMinColumnBlock = 256;   // hardware prefetchers follow rows: narrower blocks are slow
+constexpr std::int64_t kMinFoldedColumns = 64;  // one step of the kernels' unrolled loop
 constexpr std::int64_t kMaxFoldedColumns = 2048;
-constexpr std::int64_t kFinishColumns = 256;  // of one task between the passes
+constexpr std::int64_t kFinishColumns = 256;  // channels of one task between the passes
 
-// A block of columns of few rows: so many elements, so that they are in the caches when they are mapped, and columns,
-// so that what is known of these is in the first-level one.
+// Where there are few rows, a block of columns has about kBlockElements, which are still in the caches when they are
+// mapped, and at most kMaxBlockColumns, whose sums and coefficients stay in the first-level cache.
 constexpr std::int64_t kBlockElements = 32768;
 constexpr std::int64_t kMaxBlockColumns = 1024;
 
-// Beyond the second-level cache a reduction reads memory nearly in order: in small tiles, though of a few rows at
-// least, which share the work that a tile takes. Its input is prefetched, but for tiles of short rows, which the
-// hardware prefetches by itself.
+// Beyond the second-level cache a reduction reads memory nearly in order: in tiles of about kTileBytes, though of at
+// least kMinTileRows rows, which share a tile's fixed costs. Its input is prefetched, except for rows of at most
+// kHardwarePrefetchedBytes, which the hardware prefetches by itself.
 constexpr std::int64_t kTileBytes = 2048;
 constexpr std::int64_t kMinTileRows = 4;
 constexpr std::int64_t kPrefetchBytes = 8192;
 constexpr std::int64_t kHardwarePrefetchedBytes = 256;
 
-// How many rows to take as one: a multiple of 16 columns has no tail.
+// How many rows of the tensor to fold into one: a row of a multiple of 16 columns has no tail.
 // Column j of a folded row belongs to channel j % C.
 std::int64_t fold_of(std::int64_t C, std::int64_t M) {
   std::int64_t fold = 16 / std::gcd(C, std::int64_t{16});
@@ -88,7 +88,7 @@ class ChannelsLast {
   }
 
  private:
-  // Eight pixels' bits, each as often as there are channels, for every byte that they may be.
+  // A table with an entry of C bytes for each byte of eight pixels' valid bits: every bit repeated C times.
   void repeat_for_channels() {
     const std::int64_t C = problem_.C;
     repeated_.resize(static_cast<std::size_t>(256 * C));
@@ -97,7 +97,7 @@ class ChannelsLast {
       for (std::int64_t bit = pixel * C; bit < (pixel + 1) * C; ++bit) {
         alone[bit / 8] |= static_cast<std::uint8_t>(1 << bit % 8);
       }
-      // With each of the bytes of the pixels before it.
+      // The entries in which earlier pixels are valid too.
       for (std::int64_t i = C; i < C << pixel; ++i) alone[i] = repeated_[i] | alone[i % C];
     }
   }
@@ -121,7 +121,7 @@ class ChannelsLast {
     });
   }
 
-  // The sums of channels [c, c + n), which stand in the tables from 0 on.
+  // Computes the sums of channels [c, c + n), which begin at index 0 of the tables.
   void reduce_block(std::int64_t c, std::int64_t n, Coefficients& start, SumsTable& sums) const {
     set_reduce_coefficients(c, n, sums, start);
     start.narrow(kernels_, problem_.dtype, n);
@@ -136,7 +136,7 @@ class ChannelsLast {
     take_better(needs_fp64.data(), n, better, 0, sums);
   }
 
-  // A channel's bits must not depend on another's values: only those that need float64 take the new sums.
+  // A channel's bits must not depend on another's values: only channels that need float64 take the new sums.
   static void take_better(const std::uint8_t* needs_fp64, std::int64_t n, const SumsTable& better, std::int64_t j0,
                           SumsTable& sums) {
     for (std::int64_t j = j0; j < j0 + n; ++j) {
@@ -161,7 +161,7 @@ class ChannelsLast {
     op_.finish(channels_of(c, n, sums, coefficients, c));
   }
 
-  // Repeats what stands for the channels for all folded columns.
+  // Repeats the coefficients of the channels for all folded columns.
   void fold(Coefficients& coefficients) const {
     for (int k = 0; k < coefficients.count; ++k) {
       double* const row = coefficients.wide.data() + k * columns_;
@@ -201,7 +201,7 @@ class ChannelsLast {
     });
   }
 
-  // Of channels [c, c + n), which stand in the tables from 0 on.
+  // For channels [c, c + n), which begin at index 0 of the tables.
   void set_reduce_coefficients(std::int64_t c, std::int64_t n, SumsTable& sums, Coefficients& start) const {
     double* const shift = start.wide.data();
     if (op_.samples != nullptr) {
@@ -216,15 +216,15 @@ class ChannelsLast {
     std::copy_n(shift, n, sums.shift.begin());
   }
 
-  // Rows are computed whole, in float64 if float32 does not hold the coefficients of one of n channels.
+  // Rows are computed whole: in float64 if the coefficients of any of n columns do not fit float32.
   static Compute common_compute(const Coefficients& coefficients, std::int64_t n) {
     const auto end = coefficients.fits.begin() + n;
     const bool fit = std::find(coefficients.fits.begin(), end, 0) == end;
     return fit ? Compute::kFloat32 : Compute::kFloat64;
   }
 
-  // Each chunk's two sums of every column of the folded matrix: [chunk][first or second][column]. Written first by the
-  // thread that adds them up, in whose cache they are then.
+  // Each chunk's two sums of every column of the folded matrix: [chunk][first or second][column]. Left uninitialised:
+  // the thread that reduces a chunk is the first to write its sums, so that they lie in that thread's cache.
   struct Partial {
     explicit Partial(std::int64_t size) : data(new double[static_cast<std::size_t>(size)]), size(size) {}
 
@@ -246,13 +246,13 @@ class ChannelsLast {
     });
     if (remainder_ != 0) {
       double* const sums = partial.data.get() + 2 * chunks_ * columns_;
-      std::fill_n(sums, 2 * columns_, 0.0);  // beyond the remainder
+      std::fill_n(sums, 2 * columns_, 0.0);  // for the columns beyond the remainder
       reduce_into(chunks_, 0, 1, remainder_);
     }
     return partial;
   }
 
-  // The sums of `len` columns, whose coefficients stand from j on.
+  // Computes the sums of `len` columns. Their coefficients begin at index j.
   void reduce(std::int64_t chunk, std::int64_t column, std::int64_t rows, std::int64_t len,
               const Coefficients& coefficients, std::int64_t j, Compute compute, double* first, double* second) const {
     ReduceArgs args;
@@ -298,7 +298,7 @@ class ChannelsLast {
     });
   }
 
-  // `len` columns, whose coefficients stand from j on.
+  // Maps `len` columns. Their coefficients begin at index j.
   void map(std::int64_t chunk, std::int64_t column, std::int64_t rows, std::int64_t len,
            const Coefficients& coefficients, std::int64_t j, Compute compute) const {
     MapArgs args;
@@ -332,7 +332,7 @@ class ChannelsLast {
                      row * mask_row_ + column / kCpuMaskLanes, mask_row_);
   }
 
-  // Which pixels are padding, a bit for each of the elements of a block that lies in this chunk.
+  // The valid bits of a block that lies in this chunk, one for each of its elements.
   struct Padding {
     Padding(const ChannelsLast& all, std::int64_t chunk, Block& block) {
       if (all.op_.valid == nullptr) return;
@@ -350,7 +350,7 @@ class ChannelsLast {
           if (valid[r] != 0) std::fill_n(bits.data() + r * block.valid_stride, block.valid_stride, std::uint8_t{0xff});
         }
       } else {
-        // Folded rows are whole bytes, and lie one behind the other. Of eight pixels' bits there are C bytes.
+        // Folded rows have whole bytes of bits, with no gaps between them. Eight pixels have C bytes.
         std::vector<std::uint8_t> of_pixels(static_cast<std::size_t>(divide_up(pixels, 8)));
         pack_valid(valid, pixels, of_pixels.data());
         bits.resize(of_pixels.size() * static_cast<std::size_t>(C));

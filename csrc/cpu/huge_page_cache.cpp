@@ -26,9 +26,9 @@ struct Block {
 
 #if defined(__linux__)
 
-// Memory at an address that is a multiple of a huge page's size.
+// Maps memory that is aligned to a huge page.
 void* map(std::size_t size) {
-  // One huge page more, so that a boundary lies within the first; what is beside the block is unmapped again.
+  // One huge page more, so that an aligned address lies within the first; the ends beside the block are unmapped again.
   const std::size_t mapped = size + kHugePage;
   void* const start = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (start == MAP_FAILED) return nullptr;
@@ -43,8 +43,8 @@ void* map(std::size_t size) {
 
 void unmap(const Block& block) { munmap(block.data, block.size); }
 
-// False where the system does not know how: the block must not be cached then. A forked process must not share the
-// pages, or the next output in them would first be copied, in small ones.
+// False where the system does not support this: the block must not be cached then. A forked process must not share the
+// pages, or the next output would have them copied on write, in small pages.
 bool offer_to_system(const Block& block) {
   return madvise(block.data, block.size, MADV_WIPEONFORK) == 0 && madvise(block.data, block.size, MADV_FREE) == 0;
 }
@@ -116,7 +116,7 @@ class Blocks {
   void unlock() { mutex_.unlock(); }
 
  private:
-  // Unmaps what was given back first, until no more than `bytes` are kept.
+  // Unmaps the blocks that were given back first, until at most `bytes` are cached.
   void drop_down_to(std::size_t bytes) {
     auto end = cached_.begin();
     for (; cached_bytes_ > bytes; ++end) {
@@ -126,8 +126,8 @@ class Blocks {
     cached_.erase(cached_.begin(), end);
   }
 
-  // Of those at most a quarter larger: more would be wasted for as long as the output lives. The last of several alike,
-  // whose pages are the likeliest to be there still.
+  // Only blocks at most a quarter larger fit: the excess is wasted for as long as the output lives. Of several equal
+  // ones, takes the block that was given back last, whose pages are the likeliest to be resident still.
   std::vector<Block>::iterator smallest_fitting(std::size_t size) {
     auto best = cached_.end();
     for (auto each = cached_.begin(); each != cached_.end(); ++each) {
@@ -143,12 +143,12 @@ class Blocks {
   std::size_t cached_bytes_ = 0;
 };
 
-// Never destroyed: tensors may outlive everything that is.
+// Never destroyed: tensors may outlive every static object that is.
 Blocks& blocks() {
   static Blocks* const instance = [] {
     static Blocks* const created = new Blocks;
 #if defined(__linux__)
-    // A process forked while another thread holds the lock would wait for it for ever.
+    // A child that is forked while another thread holds the lock would wait for it for ever.
     pthread_atfork([] { created->lock(); }, [] { created->unlock(); }, [] { created->unlock(); });
 #endif
     return created;

@@ -1,4 +1,4 @@
-// One kind of kernel, instantiated for every dtype, compute type and functor. Included by the files of kernels alone.
+// Instantiates a microkernel for every dtype, compute type and functor. Only the files of microkernels include this.
 #pragma once
 
 template <typename Kernel, typename scalar_t, typename acc_t>

@@ -1,4 +1,4 @@
-// All kernels of an instruction set. The large ones are compiled in files of their own, several at a time.
+// The kernel table of an instruction set. The microkernels are compiled in files of their own, in parallel.
 
 #include "channel_kernels.inl"
 #include "sample.inl"

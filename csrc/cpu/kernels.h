@@ -52,32 +52,32 @@ constexpr Compute opmath_compute(DType dtype) {
 }
 
 struct Block {
-  const void* in[kMaxInputs];  // first elements of the block, as far as the functor reads them
+  const void* in[kMaxInputs];  // the block's first element in each input that the functor reads
   std::int64_t rows;
   std::int64_t len;
   std::int64_t stride;  // between rows, in elements
   // Bit i of a row's mask belongs to its element i; null if there is none. Forward writes it, backward reads it.
   std::uint8_t* mask;
   std::int64_t mask_stride;  // bytes
-  // Bit i of a row is 0 where its element i is padding, which adds nothing to a sum and is mapped to 0. Null: none is.
+  // Bit i of a row is 0 where its element i is padding, which adds nothing to a sum and maps to 0. Null: no padding.
   const std::uint8_t* valid = nullptr;
   std::int64_t valid_stride = 0;  // bytes
 };
 
-// Columns are reduced a tile of rows at a time, one column of registers after the other.
+// Columns are reduced a tile of rows at a time: all rows of a tile for a few registers of columns, then for the next.
 constexpr std::int64_t kMaxTileRows = 16;
 
 // Adds each channel's two sums over the block to first[j] and second[j]. A call for segments takes several channels:
-// the block of channel j lies j*channel_stride behind that of the first.
+// the block of channel j lies j*channel_stride after that of the first.
 struct ReduceArgs {
   Block block;
-  const void* coefficients[kMaxReduceCoefficients];  // each one value, or `len` of them, of the compute type
+  const void* coefficients[kMaxReduceCoefficients];  // [channels] (segments) or [len] (columns), of the compute type
   Epilogue epilogue;
   double* first;
   double* second;
   std::int64_t prefetch_distance = 0;     // with element i, prefetch input i + prefetch_distance, unless 0
-  std::int64_t tile_rows = kMaxTileRows;  // columns
-  std::int64_t channels = 1;              // segments
+  std::int64_t tile_rows = kMaxTileRows;  // columns only
+  std::int64_t channels = 1;              // segments only
   std::int64_t channel_stride = 0;        // elements
   std::int64_t mask_channel_stride = 0;   // bytes
 };
@@ -85,7 +85,7 @@ struct ReduceArgs {
 // out[...] = functor(in[...]), with the block's geometry.
 struct MapArgs {
   Block block;
-  void* out[2];  // output or grad_input, grad_residual; an activated functor has either, a plain one the first
+  void* out[2];  // output or grad_input; grad_residual. Null if not wanted; a plain functor has the first alone
   const void* coefficients[kMaxCoefficients];
   std::int64_t coefficient_step = 0;  // segments: 0, or 1 where row r has coefficients[k][r]
   Epilogue epilogue;
@@ -97,8 +97,8 @@ struct MapArgs {
 };
 
 // shift[j] = shift_of_samples() (common/samples.h) of in[offsets[i] + j*stride] over i, for j < len: their mean in the
-// dtype's opmath_t, with no finer bits than their spread has. Averaged in pairs, which neither overflows nor rounds
-// equal values; `samples` is a power of two, at most kMaxSamples.
+// dtype's opmath_t, without bits finer than an ulp of their spread (coarse_shift). The samples are averaged in pairs,
+// which neither overflows nor rounds equal values; `samples` is a power of two, at most kMaxSamples.
 struct SampleArgs {
   const void* in;
   const std::int64_t* offsets;
@@ -112,7 +112,7 @@ using ReduceKernel = void (*)(const ReduceArgs&);
 using MapKernel = void (*)(const MapArgs&);
 using SampleKernel = void (*)(const SampleArgs&);
 
-// n channels from c on, and their sums. Coefficients are [coefficient][channel], `stride` apart.
+// n channels from c on, and their sums. Coefficients are [coefficient][channel], with `stride` between coefficients.
 struct Channels {
   std::int64_t c;
   std::int64_t n;
@@ -124,20 +124,20 @@ struct Channels {
   std::int64_t stride;
 };
 
-// The functions of an Op (common/channel_ops.h), which `op` points to, for many channels at once.
+// The functions of an Op (common/channel_ops.h), for many channels at once. `op` points to the Op.
 struct ChannelKernels {
-  // What the reduction needs besides a sampled shift.
+  // Sets the reduction's coefficients, shift included. Not called where the shift is sampled.
   void (*reduce_coefficients)(const void* op, const Channels& channels);
-  // Marks channels for whose sums float32 was not enough, and says whether there are any. They are reduced again in
-  // float64, shifted by refined_shift.
+  // Marks the channels whose float32 sums are not accurate enough, and returns whether there are any. The traversal
+  // reduces these again in float64, shifted by refined_shift.
   bool (*find_needs_fp64)(const void* op, const Channels& channels, std::uint8_t* needs_fp64);
   double (*refined_shift)(const void* op, const ChannelSums& sums);
-  // Takes channels' sums, stores what the caller asked for, and returns the map's coefficients. Called once for each
+  // Takes the channels' sums, stores what the caller asked for, and sets the map's coefficients. Called once for each
   // channel, possibly from several threads at once.
   void (*finish)(const void* op, const Channels& channels);
 };
 
-// single[i] = wide[i]; fits[i] becomes 0 where float32 does not hold it.
+// single[i] = wide[i]; fits[i] becomes 0 where wide[i] would overflow or underflow in float32.
 using NarrowKernel = void (*)(const double* wide, std::int64_t n, float* single, std::uint8_t* fits);
 
 // Indexed [dtype][compute][op]; float64 data has no float32 compute, and those entries are null.

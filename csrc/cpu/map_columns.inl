@@ -1,4 +1,4 @@
-// Maps of a block each of whose columns belongs to a channel.
+// Maps a block in which each column belongs to one channel.
 
 #include "block_io.inl"
 #include "instantiate.inl"
@@ -6,7 +6,7 @@
 struct MapColumns {
   static constexpr std::int64_t kLongRow = 4096;  // bytes
 
-  // kVectors registers of columns from i on, of kRows rows from r on, which share one load of the coefficients.
+  // Maps kVectors registers of columns from i on in kRows rows from r on. The rows share one load of the coefficients.
   template <typename scalar_t, typename acc_t, typename Op, int kRows, int kVectors, bool kNonTemporal, typename Lanes>
   BNEXT_INLINE static void map(const MapArgs& args, const Flags& flags, std::int64_t r, std::int64_t i, Lanes lanes) {
     constexpr std::int64_t kN = kWidth<acc_t>;
@@ -49,11 +49,11 @@ struct MapColumns {
     if (i < len) map<scalar_t, acc_t, Op, kRows, 1, false>(args, flags, r, i, Tail{static_cast<int>(len - i)});
   }
 
-  // Several rows at a time share the loads of coefficients; so do long ones, which leave no room for these in the
-  // first-level cache. Where neither matters, the order does: one row after the other.
+  // Four rows at a time share the loads of their coefficients. With in_order, memory order matters more, and rows are
+  // taken one by one; but not long rows, whose coefficients would be evicted from the first-level cache between rows.
   template <typename scalar_t, typename acc_t, typename Op, Specialization kSpecialization>
   static void run(const MapArgs& call) {
-    const MapArgs args = call;  // a copy that no store to an output can be taken to change
+    const MapArgs args = call;  // a local copy, which no store to an output can alias
     const Flags flags = known_flags<Op, kSpecialization>(args);
     const bool rows_alike = args.block.stride * static_cast<std::int64_t>(sizeof(scalar_t)) % kLineBytes == 0;
     std::int64_t r = 0;

@@ -1,4 +1,4 @@
-// Maps of a block whose rows belong to one channel each.
+// Maps a block in which each row belongs to one channel.
 
 #include "block_io.inl"
 #include "instantiate.inl"
@@ -11,7 +11,7 @@ struct RowMap {
 
   const MapArgs& args;
   const Flags& flags;
-  OpenLine<scalar_t>& open;  // a reference: as a member it would take the coefficients' registers
+  OpenLine<scalar_t>& open;  // a reference: as a member it would keep the coefficients out of registers
   const bool dense;          // the next row begins where this one ends
   const bool non_temporal;
   Vec<acc_t> c[kMaxCoefficients] = {};
@@ -31,7 +31,7 @@ struct RowMap {
     return inputs.template without_padding<acc_t>(Op::template apply<scalar_t>(in, c, flags.epilogue), flags, i, lanes);
   }
 
-  // Whole lines from element i on; what is left begins at what is returned.
+  // Maps whole lines' worth of elements from i on, and returns the first element that is left.
   template <bool kNonTemporal>
   BNEXT_INLINE std::int64_t map_lines(const Inputs<scalar_t, Op>& inputs, const Outputs<scalar_t, Op>& outputs,
                                       std::int64_t i) const {
@@ -57,7 +57,7 @@ struct RowMap {
     outputs.template store_line_of<acc_t, kNonTemporal>(line, flags, i);
   }
 
-  // Elements [i, n), less than a line.
+  // Maps elements [i, n), less than a line's worth.
   BNEXT_INLINE void map_tail(const Inputs<scalar_t, Op>& inputs, const Outputs<scalar_t, Op>& outputs, std::int64_t i,
                              std::int64_t n) const {
     if (args.write_prefetch != 0) outputs.write_prefetch(flags, i + args.write_prefetch);
@@ -99,7 +99,7 @@ struct RowMap {
 struct MapSegments {
   template <typename scalar_t, typename acc_t, typename Op, Specialization kSpecialization>
   static void run(const MapArgs& call) {
-    const MapArgs args = call;  // a copy that no store to an output can be taken to change
+    const MapArgs args = call;  // a local copy, which no store to an output can alias
     const Flags flags = known_flags<Op, kSpecialization>(args);
     OpenLine<scalar_t> open;
     RowMap<scalar_t, acc_t, Op, kCommon<scalar_t, acc_t, Op, kSpecialization>> map(args, flags, open);

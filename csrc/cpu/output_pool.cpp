@@ -51,8 +51,8 @@ class Pool {
     if (piece != pieces_.begin()) {
       if (const auto before = std::prev(piece); join(before, piece)) piece = before;
     }
-    // One block may be free as a whole: a layer by itself would offer it to the system after each call, and take it
-    // back, which interrupts all threads.
+    // The pool keeps one block that is wholly free: otherwise a single layer would offer its block to the system after
+    // each call and reclaim it at the next, which interrupts all threads.
     if (piece->second.size == kBlockBytes) release_free_block();
     free_.insert({piece->second.size, piece->first});
   }
@@ -67,7 +67,7 @@ class Pool {
     return free_block() == free_.end() ? 0 : kBlockBytes;
   }
 
-  // A child would share the pages of a free block, and have them copied when they are next written to.
+  // A child would share the pages of a free block, so that the next write to them would have to copy them.
   void before_fork() {
     mutex_.lock();
     release_free_block();
@@ -93,7 +93,7 @@ class Pool {
     free_.erase(found);
   }
 
-  // Makes one of two neighbours, where both are free and of the same block.
+  // Joins two neighbours if both are free and belong to the same block. Returns whether it did.
   bool join(Pieces::iterator left, Pieces::iterator right) {
     if (!left->second.is_free || !right->second.is_free || left->second.block != right->second.block) return false;
     free_.erase({left->second.size, left->first});
@@ -112,7 +112,7 @@ Pool& pool() {
   static Pool* const instance = [] {
     static Pool* const created = new Pool;
 #if defined(__linux__)
-    cached_bytes();  // whose lock is taken with this one held, so that it must be registered first
+    cached_bytes();  // registers the cache's handlers first: its lock is taken while this one is held
     pthread_atfork([] { created->before_fork(); }, [] { created->after_fork(); }, [] { created->after_fork(); });
 #endif
     return created;

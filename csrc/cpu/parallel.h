@@ -1,4 +1,4 @@
-// A parallel loop that the caller supplies, so that the kernels run on the caller's threads without knowing whose.
+// A parallel loop that the caller supplies: the kernels run on the caller's threads and need no thread library.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ class Parallel {
   using Body = void (*)(void* context, std::int64_t begin, std::int64_t end);
   using Loop = void (*)(std::int64_t tasks, Body body, void* context);
 
-  // `loop` calls `body` on disjoint ranges that cover [0, tasks), possibly at once, and returns when all are done.
+  // `loop` calls `body` on disjoint ranges that cover [0, tasks), possibly concurrently, and returns when all are done.
   explicit Parallel(Loop loop) : loop_(loop) {}
 
   static Parallel serial() {

@@ -38,7 +38,7 @@ TrainingForward Part::of(TrainingForward args) const {
   return args;
 }
 
-// The statistics that it is given, where there are several parts, are those that it once saved.
+// Where there are several parts, the statistics in `args` are each part's own, as an earlier call saved them.
 EvalForward Part::of(EvalForward args) const {
   advance_data(args.input);
   advance_data(args.output);

@@ -24,12 +24,12 @@ struct Part {
   void advance_data(T*& data) const;
   void advance_forward(ForwardEpilogue& epilogue, double*& save_mean, double*& save_invstd) const;
 
-  std::int64_t elements_;    // before it
+  std::int64_t elements_;    // before this part
   std::int64_t mask_bytes_;  // likewise
   std::int64_t stats_;
 };
 
-// Calls f(part, parallel) for each part: several at once where there are many, and else with all threads for each.
+// Calls f(part, parallel) for each part: many parts concurrently, a thread each; few one by one, with all threads each.
 template <typename F>
 void for_each_part(const Problem& problem, const Parallel& parallel, F&& f) {
   constexpr std::int64_t kMinTasks = 16;  // fewer cannot be shared out evenly

@@ -1,11 +1,11 @@
-// Sums of a block each of whose columns belongs to a channel.
+// Sums of a block in which each column belongs to one channel.
 
 #include "block_io.inl"
 #include "chains.inl"
 #include "instantiate.inl"
 
-// Columns are reduced in blocks whose sums stay in the first-level cache; inside a block a tile of a few rows at a
-// time, whose sums are made in registers and then added to the block's.
+// Columns are reduced in blocks whose sums stay in the first-level cache. A block is reduced a tile of a few rows at a
+// time: the tile's sums are accumulated in registers and then added to the block's.
 constexpr std::int64_t kColumnBlock = 1024;
 static_assert(kMaxTileRows == kInner);
 
@@ -48,7 +48,7 @@ struct ReduceColumns {
   static void run(const ReduceArgs& call) {
     constexpr std::int64_t kN = kWidth<acc_t>;
     constexpr int kUnroll = kCommon<scalar_t, acc_t, Op, kSpecialization> ? 4 : 1;
-    const ReduceArgs args = call;  // a copy that no store to a sum can be taken to change
+    const ReduceArgs args = call;  // a local copy, which no store to a sum can alias
     const Flags flags = known_flags<Op, kSpecialization>(args);
     alignas(64) acc_t first[kColumnBlock];
     alignas(64) acc_t second[kColumnBlock];
@@ -58,7 +58,7 @@ struct ReduceColumns {
       const std::int64_t flush_rows = tile_rows * (kInner + kOuter - tile_rows);
       for (std::int64_t r0 = 0; r0 < args.block.rows; r0 += flush_rows) {
         const std::int64_t r1 = args.block.rows - r0 < flush_rows ? args.block.rows : r0 + flush_rows;
-        // To the end of the last register: lanes beyond the columns are added to as well, and not read.
+        // To the end of the last register: its lanes beyond the columns are added to as well, but never read.
         for (std::int64_t c = 0; c < (columns + kN - 1) / kN * kN; ++c) first[c] = second[c] = 0;
         for (std::int64_t t0 = r0; t0 < r1; t0 += tile_rows) {
           const std::int64_t t1 = r1 - t0 < tile_rows ? r1 : t0 + tile_rows;

@@ -4,7 +4,7 @@
 #include "chains.inl"
 #include "instantiate.inl"
 
-// The lanes of a register as doubles, those of the second half added to those of the first.
+// The lanes of a register as doubles, with the second half added to the first.
 template <typename acc_t>
 BNEXT_INLINE Vec<double> folded(Vec<acc_t> v) {
   if constexpr (sizeof(acc_t) == sizeof(double)) {
@@ -32,7 +32,7 @@ BNEXT_INLINE double total(const Vec<acc_t> (&v)[1]) {
   return total<acc_t>(v[0]);
 }
 
-// Adds the end of a row, less than a register.
+// Adds the tail of a row.
 template <typename acc_t, typename scalar_t, typename Op>
 BNEXT_INLINE void add_tail(Vec<acc_t>& first, Vec<acc_t>& second, const Inputs<scalar_t, Op>& inputs,
                            const Vec<acc_t> (&c)[kMaxReduceCoefficients], const Flags& flags, std::int64_t i,
@@ -47,7 +47,7 @@ BNEXT_INLINE void add_tail(Vec<acc_t>& first, Vec<acc_t>& second, const Inputs<s
   second += keep<acc_t>(b, tail);
 }
 
-// The two sums of a channel: kUnroll registers each, so that additions do not wait for one another.
+// The two sums of a channel, with kUnroll accumulators each, so that additions do not wait for one another.
 template <typename acc_t, typename scalar_t, typename Op, Specialization kSpecialization, int kUnroll>
 struct SegmentSums {
   static_assert(kUnroll == 4 || kUnroll == 1);
@@ -72,7 +72,7 @@ struct SegmentSums {
     broadcast_coefficients<acc_t, Op>(c, args.coefficients, channel);
   }
 
-  // Read from the member, constants would be no constants: flush_outer() is called with the address of all members.
+  // A specialisation does not read `given`: flush_outer() gets the object's address, so no member stays a constant.
   BNEXT_INLINE Flags flags() const {
     if constexpr (kSpecialization == kAny) {
       return given;
@@ -88,7 +88,7 @@ struct SegmentSums {
     Op::template add<scalar_t>(first[u], second[u], in, c, flags().epilogue);
   }
 
-  // What is added to which lane makes no difference, but to the last bit.
+  // Which lane an element is added to makes no difference beyond the last bit of the sum.
   BNEXT_INLINE void add_two(int u, const Inputs<scalar_t, Op>& inputs, std::int64_t i) {
     if (flags().epilogue.has_mask || flags().has_padding) {
       add_vector(u, inputs, i);
@@ -101,7 +101,7 @@ struct SegmentSums {
     Op::template add<scalar_t>(first[u + 1], second[u + 1], in[1], c, flags().epilogue);
   }
 
-  // Elements [i, n), at most kInner * kStep of them.
+  // Adds elements [i, n), at most kInner * kStep of them.
   BNEXT_INLINE void add_run(const Inputs<scalar_t, Op>& inputs, std::int64_t i, std::int64_t n) {
     inner += (n - i + kStep - 1) / kStep;
     if (prefetch_distance != 0) {
@@ -114,7 +114,7 @@ struct SegmentSums {
 #pragma GCC unroll 2
         for (int u = 0; u < kUnroll; u += 2) add_two(u, inputs, i + u * kN);
       }
-      // What is left fills fewer than kUnroll registers; each goes to a register of its own.
+      // The rest fills fewer than kUnroll registers; each is added to an accumulator of its own.
       if (i + kN <= n) add_vector(0, inputs, i), i += kN;
       if (i + kN <= n) add_vector(1, inputs, i), i += kN;
       if (i + kN <= n) add_vector(2, inputs, i), i += kN;
@@ -139,7 +139,7 @@ struct SegmentSums {
     if (++outer == kOuter) flush_outer();
   }
 
-  // Kept out of the loops: it would take their registers.
+  // Not inlined: it would take registers from the loops.
   __attribute__((noinline)) void flush_outer() {
     first_total += total<acc_t>(first_outer);
     second_total += total<acc_t>(second_outer);
@@ -147,7 +147,7 @@ struct SegmentSums {
     outer = 0;
   }
 
-  // What few elements leave in the inner lanes needs no outer ones.
+  // The sum of few elements is in the inner accumulators alone, and skips the outer ones.
   BNEXT_INLINE void flush() {
     if (outer == 0) {
       first_total += total<acc_t>(first);
@@ -174,7 +174,7 @@ struct ReduceSegments {
     }
   }
 
-  // A channel of so few elements that what SegmentSums does besides adding would take longer than that.
+  // For a channel of so few elements that the overhead of SegmentSums would exceed the additions.
   template <typename scalar_t, typename acc_t, typename Op>
   BNEXT_INLINE static void add_few(const ReduceArgs& args, const Flags& flags, std::int64_t j) {
     constexpr std::int64_t kN = kWidth<acc_t>;

@@ -1,8 +1,8 @@
-// Channels' shifts: the mean of a few values of each, no finer than these are apart.
+// The channels' shifts: the mean of a few samples of each, without bits finer than an ulp of their spread.
 
 #include "block_io.inl"
 
-// One value each of the channels in the lanes.
+// One value of each channel, one channel a lane.
 template <typename acc_t, typename scalar_t>
 BNEXT_INLINE Vec<acc_t> load_channels(const scalar_t* x, std::int64_t stride, Whole) {
   if (stride == 1) return load_vector<acc_t>(x);
@@ -53,7 +53,7 @@ void sample_so_many(const SampleArgs& args) {
   }
 }
 
-// The number is known to the compiler, which then keeps the samples in registers.
+// The number of samples is a compile-time constant, so that the samples stay in registers.
 template <typename scalar_t, typename acc_t>
 void sample(const SampleArgs& args) {
   switch (args.samples) {

@@ -1,5 +1,5 @@
 // Compile-time specialisations: common combinations of an activation and flags are compiled with these as constants, so
-// that the inner loops hold no branches; all others read them from the call.
+// that the inner loops hold no branches; the instance for all others reads them from the call.
 #pragma once
 
 // Whether elements are computed in their opmath_t, as nearly all are: that path is worth the code of non-temporal
@@ -7,18 +7,18 @@
 template <typename scalar_t, typename acc_t>
 constexpr bool kIsOpmath = std::is_same_v<acc_t, opmath_t<scalar_t>>;
 
-// What an activated functor is to do, and which of its optional inputs and outputs there are.
+// What an activated functor is to do, and which of its optional inputs and outputs the call has.
 struct Flags {
   Epilogue epilogue;
-  bool input = true;  // with a mask it may be gone
+  bool input = true;  // a call with a mask may have none
   bool first = true;
   bool second = false;
   bool writes_mask = false;
   bool has_padding = false;
 };
 
-// An activation, and flags in the bits above it; kAny: known at run time only. Of a plain functor there is nothing to
-// be known but whether there is padding (kPlain, kPadding).
+// An activation, and flags in the bits above it; kAny: known at run time only. A plain functor is specialised by
+// nothing but whether there is padding (kPlain, kPadding).
 using Specialization = unsigned;
 constexpr Specialization first_flag_above(Specialization values) {
   Specialization flag = 1;
@@ -88,7 +88,7 @@ BNEXT_INLINE Flags known_flags(const Args& args) {
   }
 }
 
-// The specialisation that these flags ask for; none, if an input or output is missing that specialisations count on.
+// The specialisation for these flags; one that does not exist if an input or output is missing that all others use.
 BNEXT_INLINE Specialization specialization_of(const Flags& flags) {
   const Epilogue& epilogue = flags.epilogue;
   Specialization specialization = static_cast<Specialization>(epilogue.activation.act);
@@ -141,8 +141,8 @@ void run_specialized(const Args& args) {
   }
 }
 
-// What is worth unrolling: the path that nearly all data takes. The other instances are most of the code, and compile
-// in a fraction of the time without. Not where it would change a sum's order: a gradient's bits must not depend on
-// which other gradients are asked for, and so not on the specialisation.
+// Whether to unroll loops: only on the path that nearly all data takes. The other instances are most of the code, and
+// without unrolling they compile in a fraction of the time. Do not use it where unrolling changes the order of a sum: a
+// gradient's bits must not depend on which other gradients are asked for, and so not on the specialisation.
 template <typename scalar_t, typename acc_t, typename Op, Specialization kSpecialization>
 constexpr bool kCommon = kIsOpmath<scalar_t, acc_t> && kSpecialization != kAny;

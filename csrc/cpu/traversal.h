@@ -1,4 +1,4 @@
-// "Reduce each channel, then map each element": the two traversals, one for each layout, and what they are told.
+// "Reduce each channel, then map each element": the two traversals, one for each layout, and their arguments.
 #pragma once
 
 #include <cstdint>
@@ -33,8 +33,8 @@ struct ChannelOp {
   Epilogue epilogue;
   bool reduces = false;
   bool exceeds_l2 = false;                   // the tensors exceed the second-level caches
-  bool non_temporal = false;                 // the outputs exceed the third-level cache as well
-  const SamplePositions* samples = nullptr;  // of the channel's own values, whose average is the shift; or null
+  bool non_temporal = false;                 // outputs are stored past the caches (limits: batch_norm.cpp)
+  const SamplePositions* samples = nullptr;  // positions of a channel's values whose average is the shift; or null
   ReduceOp reduce_op = ReduceOp::kMomentSums;
   MapOp map_op = MapOp::kNormalize;
 
@@ -42,8 +42,8 @@ struct ChannelOp {
   int outputs() const { return (out[0] != nullptr ? 1 : 0) + (out[1] != nullptr ? 1 : 0); }
   bool maps() const { return outputs() != 0; }
 
-  // The block whose first element has the offset `first` in the tensor, and its bit in the mask the byte `first_bits`.
-  // Which of it is valid is for the caller to say.
+  // The block whose first element is at offset `first` of the tensor, with its bit in byte `first_bits` of the mask.
+  // The caller sets the block's valid bits.
   Block block(DType dtype, std::int64_t first, std::int64_t rows, std::int64_t len, std::int64_t stride,
               std::int64_t first_bits, std::int64_t mask_stride) const {
     Block block = {{}, rows, len, stride, mask == nullptr ? nullptr : mask + first_bits, mask_stride};
@@ -51,7 +51,7 @@ struct ChannelOp {
     return block;
   }
 
-  // Where the results of that block go.
+  // Sets where the results of that block go, and how they are stored.
   void place(MapArgs& args, DType dtype, std::int64_t first) const {
     args.non_temporal = non_temporal;
     args.in_order = exceeds_l2;
@@ -66,8 +66,7 @@ struct ChannelOp {
   void finish(const Channels& channels) const { kernels.finish(op, channels); }
 };
 
-// Both give the same bits for any number of threads: what is added to what, and in which order, depends on the
-// problem alone.
+// Both give the same bits for any number of threads: how sums are grouped and ordered depends on the problem alone.
 void run_channels_first(const Problem& problem, const ChannelOp& op, const Parallel& parallel);
 void run_channels_last(const Problem& problem, const ChannelOp& op, const Parallel& parallel);
 
@@ -96,10 +95,10 @@ struct Coefficients {
         single(wide.size()),
         fits(static_cast<std::size_t>(channels)) {}
 
-  // Which type that is to be for a channel: float32, unless it does not hold its coefficients.
+  // The compute type of channel j: float32, unless its coefficients do not fit, or the data is float64.
   Compute compute(std::int64_t j) const { return fits[j] != 0 ? Compute::kFloat32 : Compute::kFloat64; }
 
-  // To be called when wide[k][j] is set for j < n.
+  // Fills `single` and `fits` for channels j < n. The caller has set their wide[k][j].
   void narrow(const KernelTable& kernels, DType dtype, std::int64_t n) {
     const bool natural = opmath_compute(dtype) == Compute::kFloat32;
     for (std::int64_t j = 0; j < n; ++j) fits[j] = natural ? 1 : 0;
@@ -109,7 +108,7 @@ struct Coefficients {
     }
   }
 
-  // Where those from channel j on are, in the type `as`.
+  // Points `to` at the coefficients of the channels from j on, in the type `as`.
   template <int kMax>
   void pass(std::int64_t j, Compute as, const void* (&to)[kMax]) const {
     for (int k = 0; k < count; ++k) {
@@ -122,10 +121,10 @@ struct Coefficients {
   std::int64_t channels;
   std::vector<double> wide;
   std::vector<float> single;
-  std::vector<std::uint8_t> fits;  // in float32
+  std::vector<std::uint8_t> fits;  // whether a channel's coefficients fit float32
 };
 
-// n channels from c on, which stand in the tables from j on.
+// n channels from c on, which begin at index j of the tables.
 inline Channels channels_of(std::int64_t c, std::int64_t n, const SumsTable& sums, Coefficients& coefficients,
                             std::int64_t j) {
   return {c,

@@ -1,4 +1,4 @@
-// A register's worth of compute type, and how elements get into and out of it.
+// Vector registers of compute type; loads, stores and conversions between them and elements in memory.
 //
 // Included by block_io.inl once for each instruction set, inside that set's namespace and under its target pragma:
 // hence no include guard and no #include. kVectorBytes is the width of a register. The compiler's own vector
@@ -26,8 +26,8 @@ BNEXT_INLINE void store_raw(T* to, const V& v) {
   __builtin_memcpy(to, &v, sizeof v);
 }
 
-// Which lanes of a register an access is for: all of them, or where a row ends the first n. Lanes that are not loaded
-// are zero.
+// The lanes of a register that an access covers: all of them or, at the end of a row, the first n. Lanes that are not
+// loaded are zero.
 struct Whole {};
 struct Tail {
   int n;
@@ -35,7 +35,7 @@ struct Tail {
 
 BNEXT_INLINE std::uint32_t lane_bits(Tail tail) { return (1u << tail.n) - 1u; }
 
-// Copies the first of kN elements into a register's worth of them, and back.
+// Copies the first tail.n elements into a buffer of kN, whose others become zero; and back.
 template <int kN, typename T>
 BNEXT_INLINE void load_tail(T (&to)[kN], const T* from, Tail tail) {
   [[maybe_unused]] constexpr int kBytes = kN * static_cast<int>(sizeof(T));
@@ -72,7 +72,7 @@ BNEXT_INLINE void store_tail(T* to, const T (&from)[kN], Tail tail) {
 // without one.
 constexpr unsigned short kAllLanes = 0xffff;
 
-// 16-bit patterns to and from the lower halves of 32-bit lanes. (Of __builtin_convertvector GCC 12 makes several
+// 16-bit patterns to and from the lower halves of 32-bit lanes. (GCC 12 compiles __builtin_convertvector to several
 // shuffles for 256 and 512 bits, where there is one instruction.)
 template <int kN>
 BNEXT_INLINE Vector<std::uint32_t, kN> load_bits(const void* from) {
@@ -114,7 +114,7 @@ BNEXT_INLINE Vector<float, kN> widen(const BFloat16* from) {
 template <typename scalar_t>
 constexpr bool kPacksPairs = std::is_same_v<scalar_t, BFloat16> || (sizeof(scalar_t) == 2 && kVectorBytes == 64);
 
-// The rounded value is in the upper halves. AVX-512 has an addition under a mask, which saves half of the instructions.
+// The results are in the lanes' upper halves. AVX-512 has a masked addition, which saves half of the instructions.
 template <int kN>
 BNEXT_INLINE Vector<std::uint32_t, kN> round_vector_to_bfloat16(const Vector<float, kN>& v) {
   using Bits = Vector<std::uint32_t, kN>;
@@ -131,7 +131,7 @@ BNEXT_INLINE Vector<std::uint32_t, kN> round_vector_to_bfloat16(const Vector<flo
   }
 }
 
-// (An arithmetic shift makes a number of 16 bits with its sign, which the saturating pack does not change.)
+// (The arithmetic shift leaves signed 16-bit numbers, which the saturating pack does not change.)
 template <int kN>
 BNEXT_INLINE void narrow_pair(BFloat16* to, const Vector<float, kN>& low, const Vector<float, kN>& high) {
   const auto a = round_vector_to_bfloat16<kN>(low);
@@ -168,7 +168,7 @@ BNEXT_INLINE void narrow(BFloat16* to, const Vector<float, kN>& v) {
   store_bits<kN>(to, float_to_bfloat16<Vector<std::uint32_t, kN>>(v));
 }
 
-// By the processor's own instructions where this instruction set has them. (A target pragma does not define
+// Uses the processor's own conversions where this instruction set has them. (A target pragma does not define
 // __F16C__ in time for the preprocessor, so the register's width stands for the instruction set.)
 template <int kN>
 BNEXT_INLINE Vector<float, kN> widen(const Half* from) {
@@ -198,7 +198,7 @@ BNEXT_INLINE void narrow(Half* to, const Vector<float, kN>& v) {
 }
 
 #if defined(__x86_64__)
-// In one store: a register that is put together from two of half its size on the stack has to wait for both.
+// One store for both: a 64-byte load from two 32-byte stores cannot be forwarded, and waits for both.
 template <int kN>
 BNEXT_INLINE void narrow_pair(Half* to, const Vector<float, kN>& low, const Vector<float, kN>& high) {
   const __m256i a = _mm512_maskz_cvtps_ph(kAllLanes, __builtin_bit_cast(__m512, low), _MM_FROUND_TO_NEAREST_INT);
@@ -212,7 +212,7 @@ BNEXT_INLINE Vector<float, kN> widen(const float* from) {
   return load_raw<Vector<float, kN>>(from);
 }
 
-// (Of __builtin_convertvector GCC 12 makes two conversions of half a register, and puts them together.)
+// (GCC 12 compiles __builtin_convertvector to two conversions of half a register each, and joins their results.)
 template <int kN>
 BNEXT_INLINE Vector<double, kN> to_double(const Vector<float, kN>& v) {
 #if defined(__x86_64__)
@@ -223,7 +223,7 @@ BNEXT_INLINE Vector<double, kN> to_double(const Vector<float, kN>& v) {
   return __builtin_convertvector(v, Vector<double, kN>);
 }
 
-// The sum of the lanes, of halves.
+// The sum of the lanes: one half is added to the other until two lanes are left.
 template <int kN>
 BNEXT_INLINE double sum_of_lanes(const Vector<double, kN>& v) {
   if constexpr (kN == 2) {
@@ -261,8 +261,8 @@ BNEXT_INLINE Vector<acc_t, kWidth<acc_t>> load_vector(const scalar_t* from, Tail
   return load_vector<acc_t>(packed);
 }
 
-// Two registers' worth of elements, in an order of its own: of bfloat16 the even ones and the odd ones, which are a
-// shift and a mask away.
+// Loads two registers of elements, in the order that is cheapest: bfloat16 as the even elements and the odd ones, which
+// take one shift and one mask.
 template <typename acc_t, typename scalar_t>
 BNEXT_INLINE void load_two_vectors(const scalar_t* from, Vector<acc_t, kWidth<acc_t>> (&v)[2]) {
   if constexpr (std::is_same_v<scalar_t, BFloat16> && std::is_same_v<acc_t, float>) {
@@ -297,7 +297,7 @@ BNEXT_INLINE Vector<acc_t, kWidth<acc_t>> broadcast(acc_t value) {
   return Vector<acc_t, kWidth<acc_t>>{} + value;
 }
 
-// v where `tail` has lanes, 0 elsewhere.
+// v in the lanes of `tail`, 0 in the others.
 template <typename acc_t>
 BNEXT_INLINE Vector<acc_t, kWidth<acc_t>> keep(const Vector<acc_t, kWidth<acc_t>>& v, Tail tail) {
   using V = Vector<acc_t, kWidth<acc_t>>;
@@ -307,7 +307,7 @@ BNEXT_INLINE Vector<acc_t, kWidth<acc_t>> keep(const Vector<acc_t, kWidth<acc_t>
   return lane < Bits{} + tail.n ? v : V{};
 }
 
-// A cache line's worth of values.
+// A cache line in bytes, and in vector registers.
 constexpr int kLineBytes = 64;
 template <typename acc_t, typename scalar_t>
 constexpr int kLineVectors = kLineBytes / (kWidth<acc_t> * static_cast<int>(sizeof(scalar_t)));
@@ -329,7 +329,7 @@ BNEXT_INLINE void store_line(scalar_t* to, const Vector<acc_t, kWidth<acc_t>> (&
 template <typename scalar_t>
 constexpr int kLineElements = kLineBytes / static_cast<int>(sizeof(scalar_t));
 
-// Past the caches: for outputs that they would not hold. A line that is not written whole at once would be read first.
+// Stores a line past the caches, which would not hold the output. A line that is written in parts would be read first.
 template <typename scalar_t>
 BNEXT_INLINE void store_line_non_temporal(scalar_t* to, const scalar_t (&packed)[kLineElements<scalar_t>]) {
   constexpr int kStep = kVectorBytes / static_cast<int>(sizeof(scalar_t));
@@ -349,7 +349,7 @@ BNEXT_INLINE void store_line_non_temporal(scalar_t* to, const scalar_t (&packed)
   }
 }
 
-// Streamed stores are seen by other threads in no order, unless told to wait.
+// Non-temporal stores are weakly ordered: other threads may see them after later stores, unless a fence lies between.
 BNEXT_INLINE void non_temporal_fence() {
 #if defined(__x86_64__)
   _mm_sfence();

@@ -1,8 +1,8 @@
-// The bits of a mask, or of what is no padding, and the lanes of a register that they stand for.
+// The bits of a mask, or of valid elements, and the lanes of a register that they stand for.
 //
 // Included by block_io.inl after vec.h, likewise once for each instruction set.
 
-// Which lanes a mask's bits name: 1 in those, 0 in the others. One bit a lane, the lowest first.
+// 1 in the lanes whose bit is set, 0 in the others. One bit a lane, the lowest first.
 template <typename V>
 BNEXT_INLINE V from_bits(std::uint32_t bits) {
   using T = scalar_of<V>;
@@ -13,7 +13,7 @@ BNEXT_INLINE V from_bits(std::uint32_t bits) {
   return named != 0 ? V{} + static_cast<T>(1) : V{};
 }
 
-// Of `named` the lanes that the bits name, of `others` the rest.
+// The lanes of `named` where the bit is set, those of `others` elsewhere.
 template <typename V>
 BNEXT_INLINE V select(std::uint32_t bits, const V& named, const V& others) {
   using T = scalar_of<V>;
@@ -30,7 +30,7 @@ BNEXT_INLINE V select(std::uint32_t bits, const V& named, const V& others) {
   return from_bits<V>(bits) != static_cast<T>(0) ? named : others;
 }
 
-// Whether each lane is above zero or a NaN: where a rectifier is open, by its opening().
+// A bit for each lane: whether it is above zero or a NaN, which means that the rectifier is open (opening()).
 template <typename V>
 BNEXT_INLINE std::uint32_t open_bits(const V& opening) {
   using T = scalar_of<V>;
@@ -51,7 +51,7 @@ BNEXT_INLINE std::uint32_t open_bits(const V& opening) {
   return bits;
 }
 
-// Where a row's mask holds the bit of element i, which is not negative: a quotient of what could be takes instructions.
+// The byte of a row's mask with the bit of element i, which is not negative: a signed division takes more instructions.
 BNEXT_INLINE std::uint64_t mask_byte(std::int64_t i) {
   static_assert(kCpuMaskLanes == 8, "a bit an element");
   return static_cast<std::uint64_t>(i) / 8;
@@ -71,14 +71,14 @@ BNEXT_INLINE std::uint32_t load_mask(const std::uint8_t* mask, std::int64_t i, W
   }
 }
 
-// The row may end with the byte that holds the last of them.
+// Reads no byte beyond the one with the tail's last bit: the row may end there.
 template <int kN>
 BNEXT_INLINE std::uint32_t load_mask(const std::uint8_t* mask, std::int64_t i, Tail tail) {
   if (kN == 16 && tail.n <= 8) return mask[mask_byte(i)];
   return load_mask<kN>(mask, i);
 }
 
-// A row is written from its first element to its last.
+// A row must be written in order: where several registers share a byte, the first overwrites all of it.
 template <int kN>
 BNEXT_INLINE void store_mask(std::uint8_t* mask, std::int64_t i, std::uint32_t bits, Whole = {}) {
   std::uint8_t* to = mask + mask_byte(i);

@@ -1,12 +1,12 @@
-// What the functors read of a vector, and the activation of its lanes: one branch on which it is for all of them, not
-// one for each.
+// What the functors read of a vector, and the activation of its lanes. A vector branches on the activation once, not
+// once for each lane.
 #pragma once
 
 #include "vec.cuh"
 
 namespace bnext::cuda {
 
-// The vectors of each input at one place, as elementwise.h counts them, and that place's bits of a mask.
+// One vector of each input, in the order of in[] (elementwise.h), and the mask's bits for its lanes.
 struct Item {
   Words vec[kMaxInputs];
   unsigned bits;
@@ -17,29 +17,29 @@ using Lanes = opmath_t<scalar_t>[kLanes<scalar_t>];
 template <typename scalar_t>
 using Inputs = opmath_t<scalar_t>[kMaxInputs][kLanes<scalar_t>];
 
-// All but the residual, which not every activated call looks at.
+// Widens every input but the residual, which not every activated call reads.
 template <typename scalar_t, typename Functor>
 __device__ __forceinline__ void widen_inputs(const Item& item, Inputs<scalar_t>& in) {
   if constexpr (Functor::kReadsInput) widen_lanes<scalar_t>(item.vec[0], in[0]);
   if constexpr (Functor::kReadsGrad) widen_lanes<scalar_t>(item.vec[1], in[1]);
 }
 
-// A mask's bits as what the functors take them for.
+// A mask's bits as the 0 or 1 that the functors read in place of the pre-activation.
 template <typename scalar_t>
 __device__ __forceinline__ void widen_bits(unsigned bits, Lanes<scalar_t>& lanes) {
 #pragma unroll
   for (int e = 0; e < kLanes<scalar_t>; ++e) lanes[e] = (bits >> e & 1u) != 0 ? 1 : 0;
 }
 
-// One lane of each input, in the type that it is computed with.
+// One lane of each input, in the compute type.
 template <typename scalar_t, typename acc_t>
 __device__ __forceinline__ void lane_of(const Inputs<scalar_t>& in, int e, acc_t (&lane)[kMaxInputs]) {
 #pragma unroll
   for (int i = 0; i < kMaxInputs; ++i) lane[i] = static_cast<acc_t>(in[i][e]);
 }
 
-// The first lane of each input, as a double, straight from the words, which are then rotated by a lane: so a loop over
-// the lanes need not be unrolled, and float64, which is rare, takes few registers and little code.
+// Takes the first lane of each input as a double, and rotates the words by one lane, so that a loop over the lanes need
+// not be unrolled: the float64 path is rare, and should take few registers and little code.
 template <typename scalar_t, typename Functor>
 __device__ __forceinline__ void take_wide_lane(Item& item, const Epilogue& epilogue, double (&lane)[kMaxInputs]) {
   if constexpr (Functor::kReadsInput) lane[0] = take_lane<scalar_t>(item.vec[0]);
@@ -51,14 +51,14 @@ __device__ __forceinline__ void take_wide_lane(Item& item, const Epilogue& epilo
   }
 }
 
-// The epilogue, whose activation the compiler knows.
+// The epilogue with its activation as a compile-time constant.
 template <Act kAct>
 __device__ __forceinline__ Epilogue with_activation(std::integral_constant<Act, kAct>, Epilogue epilogue) {
   epilogue.activation.act = kAct;
   return epilogue;
 }
 
-// Calls f with the activation, as a constant. The commonest comes first.
+// Calls f with the activation as a compile-time constant. ReLU, the most common one, is tested first.
 template <typename F>
 __device__ __forceinline__ void with_known(Act act, F&& f) {
   if (act == Act::kRelu) return f(std::integral_constant<Act, Act::kRelu>{});
@@ -76,7 +76,7 @@ __device__ __forceinline__ void with_known(Act act, F&& f) {
   f(std::integral_constant<Act, Act::kIdentity>{});
 }
 
-// An activated functor's z of the lanes [first, end), where no mask stands for it.
+// The pre-activation z of the lanes [first, end), for an activated functor in a call where no mask stands for it.
 template <typename scalar_t, typename Functor, int kMax, typename Coefficients>
 __device__ __forceinline__ void preactivation_lanes(int first, int end, const Item& item, Inputs<scalar_t>& in,
                                                     const Coefficients& coefficients, Epilogue epilogue,
@@ -93,7 +93,7 @@ __device__ __forceinline__ void preactivation_lanes(int first, int end, const It
   }
 }
 
-// A bit for each lane, from the lowest on: whether it is above zero, or a NaN. Higher bits mean nothing.
+// Bit e says whether lane e is above zero or a NaN. Bits beyond the last lane's are unspecified.
 template <typename acc_t, int kN>
 __device__ __forceinline__ unsigned open_bits(const acc_t (&lanes)[kN]) {
   if constexpr (std::is_same_v<acc_t, double>) {
@@ -102,8 +102,8 @@ __device__ __forceinline__ unsigned open_bits(const acc_t (&lanes)[kN]) {
     for (int e = 0; e < kN; ++e) open |= (lanes[e] <= 0 ? 0u : 1u) << e;
     return open;
   } else {
-    // A float's bits are an integer above zero where the float is, and where it is a NaN. Saturated to two bits, from
-    // -2 to 1, these integers alone are odd. An instruction packs two lanes: a quarter of what comparisons take.
+    // The bits of a float, read as an integer, are above zero where the float is, or is a NaN. Saturated to two bits,
+    // [-2, 1], only integers above zero are odd. One instruction packs two lanes: a quarter of what comparisons take.
     unsigned packed[2] = {};  // of the even lanes, and of the odd ones
 #pragma unroll
     for (int e = kN - 4; e >= 0; e -= 4) {
@@ -116,7 +116,7 @@ __device__ __forceinline__ unsigned open_bits(const acc_t (&lanes)[kN]) {
   }
 }
 
-// z = act(z); returns a mask's bits, of what a rectifier lets through.
+// z = act(z). Returns a mask's bits, which are set for the lanes that a rectifier lets through.
 template <typename scalar_t>
 __device__ __forceinline__ unsigned activate_lanes(const Epilogue& epilogue, Lanes<scalar_t>& z) {
   unsigned open = 0;
@@ -146,8 +146,8 @@ __device__ __forceinline__ void dz_lanes(int first, int end, const Item& item, I
     for (int e = first; e < end; ++e) dz[e] = known.grad<scalar_t>(z[e], in[1][e]);
   };
   const auto grad_of_bits = [&](auto act) {
-    // Each branch tests the bits for itself, an instruction a lane. The compiler would take them apart before the
-    // branch, and test the parts behind it.
+    // The asm statement makes each branch test the bits by itself, with one instruction a lane. Otherwise the compiler
+    // extracts the bits before the branch, and tests them behind it.
     unsigned bits = item.bits;
     asm volatile("" : "+r"(bits));
     widen_bits<scalar_t>(bits, z);
@@ -157,13 +157,13 @@ __device__ __forceinline__ void dz_lanes(int first, int end, const Item& item, I
     if (epilogue.activation.act == Act::kLeakyRelu) {
       grad_of_bits(std::integral_constant<Act, Act::kLeakyRelu>{});
     } else {
-      grad_of_bits(std::integral_constant<Act, Act::kRelu>{});  // which makes of bits what relu6 makes of them
+      grad_of_bits(std::integral_constant<Act, Act::kRelu>{});  // ReLU6 has the same gradient, given bits
     }
   } else {
     preactivation_lanes<scalar_t, Functor, kMax>(first, end, item, in, coefficients, epilogue, z);
     with_known(epilogue.activation.act, grad);
   }
-  // Coefficients that wait in shared memory are read again after this, rather than held in registers.
+  // After this the compiler reads coefficients from shared memory again, rather than hold them in registers.
   asm volatile("" ::: "memory");
 }
 

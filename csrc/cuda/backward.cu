@@ -2,7 +2,7 @@
 
 namespace bnext::cuda {
 
-// In backward_activated.cu.
+// Instantiated in backward_activated.cu.
 extern template cudaError_t launch_dtype<ActivatedGradSums, ActivatedGrad>(const KernelArgs&, const BackwardOp&,
                                                                            cudaStream_t);
 
@@ -27,7 +27,7 @@ cudaError_t backward(const Problem& problem, const Backward& args, const LaunchP
       static_cast<unsigned char*>(workspace),
       nullptr};
   const BackwardOp op{args, problem.dtype, static_cast<double>(problem.count())};
-  // A call without sums takes the kernel that has the same map.
+  // A call without sums runs the kernel that has the same map: one more kernel would have to be compiled.
   if (args.activated()) return launch_dtype<ActivatedGradSums, ActivatedGrad>(kernel_args, op, stream);
   if (!args.reads_input()) return launch_dtype<BiasGradSum, ScaleGrad>(kernel_args, op, stream);
   if (args.differentiates_statistics()) return launch_dtype<GradSums, GradInput>(kernel_args, op, stream);

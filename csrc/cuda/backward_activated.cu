@@ -1,4 +1,4 @@
-// Half of backward.cu's kernels, in a file of their own: they take a minute to compile.
+// Half of the backward kernels, in a translation unit of their own because they take a minute to compile.
 #include "launch.cuh"
 
 namespace bnext::cuda {

@@ -1,5 +1,5 @@
-// Batch norm on CUDA devices: raw pointers and a stream in, a cudaError_t out. Everything is enqueued on the stream;
-// nothing waits for it. Data pointers are multiples of 16 bytes. Formulas and accuracy: common/statistics.h and
+// Batch norm on CUDA devices: raw pointers and a stream in, a cudaError_t out. Everything is enqueued on the stream; no
+// function waits for it. Data pointers are aligned to 16 bytes. Formulas and accuracy: common/statistics.h and
 // docs/numerics.md; geometry and bytes moved: launch_plan.h and batch_norm_kernel.cuh.
 #pragma once
 
@@ -17,9 +17,9 @@ LaunchPlan plan_for(const Problem& problem, const TrainingForward& args, const D
 LaunchPlan plan_for(const Problem& problem, const EvalForward& args, const DeviceLimits& limits);
 LaunchPlan plan_for(const Problem& problem, const Backward& args, const DeviceLimits& limits);
 
-// Calls launch(plan), which is to return the launch's error. Where the grid's blocks cannot all run at once, as when a
-// process has a part of the device only, it is the launch that finds out: then the call is planned again, without
-// groups that need it.
+// Calls launch(plan), which returns the launch's error. Only the launch can tell that the blocks of the grid cannot all
+// run at once, as in a process that has only a part of the device: the call is then planned again without
+// Group::kGrid.
 template <typename Args, typename Launch>
 cudaError_t plan_and_launch(const Problem& problem, const Args& args, DeviceLimits limits, Launch&& launch) {
   const cudaError_t error = launch(plan_for(problem, args, limits));
@@ -37,7 +37,7 @@ cudaError_t forward(const Problem& problem, const EvalForward& args, const Launc
 cudaError_t backward(const Problem& problem, const Backward& args, const LaunchPlan& plan, void* workspace,
                      cudaStream_t stream);
 
-// The same for a problem that has_parts(), by kernels that look at padding and at the parts of a batch (part_plan.h).
+// The same for a problem that has_parts(), by the kernels for padding and for batches of several parts (part_plan.h).
 // workspace: as above.
 cudaError_t forward(const Problem& problem, const TrainingForward& args, const PartPlan& plan, void* workspace,
                     cudaStream_t stream);
@@ -46,7 +46,7 @@ cudaError_t forward(const Problem& problem, const EvalForward& args, const PartP
 cudaError_t backward(const Problem& problem, const Backward& args, const PartPlan& plan, void* workspace,
                      cudaStream_t stream);
 
-// Merges the local batches' statistics, a thread a channel.
+// Merges the local batches' statistics, with one thread per channel.
 cudaError_t gather_stats(const GatherStats& args, cudaStream_t stream);
 
 // Adds one to the counter.

@@ -2,9 +2,9 @@
 //
 // Grid: plan.groups * plan.group_blocks blocks of plan.threads threads; group = blockIdx.x / group_blocks takes the
 // tiles group, group + groups, ... Each input is read once, as far as shared memory holds it (plan.kept vectors a
-// thread); the others are read again for the map, the last read first, while L2 has it. Bytes moved (S = bytes of the
-// tensor): training forward 2 S, backward 3 S, evaluation forward 2 S; with nothing kept 3 S, 5 S, 2 S. Results are the
-// same bits at every run: what is added to what, and in which order, depends on the plan alone. The caller has ruled
+// thread); its other vectors are read again for the map, last read first, while L2 holds them. Bytes moved (S = bytes
+// of the tensor): training forward 2 S, backward 3 S, evaluation forward 2 S; with nothing kept 3 S, 5 S, 2 S. Results
+// are the same bits at every run, because the order of all additions depends on the plan alone. The caller has ruled
 // out empty problems, and aligned all data to 16 bytes.
 #pragma once
 
@@ -45,7 +45,7 @@ class BlockTask {
   using Acc = opmath_t<scalar_t>;
   static constexpr bool kIsFloat64 = std::is_same_v<Acc, double>;
   static constexpr bool kReduces = !std::is_same_v<Reduce, NoSums>;
-  // The shift is a sample of the channel's own values; else it is known.
+  // Whether the shift comes from samples of the channel's own values; otherwise it is known beforehand.
   static constexpr bool kSamples = std::is_same_v<Reduce, MomentSums>;
   static constexpr bool kStreamsResidual = Map::kActivated && !Map::kReadsGrad;
   using Staging = StagingBuffer<scalar_t, Reduce, Map>;
@@ -62,14 +62,14 @@ class BlockTask {
         staging_(args, shared.base),
         streams_(opaque(args.plan.exceeds_l2)) {}
 
-  // requested: whether what is kept has been asked for. Returns whether that of the group's next tile has.
+  // requested: whether the vectors to keep have been requested. Returns whether those of the group's next tile have.
   __device__ __forceinline__ bool run(bool requested) {
     const int items = this->items();
     Verdict verdict;
     if constexpr (kReduces) {
       bool again = false;
-      // One copy of what merges and finishes, for this pass and its repetition: two would be a fifth of the kernel
-      // more.
+      // This pass and its repetition in float64 share one copy of the code that merges and finishes: a second copy
+      // would make the kernel a fifth larger.
       ThreadSums sums;
       if (plan_.reduces) {
         // The samples are requested first: behind all other loads they would arrive last.
@@ -78,9 +78,9 @@ class BlockTask {
           in_form<scalar_t, Map, Reduce::kActivated>(args_,
                                                      [&](auto loop) { request_kept<loop.value>(kept_of(items)); });
         }
-        // Where float32 cannot begin, every channel needs float64.
+        // If float32 cannot hold the reduction's coefficients, every channel is reduced in float64.
         again = !choose_coefficients(sample);
-        // What was asked for in the map came in another order than the sums'.
+        // The map of the previous tile requested its vectors in another order than they are added in.
         if (requested) wait_prior<0>();
         if constexpr (!kIsFloat64) {
           if (!again) thread_sums<Acc>(items, sums);
@@ -98,8 +98,8 @@ class BlockTask {
     } else {
       verdict = finish(nullptr, /*again=*/false);
     }
-    // The others of the cluster may have looked at this block's sums for the last time: it need not wait for its stores
-    // to say so.
+    // This block has read the other blocks' sums for the last time. It arrives before its map, so that no block waits
+    // for another's stores.
     if (kReduces && plan_.group == Group::kCluster && last()) cluster_barrier_arrive();
     if (!args_.tensors.maps()) return false;
     if constexpr (!kIsFloat64) {
@@ -113,27 +113,27 @@ class BlockTask {
   }
 
  private:
-  // Of a tile, the same in all threads of the group.
+  // What is found about a tile: the same in all threads of the group.
   struct Verdict {
-    bool needs_fp64;  // float32 was not enough for a channel's sums
-    bool wide;        // nor for a channel's coefficients
+    bool needs_fp64;  // float32 was not accurate enough for a channel's sums
+    bool wide;        // float32 cannot hold a channel's coefficients
   };
 
-  // Held in a register: from constant memory it would be read at every vector.
+  // Keeps the value in a register: otherwise every vector would read it from constant memory.
   __device__ __forceinline__ static bool opaque(bool holds) {
     int value = holds ? 1 : 0;
     asm volatile("" : "+r"(value));
     return value != 0;
   }
 
-  // Of the group's tiles. Asked for anew: kept, it would take a register from the sums.
+  // Whether this is the group's last tile. Computed at each use: kept, it would take a register from the sums.
   __device__ __forceinline__ bool last() const {
     std::int64_t tile = span_.tile;
     asm volatile("" : "+l"(tile));
     return tile + plan_.groups >= plan_.tiles;
   }
 
-  // Whether the map fills the slots that fall free with the group's next tile.
+  // Whether the map requests the group's next tile, into the slots that it has read.
   __device__ __forceinline__ bool asks_ahead() const {
     return kReduces && !kIsFloat64 && plan_.reduces && plan_.whole && !last();
   }
@@ -144,8 +144,8 @@ class BlockTask {
   __device__ __forceinline__ int items() const { return first_step<Loop::kAny>().items(); }
   __device__ __forceinline__ int kept_of(int items) const { return items < plan_.kept ? items : plan_.kept; }
 
-  // An iterator at the first step, computed by a few divisions every time: kept, it would take registers in between.
-  // The asm statement stops the compiler from keeping it, or parts of it, all the same.
+  // An iterator at the first step. Each use computes it with a few divisions: kept, it would take registers in between.
+  // The asm statement stops the compiler from keeping it, or parts of it, nevertheless.
   template <Loop kLoop>
   __device__ __forceinline__ Iterator<kLoop> first_step() const {
     std::int64_t tile = span_.tile;
@@ -170,7 +170,7 @@ class BlockTask {
     }
   }
 
-  // Into the slots [first, end) the same vectors of the group's next tile. iterator: before the first of them.
+  // Requests the same vectors of the group's next tile, into the slots [first, end). iterator: one step before `first`.
   template <Loop kLoop>
   __device__ __forceinline__ void request_next(int first, int end, Iterator<kLoop> iterator) const {
 #pragma unroll 4
@@ -182,7 +182,7 @@ class BlockTask {
 
   __device__ __forceinline__ static int stage_end(int stage, int kept) { return (stage + 1) * kept / kLoadStages; }
 
-  // Sixteen threads a channel read one value each: of the first channels at once, of more in turn.
+  // Sixteen threads per channel read one value each, for as many channels from `first` on as the block has threads for.
   __device__ __forceinline__ Acc load_sample(int first) const {
     const int sample = static_cast<int>(threadIdx.x) % kMaxSamples;
     const int channel = first + static_cast<int>(threadIdx.x) / kMaxSamples;
@@ -191,7 +191,7 @@ class BlockTask {
     return widen(input[plan_.sample_offsets[sample] + (span_.first_channel(plan_) + channel) * plan_.sample_stride]);
   }
 
-  // The reduction's coefficients. Whether float32 holds them, which all blocks of the group find alike.
+  // Chooses the reduction's coefficients. Returns whether float32 holds them: all blocks of the group find the same.
   __device__ __forceinline__ bool choose_coefficients(Acc sample) {
     if constexpr (kSamples) {
       choose_shift(sample);
@@ -276,11 +276,11 @@ class BlockTask {
         });
       });
     }
-    // The merge takes the place of the coefficients, which others may still be reading.
+    // The merge buffer overlays the coefficients, which other threads may still be reading.
     if constexpr (kKeep<scalar_t, acc_t, Reduce, kTile> == Keep::kColumns) __syncthreads();
   }
 
-  // Where float32 was too narrow: no haste, so that no registers are taken for it.
+  // Where float32 was too narrow, which is rare: a slow loop, which takes no registers from the fast ones.
   template <typename Functor, typename Visit>
   __device__ __forceinline__ void for_each_rare(int items, Visit&& visit) {
     Iterator<Loop::kAny> iterator = first_step<Loop::kAny>();
@@ -291,7 +291,7 @@ class BlockTask {
     }
   }
 
-  // Adds the vectors that are kept, a stage after another as they arrive, and then those that pass through the ring.
+  // Adds the kept vectors, stage by stage as they arrive, and then those that pass through the ring.
   template <Loop kLoop>
   __device__ __forceinline__ void add_all(Accumulator<scalar_t, Acc, Reduce, kTile>& sums, int items) {
     const int kept = kept_of(items);
@@ -322,8 +322,8 @@ class BlockTask {
     }
   }
 
-  // From sums to results and coefficients, a channel a thread. The second time only of the channels that need float64:
-  // the others keep their results, for a channel's bits must not depend on another's values.
+  // From sums to results and coefficients, with one thread per channel. `again`: only for channels that need float64.
+  // The others keep their results, because a channel's bits must not depend on another's values.
   __device__ __forceinline__ Verdict finish(const double* sums, bool again) {
     bool needs_fp64 = false;
     bool wide = false;
@@ -347,7 +347,7 @@ class BlockTask {
 #pragma unroll
       for (int j = 0; j < Map::kCoefficients; ++j) shared_.coefficients[j * plan_.tile_channels + i] = value[j];
     }
-    // Also what makes the coefficients, and the refined shifts, visible to the block.
+    // These barriers also make the coefficients and the refined shifts visible to the block.
     Verdict verdict;
     verdict.needs_fp64 = kReduces && plan_.reduces && __syncthreads_or(needs_fp64 ? 1 : 0) != 0;
     verdict.wide = __syncthreads_or(wide ? 1 : 0) != 0;
@@ -378,7 +378,7 @@ class BlockTask {
     }
   }
 
-  // How often the map's loop is unrolled. With a residual twice: then its registers are moved on once for two steps.
+  // The map's unroll factor. Forward's with ReLU is 2, so that a residual's registers are moved once for two steps.
   template <Loop kLoop>
   __device__ __forceinline__ static constexpr int map_unroll() {
     if (kLoop == Loop::kAny) return 1;
@@ -386,8 +386,8 @@ class BlockTask {
     return kLoop == Loop::kRelu && kStreamsResidual ? 2 : 1;
   }
 
-  // Elements from the last to the first: those that were not kept were read last, and L2 may still have them. Slots of
-  // what has been mapped are filled for the group's next tile, a few at a time.
+  // Maps vectors from the last to the first: those that were not kept were read last, and L2 may still hold them. Slots
+  // of mapped vectors are filled for the group's next tile, a few at a time.
   template <Loop kLoop, typename Coefficients>
   __device__ __forceinline__ void map_all(const Coefficients& coefficients, int items) {
     const int kept = kept_of(items);
@@ -466,10 +466,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   bool requested = false;
   for (std::int64_t tile = group; tile < plan.tiles; tile += plan.groups) {
     requested = BlockTask<scalar_t, Op, Reduce, Map, kTile>(args, op, shared, self, tile).run(requested);
-    // The next tile's coefficients take the place of this one's: sums have barriers enough before that.
+    // The next tile's coefficients overwrite this tile's. Where there are sums, their barriers lie in between.
     if (!plan.reduces) __syncthreads();
   }
-  // A block's shared memory must outlive the others' look at it.
+  // A block's shared memory must live until the other blocks of its cluster have read it.
   if (plan.group == Group::kCluster) cluster_barrier_wait();
   if (args.count_batch != nullptr && blockIdx.x == 0 && threadIdx.x == 0) ++*args.count_batch;
 }

@@ -1,4 +1,4 @@
-// Sums over a block's threads, in an order that the number of parts alone decides.
+// Sums over a block's threads, added in an order that depends on the number of parts alone.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,8 +12,8 @@ __device__ __forceinline__ double warp_sum(double value) {
   return value;
 }
 
-// store(i, part(i, 0) + ... + part(i, each - 1)) for every i < count. As many threads as a sum has parts, up to a warp,
-// share it.
+// Calls store(i, part(i, 0) + ... + part(i, each - 1)) for every i < count. A power of two of threads share each sum:
+// as many as it has parts at most, and at most a warp.
 template <typename Part, typename Store>
 __device__ __forceinline__ void sum_parts(int threads, int count, int each, Part&& part, Store&& store) {
   const int t = static_cast<int>(threadIdx.x);

@@ -1,4 +1,4 @@
-// The coefficients of a thread's lanes, in the type that they are computed with, and where they wait.
+// The coefficients of a thread's lanes, in the compute type, held in registers or in shared memory.
 #pragma once
 
 #include <type_traits>
@@ -7,11 +7,11 @@
 
 namespace bnext::cuda {
 
-// A channel for each thread, or for each of its lanes.
+// Channels that a thread works on, with a pair of sums each: one for all of its lanes, or one for each lane.
 template <typename scalar_t, Tile kTile>
 constexpr int kSums = kTile == Tile::kChannel ? 1 : kLanes<scalar_t>;
 
-// The in-tile channel of a column. Beyond the last column that of any other: no element lies there.
+// The channel of a column, counted within the tile. Beyond the last column any channel will do: no element lies there.
 __device__ __forceinline__ int column_channel(const LaunchPlan& plan, const TileSpan& span, int column) {
   const int channel = column / static_cast<int>(plan.columns_per_channel) % plan.tile_channels;
   return channel < span.channels(plan) ? channel : 0;
@@ -23,23 +23,23 @@ __device__ __forceinline__ int lane_channel(const LaunchPlan& plan, const TileSp
   return column_channel(plan, span, static_cast<int>(threadIdx.x) % plan.threads_x * kLanes<scalar_t> + lane);
 }
 
-// kRegisters: each lane's own; kChannels: in shared memory, a channel once; kColumns: in shared memory, a column once,
-// so that neither they nor their channels' numbers take registers.
+// kRegisters: one set for each of the thread's channels; kChannels: in shared memory, one set for each channel;
+// kColumns: in shared memory, one set for each column, so that neither coefficients nor channel numbers take registers.
 enum class Keep { kRegisters, kChannels, kColumns };
 
-// Where a functor's coefficients wait: an activated one's are too many for the registers of a thread that has a channel
-// for each lane, and so are float64 ones in a kernel that computes in float32 but for rare channels.
+// Where a functor's coefficients are held. With a channel for each lane, those of an activated functor are too many for
+// a thread's registers, as are the float64 ones in a kernel that computes in float32 but for rare channels.
 template <typename scalar_t, typename acc_t, typename Functor, Tile kTile>
 constexpr Keep kKeep =
     Functor::kActivated && kTile == Tile::kColumns ? (kIsOpmath<scalar_t, acc_t> ? Keep::kColumns : Keep::kChannels)
                                                    : Keep::kRegisters;
 
-// Lanes whose coefficients are read from shared memory as one word. Of float64, two would take too many registers.
+// Lanes whose coefficients are read from shared memory as one word. Two lanes of float64 would need too many registers.
 template <typename scalar_t>
 constexpr int kWordLanes = kLanes<scalar_t> < 4 ? 1 : 4;
 
-// In shared memory for Keep::kColumns: [coefficient][word of lanes][thread x][lane of the word], so that the words that
-// a warp reads lie side by side.
+// Fills shared memory for Keep::kColumns: [coefficient][word of lanes][thread x][lane of the word], so that a warp
+// reads adjacent words.
 template <typename scalar_t, typename acc_t>
 __device__ __forceinline__ void spread_to_columns(const LaunchPlan& plan, const TileSpan& span, int count,
                                                   const double* channels, acc_t* columns) {
@@ -54,8 +54,8 @@ __device__ __forceinline__ void spread_to_columns(const LaunchPlan& plan, const 
   __syncthreads();
 }
 
-// Lanes that are taken through an activation's backward pass together: with all of a vector's, and a channel for each,
-// registers would run out.
+// Lanes that go through an activation's backward pass together. With a channel for each lane, all lanes of a vector
+// would need too many registers.
 template <typename scalar_t, Tile kTile>
 constexpr int kLanesAtOnce = kTile == Tile::kChannel ? kLanes<scalar_t> : kWordLanes<scalar_t>;
 
@@ -84,7 +84,7 @@ class LaneCoefficients {
     }
   }
 
-  // Those of the lanes [first, end), which are whole words.
+  // The coefficients of the lanes [first, end), which are whole words.
   template <int kMax>
   __device__ __forceinline__ void get(int first, int end, acc_t (&c)[kN][kMax]) const {
 #pragma unroll
@@ -106,7 +106,7 @@ class LaneCoefficients {
     }
   }
 
-  // Those of one lane. Its number need not be known when compiling, unless each lane holds its own in registers.
+  // The coefficients of one lane. Unless each lane has its own in registers, e need not be a compile-time constant.
   template <int kMax>
   __device__ __forceinline__ void get_one(int e, acc_t (&c)[kMax]) const {
 #pragma unroll

@@ -1,11 +1,11 @@
 // CTA groups: the blocks that work on one tile, and the all-reduce of their sums.
 //
-// All blocks get the same bits, because the order of the additions depends on the plan alone. Where they are few, every
-// block adds up all of the group's sums itself, and goes on without a second barrier. Where that would be too many
-// reads (plan.share > 0), each block adds up a share of the values for all of them, and a second barrier hands the
-// totals out. What a block publishes lies in one of two places in turn (`round` is even or odd): it is overwritten only
-// after another barrier, which no block passes before it has read. Totals have one place: who writes the next ones has
-// passed the next round's first barrier, which all readers of these have reached.
+// All blocks get the same bits, because the order of the additions depends on the plan alone. In a small group every
+// block adds up all of the group's sums itself, and needs no second barrier. Where that would be too many reads
+// (plan.share > 0), each block adds up a share of the values for the whole group, and all read the totals after another
+// barrier. A block's published sums are double-buffered, by the parity of `round`: they are overwritten only after
+// another barrier, which no block reaches before it has read them. The totals need one buffer: a block that writes the
+// next ones has passed the next round's first barrier, which no block reaches before it has read the last ones.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -18,7 +18,7 @@
 namespace bnext::cuda {
 
 #if defined(__CUDACC__)
-// What this thread knows to have been written is visible to whoever acquires the counter.
+// Writes that happen before the release are visible to a thread that has acquired the counter.
 __device__ __forceinline__ void bnext_add_release(unsigned* counter, unsigned value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
@@ -29,8 +29,8 @@ __device__ __forceinline__ unsigned bnext_load_acquire(const unsigned* counter) 
 }
 #endif
 
-// A barrier among the blocks of one group of a cooperative launch, which has them all running at once. The counter
-// starts at zero and is never reset; `passed` counts the barriers so far.
+// A barrier among the blocks of one group, which all run at once because the launch is cooperative. The counter starts
+// at zero and is never reset; `passed` counts the barriers so far.
 __device__ __forceinline__ void grid_group_barrier(unsigned* counter, unsigned group_blocks, unsigned passed) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -61,7 +61,7 @@ __device__ __forceinline__ void cluster_barrier() {
   cluster_barrier_wait();
 }
 
-// What lies at `own` in the cluster's block `rank`.
+// The address of `own` in the shared memory of the cluster's block `rank`.
 __device__ __forceinline__ const double* of_cluster_block(double* own, int rank) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   return cooperative_groups::this_cluster().map_shared_rank(own, rank);
@@ -77,8 +77,8 @@ struct GroupRank {
   unsigned round;  // all-reduces so far
 };
 
-// Adds up `count` values over the group's blocks: store(i, sum). published: double [block][values], the first of them.
-// The threads share each value's sum, in `merge`, and ask for several blocks' parts at once: each takes its time.
+// Calls store(i, sum over the group's blocks) for `count` values. published: double [block][values], from the first of
+// these on. Threads share a sum, through `merge`, and load several blocks' parts at once, to overlap the latencies.
 template <typename Store>
 __device__ __forceinline__ void sum_published(const LaunchPlan& plan, const double* published, int values, int count,
                                               double* merge, Store&& store) {
@@ -124,7 +124,7 @@ __device__ __forceinline__ const double* all_reduce(const LaunchPlan& plan, Grou
   if (plan.group == Group::kCluster) {
     cluster_barrier();
     for (int i = t; i < values; i += threads) {
-      // All are asked for before the first is needed: each takes its time.
+      // All loads are issued before the first value is needed, so that their latencies overlap.
       double part[kMaxCluster];
 #pragma unroll
       for (int rank = 0; rank < kMaxCluster; ++rank) {
@@ -139,7 +139,7 @@ __device__ __forceinline__ const double* all_reduce(const LaunchPlan& plan, Grou
     __syncthreads();
     return total;
   }
-  const int group = static_cast<int>(blockIdx.x) / plan.group_blocks;  // again: it would take a register all the time
+  const int group = static_cast<int>(blockIdx.x) / plan.group_blocks;  // computed again: kept, it would take a register
   unsigned* counter = reinterpret_cast<unsigned*>(workspace) + group;
   const auto blocks = static_cast<unsigned>(plan.group_blocks);
   double* all = reinterpret_cast<double*>(workspace + plan.counter_bytes);

@@ -12,7 +12,7 @@ __global__ void gather_stats_kernel(const __grid_constant__ GatherStatsOp op) {
   if (c < op.args.C) op.finish(c);
 }
 
-// One counts after all that need the counter as it was, for the cumulative average, have ended.
+// Counts the batch after the kernels that read the old count, for the cumulative average, have ended.
 cudaError_t count_after(cudaError_t error, const Running& running, cudaStream_t stream) {
   if (error != cudaSuccess || running.num_batches_tracked == nullptr) return error;
   return count_batch(running.num_batches_tracked, stream);

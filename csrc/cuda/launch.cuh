@@ -9,8 +9,8 @@
 
 namespace bnext::cuda {
 
-// What a kernel may use is set once a device, to all there is: set to what a launch needs, it could be lowered by
-// another thread before this one has launched.
+// A kernel's attributes are set once per device, to all that the device has: set to what one launch needs, they could
+// be lowered by another thread before this one has launched.
 template <auto kKernel>
 cudaError_t set_kernel_attributes() {
   static std::atomic<std::uint64_t> done{0};
@@ -25,10 +25,10 @@ cudaError_t set_kernel_attributes() {
     if (error == cudaSuccess) error = cudaFuncSetAttribute(kKernel, attribute, value);
   };
   allow(cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_per_block);
-  // The plan counts on two blocks an SM; of the first-level cache only a few reads have any use.
+  // The plan counts on two blocks an SM, and only a few reads gain from L1.
   allow(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
-  // Where that is refused it was refused to current_limits() too, and no plan has large clusters.
+  // Where this is refused, it was refused to current_limits() too, and no plan has clusters of a size that needs it.
   if (cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) {
     cudaGetLastError();
   }

@@ -9,18 +9,18 @@
 namespace bnext::cuda {
 namespace {
 
-constexpr std::int64_t kSectorBytes = 32;            // less of a row is wasted bandwidth
-constexpr std::int64_t kLineBytes = 128;             // more of a row gains nothing where all of a tile is kept
-constexpr std::int64_t kSmallTensorBytes = 8 << 20;  // L2 brings the sectors of a line together
+constexpr std::int64_t kSectorBytes = 32;            // reading less of a row wastes bandwidth
+constexpr std::int64_t kLineBytes = 128;             // reading more gains nothing where all of a tile is kept
+constexpr std::int64_t kSmallTensorBytes = 8 << 20;  // up to this size L2 combines the sectors of a line
 constexpr std::int64_t kMinItems = 4;  // vectors a thread should have before a tile is shared by more blocks
 constexpr std::int64_t kMapItems = 8;  // the same where the blocks of a tile need not wait for each other
-// Doubles of other blocks that a thread reads before it is better to read a share of them and wait for another barrier.
+// Doubles of other blocks that a thread reads at most: beyond, a share of the reads and a second barrier cost less.
 constexpr std::int64_t kMaxDirectReads = 8;
-constexpr std::int64_t kMaxExtraParts = 32;  // tried, to cut rows evenly
-// Counted in 32 bits, and so are their bytes of a mask, of which a plane takes up to three more than it has vectors.
+constexpr std::int64_t kMaxExtraParts = 32;  // that are tried to cut rows evenly
+// Vectors and their bytes of a mask are counted in 32 bits; a plane takes up to three bytes more than it has vectors.
 constexpr std::int64_t kMaxWholeVectors = std::int64_t{1} << 30;
 constexpr std::int64_t kMaxFoldedRowBytes = 2048;  // a tile of all channels: their sums have to fit beside the slots
-constexpr std::int64_t kL2Share = 2;               // results beyond the cache's size over this are stored past it
+constexpr std::int64_t kL2Share = 2;               // results larger than L2's size over this are stored past it
 
 static_assert(kVectorBytes == kCudaMaskBytes, "a vector's lanes share a byte of a mask");
 
@@ -33,13 +33,13 @@ std::int64_t power_of_two_from(std::int64_t n) {
   return power;
 }
 
-// The smallest number of things of `bytes` bytes that fill whole vectors.
+// The smallest number of pixels or planes of `bytes` bytes that fill whole vectors.
 std::int64_t vector_group(std::int64_t bytes) { return kVectorBytes / std::gcd(std::int64_t{kVectorBytes}, bytes); }
 
 // ---- tiles
 
-// How much of a row to take: whole lines, as long as a group across the device can keep them. A tile that cannot be
-// kept anyway is to be read in long runs, by one group. Of a small tensor, narrower tiles make more groups.
+// Bytes of a row that a tile takes: a cache line, if a group across the device can keep such a tile. A tile that cannot
+// be kept anyway is read in long runs, by one group. Of a small tensor, narrower tiles make more groups.
 std::int64_t row_bytes(const Problem& problem, int inputs, const DeviceLimits& limits) {
   const std::int64_t row = problem.C * element_size(problem.dtype);
   std::int64_t bytes = kLineBytes;
@@ -62,7 +62,7 @@ void choose_channels_last(LaunchPlan& plan, const Problem& problem, const Device
   plan.tile = Tile::kColumns;
   plan.columns_per_channel = 1;
   if (may_fold && fold > 1 && fold <= M && fold * problem.C * size <= kMaxFoldedRowBytes) {
-    // A channel's values lie in `fold` columns, which one tile has to hold: it is as wide as the row.
+    // A channel's values lie in `fold` columns, which one tile has to hold, so the tile is as wide as the row.
     plan.rows = divide_up(M, fold);
     plan.row_width = plan.tile_width = fold * problem.C;
     plan.tiles = 1;
@@ -105,18 +105,18 @@ void set_thread_rows(LaunchPlan& plan, int y) {
   plan.threads_y = y;
   plan.workers = plan.threads_x * y;
   plan.threads = static_cast<int>(round_up(plan.workers, 32));
-  // More at a time would be fewer barriers; the memory keeps vectors.
+  // Merging more rows at a time would save barriers, but the memory is better used to keep vectors.
   plan.merge_rows = static_cast<int>(divide_up(y, 8));
 }
 
 void choose_threads(LaunchPlan& plan, const Problem& problem, int max_threads) {
   const std::int64_t V = kVectorBytes / element_size(problem.dtype);
   std::int64_t vectors = divide_up(plan.tile_width, V);
-  // A row that begins within a vector may touch one more.
+  // A row that begins inside a vector may touch one vector more.
   if (plan.tile == Tile::kChannel && (plan.row_width % V != 0 || plan.tile_width % V != 0)) {
     vectors = divide_up(plan.tile_width + V - 1, V);
   }
-  // A few steps more if they make all of them equally long, so that no thread stands beyond the end of a row.
+  // A few parts more, if that makes all parts equally long, so that no thread lies beyond the end of a row.
   const std::int64_t fewest = divide_up(vectors, max_threads);
   const std::int64_t most = std::min(2 * fewest, fewest + kMaxExtraParts);
   std::int64_t parts = fewest;
@@ -134,7 +134,7 @@ void choose_threads(LaunchPlan& plan, const Problem& problem, int max_threads) {
 
 // ---- shared memory
 
-// The buffer in which a block's threads merge their sums: those of some rows of threads at a time, then the columns'.
+// The buffer in which a block's threads merge their sums: merge_rows rows of threads at a time, then the columns.
 std::int64_t merge_bytes(const LaunchPlan& plan, const Problem& problem, bool reduces) {
   if (!reduces) return 0;
   const std::int64_t V = kVectorBytes / element_size(problem.dtype);
@@ -145,7 +145,7 @@ std::int64_t merge_bytes(const LaunchPlan& plan, const Problem& problem, bool re
 
 constexpr std::int64_t kMaskWordBytes = 4;  // the least that an asynchronous copy moves
 
-// One slot of every worker, for a vector of each input and its mask.
+// One slot of every worker, for a vector of each input and its word of the mask.
 std::int64_t slot_bytes(const LaunchPlan& plan) {
   return std::int64_t{plan.workers} * (plan.inputs * kVectorBytes + (plan.reads_mask ? kMaskWordBytes : 0));
 }
@@ -205,7 +205,7 @@ std::int64_t items(const LaunchPlan& plan, std::int64_t blocks) {
   return divide_up(plan.rows * plan.parts, plan.threads_y * blocks);
 }
 
-// Slots that a thread can have if `blocks` blocks share an SM. The plan is laid out without any.
+// Slots that a thread can have if `blocks` blocks share an SM. So far plan.shared is laid out without slots.
 std::int64_t capacity(const LaunchPlan& plan, const DeviceLimits& limits, int blocks) {
   const std::int64_t share = std::min(limits.shared_per_block, limits.shared_per_sm / blocks - limits.reserved_shared);
   return std::max<std::int64_t>(0, (share - plan.shared.bytes) / slot_bytes(plan));
@@ -219,13 +219,13 @@ void choose_map_blocks(LaunchPlan& plan, const DeviceLimits& limits) {
   plan.groups = static_cast<int>(std::min(plan.tiles, std::max<std::int64_t>(1, limits.max_grid / plan.group_blocks)));
 }
 
-// Of the numbers of groups that leave each at least `fewest` of the blocks, the one that takes the fewest steps.
+// The number of groups that takes the fewest steps, with at least `fewest` blocks in each group.
 std::int64_t balanced_groups(const LaunchPlan& plan, std::int64_t fewest, std::int64_t resident) {
   std::int64_t best = 1;
   std::int64_t best_steps = plan.tiles * items(plan, resident);
   for (std::int64_t groups = 2; groups <= std::min(plan.tiles, resident / fewest); ++groups) {
     const std::int64_t steps = divide_up(plan.tiles, groups) * items(plan, resident / groups);
-    // Of equals the more groups: while one waits for its sums, another moves memory.
+    // On a tie, more groups: while one waits for its sums, another moves memory.
     if (steps <= best_steps) {
       best = groups;
       best_steps = steps;
@@ -234,7 +234,7 @@ std::int64_t balanced_groups(const LaunchPlan& plan, std::int64_t fewest, std::i
   return best;
 }
 
-// Clusters of so many blocks that run at once: as many as the SMs hold, where the driver was not asked.
+// Clusters of `blocks` blocks that run at once, as the driver says; as many as the SMs hold if it was not asked.
 std::int64_t clusters_at_once(const DeviceLimits& limits, std::int64_t blocks, int per_sm) {
   int size = 0;
   while ((2 << size) < blocks) ++size;
@@ -244,7 +244,7 @@ std::int64_t clusters_at_once(const DeviceLimits& limits, std::int64_t blocks, i
 }
 
 void choose_group(LaunchPlan& plan, const DeviceLimits& limits) {
-  // Half of an SM's memory for each of its two blocks, if that is enough to work with at all.
+  // Two blocks an SM, with half of its shared memory each, if half holds at least a ring's slots.
   const std::int64_t half = plan.threads <= kThreads ? capacity(plan, limits, kBlocksPerSM) : 0;
   const std::int64_t whole = capacity(plan, limits, 1);
   const int per_sm = half >= kRingSlots ? kBlocksPerSM : 1;
@@ -252,20 +252,20 @@ void choose_group(LaunchPlan& plan, const DeviceLimits& limits) {
 
   const std::int64_t most = std::max<std::int64_t>(1, items(plan, 1) / kMinItems);
   const std::int64_t to_fill = std::min(divide_up(resident, plan.tiles), most);
-  // To fill the device is worth a cluster's barrier, but not the grid's, which costs more than it brings.
+  // Filling the device is worth a cluster's barrier, but not the grid's, which costs more than it gains.
   const auto blocks_with = [&](std::int64_t slots) {
     const std::int64_t to_fit = slots == 0 ? resident + 1 : divide_up(items(plan, 1), slots);
     return std::max(to_fit,
                     to_fit > limits.max_cluster ? to_fill : std::min<std::int64_t>(to_fill, limits.max_cluster));
   };
-  // A cluster's blocks run at once, so they have to fit.
+  // A cluster's blocks run at once, so the device has to hold them all.
   const auto clusters = [&](std::int64_t blocks, std::int64_t at_once) {
     return power_of_two_from(blocks) <= std::min<std::int64_t>(limits.max_cluster, at_once);
   };
   std::int64_t slots = per_sm == kBlocksPerSM ? half : whole;
   std::int64_t blocks = blocks_with(slots);
   bool cluster = clusters(blocks, resident);
-  // One block an SM with all of its memory may bring the group into a cluster, whose barrier is the cheaper one.
+  // With one block an SM, which has all of its memory, the group may fit into a cluster, whose barrier is cheaper.
   if (!cluster && clusters(blocks_with(whole), limits.sms)) {
     slots = whole;
     blocks = blocks_with(whole);
@@ -280,14 +280,14 @@ void choose_group(LaunchPlan& plan, const DeviceLimits& limits) {
   if (plan.group == Group::kCluster) blocks = power_of_two_from(blocks);
   std::int64_t groups = limits.max_grid / blocks;
   if (plan.group != Group::kGrid && plan.whole) {
-    // No more than run at once: each asks for its next tile while it maps the one before.
+    // No more groups than run at once: each requests its next tile while it maps the current one.
     const int blocks_per_sm = slots == half ? kBlocksPerSM : 1;
     groups = std::min(groups, plan.group == Group::kBlock ? std::int64_t{limits.sms} * blocks_per_sm
                                                           : clusters_at_once(limits, blocks, blocks_per_sm));
     groups = std::max<std::int64_t>(groups, 1);
   }
   if (plan.group == Group::kGrid) {
-    // An SM's memory undivided holds a little more: there is one set of sums and coefficients beside it.
+    // One block an SM keeps a little more than two: there is only one set of sums and coefficients beside the slots.
     if (items(plan, resident) > slots && items(plan, limits.sms) <= whole) {
       resident = limits.sms;
       slots = whole;
@@ -305,8 +305,8 @@ void choose_group(LaunchPlan& plan, const DeviceLimits& limits) {
 
 // ---- workspace, samples, steps, masks
 
-// A counter for each group, then its blocks' sums, double [2: parity][block][2][channels], and their totals, where the
-// blocks share the additions.
+// A counter for each group; then the sums of each group's blocks, double [2: parity][block][2][channels]; then, where
+// blocks share the additions, each group's totals.
 void choose_workspace(LaunchPlan& plan) {
   plan.share = 0;
   plan.counter_bytes = plan.workspace_bytes = 0;
@@ -333,7 +333,7 @@ void choose_samples(LaunchPlan& plan, const Problem& problem) {
 
 void choose_steps(LaunchPlan& plan, const Problem& problem) {
   const std::int64_t V = kVectorBytes / element_size(problem.dtype);
-  const std::int64_t row = std::int64_t{plan.parts} * plan.threads_x;  // in vectors, the end's idle ones included
+  const std::int64_t row = std::int64_t{plan.parts} * plan.threads_x;  // in vectors, idle ones at the end included
   plan.step = std::int64_t{plan.threads_y} * plan.group_blocks;
   plan.part_step = static_cast<int>(plan.step % plan.parts);
   const std::int64_t rows = plan.step / plan.parts;
@@ -349,8 +349,8 @@ void choose_steps(LaunchPlan& plan, const Problem& problem) {
   plan.mask_wrap = plan.mask_row - row;
 }
 
-// A vector has a byte of its own. Where tiles are single channels, whose ends may cut vectors in two, a plane's bytes
-// are its own too.
+// Each vector has a byte of its own. Where a tile is a single channel, whose ends may cut a vector in two, each plane
+// has bytes of its own, too.
 void choose_mask(LaunchPlan& plan, const Problem& problem) {
   const std::int64_t lanes = cuda_mask_lanes(element_size(problem.dtype));
   if (plan.tile == Tile::kChannel) {
@@ -372,7 +372,7 @@ LaunchPlan plan_of_blocks(const Problem& problem, const KernelTraits& traits, co
   plan.numel = problem.numel();
   plan.exceeds_l2 = kL2Share * plan.numel * element_size(problem.dtype) > limits.l2_bytes;
   choose_tiles(plan, problem, traits, limits, max_threads, /*may_fold=*/true);
-  // All channels of folded pixels may be too many.
+  // A tile of folded pixels holds all channels, whose sums may be too many for shared memory.
   if (!fits(plan, limits)) choose_tiles(plan, problem, traits, limits, max_threads, /*may_fold=*/false);
   choose_mask(plan, problem);
   if (traits.reduces) {
@@ -396,7 +396,7 @@ bool fills_an_sm(const LaunchPlan& plan, const DeviceLimits& limits) {
 LaunchPlan make_launch_plan(const Problem& problem, const KernelTraits& traits, const DeviceLimits& limits) {
   const LaunchPlan plan = plan_of_blocks(problem, traits, limits, kThreads);
   if (!plan.reduces || !fills_an_sm(plan, limits)) return plan;
-  // A block that has an SM for itself has the registers of two, as long as more threads do not change what is kept.
+  // A block alone on an SM has the registers of two: it doubles its threads, unless the group would grow or keep less.
   const LaunchPlan wide = plan_of_blocks(problem, traits, limits, kMaxThreads);
   const bool alike = wide.group == plan.group && wide.group_blocks <= plan.group_blocks && wide.ring <= plan.ring;
   return alike && fills_an_sm(wide, limits) && wide.shared.bytes <= limits.shared_per_block ? wide : plan;

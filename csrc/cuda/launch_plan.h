@@ -2,15 +2,15 @@
 //
 // Both layouts are seen as a matrix of dense rows.
 //   channels last    row = a pixel, column j belongs to channel j % C; where C elements are no multiple of 16 bytes,
-//                    several pixels are folded into one row that is
+//                    several pixels are folded into one row that is a multiple
 //   channels first   row = an image, column j belongs to channel j / HW
 // A tile is a group of columns that holds all values of its channels, and is worked on by a group of blocks:
-//   Tile::kChannel   one channel, a row of it any number of elements at any alignment (large planes)
-//   Tile::kColumns   several channels; a thread keeps to its columns in every row, so that it knows their channels
+//   Tile::kChannel   one channel, whose rows have any length and any alignment (large planes)
+//   Tile::kColumns   several channels; a thread stays in its columns in every row, so that it knows their channels
 //                    (channels last, small planes)
-// Within a tile rows are cut into vectors of 16 bytes. Thread t of a block stands at vector t % threads_x and row
-// t / threads_x; a step moves the whole group on. What a thread reads it keeps in shared memory, `kept` vectors of each
-// input: slots of its own, that no other thread looks at. What does not fit is read again, last first, from L2.
+// Within a tile rows are cut into vectors of 16 bytes. Thread t of a block starts at vector t % threads_x of row
+// t / threads_x; a step moves the whole group on. A thread keeps `kept` vectors of each input in shared memory, in
+// slots of its own that no other thread reads or writes. What does not fit is read again, last first, from L2.
 #pragma once
 
 #include <cstdint>
@@ -22,33 +22,33 @@
 namespace bnext::cuda {
 
 constexpr int kVectorBytes = 16;
-// Two blocks an SM, of half of its shared memory each, or one of all of it and twice the threads: 128 registers a
-// thread.
+// Two blocks an SM with half of its shared memory each, or one block with all of it and twice the threads: either way
+// 128 registers a thread.
 constexpr int kThreads = 256;
 constexpr int kBlocksPerSM = 2;
 constexpr int kMaxThreads = kBlocksPerSM * kThreads;
 constexpr int kClusterSizes = 4;  // 2, 4, 8 and 16 blocks
 constexpr int kMaxCluster = 1 << kClusterSizes;
 constexpr int kMaxRowBytes = 256;
-// What is kept is waited for in this many stages; what is not passes through this many slots a thread.
+// A thread waits for the vectors that it keeps in kLoadStages stages; the others pass through kRingSlots slots.
 constexpr int kLoadStages = 4;
 constexpr int kRingSlots = 4;
 
-// What the geometry depends on besides the problem.
+// What of a device the geometry depends on.
 struct DeviceLimits {
   int sms;
-  int shared_per_block;  // bytes, opted in to
+  int shared_per_block;  // bytes, by opt-in
   int shared_per_sm;
   int reserved_shared;  // of each block, by the system
   int max_cluster;      // blocks that can share a cluster; 1: no clusters
   // Clusters of 2 << i blocks that run at once, with one block an SM and with two, as the driver says: a cluster lies
-  // within one group of SMs, whose number need not be a multiple of its size.
+  // within one GPC, whose number of SMs need not be a multiple of the cluster's size.
   int clusters_at_once[kBlocksPerSM][kClusterSizes];
   int max_grid;      // gridDim.x
   int l2_bytes;      // of the cache that all SMs share
   bool cooperative;  // whether the grid's blocks can be launched all at once
-  // A choice, not a limit: bytes of a row that a channels_last tile takes at most where no group can keep one of a
-  // line.
+  // A choice, not a limit: the most bytes of a row that a channels_last tile takes where no group can keep a tile that
+  // is one cache line wide.
   int max_row_bytes = kMaxRowBytes;
 };
 
@@ -60,13 +60,13 @@ struct SharedLayout {
   int staging;  // [input][kept + ring][worker] vectors
   int slot;     // from one of a thread's slots to its next
   int region;   // from an input's slots to those of the next input
-  int mask;     // [kept + ring][worker] words: the one that holds the byte of the thread's vector
-  int merge;    // doubles; the block's threads add up in it
-  int columns;  // coefficients.cuh; where lanes have channels of their own. In the same place: the sums' coefficients
-                // are read before their merge, the map's written after it.
+  int mask;     // [kept + ring][worker] words, which hold the byte of the thread's vector
+  int merge;    // doubles, through which the block's threads merge their sums
+  int columns;  // where each lane has a channel: coefficients (coefficients.cuh). They overlay `merge`: those of the
+                // sums are read before the merge, those of the map are written after it.
   int own;      // double [2: parity][2][channels]: this block's sums, read by the others of its cluster
-  int total;    // double [2][channels]: the group's
-  int shift;    // double [kMaxReduceCoefficients][channels], or just the first of them, the shift
+  int total;    // double [2][channels]: the group's sums
+  int shift;    // double [kMaxReduceCoefficients][channels]; without an activation only the first, the shift
   int coefficients;  // double [kMaxCoefficients][channels]
   int needs_fp64;    // int [channels]
   int bytes;
@@ -85,7 +85,7 @@ struct LaunchPlan {
   // tiles
   std::int64_t tiles;
   std::int64_t tile_width;  // columns
-  int tile_channels;        // of the last tile perhaps fewer
+  int tile_channels;        // the last tile may have fewer
   // a group's blocks and threads
   int groups;        // they take tiles in turn
   int group_blocks;  // gridDim.x = groups*group_blocks
@@ -93,33 +93,33 @@ struct LaunchPlan {
   int threads_y;
   int workers;     // threads_x*threads_y
   int threads;     // blockDim.x: the workers, and idle threads up to a whole warp
-  int merge_rows;  // of threads, whose sums pass through the merge buffer at a time
-  int parts;       // of a row, a step each: more than 1 if it has more than threads_x vectors
-  // From one step of a thread to its next: `step` parts of rows, of which part_step are no whole rows. A vector moves
-  // on by vector_step elements, and where its part passes the end of a row by vector_wrap more.
+  int merge_rows;  // rows of threads whose sums pass through the merge buffer at a time
+  int parts;       // of a row, one a step: more than 1 if a row has more than threads_x vectors
+  // A step moves a thread on by `step` parts of rows: whole rows and part_step parts. Its vector moves on by
+  // vector_step elements, and by vector_wrap more where the part passes the end of a row.
   std::int64_t step;
   int part_step;
   std::int64_t vector_step;
   std::int64_t vector_wrap;
-  int full_steps;             // that every worker takes; one more is taken by
-  std::int64_t partial_step;  // so many parts of rows
+  int full_steps;             // taken by every worker
+  std::int64_t partial_step;  // parts of rows left over: one more step for so many rows of threads
   bool whole;              // every vector of every thread lies in the tile, on a 16-byte boundary; 32 bits count them
-  std::int64_t next_tile;  // of whole vectors: from one of a tile to that of the group's next tile
+  std::int64_t next_tile;  // vectors, if whole: from a vector to the same one of the group's next tile
   std::int64_t next_mask;  // likewise, in bytes of the mask
   bool reduces;            // there are sums
-  int inputs;              // tensors that are read, but for forward's residual, which the map alone reads
-  bool reads_mask;         // beside them, the masks of their vectors
+  int inputs;              // tensors that are read, except forward's residual, which only the map reads
+  bool reads_mask;         // and the bytes of a mask for their vectors
   int kept;                // vectors of each input that a thread keeps in shared memory
   int ring;                // slots for all other vectors to pass through; 0 if there are none
-  bool exceeds_l2;         // the results are too large for L2 to be of use to who reads them next
+  bool exceeds_l2;         // the results are too large for their next reader to find them in L2
   SharedLayout shared;
   // a mask (common/mask.h): the byte of a vector of row r, tile t is r*mask_row + t*mask_tile + its place in the tile
   std::int64_t mask_row;
   std::int64_t mask_tile;
-  std::int64_t mask_step;  // likewise, in bytes of the mask
+  std::int64_t mask_step;  // as vector_step and vector_wrap, in bytes of the mask
   std::int64_t mask_wrap;
   int share;                     // values that a block adds up for its group; 0: every block adds up all of them
-  std::int64_t workspace_bytes;  // global memory; its first counter_bytes zero
+  std::int64_t workspace_bytes;  // global memory; the launch zeroes its first counter_bytes
   std::int64_t counter_bytes;
   // where to take the samples of the first channel; those of channel c are c*sample_stride further on
   std::int64_t sample_offsets[kMaxSamples];

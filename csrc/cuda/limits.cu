@@ -3,10 +3,10 @@
 namespace bnext::cuda {
 namespace {
 
-// Compiled as all kernels are, so that its attributes tell for which architecture they were compiled.
+// Compiled as all kernels are, so that its attributes tell the architecture that all were compiled for.
 __global__ void probe_kernel() {}
 
-// Clusters of so many blocks that the driver can run at once, with so many blocks an SM; 0: none.
+// How many clusters of `blocks` blocks the driver can run at once, with per_sm blocks an SM; 0: none.
 int clusters_at_once(const DeviceLimits& limits, int blocks, int per_sm) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -66,7 +66,7 @@ cudaError_t current_limits(DeviceLimits* limits) {
   limits->cooperative = cooperative != 0;
   cudaFuncAttributes code = {};
   error = cudaFuncGetAttributes(&code, &probe_kernel);
-  // A device with clusters may be running code for one without, translated by the driver.
+  // A device with clusters may run code that the driver has translated from an architecture without them.
   if (error == cudaSuccess && clusters != 0 && code.ptxVersion >= 90) ask_for_clusters(*limits);
   return error;
 }

@@ -1,9 +1,9 @@
-// The forms of a loop over vectors, of which a call takes the fastest that it may.
+// The forms of a loop over vectors. A call takes the fastest form that serves it.
 //
 //   kAny    serves every call.
 //   kWhole  The plan promises that no vector is cut at a tile's ends.
-//   kRelu   The same, and the call is of the commonest kind: nothing is asked at each vector about the activation and
-//           optional tensors. Forward: ReLU. Backward: training with a residual, where a mask stands for the
+//   kRelu   The same, and the call is of the most common kind: no vector branches on the activation or, in backward,
+//           on optional tensors. Forward: ReLU. Backward: training with a residual, where a mask stands for the
 //           pre-activation and both gradients are wanted.
 #pragma once
 
@@ -15,7 +15,7 @@ namespace bnext::cuda {
 
 enum class Loop { kAny, kWhole, kRelu };
 
-// Whether the call is one for Loop::kRelu. A mask may be of ReLU6, which makes of its bits what ReLU makes of them.
+// Whether Loop::kRelu serves the call. The mask may be ReLU6's: given its bits, ReLU6 has the gradient of ReLU.
 template <typename Map>
 __device__ __forceinline__ bool is_relu(const KernelArgs& args) {
   const Epilogue& epilogue = args.epilogue;
@@ -24,8 +24,8 @@ __device__ __forceinline__ bool is_relu(const KernelArgs& args) {
          args.tensors.out[1] != nullptr;
 }
 
-// Calls f with the fastest form of a loop. kActivated: the activation matters to it. float64 goes without fast forms:
-// it is rare, and the kernels take long to compile.
+// Calls f with the fastest form of a loop that serves the call. kActivated: whether the loop depends on the activation.
+// float64 has no fast forms: it is rare, and the kernels take long to compile.
 template <typename scalar_t, typename Map, bool kActivated, typename F>
 __device__ __forceinline__ void in_form(const KernelArgs& args, F&& f) {
   if constexpr (sizeof(scalar_t) < sizeof(double)) {
@@ -37,7 +37,7 @@ __device__ __forceinline__ void in_form(const KernelArgs& args, F&& f) {
   f(std::integral_constant<Loop, Loop::kAny>{});
 }
 
-// The call's epilogue, where the compiler knows what the form of the loop implies.
+// The call's epilogue, with compile-time constants for what the form of the loop implies.
 template <Loop kLoop, typename Map>
 __device__ __forceinline__ Epilogue known_epilogue(const Epilogue& given) {
   Epilogue known = given;
@@ -50,7 +50,7 @@ __device__ __forceinline__ Epilogue known_epilogue(const Epilogue& given) {
   return known;
 }
 
-// A functor, as far as the form of the loop says what it reads.
+// The functor; as Masked, where the form of the loop implies what it reads.
 template <Loop kLoop, typename Map, typename Functor>
 using Reads = std::conditional_t<kLoop == Loop::kRelu && Map::kReadsGrad, Masked<Functor>, Functor>;
 

@@ -8,7 +8,7 @@
 
 namespace bnext::cuda {
 
-// Where float32 is too narrow coefficients wait in shared memory: in float64, registers would run out.
+// Where float32 is too narrow, coefficients stay in shared memory: as doubles they would need too many registers.
 template <typename scalar_t, typename Map, Tile kTile, typename acc_t>
 using MapCoefficients =
     LaneCoefficients<scalar_t, acc_t, kTile,
@@ -17,8 +17,8 @@ using MapCoefficients =
                          : kKeep<scalar_t, acc_t, Map, kTile>,
                      Map::kCoefficients>;
 
-// `second` and the bits of a mask are an activated map's: grad_residual in backward, and in forward what a rectifier
-// let through.
+// Only an activated map has more than `first`: in backward `second` is grad_residual; in forward `open` holds a mask's
+// bits, which are set for the lanes that a rectifier lets through.
 template <typename scalar_t>
 struct Results {
   Lanes<scalar_t> first;
@@ -93,8 +93,8 @@ __device__ __forceinline__ void append_lane(Lanes<scalar_t>& lanes, double value
   lanes[kLanes<scalar_t> - 1] = static_cast<opmath_t<scalar_t>>(value);
 }
 
-// In float64, where float32 is too narrow: 16-bit results are rounded twice. A lane at a time, in a loop that is not
-// unrolled, since code that rarely runs should not take long to compile.
+// The map in float64, where float32 is too narrow: 16-bit results are rounded twice. It takes a lane at a time, in a
+// loop that is not unrolled, because code that rarely runs should not take long to compile.
 template <typename scalar_t, typename Map, typename Coefficients>
 __device__ __forceinline__ void map_wide(Item item, const Epilogue& epilogue, const Coefficients& coefficients,
                                          Results<scalar_t>& results) {

@@ -1,5 +1,5 @@
 // From the sums of each part to its statistics, its map's coefficients and what the caller asked for: by the
-// mathematics of common/channel_ops.h, whose count is a number that was counted on the device.
+// mathematics of common/channel_ops.h, with a count that was counted on the device.
 #pragma once
 
 #include "part_sums.cuh"
@@ -11,7 +11,7 @@ __device__ __forceinline__ double* part_coefficient(const PartArgs& args, std::i
   return args.workspace + args.plan.workspace.coefficients + (part * kMaxCoefficients + j) * args.plan.C + c;
 }
 
-// A part that holds nothing but padding has no statistics: zeros, and the running ones stay as they are.
+// A part that holds nothing but padding has no statistics: zeros are saved, and running statistics are not updated.
 __device__ __forceinline__ void finish_part(TrainingForwardOp op, std::int64_t c, const LocalStats& stats,
                                             double (&coefficients)[kMaxCoefficients]) {
   op.count = stats.count;
@@ -30,7 +30,7 @@ __device__ __forceinline__ void finish_part(const EvalForwardOp& op, std::int64_
   op.finish(c, ChannelSums{}, /*stores=*/true, coefficients);
 }
 
-// Of nothing but padding the gradients are zeros, and no coefficient is looked at.
+// The gradients of a part that holds nothing but padding are zeros, and no coefficient of it is used.
 __device__ __forceinline__ void finish_part(BackwardOp op, std::int64_t c, const GradientSums& sums,
                                             double (&coefficients)[kMaxCoefficients]) {
   op.count = sums.count;
@@ -39,8 +39,8 @@ __device__ __forceinline__ void finish_part(BackwardOp op, std::int64_t c, const
   op.finish(c, ChannelSums{shift[0], sums.first, sums.second}, /*stores=*/true, coefficients);
 }
 
-// A block has kFinishChannels channels of a part; its threads share their `splits` partial sums, of which there are
-// none where nothing is reduced.
+// A block finishes kFinishChannels channels of a part; its threads merge their `splits` partial sums, of which there
+// are none where nothing is reduced.
 template <typename Op>
 __global__ void __launch_bounds__(kPartThreads)
     part_finish_kernel(const __grid_constant__ PartArgs args, const __grid_constant__ Op op,
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kPartThreads)
   for (int j = 0; j < kMaxCoefficients; ++j) *part_coefficient(args, part, j, c) = coefficients[j];
 }
 
-// What the parts' results come to together: a thread a channel.
+// Combines the parts' running statistics, or their parameter gradients, with one thread per channel.
 template <typename Op>
 __global__ void __launch_bounds__(kPartThreads) part_totals_kernel(const __grid_constant__ Op op) {
   const std::int64_t c = std::int64_t{blockIdx.x} * kPartThreads + threadIdx.x;

@@ -48,7 +48,7 @@ class PartLaunches {
   void launch(void (*kernel)(Expected...), std::int64_t blocks, int threads, std::size_t shared,
               const Actual&... actual) {
     if (error_ != cudaSuccess) return;
-    // More than a grid can have are those of a tensor of some GB whose parts are of a few values.
+    // Only a tensor of some GB in parts of a few values needs more blocks than a grid can have.
     if (blocks > std::int64_t{0x7fffffff}) {
       error_ = cudaErrorInvalidConfiguration;
       return;
@@ -64,7 +64,7 @@ class PartLaunches {
 
   const PartArgs args_;
   const cudaStream_t stream_;
-  std::int64_t splits_ = 0;  // whose sums there are
+  std::int64_t splits_ = 0;  // partial sums of each part and channel; 0: nothing is reduced
   cudaError_t error_ = cudaSuccess;
 };
 

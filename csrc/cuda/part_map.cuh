@@ -1,4 +1,4 @@
-// From each element to its results, by the coefficients of its part: in float64, and zero where there is padding.
+// From each element to its results, by the coefficients of its part, in float64. Results at padding are zero.
 #pragma once
 
 #include "part_finish.cuh"
@@ -17,7 +17,7 @@ __device__ __forceinline__ void store_result(void* to, std::int64_t offset, doub
   if (to != nullptr) narrow(value, static_cast<scalar_t*>(to)[offset]);
 }
 
-// Neighbouring threads have the bits of a byte; the first of them writes it. All threads of a warp come here together.
+// Neighbouring threads hold the bits of a byte, which the first of them writes. All threads of a warp take part.
 template <typename scalar_t>
 __device__ __forceinline__ void store_mask(const PartArgs& args, const PartPlace& place, const PartElement& element,
                                            bool open) {
@@ -47,11 +47,11 @@ __global__ void __launch_bounds__(kPartThreads) part_map_kernel(const __grid_con
       if constexpr (Map::kActivated && !kForward) store_result<scalar_t>(tensors.out[1], element.offset, mapped.second);
     }
     if constexpr (Map::kActivated && kForward) {
-      // A NaN lets through, too.
+      // The bit is set for a NaN, too.
       if (tensors.new_mask != nullptr) store_mask<scalar_t>(args, place, element, !(mapped.second <= 0.0));
     }
   });
-  // All that need the counter as it was, for the cumulative average, have ended.
+  // The kernels that read the old count, for the cumulative average, have ended.
   if (args.count_batches != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *args.count_batches += args.plan.parts;
 }
 

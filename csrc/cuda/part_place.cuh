@@ -9,18 +9,18 @@ namespace bnext::cuda {
 struct PartArgs {
   PartPlan plan;
   Tensors tensors;
-  Epilogue epilogue;  // says of residual and mask what the tensors do
+  Epilogue epilogue;  // has_residual and has_mask agree with the tensors
   double* workspace;
-  std::int64_t* count_batches;  // to which the map adds the number of parts; null: not here
+  std::int64_t* count_batches;  // to which the map adds the number of parts; null: not counted
 };
 
-// An element, or a place in a padded plane or beyond the channels that is `inside` of nothing.
+// An element of the tensor if `inside`; otherwise a position beyond the chunk, the plane or the channels.
 struct PartElement {
   std::int64_t offset;
   std::int64_t image;
   std::int64_t spot;
   bool inside;
-  bool valid;  // and no padding
+  bool valid;  // inside, and no padding
 };
 
 class PartPlace {
@@ -50,7 +50,7 @@ class PartPlace {
   __device__ __forceinline__ std::int64_t split() const { return split_; }
   __device__ __forceinline__ bool has_channel() const { return channel_ < plan_.C; }
 
-  // Whether there is more for a thread of the block: in all of them the same.
+  // Whether any thread of the block has elements left: the same in all of its threads.
   __device__ __forceinline__ bool more() const { return left_ > 0; }
 
   __device__ __forceinline__ PartElement next() {
@@ -74,7 +74,7 @@ class PartPlace {
   }
 
  private:
-  // Additions of the plan's numbers, where what they lead to would take multiplications.
+  // The products are the same at every step: a step takes additions, where new positions would take multiplications.
   __device__ __forceinline__ void move(std::int64_t images, std::int64_t spots) {
     image_ += images;
     spot_ += spots;
@@ -94,22 +94,22 @@ class PartPlace {
   std::int64_t spot_;
   std::int64_t offset_;
   std::int64_t position_;
-  int left_;  // positions of the chunk from the block's first thread on
+  int left_;  // positions left in the chunk, from the block's first thread on
   int row_;
 };
 
-// Elements that are read before the first of them is looked at. With an activation fewer, whose code is long.
+// Elements that a thread reads before it uses the first of them: fewer with an activation, whose code is long.
 template <typename Functor>
 constexpr int kPartAhead = Functor::kActivated ? 2 : 4;
 
-// What a functor reads of an element, as it lies in memory: a conversion would wait for it.
+// What a functor reads of an element, in the tensors' types: a conversion would wait for the load.
 template <typename scalar_t>
 struct PartValues {
   scalar_t value[kMaxInputs];
   unsigned char mask;
 };
 
-// Of padding nothing is read: whatever lies there does not matter.
+// Padding is not read: its contents do not matter.
 template <typename scalar_t, typename Functor>
 __device__ __forceinline__ PartValues<scalar_t> read_element(const Tensors& tensors, const PartPlace& place,
                                                              const PartElement& element) {
@@ -137,7 +137,7 @@ __device__ __forceinline__ void widen_values(const PartArgs& args, const PartPla
   }
 }
 
-// f(element, what the functor reads of it, in float64) for each of a thread's places, all threads of a block in step.
+// Calls f(element, its inputs in float64) for each of a thread's positions, equally often in all threads of a block.
 template <typename scalar_t, typename Functor, typename F>
 __device__ __forceinline__ void for_each_element(const PartArgs& args, PartPlace& place, F&& f) {
   constexpr int kAhead = kPartAhead<Functor>;

@@ -9,7 +9,7 @@ namespace bnext::cuda {
 namespace {
 
 constexpr int kWarp = 32;
-// As many blocks as keep a large device busy, but no more than there is work for, and sums that are merged quickly.
+// Enough blocks to keep a large device busy, but no more than there is work for, nor more sums than are merged quickly.
 constexpr std::int64_t kWantedBlocks = 1024;
 constexpr std::int64_t kMinSteps = 8;  // of a thread
 constexpr std::int64_t kMaxSplits = 256;

@@ -1,8 +1,8 @@
 // The sums of each channel over each part: a block adds up a chunk of a part for up to kPartChannels channels.
 //
-// In float64 throughout, so that no second look is needed, as the other kernel may take in float64. What is merged with
-// what, and in which order, depends on the plan alone. Bytes read: the functor's inputs where there is no padding, and
-// a byte of `valid` for each element, from L2 for all channels but the first.
+// All sums are in float64, so that no channel is reduced again, as may happen in the kernel of launch_plan.h. The order
+// of additions and merges depends on the plan alone. Bytes read: the functor's inputs where there is no padding, and a
+// byte of `valid` for each element, from L2 for all channels but the first.
 #pragma once
 
 #include "../common/channel_ops.h"
@@ -24,14 +24,14 @@ struct GradientSums {
   }
 };
 
-// What a thread, a block or all of them know of a channel's part. Moments are merged by Chan's formula (LocalStats),
-// for each thread shifts by a value of its own.
+// The partial result of a thread, a block or all blocks, for a channel of a part. Moments are merged by Chan's formula
+// (LocalStats), because each thread shifts by a value of its own.
 template <typename Op>
 using PartialOf = std::conditional_t<std::is_same_v<Op, TrainingForwardOp>, LocalStats, GradientSums>;
 static_assert(sizeof(LocalStats) == kPartialDoubles * sizeof(double) && sizeof(GradientSums) == sizeof(LocalStats));
 
-// A thread's first valid value is its shift: the squares of what is left are no larger than the sum of all squares of
-// distances from the mean, so that float64 holds them. An infinite one shifts nothing (common/samples.h).
+// A thread's first valid value is its shift: the square of a shifted value is at most twice the sum of all squares of
+// distances from the mean, so that float64 holds it. An infinite value shifts nothing (common/samples.h).
 __device__ __forceinline__ double first_shift(double value) { return is_finite(value) ? value : 0.0; }
 
 __device__ __forceinline__ LocalStats stats_of(const ChannelSums& sums, double count) {
@@ -40,8 +40,8 @@ __device__ __forceinline__ LocalStats stats_of(const ChannelSums& sums, double c
   return {count, moments.mean, moments.var * count};
 }
 
-// Merges those of the threads with the same threadIdx.x % columns, where a block has columns*rows threads and `rows` is
-// a power of two. The first `columns` threads return the result.
+// Merges the results of the threads with the same threadIdx.x % columns, where a block has columns*rows threads and
+// `rows` is a power of two. The first `columns` threads return the merged results.
 template <typename Partial>
 __device__ __forceinline__ Partial merge_rows(Partial mine, Partial* shared, int columns, int rows) {
   const int t = static_cast<int>(threadIdx.x);
@@ -57,7 +57,7 @@ __device__ __forceinline__ Partial merge_rows(Partial mine, Partial* shared, int
   return mine;
 }
 
-// `op` of a part: the statistics and gradients that it reads and writes.
+// `op` for one part, with its pointers moved on to the part's statistics and gradients.
 __device__ __forceinline__ TrainingForwardOp of_part(TrainingForwardOp op, std::int64_t part, std::int64_t C) {
   op.args.save_mean += 2 * part * C;
   if (op.args.save_invstd != nullptr) op.args.save_invstd += 2 * part * C;
@@ -74,7 +74,7 @@ __device__ __forceinline__ Data* advanced(Data* data, std::int64_t values, DType
   });
 }
 
-// The statistics that it is given, where there are several parts, are those that an earlier call has saved.
+// Where there are several parts, the given statistics are those that an earlier call has saved.
 __device__ __forceinline__ EvalForwardOp of_part(EvalForwardOp op, std::int64_t part, std::int64_t C) {
   const std::int64_t stats = 2 * part * C;
   op.args.running_mean.data = advanced(op.args.running_mean.data, stats, op.args.running_mean.dtype);
@@ -84,7 +84,7 @@ __device__ __forceinline__ EvalForwardOp of_part(EvalForwardOp op, std::int64_t 
   return op;
 }
 
-// Of several parts each has gradients of its own in the workspace.
+// Where there are several parts, each has gradients of its own in the workspace.
 __device__ __forceinline__ BackwardOp of_part(BackwardOp op, std::int64_t part, std::int64_t C) {
   op.args.save_mean += 2 * part * C;
   op.args.save_invstd += 2 * part * C;

@@ -29,8 +29,7 @@ class Accumulator {
     for (int p = 0; p < kP; ++p) first[p] = second[p] = 0.0;
   }
 
-  // Calls step(slot) for the slots [slot, end), one after another, each of which is to add a vector; flushes when the
-  // chains are full.
+  // Calls step(slot), which adds a vector, for each slot of [slot, end) in order, and flushes when the chains are full.
   template <typename Step>
   __device__ __forceinline__ void for_each(int slot, int end, Step&& step) {
     while (slot < end) {
@@ -53,7 +52,7 @@ class Accumulator {
     }
   }
 
-  // Before the sums are looked at.
+  // To be called before the sums are read.
   __device__ __forceinline__ void flush() {
     if constexpr (kChains) {
 #pragma unroll
@@ -92,7 +91,7 @@ class Accumulator {
     }
   }
 
-  // Outside the tile dy is zero, and so is what it adds.
+  // Lanes outside the tile are not tested for: their dy is zero, and so are their terms.
   __device__ __forceinline__ void add_activated(const Item& item) {
     constexpr int kAtOnce = kLanesAtOnce<scalar_t, kTile>;
     Inputs<scalar_t> in = {};
@@ -114,7 +113,7 @@ class Accumulator {
   }
 
   __device__ __forceinline__ void add_wide(Item item, int low, int high) {
-    // Where lanes have sums of their own, these are registers, and their number has to be known when compiling.
+    // Where lanes have sums of their own, these are registers, whose index must be a compile-time constant.
 #pragma unroll(kP)
     for (int e = 0; e < kN; ++e) {
       acc_t lane[kMaxInputs] = {};
@@ -166,8 +165,8 @@ __device__ __forceinline__ void merge_channel(const LaunchPlan& plan, const doub
   }
 }
 
-// Columns: first the threads that share them, upper rows giving to lower ones, again and again: half of them, as far as
-// the buffer has room; then the columns of each channel. own: double [2][tile_channels].
+// Columns: first a tree reduction over the rows of threads, in which the upper half adds to the lower half, or as many
+// rows as the buffer holds; then a sum over the columns of each channel. own: double [2][tile_channels].
 template <int kP>
 __device__ __forceinline__ void merge_columns(const LaunchPlan& plan, double (&first)[kP], double (&second)[kP],
                                               double* merge, double* own) {

@@ -1,7 +1,6 @@
 // The staging buffer: a thread's slots in shared memory, filled by asynchronous copies.
 //
-// A slot belongs to one thread, which fills it and reads it: waiting for its own copies is all the synchronisation
-// there is.
+// A slot belongs to one thread, which fills it and reads it. So a thread synchronises with nothing but its own copies.
 #pragma once
 
 #include <cuda_pipeline_primitives.h>
@@ -9,19 +8,19 @@
 #include "activation_lanes.cuh"
 #include "tile_iterator.cuh"
 
-// The shared memory of a launch. An emulation has its own.
+// The dynamic shared memory of a launch. The emulation defines a macro of its own.
 #if defined(__CUDACC__)
 #define BNEXT_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 
 namespace bnext::cuda {
 
-// What a call reads and writes, as the kernel's functors want it.
+// What a call reads and writes, in the order of the functors' inputs and results.
 struct Tensors {
   const void* in[kMaxInputs];  // input, grad_output, residual; null if not read
-  const unsigned char* mask;   // to be read; null: none, and likewise
-  void* out[2];                // output or grad_input, grad_residual
-  unsigned char* new_mask;     // to be written
+  const unsigned char* mask;   // to be read; null if there is none
+  void* out[2];                // output or grad_input, grad_residual; null if not wanted
+  unsigned char* new_mask;     // to be written; null if not wanted
 
   __device__ __forceinline__ bool maps() const { return out[0] != nullptr || out[1] != nullptr; }
 };
@@ -29,16 +28,16 @@ struct Tensors {
 struct KernelArgs {
   LaunchPlan plan;
   Tensors tensors;
-  Epilogue epilogue;  // says of residual and mask what the tensors do
+  Epilogue epilogue;  // has_residual and has_mask agree with the tensors
   unsigned char* workspace;
-  std::int64_t* count_batch;  // incremented by one thread; null: not here
+  std::int64_t* count_batch;  // incremented by one thread; null: not counted
 };
 
-// Of this thread's groups of copies, all but the last kGroups have landed.
+// Waits until all but the last kGroups of this thread's groups of copies have landed.
 template <int kGroups>
 __device__ __forceinline__ void wait_prior() {
   __pipeline_wait_prior(kGroups);
-  // No barrier follows, since no other thread looks: the compiler must not read a slot before the wait all the same.
+  // No barrier follows, since no other thread reads the slots; but the compiler must not move reads before the wait.
   asm volatile("" ::: "memory");
 }
 
@@ -50,11 +49,11 @@ constexpr bool kIsMasked = false;
 template <typename Functor>
 constexpr bool kIsMasked<Masked<Functor>> = true;
 
-// Reduce and Map: the functors that want the vectors. A plain one reads what it says; an activated one what there is.
+// Reduce and Map read the vectors. A plain functor reads what it declares; an activated one, what of it the call has.
 template <typename scalar_t, typename Reduce, typename Map>
 class StagingBuffer {
  public:
-  // Both of them at once, for what is kept. Forward's residual is not: the sums have no use for it.
+  // Both functors, for the inputs that are kept. Forward's residual is not kept: the sums do not read it.
   struct Either {
     static constexpr bool kReadsInput = Reduce::kReadsInput || Map::kReadsInput;
     static constexpr bool kReadsGrad = Reduce::kReadsGrad || Map::kReadsGrad;
@@ -72,7 +71,7 @@ class StagingBuffer {
   template <typename Functor, typename Where>
   __device__ __forceinline__ void request(int k, const Where& segment) const {
     if (reads_mask<Functor>() && !segment.empty()) {
-      // The word that the byte lies in, as less cannot be copied. A mask is a whole number of words.
+      // Copies the word that holds the byte: no less can be copied. A mask is a whole number of words.
       __pipeline_memcpy_async(mask_slot(k), tensors_.mask + (segment.mask & ~std::int64_t{3}), sizeof(unsigned));
     }
 #pragma unroll
@@ -99,7 +98,7 @@ class StagingBuffer {
     return item;
   }
 
-  // The same where nobody has requested what is not kept: that is loaded from global memory.
+  // The same where only the kept vectors were requested: the others are loaded from global memory.
   template <typename Functor>
   __device__ __forceinline__ Item load(int k, const Segment<scalar_t>& segment) const {
     const bool kept = k < plan_.kept;
@@ -116,7 +115,7 @@ class StagingBuffer {
   }
 
  private:
-  // With a mask the input may be missing in backward.
+  // Whether a functor's input is always there: in backward with a mask it may be missing.
   template <typename Functor>
   static constexpr bool kAlwaysInput = kIsMasked<Functor> || !(Functor::kActivated && Functor::kReadsGrad);
 
@@ -132,8 +131,8 @@ class StagingBuffer {
     return Functor::kActivated && Functor::kReadsGrad && (kIsMasked<Functor> || epilogue_.has_mask);
   }
 
-  // The slots of the inputs lie one behind another: the input's, grad_output's, the residual's, as far as the call has
-  // them.
+  // The inputs' slots follow one another: those of the input, of grad_output and of the residual, as far as the call
+  // has them.
   template <typename Functor>
   __device__ __forceinline__ uint4* slot(int k, int input) const {
     unsigned char* const first = slots_ + k * plan_.shared.slot;
@@ -143,7 +142,7 @@ class StagingBuffer {
     return reinterpret_cast<uint4*>(input == 1 && second ? first + plan_.shared.region : first);
   }
 
-  // The word that the vector's byte lies in.
+  // The slot of the word that holds the vector's byte.
   __device__ __forceinline__ unsigned* mask_slot(int k) const { return mask_slots_ + k * plan_.workers; }
 
   const LaunchPlan& plan_;
@@ -168,13 +167,13 @@ class Ring {
     for (int r = 0; r < kRingSlots; ++r) request(first_ + r, r < left_);
   }
 
-  // The slot of the next vector, which has arrived.
+  // Waits for the next vector, and returns its slot.
   __device__ __forceinline__ int wait() const {
     wait_prior<kRingSlots - 1>();
     return slot_;
   }
 
-  // The vector has been read: its slot is for the next one.
+  // Requests another vector into the slot, after the slot's vector has been read.
   __device__ __forceinline__ void refill() {
     request(slot_, left_ > kRingSlots);
     slot_ = slot_ + 1 == first_ + kRingSlots ? first_ : slot_ + 1;
@@ -231,8 +230,8 @@ class ResidualStream {
   Words next_[kAhead];
 };
 
-// Waits until what has been read is there, but for the groups of copies committed last, as many as the stages after
-// this one.
+// Waits for the copies of all stages up to this one. A stage is one group of copies: those of later stages may still be
+// in flight.
 __device__ __forceinline__ void wait_for_stage(int stage) {
   static_assert(kLoadStages == 4);
   switch (stage) {

@@ -8,8 +8,7 @@
 
 namespace bnext::cuda {
 
-// The columns of one tile. What follows from its number is computed where it is wanted, rather than held in registers
-// all the time.
+// The columns of one tile. What follows from the tile's number is computed at each use, rather than held in registers.
 struct TileSpan {
   std::int64_t tile;
 
@@ -26,14 +25,14 @@ struct TileSpan {
   }
 };
 
-// kWhole: the plan promises whole vectors, which are counted in 32 bits; else elements are.
+// kWhole: the plan promises whole vectors, which are counted in 32 bits. Otherwise elements are counted, in 64 bits.
 template <typename scalar_t, Tile kTile, bool kWhole>
 class TileIterator {
   static constexpr int kN = kLanes<scalar_t>;
   static constexpr int kUnit = kWhole ? kN : 1;
-  static constexpr bool kParts = kTile == Tile::kChannel;  // a thread keeps to its columns elsewhere
+  static constexpr bool kParts = kTile == Tile::kChannel;  // elsewhere a thread stays in its columns
   using Index = std::conditional_t<kWhole, unsigned, std::int64_t>;
-  using Count = std::conditional_t<kWhole, int, std::int64_t>;  // divisions of 64 bits take a hundred instructions
+  using Count = std::conditional_t<kWhole, int, std::int64_t>;  // 64-bit divisions take a hundred instructions
 
  public:
   __device__ __forceinline__ TileIterator(const LaunchPlan& plan, const TileSpan& span, std::int64_t tile, int rank,
@@ -95,8 +94,8 @@ class TileIterator {
       const std::int64_t column = kParts ? (std::int64_t{part_} * plan_.threads_x + x) * kN : x * kN;
       const std::int64_t row = at_ - column;  // its first element
       const std::int64_t end = row + span_.width(plan_) < plan_.numel ? row + span_.width(plan_) : plan_.numel;
-      // A single channel may begin anywhere: its vectors are cut where memory has its words. Columns are cut from the
-      // tile's first one on.
+      // A single channel may begin anywhere: its vectors are cut at 16-byte boundaries. Columns are cut into vectors
+      // from the tile's first one on.
       const std::int64_t offset = (kTile == Tile::kChannel ? row - row % kN : row) + column;
       const int low = within(row - offset);
       const int high = within(end - offset);
@@ -112,7 +111,7 @@ class TileIterator {
   const LaunchPlan& plan_;
   const TileSpan& span_;
   int items_;
-  Index at_;    // its vector
+  Index at_;    // the vector, in units of kUnit elements
   Index mask_;  // the vector's byte in a mask
   int part_;
 };

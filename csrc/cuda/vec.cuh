@@ -23,8 +23,8 @@ constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(scalar_t));
 template <typename scalar_t, typename acc_t>
 constexpr bool kIsOpmath = std::is_same_v<acc_t, opmath_t<scalar_t>>;
 
-// One element, and two 16-bit ones that share a register: one instruction or two on the device, with the roundings of
-// common/half.h.
+// Conversions of one element, and of two 16-bit ones in a register: one or two instructions on the device, with the
+// rounding of common/half.h.
 __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ double widen(double value) { return value; }
 __device__ __forceinline__ float widen(BFloat16 value) { return to_float(value); }
@@ -47,9 +47,9 @@ __device__ __forceinline__ unsigned narrow_pair(float low, float high, Half) {
 __device__ __forceinline__ unsigned narrow_pair(float low, float high, BFloat16) {
   return same_bits<unsigned>(__floats2bfloat162_rn(low, high));
 }
-// The bits of a result of float32 arithmetic, as an integer: a NaN has no sign.
+// The bits of a result of float32 arithmetic as an integer: the device sets no sign bit in a NaN.
 __device__ __forceinline__ int unsigned_nan_bits(float result) { return __float_as_int(result); }
-// Both integers saturated to two bits, from -2 to 1: the low one below the high one, and `above` moved up over them.
+// Both integers saturated to two bits, [-2, 1]: `low` in bits 0 and 1, `high` in bits 2 and 3, `above` shifted up by 4.
 __device__ __forceinline__ unsigned saturate_pair(int high, int low, unsigned above) {
   unsigned packed;
   asm("cvt.pack.sat.s2.s32.b32 %0, %1, %2, %3;" : "=r"(packed) : "r"(high), "r"(low), "r"(above));
@@ -79,7 +79,7 @@ struct Words {
   unsigned word[kVectorBytes / sizeof(unsigned)];
 };
 
-// A vector's lanes, widened, and back.
+// A vector's lanes, widened. narrow_lanes is the inverse.
 template <typename scalar_t>
 __device__ __forceinline__ void widen_lanes(const Words& vec, opmath_t<scalar_t> (&lanes)[kLanes<scalar_t>]) {
   if constexpr (sizeof(scalar_t) == 2) {
@@ -101,7 +101,7 @@ __device__ __forceinline__ void widen_lanes(const Words& vec, opmath_t<scalar_t>
   }
 }
 
-// The first lane, widened; the others move down by one, and it becomes the last.
+// Returns the first lane, widened, and rotates the vector by one lane: the first lane becomes the last.
 template <typename scalar_t>
 __device__ __forceinline__ opmath_t<scalar_t> take_lane(Words& vec) {
   opmath_t<scalar_t> lanes[kLanes<scalar_t>];
@@ -140,8 +140,8 @@ __device__ __forceinline__ Words narrow_lanes(const opmath_t<scalar_t> (&lanes)[
   return vec;
 }
 
-// Where a vector lies: which of its lanes belong to the tile, [low, high), and the byte that a mask has for it.
-// `whole`: all of them, and the vector can be moved as one word.
+// Where a vector lies, which of its lanes belong to the tile, [low, high), and where its byte of a mask lies.
+// `whole`: all lanes belong to the tile, and the vector can be moved as one word.
 template <typename scalar_t>
 struct Segment {
   std::int64_t offset;  // in elements
@@ -156,7 +156,7 @@ struct Segment {
   }
 };
 
-// The same where the plan promises that every vector is whole, and counts them in 32 bits.
+// The same where the plan promises that every vector is whole, and that 32 bits count them.
 template <typename scalar_t>
 struct WholeSegment {
   unsigned vector;
@@ -164,7 +164,7 @@ struct WholeSegment {
   static constexpr int low = 0;
   static constexpr int high = kLanes<scalar_t>;
   static constexpr bool whole = true;
-  static constexpr std::int64_t offset = 0;  // not looked at
+  static constexpr std::int64_t offset = 0;  // unused
 
   __device__ __forceinline__ static constexpr bool empty() { return false; }
   __device__ __forceinline__ const uint4* word(const void* data) const {
@@ -196,7 +196,7 @@ __device__ __forceinline__ Words load_vec(const void* data, const Where& segment
   return words_of(segment.whole ? __ldg(segment.word(data)) : load_lanes(static_cast<const scalar_t*>(data), segment));
 }
 
-// Of global memory, which the compiler does not know of an address that it cannot follow.
+// Stores to global memory, stated because the compiler cannot tell the address space of an opaque address.
 __device__ __forceinline__ void store_word(uint4* to, const Words& vec) {
 #if defined(__CUDACC__)
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(vec.word[0]), "r"(vec.word[1]),
@@ -207,13 +207,13 @@ __device__ __forceinline__ void store_word(uint4* to, const Words& vec) {
 #endif
 }
 
-// `streams`: results that are too large for whoever reads them next to find them in L2 should not push out what will be
+// `streams`: the results are too large for their next reader to find them in L2, and should not evict data that will be
 // read again.
 template <typename scalar_t, typename Where>
 __device__ __forceinline__ void store_vec(void* data, const Where& segment, const Words& vec, bool streams) {
   if (segment.whole) {
     auto* to = const_cast<uint4*>(segment.word(data));
-    asm volatile("" : "+l"(to));  // or the address would be computed for each of the two
+    asm volatile("" : "+l"(to));  // otherwise each of the two branches would compute the address
     if (streams) {
       __stcs(to, uint4{vec.word[0], vec.word[1], vec.word[2], vec.word[3]});
     } else {

@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <type_traits>
 
-// After the system's headers, before our own: what the kernels inline must be compiled for the same instructions,
-// and nothing else may be.
+// After the system's headers, before our own: functions that the kernels inline must be compiled for the same
+// instruction set, and no others may be.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("arch=x86-64-v3"))), apply_to = function)
 #else

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kIsas = 3;
 
-// Filled only for those in available_isas().
+// Only the tables of available_isas() are filled.
 const KernelTable* table_of(Isa isa) {
   static const auto tables = [] {
     struct Tables {

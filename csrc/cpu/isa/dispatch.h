@@ -11,7 +11,7 @@ enum class Isa { kDefault, kAvx2, kAvx512 };
 
 const char* isa_name(Isa isa);
 
-// Those that this build holds and this processor runs, slowest first.
+// The instruction sets that this build holds and this processor runs, slowest first.
 std::vector<Isa> available_isas();
 
 // The one in use: the fastest available, unless BNEXT_CPU_ISA or use_isa chose another.
