@@ -122,12 +122,12 @@ def run_measure(arguments: argparse.Namespace) -> int:
         raise InputError("nothing to measure: no chosen suite has the chosen layout, operation, model and size")
     make_writable(arguments.output)
     if arguments.touched and not is_touched(os.environ):
-        # Replaced by a process whose malloc, which looks at them at its start only, finds the variables.
+        # malloc reads its variables only when a process starts, so a new process replaces this one.
         command = [sys.executable, "-m", "benchmarks", *arguments.argv]
         os.execve(sys.executable, command, {**os.environ, **TOUCHED})
 
-    # Here, so that report, --help and bad input need no torch, no bnext and no second.
-    import benchmarks.pictures  # noqa: F401, to find out before the minutes of measuring that pandas is missing
+    # Imported here, so that report, --help and bad input need neither torch nor bnext, and are fast.
+    import benchmarks.pictures  # noqa: F401, to notice a missing pandas before the minutes of measuring
     from benchmarks.measure import Device, Outcome, measure, total_work
     from benchmarks.progress import ProgressBar
 
@@ -150,7 +150,7 @@ def run_measure(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         interrupted = True
     finally:
-        # Also where a provider fails with an error of its own: what was measured before it stays.
+        # Also where a provider raises an error of its own: what was measured before is kept.
         if outcome.rows:
             save_rows(file, outcome.rows)
         for note in outcome.notes:
@@ -195,7 +195,7 @@ def run_numerics(arguments: argparse.Namespace) -> int:
 
 
 def show_numerics(file: Path, results: Any) -> int:
-    """Write the page beside the file, print the table, name the rows that miss the bar, and choose the exit status."""
+    """Write the page beside the file, print the table and the rows that miss the bar, and return the exit status."""
     from benchmarks.numerics_report import page
     from benchmarks.tables import print_markdown
 
@@ -240,7 +240,7 @@ def run_pictures(arguments: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["tuning"]:
-        from studies.tuning.__main__ import main as tuning  # what it needs is needed by nothing else
+        from studies.tuning.__main__ import main as tuning  # nothing else needs its dependencies
 
         return tuning(arguments[1:])
     return run_command(make_parser(), arguments, default="measure")

@@ -1,4 +1,5 @@
-"""What bnext is accepted with: how close to a copy of the same bytes it has to be on a GPU, how much faster than torch.
+"""The acceptance limits: how close to a copy of the same bytes bnext has to be on a GPU, and how much faster than
+torch.
 
 Documents call each of these limits a bar.
 """
@@ -39,12 +40,12 @@ def on_gpu(table: pd.DataFrame) -> pd.Series:
 
 
 def has_bars(table: pd.DataFrame) -> pd.Series:
-    """On a CPU there are none for a plain batch norm."""
+    """On a CPU a plain batch norm has none."""
     return on_gpu(table) | table["fused"]
 
 
 def copy_limits(table: pd.DataFrame) -> pd.Series:
-    """The bar is about the device's own time on the tensors of one network; NaN elsewhere."""
+    """The limits on multiples of the copy's time, for the device's own time on one network's tensors; NaN elsewhere."""
     listed = (table["suite"] == COPY_SUITE) & (table["dtype"] == COPY_DTYPE) & (table["mode"] == GRAPH)
     return table["op"].astype(str).map(COPY_LIMITS).where(listed)
 
@@ -61,7 +62,7 @@ def verdicts(table: pd.DataFrame) -> pd.DataFrame:
     }
     parts = [pd.DataFrame({"bar": bar, "value": value, "limit": limit}) for bar, (value, limit) in measured.items()]
     found = pd.concat(parts).dropna().sort_index(kind="stable")
-    # Against the copy it is how many times its time, which is to be small; otherwise how many times faster.
+    # Against the copy the value is a multiple of its time, which has to be small; otherwise it is a speed-up.
     found["passed"] = (found["value"] <= found["limit"]).where(found["bar"] == COPY, found["value"] >= found["limit"])
     return found
 
@@ -79,7 +80,7 @@ def summary(found: pd.DataFrame) -> str:
 def mean_verdicts(table: pd.DataFrame) -> list[str]:
     """One line per bar for a geometric mean on a GPU: against the copy in each layout, of fused layers in each suite.
 
-    torch.compile's is there where it was measured on all shapes.
+    The line for torch.compile exists only where torch.compile was measured on all shapes.
     """
     table = table[on_gpu(table)].assign(op=lambda gpu: gpu["op"].astype(str))
     lines = []

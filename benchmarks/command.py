@@ -1,4 +1,4 @@
-"""What the commands share: how they complain, where they write, how they start processes, and how they end.
+"""What the commands share: error messages, places to write to, processes, and exit status.
 
 Exit status: what the command says; 2 on bad input; 130 on Ctrl-C.
 """
@@ -20,7 +20,7 @@ from benchmarks.rows import InputError
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
+    """Reports an error in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -67,7 +67,7 @@ def add_report_options(parser: argparse.ArgumentParser, default: Path) -> None:
 
 
 def make_writable(folder: Path) -> None:
-    """Find out before the minutes of measuring, not after, that the results have no place."""
+    """Create the folder of the results, to fail before the minutes of measuring and not after."""
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise InputError(f"cannot write to the folder {folder}")
@@ -80,7 +80,7 @@ def error_summary(error: BaseException) -> str:
 
 
 def end_with_parent(number: int) -> None:
-    """This process is sent a signal when the one that started it ends, however that came about."""
+    """Have this process sent a signal when its parent ends, in whatever way."""
     parent = parent_process()
 
     def wait_for_parent() -> None:
@@ -94,9 +94,9 @@ def end_with_parent(number: int) -> None:
 def process_pool(
     count: int, begin: Callable[..., None], *arguments: Any, preload: Sequence[str] = ()
 ) -> Iterator[ProcessPoolExecutor]:
-    """So many processes at most, which first begin with the arguments; none is left at the end of the block.
+    """At most ``count`` processes, each of which first calls ``begin``; all have ended after the block.
 
-    They are spawned, or forked from a process that has imported the modules ``preload`` and done nothing else.
+    They are spawned, or forked from a process that has only imported the modules ``preload``.
     """
     context = get_context("forkserver" if preload else "spawn")
     if preload:
@@ -105,7 +105,7 @@ def process_pool(
     with ProcessPoolExecutor(count, context, begin, arguments) as pool:
         try:
             yield pool
-            pool.shutdown()  # what is idle ends by itself, and cleans up
+            pool.shutdown()  # idle processes end by themselves, and clean up
         finally:
             for child in active_children():
                 if child not in others:
@@ -113,7 +113,8 @@ def process_pool(
 
 
 def submit(pool: ProcessPoolExecutor, function: Callable[..., Any], *arguments: object) -> Future[Any]:
-    """Call it in one of the processes. They never see Ctrl-C, which reaches all of a terminal: the parent ends them."""
+    """Call a function in one of the processes. They ignore Ctrl-C, which a terminal sends to all: the parent ends
+    them."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return pool.submit(function, *arguments)
@@ -125,7 +126,7 @@ def submit(pool: ProcessPoolExecutor, function: Callable[..., Any], *arguments: 
 def processes(
     function: Callable[..., Any], calls: Collection[tuple[Any, ...]], begin: Callable[..., None], *arguments: Any
 ) -> Iterator[Collection[Future[Any]]]:
-    """A new process for each call, which first begins with the arguments; none is left at the end of the block."""
+    """A new process for each call, which first calls ``begin``; all have ended after the block."""
     with process_pool(len(calls) or 1, begin, *arguments) as pool:
         yield [submit(pool, function, *call) for call in calls]
 
@@ -141,7 +142,7 @@ def run_command(parser: OneLineParser, arguments: Sequence[str], default: str) -
         status: int = parsed.run(parsed)
         return status
     except BrokenPipeError:
-        # The reader of a pipe, such as head, has seen enough; what is buffered for it has nowhere to go.
+        # The reader of the pipe, such as head, has closed it: buffered output cannot be written any more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:

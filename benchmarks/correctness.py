@@ -1,4 +1,4 @@
-"""Whether a result is right: it may be about as far from a more precise one as torch's own eager one is."""
+"""Whether a result is right: its error against a more precise one may be about as large as that of eager torch."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -10,21 +10,23 @@ from benchmarks.operators import BatchNorm, Provider, Tensors, eager, forward, r
 from benchmarks.suites import BY_HAND, Case
 from benchmarks.traffic import Epilogue
 
-# Computations that round in different places are about as far from the truth as each other; of the few numbers of a
-# loss curve or of a parameter's gradient one may be lucky.
+# Computations that round in different places have errors of about the same size. But a loss curve or a parameter's
+# gradient has few numbers, whose errors may be small by chance.
 FACTOR = 4
 
-# Where a ReLU's argument, or the lead of a maximum, is within rounding of zero, two right computations take different
-# sides, which shows more than all their rounding in float32: in the mean over ResNet-50's losses at batch 8 a 1e-5 was
-# seen where it is otherwise 1e-7, and this leaves room for some more. In 16 bits torch has its share of them as well.
-# So far apart may the sums of a million elements be, too, that are added in plain float32 in different orders.
+# Where a ReLU's argument, or the difference of two candidates for a maximum, is within rounding of zero, two right
+# computations may take different branches. In float32 this shows more than all rounding: the mean over ResNet-50's
+# losses at batch 8 differed by 1e-5 where it otherwise differs by 1e-7, and the tolerance allows for some more. In 16
+# bits torch's results differ as much. Sums of a million elements in plain float32, in different orders, may also differ
+# by this much.
 TOLERANCE = 1e-4
 FLOAT64_TOLERANCE = 1e-11
 
-# Of larger tensors as many channels as have so many elements: float64 takes a CPU a quarter of a second for them.
+# Of larger tensors only as many channels are checked as have so many elements: in float64 they take a CPU a quarter of
+# a second.
 CHECKED_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 
-# Results of the data's size.
+# The results that have the data's size.
 DATA = ("output", "eval output", "grad_input", "grad_residual")
 
 # Where an activation's derivative jumps. A pre-activation that is closer to such a kink than KINK may be on either side
@@ -34,7 +36,7 @@ KINK = 2.0**-5
 
 
 class MismatchError(Exception):
-    """A provider's result differs from the right one by more than rounding explains; the message is one line."""
+    """A provider's result differs from the right one by more than rounding explains; the message has one line."""
 
 
 def require_as_close(
@@ -44,11 +46,12 @@ def require_as_close(
     reference: Mapping[str, Tensor],
     reduce: Callable[[Tensor], Tensor],
 ) -> None:
-    """Raise MismatchError, ``what`` with the tensor's name in its braces, at the first that is too far off.
+    """Raise MismatchError at the first tensor that is too far off; its message is ``what``, formatted with the tensor's
+    name.
 
-    The error of a tensor is reduced from its elements', by ``torch.amax`` or, where one of them on the other side of a
-    kink must not count alone, by ``torch.mean``; its unit is the mean size of the elements. It is at most ``FACTOR``
-    times that of torch, or of a rounding of each element, or ``TOLERANCE``. NaN is close to nothing.
+    The error of a tensor is the largest of its elements (``torch.amax``), or their mean (``torch.mean``) where a single
+    element on the other side of a kink must not decide, relative to the mean size of the elements. It may be at most
+    ``FACTOR`` times that of torch, or of a rounding of each element, or ``TOLERANCE``. NaN is never close.
     """
     for name, expected in reference.items():
         tensor, exact = actual[name], expected.double()
@@ -63,7 +66,7 @@ def require_as_close(
 
 
 def away_from_kinks(epilogue: Epilogue, tensors: Tensors) -> Tensors:
-    """The arguments with a grad_output that is 0 near a kink, so that what one element does counts alone."""
+    """The arguments with a grad_output that is 0 near a kink, so that elements there do not contribute."""
     if epilogue.act not in KINKS:
         return tensors
     statistics = tensors.running_mean.clone(), tensors.running_var.clone()
@@ -76,7 +79,7 @@ def away_from_kinks(epilogue: Epilogue, tensors: Tensors) -> Tensors:
 class Checker:
     """Compares batch norms with float64, in the first channel, the last, and others evenly between them.
 
-    ``right``: what is computed in float64, and how torch does it; None: torch's operators.
+    ``right``: the function that is computed in float64, and by torch for comparison; None: torch's operators.
     """
 
     def __init__(self, case: Case, tensors: Tensors, right: BatchNorm | None = None) -> None:
@@ -91,7 +94,7 @@ class Checker:
         self._reference, self._torchs = (results(right or eager(case.epilogue), given) for given in (precise, some))
 
     def _some(self, tensor: Tensor) -> Tensor:
-        """The channels that are looked at, of data or of a parameter."""
+        """The channels of data or of a parameter that are checked."""
         return tensor.detach().index_select(min(tensor.dim() - 1, 1), self._index)
 
     def check(self, provider: Provider) -> None:
@@ -100,7 +103,7 @@ class Checker:
             actual = results(provider.function, self._tensors)
         where = f"{self._case}: {{}} of {provider.name}"
         for name in DATA:
-            # What is written by hand may have gradients of another layout.
+            # Implementations by hand may return gradients in another layout.
             if name in actual and not provider.name.endswith(BY_HAND):
                 require_kind(where.format(name), actual[name], self._tensors.input)
         found = {name: self._some(tensor) for name, tensor in actual.items()}
@@ -108,7 +111,7 @@ class Checker:
 
 
 def require_kind(what: str, actual: Tensor, input: Tensor) -> None:
-    """Results of the data's size have the input's dtype, shape and layout."""
+    """Raise MismatchError unless results of the data's size have the input's dtype, shape and layout."""
     for name in ("dtype", "shape"):
         if getattr(actual, name) != getattr(input, name):
             raise MismatchError(f"{what} has {name} {getattr(actual, name)}, not {getattr(input, name)}")

@@ -9,7 +9,7 @@ from benchmarks.rows import InputError, write_atomically
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
-# The blocks that are not of rows.
+# The blocks that are not made from rows.
 NUMERICS, TUNING, TUNING_RANGE = "numerics", "tuning", "tuning:range"
 
 
@@ -18,7 +18,7 @@ def markers(name: str) -> tuple[str, str]:
 
 
 def rewritten(text: str, name: str, block: str) -> str:
-    """The document with another block; raises InputError where it has no single place for it."""
+    """The document with a block replaced; raises InputError unless it has exactly one place for the block."""
     begin, end = markers(name)
     changed, places = re.subn(f"{begin}.*?{end}", lambda _: f"{begin}\n{block}\n{end}", text, flags=re.DOTALL)
     if places != 1:
@@ -27,7 +27,8 @@ def rewritten(text: str, name: str, block: str) -> str:
 
 
 def update(command: str, path: Path, new: Mapping[str, str], check: bool) -> int:
-    """Bring a document's blocks up to date, or with ``check`` only look; say what was found, choose the exit status."""
+    """Update a document's blocks, or with ``check`` only compare them; print what was found, and return the exit
+    status."""
     text = changed = path.read_text(encoding="utf-8")
     for name, block in new.items():
         changed = rewritten(changed, name, block)

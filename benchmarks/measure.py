@@ -1,4 +1,4 @@
-"""The run: the providers of every case are checked, then timed in turn, on whatever device."""
+"""The run: the providers of every case are checked, then timed in turn, on any device."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -32,7 +32,7 @@ from benchmarks.training import Made, ModelChecker
 from benchmarks.variants import functions
 from benchmarks.walk import Walk
 
-Progress = Callable[[str, float], None]  # (what is being done, work that has been finished by it)
+Progress = Callable[[str, float], None]  # (what is being done, work finished since the last call)
 Context = Callable[[], AbstractContextManager[object]]
 Fields = dict[str, Any]  # of a row
 
@@ -45,25 +45,26 @@ class Outcome:
 
     rows: list[Row] = field(default_factory=list)
     mismatches: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # what could not be measured and is not bnext's fault
+    notes: list[str] = field(default_factory=list)  # what could not be measured, through no fault of bnext
 
 
 class Device:
-    """What cases are measured on: the CPU, by calls from Python, by the host's clock, on one set of tensors.
+    """The device that cases are measured on: here the CPU, with calls from Python, the host's clock and one set of
+    tensors.
 
-    cuda.measure.Gpu does all of this otherwise.
+    cuda.measure.Gpu overrides all of this.
     """
 
     name = "cpu"  # whose suites are measured
     tensors = "cpu"  # torch's name of it
-    trains_apart = True  # each trained model in a process of its own, not all in this one
+    trains_apart = True  # each model trains in a process of its own
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """Write to as much memory as the largest cases use at once, and give it back.
+        """Write to as much memory as the largest cases use at once, and free it.
 
-        A virtual machine gets its memory from the host when it first writes to it, which takes twenty times as long as
-        the system's own page fault; the case that happened to come first would pay for that.
+        A virtual machine gets its memory from the host at the first write, which takes twenty times as long as the
+        guest's own page fault; otherwise the first case would pay for it.
         """
         torch.zeros(WARM_BYTES, dtype=torch.uint8).fill_(1)
         yield
@@ -75,7 +76,7 @@ class Device:
         return (CLOCK,)
 
     def make_sets(self, case: Case) -> list[Tensors]:
-        """As many sets of tensors as an operation goes round at the most."""
+        """As many sets of tensors as any operation rotates through."""
         return [make_tensors(case)]
 
     def sets(self, operation: str, case: Case) -> int:
@@ -85,7 +86,7 @@ class Device:
         return floor_call(operation, tensors)
 
     def stopwatch(self, mode: str, calls: Sequence[Call], context: Context, moved: int) -> tuple[Stopwatch, Fields]:
-        """Of one call on each set of tensors, which moves so many bytes, ready to be timed."""
+        """A stopwatch, ready to be used, of one call on each set of tensors; a call moves ``moved`` bytes."""
         (call,) = calls
         return Timer(call), {}
 
@@ -94,7 +95,7 @@ class Device:
 
 
 class BatchNorms:
-    floors: tuple[str, ...] = (COPY,)  # timed beside the providers, without a check
+    floors: tuple[str, ...] = (COPY,)  # timed beside the providers, and not checked
 
     def __init__(self, case: Case, device: Device, right: BatchNorm | None = None) -> None:
         self._case = case
@@ -117,12 +118,12 @@ class BatchNorms:
             calls = [self._device.copy_call(operation, case, tensors) for tensors in sets]
             stopwatch, how = self._device.stopwatch(mode, calls, nullcontext, moved)
             return stopwatch, {**fields, **how, "plan": ""}
-        with made.context():  # for backward this makes the graphs
+        with made.context():  # for backward this builds the graphs
             calls = [provider_call(operation, made.function, tensors) for tensors in sets]
             if operation == "forward" and case.epilogue.act:
                 fields |= held(made.function, sets[0])
         stopwatch, how = self._device.stopwatch(mode, calls, made.context, moved)
-        # How bnext's kernels were launched, which only they say.
+        # How bnext's kernels were launched: only bnext reports it.
         return stopwatch, {**fields, **how, **({} if made.name.startswith(BNEXT) else {"plan": ""})}
 
 
@@ -137,7 +138,8 @@ class Variants(BatchNorms):
         return Provider(provider, self._functions[provider])
 
     def check(self, provider: str, made: Any) -> None:
-        """But for batch norm of the whole tensor, whose results are others; the other suites check that."""
+        """Check the providers, except batch norm of the whole tensor: its results are different, and other suites check
+        it."""
         if provider != WHOLE:
             super().check(provider, made)
 
@@ -146,7 +148,7 @@ class Models(ModelChecker):
     floors: tuple[str, ...] = ()
 
     def __init__(self, case: Case, device: Device, alive: ExitStack) -> None:
-        """The processes that models train in, if they do so apart, end with ``alive``."""
+        """The processes that models train in, on a device that has such processes, end with ``alive``."""
         torch.compiler.reset()  # after a few models of the same classes torch would refuse to compile another one
         self._apart = device.trains_apart and STEP in case.operations
         self._on = device
@@ -170,8 +172,7 @@ class Models(ModelChecker):
         return stopwatch, {**how, **fields}
 
     def examine(self, provider: str, made: Any) -> None:
-        """The peak of memory, and where the time goes or what is allocated; raises what is raised in the process, where
-        that fails."""
+        """The peak of memory, and where the time goes or what is allocated; raises what the process raises."""
         if self._apart and SUITES[self._on.name][self._case.suite].allocations:
             self._examined[provider] = {"peak_bytes": made.peak(), **made.allocations()}
         elif self._apart:
@@ -181,17 +182,17 @@ class Models(ModelChecker):
                 self._examined[provider] = {"peak_bytes": process.peak()}
 
     def counted(self, name: str, made: Any) -> Fields:
-        """What is known when it has been timed."""
+        """Fields that are known only after timing."""
         faults = {"page_faults": made.page_faults} if isinstance(made, TrainerProcess) else {}
         return {**faults, **self._examined.get(name, {})}
 
 
-# What is measured of one case: makes its providers, knows their right results, and what one call is.
+# What is measured of one case: it makes the providers, knows the right results, and defines a call.
 Subject = BatchNorms | Models | Walk
 
 
 def total_work(cases: Sequence[Case], device: Device) -> float:
-    """Of the time budget, and of the progress bar."""
+    """The work of all cases, in units of the time budget and the progress bar."""
     return sum(
         check_work(case, device.name)
         + len(device.modes(case)) * sum(operation_work(op, case, device.name) for op in case.operations)
@@ -210,7 +211,7 @@ def measure(
 ) -> None:
     """Check and time the cases within about ``seconds``, or with a fixed number of rounds.
 
-    What goes wrong is an entry in ``outcome.mismatches``, or in ``outcome.notes`` where it is not bnext's fault.
+    An error is recorded in ``outcome.mismatches``, or in ``outcome.notes`` where it is not bnext's fault.
     ``threads=None`` takes the suite's own number, or torch's.
     """
     usual = threads or torch.get_num_threads()
@@ -223,9 +224,9 @@ def measure(
 
 
 def is_required(case: Case, provider: str, checked: Mapping[str, Any]) -> bool:
-    """Whether it is an error, and not a note, where a provider fails.
+    """Whether a failure of the provider is an error, and not a note.
 
-    Where torch's own layers cannot be compiled either it is the compiler that is missing.
+    Where torch's own layers cannot be compiled either, there is no working compiler.
     """
     if provider.endswith(COMPILE):
         return provider != TORCH_COMPILE and (TORCH_COMPILE in checked or TORCH_COMPILE not in case.providers)
@@ -250,7 +251,7 @@ class Run:
                 subject = self.subject(case, alive)
             except ModuleNotFoundError as error:
                 self.report(f"{case.suite} {case.model} is left out: {error}", False)
-            except Exception as error:  # no memory, or whatever torch raises: the next case may be fine
+            except Exception as error:  # out of memory, or any error of torch: the next case may succeed
                 self.report(f"{case}: torch failed: {error_summary(error)}", True)
             else:
                 checked = self.check(case, subject)
@@ -271,11 +272,12 @@ class Run:
         return Walk(case) if case.operations[0] in WALKS else Models(case, self.device, alive)
 
     def check(self, case: Case, subject: Subject) -> dict[str, Any]:
-        """The providers to be timed: of a batch norm none where bnext is wrong, or it or the first one fails.
+        """The providers to be timed: none of a batch norm where bnext is wrong, or where bnext or the first provider
+        fails.
 
-        torch's own are timed even where they are further from right, with a note: on a CPU, for one, torch.compile
-        keeps statistics in the data's dtype from forward to backward. That is how torch is; but in training all are to
-        learn the same.
+        torch's own providers are timed even where their errors are larger, with a note: for example, torch.compile on a
+        CPU keeps statistics in the data's dtype from forward to backward. In training, all providers must compute the
+        same losses.
         """
         checked: dict[str, Any] = {}
         for provider in case.providers:
@@ -288,7 +290,7 @@ class Run:
                 self.report(str(error), not as_it_is)
                 if not as_it_is:
                     continue
-            except Exception as error:  # no memory, or whatever torch or a compiler raises: others may be fine
+            except Exception as error:  # out of memory, or any error of torch or a compiler: others may succeed
                 message = f"{case}: {provider} failed: {error_summary(error)}"
                 self.report(message, is_required(case, provider, checked))
                 continue
@@ -296,23 +298,23 @@ class Run:
         return checked if case.model or {case.providers[0], BNEXT} <= checked.keys() else {}
 
     def examine(self, case: Case, subject: Models, checked: Mapping[str, Any]) -> None:
-        """Each in a process of its own."""
+        """Examine each provider in a process of its own."""
         if self.device.tensors == "cuda":
-            torch.cuda.empty_cache()  # the other process needs as much of the device as this one did
+            torch.cuda.empty_cache()  # the other process needs as much of the device's memory as this one did
         for provider, made in checked.items():
             self.progress(f"{case} memory and shares {provider}", 0)
             try:
                 subject.examine(provider, made)
-            except Exception as error:  # whatever torch raises there; or the process was killed, where memory ran out
+            except Exception as error:  # any error of torch there; or the process was killed, out of memory
                 self.report(f"{case}: no peak memory of {provider}: {error_summary(error)}", False)
 
     def time(self, case: Case, subject: Subject, operation: str, mode: str, checked: Mapping[str, Any]) -> bool:
-        """One row per provider and floor; or none, where one that is required fails. Tells which."""
+        """Add one row per provider and floor, or none where a required one fails; returns whether there are rows."""
         stopwatches, details = {}, {}
         for name in (*checked, *subject.floors):
             try:
                 stopwatches[name], details[name] = subject.stopwatch(mode, operation, checked.get(name))
-            except Exception as error:  # a kernel that refuses, no memory: whatever it is, others can be measured
+            except Exception as error:  # a refused launch, out of memory: other providers can still be measured
                 required = is_required(case, name, checked)
                 self.report(f"{case} {operation}: {name} failed: {error_summary(error)}", required)
                 if required:
@@ -339,7 +341,7 @@ class Run:
         return True
 
     def report(self, message: str, required: bool) -> None:
-        """Keep what went wrong with a provider, once."""
+        """Record what went wrong with a provider, once."""
         self.device.synchronize()
         kept = self.outcome.mismatches if required else self.outcome.notes
         kept += [] if message in kept else [message]

@@ -1,4 +1,4 @@
-"""What a training step holds in memory, and torch's own way to hold less: checkpointing of blocks."""
+"""What a training step holds in memory, and torch's own way to reduce it: checkpointing of blocks."""
 
 import bisect
 import copy
@@ -15,15 +15,15 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Allocated(NamedTuple):
-    """Bytes beyond what there was before a call: those that its result keeps alive, and the most at any time."""
+    """Bytes that a call has allocated: those that its result keeps alive, and the most at any time."""
 
     held: int
     peak: int
 
 
 def allocated(call: Callable[[], object]) -> Allocated:
-    """What a call allocates on the CPU, by torch's profiler, to which every allocator reports: exact, unlike what is
-    resident."""
+    """What a call allocates on the CPU, by torch's profiler, to which every allocator reports: exact, unlike resident
+    memory."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = call()
@@ -37,8 +37,8 @@ def allocated(call: Callable[[], object]) -> Allocated:
 
 
 def blocks_of(model: nn.Module) -> list[str]:
-    """The names of the largest parts that a model has several of and that hold batch norms, in their order: residual
-    blocks, dense blocks and the like."""
+    """The names of a model's largest repeated parts that hold batch norms, in order: residual blocks, dense blocks and
+    the like."""
     norms = {name: sum(isinstance(part, _BatchNorm) for part in m.modules()) for name, m in model.named_modules()}
     several = {name: m for name, m in model.named_modules() if norms[name] > 1 and not isinstance(m, nn.Sequential)}
     kinds = Counter(map(type, several.values()))
@@ -50,7 +50,7 @@ def blocks_of(model: nn.Module) -> list[str]:
 
 
 def checkpointed(model: nn.Module, blocks: list[str]) -> nn.Module:
-    """A copy of which these parts keep their inputs alone, and are computed again in backward."""
+    """A copy in which these parts keep only their inputs, and are computed again in backward."""
     module = copy.deepcopy(model)
     for name in blocks:
         block = module.get_submodule(name)
@@ -59,17 +59,17 @@ def checkpointed(model: nn.Module, blocks: list[str]) -> nn.Module:
 
 
 def checkpointed_to(model: nn.Module, input: Tensor, limit: int) -> nn.Module:
-    """A copy with as many blocks checkpointed, from the first on, as it takes to hold no more bytes than ``limit``: one
-    at least, and if that cannot be, all of them."""
+    """A copy with the fewest first blocks checkpointed, one at least, that holds at most ``limit`` bytes, or else with
+    all."""
     blocks = blocks_of(model)
 
     def fits(count: int) -> bool:
-        return held_by(checkpointed(model, blocks[:count]), input) <= limit  # of a copy that is thrown away
+        return held_by(checkpointed(model, blocks[:count]), input) <= limit  # measured on a copy that is discarded
 
     count = 1 + bisect.bisect_left(range(1, len(blocks)), x=True, key=fits)
     return checkpointed(model, blocks[:count])
 
 
 def held_by(model: nn.Module, input: Tensor) -> int:
-    """Bytes from forward to backward."""
+    """The bytes that a model holds from forward to backward."""
     return allocated(lambda: model(input)).held

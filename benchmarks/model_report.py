@@ -1,4 +1,4 @@
-"""What the rows of whole models say: each provider beside torch's layers, and what batch norm costs a model at all."""
+"""The report on rows of whole models: each provider beside torch's layers, and the cost of batch norm in a model."""
 
 from collections.abc import Sequence
 from math import nan
@@ -23,16 +23,16 @@ from benchmarks.traffic import MB, STEP, WALKS, shape_label
 
 BUDGET = 1000 * MB
 COMPILED_SUITE, SMALL_SUITE = "compiled", "small-models"
-LIMIT = 1.0  # a compiled model is not slower with bnext, nor a small one for fusing
+LIMIT = 1.0  # a compiled model is not slower with bnext, nor a small one by fusing
 
-# What tells one measurement from another; the case whose it is; and how that is shown.
+# The columns that identify a measurement, those that identify its case, and how a case is shown.
 KEYS = ["suite", "model", "op", "shape", "dtype", "layout"]
 CASE = ["model", "input", "dtype", "layout"]
 
 OURS = EAGER_PROVIDERS[1:]
 PROVIDERS = (*OURS, WITHOUT)
 
-# What was counted of a step: the column of all providers, the field of a row, its unit and format.
+# What is counted in a step: the column that shows it for all providers, the field of a row, its unit and format.
 COUNTED = {
     "1000 page faults": ("page_faults", 1e3, "{:.1f}"),
     "peak, MB": ("peak_bytes", MB, "{:.0f}"),
@@ -75,8 +75,8 @@ CALLS_LEGEND = "x torch: the time with torch alone / that with bnext, both compi
 def compare(rows: Sequence[Row]) -> pd.DataFrame:
     """One line per row with ``torch_s``, the seconds with torch's layers: eager beside eager, compiled beside compiled.
 
-    Rows without torch's beside them, as where it failed, are left out. ``costed``: whether the case was measured
-    without batch norm, too.
+    Rows without torch's row, as where torch failed, are left out. ``costed``: whether the case was also measured
+    without batch norm.
     """
     table = pd.DataFrame([vars(row) for row in rows])
     table["input"] = table["shape"].map(shape_label)
@@ -91,7 +91,7 @@ def compare(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def compare_costs(table: pd.DataFrame) -> pd.DataFrame:
-    """One line per case that was measured without batch norm, too: ``torch_s``, and each provider's speed-up."""
+    """One line per case that was also measured without batch norm: ``torch_s``, and each provider's speed-up."""
     costed = table[table["costed"]]
     keys = ["suite", "op", *CASE]
     lines = costed.pivot(index=keys, columns="provider", values="speedup").reindex(columns=list(PROVIDERS))
@@ -103,7 +103,7 @@ def compare_costs(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def cost_gone(costs: pd.DataFrame, provider: str) -> float:
-    """Of all cases that the provider was measured on; NaN where torch is not slower for its batch norms."""
+    """The share of batch norm's cost that a provider removes, over its cases; NaN where batch norm costs nothing."""
     measured = costs.dropna(subset=[provider])
     could = (1 - 1 / measured[WITHOUT]).sum()
     return (1 - 1 / measured[provider]).sum() / could if could > 0 else nan
@@ -188,7 +188,7 @@ def memory_lines(measured: pd.DataFrame) -> Sheet:
 
 
 def call_lines(called: pd.DataFrame) -> Sheet:
-    """Of calls, bnext's: for each operation torch's time, bnext's, and how many times faster that is."""
+    """The lines of bnext's calls: for each operation torch's time, bnext's, and bnext's speed-up."""
     keys = [*CASE, "provider"]
     lines = called[keys].drop_duplicates().rename(columns={"provider": "layers"})
     columns = [lines.reset_index(drop=True)]
@@ -211,7 +211,7 @@ def is_walk(table: pd.DataFrame) -> pd.Series:
 
 
 def walk_lines(walks: pd.DataFrame) -> Sheet:
-    """One line per walk: the copy's time, and how many copies torch and bnext take."""
+    """One line per walk: the copy's time, and the times of torch and bnext as multiples of it."""
     keys = [*CASE, "op"]
     seconds = spread(walks.set_index([*keys, "provider"])["median_s"])
     lines = seconds.index.to_frame(index=False)
@@ -226,14 +226,14 @@ def walk_lines(walks: pd.DataFrame) -> Sheet:
 
 
 def trained_and_called(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What is part of no other table: all of training, and of calls bnext's."""
+    """The rows that no other table has: all of training, and bnext's calls."""
     others = table[~table["costed"] & ~is_walk(table) & table["image_bytes"].isna()]
     is_step = others["op"] == STEP
     return others[is_step], others[~is_step & ~others["is_torch"]]
 
 
 def sheets(table: pd.DataFrame) -> list[Sheet]:
-    """Those that have lines, means first."""
+    """The tables that have lines, means first."""
     costs = compare_costs(table)
     trained, called = trained_and_called(table)
     makers = (
@@ -291,7 +291,7 @@ def fused_bar(table: pd.DataFrame) -> str:
 
 
 def curves_line(trained: pd.DataFrame) -> str:
-    """How far the losses of a case are from each other, at most; nothing where there are none."""
+    """The largest difference between the losses of a case; empty where there are none."""
     trained = trained[trained["losses"].map(len) > 0]
     if trained.empty:
         return ""
@@ -306,7 +306,7 @@ def curves_line(trained: pd.DataFrame) -> str:
 
 
 def block(rows: Sequence[Row]) -> str:
-    """The tables and what they mean as Markdown, of one suite's rows."""
+    """One suite's tables and notes as Markdown."""
     table = compare(rows)
     parts = [foldable(sheet, "Every model") for sheet in sheets(table)]
     return "\n\n".join([*parts, *notes(table), f"Measured by `{command(rows)}` on {how_measured(rows)}."])

@@ -21,10 +21,10 @@ from benchmarks.operators import MEMORY_FORMATS, SEED
 from benchmarks.suites import CHECKPOINT, COMPILE, RECOMPUTE, WITHOUT, Case
 from benchmarks.traffic import Shape
 
-# Of torch.compile, by the provider whose it is: bnext's fuses what it finds in torch's own layers.
+# Back ends of torch.compile, by provider: bnext's fuses torch's own layers.
 BACKENDS = {"torch-compile": "inductor", "bnext-compile": "bnext"}
 
-# In which the reference of a dtype is computed.
+# The dtype that the reference of a dtype is computed in.
 REFERENCE_DTYPES = {"float32": torch.float64, "bfloat16": torch.float32}
 
 
@@ -34,7 +34,7 @@ def conv_bn_relu(shape: Shape) -> nn.Module:
     return nn.Sequential(*(layer for block in layers for layer in block))
 
 
-# By name, told the shape of the input; "package/name" is torchvision's or timm's.
+# Each is called with the shape of the input; "package/name" is a model of torchvision or timm.
 MODELS: dict[str, Callable[[Shape], nn.Module]] = {
     "resnet50": lambda _: networks.ResNet50(),
     "bn": lambda shape: nn.BatchNorm2d(shape[1]),
@@ -49,7 +49,8 @@ MODELS: dict[str, Callable[[Shape], nn.Module]] = {
 
 @dataclass(frozen=True)
 class Built:
-    """A provider's model. ``call`` runs ``module``, whose parameters and buffers are its own, under autocast or not."""
+    """A provider's model. ``call`` runs ``module``, which has its own parameters and buffers, with or without
+    autocast."""
 
     module: nn.Module
     call: Callable[[Tensor], Tensor]
@@ -61,7 +62,7 @@ class Built:
 
 
 def make_model(case: Case, device: str) -> nn.Module:
-    """torch's layers, the same values at every call; the caller's random numbers are left alone."""
+    """The model with torch's layers, with the same values at every call; the caller's random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         package, _, name = case.model.rpartition("/")
@@ -70,28 +71,28 @@ def make_model(case: Case, device: str) -> nn.Module:
 
 
 def make_data(case: Case, device: str, shape: Shape, seed: int = SEED) -> Tensor:
-    """Normal values in the layout, the same on every device. Another seed, other values."""
+    """Normally distributed values in the layout, which depend on the seed and not on the device."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.empty(shape).normal_(generator=generator)
     return values.to(device).contiguous(memory_format=MEMORY_FORMATS[case.layout])
 
 
 def remove_batch_norms(model: nn.Module) -> None:
-    """Each becomes nothing, or the activation that is in it, as in timm's BatchNormAct2d."""
+    """Replace each batch norm by the identity, or by its activation, if it has one, as timm's BatchNormAct2d."""
     for name, module in list(model.named_modules()):
         if isinstance(module, _BatchNorm):
             model.set_submodule(name, getattr(module, "act", nn.Identity()))
 
 
 def build(case: Case, provider: str, model: nn.Module, device: str) -> Built:
-    """A copy of the model with a provider's layers, or for its back end."""
+    """A copy of the model with a provider's layers, or compiled by its back end."""
     module = copy.deepcopy(model)
     if provider == WITHOUT:
         remove_batch_norms(module)
     elif provider == CHECKPOINT:
         input = make_data(case, device, case.shape)
         recomputing = bnext.convert(copy.deepcopy(model), fuse=True, recompute=True)
-        held_by(recomputing, input)  # what the first call makes stays
+        held_by(recomputing, input)  # what the first call allocates for good is not counted
         module = checkpointed_to(model, input, held_by(recomputing, input))
     elif provider in ("bnext", "bnext-fused", RECOMPUTE):
         bnext.convert(module, fuse=provider != "bnext", recompute=provider == RECOMPUTE)
@@ -103,18 +104,18 @@ def build(case: Case, provider: str, model: nn.Module, device: str) -> Built:
 
 
 def build_reference(case: Case, model: nn.Module, device: str) -> Built:
-    """torch's layers, eager, in a dtype in which rounding is nothing beside the case's."""
+    """torch's layers, eager, in a dtype whose rounding is negligible beside that of the case's dtype."""
     module = copy.deepcopy(model).to(REFERENCE_DTYPES[case.dtype])
     return Built(module, module, lambda: torch.autocast(device, torch.bfloat16, enabled=False))
 
 
 # Models of packages.
 
-_declared: list[torch.library.Library] = []  # what is declared is so for as long as its library lives
+_declared: list[torch.library.Library] = []  # a declaration lasts as long as its library object
 
 
 def make_packaged(package: str, name: str, **options: object) -> nn.Module:
-    """A model by its package's name of it, untrained; raises ModuleNotFoundError where the package is missing."""
+    """An untrained model by its name in its package; raises ModuleNotFoundError where the package is missing."""
     torchvision = import_torchvision()  # which timm imports too
     if package == "torchvision":
         return torchvision.models.get_model(name, weights=None, **options)
@@ -126,7 +127,7 @@ def make_packaged(package: str, name: str, **options: object) -> nn.Module:
 def import_torchvision() -> ModuleType:
     """torchvision, also where its compiled part does not load, as the CUDA build's beside a CPU build of torch.
 
-    Models need none of it, but without the operators whose fake kernels it registers, importing fails.
+    Models need no compiled operator, but importing registers fake kernels, which fails if the operators do not exist.
     """
     try:
         import torchvision
@@ -134,7 +135,7 @@ def import_torchvision() -> ModuleType:
         if "torchvision::" not in str(error):
             raise
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]  # what was imported of it before it failed
+            del sys.modules[name]  # modules that were imported before the failure
         _declare_operators()
         import torchvision
     return torchvision

@@ -13,7 +13,7 @@ STAGES = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))  # channels of the 
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    """Without a bias, which the batch norm behind it would take away again; a padding that keeps the size."""
+    """A convolution without a bias, which the batch norm after it would cancel; its padding keeps the size."""
     return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
 
 
@@ -40,10 +40,10 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """(N, 3, H, W) -> (N, num_classes), H and W from 32 up. A bottleneck begins as its shortcut.
+    """(N, 3, H, W) -> (N, num_classes), H and W from 32 up. A bottleneck is initialised to its shortcut.
 
-    K. He et al., CVPR 2016, as it is trained, version 1.5: the stride of a bottleneck is that of its 3x3 convolution;
-    the initial values as in P. Goyal et al., Accurate, large minibatch SGD, 2017.
+    K. He et al., CVPR 2016, in version 1.5, the one that is trained: a bottleneck's stride is that of its 3x3
+    convolution. Initial values are those of P. Goyal et al., Accurate, large minibatch SGD, 2017.
     """
 
     def __init__(self, num_classes: int = 1000) -> None:
@@ -76,7 +76,8 @@ class ResNet50(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """(N, inputs, H, W) -> (N, outputs, H / stride, W / stride), stride = outputs / inputs; no weights beside them."""
+    """(N, inputs, H, W) -> (N, outputs, H / stride, W / stride), stride = outputs / inputs; the shortcut has no
+    weights."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -153,18 +154,18 @@ def discriminator(width: int = 64) -> nn.Sequential:
 
 
 def perceptron(layer: Callable[[int, int], nn.Module], *widths: int) -> nn.Sequential:
-    """A batch norm and a ReLU behind each layer."""
+    """Linear layers or convolutions of width 1, each followed by a batch norm and a ReLU."""
     blocks = ((layer(i, o), nn.BatchNorm1d(o), nn.ReLU(inplace=True)) for i, o in pairwise(widths))
     return nn.Sequential(*chain.from_iterable(blocks))
 
 
-# Of every point the same; of a cloud.
+# `points` treats each point of a cloud alike; `dense` takes the features of a cloud.
 points = partial(perceptron, partial(nn.Conv1d, kernel_size=1))
 dense = partial(perceptron, nn.Linear)
 
 
 class Transform(nn.Module):
-    """The square matrix that each cloud is to be multiplied with."""
+    """The square matrix that each cloud is multiplied by."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

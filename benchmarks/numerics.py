@@ -14,7 +14,7 @@ from benchmarks.numerics_report import FLOOR, QUANTITIES, RELATIVE, ULP, Results
 from benchmarks.operators import GRADIENTS, BatchNorm, Tensors, functions
 from benchmarks.provenance import provenance
 
-# What a channel of one value leaves no room for rounding in: xhat is 0, and so is what it is a factor of.
+# The quantities that are exact for a constant channel: xhat is 0, and so is every product with it.
 EXACT_IF_CONSTANT = ("output", "grad_weight", "running_var")
 
 
@@ -31,28 +31,28 @@ class Exact:
 
     @staticmethod
     def sum(terms: Tensor) -> "Exact":
-        """So many terms that round, or cancel, leave an error that grows with their norm."""
+        """A sum of many terms that are rounded, or cancel, has an error that grows with their norm."""
         total = terms.sum(1, keepdim=True)
         return Exact(total, torch.maximum(total.abs(), terms.square().sum(1, keepdim=True).sqrt()))
 
 
 @dataclass(frozen=True)
 class Error:
-    """The largest of a quantity; NaN where a result is NaN."""
+    """The largest error of a quantity; NaN where a result is NaN."""
 
     value: float
     unit: str
 
 
 def exact_results(case: Case, arguments: Tensors) -> dict[str, Exact]:
-    """Each quantity."""
+    """The exact values of each quantity."""
     weight, bias = (vector.double()[:, None] for vector in (arguments.weight, arguments.bias))
     x, g = (by_channel(data).double() for data in (arguments.input, arguments.grad_output))
     count = x.shape[1]
     results = {}
     if case.training:
-        # Moving the origin to a channel's first value costs nothing for data far from zero, and makes a constant
-        # channel exact.
+        # To subtract a channel's first value loses no accuracy for data far from zero, and makes a constant channel
+        # exact.
         centred = x.sub_(x[:, :1].clone())
         centred = centred.sub_(centred.mean(1, keepdim=True))
         var = centred.square().mean(1, keepdim=True)
@@ -89,19 +89,19 @@ def error_of(actual: Tensor, exact: Exact) -> Error:
     is_data = actual.dim() > 1
     rows = by_channel(actual) if is_data else actual.detach()[:, None]
     difference = (rows.double() - exact.values).abs_()
-    # What the dtype does not hold is rounded to infinity, and right so.
+    # A value beyond the dtype's range is correctly rounded to infinity.
     difference.masked_fill_(rows.isinf() & (rows == exact.values.to(rows.dtype)), 0)
     if is_data and rows.dtype.itemsize == 2:
         spacing = ulp(torch.maximum(exact.values.abs(), exact.size * FLOOR), rows.dtype)
         return Error(float((difference / spacing).amax()), ULP)
-    # Numbers below the smallest normal one are as far apart as those above it.
+    # Subnormal numbers have the spacing of the smallest normal ones.
     size = exact.size.clamp(min=torch.finfo(rows.dtype).tiny)
     size = size.masked_fill(exact.size == 0, 1)
     return Error(float((difference / size).amax()), RELATIVE)
 
 
 def results_of(function: BatchNorm, case: Case, arguments: Tensors, path: str) -> dict[str, Tensor]:
-    """What a call and its backward pass return and update, by quantity."""
+    """The results and updates of a call and its backward pass, by quantity."""
     a = arguments
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (in_path(a.input, path), a.weight, a.bias)]
     residual = [in_path(tensor, path).requires_grad_() for tensor in a.residual]
@@ -116,7 +116,7 @@ def results_of(function: BatchNorm, case: Case, arguments: Tensors, path: str) -
 def rows_of(case: Case, providers: Mapping[str, BatchNorm]) -> list[dict[str, Any]]:
     """One row per path and quantity."""
     rows = []
-    with set_torch_threads(1):  # these tensors are too small for a second one
+    with set_torch_threads(1):  # these tensors are too small for two threads
         arguments = away_from_kinks(case.epilogue, make_arguments(case))
         exact = exact_results(case, arguments)
     for path in PATHS:
@@ -131,7 +131,7 @@ def rows_of(case: Case, providers: Mapping[str, BatchNorm]) -> list[dict[str, An
 
 
 def measure(cases: Sequence[Case], advance: Callable[[str, int], None]) -> Results:
-    """``advance`` is told the case that is next, and how many are done since."""
+    """``advance`` is called with the next case and the number of cases finished since the last call."""
     rows = []
     for case in cases:
         advance(f"{case.name} {case.dtype}", 0)

@@ -1,4 +1,4 @@
-"""The hard cases of ``python -m benchmarks numerics``: what goes into a batch norm, and in which memory layouts."""
+"""The hard cases of ``python -m benchmarks numerics``: the inputs of a batch norm, and their memory layouts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from torch import Tensor
 from benchmarks.operators import EPS, MEMORY_FORMATS, Tensors
 from benchmarks.traffic import PLAIN, Epilogue, Shape
 
-# 16,384 values a channel, as the accuracy bars of the tests have them.
+# 16,384 values a channel, as in the accuracy tests
 SHAPE = (16, 8, 32, 32)
 LONG_SHAPE = (16, 2, 512, 512)  # 4,194,304 values a channel
 
-# An (N,C) tensor is contiguous, but neither side's code for it is that for images.
+# An (N,C) tensor is contiguous, but bnext and torch run other code for it than for images.
 ROWS = "(N,C)"
 PATHS = (*MEMORY_FORMATS, ROWS)
 
@@ -69,7 +69,7 @@ CASES = (
     Case("mean 1e4", partial(normal, mean=1e4)),
     Case("mean 1e5", partial(normal, mean=1e5)),
     Case("mean 1e2, std 0.01", partial(normal, mean=1e2, std=0.01)),
-    # eps does not hide that the squares lie below float32's range.
+    # A small eps, which does not hide that the squares lie below float32's range.
     Case("scale 1e-20, eps 1e-43", partial(normal, std=1e-20), eps=1e-43),
     Case("scale 1e15", partial(normal, std=1e15)),
     Case("scale 1e30", partial(normal, std=1e30)),
@@ -90,10 +90,11 @@ CASES = (
 
 
 def make_arguments(case: Case) -> Tensors:
-    """The same at every call, on any number of threads; none asks for a gradient. Data are (N, C, H, W), contiguous.
+    """Arguments, the same at every call with any number of threads, without gradients. Data are (N, C, H, W),
+    contiguous.
 
-    Parameters and running statistics are float32. In evaluation the latter are those of the data, roughly, as after
-    training. The mean of grad_output is not 0, so that its sum does not vanish.
+    Parameters and running statistics are float32. In evaluation the running statistics are roughly those of the data,
+    as after training. The mean of grad_output is not 0, so that its sum does not vanish.
     """
     generator = torch.Generator().manual_seed(crc32(f"{case.name} {case.dtype}".encode()))
     dtype: torch.dtype = getattr(torch, case.dtype)
@@ -121,7 +122,7 @@ def make_arguments(case: Case) -> Tensors:
 
 
 def in_path(values: Tensor, path: str) -> Tensor:
-    """The values of (N, C, H, W) in a layout; as (N,C) the pixels are the rows."""
+    """The values of (N, C, H, W) in a path's layout; for (N,C) the pixels are the rows."""
     if path == ROWS:
         return values.permute(0, 2, 3, 1).reshape(-1, values.shape[1]).contiguous()
     return values.contiguous(memory_format=MEMORY_FORMATS[path])

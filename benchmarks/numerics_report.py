@@ -1,4 +1,4 @@
-"""The results of ``python -m benchmarks numerics``: the file they are in, their bar, and their tables."""
+"""The results of ``python -m benchmarks numerics``: their file, their bar, and their tables."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ from benchmarks.tables import Sheet, markdown
 
 FILE = "numerics.json"
 
-# What an error is measured in: a largest exact value, or the spacing of a 16-bit dtype.
+# The units of errors: the largest exact value, or the spacing of a 16-bit dtype.
 RELATIVE, ULP = "relative", "ulp"
 
 # Quantities: those of the data's size, parameter gradients, and the rest.
@@ -25,16 +25,16 @@ QUANTITIES = (*DATA, *SUMS, "running_var")
 # The largest relative error of one rounding to float32.
 UNIT = 2.0**-24
 
-# Half an ulp for the result, and four roundings on the way: x - mean, the scale, the product, the sum.
+# Half an ulp for the result, and four roundings before it: x - mean, the scale, the product, the sum.
 ELEMENT_LIMIT = (1 + 4) * UNIT
 
-# The terms of a sum carry three roundings each, u/sqrt(3) in the root mean square: u of the terms' norm together. A
-# lane's 16 additions add u*sqrt(16/6), the outer lanes' 8 of its totals u*sqrt(8/6). Four standard deviations of that,
+# Each term of a sum has three roundings, of u/sqrt(3) in the root mean square: together u times the terms' norm. A
+# lane's 16 additions add u*sqrt(16/6), and the 8 additions of its totals u*sqrt(8/6). Four standard deviations of that,
 # 4*sqrt(1 + 16/6 + 8/6) = 9.
 SUM_LIMIT = (1 + 9) * UNIT
 
-# An ulp is that at the exact value, but of values that are smaller than this part of their channel's largest the one
-# there: below, it is float32 that rounds coarser. Four of its roundings are then at most 1/16 ulp of float16.
+# An ulp is the spacing at the exact value, or at this fraction of the channel's largest value where that is more: below
+# it, float32's rounding is the coarser one. Four roundings of float32 are then at most 1/16 ulp of float16.
 FLOOR = 2.0**-7
 ULP_LIMIT = 0.5 + 1 / 16
 
@@ -60,7 +60,7 @@ BAR = (
 class Results(NamedTuple):
     """``errors``: one line per case, dtype, path and quantity, with the largest error of bnext and torch in ``unit``.
 
-    ``exact``: nothing but an error of 0 will do. ``holds``: bnext is right to rounding, or else nearer than torch.
+    ``exact``: the error must be 0. ``holds``: bnext's error is within rounding, or less than torch's.
     """
 
     machine: dict[str, Any]  # rows.Provenance
@@ -84,12 +84,12 @@ def judged(machine: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> Res
 
 
 def distance(errors: pd.Series) -> pd.Series:
-    """Errors to be compared by: nothing is further than NaN and inf."""
+    """Errors as they are compared: NaN and inf are the largest."""
     return errors.where(np.isfinite(errors), inf)
 
 
 def save_results(path: Path, results: Results) -> None:
-    """One row per line. What is not finite is written in quotes, as JSON has no number for it."""
+    """Write one row per line. Numbers that are not finite are written in quotes, as JSON has none."""
     rows = results.errors.drop(columns="holds").to_dict("records")
     for row in rows:
         row.update({name: str(row[name]) for name in ("bnext", "torch") if not isfinite(row[name])})
@@ -127,7 +127,7 @@ def error_text(value: float, unit: str) -> str:
 
 
 def ratio_text(bnext: float, torch: float) -> str:
-    """How many times nearer bnext is than torch."""
+    """How many times smaller bnext's error is than torch's."""
     bnext, torch = (error if isfinite(error) else inf for error in (bnext, torch))
     ratio = 1.0 if bnext == torch else inf if bnext == 0 else torch / bnext
     return f"{ratio:.2f}" if 0.01 <= ratio < 100 else f"{ratio:.0f}" if 100 <= ratio < 1e5 else number(ratio)
@@ -148,7 +148,7 @@ def every_row(errors: pd.DataFrame) -> Sheet:
 
 
 def worst(errors: pd.DataFrame) -> list[str]:
-    """The largest error of bnext and of torch, all in the same unit; nothing where there is none."""
+    """The largest errors of bnext and of torch, all in the same unit; empty where there are none."""
     if errors.empty:
         return ["", ""]
     largest = (errors[name][distance(errors[name]).idxmax()] for name in ("bnext", "torch"))

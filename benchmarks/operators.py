@@ -26,7 +26,7 @@ MOMENTUM, EPS = 0.1, 1e-5
 
 ACTIVATIONS: dict[str, Activate] = {"relu": F.relu, "silu": F.silu, "hardswish": F.hardswish, "gelu": F.gelu}
 
-# Of these backward needs only the result; in place, the others would first copy their argument for it.
+# Backward of these needs only the result. In place, the others would first copy their argument for backward.
 IN_PLACE: dict[str, Activate] = {"relu": partial(F.relu, inplace=True)}
 
 GRADIENTS = ("grad_input", "grad_weight", "grad_bias", "grad_residual")  # the last where there is a residual
@@ -34,7 +34,7 @@ GRADIENTS = ("grad_input", "grad_weight", "grad_bias", "grad_residual")  # the l
 
 @dataclass(frozen=True)
 class Tensors:
-    """The arguments of a case; where these are timed, input, weight, bias and residual require gradients."""
+    """The arguments of a case; for timing, input, weight, bias and residual require gradients."""
 
     input: Tensor
     weight: Tensor
@@ -55,14 +55,14 @@ class Tensors:
         return Tensors(**found, residual=tuple(map(function, self.residual)))
 
     def detached(self) -> "Tensors":
-        """The same memory without gradients: what inference under torch.no_grad() works on."""
+        """The same memory without gradients, for inference under torch.no_grad()."""
         return self.mapped(Tensor.detach)
 
 
 def make_tensors(case: Case, device: str = "cpu") -> Tensors:
-    """Random arguments, written once here, so that no call pays for the first touch of an input.
+    """Random arguments, written here, so that no call pays for the first touch of an input.
 
-    Parameters and statistics of 16-bit inputs are float32, as a user of autocast has them.
+    Parameters and statistics of 16-bit inputs are float32, as under autocast.
     """
     generator = torch.Generator(device).manual_seed(SEED)
     dtype: torch.dtype = getattr(torch, case.dtype)
@@ -94,7 +94,7 @@ def make_tensors(case: Case, device: str = "cpu") -> Tensors:
 
 @dataclass(frozen=True)
 class Provider:
-    """A batch norm with what follows it, and what has to be set while it is called."""
+    """A batch norm with its epilogue, and the context that it is called in."""
 
     name: str
     function: BatchNorm
@@ -102,12 +102,12 @@ class Provider:
 
 
 def eager(epilogue: Epilogue) -> BatchNorm:
-    """torch's operators one after the other, in place where a user of eager mode has them so."""
+    """torch's operators one after the other, in place where eager code usually is."""
     return F.batch_norm if epilogue == PLAIN else expression(epilogue, Tensor.add_, {**ACTIVATIONS, **IN_PLACE})
 
 
 def out_of_place(epilogue: Epilogue) -> BatchNorm:
-    """The same without a tensor that is changed, as it is written for a compiler."""
+    """The same without operators in place, as it is written for a compiler."""
     return expression(epilogue, torch.add, ACTIVATIONS)
 
 
@@ -131,12 +131,12 @@ def expression(
 def compiled(epilogue: Epilogue = PLAIN, backend: str = "inductor") -> BatchNorm:
     """torch.compile of torch's functions, from an empty cache of compiled code.
 
-    Emptied, because after a few shapes torch would go back to eager mode; fullgraph, so that it would say so.
+    The cache is emptied because after a few shapes torch would fall back to eager mode; with fullgraph it would raise.
     """
     import torch._functorch.config as aot_config
 
-    # One graph is asked for its backward again and again; one compiled before, which torch may find in its cache on
-    # disk, refuses that where it may reuse the memory of saved tensors. The setting is the one that the refusal names.
+    # Backward runs many times on one graph. Code compiled earlier, which torch may find in its cache on disk, refuses
+    # that if it may reuse the memory of saved tensors. This is the setting that the error message names.
     aot_config.donated_buffer = False
     torch.compiler.reset()
     return torch.compile(out_of_place(epilogue), backend=backend, dynamic=False, fullgraph=True)
@@ -162,7 +162,7 @@ def functions(epilogue: Epilogue) -> dict[str, BatchNorm]:
 
 
 def make_provider(case: Case, name: str) -> Provider:
-    """One that is measured everywhere; raises whatever torch does where it cannot compile."""
+    """A provider that is measured on every device; raises torch's error where it cannot compile."""
     return Provider(name, compiled(case.epilogue) if name == TORCH_COMPILE else functions(case.epilogue)[name])
 
 
@@ -176,7 +176,7 @@ def forward(function: BatchNorm, tensors: Tensors, running_mean: Tensor, running
 
 
 def backward(output: Tensor, tensors: Tensors) -> tuple[Tensor, ...]:
-    """The gradients of the leaves; the graph is kept, so that it can be asked again."""
+    """The gradients of the leaves; the graph is kept, so that backward can run again."""
     return torch.autograd.grad(output, tensors.leaves, tensors.grad_output, retain_graph=True)
 
 
@@ -225,7 +225,7 @@ def floor_call(operation: str, tensors: Tensors) -> Call:
     add: Call = partial(torch.add, x, grad_output, out=output)
     steps = {"forward": [copy], "backward": [add], "eval": [copy]}
     if tensors.residual:
-        # Half of the mask read and half written.
+        # Half of the mask is read and half written.
         bits = torch.ones(-(-x.numel() // 16), dtype=torch.uint8, device=x.device)
         copy_mask: Call = partial(torch.zeros_like(bits).copy_, bits)
         copy_gradient: Call = partial(torch.zeros_like(x).copy_, grad_output)
@@ -239,9 +239,9 @@ def floor_call(operation: str, tensors: Tensors) -> Call:
 
 
 class Saved:
-    """What the graph keeps in place of a tensor: alive as long as its node is.
+    """What the graph keeps in place of a tensor; it lives as long as the node.
 
-    Of the tensor it has the memory alone: a node that saves its own result would, with the tensor, keep itself alive.
+    It holds only the tensor's memory: a node that saves its own result would keep itself alive through the tensor.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -254,9 +254,9 @@ def unpack(saved: Saved) -> Tensor:
 
 
 def held(function: BatchNorm, tensors: Tensors) -> dict[str, int]:
-    """Bytes that the graph of a training call holds as saved tensors; a node could keep others, which are not seen.
+    """Bytes that the graph of a training call holds as saved tensors; other memory of a node is not counted.
 
-    Of whole storages, each counted once: the caller's, the result's, and what is there for backward alone.
+    Each storage is counted once and whole: the caller's, the result's, and those that only backward needs.
     """
     running_mean, running_var = tensors.running_mean.clone(), tensors.running_var.clone()
     alive: WeakSet[Saved] = WeakSet()

@@ -1,4 +1,4 @@
-"""The picture beside a file of results, and those of the README, drawn from the committed results alone."""
+"""The picture beside a file of results, and the README's pictures, which are drawn only from committed results."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ HEAD_INCHES = 1.1  # the titles and the scale
 SHOWN_OPS = ("forward", "backward")
 SIZE_COLOURS = {name: colour for (name, _), colour in zip(SIZE_CLASSES, (BLUE, SKY, ORANGE), strict=True)}
 SWEPT_INCHES = 0.85  # a line of heat maps
-SWEPT_TICKS = (0.25, 0.5, 1, 2, 4)  # what is beyond has the last colour
+SWEPT_TICKS = (0.25, 0.5, 1, 2, 4)  # values beyond have the last colour
 # An odd number of colours: the middle one is white.
 SWEPT_COLOURS = LinearSegmentedColormap.from_list("slower, faster", [ORANGE, "white", BLUE], 17)
 SMALL = 7  # points
@@ -35,11 +35,11 @@ MODEL_TICKS = (0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 3, 4)
 MEMORY_COLOURS = {"bnext-fused": SKY, "bnext-recompute": BLUE, "torch-checkpoint": ORANGE}
 VARIANT_COLOURS = {BNEXT: BLUE, BNEXT_BY_HAND: SKY, TORCH_BY_HAND: ORANGE}
 MODEL_COLOURS = {"bnext": SKY, "bnext-fused": BLUE}
-SMALLEST_ERROR, LARGEST_ERROR = 1e-9, 1e2  # 0 is drawn at the one, NaN, inf and what is beyond at the other
+SMALLEST_ERROR, LARGEST_ERROR = 1e-9, 1e2  # 0 is drawn at the first; NaN, inf and larger errors at the second
 
 
 def draw(rows: Sequence[Row]) -> Figure | None:
-    """The picture beside a file: of batch norms, or else of the sweep, of variants, or of what they cost a model."""
+    """Draw the picture beside a file: of batch norms, of the sweep, of variants, or of batch norm's cost in models."""
     found = of_kinds(rows)
     for kind, draw_kind in ((TENSORS, draw_operators), (SWEEP, draw_sweep), (VARIANTS, draw_variants)):
         if found[kind]:
@@ -50,7 +50,7 @@ def draw(rows: Sequence[Row]) -> Figure | None:
 def draw_models(rows: Sequence[Row]) -> Figure | None:
     """A training step beside torch's: two bars per model, one panel per dtype, geometric means over the layouts.
 
-    A mark shows the step without any batch norm: no layer can be faster. None where no cost was measured.
+    A mark shows the step without batch norm, the limit of any layer. None where no cost was measured.
     """
     costs = model_report.compare_costs(model_report.compare(rows))
     if costs.empty:
@@ -77,8 +77,8 @@ def draw_models(rows: Sequence[Row]) -> Figure | None:
 
 
 def draw_memory(rows: Sequence[Row]) -> Figure | None:
-    """What a step holds and how long it takes, as shares of torch's: geometric means over the layouts. None where no
-    memory was measured."""
+    """A step's memory and time as shares of torch's: geometric means over the layouts. None where no memory was
+    measured."""
     rows = [row for row in rows if row.image_bytes is not None]
     if not rows:
         return None
@@ -148,7 +148,8 @@ def draw_variants(rows: Sequence[Row]) -> Figure:
 def draw_sweep(rows: Sequence[Row]) -> Figure:
     """C against the side of a plane: one line of panels per dtype, layout and operation, one column per N.
 
-    A cell is a point, its colour torch's time / bnext's; a dot is where bnext is slower beyond the spread of rounds.
+    A cell is a point; its colour is torch's time / bnext's. A dot marks where bnext is slower beyond the rounds'
+    spread.
     """
     table = sweep_report.points(rows)
     lines = list(table.groupby(sweep_report.GROUP, sort=False))
@@ -207,7 +208,7 @@ def draw_accuracy(results: Results) -> Figure:
 
 
 def mark_limits(axes: Axes, found: pd.DataFrame) -> None:
-    """Words beside what is drawn at an end of the scale because it lies beyond."""
+    """Label the values that are drawn at an end of the scale because they lie beyond it."""
     for line, (smallest, largest) in enumerate(zip(found.min(axis=1), found.max(axis=1), strict=True)):
         if smallest == SMALLEST_ERROR:
             axes.annotate("0", (smallest, line), (5, 0), textcoords="offset points", va="center", fontsize=NUMBER)
@@ -217,7 +218,7 @@ def mark_limits(axes: Axes, found: pd.DataFrame) -> None:
 
 
 def lettered(figure: Figure, names: Sequence[str], colours: dict[str, str], title: str) -> Figure:
-    """With the name of each line, the first at the top, a legend of the colours, and a title."""
+    """Add the name of each line, the first at the top, a legend of the colours, and a title."""
     figure.axes[0].set_yticks(range(len(names)), names)
     figure.axes[0].invert_yaxis()
     figure.suptitle(title, fontsize=TITLE)
@@ -227,7 +228,7 @@ def lettered(figure: Figure, names: Sequence[str], colours: dict[str, str], titl
 
 
 def drawn(folder: Path) -> Iterator[tuple[str, Figure]]:
-    """The name of each picture that the results of a folder give, and the picture."""
+    """The name and figure of each picture that a folder's results give."""
     for file in sorted(folder.glob("*.json")):
         if is_numerics(file):
             yield "accuracy.png", draw_accuracy(load_results(file))
@@ -251,7 +252,8 @@ def drawn(folder: Path) -> Iterator[tuple[str, Figure]]:
 
 
 def draw_all(results: Path, output: Path) -> list[Path]:
-    """The files written, those of the tuning studies among them; raises InputError where two results give one."""
+    """Draw all pictures, the tuning studies' too, and return their files; raises InputError where two results give the
+    same one."""
     from studies.tuning.pictures import heat_maps
     from studies.tuning.ranges import draw_widths
     from studies.tuning.results import load_results as load_study

@@ -1,9 +1,9 @@
-"""What the process imports that trainers are forked from: all that makes and trains models, as far as it is there."""
+"""The imports of the process that trainers are forked from: all installed packages that make and train models."""
 
 import os
 from contextlib import suppress
 
-# torch's profiler warns of each tensor that is older than a profile and freed within it.
+# torch's profiler warns of each tensor that was allocated before a profile and freed within it.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch._dynamo  # noqa: F401, which fusing needs

@@ -1,4 +1,4 @@
-"""The progress bar of a run: by work, with what is being done and the time that is left."""
+"""The progress bar of a run, in units of work, with the current task and the time that is left."""
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

@@ -12,7 +12,7 @@ import bnext
 from benchmarks.rows import TOUCHED, Provenance
 from bnext import _C
 
-# They decide whether a large output is made of fresh 4 KB pages, huge pages or memory already touched.
+# These variables decide whether a large output lies on fresh 4 KB pages, huge pages or memory already touched.
 ENVIRONMENT = ("THP_MEM_ALLOC_ENABLE", *TOUCHED, "BNEXT_HUGE_PAGES", "BNEXT_CACHE_MB")
 
 

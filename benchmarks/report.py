@@ -1,6 +1,6 @@
-"""The report on rows: of batch norms bnext beside torch and a copy, a measurement at a time and as geometric means.
+"""The report on rows of batch norms: bnext beside torch and a copy, for each measurement and as geometric means.
 
-Those of whole models are in model_report.py, those of the sweep and of the variants in reports of their own.
+Whole models are reported by model_report.py, the sweep by sweep_report.py, and the variants by variants_report.py.
 """
 
 from collections.abc import Sequence
@@ -26,11 +26,11 @@ from benchmarks.tables import (
 )
 from benchmarks.traffic import PLAIN, Epilogue, size_class, tensor_bytes, tensor_label
 
-# What tells one measurement from another, and one table of measurements from another.
+# The columns that identify a measurement, and those that identify a table of measurements.
 KEYS = ["suite", "op", "shape", "act", "residual", "dtype", "layout", "mode"]
 GROUP = ["dtype", "layout_shown", "mode", "fused"]
 
-PROVIDERS = (TORCH, BNEXT, COPY, TORCH_COMPILE, NO_CUDNN)  # those that have a column, measured or not
+PROVIDERS = (TORCH, BNEXT, COPY, TORCH_COMPILE, NO_CUDNN)  # each has a column, measured or not
 
 
 def compare(rows: Sequence[Row]) -> pd.DataFrame:
@@ -51,7 +51,7 @@ def compare(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def described(table: pd.DataFrame) -> pd.DataFrame:
-    """With what follows from the columns of each line by itself."""
+    """Add the columns that follow from each line by itself."""
     table = table.copy()
     table["speedup"] = table[TORCH] / table[BNEXT]
     table["over_copy"] = table[BNEXT] / table[COPY]
@@ -62,14 +62,14 @@ def described(table: pd.DataFrame) -> pd.DataFrame:
     classes = [name for name, _ in traffic.SIZE_CLASSES]
     table["size_class"] = pd.Categorical(map(size_class, table["bytes"]), classes, ordered=True)
     table["op"] = pd.Categorical(table["op"], list(traffic.TENSOR_PASSES), ordered=True).remove_unused_categories()
-    # An (N,C) tensor is contiguous, but neither its traversal nor its speed is that of an image.
+    # An (N,C) tensor is contiguous, but differs from images in traversal and speed.
     table["is_matrix"] = table["shape"].map(len) == 2
     table["layout_shown"] = table["layout"].mask(table["is_matrix"], "(N,C)")
     return table
 
 
 def group_label(line: pd.Series) -> str:
-    """Dtype and layout, the mode where there is more than one, and whether it is more than a batch norm."""
+    """Dtype and layout, the mode where there are several, and what follows the batch norm, if anything does."""
     mode = "" if line["mode"] == CLOCK else line["mode"]
     return ", ".join(filter(None, (line["dtype"], line["layout_shown"], mode, "fused" if line["fused"] else "")))
 
@@ -127,7 +127,7 @@ def measurements(table: pd.DataFrame) -> pd.DataFrame:
 def held_sheet(held: pd.DataFrame) -> Sheet:
     """What a forward's graph holds beyond the arguments, in sizes of the input: one line per dtype and activation.
 
-    In brackets what of it is the result. A tensor that was timed in two modes counts twice.
+    The result's part is in brackets. A tensor that was timed in two modes counts twice.
     """
     held["after batch norm"] = [str(Epilogue(a, r)) for a, r in held[["act", "residual"]].to_numpy()]
     held["size"] = [tensor_bytes(shape, dtype) for shape, dtype in zip(held["shape"], held["dtype"], strict=True)]
@@ -147,7 +147,7 @@ HELD_LEGEND = (
 
 
 def device_times(rows: Sequence[Row]) -> list[Row]:
-    """The rows to show where there is room for one mode: a graph's, in which Python has no part, if there are any."""
+    """The rows of the one mode to show: CUDA graphs, if there are any, since their times include no Python."""
     return [row for row in rows if row.mode == GRAPH] or list(rows)
 
 
@@ -187,10 +187,10 @@ def legend(table: pd.DataFrame) -> str:
     )
 
 
-# Of whatever rows.
+# Rows of all kinds.
 
 
-# What makes the block of rows, by their kind.
+# The function that makes a block from rows, by their kind.
 TENSORS, MODELS = "tensors", "models"
 MAKERS = {TENSORS: block, MODELS: model_report.block, SWEEP: sweep_report.block, VARIANTS: variants_report.block}
 
@@ -201,19 +201,20 @@ def kind(row: Row) -> str:
 
 
 def of_kinds(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Every kind, also without rows."""
+    """The rows of every kind, empty kinds included."""
     return {each: [row for row in rows if kind(row) == each] for each in MAKERS}
 
 
 def block_name(row: Row) -> str:
-    """By device, by suite, those of batch norms by whether an activation follows, and by what was touched."""
+    """The block's name: by device and suite; for batch norms, by whether an activation follows and whether memory was
+    touched."""
     device = "" if row.device == "cpu" else row.device
     what = row.suite if kind(row) != TENSORS else "fused" if row.act else ""
     return ":".join(filter(None, ("benchmark", device, what, "touched" if is_touched(row.environment) else "")))
 
 
 def blocks(rows: Sequence[Row]) -> dict[str, str]:
-    """The text of each block of a document that the rows belong to, by its name."""
+    """The text of each document block that these rows give, by name."""
     members: dict[str, list[Row]] = {}
     for row in rows:
         members.setdefault(block_name(row), []).append(row)
@@ -221,7 +222,7 @@ def blocks(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def print_report(rows: Sequence[Row]) -> None:
-    """Every measurement of batch norms, one table per group; then the blocks as a document has them."""
+    """Print every measurement of batch norms, one table per group, and then the document's blocks."""
     tensors = of_kinds(rows)[TENSORS]
     if tensors:
         for _, members in compare(tensors).groupby("group"):

@@ -1,5 +1,5 @@
-"""The results: one flat row per measurement. In a JSON file what they have in common stands once, and what was measured
-of one tensor or model on one line."""
+"""The results: one flat row per measurement. A JSON file holds the fields that all rows share once, and the
+measurements of a tensor or model on one line."""
 
 import json
 import os
@@ -13,18 +13,18 @@ from benchmarks.traffic import Epilogue, Shape
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used; the message is one line."""
+    """Invalid input of the user; the message has one line."""
 
 
 # Modes: how the calls were started and timed.
 CLOCK = "clock"  # from Python, by the host's clock
-EAGER = "eager"  # from Python, by events on the device: the host's overhead is in it where the device waits
-GRAPH = "graph"  # replays of a CUDA graph, by events on the device: its own time
+EAGER = "eager"  # from Python, by events on the device: includes the host's overhead where the device waits
+GRAPH = "graph"  # replays of a CUDA graph, by events on the device: the device's own time
 
 
-# With these glibc's malloc maps no block by itself, and gives none back: what is freed stays in the heap with its
-# pages, and is there for the next output of any provider. So page faults, most of torch's time on large tensors, do
-# not show.
+# With these variables glibc's malloc maps no block by itself, and returns none to the system: freed memory stays in the
+# heap with its pages, ready for the next output of any provider. So measurements exclude page faults, which are most of
+# torch's time on large tensors.
 TOUCHED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "30000000000"}
 
 
@@ -48,23 +48,23 @@ class Measurement:
     rounds: int
     bytes: int  # of the single-pass model: traffic.model_bytes; of whole models 0, as is the rate
     gb_per_s: float  # bytes / median_s / 1e9
-    # What came after the first results has a default, so that older files can be read.
+    # Fields that were added later have a default, so that older files can be read.
     mode: str = CLOCK
-    buffer_sets: int = 1  # how many sets of tensors the calls went round, so that caches are cold
-    note: str = ""  # what was done otherwise than mode says, and why
-    plan: str = ""  # the way that bnext's kernels took on a GPU
+    buffer_sets: int = 1  # how many sets of tensors the calls rotate through, so that caches are cold
+    note: str = ""  # how the measurement differs from its mode, and why
+    plan: str = ""  # the path of bnext's kernels on a GPU
     # What follows the batch norm in the same call: traffic.Epilogue.
     act: str = ""
     residual: bool = False
     variant: str = ""  # of the suite variants: which
-    # Of a forward with an activation: what its graph holds; operators.held says which bytes are where.
+    # Of a forward with an activation: the bytes that its graph holds, as operators.held counts them.
     held_arguments_bytes: int | None = None
     held_result_bytes: int | None = None
-    held_bytes: int | None = None  # of a step, too: from forward to backward
-    # Of a step of the suite memory: the most that is allocated, and what of it an image more would add.
+    held_bytes: int | None = None  # of a step, too: the bytes from forward to backward
+    # Of a step of the suite memory: the most that is allocated, and what one more image adds to it.
     allocated_bytes: int | None = None
     image_bytes: float | None = None
-    # Of the suites of whole models: its name; in training, what trainer_process.py counts, and Trainer.losses.
+    # Of the suites of whole models: the model's name; in training, what trainer_process.py counts, and Trainer.losses.
     model: str = ""
     peak_bytes: int | None = None
     page_faults: float | None = None  # a step's; on a CPU
@@ -99,11 +99,11 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True)
 class Row(Provenance, Measurement):
-    """One measurement, complete in itself: rows of many files can be put together."""
+    """One measurement with its provenance, so that rows of many files can be combined."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is either the old one or the whole new one, also when interrupted."""
+    """Write a file as a whole: if interrupted, the old file remains."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         part.write_bytes(data)

@@ -6,7 +6,7 @@ from timeit import Timer
 
 from torch.profiler import ProfilerActivity, profile
 
-# What an operator belongs to, by the first of these that is found in its name.
+# The kind of an operator is that of the first of these words that its name contains.
 KINDS = {
     "batch norm backward": r"batch_?norm\w*_backward",
     "batch norm": r"batch_?norm",
@@ -19,7 +19,7 @@ REST = "rest"
 
 
 def by_kind(events: Iterable[tuple[str, float]], whole: float) -> dict[str, float]:
-    """The seconds of named events added up, and the rest of the whole."""
+    """The seconds of named events, summed by kind, and the rest of ``whole``."""
     found = dict.fromkeys(KINDS, 0.0)
     for name, seconds in events:
         kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), None)
@@ -29,7 +29,7 @@ def by_kind(events: Iterable[tuple[str, float]], whole: float) -> dict[str, floa
 
 
 def step_shares(step: Callable[[], object], steps: int) -> dict[str, float]:
-    """Seconds of a step by kind, each operator's without those that it calls; profiled, which takes time of its own."""
+    """Seconds of a step by kind; an operator's exclude those it calls. The profiler's own time is included."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         whole = Timer(step).timeit(steps)
     events = [(event.key, event.self_cpu_time_total / 1e6 / steps) for event in profiled.key_averages()]

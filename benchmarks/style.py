@@ -1,4 +1,4 @@
-"""The look of all pictures: sizes, colours that everybody can tell apart, and how they are written."""
+"""The style of all pictures: sizes, colours that the colour-blind can tell apart, and the file format."""
 
 import io
 from pathlib import Path
@@ -20,7 +20,8 @@ TITLE, LABEL, NUMBER = 11, 9.5, 8.5  # points
 
 
 def panels(height: float, lines: int = 1, columns: int = 1, width: float = WIDTH_INCHES, **options: Any) -> Any:
-    """A figure and its axes, (lines, columns). Not of pyplot: no window system is asked for, no state left behind."""
+    """A figure and its axes, (lines, columns). It is not made by pyplot, which needs a window system and keeps
+    state."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes: np.ndarray = figure.subplots(lines, columns, squeeze=False, **options)
     for panel in axes.flat:

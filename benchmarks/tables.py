@@ -1,4 +1,4 @@
-"""Tables: cells of text in a pandas frame, as Markdown and on the terminal; and what every report has in common."""
+"""Tables: cells of text in a pandas frame, as Markdown and on the terminal; and what the reports share."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from benchmarks.traffic import PLAIN
 
 # In a narrower terminal, or a log, lines may wrap; rich would cut numbers instead.
 MIN_WIDTH = 140
-FOLDED_LINES = 24  # a longer table is for those who ask for it
+FOLDED_LINES = 24  # longer tables are folded
 
 
 class Sheet(NamedTuple):
@@ -25,14 +25,14 @@ class Sheet(NamedTuple):
 
 
 def texts(values: Iterable[object], form: str) -> list[str]:
-    """Each value in a format, nothing where there is none."""
+    """Each value in a format, empty where it is NaN."""
     return ["" if pd.isna(value) else form.format(value) for value in values]
 
 
 def spread(values: pd.Series) -> pd.DataFrame:
     """A column for each value of the index's last level; lines and columns in the order in which they come.
 
-    As ``unstack(sort=False)``, in which pandas before 3 mixes up the values.
+    Like ``unstack(sort=False)``, which in pandas before 3 mixes up the values.
     """
     lines, heads = values.index.droplevel(-1).unique(), values.index.unique(-1)
     return values.unstack().reindex(index=lines, columns=heads)
@@ -55,7 +55,7 @@ def markdown(sheet: Sheet) -> str:
 
 
 def foldable(sheet: Sheet, what: str) -> str:
-    """The table; a long one behind ``what``."""
+    """The table; a long one is folded under the heading ``what``."""
     text = markdown(sheet)
     folded = f"<details><summary>{what}</summary>\n\n{text}\n\n</details>"
     return folded if len(sheet.cells) > FOLDED_LINES else text
@@ -70,7 +70,7 @@ def operation_label(op: str) -> str:
 
 
 def command(rows: Sequence[Row]) -> str:
-    """What measures such rows."""
+    """The command that measures such rows."""
     row = rows[0]
     parts = ["python -m benchmarks"]
     parts += ["--device cuda"] if row.device == "cuda" else []

@@ -22,10 +22,10 @@ class Stopwatch(Protocol):
         """The seconds that ``number`` calls take."""
 
 
-MIN_ROUND_S = 2e-3  # the clock and the loop must not show in a measurement of microseconds
+MIN_ROUND_S = 2e-3  # so that the overhead of clock and loop is negligible
 MIN_ROUNDS = 6
-GOOD_ROUNDS = 9  # from here the median no longer moves by one outlier on each side
-GOOD_ROUNDS_S = 0.5  # that many are always affordable when they take no longer than this
+GOOD_ROUNDS = 9  # with these the median is robust to an outlier on each side
+GOOD_ROUNDS_S = 0.5  # GOOD_ROUNDS are always run if they take no longer than this
 MAX_ROUNDS = 25
 
 
@@ -46,9 +46,9 @@ def summarise(seconds: list[float]) -> Timing:
 
 
 class Budget:
-    """Hands the time that is left to the measurements that are left, in proportion to their work.
+    """Divides the time that is left among the remaining measurements, in proportion to their work.
 
-    What one measurement does not use goes to those after it. ``rounds`` fixes the number instead.
+    Time that a measurement does not use goes to later ones. ``rounds`` fixes the number of rounds instead.
     """
 
     def __init__(
@@ -69,17 +69,17 @@ class Budget:
         return min(max(int(share / round_s), fewest), MAX_ROUNDS)
 
     def skip(self, work: float) -> None:
-        """Count work that is done, or will not be done, without rounds."""
+        """Count work as done that has no rounds, or is left out."""
         self._work_left -= work
 
 
-# The shares of the time budget, and of the progress bar, are in seconds, roughly. On a CPU a second moves so many
-# bytes, and measuring a small tensor takes a tenth, as a round has a shortest length; on a GPU all take a second. An
-# operation of a model is timed for as long as any other of its suite.
+# Work, in which the time budget and the progress bar are divided, is in seconds, roughly. A second of a CPU moves so
+# many bytes, and a small tensor takes a tenth of a second, as a round has a shortest length; on a GPU each takes a
+# second. All operations of models in a suite are timed for equally long.
 SECOND_BYTES = 100_000_000
 SHORTEST_S = 0.1
 COMPILE_S = {"cpu": 4.0, "cuda": 10.0}  # of a batch norm: forward, backward and evaluation
-CHECK_PASSES = 2  # making and checking a tensor takes about as long as timing an operation with so many passes over it
+CHECK_PASSES = 2  # making and checking a tensor takes about as long as timing so many passes over it
 
 
 def operation_work(operation: str, case: Case, device: str) -> float:
@@ -91,7 +91,7 @@ def operation_work(operation: str, case: Case, device: str) -> float:
 
 
 def check_work(case: Case, device: str) -> float:
-    """Making tensors and models, compiling, comparing the results, measuring memory."""
+    """The work of making tensors and models, compiling, comparing results, and measuring memory."""
     compiled = sum(name.endswith(COMPILE) for name in case.providers)
     if case.model:
         suite = SUITES[device][case.suite]
@@ -103,7 +103,7 @@ def check_work(case: Case, device: str) -> float:
 def calibrate(timer: Stopwatch) -> tuple[int, float]:
     """The number of calls that fill a round, and the seconds they take; warms up on the way."""
     first = timer.timeit(1)
-    if first > 25 * MIN_ROUND_S:  # whatever it is that only a first call does, it no longer matters
+    if first > 25 * MIN_ROUND_S:  # work that only a first call does is negligible
         return 1, first
     number = 1
     while (seconds := timer.timeit(number)) < MIN_ROUND_S:
@@ -112,12 +112,12 @@ def calibrate(timer: Stopwatch) -> tuple[int, float]:
 
 
 def time_in_turn(timers: Mapping[str, Stopwatch], choose_rounds: Callable[[float], int]) -> dict[str, Timing]:
-    """Time each call once a round; ``choose_rounds`` is told how long a round takes.
+    """Time each call once a round; ``choose_rounds`` is called with the seconds that a round takes.
 
-    The order within a round is a seeded random one: a call finds in the cache what the one before it left,
-    so no call should always follow the same one. The result of a call is freed inside the timed loop, as it
-    is in a user's. (torch.utils.benchmark.Timer makes two more calls for warm-up each time it is asked: in
-    rounds of one call, as the big shapes have them, that would triple the time.)
+    The order within a round is random, with a seed: a call finds in the cache what the call before it left, so no call
+    should always follow the same one. A call's result is freed inside the timed loop, as in a user's program.
+    (torch.utils.benchmark.Timer makes two warm-up calls each time: in rounds of one call, as large shapes have, these
+    would triple the time.)
     """
     sizes = {name: calibrate(timer) for name, timer in timers.items()}
     rounds = choose_rounds(sum(seconds for _, seconds in sizes.values()))

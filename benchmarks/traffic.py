@@ -1,4 +1,4 @@
-"""What an operation does to a tensor, what may follow it in the same call, and the bytes that it has to move."""
+"""The operations, what may follow them in the same call, and the bytes that they have to move."""
 
 from math import prod
 from typing import NamedTuple
@@ -13,7 +13,7 @@ MB = 1_000_000
 LARGE_CLASS = "> 32 MB"
 SIZE_CLASSES = ((LARGE_CLASS, 32 * MB), ("1-32 MB", MB), ("< 1 MB", 0))
 
-# How often an operation has to pass over a tensor of the input's size when each is read or written once.
+# The passes of an operation over tensors of the input's size, when each is read or written once.
 TENSOR_PASSES = {
     "forward": 2,  # input -> output, batch statistics, running statistics updated
     "backward": 3,  # input, grad_output -> grad_input, with grad_weight and grad_bias
@@ -23,22 +23,22 @@ TENSOR_PASSES = {
 BOTH_TOO = tuple(TENSOR_PASSES)
 STEP = "step"  # of a model: forward, loss, backward and the optimiser's update
 
-# Of all batch norms of a model, one after the other, by what is done to each: walk.py.
+# All batch norms of a model, one after the other, by operation: walk.py.
 HOT_FORWARD = "walk_hot_forward"
 WALKS = {"walk_forward": "forward", "walk_backward": "backward", HOT_FORWARD: "forward"}
 
 # What a residual adds: it is read, or its gradient is written.
 RESIDUAL_PASSES = {"forward": 1, "backward": 1, "eval": 1, "forward_backward": 2}
 
-# How often a bit an element is written or read. Without a residual, backward computes from the input, which it reads
-# anyway, what was positive; with one, it would have to read that too, and forward keeps the bits instead.
+# How often a mask of one bit an element is written or read. Without a residual, backward recomputes the signs from the
+# input, which it reads anyway. With one, it would also have to read the residual, so forward stores the bits instead.
 MASK_PASSES = {"forward": 1, "backward": 1, "eval": 0, "forward_backward": 2}
 
 
 class Epilogue(NamedTuple):
     """What follows the batch norm in the same call: the addition of a residual, an activation."""
 
-    act: str = ""  # as batch_norm_act names it; none: a plain batch norm
+    act: str = ""  # the name in batch_norm_act; empty: a plain batch norm
     residual: bool = False
 
     def __str__(self) -> str:

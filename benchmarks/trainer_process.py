@@ -1,12 +1,12 @@
-"""A model in training in a process of its own, as a user has it: with its own heap, page faults and peak of memory.
+"""Trains a model in a process of its own, as users do: with its own heap, page faults and peak of memory.
 
 Models that take turns in one process keep one another's heap from being trimmed: there torch's layers cause no page
 faults, where alone they cause tens of thousands a step.
 
-The memory that training takes at its peak is on a CPU resident memory, as the system counts it: whatever an allocator
-keeps is in it. The process gives back to the system what is free, and resets its high-water mark; so the peak of
-compiling is not in it, but what the compiler leaves behind is. From the mark of the next steps goes what was resident
-before there was a model: the interpreter and the libraries. On a GPU it is torch's own peak.
+The peak of memory on a CPU is resident memory, as the system counts it, so it includes what allocators cache. Before it
+is measured, the process returns free memory to the system and resets its high-water mark: the peak excludes that of
+compiling, but includes what the compiler leaves allocated. What was resident before the model was made, the interpreter
+and the libraries, is subtracted. On a GPU the peak is torch's own.
 """
 
 import ctypes
@@ -35,14 +35,14 @@ from benchmarks.training import Trainer, make_trainer
 
 PRELOADED = ["benchmarks.preloaded"]
 WARM_STEPS = 2  # the first makes gradients and the optimiser's buffers
-STEPS = 2  # that are looked at
+STEPS = 2  # that are examined
 TIMEOUT_S = 600
 
 Result = TypeVar("Result")
 
 
 class ProcessError(Exception):
-    """There is no number; the message is one line."""
+    """The process failed, so there is no number; the message has one line."""
 
 
 class TrainerProcess:
@@ -74,11 +74,11 @@ class TrainerProcess:
 
     @property
     def page_faults(self) -> float:
-        """A step's, in the median of what was timed."""
+        """A step's page faults, the median of the timed steps."""
         return statistics.median(self._page_faults)
 
     def peak(self) -> int:
-        """The peak of memory of a few steps more, in bytes."""
+        """The peak of memory of a few more steps, in bytes."""
         return self._ask(peak_here)
 
     def allocations(self) -> dict[str, float]:
@@ -86,7 +86,7 @@ class TrainerProcess:
         return self._ask(allocations_here)
 
     def shares(self) -> dict[str, float]:
-        """Where the time of a few steps more goes: shares.step_shares."""
+        """Where the time of a few more steps goes: shares.step_shares."""
         return self._ask(shares_here)
 
     def _ask(self, function: Callable[..., Result], *arguments: object) -> Result:
@@ -99,9 +99,9 @@ class TrainerProcess:
 
 @contextmanager
 def trainer_process(case: Case, provider: str, device: str, threads: int) -> Iterator[TrainerProcess]:
-    """The process is ended with the block, whatever it is doing.
+    """A process for training, which is killed at the end of the block.
 
-    Processes are forked from one that has imported all that models need, and done nothing else.
+    It is forked from a process that has only imported what models need.
     """
     with process_pool(1, begin, threads, preload=PRELOADED) as pool:
         process = TrainerProcess(pool)
@@ -116,7 +116,7 @@ _resident_before: int
 
 
 def begin(threads: int) -> None:
-    # Nobody is there to read the answer once the parent has ended, however it did.
+    # Once the parent has ended, nothing reads the answer.
     end_with_parent(signal.SIGKILL)
     torch.set_num_threads(threads)
 
@@ -153,7 +153,7 @@ def peak_here() -> int:
 
 
 def allocations_here() -> dict[str, float]:
-    """The peak grows by as much for each image, so a batch twice as large tells what an image takes."""
+    """The peak grows linearly with the batch, so a batch twice as large shows what an image takes."""
     found = []
     for trainer in (_trainer, _trainer.twice_as_large()):
         for _ in range(WARM_STEPS):

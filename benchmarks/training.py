@@ -1,4 +1,4 @@
-"""What is timed of a whole model, steps of training or single calls, and whether it is right."""
+"""What is timed of a whole model, training steps or single calls, and the check of its results."""
 
 from dataclasses import replace
 from functools import cache, cached_property
@@ -15,14 +15,14 @@ from benchmarks.suites import CHECKPOINT, TORCH, WITHOUT, Case
 from benchmarks.timing import Call
 from benchmarks.traffic import STEP
 
-# The second loss shows the first step's gradients. From step to step rounding grows, in some models tenfold, until two
-# right computations no longer agree.
+# The second loss depends on the first step's gradients. Rounding errors grow with each step, in some models tenfold,
+# until two right computations no longer agree.
 STEPS = 2
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
 
 
 class Trainer:
-    """A model in training by SGD with momentum on one synthetic batch."""
+    """Trains a model by SGD with momentum on one synthetic batch."""
 
     def __init__(self, case: Case, model: Built, device: str, learning_rate: float = LEARNING_RATE) -> None:
         self.losses: tuple[float, ...] = ()
@@ -59,7 +59,7 @@ class Trainer:
         return self.step
 
     def evaluate(self) -> Tensor:
-        """The loss by running statistics: never compiled, nor captured, as it is not timed."""
+        """The loss with running statistics, neither compiled nor captured, as it is not timed."""
         module = self._model.module
         module.eval()
         with torch.no_grad(), self._model.autocast():
@@ -68,9 +68,9 @@ class Trainer:
         return loss
 
     def results(self) -> dict[str, Tensor]:
-        """The loss at each of a few steps, and after them in evaluation, which shows the running statistics.
+        """The losses of a few steps, and then the loss in evaluation, which depends on the running statistics.
 
-        What a step drops at random is the same whoever takes it.
+        Dropout is the same for every provider.
         """
         found = []
         with torch.random.fork_rng():
@@ -91,23 +91,23 @@ class Trainer:
 
 
 def make_target(output: Tensor) -> Tensor:
-    """A class for each sample, or each of its pixels; of a single output, yes or no."""
+    """A class for each sample, or for each of its pixels; for a single output, 0 or 1."""
     samples, classes, *pixels = output.shape
     generator = torch.Generator().manual_seed(SEED)
     return torch.randint(max(classes, 2), (samples, *pixels), generator=generator).to(output.device)
 
 
 def make_trainer(case: Case, provider: str, model: nn.Module, device: str) -> Trainer:
-    """Of a copy of the model with a provider's layers."""
-    # The same work at rate 0: without batch norm some go to inf within a few steps.
+    """A trainer of a copy of the model with a provider's layers."""
+    # Rate 0 takes the same work: without batch norm some models diverge to inf within a few steps.
     rate = 0.0 if provider == WITHOUT else LEARNING_RATE
     return Trainer(case, build(case, provider, model, device), device, rate)
 
 
 class Calls:
-    """A model with an input that requires its gradient, as of a layer in the middle of a network.
+    """A model whose input requires a gradient, as in the middle of a network.
 
-    The values of input and gradient are those of the case's dtype, whichever they are computed in.
+    Input and gradient are rounded to the case's dtype, in whatever dtype the model computes.
     """
 
     losses: tuple[float, ...] = ()
@@ -116,7 +116,7 @@ class Calls:
         rounded: torch.dtype = getattr(torch, case.dtype)
         self._model = model
         self._input = make_data(case, device, case.shape).to(rounded).to(dtype, copy=True).requires_grad_()
-        # Not the input's values: of these batch norm's gradient is zero but for rounding.
+        # Values other than the input's: with those, batch norm's gradient would be zero except for rounding.
         with torch.no_grad(), model.autocast():
             shape = tuple(model.module.eval()(self._input).shape)
         self._grad_output = make_data(case, device, shape, SEED + 1).to(rounded).to(dtype)
@@ -132,13 +132,13 @@ class Calls:
         return self._model(self._input)
 
     def prepared(self, operation: str) -> Call:
-        """The call of an operation, with the model in its mode: to be made before another operation is prepared."""
+        """The call of an operation; it sets the model's mode, so make the call before another operation is prepared."""
         training = operation == "forward_backward"
         self._model.module.train(training)
         return self.forward_backward if training else self.evaluate
 
     def results(self) -> dict[str, Tensor]:
-        """By name; running statistics as they are after one call in training."""
+        """The results by name; running statistics are those after one call in training."""
         module = self._model.module
         self.prepared("forward_backward")
         output, grad_input, *gradients = self.forward_backward()
@@ -151,15 +151,15 @@ class Calls:
 
 
 class Made(Protocol):
-    """What a case's provider is made into: a Trainer, here or in a process of its own, or Calls."""
+    """A provider of a case, ready to run: a Trainer, here or in a process of its own, or Calls."""
 
     losses: tuple[float, ...]
 
     def results(self) -> dict[str, Tensor]:
-        """What is checked, by name."""
+        """The results to check, by name."""
 
     def prepared(self, operation: str) -> Call:
-        """What is timed."""
+        """The call to time."""
 
 
 class ModelChecker:
@@ -187,8 +187,8 @@ class ModelChecker:
         return Calls(self._case, built, self._device, getattr(torch, self._case.dtype))
 
     def check(self, provider: str, made: Any) -> None:
-        """Train or call it; raise MismatchError at the first result that is not right. Without batch norm any is; and
-        torch's checkpoints count each batch twice in the running statistics."""
+        """Train or call it; raise MismatchError at the first wrong result. Models without batch norm are not checked,
+        nor are running statistics with torch's checkpoints, which count each batch twice."""
         if provider in (WITHOUT, CHECKPOINT):
             made.step()
         elif provider != TORCH:
@@ -203,5 +203,5 @@ def reference_results(case: Case, device: str) -> dict[str, Tensor]:
     return Calls(case, model, device, REFERENCE_DTYPES[case.dtype]).results()
 
 
-# Of training, in double precision, it takes longer than all else: once for both layouts, in which it is the same.
+# Training in double precision takes longer than all else, so it runs once for both layouts: the result is the same.
 reference_curve = cache(reference_results)

@@ -1,4 +1,4 @@
-"""Batches with padding and ghost batches: bnext's way, and what people write by hand instead."""
+"""Batches with padding and ghost batches: bnext's calls, and what people write by hand instead."""
 
 from functools import partial
 
@@ -15,8 +15,8 @@ VALID = 0.8  # of a random mask
 
 
 def options(case: Case) -> dict[str, Tensor | int]:
-    """What bnext's functions are told of the batch. Sequences, and rectangles in images, are at least half as long as
-    the longest."""
+    """The arguments of bnext's functions. Sequences, and rectangles in images, are at least half as long as the
+    longest."""
     n, _, *sizes = case.shape
     generator = torch.Generator().manual_seed(SEED)
     if case.variant == GHOST:
@@ -31,7 +31,7 @@ def options(case: Case) -> dict[str, Tensor | int]:
 
 
 def on_valid(batch_norm: BatchNorm, valid: Tensor) -> BatchNorm:
-    """Of the values that are no padding, gathered and put back."""
+    """Batch norm of the valid values, gathered and scattered back."""
 
     def by_hand(input: Tensor, *how: Tensor | float) -> Tensor:
         values = input.movedim(1, -1)
@@ -43,12 +43,12 @@ def on_valid(batch_norm: BatchNorm, valid: Tensor) -> BatchNorm:
 
 
 def on_parts(batch_norm: BatchNorm, size: int) -> BatchNorm:
-    """Of one part of the batch after another."""
+    """Batch norm of one part of the batch after another."""
     return lambda input, *how: torch.cat([batch_norm(part, *how) for part in input.split(size)])
 
 
 def functions(case: Case) -> dict[str, BatchNorm]:
-    """By provider. The mask that is used by hand is made beforehand."""
+    """The functions by provider. The mask of the functions by hand is made beforehand."""
     told = options(case)
     if case.variant == GHOST:
         by_hand = partial(on_parts, size=told["virtual_batch_size"])

@@ -1,4 +1,4 @@
-"""What padding and ghost batches cost: the time of each way / that of batch norm of the whole tensor."""
+"""What padding and ghost batches cost: each provider's time / that of batch norm of the whole tensor."""
 
 from collections.abc import Sequence
 
@@ -33,8 +33,8 @@ LEGEND = (
 
 
 def compare(rows: Sequence[Row]) -> pd.DataFrame:
-    """One line per measurement, a variant after the other: plain's seconds, and as multiples of them each way's median
-    and, with ``_low`` and ``_high``, the 20th and 80th percentile."""
+    """One line per measurement, a variant after the other: plain's seconds, and each provider's median and, with
+    ``_low`` and ``_high``, 20th and 80th percentile as multiples of them."""
     order = list(VARIANT_LIMITS)
     measured = pd.DataFrame([vars(row) for row in sorted(rows, key=lambda row: order.index(row.variant))])
     measured["tensor"] = measured["shape"].map(shape_label)

@@ -1,7 +1,7 @@
-"""A walk over all batch norms of a model, one after the other, all of their tensors alive, as in a step of training.
+"""A walk over all batch norms of a model, one after the other, with all tensors alive, as in a training step.
 
-So each finds its input in main memory, however small it is ("cold"), or, where that is written right before and not
-timed, as far as it fits in the caches ("hot").
+So each finds its input in main memory, however small it is ("cold"). If the input is written right before, which is not
+timed, it is in the caches as far as it fits ("hot").
 """
 
 import time
@@ -23,7 +23,7 @@ from benchmarks.traffic import HOT_FORWARD, WALKS, Shape, model_bytes
 
 
 def norm_shapes(case: Case) -> list[Shape]:
-    """Of the inputs of a model's batch norms, in the order in which they are called."""
+    """The shapes of the inputs of a model's batch norms, in the order of the calls."""
     shapes: list[Shape] = []
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -39,9 +39,9 @@ def norm_shapes(case: Case) -> list[Shape]:
 
 @dataclass(frozen=True)
 class Walked:
-    """A stopwatch of the calls, each after what prepares it and is not timed; results live to the end of a walk.
+    """A stopwatch of the calls. Each follows its preparation, which is not timed; results live to the end of a walk.
 
-    The first walk is not timed: while it lasts the system is busy with what another provider's has given back to it.
+    The first walk is not timed: the system is still busy with the memory that another provider's walk has freed.
     """
 
     calls: Sequence[Call]
@@ -77,7 +77,7 @@ class Walk:
         return make_provider(self._cases[0], provider)
 
     def check(self, provider: str, made: Any) -> None:
-        """Raise MismatchError where the first layer's results, or the last one's, are not right."""
+        """Raise MismatchError where the results of the first or the last layer are wrong."""
         for layer in (0, -1):
             Checker(self._cases[layer], self._layers[layer]).check(made)
 
@@ -95,5 +95,5 @@ def nothing() -> None:
 
 
 def rewrite(tensors: Tensors) -> Call:
-    """Writes the input, in the order in which it lies in memory, as an operator before it would."""
+    """Write the input in memory order, as a preceding operator would."""
     return partial(tensors.input.detach().mul_, 1.0)

@@ -1,4 +1,4 @@
-"""``python -m bnext``: what was built, and what runs here."""
+"""``python -m bnext``: how bnext was built, and what it uses on this machine."""
 
 import platform
 

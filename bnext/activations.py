@@ -1,4 +1,4 @@
-"""The activations that batch norm can apply on the way out, as users name them."""
+"""The activations that can follow batch norm, by the names that users give them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def parse(act: Act) -> Activation:
 
 
 def compose(value: Any, activation: Activation) -> Any:
-    """act(value), of torch's functions."""
+    """act(value), computed by torch's functions."""
     if activation.name == "identity":
         return value
     slope = (activation.slope,) if activation.name in SLOPES else ()

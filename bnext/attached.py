@@ -1,7 +1,7 @@
-"""Objects in a module's ``__dict__`` that act for that module: they keep its class, and go where it goes.
+"""Objects in a module's ``__dict__`` that act for it: its class stays, and its copies get objects of their own.
 
-A module that is copied, pickled or replicated must not be left with an object that acts for the original. So each knows
-its owner by a weak reference, puts a successor into a copy, and is pickled as a call that attaches another one.
+A copy, pickle or replica of a module must not be left with an object that acts for the original. So each object holds a
+weak reference to its owner, attaches a successor to a copy, and is pickled as a call that attaches an equal object.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ class Attached(ABC):
 
     @abstractmethod
     def follow(self, copy: torch.nn.Module) -> Attached:
-        """Attach what acts for a copy of the owner."""
+        """Attach a successor, which acts for a copy of the owner."""
 
     @abstractmethod
     def remake(self) -> tuple[Any, ...]:
-        """A function and its arguments, which an unpickled owner calls before it has its state: it attaches an equal
-        object."""
+        """A function and its arguments, to be called when the owner is unpickled, before it has its state: the call
+        attaches an equal object."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         kind = type(self._owner())
         if kind.__reduce__ is object.__reduce__ and kind.__reduce_ex__ is object.__reduce_ex__:
             return self.remake()
-        return type(None), ()  # a class with a pickling of its own, as torch.fx's, cannot be the argument of a call
+        return type(None), ()  # an owner with a pickling of its own, as torch.fx's, cannot be an argument of the call
 
     def acts_for(self, module: torch.nn.Module) -> bool:
         """Whether the module is its owner, and not a shallow copy, which shares the owner's ``__dict__`` entries."""
         return self._owner() is module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attached | None:
-        # deepcopy notes the owner's copy before it copies the owner's state. A copy it has not noted goes without.
+        # deepcopy puts the owner's copy into memo before it copies the owner's state; other copies get no successor.
         copy = memo.get(id(self._owner()))
         return None if copy is None else self.follow(copy)
 
@@ -49,8 +49,8 @@ class Attached(ABC):
 class Method(Attached):
     """Takes the place of a method of the owner's class: a function of the owner and the method's arguments.
 
-    In ``__dict__`` is the bound method :meth:`call`. By its code ``torch._dynamo`` tells a forward in ``__dict__`` from
-    others, so that copies of a model share its graphs.
+    In ``__dict__`` is the bound method :meth:`call`. ``torch._dynamo`` identifies a forward in ``__dict__`` by its code
+    object, so copies of a model share its graphs.
     """
 
     def __init__(self, owner: torch.nn.Module, name: str, function: Callable[..., Any], lasting: bool = False) -> None:
@@ -84,7 +84,7 @@ class Method(Attached):
 
 
 def attach(owner: torch.nn.Module, attached: Attached, *keys: str) -> Attached:
-    """Put an object into its owner's ``__dict__``, where replicas of the owner do not take it for theirs."""
+    """Put an object into its owner's ``__dict__``, and see to it that replicas of the owner do not use it."""
     for key in keys:
         owner.__dict__[key] = attached
     replicating = _behind(owner.__dict__.get(_REPLICATE))
@@ -94,9 +94,9 @@ def attach(owner: torch.nn.Module, attached: Attached, *keys: str) -> Attached:
 
 
 def attach_method(owner: torch.nn.Module, name: str, function: Callable[..., Any], lasting: bool = False) -> Attached:
-    """Let a function of a module and of a method's arguments take the method's place. A lasting one is no part of a
-    conversion, and stays when that is undone. It is for users to call, on a temporary, too, of which nothing is left
-    but the method when it is called: it keeps its owner alive. Of the others, modules call their own."""
+    """Replace a method by a function of the module and the method's arguments. A lasting one is not part of a
+    conversion, and stays when the conversion is undone. Users may call it on a temporary, of which only the bound
+    method is left during the call, so the method keeps its owner alive. The others are called by their owners."""
     method = Method(owner, name, function, lasting)
     method.holds = owner if lasting else None
     attach(owner, method, name)
@@ -105,7 +105,7 @@ def attach_method(owner: torch.nn.Module, name: str, function: Callable[..., Any
 
 
 def attached_function(owner: torch.nn.Module, name: str) -> Callable[..., Any] | None:
-    """What takes the place of a method, if anything does."""
+    """The function that replaces a method, if one does."""
     attached = _behind(owner.__dict__.get(name))
     return attached.function if isinstance(attached, Method) else None
 
@@ -119,18 +119,18 @@ def detach_methods(owner: torch.nn.Module, *names: str) -> None:
 
 
 def _without_owner(name: str, function: Callable[..., Any], lasting: bool = False) -> Method:
-    return Method(torch.nn.Module(), name, function, lasting)  # which is gone when this returns
+    return Method(torch.nn.Module(), name, function, lasting)  # the module is gone when this returns
 
 
 def attach_forward(owner: torch.nn.Module, function: Callable[..., Any]) -> None:
-    """Let a module compute a function of itself and its arguments in place of its class's forward. ``torch.jit.script``
-    takes the class's."""
+    """Replace a module's forward by a function of the module and its arguments. ``torch.jit.script`` still takes the
+    class's forward."""
     attach_method(owner, _FORWARD, function)
     attach_method(owner, _PREPARE, without_attached)
 
 
 def has_forward(owner: torch.nn.Module) -> bool:
-    """Whether :func:`attach_forward` was there."""
+    """Whether :func:`attach_forward` has replaced the module's forward."""
     return isinstance(_behind(owner.__dict__.get(_FORWARD)), Method)
 
 
@@ -141,7 +141,7 @@ def detach_forward(owner: torch.nn.Module) -> None:
 
 
 def detach(owner: torch.nn.Module) -> None:
-    """Take everything attached out of a module, but methods that are lasting."""
+    """Remove everything that is attached to a module, except lasting methods."""
     temporary = [key for key, a in _attached_to(owner).items() if not (isinstance(a, Method) and a.lasting)]
     detach_methods(owner, *(key for key in temporary if key != _REPLICATE))
 
@@ -152,7 +152,7 @@ def _attached_to(owner: torch.nn.Module) -> dict[str, Attached]:
 
 
 def _behind(value: Any) -> Attached | None:
-    """What a value in ``__dict__`` was attached by."""
+    """The attached object that a value in ``__dict__`` is, or is a method of, if any."""
     attached = value.__self__ if isinstance(value, types.MethodType) else value
     return attached if isinstance(attached, Attached) else None
 
@@ -166,8 +166,8 @@ def without_attached(owner: torch.nn.Module) -> torch.nn.Module:
 
 
 _FORWARD = "forward"
-_PREPARE = "__prepare_scriptable__"  # by which torch.jit.script asks for what to script
-_REPLICATE = "_replicate_for_data_parallel"  # which copies __dict__ as it is
+_PREPARE = "__prepare_scriptable__"  # torch.jit.script scripts what this method returns
+_REPLICATE = "_replicate_for_data_parallel"  # torch's copies __dict__ as it is
 
 
 def _replicate(owner: torch.nn.Module) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""Which values of a batch are normalised together, and which are none."""
+"""Which values of a batch are normalised together, and which are padding."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
         virtual_batch_size: int | None = None,
         update_in_backward: bool = True,
     ) -> Batch:
-        """As users say it.
+        """From the arguments that users pass.
 
         Raises:
             ValueError, TypeError, RuntimeError: :func:`bnext.functional.batch_norm` says when.
@@ -35,10 +35,10 @@ class Batch(NamedTuple):
         return cls(_valid(input, lengths, mask), part_size(virtual_batch_size), update_in_backward)
 
     def of_group(self) -> dict[str, Any]:
-        """For a batch that several processes share.
+        """The operator's arguments for a batch that several processes share.
 
         Raises:
-            ValueError: it has parts.
+            ValueError: the batch has parts.
         """
         if self.virtual_batch_size:
             raise ValueError(

@@ -51,57 +51,57 @@ def convert(
 
     A layer is given another ``forward`` and nothing else: its class, parameters, buffers, hooks, the ``training`` flag,
     attributes and names stay the same objects, shared layers stay shared, and optimisers keep what they hold. So a
-    state_dict saved before loads after, and the reverse, and whatever looks for batch norms (quantisers, folding,
-    counters of operations, validators of privacy) finds them.
+    state_dict saved before loads afterwards, and the reverse, and tools that look for batch norms (quantisers, folding,
+    counters of operations, privacy validators) find them.
 
-    Changed are layers whose type is exactly ``torch.nn.BatchNorm1d/2d/3d`` or ``torch.nn.LazyBatchNorm1d/2d/3d``, and
-    those of other libraries whose forward is known: timm's ``BatchNormAct2d``, with its drop layer and activation, and
+    It changes layers whose type is exactly ``torch.nn.BatchNorm1d/2d/3d`` or ``torch.nn.LazyBatchNorm1d/2d/3d``, and
+    layers of other libraries whose forward it knows: timm's ``BatchNormAct2d``, with its drop layer and activation, and
     the frozen batch norms of torchvision, timm and detectron2. ``torch.nn.SyncBatchNorm`` becomes
     :class:`bnext.SyncBatchNorm`. Other batch norms (a subclass may have a forward of its own) are left alone, and
     listed in one warning of the logger ``"bnext"``.
 
-    In graphs for others to read (``torch.export``, ``torch.onnx``, ``torch.jit``, ``torch.fx``), for tensor subclasses
-    and under modes that watch torch's functions, and on devices for which bnext has no kernels, a layer is torch's own
-    batch norm. A layer is to be copied by ``copy.deepcopy``: a shallow ``copy.copy`` of it computes what the layer
-    itself does, in its mode.
+    In graphs that other tools read (``torch.export``, ``torch.onnx``, ``torch.jit``, ``torch.fx``), for tensor
+    subclasses, under modes that intercept torch's functions, and on devices for which bnext has no kernels, a layer
+    runs torch's own batch norm. Copy a layer by ``copy.deepcopy``: a shallow ``copy.copy`` computes what the original
+    layer does, in the original's mode.
 
     With ``fuse=True`` calls of the model are captured by ``torch._dynamo``, as by ``torch.compile``, and in the
-    captured graph a batch norm takes over the activation behind it, and the sum with a residual between them; the
-    graph is then run as it is, operator by operator. No compiler is needed, and the first call of a new shape or mode
-    takes about as long as with ``torch.compile(backend="eager")``.
+    captured graph a batch norm is fused with the activation that follows it, and with a residual's sum between them;
+    the graph is then run as it is, operator by operator. No compiler is needed, and the first call of a new shape or
+    mode takes about as long as with ``torch.compile(backend="eager")``.
 
-    - Known are ReLU, ReLU6, LeakyReLU, SiLU, GELU (exact), Hardswish, Mish and ELU, as modules, functions and methods.
-    - What is done to the model afterwards (layers replaced, wrapped, hooked, frozen, folded) is seen, as by
+    - It fuses ReLU, ReLU6, LeakyReLU, SiLU, GELU (exact), Hardswish, Mish and ELU, as modules, functions and methods.
+    - Later changes of the model (layers replaced, wrapped, hooked, frozen, folded) take effect, as with
       ``torch.compile``; the class, names and state_dict of every module are untouched, and copies and pickles fuse too.
     - A part of the model that is called by itself is not fused; nor are calls under ``torch.export``, tracers,
       ``torch.func`` transforms or torch's modes, which see the layers as they are.
     - A model that dynamo cannot capture runs unfused, with one warning of the logger ``"bnext"``.
     - :func:`bnext.fusion_report` says, after a call, what was fused and why the rest was not.
 
-    With ``fuse=True, recompute=True`` the outputs of batch norms that others save for backward are not kept from
-    forward to backward, which makes them again, with the same bits: half the memory of an EfficientNet, for a few
-    percent of the time of a step. Every call of the model is then a call within :func:`bnext.recompute`, which says
-    what is made again and what is not.
+    With ``fuse=True, recompute=True`` the outputs of batch norms that other operators save for backward are not kept:
+    backward recomputes them, with the same bits. An EfficientNet takes half the memory, for a few percent of the time
+    of a step. Every call of the model is then a call within :func:`bnext.recompute`, whose documentation says what is
+    recomputed and what is not.
 
     With ``sync=True`` every layer, fused ones too, becomes a :class:`bnext.SyncBatchNorm`: in training, statistics are
-    those of the batches of all processes of a group. To be called before the model is wrapped in
+    those of the batches of all processes of a group. Call it before the model is wrapped in
     ``DistributedDataParallel``, which accepts it on the CPU, too. Lazy layers stay as they are, and are listed.
 
     A result never changes by more than rounding, unless one of three policies is asked for, which set the attributes of
     the same names on every layer:
 
-    - ``single_value="running"``: a training batch of one value a channel, of which torch raises an error, is normalised
-      by the running statistics, which it leaves alone.
+    - ``single_value="running"``: a training batch of one value a channel, for which torch raises an error, is
+      normalised by the running statistics, which it leaves unchanged.
     - ``update_in_backward=False``: a forward that runs within a backward pass, as activation checkpointing runs it a
       second time, leaves running statistics and counters alone, so that a batch counts once. A forward that runs
-      anywhere else counts as ever.
+      anywhere else counts as usual.
     - ``virtual_batch_size``: in training, so many consecutive images at a time are normalised by their own statistics
       (ghost batch normalisation, :func:`bnext.functional.batch_norm`).
 
     Args:
         module: a model, or a single layer.
         fuse: whether to fuse.
-        recompute: whether outputs are made again in backward; needs ``fuse``.
+        recompute: whether outputs are recomputed in backward; needs ``fuse``.
         sync: whether to synchronise. Layers that are synchronised already stay so without it.
         process_group: of ``sync``; None: all processes.
         single_value: ``"running"``, or None, as torch.
@@ -128,7 +128,7 @@ def convert(
     modules.check_single_value(single_value)
     batches.part_size(virtual_batch_size)
     _check(module)
-    # Before anything is changed: a part may walk through its own parts in a way that fails.
+    # Listed before anything is changed: a module may override the traversal in a way that raises.
     layers = list(module.named_modules())
     if virtual_batch_size is not None and (sync or any(isinstance(m, torch.nn.SyncBatchNorm) for _, m in layers)):
         raise ValueError(
@@ -211,7 +211,7 @@ def fusion_report(module: torch.nn.Module) -> Report:
     """What ``convert(fuse=True)`` has fused in the calls of a model so far, and what it has left and why.
 
     Args:
-        module: a converted model, or what holds one.
+        module: a converted model, or a module that contains one.
 
     Returns:
         ``fused``, a list of (name, what), and ``left``, of (name, why not); as a string, a line for each. A batch norm

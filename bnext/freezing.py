@@ -1,4 +1,4 @@
-"""Frozen batch norms: in evaluation, where they stay whatever mode the model around them is put into."""
+"""Frozen batch norms: they stay in evaluation, whatever mode the model around them is put into."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bnext.attached import attach_method, attached_function, detach_methods
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 
-_TRAIN, _REPR = "train", "extra_repr"  # the methods that a frozen layer has others for
+_TRAIN, _REPR = "train", "extra_repr"  # the methods that are replaced in a frozen layer
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class _Frozen:
     parameters: tuple[str, ...] = ()  # those that required gradients
 
     def __call__(self, layer: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
-        type(layer).train(layer, mode)  # which checks the mode, and reaches what the layer is made of
+        type(layer).train(layer, mode)  # checks the mode, and sets it on the layer's submodules
         self.attach(layer, layer.training)
         return layer
 
@@ -45,27 +45,26 @@ def freeze(model: _Module, affine: bool = True) -> _Module:
     .. math::
         y = \gamma\,\frac{x - \mu_\text{running}}{\sqrt{\sigma^2_\text{running} + \epsilon}} + \beta
 
-    which no longer change, nor does ``num_batches_tracked``. To be called before fine-tuning on small batches, as of
+    which no longer change, nor does ``num_batches_tracked``. Call it before fine-tuning on small batches, as of
     detectors, once the weights are loaded, and before the model is wrapped in ``DistributedDataParallel`` or its
     parameters are given to an optimiser.
 
-    Frozen are all instances of torch's batch norms: torch's own classes, bnext's, activated and synchronised ones, and
+    It freezes all instances of torch's batch norms: torch's own classes, bnext's, activated and synchronised ones, and
     subclasses of other libraries, converted by :func:`bnext.convert` before or after, or not. Class, parameters,
     buffers, hooks and state_dict stay as they are; ``repr`` says ``frozen``. Copies by ``copy.deepcopy``, pickles and
-    replicas are frozen too, and :func:`bnext.revert` leaves frozen layers frozen. A layer that was not initialised yet,
-    of a lazy class, evaluates from its first call on. Other parts of a layer, as the drop layer of timm's, follow the
-    model's mode.
+    replicas are frozen too, and :func:`bnext.revert` leaves frozen layers frozen. A lazy layer that is not initialised
+    yet evaluates from its first call on. Submodules of a layer, as the drop layer of timm's, follow the model's mode.
 
     With ``affine=True`` bnext's forward saves no input: from forward to backward a layer holds vectors of C values, and
     one bit an element where a ReLU is fused.
 
-    Only ``train`` and ``eval`` are kept from changing the mode, not an assignment to ``layer.training``; what is made
-    anew (by ``torch.jit.script`` or ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``) is not frozen. Calling it again
-    changes nothing, but that ``affine=True`` freezes parameters that were left out before.
+    Only ``train`` and ``eval`` are kept from changing the mode, not an assignment to ``layer.training``; layers made
+    anew (by ``torch.jit.script`` or ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``) are not frozen. A second call
+    changes nothing, except that ``affine=True`` freezes parameters that were left out before.
 
     Args:
         model: a model, or a single layer.
-        affine: whether weight and bias are frozen, too, by ``requires_grad=False``; else they are trained on.
+        affine: whether weight and bias are frozen, too, by ``requires_grad=False``; else they remain trainable.
 
     Returns:
         The same module.
@@ -85,7 +84,7 @@ def freeze(model: _Module, affine: bool = True) -> _Module:
         found = {name: layer._parameters.get(name) for name in ("weight", "bias")} if affine else {}
         trained = {name: p for name, p in found.items() if p is not None and p.requires_grad}
         for parameter in trained.values():
-            parameter.requires_grad = False  # requires_grad_ refuses what a lazy layer has
+            parameter.requires_grad = False  # requires_grad_ raises on an uninitialised parameter
         replace(frozen, parameters=(*frozen.parameters, *trained)).attach(layer, frozen.training)
         attach_method(layer, _REPR, _extra_repr, lasting=True)
     return model
@@ -95,7 +94,7 @@ def unfreeze(model: _Module) -> _Module:
     """Undo :func:`freeze`, in place: a layer is in the mode that its model was last put into, and weight and bias
     require gradients if they did.
 
-    What is not frozen is not touched.
+    Layers that are not frozen are not touched.
 
     Args:
         model: a model, or a single layer.
@@ -120,13 +119,13 @@ def unfreeze(model: _Module) -> _Module:
 
 
 def mode_of(module: torch.nn.Module) -> bool:
-    """The mode that was asked for, by ``train`` or ``eval``: of what is not frozen, the one that it is in."""
+    """The mode that ``train`` or ``eval`` last asked for; of a module that is not frozen, the mode that it is in."""
     frozen = _of(module)
     return module.training if frozen is None else frozen.training
 
 
 def set_mode(module: torch.nn.Module, training: bool) -> None:
-    """Ask for a mode, of the module alone."""
+    """Ask for a mode as ``train`` does, but of the module alone, without its submodules."""
     frozen = _of(module)
     if frozen is None:
         module.training = training

@@ -1,4 +1,4 @@
-"""Batch normalisation as functions: ``torch.nn.functional.batch_norm``, and the same with what often follows it."""
+"""Batch normalisation as functions: ``torch.nn.functional.batch_norm``, and the same with residual and activation."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ def batch_norm(
         momentum: the weight of this batch in the running statistics.
         eps: added to the variance; positive in training, non-negative in evaluation.
         lengths: of the sequences of an (N, C, L) input, N whole numbers from 0 to L: a list, or an int64 or int32
-            tensor. What lies beyond a sequence's length is padding. Values on a GPU are waited for, to be checked;
+            tensor. What lies beyond a sequence's length is padding. Lengths on a GPU are waited for, to be checked;
             those on the CPU are not.
         mask: of bool and shape (N, \*spatial), in place of lengths: where it is False there is padding.
         virtual_batch_size: in training, normalise so many consecutive images at a time, each part of the batch by its
             own statistics (ghost batch normalisation); the last part may be smaller. None: all images together.
 
-    Padding is as if it were not there, whatever it holds: statistics, :math:`m` and gradients are those of the other
-    values alone, the result is 0 at padding, and so is the input's gradient. A batch (or part) of nothing but padding
-    is counted, and changes no running statistic; of a single value the variance is 0, and the running variance stays.
+    Padding is ignored, whatever values it holds: statistics, :math:`m` and gradients are those of the other values
+    alone, and at padding the result and the input's gradient are 0. A batch (or part) of nothing but padding is
+    counted, and changes no running statistic; with a single value the variance is 0, and the running variance stays.
     Running statistics are updated by one part after another, as calls with one part each would update them.
     A nested input (of torch.jagged layout and shape (N, C, j)) is normalised over the values that it has.
 
@@ -72,8 +72,8 @@ def batch_norm(
     Returns:
         A tensor of the input's shape.
 
-    In graphs that others read, for tensor subclasses and on devices without kernels it is torch's own function:
-    :func:`bnext.convert`.
+    In graphs that other tools read, for tensor subclasses and on devices without kernels, torch's own function runs:
+    see :func:`bnext.convert`.
 
     Raises:
         ValueError: the input has fewer than 2 dimensions, or one value a channel (of a part) in training; eps is out
@@ -82,7 +82,7 @@ def batch_norm(
         TypeError: a dtype is none of the above; training is no bool, momentum no number, or virtual_batch_size no int.
         RuntimeError: a tensor of C values has another number of them, or is on another device; evaluation lacks a
             running statistic.
-        Nothing is read or written before the arguments are found good.
+        All arguments are checked before anything is read or written.
 
     Sources: Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
     Covariate Shift", 2015, https://arxiv.org/abs/1502.03167; of ghost batches Hoffer, Hubara and Soudry, "Train longer,
@@ -118,8 +118,8 @@ def batch_norm_act(
     .. math::
         y = \mathrm{act}\left(\gamma\,\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + r\right)
 
-    Nothing is rounded to the input's dtype before the result. Backward computes the pre-activation again from the
-    input, or has what follows beside the input, so the graph holds, besides per-channel vectors and the input:
+    Only the result is rounded to the input's dtype. Backward recomputes the pre-activation from the input, or reads
+    bits instead, so the graph holds, besides per-channel vectors and the input:
 
     ========================  ===================  ======================================================
     activation                without residual     with residual
@@ -129,7 +129,7 @@ def batch_norm_act(
     all others                nothing              the residual
     ========================  ===================  ======================================================
 
-    In evaluation with frozen weight, relu, relu6 and leaky_relu hold the bits and no input.
+    In evaluation with a frozen weight, relu, relu6 and leaky_relu hold the bits and no input.
 
     Args:
         input, running_mean, running_var, weight, bias, training, momentum, eps, lengths, mask, virtual_batch_size: as
@@ -147,7 +147,7 @@ def batch_norm_act(
         ValueError: act is none of the above, or the residual has another shape.
         TypeError: the residual has another dtype, or is no tensor.
         RuntimeError: the residual is on another device. And what :func:`batch_norm` raises.
-        Nothing is read or written before the arguments are found good.
+        All arguments are checked before anything is read or written.
     """
     _check_settings(training, momentum)
     epilogue = (residual, *activations.parse(act))
@@ -162,7 +162,7 @@ def batch_norm_act(
 
 
 def _check_settings(training: object, momentum: object) -> None:
-    """As torch does, also of what an operator is not given: training, and the momentum of an evaluation."""
+    """Check, as torch does, also what the operators do not get: training, and the momentum of an evaluation."""
     if not isinstance(training, bool):
         raise TypeError(f"expected training to be a bool, but got {type(training).__name__}")
     if not isinstance(momentum, (float, int, fx.Proxy)) and not hasattr(type(momentum), "__float__"):
@@ -188,7 +188,7 @@ def train_batch_norm(
     ``group`` the statistics are those of the batches of all its processes together.
 
     Raises:
-        ValueError: a group and parts of the batch.
+        ValueError: a group is given, and a batch in parts.
     """
     arguments = (input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
     compiling = torch.compiler.is_compiling()
@@ -207,7 +207,7 @@ def train_batch_norm(
     if num_batches_tracked is not None and not (
         num_batches_tracked.dtype is torch.int64 and num_batches_tracked.device == input.device
     ):
-        # Not as the operators take it: of an averaged state_dict, or left on another device. torch counts in any.
+        # A counter that only torch takes: of another dtype, from an averaged state_dict, or left on another device.
         counted = num_batches_tracked + 1
         factor = 1.0 / float(counted) if momentum is None else momentum
         output = train_batch_norm(
@@ -268,14 +268,13 @@ capture = _Capture()
 
 
 def keeps_operators() -> bool:
-    """Whether an operator of bnext is worth more in the graph than arithmetic."""
+    """Whether a captured graph should hold bnext's operators rather than arithmetic: if it runs as it is."""
     return capture.eager
 
 
 def _is_arithmetic(input: Tensor, vectors: tuple[Tensor | None, ...], eps: float, epilogue: Epilogue) -> bool:
-    """Whether a compiler would do well to see what an evaluation computes: no gradient will be asked for, whose sums
-    are the operator's; and arithmetic gives what the operator does, and not, by broadcasting or promotion, what that
-    refuses."""
+    """Whether to show a compiler the arithmetic of an evaluation: only if no gradient will be asked for, whose sums the
+    operator computes faster, and if arithmetic does not broadcast or promote arguments that the operator refuses."""
     residual = epilogue[0] if epilogue else None
     if input.dim() < 2 or input.dtype not in DTYPES or eps < 0:
         return False
@@ -299,8 +298,8 @@ def _composed_eval(
     eps: float,
     epilogue: Epilogue,
 ) -> Tensor:
-    """:func:`eval_batch_norm` of torch's operators, for compilers, which fuse arithmetic on each element with what
-    stands before and behind it; equal to the operator to rounding."""
+    """:func:`eval_batch_norm` composed of torch's operators, for compilers, which fuse pointwise arithmetic with what
+    precedes and follows it; equal to bnext's operator up to rounding."""
     y = native.normalized_by(input, running_mean, running_var, weight, bias, eps)
     residual, name, slope = epilogue or (None, "identity", 0.0)
     if residual is not None:

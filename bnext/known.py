@@ -1,8 +1,8 @@
-"""Batch norms of torch and of other libraries: the classes that convert knows the forward of.
+"""Batch norms of torch and of other libraries: the classes whose forward convert knows.
 
-Such a layer keeps its class, so that whoever asks for it finds it: quantisers, folding passes, counters and validators
-look layers up by their exact class. Its forward alone is replaced. Classes of other libraries are found by name and
-structure, and nothing is imported for them: a layer that is there has brought its library along.
+Such a layer keeps its class, because quantisers, folding passes, counters and validators look layers up by their exact
+class; only its forward is replaced. Classes of other libraries are recognised by name and structure, so that no library
+needs to be imported.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _STATISTICS = ("weight", "bias", "running_mean", "running_var")
 
 
 def adopt(layer: nn.Module) -> bool:
-    """Give a layer of a known class bnext's forward; whether it has it now."""
+    """Give a layer of a known class bnext's forward. Returns whether the layer has it now."""
     if layer.__dict__.get("forward") is not None:
         return has_forward(layer)
     if type(layer) in _TORCH:
@@ -51,8 +51,8 @@ def _is_timm_act(layer: nn.Module) -> bool:
 
 
 def _is_frozen(layer: nn.Module) -> bool:
-    """Whether it computes (x - running_mean)/sqrt(running_var + eps)*weight + bias of buffers, and perhaps timm's drop
-    layer and activation of that. Many projects have a copy of this class; so its forward is compared on numbers."""
+    """Whether it computes (x - running_mean)/sqrt(running_var + eps)*weight + bias from buffers, and perhaps timm's
+    drop layer and activation after it. Many projects have a copy of this class, so its forward is tried on numbers."""
     act = type(layer).__name__ == "FrozenBatchNormAct2d" and _library(layer) == "timm"
     if not (act or type(layer).__name__ == "FrozenBatchNorm2d") or not isinstance(getattr(layer, "eps", None), float):
         return False
@@ -70,7 +70,7 @@ def _is_frozen(layer: nn.Module) -> bool:
         with torch.no_grad():
             theirs, ours = type(layer).forward(layer, probe), _frozen(layer, probe)
         return theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=1e-2, atol=1e-2)
-    except Exception:  # by another library's forward
+    except Exception:  # another library's forward may raise anything
         return False
 
 
@@ -96,7 +96,7 @@ def _frozen(self: nn.Module, x: Tensor) -> Tensor:
     """FrozenBatchNorm2d of torchvision and detectron2, FrozenBatchNormAct2d of timm"""
     weight, bias, mean, var = (self._buffers[name] for name in _STATISTICS)
     if modules.is_traced(x) or x.dim() != 4 or weight is None or x.dtype != weight.dtype:
-        output: Tensor = type(self).forward(self, x)  # whose result has another dtype
+        output: Tensor = type(self).forward(self, x)  # mixed dtypes are promoted there
         return output
     output = functional.eval_batch_norm(x, mean, var, weight, bias, self.eps)  # type: ignore[arg-type]
     for name in ("drop", "act"):

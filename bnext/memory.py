@@ -1,4 +1,4 @@
-"""Less memory between forward and backward: outputs that are made again."""
+"""Less memory between forward and backward: outputs that backward recomputes."""
 
 from __future__ import annotations
 
@@ -13,47 +13,47 @@ from bnext import _C
 
 @contextlib.contextmanager
 def recompute() -> Iterator[None]:
-    r"""Within it, the output of a batch norm that others save for backward is not kept: backward makes it again.
+    r"""Within this context outputs of batch norms that other operators save for backward are not kept, but recomputed.
 
-    A network holds each activation twice: batch norm saves its input, and what comes next, a convolution say, its own
-    input, which is batch norm's output
+    A network holds each activation twice: batch norm saves its input, and the next operator, a convolution say, saves
+    its own input, which is batch norm's output
 
     .. math::
         y = \mathrm{act}\left(\gamma\,\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + r\right)
 
-    By :math:`x`, which is kept, and the statistics, which are kept too, :math:`y` is made again in one pass over the
-    tensor, with the same bits; so gradients are the same bits, too. Asked for by several, it is made once, and freed
-    when the last has used it. ``convert(model, fuse=True, recompute=True)`` does it for every call of a model; by
-    itself it is for models of ``BatchNormAct`` layers, and for functions::
+    From :math:`x` and the statistics, which are kept, :math:`y` is recomputed in one pass over the tensor, with the
+    same bits; so gradients have the same bits, too. If several operators need :math:`y`, it is recomputed once, and
+    freed when the last has used it. ``convert(model, fuse=True, recompute=True)`` does this for every call of a model;
+    the context by itself is for models of ``BatchNormAct`` layers, and for functions::
 
         with bnext.recompute():
             loss = criterion(model(input), target)
         loss.backward()
 
-    - Made again are outputs of :func:`bnext.functional.batch_norm`, :func:`~bnext.functional.batch_norm_act` and of all
+    - It recomputes outputs of :func:`bnext.functional.batch_norm`, :func:`~bnext.functional.batch_norm_act` and of all
       layers, synchronised ones too, in training and, where the input is kept, in evaluation; and slices and other views
-      of them. So an output counts that goes into a convolution, a linear layer, a pooling or a product as it is.
-    - With a residual an output is made again only where something else keeps the residual, as the next convolution in a
-      residual block does, or where that is made again, too.
-    - What an output is made from may be made again itself, but from what is kept: in a long row of residual blocks
-      every third sum is kept.
-    - Sums and concatenations of outputs, and all else that other operators compute, are kept as ever.
-    - It is for the thread that enters it. Where other hooks of saved tensors are at work inside, as those of activation
-      checkpointing, they have their way; those outside get all that is not made again, and what outputs are made from.
-    - It does nothing in what ``torch.compile`` compiles, where inductor chooses for itself what to keep, while torch
-      traces, and where torch allows no such hooks, as in ``torch.func`` transforms (which for their part raise inside
-      it).
+      of them. So an output qualifies that goes unchanged into a convolution, a linear layer, a pooling or a product.
+    - With a residual an output is recomputed only where something else keeps the residual, as the next convolution in a
+      residual block does, or where the residual is recomputed, too.
+    - The tensors that an output is recomputed from may be recomputed themselves, but only from kept ones: in a long row
+      of residual blocks every third sum is kept.
+    - Sums and concatenations of outputs, and all else that other operators compute, are kept as usual.
+    - It applies to the thread that enters it. Other saved-tensor hooks that are entered inside, as those of activation
+      checkpointing, take precedence; outer ones get all that is not recomputed, and what outputs are recomputed from.
+    - It does nothing in what ``torch.compile`` compiles, where inductor itself chooses what to keep, while torch
+      traces, and where torch disables such hooks, as in ``torch.func`` transforms (which raise if they are entered
+      inside it).
 
-    Parameters may be changed before backward: it has copies of the vectors. An output may be changed in place, too; but
-    what is written to it past autograd, by its ``data`` or by NumPy, is lost. An input or a residual that is changed in
-    place is torch's error in backward. See docs/memory.md for what it saves and costs.
+    Parameters may be changed before backward, which has copies of the vectors. An output may be changed in place, too;
+    but what is written to it without autograd's knowledge, by its ``data`` or by NumPy, is lost. After an in-place
+    change of an input or a residual backward raises torch's error. See docs/memory.md for what it saves and costs.
     """
     if _stands_aside():
         yield
         return
     hooks = _C.SavedTensorHooks()
 
-    # Compiled autograd calls it, and warns of functions that are not Python's.
+    # A Python function: compiled autograd calls the hook, and warns of functions that are not Python's.
     def unpack(packed: Any) -> torch.Tensor:
         return hooks.unpack(packed)
 

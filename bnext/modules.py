@@ -23,8 +23,8 @@ BatchNorm = torch.nn.modules.batchnorm._BatchNorm
 
 Lengths = Tensor | Sequence[int] | None
 
-# Attributes of a layer that is to differ from torch's, and what they are by default. They may be set on every layer
-# whose forward is bnext's; convert sets those it is told.
+# Attributes by which a layer may differ from torch's, with their defaults. They may be set on every layer whose forward
+# is bnext's; convert sets those that it is asked for.
 SINGLE_VALUE = "single_value"  # "running": a training batch of one value a channel takes the running statistics
 VIRTUAL_BATCH_SIZE = "virtual_batch_size"  # None
 UPDATE_IN_BACKWARD = "update_in_backward"  # True
@@ -67,23 +67,23 @@ def normalize(
 
 
 def _options(self: BatchNorm) -> tuple[str | None, int | None, bool]:
-    """The attributes above."""
+    """The values of the attributes above."""
     if torch.compiler.is_compiling():
-        # Of a layer whose __dict__ was looked into, torch._dynamo keeps hold until the garbage collector comes.
+        # torch._dynamo would keep a layer alive whose __dict__ is read, until the garbage collector runs.
         return (
             getattr(self, SINGLE_VALUE, None),
             getattr(self, VIRTUAL_BATCH_SIZE, None),
             getattr(self, UPDATE_IN_BACKWARD, True),
         )
-    own = self.__dict__  # what is missing would be looked for in three more places
+    own = self.__dict__  # getattr would look for a missing attribute in three more places
     return own.get(SINGLE_VALUE), own.get(VIRTUAL_BATCH_SIZE), own.get(UPDATE_IN_BACKWARD, True)
 
 
 def _takes_running(policy: str, input: Tensor) -> bool:
-    """Whether a training batch has one value a channel, for which there is this policy.
+    """Whether a training batch has one value a channel, to which the policy applies.
 
     Raises:
-        ValueError: it is unknown.
+        ValueError: the policy is unknown.
     """
     check_single_value(policy)
     return not input.is_nested and input.dim() >= 2 and input.numel() == input.shape[1]
@@ -99,13 +99,13 @@ def check_single_value(policy: object) -> None:
 
 
 def is_traced(input: object) -> bool:
-    """Whether a ``torch.fx`` tracer is at work."""
+    """Whether the input is a proxy of a ``torch.fx`` tracer."""
     return isinstance(input, fx.Proxy) and isinstance(input.tracer, fx.Tracer)
 
 
 def _leaf(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """The call as one node of a ``torch.fx`` graph that is being traced. A tracer takes torch's own layers for leaves
-    by the name of their module; it would go into ours, and freeze what depends on ``training``."""
+    """Record the call as one node of the graph that a ``torch.fx`` tracer builds. A tracer takes torch's own layers for
+    leaves by the name of their module; it would trace into ours, and bake in what depends on ``training``."""
     tracer = args[0].tracer
     given = {name: value for name, value in kwargs.items() if value is not None}
     output: Tensor = tracer.create_proxy("call_module", tracer.path_of_module(layer), args, given)
@@ -157,7 +157,7 @@ class BatchNorm3d(torch.nn.BatchNorm3d):
 
 
 class _Lazy:
-    """What the lazy layers share: torch hands all arguments of a first call to what takes ``num_features`` from it."""
+    """What the lazy layers share: torch passes all arguments of a first call to ``initialize_parameters``."""
 
     def initialize_parameters(self, input: Tensor, lengths: Lengths = None, mask: Tensor | None = None) -> None:
         super().initialize_parameters(input)  # type: ignore[misc]
@@ -204,7 +204,7 @@ class Activated(BatchNorm):
     def normalize(
         self, input: Tensor, epilogue: Epilogue = PLAIN, lengths: Lengths = None, mask: Tensor | None = None
     ) -> Tensor:
-        """Without the activation, or with another one."""
+        """Normalise ``input``, followed by ``epilogue`` in place of the layer's activation."""
         return normalize(self, input, epilogue, lengths=lengths, mask=mask)
 
     def forward(

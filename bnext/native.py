@@ -1,6 +1,6 @@
-"""torch's own batch norm, and which calls are its: those that others look into, and those without kernels of bnext.
+"""torch's own batch norm, and which calls it takes: those that other tools observe, and those without kernels of bnext.
 
-What exports a model, counts its operations or carries tensors of a kind of its own knows torch's operators.
+Exporters, counters of operations and tensor subclasses know torch's operators, not bnext's.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def is_exporting() -> bool:
 
 
 def takes(input: object) -> bool:
-    """Whether a call is torch's own batch norm: in a graph that others are to read, on tensors of others' making, and
-    where bnext has no kernels."""
+    """Whether torch's own batch norm takes a call: in a graph that other tools read, on tensor subclasses of others,
+    and where bnext has no kernels."""
     if torch.compiler.is_compiling():
         if is_exporting():
             return True
@@ -48,7 +48,7 @@ def takes(input: object) -> bool:
         if not torch.compiler.is_compiling():
             _warn_of_device(input.device.type)
         return True
-    return input.dim() < 2 and input.numel() == 0  # which torch takes for no data at all
+    return input.dim() < 2 and input.numel() == 0  # torch treats such an input as no data at all
 
 
 # Asked at every call, so looked up once.
@@ -60,20 +60,20 @@ _DEVICES = ("cpu", "cuda", "meta") if _C.cuda else ("cpu", "meta")
 
 
 def _has_semantics_of_its_own(kind: type[Tensor]) -> bool:
-    """Whether a class of tensors watches torch's functions, or holds tensors for which it interprets operators, as
-    DTensor does: it knows torch's. (Fake and functional tensors, by which torch traces, do neither.)"""
+    """Whether a tensor subclass overrides torch's functions, or wraps tensors for which it interprets operators, as
+    DTensor does: it knows only torch's. (Fake and functional tensors, with which torch traces, do neither.)"""
     watches = kind.__torch_function__ is not torch._C._disabled_torch_function_impl
     return watches or hasattr(kind, "__tensor_flatten__")
 
 
 def has_foreign_function_mode() -> bool:
-    """Whether a mode watches torch's functions, other than the one of ``torch.set_default_device``."""
+    """Whether a mode other than that of ``torch.set_default_device`` intercepts torch's functions."""
     modes = torch.overrides._get_current_function_mode_stack()
     return not all(isinstance(mode, torch.utils._device.DeviceContext) for mode in modes)
 
 
 def _is_functionalized() -> bool:
-    """Whether ``torch.func.functionalize`` is at work, which takes torch's operators alone."""
+    """Whether ``torch.func.functionalize`` is active, which knows only torch's operators."""
     levels = torch._C._functorch.get_interpreter_stack() or ()
     return any(level.key() == torch._C._functorch.TransformType.Functionalize for level in levels)
 
@@ -102,7 +102,7 @@ def batch_norm(
     valid: Tensor | None = None,
     virtual_batch_size: int = 0,
 ) -> Tensor:
-    """The same of torch's functions, as ``torch.nn.BatchNorm2d`` calls them."""
+    """Batch norm with an epilogue, composed of torch's functions, which it calls as ``torch.nn.BatchNorm2d`` does."""
 
     def normalized(part: Tensor, valid: Tensor | None) -> Tensor:
         if num_batches_tracked is not None:
@@ -137,7 +137,7 @@ def _without_padding(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """Batch norm of the values that are no padding, of which there are several; 0 elsewhere."""
+    """Batch norm of the values that are not padding, in training at least two a channel; 0 at padding."""
     keeps = valid.unsqueeze(1)
     x = torch.where(keeps, input, 0).to(_compute_type(input))
     mean, var = running_mean, running_var
@@ -159,8 +159,8 @@ def _without_padding(
 def normalized_by(
     input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """(input - mean)/sqrt(var + eps)*weight + bias of torch's operators, in float32 at least and not rounded yet.
-    Shifted first, as everywhere in bnext."""
+    """(input - mean)/sqrt(var + eps)*weight + bias by torch's operators, in at least float32 and not rounded yet. The
+    mean is subtracted first, as everywhere in bnext."""
     x = input.to(_compute_type(input))
     scale = torch.rsqrt(_per_channel(var, x) + eps)
     if weight is not None:

@@ -39,24 +39,24 @@ def update_bn(loader: Iterable[Any], model: torch.nn.Module, device: int | str |
         \sigma^2_\text{running} = \frac{1}{n - 1}\sum_i (x_i - \mu_\text{running})^2
 
     whichever batches they came in: moments are merged, in float64, by Chan's formula. torch's function averages the
-    means and variances of batches: a batch of 2 counts as much as one of 64, and how far the means of batches lie
-    apart is in no variance. With equal batches its mean is the same, and its variance smaller.
+    means and variances of batches: a batch of 2 counts as much as one of 64, and the variance lacks the spread of the
+    batches' means. With batches of equal size its mean is the same, and its variance smaller.
 
-    Meanwhile every layer normalises by its batch's statistics, as it does in training, so that layers behind it see
-    what they see there. Statistics are written when the last batch is through. If the loader, or the model, raises
-    before, they are as they were; modes and hooks are so in any case.
+    Meanwhile every layer normalises by its batch's statistics, as it does in training, so that later layers see the
+    inputs that they see in training. Statistics are written after the last batch. If the loader or the model raises
+    before, they are as they were; modes and hooks are restored in any case.
 
-    - Updated are all instances of torch's batch norms that have running statistics and are in training after
-      ``model.train()``; not those that :func:`bnext.freeze` froze. ``momentum`` does not matter, 0 neither.
+    - It updates all instances of torch's batch norms that have running statistics and are in training after
+      ``model.train()``; not those that :func:`bnext.freeze` froze. ``momentum`` does not matter, not even if 0.
     - A layer that is called several times, or shared, has the statistics of all its calls.
     - ``num_batches_tracked`` becomes the number of the layer's calls, in all processes.
     - A layer that no batch reaches keeps what it has, and is listed in one warning of the logger ``"bnext"``.
-    - What ``torch.compile`` or ``bnext.convert(fuse=True)`` compiled runs as it is meanwhile, in the whole process, and
+    - What ``torch.compile`` or ``bnext.convert(fuse=True)`` compiled runs eagerly meanwhile, in the whole process, and
       compiled again afterwards.
     - If ``torch.distributed`` is initialised, values of all its processes count, and all get the same statistics. Each
-      calls it with its own share of the data, and the same model. Numbers of batches may differ, and be 0, where the
-      model itself has no collective in forward, as synchronised batch norms and sharded models have. One collective at
-      the end is for all layers. Inside ``DistributedDataParallel`` the wrapped module is called.
+      process calls it with its own share of the data, and the same model. Numbers of batches may differ, and be 0,
+      unless the model's forward has collectives, as with synchronised batch norms and sharded models. One collective at
+      the end serves all layers. Of a ``DistributedDataParallel`` model the wrapped module is called.
 
     Args:
         loader: gives batches, of which a list's or tuple's first item is the input.
@@ -135,7 +135,7 @@ def _check_initialized(seen: list[_Seen]) -> None:
 
 @contextlib.contextmanager
 def _observed(seen: list[_Seen]) -> Iterator[None]:
-    """Layers pass on what they are called with, and afterwards have the buffers that they had."""
+    """Within it the layers pass on their inputs; afterwards their buffers hold what they held before."""
     buffers = [(buffer, buffer.clone()) for s in seen for buffer in s.buffers()]
     hooks = [s.layer.register_forward_pre_hook(s.before_forward, with_kwargs=True) for s in seen]
     try:
@@ -148,7 +148,7 @@ def _observed(seen: list[_Seen]) -> Iterator[None]:
 
 
 def _moments(input: Tensor, eps: float, lengths: Lengths = None, mask: Tensor | None = None) -> Tensor:
-    """Of one call, as ``_Seen`` has them of all."""
+    """The moments of one call's input, in the form in which ``_Seen`` has those of all calls."""
     if ragged.is_jagged(input):
         input = ragged.rows(input)[0]
     valid = Batch.of(input, lengths, mask).valid
@@ -172,13 +172,13 @@ def _merge(a: Tensor, b: Tensor) -> Tensor:
     total = a[-1] + b[-1]
     share = b[-1] / total.clamp(min=1)
     delta = other_mean - mean
-    # Of an infinite mean there is no distance.
+    # delta is not finite where a mean is infinite.
     merged = torch.where(delta.isfinite(), mean + delta * share, mean * (1 - share) + other_mean * share)
     return torch.cat([merged, m2 + other_m2 + delta * (delta * (a[-1] * share)), total[None]])
 
 
 def _merged_over_processes(seen: list[_Seen]) -> list[tuple[Tensor, Tensor]]:
-    """Of each layer the moments and the number of calls, on the device that the processes exchange them on."""
+    """Each layer's moments and number of calls, of all processes, on the device that the collective runs on."""
     several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
     on_cpu = not several or "cpu" in distributed.get_backend_config()
     device = torch.device("cpu") if on_cpu else cast(Tensor, seen[0].layer.running_mean).device
@@ -212,14 +212,14 @@ def _write(seen: list[_Seen], merged: list[tuple[Tensor, Tensor]]) -> None:
 
 
 def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The module inside ``DistributedDataParallel``, whose forward has collectives of its own, compiled or not."""
+    """The module inside ``DistributedDataParallel``, whose forward has collectives, and inside ``torch.compile``."""
     inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
     return _unwrapped(inner) if isinstance(inner, torch.nn.Module) else model
 
 
 class _Uncompiled:
-    """Compiled code runs as it is, for it may not call hooks that are newer. The compiler's stance is that of the whole
-    process, so the first of several threads takes it, and the last takes it back."""
+    """Compiled models run eagerly, because compiled code may not call hooks that were added later. The compiler's
+    stance is global to the process, so the first of several threads sets it, and the last restores it."""
 
     _lock = threading.Lock()
     _entered = 0

@@ -12,7 +12,7 @@ from bnext.activations import Epilogue
 
 
 def is_jagged(input: object) -> bool:
-    """Whether it is nested, and of shape (N, C, j)."""
+    """Whether it is a nested tensor of torch.jagged layout."""
     return isinstance(input, Tensor) and input.is_nested and input.layout is torch.jagged
 
 
@@ -23,7 +23,7 @@ def on_values(
     settings: tuple[Any, ...],
     epilogue: Epilogue,
 ) -> Tensor:
-    """Call it on the values, (sum of j, C), and give its result the input's structure.
+    """Call ``function`` on the values, (sum of j, C), and give the result the input's structure.
 
     Raises:
         ValueError: the input has no channels before its ragged dimension, or a residual another structure.

@@ -34,12 +34,12 @@ class SyncBatchNorm(modules.Activated, torch.nn.SyncBatchNorm):
 
     In training each process normalises its own share of the batch, ``forward(input, residual=None)``, both of shape
     (N, C, ...), by the mean and variance of all shares together; in evaluation there is nothing to exchange. Shares may
-    have different sizes, and be empty. One collective a direction: forward gathers 2·C + 1 float64 values from each
-    process, its means, its sums of squared deviations from them and its count, which all merge in the same order by
-    Chan's formula; backward sums 2·C values over the processes. Gradients of weight and bias are those of the own
-    share, as :class:`torch.nn.parallel.DistributedDataParallel` expects, which also keeps the parameters equal on all
-    processes: the gradient of the input relies on it. All processes must take part in every collective: in backward
-    those whose input requires a gradient, which must then be so on all of them.
+    have different sizes, and be empty. Each direction has one collective: forward gathers 2·C + 1 float64 values from
+    each process, its means, its sums of squared deviations from them and its count, which every process merges in the
+    same order by Chan's formula; backward sums 2·C values over the processes. Gradients of weight and bias are those of
+    the own share, as :class:`torch.nn.parallel.DistributedDataParallel` expects, which also keeps the parameters equal
+    on all processes: the gradient of the input relies on it. All processes must take part in every collective: backward
+    has one where the input requires a gradient, so the input must require one on all processes or on none.
 
     Derivatives of any order, and forward mode, are those of the sum of all processes' losses. They take collectives of
     their own, so all processes must run the same passes in the same order: a second backward pass, or a call with
@@ -104,7 +104,7 @@ class SyncBatchNorm(modules.Activated, torch.nn.SyncBatchNorm):
         return module
 
 
-# What a layer was before it was synchronised.
+# The key of the class that a layer had before it was synchronised.
 _BEFORE = "_before_sync"
 
 _SYNCHRONIZABLE: set[type[torch.nn.Module]] = {
@@ -134,7 +134,7 @@ def synchronize(module: torch.nn.Module, process_group: Any = None) -> None:
 
 
 def separate(module: torch.nn.Module) -> list[tuple[torch.nn.Module, Any]]:
-    """Undo :func:`synchronize`; what it gives back are the layers, and the groups that they had."""
+    """Undo :func:`synchronize`. Returns the layers, and the groups that they had."""
     separated: list[tuple[torch.nn.Module, Any]] = []
     for m in module.modules():
         if type(m) is SyncBatchNorm and _BEFORE in m.__dict__:
@@ -144,7 +144,7 @@ def separate(module: torch.nn.Module) -> list[tuple[torch.nn.Module, Any]]:
 
 
 class _Others:
-    """The layers of a model that torch may refuse."""
+    """A model as torch's check sees it: without bnext's synchronised layers."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module

@@ -1,1 +1,1 @@
-"""Fusing batch norms with what follows them, on the graph that a model really runs: see docs/design.md."""
+"""Fusing batch norms with what follows them, on graphs that are captured from a model's calls: see docs/design.md."""

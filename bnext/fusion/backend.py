@@ -1,4 +1,4 @@
-"""Back ends of ``torch.compile``: the pass, and then inductor, or nothing."""
+"""Back ends of ``torch.compile``: the pass, followed by inductor or by eager execution."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def inductor(
 ) -> Any:
     """``torch.compile(model, backend="bnext")``: fuse, then compile as inductor does, with its modes and options.
 
-    An entry point of the group ``torch_dynamo_backends``, so that bnext need not be imported. What was fused is logged
-    by the logger ``"bnext"`` at level INFO.
+    It is an entry point of the group ``torch_dynamo_backends``, so that users need not import bnext. What was fused is
+    logged by the logger ``"bnext"`` at level INFO.
     """
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
@@ -67,8 +67,8 @@ running = Running()
 
 
 class _Suppressed(logging.Filter):
-    """Takes over dynamo's warnings of frames that it cannot capture, each with a stack trace: the model's own warning
-    is one line, once."""
+    """Drops dynamo's warnings of frames that it cannot capture, each with a stack trace, and records the errors in the
+    report: a model warns once, in one line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if running.report is None or not record.exc_info or record.exc_info[1] is None:
@@ -86,7 +86,7 @@ def eager(module: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     for node, input in zip(placeholders, inputs, strict=True):
         if isinstance(input, Tensor) and input.layout != node.meta["example_value"].layout:
-            # An error in a back end: dynamo then runs the frame uncaptured.
+            # Dynamo runs a frame uncaptured if its back end raises.
             raise RuntimeError(f"dynamo took an input of layout {input.layout} for a dense one")
     outcomes = fuse(module)
     run_checkpoints(module)

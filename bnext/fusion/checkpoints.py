@@ -16,9 +16,9 @@ _TAG = torch.ops.higher_order.tag_activation_checkpoint
 
 
 def run_checkpoints(module: fx.GraphModule) -> None:
-    """Replace dynamo's checkpoint, made for compilers that keep random states themselves, by torch's own.
+    """Replace dynamo's checkpoint, which is for compilers that preserve random states themselves, by torch's own.
 
-    Run as it is, dynamo's does not give dropout the same numbers when it computes a region again.
+    If it ran as it is, dropout would get other random numbers when a region is recomputed.
     """
     for part in module.modules():
         if not isinstance(part, fx.GraphModule):
@@ -27,7 +27,7 @@ def run_checkpoints(module: fx.GraphModule) -> None:
         for node in tagged:
             body = getattr(part, node.args[0].target)
             node.target = partial(_checkpoint, _written_inputs(body))
-            node.target.__name__ = "checkpoint"  # by which the code that is generated calls it
+            node.target.__name__ = "checkpoint"  # the generated code calls it by this name
         if tagged:
             part.recompile()
 
@@ -45,8 +45,8 @@ def _written_inputs(body: fx.GraphModule) -> frozenset[int]:
 
 
 def _checkpoint(held: frozenset[int], body: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-    """torch's checkpoint of a region. What the region writes to is no argument of it: found changed when the region is
-    computed again, it would be an error."""
+    """torch's checkpoint of a region. Inputs that the region writes to are not passed as its arguments: checkpoint
+    would raise when it finds them changed at recomputation."""
 
     def call(*others: Any) -> Any:
         given = iter(others)

@@ -1,7 +1,7 @@
 """Eager fusing of a model: its call is captured by ``torch._dynamo``, fused, and run as it is.
 
-Installed as an object in the model's ``_compiled_call_impl``, which ``nn.Module.__call__`` asks first: class, names and
-state_dict stay untouched, and whatever is done to the model afterwards is seen by dynamo's guards.
+It is installed as an object in the model's ``_compiled_call_impl``, which ``nn.Module.__call__`` looks up first: class,
+names and state_dict stay untouched, and dynamo's guards notice later changes of the model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bnext.fusion.report import ITSELF, Report
 _logger = logging.getLogger("bnext")
 
 _CALL = "_compiled_call_impl"
-_KEPT = "_bnext_fusing"  # where __getstate__, which drops _compiled_call_impl, keeps it
+_KEPT = "_bnext_fusing"  # a second key for the object: __getstate__ drops _compiled_call_impl
 
 # Dynamo's settings during fused calls. What cannot be captured runs uncaptured; hooks that are added later are seen;
 # graphs are not split at the buckets of DistributedDataParallel, which matter to compilers only; integers of a module
@@ -45,8 +45,8 @@ _SETTINGS: dict[str, Any] = {
 
 
 class _Settings:
-    """Puts dynamo's settings in place for a call. Where they are those of the whole process, as before torch 2.13, the
-    first of several calls sets them, and the last sets them back."""
+    """Puts dynamo's settings in place for a call. Where they are global to the process, as before torch 2.13, the first
+    of several concurrent calls sets them, and the last restores them."""
 
     def __init__(self) -> None:
         config: Any = torch._dynamo.config
@@ -81,7 +81,7 @@ def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 _numbers = itertools.count()
-_RESTARTS = 3  # some feature extractors leave every forward by an exception: captured anew each time, it would be slow
+_RESTARTS = 3  # some feature extractors end every forward with an exception: capturing each anew would be slow
 
 
 class _Captured:
@@ -106,7 +106,7 @@ class _Captured:
 
 
 class Fusing(Attached):
-    """Calls its owner by way of dynamo, or plainly where something else wants to see or change what is called."""
+    """Calls its owner through dynamo, or directly where something else traces, transforms or observes the call."""
 
     def __init__(self, owner: nn.Module, captured: _Captured) -> None:
         super().__init__(owner)
@@ -127,7 +127,7 @@ class Fusing(Attached):
         try:
             output = self.captured.run(module, args, kwargs)
         except Exception:
-            # Dynamo does not capture again what raised while it was captured: here the call itself may have raised.
+            # Dynamo does not retry a frame that raised while it was captured, but here the call itself may have raised.
             if self.captured.restarts < _RESTARTS:
                 del report.errors[errors:]
                 self.captured.restarts += 1
@@ -160,8 +160,8 @@ def _attach(owner: nn.Module, verbose: bool, recompute: bool = False) -> Attache
 
 
 def install(module: nn.Module, verbose: bool = False, recompute: bool = False) -> None:
-    """Let calls of a module be fused, and their outputs be made again where that is asked for. A compilation of the
-    user's own stays, and is not touched."""
+    """Let calls of a module be fused, and their outputs recomputed if that is asked for. A module that the user has
+    compiled is left as it is."""
     installed = module.__dict__.get(_KEPT)
     if isinstance(installed, Fusing) and installed.acts_for(module):
         installed.captured.verbose = verbose
@@ -182,10 +182,10 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def report_of(model: nn.Module) -> Report:
-    """What was fused in a model and in parts of it that were set up by themselves.
+    """What was fused in a model, and in parts of it that were converted by themselves.
 
     Raises:
-        ValueError: nothing was set up.
+        ValueError: nothing was converted.
     """
     found = {name: m.__dict__.get(_KEPT) for name, m in model.named_modules()}
     reports = {f"{name}." if name else "": f.captured.report for name, f in found.items() if isinstance(f, Fusing)}

@@ -1,4 +1,4 @@
-"""What the nodes of a captured graph share, and what they write to.
+"""Which memory the nodes of a captured graph share, and what they write to.
 
 The graphs of ``torch._dynamo`` are not functionalised: a node may write to its arguments, or return a view of one. The
 memory of a value is that of the fake tensor which dynamo computed for it (``meta["example_value"]``).
@@ -15,10 +15,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-# Values of these hold nothing but their own elements; other subclasses may share memory in ways of their own.
+# Tensors of these types have no memory but their storage; other subclasses may share memory in ways of their own.
 _PLAIN = (torch._subclasses.FakeTensor, Tensor, torch.nn.Parameter)
 
-# Functions that write to arguments without a name or an argument that says so: the positions of these, and their names.
+# Functions that write to arguments although neither a name nor a flag says so: these arguments' positions and names.
 _WRITES_BY_NATURE: dict[Any, tuple[tuple[int, str], ...]] = {
     F.batch_norm: ((1, "running_mean"), (2, "running_var")),
     torch.batch_norm: ((3, "running_mean"), (4, "running_var")),
@@ -82,7 +82,7 @@ def changes_mode(node: fx.Node) -> bool:
 
 
 def between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
-    """The nodes behind one and before another."""
+    """The nodes after ``first`` and before ``last``."""
     node = first.next
     while node is not last and node.op != "root":
         yield node
@@ -106,7 +106,7 @@ def written(node: fx.Node) -> list[fx.Node] | None:
     if node.op == "call_function" and getattr(target, "__module__", "") not in _TRUSTED:
         return None
     found = [node.kwargs.get("out")]
-    # Functions in Python may take `inplace` by position, among their last arguments: any True there counts as it.
+    # Functions in Python may take `inplace` by position, among their last arguments: so any True counts as `inplace`.
     if _says_in_place(name, target) or node.kwargs.get("inplace") or any(flag is True for flag in node.args[1:]):
         found.append(node.args[0] if node.args else node.kwargs.get("input"))
     return _nodes(found)

@@ -47,7 +47,7 @@ class BatchNorm:
     output: fx.Node  # the node of the normalised value: of an operator with several results, the first of them
     operator: Any
     arguments: tuple[Any, ...]
-    options: dict[str, Any] = field(default_factory=dict)  # behind the activation
+    options: dict[str, Any] = field(default_factory=dict)  # keyword arguments
 
     @property
     def input(self) -> fx.Node:
@@ -64,7 +64,7 @@ class BatchNorm:
         return tuple(a for a in (*self.arguments, *self.options.values()) if isinstance(a, fx.Node))
 
     def call(self, graph: fx.Graph, *epilogue: Any) -> tuple[fx.Node, fx.Node]:
-        """Put the operator into the graph; the nodes of the call and of the value."""
+        """Put the operator into the graph. Returns the nodes of the call and of the output."""
         node = graph.call_function(self.operator, (*self.arguments, *epilogue), self.options)
         if self.operator is ops.batch_norm_sync:
             return node, node
@@ -78,7 +78,7 @@ def is_batch_norm(node: fx.Node) -> bool:
 def read_batch_norm(node: fx.Node) -> BatchNorm:
     """
     Raises:
-        Left: it is one that bnext's operators do not take, or has an activation already.
+        Left: bnext's operators do not take this batch norm, or it has an activation already.
     """
     found = _of_function(node) if node.target in _BY_FUNCTION else _of_operator(node)
     input = tensor(found.arguments[0])
@@ -127,7 +127,7 @@ def _of_function(node: fx.Node) -> BatchNorm:
 
 
 def _is_number(setting: Any) -> bool:
-    """Or a node of one: dynamo makes a number that has changed an input of the graph."""
+    """Whether it is a number, or a node of one: dynamo turns a number that has changed into an input of the graph."""
     return isinstance(setting, int | float) or isinstance(value(setting), torch.SymFloat)
 
 
@@ -231,7 +231,7 @@ def same_layout(a: fx.Node, b: fx.Node) -> bool:
 
 
 def name_of(node: fx.Node) -> str:
-    """What a node calls, as a user would."""
+    """What a node calls, by the name that a user would call it by."""
     target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
         return str(target.name())

@@ -19,8 +19,8 @@ class Report:
 
     fused: list[tuple[str, str]] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
-    graphs: set[int] = field(default_factory=set)  # that were captured and have run
-    errors: list[str] = field(default_factory=list)  # for which dynamo left code as it is
+    graphs: set[int] = field(default_factory=set)  # id() of the graphs that were captured and have run
+    errors: list[str] = field(default_factory=list)  # because of which dynamo left code uncaptured
 
     def add(self, graph: int, outcomes: list[Outcome], name_of: Callable[[Outcome], str]) -> None:
         self.graphs.add(graph)
@@ -30,7 +30,7 @@ class Report:
                 entries.append(entry)
 
     def merge(self, other: Report, prefix: str) -> None:
-        """Those of a part, whose names get a prefix."""
+        """Add the report of a part, whose names get a prefix."""
         self.graphs |= other.graphs
         self.errors += other.errors
         self.fused += [(prefix + name, what) for name, what in other.fused]

@@ -1,8 +1,8 @@
 """The pass: batch norm → activation, and batch norm → sum → activation, become one call of bnext's operator.
 
-It works on graphs of torch's own functions, as ``torch._dynamo`` captures them, before anything is functionalised; so a
-name may be written to. What a pair must hold to be fused is said where it is required, and is the reason in the report
-of a pair that does not.
+It works on graphs of torch's own functions, as ``torch._dynamo`` captures them, before they are functionalised: values
+may be modified in place. Each condition for fusing a pair stands in a call of ``require``, beside the reason that the
+report gives for a pair that does not meet it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Outcome(NamedTuple):
 def fuse(module: fx.GraphModule, for_compiler: bool = False) -> list[Outcome]:
     """Rewrite a captured graph in place, and those of its higher-order operators.
 
-    ``for_compiler``: the graph is going to be compiled, so that an evaluation without gradients is left to the
-    compiler as arithmetic, which it fuses with more than an activation.
+    ``for_compiler``: the graph is going to be compiled, so an evaluation without gradients is left to the compiler,
+    which sees it as arithmetic and fuses it with more than an activation.
     """
     outcomes = []
     for part in module.modules():
@@ -53,7 +53,7 @@ class _Pass:
     def __init__(self, graph: fx.Graph, for_compiler: bool, within: bool) -> None:
         self.graph = graph
         self.for_compiler = for_compiler
-        self.within = within  # another graph, as the body of a checkpoint, which computes it again for backward
+        self.within = within  # another graph, as the body of a checkpoint, which is recomputed in backward
         self.mode: dict[fx.Node, int] = {}  # counts the changes of autocast and grad mode before a node
         changes = 0
         for node in graph.nodes:
@@ -90,7 +90,7 @@ class _Pass:
     def _fuse(self, norm: BatchNorm) -> str:
         """
         Raises:
-            Left: nothing was changed.
+            Left: it cannot be fused; nothing was changed.
         """
         names = {norm.output}  # the nodes whose value is that of the norm, or of the sum
         last, added = norm.output, None
@@ -131,7 +131,7 @@ class _Pass:
         return {at}
 
     def _check_move(self, norm: BatchNorm, place: fx.Node) -> None:
-        """With a residual the norm reads its inputs, and writes its statistics, where the sum stands."""
+        """With a residual the norm moves to the sum's place, and reads its inputs and writes its statistics there."""
         inputs = frozenset().union(*map(memory, norm.inputs))
         updated = (
             frozenset() if norm.operator is ops.batch_norm_eval else frozenset().union(*map(memory, norm.statistics))
@@ -152,12 +152,12 @@ class _Pass:
             require(not unknown, "an input of the graph is written in between")
 
     def _check_residual(self, added: Sum, applied: Applied, place: fx.Node, activation: fx.Node) -> None:
-        """Backward of a smooth activation reads the residual, which torch's sum does not keep."""
+        """Backward of a smooth activation reads the residual, which torch's sum does not save."""
         if applied.activation.name in _C.rectifiers or not effects.value(activation).requires_grad:
             return
         kept, residual = memory(added.residual), effects.tensor(added.residual)
         external = residual is not None and not self._is_fresh(added.residual)
-        if not (self.for_compiler or self.within):  # a compiler may well keep it, too
+        if not (self.for_compiler or self.within):  # a compiler may save the residual, too
             returned = any(memory(node) & kept for node in self.graph.output_node().all_input_nodes)
             require(not (external or returned), "the residual, which its backward reads, can be written to until then")
         for node in between(place, self.graph.output_node()):
@@ -178,7 +178,7 @@ class _Pass:
         return readers[0]
 
     def _readers(self, names: Iterable[fx.Node]) -> list[fx.Node]:
-        """Who reads the value, in order; questions about its shape are answered by the input."""
+        """The nodes that read the value, in order; without those that ask for its shape, which the input can answer."""
         users = {user for name in names for user in name.users}.difference(names)
         return sorted(user for user in users if not _asks_for_shape(user))
 
@@ -206,7 +206,7 @@ class _Pass:
         self._put(norm, last if added else norm.node, (residual, *applied.activation), {activation, last, *names})
 
     def _replace(self, norm: BatchNorm) -> None:
-        """A function of torch's by bnext's operator."""
+        """Replace torch's function by bnext's operator."""
         self._put(norm, norm.node, (), {norm.output})
 
     def _put(self, norm: BatchNorm, place: fx.Node, epilogue: tuple[object, ...], replaced: set[fx.Node]) -> None:

@@ -18,7 +18,7 @@ _Results = tuple[Tensor, ...]
 
 
 def _check(name: str, data: Tensor | None, given: dict[str, Any]) -> None:
-    """The C++ kernels check this too, but a tensor on the meta device brings the call here instead of there."""
+    """The C++ kernels check this too, but a call with a tensor on the meta device comes here instead."""
     if not isinstance(data, Tensor):
         raise TypeError(f"batch_norm: expected {name} to be a tensor, but got {data}")
     if data.dim() < 2:
@@ -40,7 +40,7 @@ def _memory_format(tensor: Tensor) -> torch.memory_format:
 
 
 def _is_empty(tensor: Tensor) -> bool:
-    """Whether it is known to be, without a guard."""
+    """Whether a tensor is known to be empty, without a guard."""
     return any(isinstance(size, int) and size == 0 for size in tensor.shape)
 
 
@@ -66,7 +66,7 @@ def _as_sequences(images: Tensor) -> Tensor:
 
 
 def _empty_mask(input: Tensor, act: str, with_mask: bool) -> Tensor:
-    """As csrc/common/mask.h reserves it, without a branch on a size."""
+    """A mask of the shape that csrc/common/mask.h reserves, without a branch on a size."""
     if not with_mask:
         return input.new_empty((0,), dtype=torch.uint8)
     if act not in _C.rectifiers:
@@ -82,8 +82,8 @@ def _empty_mask(input: Tensor, act: str, with_mask: bool) -> Tensor:
 
 
 def _forward(given: dict[str, Any]) -> _Results:
-    """Output, statistics and mask of training, evaluation and gathered stats; a sync and a recomputation
-    return only the first."""
+    """Output, statistics and mask of training, evaluation and gathered stats; ``batch_norm_sync`` and
+    ``batch_norm_recompute`` return only the output."""
     input = given["input"]
     _check("input", input, given)
     if _is_transposed_sequence(input):
@@ -118,7 +118,7 @@ def _backward(given: dict[str, Any]) -> _Results:
         return _as_sequences(dx), dweight, dbias, _as_sequences(dresidual)
     sums = torch.float64 if like.dtype == torch.float64 else torch.float32
     channels = like.shape[1]
-    # A mask is tied to the forward call's memory format.
+    # A mask's rank tells the forward call's memory format.
     memory_format = _memory_format(like)
     if mask is not None:
         planes = mask.dim() == 3 or like.dim() < 4

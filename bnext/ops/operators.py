@@ -29,6 +29,6 @@ def bind(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str,
 
 
 def number_of_parts(images: int, virtual_batch_size: int) -> int:
-    """Of how many parts, each normalised by itself, a batch is: as in csrc/common/problem.h, without a guard on a
+    """How many parts, each normalised by itself, a batch has: as in csrc/common/problem.h, without a guard on a
     symbolic number of images."""
     return torch.sym_max(1, -(-images // virtual_batch_size)) if virtual_batch_size else 1

@@ -18,7 +18,7 @@ from bnext.ops.operators import bind, number_of_parts
 _Dims = tuple[int | None, ...]
 _Batched = tuple[tuple[Tensor, ...], _Dims]
 
-# Where the channels of an argument are.
+# Which dimension of an argument is that of the channels.
 _CHANNEL_DIM = {"input": 1, "grad_output": 1, "residual": 1, "save_stats": 1, "mean_grads": 1}
 _CHANNEL_DIM |= {"weight": 0, "bias": 0, "running_mean": 0, "running_var": 0}
 _STATISTICS = ("running_mean", "running_var")
@@ -70,8 +70,8 @@ def _forward(op: Any, size: int, channels: int, folded: dict[str, Any]) -> _Batc
 
 
 def _folds(given: dict[str, Any], dims: dict[str, int | None]) -> bool:
-    """Whether the samples are channels of one call: not where they have padding of their own, and not where the
-    statistics have a dimension more, for the parts of a batch."""
+    """Whether the samples can be folded into the channels of one call: not if they have padding of their own, and not
+    if the statistics have another dimension, for the parts of a batch."""
     return dims["valid"] is None and not given.get("virtual_batch_size")
 
 
@@ -90,7 +90,7 @@ def _train(op: Any, size: int, given: dict[str, Any], dims: dict[str, int | None
                 "track_running_stats=False)"
             )
     counter, counted_apart = given["num_batches_tracked"], dims["num_batches_tracked"] is not None
-    # With momentum=None and a counter for each sample, each sample has another factor.
+    # With momentum=None and a counter for each sample, each sample has a factor of its own.
     counts_apart = counter is not None and counted_apart and given["momentum"] is None
     if given["with_mask"] or counts_apart or not _folds(given, dims):
         if counter is not None and not counted_apart:
@@ -133,7 +133,7 @@ def _all_reduce_sum(
 def _register(op: Any, rule: Callable[..., Any]) -> None:
     def batched(info: Any, in_dims: _Dims, *args: Any, **kwargs: Any) -> Any:
         given = bind(op, args, kwargs)
-        # Arguments left at their defaults have no entry; a list has a list of dims.
+        # Arguments left at their defaults have no entry in in_dims; a list has a list of dims.
         dims = dict.fromkeys(given) | {
             name: d if isinstance(d, int) else None for name, d in zip(given, in_dims, strict=False)
         }

@@ -1,5 +1,5 @@
-// The activations that batch norm applies on the way out, and their derivatives. One copy for every device: V is a
-// scalar or a SIMD vector of float or double.
+// The activations that can follow batch norm, and their derivatives. One copy for every device: V is a scalar or a SIMD
+// vector of float or double.
 //
 // float32 uses the polynomials below; float64 the C library, a lane at a time.
 #pragma once
@@ -42,7 +42,7 @@ struct Activation {
   }
 };
 
-// The type of V's lanes, and signed integers as wide as V's.
+// The type of V's lanes; and signed integers of their width, as many as V has lanes.
 template <typename V>
 struct LanesOf {
   using Scalar = std::remove_cv_t<std::remove_reference_t<decltype(V{}[0])>>;
@@ -77,11 +77,11 @@ BNEXT_INLINE V clamp(const V& x, scalar_of<V> low, scalar_of<V> high) {
   return x < low ? V{} + low : x > high ? V{} + high : x;
 }
 
-// What the results of float32 polynomials are rounded to; shorter ones do for fewer digits. All of them are least
-// squares on Chebyshev points, reweighted to the maximum.
+// The format that results of float32 polynomials are rounded to; for fewer digits shorter polynomials suffice. All are
+// least-squares fits on Chebyshev points, reweighted to minimise the largest error.
 enum class Digits { kFloat32, kFloat16, kBFloat16 };
 
-// 2^x = 2^n*(1 + quotient*f) for |x| <= 126, where x = z*unit and `low` is what the float `unit` lacks of it.
+// 2^x = 2^n*(1 + quotient*f) for |x| <= 126 and x = z*(unit + low), where `low` is what the float `unit` lacks.
 template <Digits kDigits, typename V>
 struct PowerOfTwo {
   using Bits = typename LanesOf<V>::Bits;
@@ -124,7 +124,7 @@ BNEXT_INLINE V power_of_two(const V& z, float unit = 1.0f, float low = 0.0f) {
 constexpr float kLog2E = 1.44269502f;
 constexpr float kLog2ELow = 1.92596303e-8f;
 
-// Beyond these e^z is no float32 with all its digits.
+// For |z| up to this, e^z is a normal float32.
 constexpr float kExpMost = 87.0f;
 
 // e^z for z up to `most`, and e^most beyond. Not for a NaN.
@@ -152,7 +152,7 @@ BNEXT_INLINE V exponential_minus_one(const V& z) {
   }
 }
 
-// The logistic function at z and at -z, neither of which is taken as 1 minus the other.
+// The logistic function at z and at -z; neither is computed as 1 minus the other, which would cancel.
 template <Digits kDigits, typename V>
 struct Logistic {
   V at;
@@ -173,8 +173,8 @@ struct Logistic {
   }
 };
 
-// The normal distribution at a distance |z| from its mean, up to one where nothing is left: its density there, and the
-// probability of a value beyond, with relative accuracy also far out, where 1 + erf(z/sqrt(2)) cancels.
+// The normal distribution at the distance |z| from its mean, capped where the tail is negligible: the density there and
+// the probability of the tail beyond, with relative accuracy also far out, where 1 + erf(z/sqrt(2)) cancels.
 template <Digits kDigits, typename V>
 struct Normal {
   V distance;
@@ -190,7 +190,7 @@ struct Normal {
     } else {
       using Bits = typename LanesOf<V>::Bits;
       constexpr float kMost = 12.9f;
-      // Of floats that are not negative the bits compare as they do, in fewer instructions.
+      // Non-negative floats compare as their bits do, and integers take fewer instructions.
       const Bits most = Bits{} + __builtin_bit_cast(std::int32_t, kMost);
       const Bits magnitude = __builtin_bit_cast(Bits, z) & 0x7fffffff;
       distance = __builtin_bit_cast(V, magnitude > most ? most : magnitude);
@@ -211,7 +211,7 @@ struct Normal {
         beyond = e * v * p;
       } else {
         density = power_of_two<kDigits>(square * -0.721347520f - 1.32574806f);
-        // The logarithm to base 2, within 1e-5 up to 6 and 2e-4 beyond.
+        // The tail's logarithm to base 2, within 1e-5 for |z| up to 6 and 2e-4 beyond.
         V p = distance * -2.18287033e-9f + 1.56828378e-7f;
         p = p * distance - 4.93226571e-6f;
         p = p * distance + 9.00368323e-5f;
@@ -227,8 +227,8 @@ struct Normal {
   }
 };
 
-// mish(z) = z*tanh(log(1 + e^z)) = z*n/(n + 2) with n = e^z*(e^z + 2), which neither cancels nor, from where the
-// fraction is 1, overflows.
+// mish(z) = z*tanh(log(1 + e^z)) = z*n/(n + 2) with n = e^z*(e^z + 2), which does not cancel; e^z is capped where the
+// fraction is 1, so that n does not overflow.
 template <Digits kDigits, typename V>
 struct Mish {
   static constexpr int kMost = 40;
@@ -243,14 +243,14 @@ struct Mish {
   }
 };
 
-// What a rectifier makes of z: `open` above zero, and for a NaN; else `closed`.
+// `open` where z is above zero or a NaN, else `closed`.
 template <typename V>
 BNEXT_INLINE V rectified(const V& z, const V& open, const V& closed) {
   return z <= static_cast<scalar_of<V>>(0) ? closed : open;
 }
 
-// A number above zero, or a NaN, where the rectifier is open at z, and no other: what a mask's bit stands for. The bit
-// itself is such a number, too.
+// A value that is above zero or a NaN exactly where the rectifier is open at z, which a mask's bit records. The bit, 0
+// or 1, is such a value itself.
 template <typename V>
 BNEXT_INLINE V opening(const Activation& a, const V& z) {
   return a.act == Act::kRelu6 ? (z >= static_cast<scalar_of<V>>(6) ? V{} : z) : z;

@@ -14,7 +14,7 @@ namespace bnext {
 struct ForwardEpilogue {
   Activation activation;
   const void* residual = nullptr;  // laid out as the input
-  std::uint8_t* mask = nullptr;    // null, or where to note for a rectifier's backward pass what it let through
+  std::uint8_t* mask = nullptr;    // null, or written for a rectifier's backward pass: where it is open (mask.h)
 
   BNEXT_INLINE bool present() const { return activation.act != Act::kIdentity || residual != nullptr; }
 };
@@ -29,7 +29,7 @@ struct Running {
 };
 
 // save_mean and save_invstd: length C, what a backward call needs besides the input. Where the batch has several parts
-// (problem.h), those of part p lie 2*C*p further on, as do those that a backward call is given.
+// (problem.h), part p's vectors start 2*C*p elements further on, here and in a backward call.
 struct TrainingForward {
   const void* input;
   ChannelVector weight;  // absent: 1
@@ -40,8 +40,8 @@ struct TrainingForward {
   double* save_mean;
   double* save_invstd;
   ForwardEpilogue epilogue;
-  double* save_m2 = nullptr;     // or null, as save_invstd may be then: sum of (x - mean)^2
-  double* save_count = nullptr;  // with it: of how many values, one number; null: all
+  double* save_m2 = nullptr;     // null, or sum of (x - mean)^2, with which save_invstd may be null
+  double* save_count = nullptr;  // with save_m2: one number, the values of a channel without padding; null: all
 };
 
 // The statistics of a batch that is spread over several processes, from those of the local batches.
@@ -65,7 +65,7 @@ struct EvalForward {
   double* save_mean;    // = running_mean
   double* save_invstd;  // = 1/sqrt(running_var + eps)
   ForwardEpilogue epilogue;
-  ChannelVector invstd;  // absent; or in place of running_var and eps, for the bits of an earlier call
+  ChannelVector invstd;  // if given, replaces running_var and eps, for the same bits as an earlier call's
 };
 
 struct Backward {
@@ -75,17 +75,17 @@ struct Backward {
   const double* save_mean;
   const double* save_invstd;
   bool training;
-  // The means of dz*xhat and of dz over a batch that lies on several processes; absent: to be taken from this one.
+  // The means of dz*xhat and of dz over a batch on several processes; absent: computed from this process's values.
   ChannelVector mean_dz_xhat;
   ChannelVector mean_dz;
   void* grad_input;  // each null if not asked for
   MutableChannelVector grad_weight;
   MutableChannelVector grad_bias;
-  // of a forward call with an activation
+  // Where the forward call had an activation:
   Activation activation;
   ChannelVector bias;
   const void* residual = nullptr;
-  const std::uint8_t* mask = nullptr;  // in place of input, weight, bias and residual, which give the pre-activation
+  const std::uint8_t* mask = nullptr;  // if given, read in place of the pre-activation and what it is computed from
   void* grad_residual = nullptr;
 
   BNEXT_INLINE bool activated() const { return activation.act != Act::kIdentity; }

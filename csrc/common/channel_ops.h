@@ -1,5 +1,5 @@
-// A call, seen from its channels: which value to shift their elements by, whether their sums are good enough, and how
-// these become statistics, results and the map's coefficients. One copy for every device and layout.
+// What a call computes per channel: which value to shift the elements by, whether the sums are accurate enough, and how
+// the sums become statistics, results and the map's coefficients. One copy for every device and layout.
 //
 // An Access reads and writes the values of one channel, or of several next to each other, as its V.
 #pragma once
@@ -25,13 +25,13 @@ BNEXT_INLINE typename Access::V load_or(const Access& access, const ChannelVecto
   return from.data == nullptr ? typename Access::V{} + absent : access.load(from, c);
 }
 
-// The weight of a batch in the running statistics, of whose parts `part` have counted. The counter still stands at the
-// batches before.
+// The weight in the running statistics of a batch, or of the part number `part` of a batch. The counter does not
+// include this batch yet.
 BNEXT_INLINE double momentum_of(const Running& running, std::int64_t part = 0) {
   return running.cumulative ? 1.0 / static_cast<double>(*running.num_batches_tracked + 1 + part) : running.momentum;
 }
 
-// Takes a batch's mean and its unbiased variance into the running statistics. One value has no variance.
+// Updates the running statistics with a batch's mean and unbiased variance. One value has no unbiased variance.
 template <typename V, typename Access>
 BNEXT_INLINE void update_running(const Running& running, std::int64_t c, const Moments<V>& batch, double count,
                                  Access access) {
@@ -45,7 +45,7 @@ BNEXT_INLINE void update_running(const Running& running, std::int64_t c, const M
   if (count > 1.0) update(running.var, unbiased_var(batch.var, count));
 }
 
-// Where several blocks finish the same channel, only one of them `stores` what the caller asked for.
+// `finish` gets `stores`: where several blocks finish the same channel, only one of them writes the caller's results.
 
 struct TrainingForwardOp {
   TrainingForward args;
@@ -62,7 +62,7 @@ struct TrainingForwardOp {
     return is_finite(mean) ? mean : sums.shift;
   }
 
-  // The shift is a sample.
+  // A forward reduction takes its shift from samples of the input (samples.h).
   template <typename V, typename Access = OneChannel>
   BNEXT_INLINE void reduce_coefficients(std::int64_t, V (&)[kMaxReduceCoefficients], Access = {}) const {}
 
@@ -82,7 +82,7 @@ struct TrainingForwardOp {
   }
 };
 
-// Merged in the order of the processes, so that all of them get the same bits.
+// The stats are merged in the order of the processes, so that all processes get the same bits.
 struct GatherStatsOp {
   GatherStats args;
 
@@ -99,16 +99,16 @@ struct GatherStatsOp {
   }
 };
 
-// The running statistics after a batch of several parts, as a loop over these would update them.
+// The running statistics after a batch of several parts, as a loop of calls with one part each would update them.
 struct UpdateByPartsOp {
   Running running;
   std::int64_t parts;
   std::int64_t C;
-  const double* mean;   // of part p 2*C*p further on, as they are saved
+  const double* mean;   // as saved: part p's means are 2*C*p further on
   const double* m2;     // (parts, C): sums of (x - mean)^2
-  const double* count;  // (parts): of values; of an empty part there are no statistics
+  const double* count;  // (parts): values a channel; 0: the part has no statistics
 
-  // Between the parts a statistic is not rounded to its dtype. One value has no variance.
+  // Between the parts a statistic is not rounded to its dtype. One value has no unbiased variance.
   BNEXT_INLINE void finish(std::int64_t c) const {
     const OneChannel access;
     double running_mean = load_or(access, {running.mean.data, running.mean.dtype}, c, 0.0);
@@ -164,7 +164,7 @@ struct BackwardOp {
   }
   BNEXT_INLINE double refined_shift(const ChannelSums& sums) const { return sums.shift; }
 
-  // The sums' shift; with an activation also what the pre-activation is computed with.
+  // The sums' shift; with an activation also the coefficients of the pre-activation.
   template <typename V, typename Access = OneChannel>
   BNEXT_INLINE void reduce_coefficients(std::int64_t c, V (&coefficients)[kMaxReduceCoefficients],
                                         Access access = {}) const {
@@ -205,7 +205,7 @@ struct BackwardOp {
   }
 
  private:
-  // Those of the forward pass.
+  // The forward pass's coefficients.
   template <typename V, typename Access>
   BNEXT_INLINE void normalization(std::int64_t c, V (&coefficients)[kMaxCoefficients], Access access) const {
     normalize_coefficients(dtype, access.load(args.save_mean, c), access.load(args.save_invstd, c),
@@ -213,7 +213,7 @@ struct BackwardOp {
   }
 };
 
-// The parameters' gradients of a batch of several parts: theirs, added in their order. Null: not asked for.
+// The parameters' gradients of a batch of several parts: the parts' gradients, added in order. Null: not asked for.
 struct SumOfPartsOp {
   MutableChannelVector grad_weight;
   MutableChannelVector grad_bias;

@@ -1,4 +1,4 @@
-// Per-channel vectors: parameters and running statistics, each in a dtype of its own, as doubles.
+// Per-channel vectors: parameters and running statistics, each in a dtype of its own, read and written as doubles.
 #pragma once
 
 #include <cstdint>

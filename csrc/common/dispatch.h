@@ -12,8 +12,8 @@ struct TypeTag {
   using Type = T;
 };
 
-// f(TypeTag<T>()) with the T of `dtype`; f returns the same type for every T. It may be a function for the host alone,
-// which nvcc would not let a function for both call.
+// f(TypeTag<T>()) with the T of `dtype`; f returns the same type for every T. f may be a __host__ function, which nvcc
+// would not let a __host__ __device__ function call: hence the pragma.
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable
 #endif

@@ -32,15 +32,15 @@ constexpr Digits kDigits<Half> = Digits::kFloat16;
 template <>
 constexpr Digits kDigits<BFloat16> = Digits::kBFloat16;
 
-// What follows the normalisation: act(batch_norm(x) + residual). The plain functors do not look at it.
+// What follows the normalisation: act(batch_norm(x) + residual). Functors without an activation ignore it.
 struct Epilogue {
   Activation activation;
   bool has_residual = false;
   bool has_mask = false;                   // to be read, in backward
   bool differentiates_statistics = false;  // in backward: training
 
-  // Activations are evaluated in opmath_t also where float32 proved too narrow for the coefficients and V is of
-  // doubles: the pre-activation has the size of normalised values again.
+  // Activations are evaluated in opmath_t also where float32 is too narrow for the coefficients and V is of doubles:
+  // the pre-activation has the magnitude of normalised values, which float32 can represent.
   template <typename T, typename V>
   BNEXT_INLINE V activate(const V& z) const {
     if constexpr (std::is_same_v<opmath_t<T>, scalar_of<V>>) {
@@ -97,7 +97,7 @@ struct GradSums {
   }
 };
 
-// sum of dy alone: grad_bias, for which x need not be there
+// sum of dy alone: grad_bias, for which x is not read
 struct BiasGradSum {
   static constexpr bool kReadsInput = false;
   static constexpr bool kReadsGrad = true;
@@ -164,9 +164,9 @@ struct ScaleGrad {
   }
 };
 
-// The same with an activation, and perhaps a residual. In backward dz = dy*act'(z) takes the place of dy, where the
-// pre-activation z is computed again, or a mask knows what the rectifier made of it. Each comes in parts, so that a
-// traversal may decide which activation it is once for several elements: z, then act(z) or dz, then the rest.
+// The same functors with an activation, and perhaps a residual. In backward dz = dy*act'(z) takes the place of dy; the
+// pre-activation z is recomputed, or a mask says where the rectifier is open. Each functor comes in steps (z, then
+// act(z) or dz, then the rest), so that a traversal can switch over the activations once for several elements.
 
 // z = (x - shift)*scale + offset + residual: in forward and in backward the same operations, hence the same bits.
 template <typename V>
@@ -231,7 +231,7 @@ struct ActivatedGrad {
   template <typename V>
   BNEXT_INLINE static V grad_input(const V& dz, const V (&in)[kMaxInputs], const V (&c)[kMaxCoefficients],
                                    const Epilogue& epilogue) {
-    // To add -0 changes nothing, a zero's sign neither.
+    // Adding -0 changes nothing, not even a zero's sign.
     const V by_statistics = epilogue.differentiates_statistics ? (in[0] - c[0]) * c[2] + c[3] : -V{};
     return dz * c[1] + by_statistics;
   }

@@ -24,8 +24,8 @@ BNEXT_INLINE F bfloat16_to_float(U bits) {
   return __builtin_bit_cast(F, bits << 16);
 }
 
-// Round to nearest, ties to even; a NaN stays a (quiet) NaN of the same sign. The result is in the upper half, above
-// bits that mean nothing.
+// Round to nearest, ties to even; a NaN stays a (quiet) NaN of the same sign. The result is in the upper 16 bits; the
+// lower 16 are to be ignored.
 template <typename U, typename F>
 BNEXT_INLINE U round_to_bfloat16(F value) {
   const U bits = __builtin_bit_cast(U, value);

@@ -2,7 +2,7 @@
 //
 // Elements lie in rows: a channel's plane of an image (channels first) or the channels of a pixel (channels last). A
 // row begins with a byte of its own, so that two threads never write to the same byte.
-// Only a device's own forward and backward passes read a mask: a device may pack rows closer, or align them to vectors.
+// Only the device that wrote a mask reads it: so a device may pack rows closer, or align them to vectors.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@
 
 namespace bnext {
 
-// Elements that share a byte, by device: as many as it has bits on the CPU; on CUDA those of a 16-byte vector, so that
-// a thread writes its vector's byte alone.
+// How many elements share a byte: on the CPU as many as it has bits; on CUDA those of a 16-byte vector, so that only
+// one thread writes to a byte.
 constexpr std::int64_t kCpuMaskLanes = 8;
 constexpr std::int64_t kCudaMaskBytes = 16;
 constexpr std::int64_t cuda_mask_lanes(std::int64_t element_bytes) { return kCudaMaskBytes / element_bytes; }
@@ -24,8 +24,8 @@ constexpr bool lanes_fit_a_byte() {
 }
 static_assert(lanes_fit_a_byte(), "a vector's lanes share a byte of a mask, whatever the dtype");
 
-// Bytes reserved for a row of `elements`, where a byte holds `lanes` of them. A row that is no multiple of a byte may
-// begin inside one, hence one more; rows are whole words.
+// Bytes reserved for a row of `elements`, where a byte holds `lanes` of them. A row that does not fill its bytes may
+// begin inside a byte, hence one more; rows are whole 4-byte words.
 constexpr std::int64_t mask_row_bytes(std::int64_t elements, std::int64_t lanes) {
   const std::int64_t touched = (elements + lanes - 1) / lanes;
   const std::int64_t ragged = touched - elements / lanes;

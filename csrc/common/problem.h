@@ -17,7 +17,7 @@ constexpr std::int64_t element_size(DType dtype) {
 // kChannelsLast:  element (n, c, s) lies at (n*HW + s)*C + c   (channels_last, channels_last_3d, and (N, C))
 enum class Layout : std::uint8_t { kChannelsFirst, kChannelsLast };
 
-// Of how many parts a batch of N images is: see Problem::virtual_batch. An empty batch is a part, too.
+// How many parts a batch of N images has: see Problem::virtual_batch. An empty batch has one.
 constexpr std::int64_t number_of_parts(std::int64_t N, std::int64_t virtual_batch) {
   return virtual_batch == 0 || N <= virtual_batch ? 1 : (N + virtual_batch - 1) / virtual_batch;
 }
@@ -28,9 +28,9 @@ struct Problem {
   std::int64_t HW;  // product of the spatial sizes, 1 for (N, C)
   Layout layout;
   DType dtype;  // of input, output and their gradients
-  // (N, HW): 0 where a position is padding, which no statistic sees and whose results are 0. Null: there is none.
+  // (N, HW): 0 at padding, which no statistic includes and where results are 0. Null: there is no padding.
   const std::uint8_t* valid = nullptr;
-  // Images that are normalised together: consecutive ones, of the last part perhaps fewer. 0: all of them.
+  // How many consecutive images are normalised together, as a part; the last part may have fewer. 0: all images.
   std::int64_t virtual_batch = 0;
 
   std::int64_t count() const { return N * HW; }  // values a channel holds, padding included

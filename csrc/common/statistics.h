@@ -18,7 +18,7 @@ BNEXT_INLINE auto is_finite(const V& x) {
   return x - x == V{};
 }
 
-// Each lane rounded to float32. (Of such conversions lane by lane, GCC 12 vectorises the rounding away.)
+// Each lane rounded to float32. (If these conversions are written lane by lane, GCC 12 vectorises the rounding away.)
 template <typename V>
 BNEXT_INLINE V rounded_to_float32(const V& x) {
 #if !defined(__CUDACC__)
@@ -30,9 +30,9 @@ BNEXT_INLINE V rounded_to_float32(const V& x) {
     return static_cast<double>(static_cast<float>(x));
 }
 
-// A shift with no finer bits than numbers of `size` have, where it is smaller than these; `size` is a few times the
-// spread of the values to be shifted, `sum` is shift + size as their type holds it. Values minus a number with finer
-// bits are rounded, all that share an exponent by the same amount, and their sum is off by that times their count.
+// The shift without bits finer than those of `size`, if it is smaller than `size`, which is a few times the spread of
+// the values to be shifted; `sum` is shift + size in their type. Subtracting a number with finer bits would round all
+// values that share an exponent by the same amount, and their sum would be off by that amount times their count.
 template <typename V>
 BNEXT_INLINE V coarse_shift(const V& shift, const V& size, const V& sum) {
   using T = scalar_of<V>;
@@ -66,7 +66,7 @@ BNEXT_INLINE Moments<V> moments_from_sums(const SumsOf<V>& sums, double count) {
 }
 
 // Whether float32 sums gave the variance to float32's accuracy. False
-// * if they overflowed (or the data holds an inf or NaN, which a second look does not mind);
+// * if they overflowed (or the data holds an inf or NaN, for which recomputing in float64 does no harm);
 // * if the shift lies more than two standard deviations from the mean, so that the difference of squares cancels;
 // * if squares may have underflowed where eps is too small to hide it.
 template <typename V>
@@ -95,7 +95,7 @@ struct LocalStats {
     const double total = count + other.count;
     const double delta = other.mean - mean;
     const double share = other.count / total;
-    // Of an infinite mean there is no distance.
+    // delta is not finite where a mean is infinite.
     mean = is_finite(delta) ? mean + delta * share : mean * (1.0 - share) + other.mean * share;
     m2 += other.m2 + delta * delta * (count * other.count / total);
     count = total;
@@ -113,9 +113,9 @@ BNEXT_INLINE V unbiased_var(const V& var, double count) {
   return var * (count / (count - 1.0));
 }
 
-// The mean as float32 (float64 for float64 data) and what that leaves over. The elements are shifted by the first part,
-// which float32 subtracts exactly from values near it; the second goes into the additive coefficient. Data with a large
-// offset keeps its accuracy that way.
+// The mean as float32 (float64 for float64 data), and the remainder. The elements are shifted by the first, which
+// float32 subtracts exactly from values near it; the remainder goes into the additive coefficient. So data with a large
+// offset keeps its accuracy.
 template <typename V>
 struct SplitMean {
   V high;

@@ -1,6 +1,6 @@
-// The derivatives of a sum over processes. What is differentiated is the sum of all processes' losses. Each of them
-// sees the result, so the gradient of a process's term is the sum of the results' gradients: a sum over processes
-// again, as is the tangent. So derivatives of every order are collectives, one for each sum that is differentiated.
+// The derivatives of a sum over processes, where the loss is the sum of all processes' losses. Every process has the
+// result, so the gradient of one process's term is the sum of all results' gradients: a sum over processes again, as is
+// the tangent. So derivatives of every order are collectives, one for each sum that is differentiated.
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -35,7 +35,7 @@ class AllReduceSumBackward : public torch::autograd::Node {
 
  private:
   static variable_list gradients(const variable_list& grads, const std::string& group_name) {
-    // Undefined on one process is undefined on all, which run the same passes.
+    // All processes run the same passes, so a gradient that is undefined on one is undefined on all.
     return {grads[0].defined() ? all_reduce_sum_op().call(grads[0], group_name) : Tensor()};
   }
 };

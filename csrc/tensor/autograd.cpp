@@ -1,7 +1,7 @@
-// The autograd side of the operators, on the terms that torch's own operators have: graph nodes for backward and
-// double backward (nodes.h), tangents for forward mode. Because these are plain kernels for the Autograd dispatch key,
-// torch.func transforms, torch.compile and saved-tensor hooks treat them like native ones; a
-// torch::autograd::Function is refused inside torch.func, and one in Python costs every call some 10 us.
+// The operators' kernels for the Autograd dispatch key, with what torch's own operators have: autograd nodes for
+// backward and double backward (nodes.h), tangents for forward mode. So torch.func transforms, torch.compile and
+// saved-tensor hooks treat them like native operators; torch.func refuses a torch::autograd::Function, and one in
+// Python costs every call some 10 us.
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/ones_like.h>
@@ -32,7 +32,7 @@ using torch::autograd::set_history;
 
 Tensor or_undefined(const optional<Tensor>& tensor) { return tensor.value_or(Tensor()); }
 
-// A parameter of another shape, as (1, C, 1, 1), has a gradient of that shape.
+// The reshape is differentiated, so a parameter of another shape, as (1, C, 1, 1), gets a gradient of that shape.
 Tensor as_vector(const optional<Tensor>& tensor) {
   const Tensor given = or_undefined(tensor);
   return given.defined() && given.dim() != 1 ? given.reshape({-1}) : given;
@@ -58,12 +58,12 @@ Tensor copy_of(const Tensor& vector) {
   return vector.defined() ? vector.clone() : vector;
 }
 
-// torch saves no bias, so it may be changed before backward: by a step of an optimiser that trains biases alone. The
-// node knows where the copy's gradient belongs; a tangent belongs to the copy, too.
+// torch's batch norm saves no bias, so users may change it before backward, by a step of an optimiser that trains
+// biases alone: the node saves a copy, whose gradient goes to the bias's edge. A tangent is copied, too.
 Tensor copy_of_bias(const Tensor& bias) { return isFwGradDefined(bias) ? bias.clone() : copy_of(bias); }
 
-// What all forward operators do around their kernel, which `run` calls, with a mask or without; it also says which
-// batch the call is a part of, where several processes share it.
+// What all forward operators do around their kernel. `run` calls the kernel, with a mask or without, and sets the batch
+// where several processes share it.
 template <typename Run>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<Tensor>& weight,
                                            const optional<Tensor>& bias, bool training, double eps,
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<T
   const Tensor b = as_vector(bias);
   const Tensor r = or_undefined(residual);
   const Tensor v = or_undefined(valid);
-  // Before the kernel runs, as collecting edges can fail and the running statistics must then be untouched.
+  // The node is made before the kernel runs: collecting edges can fail, and must then leave running statistics as is.
   decltype(make_node<BatchNormBackward>()) node;
   bool grad_input = false;
   bool keeps_input = false;
@@ -82,15 +82,15 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<T
     node = make_node<BatchNormBackward>();
     node->set_next_edges(collect_next_edges(input, w, b, r));
     grad_input = node->should_compute_output(0);
-    // Evaluation with frozen parameters needs no activation for its gradient, and keeps none.
+    // In evaluation with a frozen weight no gradient depends on the input, so the node does not save it.
     keeps_input = node->should_compute_output(1) || (grad_input && training);
-    // A rectifier's backward needs to know where it was open. That is made from the input again where that is kept and
-    // is all it takes; else a bit an element is less than a residual, or an input that nothing else asks for.
+    // A rectifier's backward needs to know where it was open. It recomputes that from the input, if the input is saved
+    // anyway and there is no residual; else it saves a mask: a bit an element is less than a residual or an input.
     with_mask |= activation.rectifies() && (r.defined() || !keeps_input);
   }
   const bool reads_preactivation = activation.act != Act::kIdentity && !with_mask;
   if (node) {
-    // Before the kernel runs, too: torch refuses to save tensors made in inference mode.
+    // Also before the kernel runs: torch raises when a tensor that was made in inference mode is saved.
     SavedCall& call = node->call;
     if (keeps_input || reads_preactivation) call.input = saved(input);
     if (grad_input || reads_preactivation) call.weight = saved_vector(w);
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const optional<T
     call.activation = activation;
     call.virtual_batch_size = virtual_batch_size;
     save_batch(call, batch);
-    // From an input that is kept anyway.
+    // The output is recomputed only from an input that is saved anyway.
     if (Hooks::of_thread().are_innermost() && (keeps_input || reads_preactivation)) {
       node->output =
           RecomputedOutput::of(output, input, save_stats, copy_of(w), copy_of(b), r, activation, v, virtual_batch_size);
@@ -138,7 +138,7 @@ void check_constant(const char* name, const optional<Tensor>& tensor) {
               " to have no tangent, since it has no derivative, but it has one");
 }
 
-// torch's fallback for these finds out only when the statistics have been written.
+// torch's fallback for lazily negated views raises only after the statistics have been written.
 void check_written(const char* name, const optional<Tensor>& tensor) {
   check_constant(name, tensor);
   TORCH_CHECK(!(tensor.has_value() && tensor->defined() && tensor->is_neg()), "batch_norm: expected ", name,
@@ -178,8 +178,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_eval(const Tensor& input, const op
                  });
 }
 
-// Nested transforms of torch.func come here, one after another, with what batch_norm_sync is made of; the tangents of
-// the outer ones would be lost without a word.
+// Nested torch.func transforms call the operators that batch_norm_sync is composed of, one level after another; without
+// the check the tangents of the outer levels would be lost silently.
 Tensor batch_norm_stats(const Tensor& input, double eps, const optional<Tensor>& valid) {
   TORCH_CHECK(!isFwGradDefined(input),
               "batch_norm: the statistics of one process have no forward mode; over several "
@@ -252,8 +252,8 @@ Gradients backward(const Tensor& grad_output, const optional<Tensor>& input, con
     const Point at{given_dy, primal_of(x), primal_of(w), save_stats, training, eps, batch, v, virtual_batch_size};
     const Tensor dy = at.without_padding(given_dy);
     const ActivationDerivatives derivatives = derivatives_of(activation, at, primal_of(b), primal_of(r), m);
-    // dz = dy*act'(z) changes with dy, and with z. Linear in dz; along input and weight the symmetric second
-    // derivative.
+    // dz = dy*act'(z) changes with dy and with z. The gradients are linear in dz; their change along input and weight
+    // is the symmetric second derivative.
     Tensor dz_tangent = scaled(tangent_of(grad_output), derivatives.first);
     if (derivatives.second.defined()) {
       const Tensor z = plus(output_tangent(at, tangent_of(x), tangent_of(w), tangent_of(b)), tangent_of(r));

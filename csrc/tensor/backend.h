@@ -22,7 +22,7 @@ class Backend {
   // Elements that share a byte of a rectifier's mask (common/mask.h).
   virtual std::int64_t mask_lanes(DType dtype) const = 0;
 
-  // An empty output with the shape and dtype of `like`, for a map that follows a reduction, or does not.
+  // An empty output with the shape and dtype of `like`; `reduces`: the map that writes it follows a reduction.
   virtual at::Tensor allocate_output(const at::Tensor& like, at::MemoryFormat format, const Problem& problem,
                                      bool reduces) const = 0;
 

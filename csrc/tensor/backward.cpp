@@ -16,7 +16,7 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-// The memory format that a backward call works in: the forward call's, to which a mask is tied.
+// The memory format that a backward call works in. A mask is laid out in the forward call's, which its rank tells.
 at::MemoryFormat backward_format(const Tensor& like, const optional<Tensor>& mask) {
   if (!is_given(mask)) return format_of(like);
   const bool channels_first = mask->dim() == 3 || like.dim() < 4;
@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
     bool training, double eps, std::array<bool, 4> output_mask, const optional<Tensor>& bias,
     const optional<Tensor>& residual, const optional<Tensor>& mask, std::string_view act, double slope,
     const optional<Tensor>& mean_grads, const optional<Tensor>& valid, std::int64_t virtual_batch_size) {
-  (void)eps;  // belongs to the operator for its own derivative, which differentiates through 1/sqrt(var + eps)
+  (void)eps;  // for the operator's own derivatives alone, which differentiate through 1/sqrt(var + eps)
   const auto [wants_input, wants_weight, wants_bias, wants_residual] = output_mask;
   const Activation activation = parse_activation(act, slope);
   const bool activated = activation.act != Act::kIdentity;
@@ -85,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   }
 
   const Tensor& like = is_given(input) ? *input : grad_output;
-  // The forward call's format, to which a mask is tied, may have been that of images.
+  // A mask's rank tells whether the forward call took the sequences as images.
   if (like.dim() == 3 && (is_given(mask) ? mask->dim() == 2 && like.size(2) != 1 : is_transposed_sequence(like))) {
     auto [dx, dweight, dbias, dresidual] = batch_norm_backward(
         as_images(grad_output), as_images(input), weight, save_stats, training, eps, output_mask, bias,

@@ -35,7 +35,7 @@ void check_counter(const optional<Tensor>& counter, const Tensor& input) {
 
 std::string size_of(const Tensor& tensor) { return c10::str("torch.Size(", tensor.sizes(), ")"); }
 
-// As Python prints it, which the messages share with torch's own.
+// As Python prints it, so that the messages equal torch's own.
 std::string python_float(double value) {
   if (std::isnan(value)) return "nan";
   const bool whole = std::isfinite(value) && value == std::floor(value) && std::fabs(value) < 1e16;
@@ -48,7 +48,7 @@ std::vector<std::int64_t> stats_sizes(const Tensor& input, std::int64_t virtual_
   return {number_of_parts(N, virtual_batch_size), 2, C};
 }
 
-// Where an operator's argument is no option, torch makes an undefined tensor of None.
+// For an argument that is `Tensor` in the schema, not `Tensor?`, torch turns None into an undefined tensor.
 void check_given(const char* name, const Tensor& tensor) {
   TORCH_CHECK_TYPE(tensor.defined(), "batch_norm: expected ", name, " to be a tensor, but got None");
 }
@@ -90,7 +90,7 @@ void check_running(const optional<Tensor>& mean, const optional<Tensor>& var, co
       "batch_norm: expected num_batches_tracked with momentum=None, the cumulative average, but got None");
 }
 
-// A tensor that lies element for element beside input, or beside grad_output where that is all there is.
+// A tensor with the shape, dtype and device of `like`: of the input, or of grad_output where there is no input.
 void check_alongside(const char* name, const optional<Tensor>& tensor, const char* like_name, const Tensor& like) {
   if (!is_given(tensor)) return;
   TORCH_CHECK(tensor->device() == like.device(), "batch_norm: expected ", name, " on the device of ", like_name, ", ",
@@ -103,7 +103,7 @@ void check_alongside(const char* name, const optional<Tensor>& tensor, const cha
                     "'s shape, ", size_of(like), ", but got ", size_of(*tensor));
 }
 
-// What a forward call that has an epilogue is checked for.
+// The arguments of a forward call's epilogue.
 void check_epilogue(const Tensor& input, const optional<Tensor>& residual, const Activation& activation,
                     bool with_mask) {
   check_alongside("residual", residual, "input", input);

@@ -1,5 +1,5 @@
-// What is checked of an operator's arguments, before anything is read or written. Each function raises, with a message
-// that names the argument, says what was expected and what came.
+// Checks of an operator's arguments, made before anything is read or written. Each function raises an error whose
+// message names the argument, what was expected and what came.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,14 +16,14 @@ namespace bnext {
 
 inline bool is_given(const std::optional<at::Tensor>& tensor) { return tensor.has_value() && tensor->defined(); }
 
-// For messages: torch.Size([2, 3]), and a number as Python prints it, which the messages share with torch's own.
+// For messages: torch.Size([2, 3]), and a number as Python prints it, so that the messages equal torch's own.
 std::string size_of(const at::Tensor& tensor);
 std::string python_float(double value);
 
-// The shape of the statistics that are saved of an input: (2, C), and of each part where it has several.
+// The shape of save_stats: (2, C), or (parts, 2, C) with a virtual_batch_size.
 std::vector<std::int64_t> stats_sizes(const at::Tensor& input, std::int64_t virtual_batch_size);
 
-// A tensor that is no option.
+// A tensor that the schema requires.
 void check_given(const char* name, const at::Tensor& tensor);
 
 // An input or gradient: at least (N, C), of a floating dtype that the kernels know.
@@ -37,7 +37,7 @@ void check_channels(const char* name, const std::optional<at::Tensor>& tensor, c
 void check_running(const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& var,
                    const std::optional<at::Tensor>& counter, std::optional<double> momentum, const at::Tensor& input);
 
-// A tensor that lies element for element beside `like`.
+// A tensor with the shape, dtype and device of `like`.
 void check_alongside(const char* name, const std::optional<at::Tensor>& tensor, const char* like_name,
                      const at::Tensor& like);
 
@@ -51,14 +51,14 @@ void check_valid(const std::optional<at::Tensor>& valid, const char* like_name, 
 // How many images are normalised together; 0: all.
 void check_virtual_batch_size(std::int64_t virtual_batch_size);
 
-// What a forward operator saved of an input with the shape and on the device of `like`, normalised in such parts.
+// save_stats of a forward call on an input with the shape and device of `like`, in parts of virtual_batch_size.
 void check_save_stats(const at::Tensor& save_stats, const char* like_name, const at::Tensor& like,
                       std::int64_t virtual_batch_size);
 
-// Added to a variance that is taken from the input.
+// The eps of a call that normalises by the batch's variance.
 void check_eps(double eps);
 
-// All arguments of a training call, but those that say where its statistics come from.
+// The arguments that all training calls share.
 void check_training(const at::Tensor& input, const std::optional<at::Tensor>& weight,
                     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
                     const std::optional<at::Tensor>& running_var, const std::optional<at::Tensor>& num_batches_tracked,

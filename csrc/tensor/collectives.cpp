@@ -9,8 +9,8 @@ namespace {
 
 using at::Tensor;
 
-// Looked up when needed, as a torch without torch.distributed lacks them, and called boxed, as the types that stand for
-// their strings in C++ are torch's own affair.
+// Operators are looked up when needed, because a torch without torch.distributed lacks them, and called boxed, because
+// the C++ types of their string arguments are internal to torch.
 template <typename... Arguments>
 Tensor call(const char* name, const Arguments&... arguments) {
   torch::jit::Stack stack;

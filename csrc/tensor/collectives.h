@@ -1,5 +1,5 @@
-// What the processes of a group tell each other, by torch's functional collectives: operators like any other, so that
-// torch.compile sees them.
+// Collectives over a group of processes: torch's functional ones, which are operators like any other, so that
+// torch.compile traces them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,7 +16,7 @@ struct ProcessGroup {
   std::int64_t size = 1;
 };
 
-// A batch that lies on the processes of a group.
+// A batch that is spread over the processes of a group.
 struct SharedBatch {
   std::string group_name;
   at::Tensor count;  // of a channel's values on all processes; float64, rank 0

@@ -1,5 +1,5 @@
-// What compiled autograd needs of a node: it traces backward passes, with tensors of its own in place of the gradients
-// and of what a node has saved.
+// What compiled autograd needs of a node. It traces backward passes with tensors of its own in place of the gradients
+// and of the node's saved tensors.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -17,11 +17,11 @@ using Saved = c10::ArrayRef<torch::autograd::SavedVariable*>;
 
 torch::autograd::variable_list unpacked(Saved saved);
 
-// Which of a node's gradients the present pass asks for.
+// Which of a node's gradients the current backward pass needs.
 std::vector<bool> needed_outputs(const torch::autograd::Node& node);
 
-// The node's apply_with_saved: a call of `gradients` in the trace, a function of the gradients that come in and of what
-// is saved. The shapes of the former are not known yet.
+// The node's apply_with_saved: it puts a call of `gradients` into the trace, a function of the incoming gradients and
+// of the saved tensors. The shapes of the incoming gradients are not known yet.
 torch::autograd::variable_list traced(
     const torch::autograd::Node& node, const torch::autograd::variable_list& grads, Saved saved,
     torch::dynamo::autograd::SwapSavedVariables& swapped,

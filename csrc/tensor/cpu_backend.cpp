@@ -10,8 +10,8 @@
 namespace bnext {
 namespace {
 
-// Up to this much work, in elements, the barriers of parallel regions cost more than they save. What is done for a
-// channel besides takes as long as so many elements; less in channels-last memory, where several are done at once.
+// Up to this much work, in elements, the barriers of parallel regions cost more than threads save. The work per channel
+// takes as long as so many elements; less in channels-last memory, where several channels are done at once.
 constexpr std::int64_t kSerialElements = 65536;
 constexpr std::int64_t kElementsOfAChannel = 64;
 constexpr std::int64_t kElementsOfAColumn = 8;
@@ -30,7 +30,7 @@ class CpuBackend final : public Backend {
 
   std::int64_t mask_lanes(DType) const override { return kCpuMaskLanes; }
 
-  // In channels-first memory a map that follows a reduction writes with strides, from image to image.
+  // A channels-first map after a reduction writes with strides, from image to image: fresh pages are touched before.
   at::Tensor allocate_output(const at::Tensor& like, at::MemoryFormat format, const Problem& problem,
                              bool reduces) const override {
     at::Tensor output = empty_output(like, format);

@@ -21,7 +21,7 @@ namespace {
 
 CudaCap cap;
 
-// Asked for once a device.
+// Queried once a device.
 cuda::DeviceLimits real_limits() {
   static std::mutex mutex;
   static std::map<c10::DeviceIndex, cuda::DeviceLimits> known;
@@ -44,7 +44,7 @@ cuda::DeviceLimits limits_of_current_device() {
   return limits;
 }
 
-// Backward calls run on threads of autograd's own.
+// Locked, because backward calls run on autograd's own threads.
 class LastPlan {
  public:
   template <typename Plan>
@@ -68,7 +68,7 @@ LastPlan& last_plan() {
   return plan;
 }
 
-// Freed when it goes out of scope: the caching allocator hands it out again only to what follows on the stream.
+// It may be freed while the kernel runs: the caching allocator reuses it only for work that follows on the stream.
 at::Tensor allocate_workspace(std::int64_t bytes, at::Device where) {
   return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(where));
 }

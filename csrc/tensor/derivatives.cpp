@@ -29,7 +29,7 @@ Tensor per_channel(Tensor vector, const Tensor& data) {
   return vector;
 }
 
-// Over the whole channel, on whichever processes its values lie.
+// The mean over the whole channel: over all processes that share the batch.
 Tensor channel_mean(const Point& at, const Tensor& given) {
   const auto dims = reduced_dims(given);
   const Tensor t = at.without_padding(given);
@@ -40,7 +40,7 @@ Tensor channel_mean(const Point& at, const Tensor& given) {
   return t.sum(dims, /*keepdim=*/true).div(at.valid.sum().clamp_min(1));
 }
 
-// Over this process's part of it.
+// The sum over this process's part of the channel.
 Tensor channel_sum(const Point& at, const Tensor& t) {
   return at.without_padding(t).sum(reduced_dims(t), /*keepdim=*/false);
 }
@@ -70,7 +70,7 @@ std::vector<Part> parts_of(const Point& whole) {
   return parts;
 }
 
-// What is computed of each part; undefined if that is.
+// The parts' results as one tensor; undefined if they are.
 Tensor joined(const std::vector<Tensor>& of_parts) { return of_parts[0].defined() ? at::cat(of_parts) : Tensor(); }
 
 struct Standardized {
@@ -84,7 +84,7 @@ struct Standardized {
     const Tensor mean = at.save_stats.select(0, 0);
     const Tensor high = mean.to(type);
     if (at.training) {
-      // Taken from the input again, not from save_stats, so that the result knows how they depend on it.
+      // The statistics are recomputed from the input, not read from save_stats, so that they are differentiated, too.
       const Tensor shifted = at.without_padding(at.input).to(type) - per_channel(high, at.like);
       const Tensor centred = shifted - channel_mean(at, shifted);
       invstd = (channel_mean(at, centred * centred) + at.eps).rsqrt();
@@ -101,20 +101,20 @@ struct Standardized {
 
   Tensor project(const Tensor& t) const {
     if (!at.training) return t;
-    // One after the other: the order in which C++ takes the operands of a sum is the compiler's.
+    // One after the other: the means may be collectives, and C++ leaves the order of operands to the compiler.
     const Tensor mean = channel_mean(at, t);
     const Tensor along = channel_mean(at, t * xhat);
     return t - mean - xhat * along;
   }
 };
 
-// What may be undefined, of input and weight.
+// The changes of input and weight, each possibly undefined.
 struct Changes {
   Tensor u;
   Tensor v;
 
-  // Where several processes share the batch, what changes on one of them alone must not decide which collectives it
-  // takes part in: there, zero is not undefined.
+  // Processes that share a batch must take part in the same collectives, whichever changes each of them has defined: so
+  // there an undefined change becomes a tensor of zeros.
   Changes(const Point& at, const Tensor& of_input, const Tensor& of_weight)
       : u(at.without_padding(of_input)), v(of_weight) {
     if (!at.batch || !at.input.defined()) return;
@@ -177,7 +177,7 @@ SecondOrder second_order(const Point& at, const Tensor& grad_output, const Tenso
   const auto type = compute_type(at.like);
   const Tensor dy = at.without_padding(grad_output).to(type);
   SecondOrder result;
-  // What P is applied to. v and the weight belong there: each process has its own.
+  // What P is applied to. v and the weight stand inside P, because each process has its own.
   Tensor projected;
   if (v.defined()) projected = per_channel(v, at.like) * dy;
   Tensor rest;
@@ -243,7 +243,7 @@ ActivationDerivatives activation_derivatives(const Activation& activation, const
       return {t + z * bend, bend * (2 + z * (at::sigmoid(-z) - 2 * t * s))};
     }
     case Act::kElu: {
-      // Clamped, so that no infinity waits where the other side is taken: its derivatives would be NaN.
+      // Clamped, so that the branch not taken holds no infinity, whose derivatives would be NaN.
       const Tensor below = at::exp(z.clamp_max(0)) * activation.slope;
       return {at::where(z <= 0, below, at::ones_like(z)), at::where(z <= 0, below, at::zeros_like(z))};
     }

@@ -4,10 +4,10 @@
 // With E the mean over a channel, r = 1/sqrt(var + eps), xhat = (x - mean)*r, a = weight*r, and
 // P(t) = t - E[t] - xhat*E[t*xhat] in training, P(t) = t in evaluation, batch norm's backward is
 //   dx = a*P(dy),  dweight = sum(dy*xhat),  dbias = sum(dy).
-// The derivation of what follows from it is in docs/numerics.md. Where several processes share the batch, E is over the
-// values of all of them, sum over those here, and each process has a weight and a bias of its own, of equal values.
-// Where there is padding, both are over the values that are none, and what is computed is 0 elsewhere. Parts of a batch
-// that are normalised apart are differentiated apart, one after another.
+// docs/numerics.md derives the rest from it. Where several processes share the batch, E is over the values of all
+// processes, sum over this process's, and each process has a weight and a bias of its own, of equal values. With
+// padding, E and sum are over the values that are not padding, and results are 0 at padding. The parts of a batch
+// (virtual_batch_size) are differentiated one after another, each by itself.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -33,8 +33,8 @@ struct Point {
   at::Tensor save_stats;
   bool training;
   double eps;
-  // Where several processes share the batch. All of them must then call the functions below in the same order. The
-  // collectives of a call are the same whichever changes are defined, if the input is defined on all or on none.
+  // Set where several processes share the batch. All of them must then call the functions below in the same order. The
+  // collectives of a call do not depend on which changes are defined, if the input is defined on all or on none.
   std::optional<SharedBatch> batch;
   at::Tensor valid;                     // undefined where there is no padding
   std::int64_t virtual_batch_size = 0;  // 0: the batch is normalised as a whole

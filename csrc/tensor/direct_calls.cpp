@@ -18,7 +18,7 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-// Whether nobody watches torch's functions, traces them or transforms them: whoever does is served in Python.
+// Whether no mode, tracer or transform observes torch's functions. Where one does, the call is made in Python.
 bool is_unobserved() {
   return !at::impl::torch_function_mode_enabled() && !at::tracer::impl::is_dispatch_enabled() &&
          !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
@@ -33,8 +33,8 @@ bool has_kernels(const Tensor& input) {
   return known_device && input.layout() == at::kStrided && !input.is_nested() && input.dim() >= 2;
 }
 
-// The arguments of a call in their order, as long as each is of exactly the type that is asked for: no subclass, which
-// may have a meaning of its own, and no number that has to be converted.
+// Takes a call's arguments in order, each only if it has exactly the type that is asked for: a subclass may have
+// semantics of its own, and a number of another type would have to be converted.
 class Arguments {
  public:
   Arguments(PyObject* const* begin, Py_ssize_t count) : next_(begin), end_(begin + count) {}
@@ -81,7 +81,7 @@ class Arguments {
   PyObject* const* end_;
 };
 
-// What follows the normalisation: nothing, if it is not given.
+// What follows the normalisation; if not given, nothing does.
 struct GivenEpilogue {
   optional<Tensor> residual;
   std::string_view act = "identity";
@@ -141,7 +141,7 @@ constexpr PyCFunction method() {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(kFunction));
 }
 
-// The first line is a signature, as pybind11 writes it.
+// The first line of each docstring is a signature, as pybind11 writes it.
 PyMethodDef methods[] = {
     {"batch_norm_train", method<&batch_norm_train>(), METH_FASTCALL,
      "batch_norm_train(input: object, weight: object, bias: object, running_mean: object, running_var: object, "

@@ -1,5 +1,5 @@
-// The operators called from Python without the matching of a call with a schema, which takes torch longer than a small
-// batch norm.
+// Calls of the operators from Python that skip torch's matching of the arguments with a schema, which takes longer than
+// a small batch norm.
 #pragma once
 
 #include <pybind11/pybind11.h>

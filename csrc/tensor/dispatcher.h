@@ -11,7 +11,7 @@
 
 namespace bnext {
 
-// As the operators take a tensor that may be undefined.
+// The operators' optional arguments are nullopt where a tensor is undefined.
 inline std::optional<at::Tensor> or_none(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
 }

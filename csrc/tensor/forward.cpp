@@ -23,19 +23,19 @@ Tensor allocate_mask(const Tensor& input, const Problem& problem, const Backend&
   const auto options = input.options().dtype(at::kByte);
   if (!wanted) return at::empty({0}, options);
   const auto sizes = mask_sizes(problem, backend);
-  // The operator's results are the same bits at every call, those that mean nothing too.
+  // No kernel writes a row's padding, but an operator's results must have the same bits at every call: hence zeros.
   const bool padded = mask_has_padding(mask_row_elements(problem), backend.mask_lanes(problem.dtype));
   return padded ? at::zeros(sizes, options) : at::empty(sizes, options);
 }
 
-// Nothing will ever be multiplied with the statistics of an empty input, but they must not be garbage.
+// No result depends on the statistics of an empty input, but they must not be uninitialised memory.
 Tensor allocate_stats(const Tensor& input, const Problem& problem) {
   const auto options = input.options().dtype(at::kDouble);
   const auto sizes = stats_sizes(input, problem.virtual_batch);
   return problem.numel() == 0 ? at::zeros(sizes, options) : at::empty(sizes, options);
 }
 
-// What every forward pass writes, and what of its arguments the kernels read: dense, in the input's memory format.
+// The outputs of a forward pass, and its arguments as the kernels read them: dense, in the input's memory format.
 class ForwardTensors {
  public:
   ForwardTensors(const Tensor& input, const Geometry& geometry, const optional<Tensor>& weight,
@@ -59,7 +59,7 @@ class ForwardTensors {
   bool empty() const { return problem_.numel() == 0; }
   const Backend& backend() const { return backend_; }
 
-  // Runs Forward, TrainingForward or EvalForward, which holds what these have of their own.
+  // Runs a TrainingForward or an EvalForward, in which the caller has set what the other does not have.
   template <typename Forward>
   void run(Forward args) {
     auto* stats = stats_.mutable_data_ptr<double>();
@@ -91,13 +91,13 @@ class ForwardTensors {
   optional<Tensor> bias_;
 };
 
-// What an operator gives for images, as it is for the sequences that they stand for.
+// The results of a call on images, for the sequences that the images stand for (see as_images).
 std::tuple<Tensor, Tensor, Tensor> of_sequences(std::tuple<Tensor, Tensor, Tensor> results) {
   std::get<0>(results) = as_sequences(std::get<0>(results));
   return results;
 }
 
-// y by statistics that are known.
+// Normalises by known statistics.
 std::tuple<Tensor, Tensor, Tensor> normalize_by(const EvalForward& stats, const Tensor& input,
                                                 const optional<Tensor>& weight, const optional<Tensor>& bias,
                                                 const optional<Tensor>& residual, const Activation& activation,

@@ -67,7 +67,7 @@ std::string last_cuda_plan() {
 #endif
 }
 
-// The names of all activations, or of those that rectify.
+// The names of all activations, or of the rectifiers.
 pybind11::tuple activations(bool rectifiers_alone) {
   pybind11::list names;
   for (const auto& each : bnext::kActs) {
@@ -92,14 +92,14 @@ PYBIND11_MODULE(_C, m) {
   bnext::register_node_attributes();
   bnext::register_saved_tensor_hooks(m);
   bnext::register_direct_calls(m);
-  m.attr("torch_version") = TORCH_VERSION;  // that this was compiled against
+  m.attr("torch_version") = TORCH_VERSION;  // of the torch that this was compiled against
   m.attr("compiler") = __VERSION__;
   m.attr("activations") = activations(/*rectifiers_alone=*/false);
-  m.attr("rectifiers") = activations(/*rectifiers_alone=*/true);  // whose operators have a mask
+  m.attr("rectifiers") = activations(/*rectifiers_alone=*/true);  // the activations that have a mask
   m.attr("cuda") = kCuda;
-  m.attr("cuda_architectures") = kCudaArchitectures;  // 8.0,9.0
+  m.attr("cuda_architectures") = kCudaArchitectures;  // such as 8.0,9.0
   m.attr("cpu_mask_lanes") = bnext::kCpuMaskLanes;    // elements that share a byte of a rectifier's mask
-  m.attr("cuda_mask_bytes") = bnext::kCudaMaskBytes;  // bytes of elements that do on CUDA
+  m.attr("cuda_mask_bytes") = bnext::kCudaMaskBytes;  // on CUDA: the bytes of the elements that share one
   m.def("cap_cuda_device", &cap_cuda_device, pybind11::arg("sms") = pybind11::none(),
         pybind11::arg("shared_per_block") = pybind11::none(), pybind11::arg("max_cluster") = pybind11::none(),
         pybind11::arg("max_row_bytes") = pybind11::none(),

@@ -1,4 +1,4 @@
-// How a node of the autograd graph is made, in every torch that is supported.
+// Makes a node of the autograd graph, in every supported version of torch.
 #pragma once
 
 #include <torch/csrc/autograd/function.h>
@@ -15,7 +15,7 @@ constexpr bool kSharedNodes = std::is_same_v<NodePtr, std::shared_ptr<torch::aut
 template <typename T>
 auto make_node() {
   if constexpr (kSharedNodes) {
-    // Found by its argument, for torch no longer declares it where it is not needed.
+    // deleteNode is found by argument-dependent lookup, because newer versions of torch no longer declare it.
     return std::shared_ptr<T>(new T(), [](auto* node) { deleteNode(node); });
   } else {
     return c10::make_intrusive<T>();

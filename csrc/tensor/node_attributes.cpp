@@ -11,7 +11,7 @@ namespace {
 
 using autograd::SavedCall;
 
-// The getter of one attribute, which `read` makes of what the node holds.
+// The getter of one attribute, whose value `read` takes from what the node saved.
 template <PyObject* (*read)(SavedCall&)>
 PyObject* get(PyObject* self, void* /*closure*/) {
   HANDLE_TH_ERRORS
@@ -36,7 +36,7 @@ PyObject* eps(SavedCall& call) { return PyFloat_FromDouble(call.eps); }
 }  // namespace
 
 void register_node_attributes() {
-  using namespace torch::autograd;  // which the macro's names are in
+  using namespace torch::autograd;  // for the names in the macro's expansion
   static PyGetSetDef properties[] = {
       THP_FUNCTION_DEFAULT_PROPERTIES,
       {"_saved_input", get<tensor<&SavedCall::input>>, nullptr, nullptr, nullptr},

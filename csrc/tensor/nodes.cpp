@@ -38,7 +38,7 @@ Gradients call_backward(const Point& at, const Tensor& grad_output, OutputMask w
                             or_none(at.valid), at.virtual_batch_size);
 }
 
-// Of a rectifier whose pre-activation is gone, but for its mask: the second derivative is zero.
+// The derivatives of a rectifier for which only the mask was saved. The second derivative is zero: an undefined tensor.
 ActivationDerivatives mask_derivatives(const Activation& activation, const Point& at, const Tensor& mask) {
   const auto results = backward_op().call(at::ones_like(at.like), /*input=*/{}, /*weight=*/{}, at.save_stats,
                                           at.training, at.eps, {false, false, false, true}, /*bias=*/{},
@@ -88,14 +88,14 @@ variable_list double_backward_gradients(const variable_list& cotangents, const v
   const Tensor t = plus(output_tangent(at, u, v, cotangent(2)), at.without_padding(cotangent(3)));
   variable_list result(5);
   if (needs[0]) result[0] = scaled(t, derivatives.first);
-  // Of a shared batch all processes take the same collectives, whatever each of them needs.
+  // Processes that share a batch must take part in the same collectives, whatever each of them needs.
   if (needs[1] || needs[2] || at.batch) {
     const SecondOrder second = second_order(at, scaled(dy, derivatives.first), u, v);
     if (needs[1]) result[1] = second.input;
     if (needs[2]) result[2] = second.weight;
   }
   if (t.defined() && derivatives.second.defined() && (needs[1] || needs[2] || needs[3] || needs[4])) {
-    // dz depends on z as well, and by it on all that z is made of.
+    // dz also depends on z, and so on all that z is computed from.
     const Tensor dz = scaled(scaled(t, dy), derivatives.second);
     const auto [dx, dweight, dbias] = plain_backward(at, dz, {needs[1], needs[2], needs[3], false});
     if (needs[1]) result[1] = plus(result[1], dx);
@@ -106,7 +106,7 @@ variable_list double_backward_gradients(const variable_list& cotangents, const v
   return result;
 }
 
-// What a trace depends on, and is made for anew.
+// What compiled autograd's trace depends on: where it differs, a new trace is made.
 void collect(CompiledNodeArgs& args, const SavedCall& call) {
   for (const SavedVariable* each : const_cast<SavedCall&>(call).tensors()) args.collect(*each, /*is_output=*/false);
   args.collect(call.training);
@@ -147,9 +147,9 @@ void BatchNormBackward::release_variables() {
 variable_list BatchNormBackward::apply(variable_list&& grads) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (!grads[0].defined()) return variable_list(4);
-  if (output) output->drop();  // all who asked for it have been here
+  if (output) output->drop();  // backward has passed all nodes that saved it
   variable_list saved = unpacked(call.tensors());
-  // The bias is a copy outside of the graph, made when it was saved.
+  // A saved bias that is a detached copy (copy_of_bias) gets the bias's own edge, for double backward.
   Tensor& bias = saved[2];
   if (bias.defined() && at::GradMode::is_enabled() && next_edge(2).is_valid() && !bias.requires_grad()) {
     bias = torch::autograd::make_variable(bias, next_edge(2));

@@ -62,7 +62,7 @@ struct SavedCall : CallSettings {
 class BatchNormBackward : public torch::autograd::Node {
  public:
   SavedCall call;
-  std::shared_ptr<RecomputedOutput> output;  // null where the output is not made again
+  std::shared_ptr<RecomputedOutput> output;  // null where the output is not recomputed
 
   std::string name() const override;
   void release_variables() override;
@@ -91,10 +91,10 @@ class BatchNormDoubleBackward : public torch::autograd::Node {
   std::array<torch::autograd::SavedVariable*, 1 + CallTensors::kSize> tensors();
 };
 
-// (grad_input, grad_weight, grad_bias) without an activation, of those that the mask asks for.
+// (grad_input, grad_weight, grad_bias) without an activation, each computed only if `wanted`.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> plain_backward(const Point& at, const at::Tensor& dz, OutputMask wanted);
 
-// Of an activation, by the pre-activation or by its mask.
+// The derivatives of an activation, from the mask if it is defined, else from the pre-activation.
 ActivationDerivatives derivatives_of(const Activation& activation, const Point& at, const at::Tensor& bias,
                                      const at::Tensor& residual, const at::Tensor& mask);
 

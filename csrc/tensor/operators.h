@@ -1,4 +1,4 @@
-// The operators on tensors below autograd: forward.cpp, backward.cpp and sync.cpp. What each argument means: schema.h.
+// The operators on tensors below autograd: forward.cpp, backward.cpp and sync.cpp. schema.h explains the arguments.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -12,7 +12,7 @@ namespace {
 
 class OutputAllocator final : public c10::Allocator {
  public:
-  // A storage that is resized asks its allocator again, for any size.
+  // Called for any size: a storage that is resized asks its allocator again.
   c10::DataPtr allocate(std::size_t bytes) override {
     if (bytes >= cpu::kMinCachedBytes) {
       if (void* const block = cpu::allocate_block(bytes)) return report(block, bytes, &give_back<cpu::release_block>);

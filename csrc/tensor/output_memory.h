@@ -1,4 +1,4 @@
-// Tensors for outputs on the CPU, in memory of cpu/output_pool.h and of cpu/huge_page_cache.h.
+// Tensors for outputs on the CPU, in memory from cpu/output_pool.h and cpu/huge_page_cache.h.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -26,7 +26,7 @@ const at::TensorBase& base_of(const Tensor& tensor) {
   return tensor;
 }
 
-// torch calls no hooks while it traces.
+// Turns saved-tensor hooks off by setting torch's tracing flag: torch calls no hooks while it traces.
 class WithoutHooks {
  public:
   WithoutHooks() : before_(at::SavedTensorDefaultHooks::set_tracing(true)) {}
@@ -38,7 +38,7 @@ class WithoutHooks {
   const bool before_;
 };
 
-// By way of all hooks that are at work.
+// Saved and unpacked through all active hooks.
 class HookedTensor final : public SavedTensor {
  public:
   explicit HookedTensor(const Tensor& tensor) : saved_(tensor, /*is_output=*/false) {}
@@ -48,13 +48,13 @@ class HookedTensor final : public SavedTensor {
   SavedVariable saved_;
 };
 
-// What an output is made from. Hooks of others decide what becomes of that, too.
+// Saves what an output is recomputed from; through the hooks around ours, where there are any.
 std::shared_ptr<SavedTensor> saved_source(const Tensor& tensor) {
   if (Hooks::of_thread().pass_on) return std::make_shared<HookedTensor>(tensor);
   return saved_tensor(tensor);
 }
 
-// That the current thread's kernels run on.
+// The stream that the current thread's kernels run on.
 c10::Stream current_stream(const at::Device& device) {
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
 }
@@ -108,8 +108,8 @@ std::shared_ptr<RecomputedOutput> RecomputedOutput::of(const Tensor& output, con
     if (source && source->of_recomputed_) return nullptr;
   }
   if (residual.defined() && !behind_residual && !Hooks::of_thread().pass_on) {
-    // The residual itself is one who holds its memory. Where hooks of others hold it, in the place of the output, that
-    // is not known; and with checkpointing it would be another answer when the forward is run again.
+    // One reference to the storage is the residual's own. The count says nothing where outer hooks hold what is saved;
+    // and with checkpointing it would differ when the forward runs again.
     if (!residual.has_storage() || residual.storage().use_count() <= 1) return nullptr;
   }
   auto recomputed = std::make_shared<RecomputedOutput>(output);
@@ -137,7 +137,7 @@ std::shared_ptr<RecomputedOutput> RecomputedOutput::behind(const Tensor& tensor)
 }
 
 void RecomputedOutput::drop() {
-  Tensor dropped;  // freed without the mutex
+  Tensor dropped;  // freed after the mutex is released
   const std::lock_guard<std::mutex> lock(mutex_);
   std::swap(dropped, made_);
 }
@@ -152,7 +152,7 @@ Tensor RecomputedOutput::make() const {
   Tensor output =
       recompute_op().call(input, save_stats, or_none(weight_), or_none(bias_), or_none(residual),
                           activation_name(activation_.act), activation_.slope, or_none(valid), virtual_batch_size_);
-  // Whoever brought the input back may have laid it out otherwise.
+  // The hooks that unpacked the input may have changed its strides, and so the output's.
   return output.strides() == strides_ ? output : at::empty_strided(sizes_, strides_, output.options()).copy_(output);
 }
 
@@ -184,7 +184,7 @@ Tensor RecomputedOutput::Use::output() {
   Tensor output;
   {
     const std::lock_guard<std::mutex> lock(of_->mutex_);
-    // One that runs on another stream does not wait for it.
+    // Another stream does not wait for the recomputation, so it cannot use the result.
     if (of_->made_.defined() && of_->made_on_ == current_stream(of_->made_.device())) output = of_->made_;
   }
   if (!output.defined()) output = of_->make();

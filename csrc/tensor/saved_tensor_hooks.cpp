@@ -18,8 +18,8 @@ using autograd::Hooks;
 using autograd::RecomputedOutput;
 using autograd::SavedTensor;
 
-// A pair of hooks for torch.autograd.graph.saved_tensors_hooks. torch asks the innermost pair alone; what is no output
-// of a batch norm is passed on to the pair around this one, if there is one.
+// A pair of hooks for torch.autograd.graph.saved_tensors_hooks. torch calls only the innermost pair, so this one passes
+// a tensor that is not a batch norm's output on to the pair around it, if there is one.
 class SavedTensorHooks {
  public:
   SavedTensorHooks() {
@@ -44,7 +44,7 @@ class SavedTensorHooks {
     return saved->tensor();
   }
 
-  // From here on the thread's forward calls note how their outputs are made again.
+  // From here on the thread's forward calls record how to recompute their outputs.
   void enter() { before_ = std::exchange(Hooks::of_thread(), {Hooks::innermost(), pass_on_}); }
   void exit() { Hooks::of_thread() = before_; }
 

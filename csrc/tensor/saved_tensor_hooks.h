@@ -1,4 +1,4 @@
-// Recomputation as hooks of saved tensors, which torch has in Python alone.
+// Recomputation by saved-tensor hooks, which torch takes only as Python functions.
 #pragma once
 
 #include <pybind11/pybind11.h>

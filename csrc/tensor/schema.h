@@ -1,29 +1,28 @@
 // The operators torch.ops.bnext.*: their schemas, and the kernels that every device has.
 //
-// output = act(batch_norm(input) + residual); slope is leaky_relu's, or elu's just below zero: alpha.
+// output = act(batch_norm(input) + residual). slope: leaky_relu's, or elu's just below zero, which is its alpha.
 // save_stats: (2, C) float64, the mean and 1/sqrt(var + eps) that the output was normalised with.
 // mask: uint8, with_mask only: what a rectifier's backward needs of the pre-activation; (N, C, bytes) for
 // channels-first memory, else (N*spatial, bytes); common/mask.h. Autograd asks for it by itself. momentum=None: the
-// cumulative average, the batch counting 1/num_batches_tracked. output_mask: of grad_input, grad_weight, grad_bias,
-// grad_residual; the last only with an activation. mean_grads: (2, C), grad_weight and grad_bias over a batch that lies
-// on several processes, divided by its count; then grad_input is by these.
+// cumulative average, in which the batch weighs 1/num_batches_tracked. output_mask: whether to compute grad_input,
+// grad_weight, grad_bias and grad_residual, the last only with an activation. mean_grads: (2, C), grad_weight and
+// grad_bias over a batch on several processes, divided by its count; if given, grad_input is computed from them.
 //
-// valid: bool, (N, *spatial); where it is false there is padding, which no statistic, count or gradient sees, and for
-// which output, grad_input and grad_residual are 0. virtual_batch_size: so many consecutive images at a time are
-// normalised by their own statistics; save_stats is (parts, 2, C) then, and the running statistics are updated as a
-// loop over the parts would. 0: all images together. update_in_backward=False: a call that runs within a backward pass,
-// as the second one of activation checkpointing does, leaves the running statistics and the counter alone.
+// valid: bool, (N, *spatial), false at padding: no statistic, count or gradient includes padding, and output,
+// grad_input and grad_residual are 0 there. virtual_batch_size: so many consecutive images at a time are normalised by
+// their own statistics; save_stats is (parts, 2, C) then, and the running statistics are updated as a loop over the
+// parts would. 0: all images together. update_in_backward=False: a call that runs within a backward pass, as the second
+// one of activation checkpointing does, leaves the running statistics and the counter alone.
 //
-// sequence_mask: `valid` of `batch` sequences of these lengths, int64 or int32, in memory for `size` of each; on
-// `device`.
+// sequence_mask: `valid`, on `device`, of `batch` sequences of these lengths (int64 or int32), each padded to `size`.
 //
-// batch_norm_recompute: the output of a call to any of these again, the same bits, by the save_stats that it returned.
+// batch_norm_recompute: the output of an earlier call of any of these, with the same bits, from the call's save_stats.
 //
-// batch_norm_sync: batch_norm_train over the batch of a group of processes (torch.distributed), which is made of
+// batch_norm_sync: batch_norm_train over the batch of a group of processes (torch.distributed), composed of
 // batch_norm_stats: (2*C + 1) float64, a local batch's means, sums of (x - mean)^2, and count; and of
-// batch_norm_gathered, which is batch_norm_train by the gathered stats of all processes, (processes, 2*C + 1).
-// batch_norm_sync_backward: its gradients, count being that of a channel's values on all processes: grad_input by
-// all_reduce_sum, which is torch's collective with every derivative, and grad_weight and grad_bias of the local batch.
+// batch_norm_gathered: batch_norm_train by the gathered stats of all processes, (processes, 2*C + 1).
+// batch_norm_sync_backward: its gradients, grad_input by all_reduce_sum (torch's collective, with every derivative),
+// grad_weight and grad_bias of the local batch alone. count: the number of a channel's values on all processes.
 #pragma once
 
 #include <torch/library.h>

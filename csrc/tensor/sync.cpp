@@ -34,7 +34,7 @@ SyncForward sync_forward(const Tensor& input, const optional<Tensor>& weight, co
                          const optional<Tensor>& residual, std::string_view act, double slope, bool with_mask,
                          const optional<Tensor>& valid, bool update_in_backward, const ProcessGroup& group) {
   TORCH_CHECK_VALUE(group.size > 0, "batch_norm: expected group_size to be positive, but got ", group.size);
-  // Before the other processes are told of this local batch. Traced shapes are not checked: they may be symbols.
+  // Checked before the collective makes other processes depend on this one. Traced shapes may be symbolic: no checks.
   if (!input.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
     check_training(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, residual,
                    parse_activation(act, slope), with_mask, valid);
@@ -48,14 +48,14 @@ SyncForward sync_forward(const Tensor& input, const optional<Tensor>& weight, co
   return {std::move(output), std::move(save_stats), std::move(mask), {group.name, gathered_stats.select(1, -1).sum()}};
 }
 
-// grad_input is by the means over all processes; the parameters' gradients are this process's, which
-// DistributedDataParallel sums up.
+// grad_input is computed from the means over all processes; the parameters' gradients are this process's, which
+// DistributedDataParallel averages.
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_sync_backward(
     const Tensor& grad_output, const optional<Tensor>& input, const optional<Tensor>& weight, const Tensor& save_stats,
     const Tensor& count, double eps, std::array<bool, 4> output_mask, std::string_view group_name,
     const optional<Tensor>& bias, const optional<Tensor>& residual, const optional<Tensor>& mask, std::string_view act,
     double slope, const optional<Tensor>& valid) {
-  // Before the other processes are told of this local batch, as is all that the first call below checks.
+  // Checked before the collective, as are all other arguments, by the first call below.
   check_count(count, grad_output);
   const auto backward = [&](std::array<bool, 4> outputs, const optional<Tensor>& mean_grads) {
     return backward_op().call(grad_output, input, weight, save_stats, /*training=*/true, eps, outputs, bias, residual,
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_sync_backward(
 
 namespace {
 
-// The operator where nothing is differentiated.
+// The operator below autograd.
 Tensor batch_norm_sync(const Tensor& input, const optional<Tensor>& weight, const optional<Tensor>& bias,
                        const optional<Tensor>& running_mean, const optional<Tensor>& running_var,
                        const optional<Tensor>& num_batches_tracked, optional<double> momentum, double eps,

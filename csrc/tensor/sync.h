@@ -1,5 +1,5 @@
-// Batch norm over a batch that lies on the processes of a group, composed of operators and one collective a direction.
-// Its backward is an operator itself, batch_norm_sync_backward, declared with the others.
+// Batch norm over a batch that is spread over the processes of a group, composed of operators and one collective.
+// Its backward is an operator itself with one collective, batch_norm_sync_backward, declared with the others.
 #pragma once
 
 #include <ATen/core/Tensor.h>

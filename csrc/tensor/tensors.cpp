@@ -25,7 +25,7 @@ DType dtype_of(const Tensor& tensor) {
   }
 }
 
-// The kernels write past autograd's eyes. Tensors made in inference mode have no version.
+// Autograd does not see what the kernels write. Tensors made in inference mode have no version.
 void bump_version(const optional<Tensor>& tensor) {
   if (is_given(tensor) && !tensor->is_inference()) tensor->unsafeGetTensorImpl()->bump_version();
 }
@@ -42,7 +42,7 @@ void write_back(const optional<Tensor>& tensor, const optional<Tensor>& dense) {
 at::MemoryFormat format_of(const Tensor& tensor) {
   const auto suggested = tensor.suggest_memory_format();
   if (suggested != at::MemoryFormat::Contiguous || tensor.dim() < 4 || tensor.is_contiguous()) return suggested;
-  // The stride of a dimension of size 1 may be anything, and then hides what the others say.
+  // suggest_memory_format may be misled by the stride of a dimension of size 1, which is_contiguous ignores.
   const auto last = tensor.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d;
   return tensor.dim() <= 5 && tensor.is_contiguous(last) ? last : suggested;
 }
@@ -55,7 +55,7 @@ Geometry geometry_of(const Tensor& tensor, at::MemoryFormat format, const option
   problem.HW = 1;
   for (std::int64_t d = 2; d < tensor.dim(); ++d) problem.HW *= tensor.size(d);
   problem.dtype = dtype_of(tensor);
-  // With one spatial position the two layouts coincide, and rows are the better way to see it.
+  // With one spatial position the two layouts coincide, and channels last has the longer rows.
   problem.layout =
       format == at::MemoryFormat::Contiguous && problem.HW != 1 ? Layout::kChannelsFirst : Layout::kChannelsLast;
   problem.virtual_batch = virtual_batch_size;
@@ -65,7 +65,7 @@ Geometry geometry_of(const Tensor& tensor, at::MemoryFormat format, const option
   return {format, problem, std::move(dense_valid)};
 }
 
-// An empty result has the strides of `like`: its format is not known by them.
+// An empty result gets the strides of `like`, which do not tell its memory format.
 Tensor allocate_output(const Tensor& like, const Geometry& geometry, const Backend& backend, bool reduces) {
   const Problem& problem = geometry.problem;
   return problem.numel() == 0 ? at::empty_like(like) : backend.allocate_output(like, geometry.format, problem, reduces);
