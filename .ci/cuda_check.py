@@ -6,8 +6,9 @@
 Rules: the compiler warns of nothing; no kernel spills registers or has a stack frame; the machine code of each kernel
 that handles elements moves them by 128-bit loads and stores, takes no vector in shared memory apart, and never touches
 local memory; on sm_90 the inner loops take as many instructions as loop_steps.json says, within a tenth
-(machine_code.py). Fewer are to be written down too, since benchmarks/cuda/predict.py predicts times from them. The
-tensor-level file is compiled too, against whatever torch is there. Without nvcc it says so and checks nothing.
+(machine_code.py). Fewer are to be written down too, since benchmarks/cuda/predict.py predicts times from them. Each
+source is also compiled for the host, as in a build, and the tensor-level file against whatever torch is there. Without
+nvcc it says so and checks nothing.
 """
 
 from __future__ import annotations
@@ -34,17 +35,12 @@ ARCHITECTURES = ("80", "90", "100")
 SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
 LONGEST = ("backward_activated", "backward", "forward")  # to compile, so they are the first
 TENSOR_LEVEL = ROOT / "csrc" / "tensor" / "cuda_backend.cpp"
-# torch compiles its extensions with these: conversions of half types have to be written out.
-TORCH_MACROS = (
-    "-D__CUDA_NO_HALF_OPERATORS__",
-    "-D__CUDA_NO_HALF_CONVERSIONS__",
-    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
-    "-D__CUDA_NO_HALF2_OPERATORS__",
-)
 # The register file: two blocks of 256 threads on an SM.
 MAX_REGISTERS = 128
 
 COUNTED = "90"
+# For this architecture nvcc makes the object files that a build makes, which compiles each source for the host, too.
+WHOLE = "90"
 
 # Instructions for a step of 16 bytes of each input, by kernel: request, reduce, map. At the rate of the memory of an
 # H200 there is time for 249, 373, 373 and 498 of 16-bit data, in the order of CALLS.
@@ -157,17 +153,28 @@ def count(pattern: str, sass: str | None) -> int:
     return -1 if sass is None else len(re.findall(pattern, sass))
 
 
+def torch_flags() -> list[str]:
+    """What torch compiles its extensions with: conversions of half types have to be written out."""
+    from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
+
+    return list(COMMON_NVCC_FLAGS)
+
+
 def compile_one(nvcc: str, disassembler: str | None, source: Path, architecture: str, folder: Path) -> list[Kernel]:
-    cubin = folder / f"{source.stem}-{architecture}.cubin"
+    cubin = folder / f"{source.stem}.sm_{architecture}.cubin"
     flags = [
+        *torch_flags(),
         "-std=c++17",  # the oldest standard that a supported torch may ask for
         "-O3",
         f"-arch=sm_{architecture}",
-        "-cubin",
         "-Xptxas=-v,-warn-spills",
         "-Werror=all-warnings",
     ]
-    command = [nvcc, *flags, *TORCH_MACROS, "-o", str(cubin), str(source)]
+    if architecture == WHOLE:
+        flags += ["-c", "-o", str(cubin.with_suffix(".o")), "-Xcompiler=-fPIC", "--keep", f"--keep-dir={folder}"]
+    else:
+        flags += ["-cubin", "-o", str(cubin)]
+    command = [nvcc, *flags, str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     log = done.stdout + done.stderr
     if done.returncode:

@@ -132,7 +132,7 @@ __device__ __forceinline__ Words narrow_lanes(const opmath_t<scalar_t> (&lanes)[
   } else {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const auto bits = __builtin_bit_cast(std::uint64_t, lanes[e]);
+      std::uint64_t bits = __builtin_bit_cast(std::uint64_t, lanes[e]);  // const, nvcc 13.0 fails on it: internal error
       vec.word[2 * e] = static_cast<unsigned>(bits);
       vec.word[2 * e + 1] = static_cast<unsigned>(bits >> 32);
     }
