@@ -1,7 +1,7 @@
 """Build of the extension bnext._C. Everything else about the package is in pyproject.toml.
 
-BNEXT_CUDA=1 demands the CUDA kernels, 0 leaves them out; by default they are built where torch has CUDA and there is
-an nvcc. Whether a GPU is there does not matter. BNEXT_SANITIZE=1 is for .ci/sanitize.
+BNEXT_CUDA=1 requires the CUDA kernels, 0 leaves them out; by default they are built where torch has CUDA and nvcc is
+found. The build needs no GPU. BNEXT_SANITIZE=1 is for .ci/sanitize.
 """
 
 import os
@@ -63,18 +63,18 @@ CUDA_SOURCES = [
     "csrc/cuda/part_plan.cpp",
 ]
 
-# The kernels read no errno and unmask no floating-point trap: no result changes. Debug information, which Python's own
-# flags ask for, would be nine tenths of what is compiled and a fifth of the time.
+# The kernels read no errno and unmask no floating-point trap, so these flags change no result. Debug information, which
+# Python's own flags request, would be nine tenths of the compiled size and a fifth of the time.
 CXX_FLAGS = ["-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-g0"]
 LINK_FLAGS = []
 if sys.platform == "linux":
-    # Without it torch's parallel_for, a template in a header, silently compiles to a serial loop.
+    # Without OpenMP, torch's parallel_for, a template in a header, silently compiles to a serial loop.
     CXX_FLAGS.append("-fopenmp")
     LINK_FLAGS.append("-fopenmp")
 
 if os.environ.get("BNEXT_SANITIZE") == "1":
-    # The last -O counts. Optimised further, or with checks of pointers that AddressSanitizer makes in its own way, the
-    # vector code takes a quarter of an hour to compile.
+    # The last -O counts. At a higher level, or with pointer checks that AddressSanitizer makes anyway, the vector code
+    # takes a quarter of an hour to compile.
     SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=null,pointer-overflow,object-size,vptr"]
     SANITIZERS += ["-fno-sanitize-recover=all"]
     CXX_FLAGS += [*SANITIZERS, "-O1", "-g1", "-D_GLIBCXX_ASSERTIONS"]
@@ -87,8 +87,8 @@ DEFAULT_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 def find_toolkit() -> None:
     """Correct torch's guess of where the CUDA toolkit is.
 
-    It takes the folder above the one that nvcc lies in. Where that nvcc is a script that calls another, no header is
-    there; nvcc itself says where they are.
+    torch takes the parent of nvcc's folder. Where nvcc is a script that calls another nvcc, that folder has no headers;
+    a dry run of nvcc prints where they are.
     """
     nvcc = shutil.which("nvcc")
     guess = cpp_extension.CUDA_HOME
@@ -101,7 +101,7 @@ def find_toolkit() -> None:
 
 
 def builds_cuda() -> bool:
-    """What BNEXT_CUDA says, or else what is there; a demand that cannot be met is an error with its remedy."""
+    """Whether to build the CUDA kernels; exits with a remedy where BNEXT_CUDA=1 requires what the machine lacks."""
     wish = os.environ.get("BNEXT_CUDA", "")
     if wish not in ("", "0", "1"):
         sys.exit(f"BNEXT_CUDA: expected 0, 1 or nothing, got {wish!r}")
@@ -122,8 +122,8 @@ if builds_cuda():
         found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
         visible = ";".join(sorted({f"{major}.{minor}" for major, minor in found}))
         os.environ["TORCH_CUDA_ARCH_LIST"] = visible or DEFAULT_ARCHITECTURES
-    # Without quotes, spaces or semicolons, which shells and build files take for their own; not for nvcc, which takes
-    # what follows a comma for another macro.
+    # The macro has no quotes, spaces or semicolons, which shells and build files interpret. nvcc does not get it, since
+    # it takes what follows a comma for another macro.
     architectures = re.sub("[ ;]+", ",", os.environ["TORCH_CUDA_ARCH_LIST"])
     extension = CUDAExtension(
         "bnext._C",

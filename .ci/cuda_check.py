@@ -1,14 +1,14 @@
 """Compile every CUDA source for three generations of GPU, and read what came out; no GPU is needed.
 
-    python .ci/cuda_check.py            prints a table; exit status 1 if a rule is broken
-    python .ci/cuda_check.py --update   writes loop_steps.json: the instructions that there are now
+    python .ci/cuda_check.py            print a table; exit status 1 if a rule is broken
+    python .ci/cuda_check.py --update   write loop_steps.json: the current numbers of instructions
 
-Rules: the compiler warns of nothing; no kernel spills registers or has a stack frame; the machine code of each kernel
-that handles elements moves them by 128-bit loads and stores, takes no vector in shared memory apart, and never touches
+Rules: there are no compiler warnings; no kernel spills registers or has a stack frame; the machine code of each kernel
+that handles elements moves them by 128-bit loads and stores, does not split vectors in shared memory, and never uses
 local memory; on sm_90 the inner loops take as many instructions as loop_steps.json says, within a tenth
-(machine_code.py). Fewer are to be written down too, since benchmarks/cuda/predict.py predicts times from them. Each
-source is also compiled for the host, as in a build, and the tensor-level file against whatever torch is there. Without
-nvcc it says so and checks nothing.
+(machine_code.py). A lower number must be recorded too, since benchmarks/cuda/predict.py predicts times from it. Each
+source is also compiled for the host, as in a build, and the tensor-level file against the installed torch. Without nvcc
+the script says so and checks nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from machine_code import Call, Steps, steps
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("80", "90", "100")
 SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
-LONGEST = ("backward_activated", "backward", "forward")  # to compile, so they are the first
+LONGEST = ("backward_activated", "backward", "forward")  # to compile, so they come first
 TENSOR_LEVEL = ROOT / "csrc" / "tensor" / "cuda_backend.cpp"
 # The register file: two blocks of 256 threads on an SM.
 MAX_REGISTERS = 128
@@ -42,13 +42,13 @@ COUNTED = "90"
 # For this architecture nvcc makes the object files that a build makes, which compiles each source for the host, too.
 WHOLE = "90"
 
-# Instructions for a step of 16 bytes of each input, by kernel: request, reduce, map. At the rate of the memory of an
-# H200 there is time for 249, 373, 373 and 498 of 16-bit data, in the order of CALLS.
+# Instructions for a step of 16 bytes of each input, by kernel: request, reduce, map. At an H200's memory rate there is
+# time for 249, 373, 373 and 498 instructions for 16-bit data, in the order of CALLS.
 STEPS_FILE = Path(__file__).with_name("loop_steps.json")
 STEPS_TOLERANCE = 0.1
 
-# By reduction and map, what is counted; with an activation there is a residual, which forward loads in its map, and a
-# mask, which forward stores and backward reads. Kernels without sums are not counted.
+# The calls that are counted, by reduction and map. With an activation there is a residual, which forward loads in its
+# map, and a mask, which forward stores and backward reads. Kernels without sums are not counted.
 CALLS = {
     "MomentSums, Normalize": Call(copies=1, stores=1),
     "GradSums, GradInput": Call(copies=2, stores=1),
@@ -59,7 +59,7 @@ COUNTED_KERNELS = len(CALLS) * 2 * 3  # kinds of tiles, dtypes
 
 
 class Kernel(NamedTuple):
-    """What ptxas and the disassembler say of one kernel for one architecture."""
+    """What ptxas and the disassembler report for one kernel and architecture."""
 
     name: str
     architecture: str
@@ -149,12 +149,12 @@ def machine_code(disassembler: str | None, cubin: Path) -> dict[str, str]:
 
 
 def count(pattern: str, sass: str | None) -> int:
-    """Instructions that match; -1 where there is no disassembly to look at."""
+    """The number of instructions that match; -1 without a disassembly."""
     return -1 if sass is None else len(re.findall(pattern, sass))
 
 
 def torch_flags() -> list[str]:
-    """What torch compiles its extensions with: conversions of half types have to be written out."""
+    """The flags of torch's extensions, with which conversions of half types must be explicit."""
     from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
     return list(COMMON_NVCC_FLAGS)
@@ -164,7 +164,7 @@ def compile_one(nvcc: str, disassembler: str | None, source: Path, architecture:
     cubin = folder / f"{source.stem}.sm_{architecture}.cubin"
     flags = [
         *torch_flags(),
-        "-std=c++17",  # the oldest standard that a supported torch may ask for
+        "-std=c++17",  # the oldest standard that a supported torch compiles with
         "-O3",
         f"-arch=sm_{architecture}",
         "-Xptxas=-v,-warn-spills",
@@ -216,7 +216,7 @@ def compile_tensor_level(nvcc: str, folder: Path) -> str:
     """csrc/tensor/cuda_backend.cpp against this environment's torch, without its libraries."""
     from torch.utils.cpp_extension import include_paths
 
-    # A torch without CUDA lacks one generated header, which holds build options alone.
+    # A torch without CUDA lacks one generated header, which only holds build options.
     stub = folder / "c10" / "cuda" / "impl"
     stub.mkdir(parents=True, exist_ok=True)
     (stub / "cuda_cmake_macros.h").write_text("")

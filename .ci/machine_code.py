@@ -1,8 +1,8 @@
 """The inner loops of a CUDA kernel, read from its disassembly: how many instructions a step takes.
 
 A kernel spends its time in three kinds of innermost loops: those that request vectors (asynchronous copies into shared
-memory), those that reduce what has arrived, and those that map it and store. Of each kind the shortest is the form for
-whole vectors, and of that the shortest way through that moves what the call reads or writes.
+memory), those that reduce the vectors that have arrived, and those that map and store them. The shortest loop of each
+kind is the form for whole vectors. Counted is the shortest path through it that moves what the call reads or writes.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ def innermost_loops(code: Code) -> list[tuple[int, int]]:
 
 
 def shortest_way(code: Code, first: int, last: int, marker: re.Pattern[str], times: int) -> list[int]:
-    """The fewest instructions that lead from one to the other, forwards, past so many that match `marker`; empty if no
-    way does."""
+    """The shortest forward path from `first` to `last` past so many matches of `marker`; empty if there is none."""
 
     def passed(at: int, before: int) -> int:
         return min(before + bool(marker.search(code.instructions[at])), times)
@@ -88,23 +87,23 @@ class Steps(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The call whose way through a kernel is counted: what it copies and stores in a step, a mask included."""
+    """The call whose path through a kernel is counted: its copies and stores in a step, those of a mask included."""
 
     copies: int
     stores: int
 
 
 def steps(sass: str, call: Call) -> Steps:
-    """Of the kernel's fastest loops. A kernel has a loop to reduce and one to map whole vectors, and one each for
-    others: with fewer, one of them was not recognised."""
+    """The steps of the kernel's fastest loops. A kernel has loops to reduce and to map whole vectors, and other loops
+    for other vectors: with fewer than two of a kind, one was not recognised."""
     code = parse(sass)
-    requests: dict[int, float] = {}  # by how often a loop is unrolled
+    requests: dict[int, float] = {}  # by the loop's unroll factor
     others: dict[str, list[float]] = {"reduce": [], "map": []}
     for first, last in innermost_loops(code):
         body = "\n".join(code.instructions[first : last + 1])
         copies, loads, stores = (len(mark.findall(body)) for mark in (_COPY, _LOAD, _STORE))
         if "DADD" in body or "DFMA" in body:
-            continue  # the flush of sums, and what is computed in float64
+            continue  # the flush of sums, and the float64 path
         if copies and not loads:
             kind, marker, found, each = "request", _COPY, copies, call.copies
         elif loads and not copies:
@@ -112,7 +111,7 @@ def steps(sass: str, call: Call) -> Steps:
         else:
             continue
         unrolled, rest = divmod(found, each)
-        # A loop that also moves what the call lacks is not the one that it takes.
+        # The call does not take a loop that also moves tensors which it lacks.
         way = [] if rest else shortest_way(code, first, last, marker, found)
         if not way:
             continue

@@ -3,8 +3,7 @@
     python .ci/requirements.py dev            print them, for pip install -r
     python .ci/requirements.py --check dev    install nothing; say what this environment lacks
 
-pip has no option for "the dependencies, not the package", and installing the package would
-compile it in a temporary folder.
+pip has no option to install only the dependencies, and installing the package would compile it in a temporary folder.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def load_pyproject() -> dict[str, Any]:
 
 
 def distribution(requirement: str) -> str:
-    """The name in front of extras, version and marker, normalised: Torch >= 2 is torch."""
+    """The name before extras, version and marker, normalised: Torch >= 2 is torch."""
     match = re.match(r"[A-Za-z0-9._-]+", requirement)
     if match is None:
         raise SystemExit(f"pyproject.toml: not a requirement: {requirement!r}")
@@ -40,7 +39,7 @@ def distribution(requirement: str) -> str:
 
 
 def extra(project: dict[str, Any], name: str) -> list[str]:
-    """The requirements of one extra; bnext[test] inside it is replaced by what that one names."""
+    """The requirements of one extra; bnext[test] in it is replaced by the requirements of that extra."""
     requirements: list[str] = []
     for requirement in project["optional-dependencies"][name]:
         if distribution(requirement) != distribution(project["name"]):
@@ -53,11 +52,11 @@ def extra(project: dict[str, Any], name: str) -> list[str]:
 
 
 def absent(requirements: list[str]) -> list[str]:
-    """Those of which this environment has no version at all."""
+    """The requirements of which this environment has no version at all."""
     names = []
     for requirement in requirements:
         name = distribution(requirement)
-        # A marker may rule the requirement out; ninja may be a program and no package.
+        # A marker may exclude the requirement; ninja may be a program instead of a package.
         if ";" in requirement or shutil.which(name):
             continue
         try:

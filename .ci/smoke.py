@@ -1,6 +1,6 @@
-"""Whether an installed bnext works: one training step of a small network, converted, against torch's own.
+"""Checks an installed bnext: one training step of a small converted network against torch's own.
 
-Needs torch and nothing else, numpy neither.
+Needs only torch, not even numpy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import bnext.__main__
 
 
 def step(model: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """The output, and after it every gradient and buffer."""
+    """The output, and then every gradient and buffer."""
     y = model(x)
     y.square().mean().backward()
     return [y.detach(), *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()]

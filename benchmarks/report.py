@@ -206,7 +206,7 @@ def of_kinds(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def block_name(row: Row) -> str:
-    """The block's name: by device and suite; for batch norms, by whether an activation follows and whether memory was
+    """The block's name: device, suite, for batch norms whether an activation follows, and whether memory was
     touched."""
     device = "" if row.device == "cpu" else row.device
     what = row.suite if kind(row) != TENSORS else "fused" if row.act else ""

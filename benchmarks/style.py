@@ -20,8 +20,7 @@ TITLE, LABEL, NUMBER = 11, 9.5, 8.5  # points
 
 
 def panels(height: float, lines: int = 1, columns: int = 1, width: float = WIDTH_INCHES, **options: Any) -> Any:
-    """A figure and its axes, (lines, columns). It is not made by pyplot, which needs a window system and keeps
-    state."""
+    """A figure and its axes, (lines, columns); without pyplot, which needs a window system and keeps state."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes: np.ndarray = figure.subplots(lines, columns, squeeze=False, **options)
     for panel in axes.flat:

@@ -19,42 +19,42 @@ from benchmarks.traffic import (
     tensor_label,
 )
 
-# Providers: what is compared on a batch norm, and what is not measured everywhere.
+# Providers of a batch norm; the last ones are not measured everywhere.
 TORCH, BNEXT, COPY = "torch", "bnext", "copy"
 NO_CUDNN = "torch-no-cudnn"
 COMPILE = "-compile"
 TORCH_COMPILE = "torch-compile"
-PLANNED = "bnext-"  # bnext as it would be planned for a lesser device; benchmarks/cuda/providers.py
+PLANNED = "bnext-"  # bnext with plans for a device with lower limits; benchmarks/cuda/providers.py
 PLANS = ("clusters-of-8", "no-clusters", "half-memory", "narrow-tiles")
 
-# Of whole models: whose layers are in the model, or whose back end of torch.compile it goes through.
+# Providers of whole models: those of its layers, or of the back end of torch.compile.
 EAGER_PROVIDERS = ("torch", "bnext", "bnext-fused")
 COMPILED_PROVIDERS = ("torch-compile", "bnext-compile")
-WITHOUT = "without"  # no batch norm at all: what it costs is what can be gained, fusing apart
+WITHOUT = "without"  # no batch norm at all: its cost is the most that can be gained, fusing aside
 
-# Of memory: outputs made again in backward; and torch's layers, with as many blocks checkpointed as it takes to hold no
-# more.
+# Providers of the suite memory: outputs recomputed in backward; and torch's layers, with as few blocks checkpointed as
+# hold no more.
 RECOMPUTE, CHECKPOINT = "bnext-recompute", "torch-checkpoint"
 
-# Of batches with padding and of ghost batches: batch norm of the whole tensor, which is what they are compared with;
-# and what people write by hand.
+# Providers of batches with padding and ghost batches: batch norm of the whole tensor, for comparison; and what people
+# write by hand.
 WHOLE = "plain"
 BY_HAND = "-by-hand"
 BNEXT_BY_HAND, TORCH_BY_HAND = f"bnext{BY_HAND}", f"torch{BY_HAND}"
 
 QUICK_MAX_ELEMENTS = 2_000_000
 
-# In the order they are measured and shown in. Of models float32 is as it is; bfloat16 is autocast: parameters,
+# In the order in which they are measured and shown. Models run in float32, or in bfloat16 by autocast: parameters,
 # statistics and the loss stay float32.
 DEFAULT_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float32")}
 MODEL_DTYPES = ("float32", "bfloat16")
 
-# The time budget of the suites that are measured when none is named, all together.
+# The total time budget of the suites that are measured when none is named.
 DEFAULT_SECONDS = {"cpu": 110.0, "cuda": 150.0}
 
 
 class Input(NamedTuple):
-    """A tensor that is given to a batch norm, or to a whole model."""
+    """The input of a batch norm, or of a whole model."""
 
     shape: Shape
     model: str = ""
@@ -66,12 +66,12 @@ class Input(NamedTuple):
 class Suite:
     """A list of inputs, and what is measured on each of them.
 
-    ``compiled``: the shapes, or the models, that torch.compile is measured on too; None: all; where there are
-    ``compiled_dtypes``, in these only. ``providers``: of models and variants; ``compile_s``: what compiling one takes.
-    ``seconds``: the time budget of a suite that is measured only when it is asked for, compiling included; all others
-    share the device's. ``peak_s``: what it takes to examine a provider, its memory and where its time goes; 0: it is
-    not examined. ``allocations``: whether it is examined for what a step allocates instead. ``quick``: the models of a
-    quick look, which then compiles nothing. ``threads``, unless told; None: torch's own number.
+    ``compiled``: the shapes, or the models, that torch.compile is measured on too; None: all; only in
+    ``compiled_dtypes``, if given. ``providers``: of models and variants; ``compile_s``: the seconds that compiling one
+    takes. ``seconds``: the time budget, compiling included, of a suite that is measured only on request; all others
+    share the device's. ``peak_s``: the seconds to examine a provider's memory and where its time goes; 0: not examined.
+    ``allocations``: whether it is examined for what a step allocates instead. ``quick``: the models of a quick run,
+    which compiles nothing. ``threads``: the default number; None: torch's.
     """
 
     inputs: tuple[Input, ...]
@@ -79,7 +79,7 @@ class Suite:
     compiled: tuple[Shape | str, ...] | None = ()
     compiled_dtypes: tuple[str, ...] = ()
     providers: tuple[str, ...] = ()
-    dtypes: tuple[str, ...] = ()  # none: the device's
+    dtypes: tuple[str, ...] = ()  # empty: those of the device
     layouts: tuple[str, ...] = LAYOUTS
     seconds: float | None = None
     compile_s: float = 0
@@ -95,7 +95,7 @@ class Suite:
 
 @dataclass(frozen=True)
 class Case:
-    """One input, the operations to measure on it, and with which providers."""
+    """One input, the operations to measure on it, and their providers."""
 
     suite: str
     shape: Shape
@@ -109,7 +109,7 @@ class Case:
 
     @property
     def count(self) -> int:
-        """Elements a channel."""
+        """The number of elements a channel."""
         return prod(self.shape) // self.shape[1]
 
     def __str__(self) -> str:
@@ -123,7 +123,7 @@ _RESNET50_SIZES: tuple[tuple[int, int], ...] = (
     *((256, 28), (256, 14), (1024, 14), (512, 14), (512, 7), (2048, 7)),
 )
 
-# Those of them whose batch norm a ReLU follows at once, and those before which the shortcut is added.
+# Those whose batch norm is followed by a ReLU, and those where the shortcut is added before the ReLU.
 _FUSED_SIZES = {
     BN_RELU: ((64, 112), (64, 56), (128, 28), (256, 14), (512, 7)),
     BN_ADD_RELU: ((256, 56), (512, 28), (1024, 14), (2048, 7)),
@@ -140,7 +140,7 @@ def _plain(*shapes: Shape) -> tuple[Input, ...]:
 
 
 def _fused(batch: int, compiled: Iterable[tuple[int, int]], dtypes: tuple[str, ...], seconds: float) -> Suite:
-    """ResNet-50's layers; then a call that is mostly overhead, and the other activations on one shape."""
+    """ResNet-50's layers, a call that is mostly overhead, and the other activations on one shape."""
     small: Shape = (8, 64, 14, 14)
     layers = [(shape, epilogue) for epilogue, sizes in _FUSED_SIZES.items() for shape in _images(batch, sizes)]
     layers += [(small, epilogue) for epilogue in _FUSED_SIZES]
@@ -155,7 +155,7 @@ def _fused(batch: int, compiled: Iterable[tuple[int, int]], dtypes: tuple[str, .
 
 
 def is_fused_layer(shape: Shape, epilogue: Epilogue) -> bool:
-    """Whether it is one of ResNet-50's, at any batch size."""
+    """Whether it is a layer of ResNet-50, at any batch size."""
     return shape[1:3] in _FUSED_SIZES.get(epilogue, ())
 
 
@@ -186,7 +186,7 @@ _TRAINING = Suite(
     peak_s=5,
 )
 
-# What people train, by the package that has it, or of networks.py.
+# Models that people train, as package/name, or from networks.py.
 _PICTURES: Shape = (16, 3, 128, 128)
 _OF_TORCHVISION = (
     *("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large"),
@@ -201,19 +201,20 @@ _MODELS = (
     *(Input(_PICTURES, f"timm/{name}") for name in ("efficientnet_b0", "densenet121", "regnety_004")),
 )
 
-# A grid on which cliffs show: of N, C and the side of a plane, each a notch of about four times as many elements.
+# A grid of N, C and the side of a plane that shows jumps in time. A notch is about four times as many elements.
 SWEEP = "sweep"
 _SWEEP_GRID = ((1, 2, 8, 32, 128), (3, 16, 64, 256, 1024, 4096), (1, 2, 4, 7, 14, 28, 56, 112))
 _SWEEP_ELEMENTS = range(4096, 10_000_001)
 
 
 def _sweep() -> tuple[Shape, ...]:
-    """Smaller tensors are all overhead, larger ones take long; one value a channel is refused in training."""
+    """The grid, except small tensors (all overhead), large ones (slow), and one value a channel (refused in
+    training)."""
     grid = [(n, c) if side == 1 else (n, c, side, side) for n, c, side in product(*_SWEEP_GRID)]
     return tuple(shape for shape in grid if prod(shape) in _SWEEP_ELEMENTS and prod(shape) > shape[1])
 
 
-# What a batch has beside its values: padding, by the lengths of sequences or a mask of images, or parts.
+# Batches with padding, given by the lengths of sequences or a mask of images, or in parts.
 VARIANTS = "variants"
 LENGTHS, RECTANGLES, RANDOM, GHOST = "lengths", "mask of rectangles", "random mask", "ghost batches"
 _VARIANTS: dict[str, tuple[Shape, ...]] = {
@@ -234,23 +235,23 @@ SUITES = {
     "cpu": {
         "resnet50": Suite(_plain(*_images(32))),
         "large": Suite(_plain((8, 64, 224, 224), (128, 64, 32, 32))),
-        # A small (N,C) call is mostly overhead, paid once for both directions together: hence forward_backward.
+        # A small (N,C) call is mostly overhead, which forward and backward share: hence forward_backward.
         "2d": Suite(_plain((1024, 1024), (4096, 256), (64, 512), (4, 8)), BOTH_TOO),
-        # Compiled are, beside the small one, those that are above 32 MB in a dtype: to these the bars apply.
+        # Beside the small one, shapes above 32 MB in some dtype are compiled: the bars apply to these.
         "fused": _fused(32, ((64, 112), (256, 56), (512, 28)), ("float32", "bfloat16"), seconds=360),
         "training": _TRAINING,
         "models": Suite(
             inputs=_MODELS,
             operations=(STEP,),
             providers=(*EAGER_PROVIDERS, WITHOUT, *COMPILED_PROVIDERS),
-            compiled=("resnet20", "torchvision/resnet18"),  # no dropout, which inductor has of its own
+            compiled=("resnet20", "torchvision/resnet18"),  # models without dropout, which inductor draws its own way
             dtypes=MODEL_DTYPES,
             seconds=1400,
             compile_s=20,
             peak_s=2,
             quick=("resnet20", "torchvision/mobilenet_v3_large", "timm/regnety_004"),
         ),
-        # The batch norms of a model as a step finds them, without the rest of the step.
+        # The batch norms of a model as in a training step, without the rest of the step.
         "walk": Suite(
             inputs=tuple(Input(_PICTURES, f"torchvision/{name}") for name in ("mobilenet_v2", "resnet50")),
             operations=tuple(WALKS),
@@ -258,7 +259,7 @@ SUITES = {
             dtypes=MODEL_DTYPES,
             seconds=180,
         ),
-        # Where a step is mostly Python and dispatch: what a fused model's guards cost must not show.
+        # Models whose step is mostly Python and dispatch: the cost of a fused model's guards must not show.
         "small-models": Suite(
             inputs=(Input((8, 3, 32, 32), "resnet20"),),
             operations=(STEP,),
@@ -293,7 +294,7 @@ SUITES = {
             compiled=_images(256, ((64, 112), (64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7))),
             compiled_dtypes=("bfloat16",),
         ),
-        # Here launches, and how many blocks share a channel, decide.
+        # Tensors whose time depends on launches, and on the number of blocks that share a channel.
         "resnet50-32": Suite(_plain(*_images(32))),
         "2d": Suite(_plain((32768, 1024), (4096, 1024), (1024, 1024), (4096, 256), (64, 512), (4, 8)), BOTH_TOO),
         "fused": _fused(32, _ALL_FUSED_SIZES, ("bfloat16",), seconds=200),
@@ -344,12 +345,11 @@ def select_cases(
     with_compile: bool = True,
     with_plans: bool = False,
 ) -> list[Case]:
-    """The cases of the chosen suites of a device, in their order, with what they do not have in common left out.
+    """The cases of the chosen suites of a device, in order, restricted to the given dtypes, layouts and operations.
 
-    Nothing given is all that a suite has; a dtype or layout that it does not have by itself is measured where it is
-    asked for. A tensor that is not (N, C, H, W) has one layout, contiguous; of the variants, sequences have two, as
-    images have. ``quick`` leaves out what is above
-    ``QUICK_MAX_ELEMENTS``, and models that are not among a suite's quick ones.
+    An empty choice means all that a suite has; a dtype or layout outside a suite's own is measured on request. A tensor
+    that is not (N, C, H, W) has one layout, contiguous; sequences of the variants have two, like images. ``quick``
+    leaves out tensors above ``QUICK_MAX_ELEMENTS``, and models that are not among a suite's quick ones.
     """
     cases = []
     for name, suite in SUITES[device].items():
@@ -379,7 +379,7 @@ def select_cases(
 
 
 def _providers(suite: Suite, input: Input, device: str, compiles: bool, with_plans: bool) -> tuple[str, ...]:
-    """torch.compile, which may fail, is the last."""
+    """The providers; torch.compile, which may fail, is last."""
     if suite.providers:
         return tuple(name for name in suite.providers if compiles or not name.endswith(COMPILE))
     on_gpu = (NO_CUDNN, *(f"{PLANNED}{name}" for name in PLANS if with_plans)) if device == "cuda" else ()

@@ -1,16 +1,16 @@
-"""What the sweep says: where bnext is slower than torch, and where its time jumps from a point of the grid to the next.
+"""The report on the sweep: where bnext is slower than torch, and where its time jumps between neighbours on the grid.
 
-A point is one tensor and one operation. bnext is slower there if the 20th percentile of its rounds is above the 80th of
-torch's: what the spread of the rounds explains is no finding.
+A point is one tensor and one operation. bnext counts as slower if the 20th percentile of its rounds is above the 80th
+of torch's, so that the spread of the rounds does not explain the difference.
 
-A step is a point that takes more than ``STEP`` times as long as a neighbour predicts, which is one notch away on one
-axis of the grid. A call takes an overhead, and the rest of its time grows with the tensor:
+A step is a point that takes more than ``STEP`` times as long as a neighbour predicts. Neighbours are one notch apart on
+one axis of the grid. A call's time is an overhead, and a rest that grows with the tensor:
 
     predicted = overhead + (time of the neighbour - overhead) * growth
 
 The overhead is the least time of any point of that dtype, layout and operation. The growth is that of the bytes, or
-that of the time of a copy of these bytes if that is more: the copy leaves a cache where bnext does. The point's time is
-its 20th percentile, and the neighbour's its 80th.
+that of a copy's time for these bytes if that is more, because the copy outgrows a cache where bnext does. The point's
+time is its 20th percentile, and the neighbour's its 80th.
 """
 
 from collections.abc import Sequence
@@ -55,7 +55,8 @@ def points(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def steps(table: pd.DataFrame) -> pd.DataFrame:
-    """One line per step of such points, the highest first, and with ``_beside`` the neighbour that predicts least."""
+    """One line per step of such points, the highest first; columns with ``_beside`` are of the neighbour that predicts
+    least."""
     pairs = []
     for axis in AXES:
         notches = sorted(table[axis].unique())
@@ -72,7 +73,7 @@ def steps(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def cells(table: pd.DataFrame, beside: str = "") -> dict[str, Sequence[str]]:
-    """The columns that say which point it is and how long it takes; with ``_beside``, of the one that predicts."""
+    """The columns that show a point and its time; with ``_beside``, those of the neighbour that predicts it."""
     shape = table[f"shape{beside}"]
     size = [tensor_bytes(*tensor) / MB for tensor in zip(shape, table["dtype"], strict=True)]
     words = beside.replace("_", " ")

@@ -187,8 +187,10 @@ class ModelChecker:
         return Calls(self._case, built, self._device, getattr(torch, self._case.dtype))
 
     def check(self, provider: str, made: Any) -> None:
-        """Train or call it; raise MismatchError at the first wrong result. Models without batch norm are not checked,
-        nor are running statistics with torch's checkpoints, which count each batch twice."""
+        """Train or call it; raise MismatchError at the first wrong result.
+
+        Models without batch norm are only run, as are checkpointed ones: torch's checkpoints update the running
+        statistics twice a batch."""
         if provider in (WITHOUT, CHECKPOINT):
             made.step()
         elif provider != TORCH:

@@ -11,7 +11,7 @@ from benchmarks.provenance import provenance
 from benchmarks.rows import Provenance
 from bnext import _C
 
-# They change the allocator, the launches or the compiler, and with them what is measured.
+# Variables that change the allocator, launches or the compiler, and so the measurements.
 ENVIRONMENT = (
     "PYTORCH_ALLOC_CONF",
     "PYTORCH_CUDA_ALLOC_CONF",
@@ -22,10 +22,10 @@ ENVIRONMENT = (
 
 
 def missing() -> str | None:
-    """What --device cuda lacks here, in one line; None where nothing is."""
+    """What --device cuda lacks here, in one line; None if nothing."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
-    with warnings.catch_warnings():  # of a driver that is too old: the answer below says as much, in one line
+    with warnings.catch_warnings():  # about a driver that is too old: the line below says so, too
         warnings.simplefilter("ignore")
         available = torch.cuda.is_available()
     if not available:
@@ -36,13 +36,13 @@ def missing() -> str | None:
 
 
 def driver_version() -> str:
-    """The driver's version as nvidia-smi tells it; empty where it does not."""
+    """The driver's version according to nvidia-smi; empty where that fails."""
     status, answer = subprocess.getstatusoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
     return answer.split()[0] if status == 0 else ""  # the same for every GPU
 
 
 def cuda_provenance(threads: int) -> Provenance:
-    """Of the current GPU."""
+    """The provenance of a run on the current GPU."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return replace(
         provenance(threads),

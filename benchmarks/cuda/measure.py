@@ -1,7 +1,7 @@
 """The GPU as a device to measure on: calls are timed cold, in graphs and from Python.
 
-All that is asked of torch.cuda while measuring, and how bnext planned, are methods here; the tests put the host in
-their place.
+Every use of torch.cuda while measuring, and of bnext's last plan, is a method here, which the tests replace by the
+host's.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,30 +27,30 @@ from bnext import _C
 
 Result = TypeVar("Result")
 
-# A call on a larger tensor takes the device longer than Python; on a smaller one both numbers matter.
+# On a larger tensor a call takes the device longer than Python; on a smaller one both times matter.
 EAGER_MAX_BYTES = 16 * 1024**2
 
-# Sets, graphs and results of all providers at once are at most about six times what one of them moves.
+# The sets, graphs and results of all providers together take at most about six times the bytes that one moves.
 MEMORY_SHARE = 16
 
-# Overwriting it takes a GPU of 4 TB/s 120 us, and Python about as long to enqueue the calls behind it.
+# To overwrite it takes a GPU of 4 TB/s 120 us, and Python takes about as long to enqueue the next calls.
 SCRATCH_BYTES = 512 * 1024**2
-WARM_FILLS = 4000  # about half a second: a GPU that was idle raises its clocks within that
+WARM_FILLS = 4000  # about half a second, in which an idle GPU raises its clocks
 
 
 class Gpu(Device):
-    """The current GPU, which works through what is enqueued, in order.
+    """The current GPU, which executes what is enqueued in order.
 
     Sets of tensors take turns, so that the L2 cache is cold.
     """
 
     name = tensors = "cuda"
-    trains_apart = False  # torch's allocator keeps what is freed, whoever else is there
+    trains_apart = False  # torch's allocator caches freed memory, so other models change nothing
 
     def __init__(self) -> None:
         self.l2_bytes: int = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-        # One stream for all: autograd runs a backward on the stream of its forward, and a capture that meets work
-        # of another stream, or of the legacy default one, fails.
+        # One stream for all: autograd runs backward on the stream of its forward, and a capture fails if it meets work
+        # of another stream, or of the legacy default stream.
         self._stream = torch.cuda.Stream()
         self._scratch = torch.empty(min(SCRATCH_BYTES, self.free_bytes() // 8), dtype=torch.uint8, device="cuda")
 
@@ -84,14 +84,14 @@ class Gpu(Device):
     def stopwatch(
         self, mode: str, calls: Sequence[Call], context: Context, moved: int
     ) -> tuple[EventStopwatch, dict[str, Any]]:
-        """The row's note says where it is not of the mode."""
+        """A stopwatch, with a note for the row where the mode cannot be used."""
         rotation = Rotation(calls, context)
         note = ""
         if mode == GRAPH:
             try:
                 stopwatch = graph_stopwatch(rotation, calls_per_graph(moved, len(calls)), self)
                 return stopwatch, {"note": note, "plan": self.last_plan()}
-            except Exception as error:  # torch, CUDA or a compiler's; where a capture has failed its end raises as well
+            except Exception as error:  # of torch, CUDA or a compiler; after a failed capture its end raises, too
                 note = f"{EAGER}, not captured: {error_summary(error.__context__ or error)}"
                 self.synchronize()
         rotation.run(len(rotation))
@@ -99,7 +99,7 @@ class Gpu(Device):
         return EventStopwatch(self, rotation.run), {"note": note, "plan": self.last_plan()}
 
     def free_bytes(self) -> int:
-        """What the driver has, and what torch's allocator keeps for the next tensors."""
+        """The bytes that the driver has free, and those that torch's allocator caches."""
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
@@ -111,15 +111,15 @@ class Gpu(Device):
         torch.cuda.synchronize()
 
     def occupy(self) -> None:
-        """Give the device something to do that leaves nothing of use in its caches."""
+        """Enqueue work that leaves nothing useful in the device's caches."""
         self._scratch.zero_()
 
     def last_plan(self) -> str:
-        """The way that the last launch of bnext's took."""
+        """The path of bnext's last launch."""
         return _C.last_cuda_plan()
 
     def capture(self, run: Callable[[], Result]) -> tuple[Call, Result]:
-        """A call that replays what ``run`` enqueues, and what ``run`` returned: where the replays write."""
+        """A call that replays what ``run`` enqueues, and the results of ``run``, which the replays write to."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream):
             result = run()
@@ -127,7 +127,7 @@ class Gpu(Device):
 
 
 def make_sets(case: Case, device: str, number: int) -> list[Tensors]:
-    """Sets with data and a gradient each of their own; the parameters, too small to matter, are shared."""
+    """Sets, each with its own data and gradient; they share the parameters, which are too small to matter."""
     first = make_tensors(case, device)
     generator = torch.Generator(device).manual_seed(SEED + 1)
 
@@ -145,8 +145,8 @@ def make_sets(case: Case, device: str, number: int) -> list[Tensors]:
 def copy_call(operation: str, case: Case, device: str) -> Call:
     """The floor: a copy that reads and writes as many bytes as the operation's single-pass model.
 
-    Half of them are read and half written; flat, so that the layout plays no part; random, because what a GPU draws
-    to move zeros is less, and its clock may be higher.
+    Half of them are read and half written. The tensors are flat, so that the layout does not matter, and random: a GPU
+    draws less power to move zeros, and its clock may then be higher.
     """
     dtype: torch.dtype = getattr(torch, case.dtype)
     half = -(-model_bytes(operation, case.shape, case.dtype, case.epilogue) // (2 * dtype.itemsize))

@@ -17,7 +17,7 @@ def assumed(value: Any, unit: str, source: str = "assumed") -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """What is assumed of a GPU. 1 GB/s is a byte a nanosecond."""
+    """The assumptions about a GPU. 1 GB/s is a byte a nanosecond."""
 
     name: str
     copy_rate: float = assumed(
@@ -66,7 +66,7 @@ DEVICES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Of a LaunchPlan (csrc/cuda/launch_plan.h), what plans.cpp prints."""
+    """The part of a LaunchPlan (csrc/cuda/launch_plan.h) that plans.cpp prints."""
 
     description: str
     group: str  # block, cluster, grid
@@ -90,31 +90,31 @@ class Plan:
     counter_bytes: int
     shared_bytes: int
     load_stages: int
-    prefetch: int  # a group requests its next tile while it stores this one
+    prefetch: int  # whether a group requests its next tile while it stores this one
 
     @property
     def steps(self) -> int:
-        """Vectors of each input that a thread takes of a tile."""
+        """The vectors of each input that a thread takes in a tile."""
         return -(-self.rows * self.parts // (self.threads_y * self.group_blocks))
 
     @property
     def streamed(self) -> float:
-        """The share of them that is not kept."""
+        """The share of the vectors that is not kept."""
         return max(0.0, 1 - self.kept / self.steps)
 
 
 class Call(NamedTuple):
-    """What a call reads and writes, in tensors of the input's size; and whether a mask."""
+    """What a call reads and writes, in tensors of the input's size, and whether it has a mask."""
 
     reads: int
-    sums_read: int  # of them, what the sums need
+    sums_read: int  # those that the sums read
     writes: int
     reads_mask: bool = False
     writes_mask: bool = False
 
 
 class Steps(NamedTuple):
-    """Instructions of a warp for 16 bytes of each input, in the three loops."""
+    """A warp's instructions for 16 bytes of each input, in the three loops."""
 
     request: float
     reduce: float
@@ -123,7 +123,7 @@ class Steps(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a time depends on beside the device."""
+    """What a time depends on, besides the device."""
 
     plan: Plan
     call: Call
@@ -132,7 +132,7 @@ class Kernel:
 
 
 class Traffic(NamedTuple):
-    """Bytes of one tile."""
+    """The bytes of one tile."""
 
     kept: float  # read into the slots, once
     streamed: float  # read through the ring for the sums, and again for the map
@@ -163,7 +163,7 @@ def groups_at_once(device: Device, plan: Plan) -> int:
 
 
 def exchange(device: Device, plan: Plan) -> float:
-    """From a block's last addition to the map: merge, all-reduce, coefficients."""
+    """The nanoseconds from a block's last addition to the map: merge, all-reduce, coefficients."""
     rounds, rows = 0, plan.threads_y
     while plan.tile == "kColumns" and rows > 1:  # as in merge_columns
         rows = (rows + 1) // 2 if rows // 2 < plan.merge_rows else rows - plan.merge_rows
@@ -188,7 +188,7 @@ class Wave(NamedTuple):
     load: float
     map: float
     load_issue: float
-    last_stage: float  # of the reduction, which waits for the last bytes
+    last_stage: float  # of the reduction: it waits for the last bytes
     map_issue: float
     exchange: float
     around: float  # before the first byte arrives, after the last is stored
@@ -205,7 +205,7 @@ class Wave(NamedTuple):
 
     @property
     def prefetched(self) -> float:
-        """Phase after phase, but the tile was requested while the one before it was stored."""
+        """Phase after phase, but the tile was requested while the previous tile was stored."""
         return max(self.load + self.map, self.load_issue + self.map_issue) + self.last_stage + self.exchange
 
 
@@ -215,11 +215,11 @@ def wave(device: Device, kernel: Kernel, groups: int) -> Wave:
     sms = min(device.sms, blocks)
     blocks_per_sm = blocks / sms
     row_bytes = plan.tile_width * kernel.element_bytes
-    # Of two tiles or more at once, two lie side by side.
+    # Two of the tiles at work at once are adjacent.
     run = row_bytes * min(groups, 2)
     dram_rate = device.copy_rate * run / (run + device.row_start)
     most = min(device.l2_rate, sms * device.sm_rate * device.clock)
-    # Through the ring, a thread has so much under way for as long as a load takes.
+    # A thread has so many bytes of the ring in flight, for the latency of a load.
     under_way = blocks * plan.ring * plan.threads_x * plan.threads_y * VECTOR_BYTES * call.sums_read
     ring_rate = min(most, under_way / device.memory) if plan.streamed and device.memory else most
     hits = min(moved.streamed, device.l2_share * device.l2_bytes * min(1.0, row_bytes / LINE_BYTES) / groups)
@@ -248,7 +248,8 @@ def time(device: Device, kernel: Kernel) -> float:
     plan = kernel.plan
 
     def later(groups: int) -> float:
-        # Groups drift apart, so that some move memory while others wait: of what k in lockstep lose, a k-th is left.
+        # Groups drift apart, so that some move memory while others wait: k groups lose a k-th of what they would in
+        # lockstep.
         many, one = wave(device, kernel, groups), wave(device, kernel, 1)
         lockstep, least = (many.prefetched, one.prefetched) if plan.prefetch else (many.serial, one.serial)
         bound = max(many.busiest, least)
@@ -262,7 +263,7 @@ def time(device: Device, kernel: Kernel) -> float:
 
 
 def without(device: Device, kernel: Kernel) -> dict[str, float]:
-    """The time if one cause of it were not there."""
+    """The time without one of its causes."""
     plan = kernel.plan
     kept = replace(plan, kept=plan.steps, ring=0)
     none: dict[str, Any] = dict.fromkeys(LATENCIES, 0.0)

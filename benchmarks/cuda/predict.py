@@ -1,9 +1,9 @@
 """What the model predicts for ResNet-50's batch norms: ``python -m benchmarks.cuda.predict``, or ``make cuda-model``.
 
 Plans come from csrc/cuda/launch_plan.cpp, compiled with plans.cpp; instructions from .ci/loop_steps.json, which
-.ci/cuda_check.py reads off the machine code. Writes predictions.json, beside this file, and the tables of
-docs/cuda-model.md; with ``--check`` only says whether they are current. The report shows a prediction beside what was
-measured (predicted_us).
+.ci/cuda_check.py counts in the machine code. The command writes predictions.json, beside this file, and the tables of
+docs/cuda-model.md; with ``--check`` it only checks whether they are current. The report shows predictions beside
+measurements (predicted_us).
 """
 
 import argparse
@@ -38,9 +38,9 @@ COMMAND = "make cuda-model"
 SUITES = ("resnet50-256", "resnet50-32")
 SCALARS = {"bfloat16": "BFloat16", "float32": "float"}
 KEYS = ("device", "op", "act", "residual", "shape", "dtype", "layout")
-SHOWN_FROM = 1.15  # below, the cause of a time is not worth a word
+SHOWN_FROM = 1.15  # below, the cause of a time is not shown
 
-# What the issue asks for, of devices: large contiguous tensors, and channels_last ones that are read once.
+# The bars on a device: for large contiguous tensors, and for channels_last ones that are read once.
 LARGE_US, LARGE_RATIO, LAST_RATIO = 48.0, 1.15, 1.5
 
 
@@ -49,7 +49,7 @@ class Operation(NamedTuple):
     epilogue: Epilogue
     functors: str  # of its kernel
     call: Call
-    # In training backward also subtracts the terms of the statistics, a branch that the shortest way leaves out.
+    # In training, backward also subtracts the terms of the statistics, a branch that the shortest path omits.
     more_a_lane: int = 0
 
 
@@ -62,7 +62,7 @@ OPERATIONS = (
 
 
 def counted_steps() -> dict[tuple[str, str, str], Steps]:
-    """Of each kernel, by dtype, functors and tile."""
+    """The instructions of each kernel, by dtype, functors and tile."""
     found = {}
     for name, steps in json.loads(STEPS.read_text(encoding="utf-8")).items():
         scalar, _, *functors, tile = name.partition("<")[2].rstrip(">").split(", ")
@@ -99,7 +99,7 @@ def kernels(device: Device) -> Iterator[tuple[Case, Operation, Kernel]]:
 
 
 def predict(device: Device) -> Iterator[dict[str, Any]]:
-    """One row a call: microseconds, how many times the floor, and what makes it longer."""
+    """One row a call: microseconds, the multiple of the floor, and the main cause of what exceeds it."""
     for case, operation, kernel in kernels(device):
         floor = model_bytes(operation.op, case.shape, case.dtype, operation.epilogue) / device.copy_rate
         predicted = time(device, kernel)
@@ -145,7 +145,7 @@ def bars(table: pd.DataFrame) -> Iterator[str]:
 
 
 def block(predictions: Sequence[dict[str, Any]]) -> str:
-    """The assumptions; of each device and dtype, how many rows keep to the bars, and a table."""
+    """The assumptions; for each device and dtype, the number of rows within the bars, and a table."""
     parts = [assumptions()]
     table = pd.DataFrame(predictions)
     table["cell"] = [
@@ -170,7 +170,7 @@ def committed() -> dict[tuple[Any, ...], float]:
 
 
 def predicted_us(table: pd.DataFrame) -> list[float | None]:
-    """Of each line of a report, if it is a graph's on a device that there is a prediction for."""
+    """The prediction for each line of a report that was timed by a graph on a device with predictions."""
     found = []
     for line in table[["device_name", "mode", *KEYS[1:]]].to_dict("records"):
         device = next((each.name for each in DEVICES if each.name in line["device_name"]), "")

@@ -1,4 +1,4 @@
-"""What is compared on a GPU beside what is compared everywhere: torch without cuDNN, bnext planned otherwise."""
+"""The providers that only a GPU has: torch without cuDNN, and bnext with other plans."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +11,8 @@ from benchmarks.operators import Provider
 from benchmarks.suites import BNEXT, NO_CUDNN, PLANNED, PLANS, TORCH, Case
 from bnext import _C
 
-# As for a lesser device: what large clusters, clusters at all, one block with all of an SM's memory, and long runs of
-# channels_last rows that are read twice bring.
+# Plans for devices with lower limits. They show the gain of large clusters, of clusters at all, of one block with all
+# of an SM's memory, and of long runs of channels_last rows that are read twice.
 LESS = ({"max_cluster": 8}, {"max_cluster": 1}, {"shared_per_block": 113 * 1024}, {"max_row_bytes": 64})
 CAPS = dict(zip(PLANS, LESS, strict=True))
 
@@ -21,7 +21,7 @@ CAPS = dict(zip(PLANS, LESS, strict=True))
 def without_cudnn() -> Iterator[None]:
     """torch's own kernels. (torch.backends.cudnn.flags would set TF32 and benchmark anew as well.)
 
-    What the forward chose, its backward keeps.
+    Backward uses the kernels that its forward chose.
     """
     before = torch.backends.cudnn.enabled
     torch.backends.cudnn.enabled = False
@@ -33,7 +33,7 @@ def without_cudnn() -> Iterator[None]:
 
 @contextmanager
 def planned(cap: dict[str, int]) -> Iterator[None]:
-    """Launches, and captures of them, are planned as if the device had no more."""
+    """Launches and captures in this context are planned within these limits."""
     _C.cap_cuda_device(**cap)
     try:
         yield

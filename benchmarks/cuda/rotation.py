@@ -1,4 +1,4 @@
-"""Cold caches: an operation goes round several sets of tensors, which together are larger than the L2 cache."""
+"""Cold caches: an operation rotates through several sets of tensors, which together are larger than the L2 cache."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -6,28 +6,28 @@ from itertools import cycle, islice
 
 from benchmarks.timing import Call
 
-COLD_L2 = 3  # sets of so many times the L2 cache's size in all: when their turn comes again, nothing of them is left
+COLD_L2 = 3  # the sets' total size / the L2 cache's: when a set's turn comes again, the cache holds none of it
 
-# Tensors so small that more sets were needed are bound by launches, cold or not. Each set is an autograd graph, and
-# nodes of a CUDA graph, for every provider.
+# Tensors so small that they would need more sets are bound by launches, cold or not. Each set takes an autograd graph,
+# and nodes of a CUDA graph, for every provider.
 MAX_SETS = 256
 
-# A replay should take so long that the gap of a microsecond or two to the next one does not show: 0.25 ms at 4 TB/s.
+# A replay takes 0.25 ms at 4 TB/s, so that the gap of a microsecond or two to the next one is negligible.
 GRAPH_BYTES = 1024**3
 MAX_GRAPH_CALLS = 256
 
 
 def buffer_sets(moved: int, l2_bytes: int, memory_bytes: int) -> int:
-    """How many sets, of each of which a call reads and writes ``moved`` bytes, keep the cache cold.
+    """How many sets keep the cache cold, if a call reads and writes ``moved`` bytes of a set.
 
-    At least one, and no more than fit ``memory_bytes``.
+    At least one, and at most as many as fit into ``memory_bytes``.
     """
     cold = COLD_L2 * l2_bytes // moved + 1
     return max(1, min(cold, memory_bytes // moved, MAX_SETS))
 
 
 def calls_per_graph(moved: int, sets: int) -> int:
-    """A multiple of ``sets``, for a replay to end where the next one begins."""
+    """A multiple of ``sets``, so that the next replay begins with the next set."""
     turns = -(-GRAPH_BYTES // (moved * sets))
     return sets * max(1, min(turns, MAX_GRAPH_CALLS // sets))
 
@@ -47,8 +47,8 @@ class Rotation:
     def run(self, number: int) -> list[object]:
         """Make ``number`` calls; returns the last result on each set.
 
-        A result is kept until its set's next turn: freed at once, its memory would be the next call's, and in the
-        cache.
+        A result is kept until its set's next turn: if it were freed at once, the next call would get its memory, which
+        is in the cache.
         """
         results: list[object] = [None] * len(self._calls)
         with self._context():

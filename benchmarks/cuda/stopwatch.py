@@ -14,12 +14,12 @@ from benchmarks.cuda.rotation import Rotation
 if TYPE_CHECKING:
     from benchmarks.cuda.measure import Gpu
 
-WARM_CALLS = 3  # torch compiles, tunes and chooses algorithms in the first calls; a capture must find that done
+WARM_CALLS = 3  # torch compiles, tunes and chooses algorithms in the first calls, which must precede a capture
 
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """As in timeit. A capture also fails where a collection happens to destroy another graph."""
+    """Without garbage collection, as in timeit. A capture also fails if a collection destroys another graph."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -34,16 +34,16 @@ class EventStopwatch:
     """Seconds between two events on the device, around repeats of ``run``, each of which makes ``calls`` calls.
 
     ``head_start``: the device is kept busy while the first repeats are enqueued, so that it never waits for Python
-    between the events. Otherwise it is idle at the first event, and what Python takes is part of the time.
+    between the events. Otherwise it is idle at the first event, and the time includes Python's.
     """
 
     gpu: "Gpu"
-    run: Callable[[int], object]  # told how many repeats
+    run: Callable[[int], object]  # called with the number of repeats
     calls: int = 1
     head_start: bool = False
 
     def timeit(self, number: int) -> float:
-        """The seconds of ``number`` calls: those of whole repeats, scaled."""
+        """The seconds of ``number`` calls, scaled from those of whole repeats."""
         repeats = -(-number // self.calls)
         begin, end = self.gpu.event(), self.gpu.event()
         with no_collection():
@@ -73,11 +73,11 @@ def graph_stopwatch(rotation: Rotation, calls: int, gpu: "Gpu") -> EventStopwatc
 
 
 class EmptyGraphError(Exception):
-    """A capture that left the work out, as where it went to another stream, would give a splendid time."""
+    """A capture has missed the work, for example on another stream; its replays would be timed as very fast."""
 
 
 def require_replay_writes(replay: Callable[[], object], result: object, gpu: "Gpu") -> None:
-    """Raise EmptyGraphError unless a replay gives the result that is erased here the finite values it should."""
+    """Erase a result, and raise EmptyGraphError unless a replay writes finite values to it again."""
     tensor = result[0] if isinstance(result, tuple) else result
     if not isinstance(tensor, Tensor):
         raise EmptyGraphError(f"expected a tensor from the captured call, got {type(tensor).__name__}")

@@ -146,9 +146,9 @@ PyMethodDef methods[] = {
     {"batch_norm_train", method<&batch_norm_train>(), METH_FASTCALL,
      "batch_norm_train(input: object, weight: object, bias: object, running_mean: object, running_var: object, "
      "num_batches_tracked: object, momentum: object, eps: object, *epilogue: object) -> torch.Tensor | None\n\n"
-     "The output of the operator; None, and nothing done, where it is to be called by its schema: with a tensor's "
-     "subclass, in a trace, a transform or a mode, and where the input is no dense one of at least two dimensions on a "
-     "device with kernels."},
+     "The operator's output. None, with nothing done, where the caller must go through the dispatcher: for tensor "
+     "subclasses, in a trace, a transform or a mode, and unless the input is a dense tensor of at least two dimensions "
+     "on a device with kernels."},
     {"batch_norm_eval", method<&batch_norm_eval>(), METH_FASTCALL,
      "batch_norm_eval(input: object, weight: object, bias: object, running_mean: object, running_var: object, "
      "eps: object, *epilogue: object) -> torch.Tensor | None\n\n"

@@ -1,4 +1,4 @@
-"""``python -m benchmarks tuning``: run a study or go on with one (without a command), or report on what it found.
+"""``python -m benchmarks tuning``: run or continue a study (without a command), or report on its results.
 
 Exit status: 0; 1 where a worker failed or a document is out of date; 2 on bad input; 130 on a signal to end.
 """
@@ -79,7 +79,7 @@ def make_parser() -> OneLineParser:
 
 
 def written(value: Any) -> str:
-    """A setting as its option takes it."""
+    """A setting in the form that its option takes."""
     return ",".join(map(written, value)) if isinstance(value, tuple) else str(value).removesuffix(".0")
 
 
@@ -89,7 +89,7 @@ def default_of(name: str) -> str:
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
-    """Raises InputError where a batch has no such parts."""
+    """The settings; raises InputError where a batch cannot be divided into such parts."""
     usual = RANGE if arguments.range else DEFAULT
     usual = replace(usual, seeds=QUICK_SEEDS, steps=QUICK_STEPS) if arguments.quick else usual
     given = {field.name: getattr(arguments, field.name) for field in fields(Settings)}
@@ -102,7 +102,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 
 def study_name(settings: Settings) -> str:
-    """What is different from the default study; "range" is the name of that study."""
+    """The settings that differ from the default study; "range" is the name of that study."""
     given = {field.name: getattr(settings, field.name) for field in fields(Settings)}
     different = {name: value for name, value in given.items() if value != getattr(DEFAULT, name)}
     named = {DEFAULT: "default", RANGE: "range"}
@@ -116,7 +116,7 @@ def run_study(arguments: argparse.Namespace) -> int:
     make_writable(output)
     url = arguments.storage or f"sqlite:///{output.absolute() / 'study.db'}"
 
-    from studies.tuning import study  # here, so that report, --help and bad input need no Optuna and no second
+    from studies.tuning import study  # here, so that report, --help and bad input are fast and need no Optuna
 
     try:
         results = study.run(url, name, settings, arguments.jobs)
@@ -135,8 +135,8 @@ def run_study(arguments: argparse.Namespace) -> int:
 
 
 def show(folder: Path, results: Results) -> None:
-    """Draw the pictures, write the page that shows them, print the table and the conclusion. Of a comparison of
-    networks there is one picture, and no page."""
+    """Draw the pictures, write the page that shows them, print the table and the conclusion. A comparison of networks
+    has one picture, and no page."""
     if results.settings.compares_networks:
         from benchmarks.style import save
         from studies.tuning.ranges import draw_widths, widths_sheet

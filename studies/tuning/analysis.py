@@ -1,4 +1,4 @@
-"""What the trials say: who trains, how fast, how still the inputs are held, what a move of β changes."""
+"""The analysis of the trials: which train, how fast, how stable the inputs are, what a move of β changes."""
 
 # The names of the study are Greek, and signs in what people read are the right ones.
 # ruff: noqa: RUF001
@@ -20,7 +20,7 @@ GOAL = 90.0  # percent of the test images
 def trials(results: Results) -> pd.DataFrame:
     """One line per trial: its point, ``curve`` with the percentage at each evaluation, the last of them as ``final``.
 
-    ``curve`` is 0 from where a trial diverged, as what is not finite names no class. ``steps``: to the goal.
+    ``curve`` is 0 from where a trial diverged, as outputs that are not finite name no class. ``steps``: to the goal.
     """
     evaluations = results.settings.evaluations
     lines = []
@@ -36,7 +36,7 @@ def trials(results: Results) -> pd.DataFrame:
 
 
 def grid(results: Results) -> pd.DataFrame:
-    """Without the trials of a β that is tried for a move alone."""
+    """The trials of the grid, without those of a β that is tried only for a move."""
     table = trials(results)
     return table[table["beta"].isin(results.settings.betas)]
 
@@ -48,7 +48,7 @@ def cells(results: Results) -> pd.DataFrame:
 
 
 def sides(results: Results) -> pd.DataFrame:
-    """The grid without batch norm and with it. ``best`` is the accuracy of the best pair of α and β."""
+    """The grid's results without batch norm and with it. ``best`` is the accuracy of the best pair of α and β."""
     found = grid(results).groupby("batch_norm")
     table = found.agg(
         trials=("final", "size"),
@@ -93,7 +93,7 @@ def pairs(results: Results) -> pd.DataFrame:
 
 
 def effects(results: Results) -> pd.DataFrame:
-    """What a move of β does at an α, in points of accuracy, mean over the evaluations.
+    """The effect of a move of β at an α, in points of accuracy, as the mean over the evaluations.
 
     ``change``: between the two β of the same seed, mean over the seeds. ``spread``: between two seeds at the first β,
     mean over the pairs.
@@ -116,7 +116,7 @@ def effects(results: Results) -> pd.DataFrame:
 
 
 def moves_sheet(results: Results) -> Sheet:
-    """One line per move and α: the change without and with batch norm, each beside what another seed changes."""
+    """One line per move and α: the change without and with batch norm, each beside the change by another seed."""
     lines = []
     for (start, end, alpha), members in effects(results).groupby(["start", "end", "alpha"]):
         found = members.set_index("batch_norm")[["change", "spread"]].reindex([False, True])
@@ -133,7 +133,7 @@ def conclusion(results: Results) -> list[str]:
     fast, slow = steps.median()
     still, moving = ways.median()
     shorter = (ways["travel_with"] < ways["travel_without"]).sum()
-    # Over α without and with batch norm, as at the edge of what trains anything moves a lot.
+    # Medians over α, without and with batch norm, since at the edge of what trains any change moves a lot.
     medians = effects(results).groupby(["start", "end"])[["change", "spread"]].median()
     moves = [
         f"{start:g} to {end:g} changes {change:.2f} points of accuracy (another seed {spread:.2f})"

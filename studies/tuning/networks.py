@@ -1,4 +1,4 @@
-"""The network: three layers of sigmoids, with bnext's batch norm between linear map and sigmoid or without it."""
+"""The network: three layers of sigmoids, with or without bnext's batch norm between linear map and sigmoid."""
 
 import math
 
@@ -10,14 +10,14 @@ from studies.tuning.digits import CLASSES
 from studies.tuning.settings import Point
 
 PIXELS = 64
-WIDTH = 100  # three layers of it, as in figure 1 of Ioffe and Szegedy (2015)
+WIDTH = 100  # of each of the three layers, as in figure 1 of Ioffe and Szegedy (2015)
 GAIN = 4.0  # of Glorot and Bengio's initialisation (2010): the inverse of the sigmoid's slope at 0
 
 
 def build(point: Point) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs in (PIXELS, WIDTH, WIDTH):
-        # Batch norm takes the mean away, and a bias with it.
+        # Batch norm subtracts the mean, which cancels a bias.
         layers.append(nn.Linear(inputs, WIDTH, bias=not point.batch_norm))
         layers += [normalisation(point)] if point.batch_norm else []
         layers.append(nn.Sigmoid())
@@ -38,7 +38,7 @@ def initialise(network: nn.Sequential, init: str, seed: int) -> None:
     weights, biases = (torch.Generator().manual_seed(2 * seed + which) for which in (0, 1))
     layers = [layer for layer in network if isinstance(layer, nn.Linear)]
     for layer in layers:
-        if init == "torch":  # its own distributions; only the generators are ours
+        if init == "torch":  # torch's own distributions, drawn by our generators
             nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=weights)
         elif init == "normal":
             nn.init.normal_(layer.weight, generator=weights)

@@ -80,7 +80,7 @@ def _legend(axes: Axes) -> None:
 
 
 def _curve(axes: Axes, results: Results, trial: Trial, values: Sequence[float], **style: Any) -> None:
-    """Over the steps; a cross at the end of a trial that diverged."""
+    """Draw a curve over the steps, with a cross at the end of a trial that diverged."""
     steps = results.settings.evaluations[: len(values)]
     (line,) = axes.plot(steps, values, **style)
     if trial.diverged_at is not None and values:
@@ -88,8 +88,8 @@ def _curve(axes: Axes, results: Results, trial: Trial, values: Sequence[float], 
 
 
 def inputs(results: Results) -> Figure:
-    """Percentiles of what goes into the last hidden layer's first unit, each seed a panel, at the α and β that are
-    best without batch norm."""
+    """Percentiles of the input of the last hidden layer's first unit, a panel per seed, at the α and β that are best
+    without batch norm."""
     seeds = results.settings.seeds
     figure, ((*grid,),) = panels(3.4, columns=len(seeds), sharey=True, sharex=True)
     accuracies = cells(results)["accuracy"]
@@ -115,7 +115,7 @@ def inputs(results: Results) -> Figure:
 
 
 def moves(results: Results) -> Figure:
-    """One bar per α: how far the accuracy curve moves; a mark at what another seed does."""
+    """One bar per α: how far the accuracy curve moves; a mark at the change by another seed."""
     found = effects(results)
     settings = results.settings
     figure, ((*grid,),) = panels(3.2, columns=max(1, len(settings.moves)), sharey=True)

@@ -1,4 +1,4 @@
-"""How much of the range of α × β trains, by batch, ghost batches and initialisation: a table and a picture."""
+"""The part of the range of α × β that trains, by batch, ghost batches and initialisation: a table and a picture."""
 
 # The names of the study are Greek, and signs in what people read are the right ones.
 # ruff: noqa: RUF001
@@ -19,7 +19,7 @@ GROUP = ["init", "kind", "values"]
 
 
 def span(settings: Settings) -> float:
-    """The decades of α that the grid covers: as many as lie between two neighbours, for each α."""
+    """The decades of α that the grid covers: for each α, those between two neighbours."""
     between = np.diff(np.log10(settings.alphas))
     return float(between.mean() * len(settings.alphas)) if len(between) else 1.0
 
@@ -28,7 +28,7 @@ def widths(results: Results) -> pd.DataFrame:
     """One line per initialisation, ``kind`` of network and ``values`` that are normalised together, in columns
     ``mean``, ``min`` and ``max`` over the seeds.
 
-    The width of what trains at a β is the part of the grid's α that do, in decades; it is the mean over β.
+    The width at a β is the part of the grid's α that train, in decades; the mean over β is shown.
     """
     settings = results.settings
     table = trials(results)
@@ -53,8 +53,8 @@ def widths_sheet(results: Results) -> Sheet:
 
 
 def draw_widths(results: Results) -> Figure:
-    """The width of what trains over the values that are normalised together, a panel per initialisation; a band from
-    the seed that trains least to the one that trains most."""
+    """The width that trains over the values that are normalised together, a panel per initialisation; a band spans the
+    seeds, from the least to the largest width."""
     found = widths(results)
     ticks = sorted(found.index.unique("values"))
     figure, ((*grid,),) = panels(3.2, columns=len(results.settings.inits), sharex=True, sharey=True)

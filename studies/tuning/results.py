@@ -1,4 +1,4 @@
-"""What was measured: a trial's curves, and a study's trials as one JSON file with a trial a line."""
+"""The measurements: a trial's curves, and a study's trials as one JSON file with a trial a line."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from studies.tuning.settings import Point, Settings
 
 # Significant digits that are kept.
 DIGITS = 4
-PERCENTILE_DIGITS = 3  # for a picture alone
+PERCENTILE_DIGITS = 3  # only used for a picture
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Trial:
     loss: list[float]  # mean over the training batches since the evaluation before
     correct: list[int]  # test images
     tests: int  # how many there are
-    percentiles: list[list[float]]  # the 15th, 50th and 85th of what goes into the last hidden layer's first unit
+    percentiles: list[list[float]]  # the 15th, 50th and 85th of the input of the last hidden layer's first unit
     travel: float | None  # of that layer's medians, in widths: training.travel
     cpu_s: float
 
@@ -55,7 +55,7 @@ def _rounded(values: Sequence[float], digits: int = DIGITS) -> list[float]:
 
 @dataclass(frozen=True)
 class Results:
-    """Of one study. The trials are sorted and rounded, so that a file and a storage give the same report."""
+    """The results of one study. Trials are sorted and rounded, so that a file and a storage give the same report."""
 
     settings: Settings
     machines: list[dict[str, Any]]  # rows.Provenance of each kind of machine that took part

@@ -1,4 +1,4 @@
-"""What is studied: the grid, the optimiser, the networks, and at which steps a trial is looked at."""
+"""What is studied: the grid, the optimiser, the networks, and the steps at which a trial is evaluated."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -6,8 +6,9 @@ from typing import Any
 
 # β is the momentum of v ← βv + g (sgd) or of the average v ← βv + (1 − β)g (average).
 OPTIMIZERS = ("sgd", "average")
-# glorot: scaled by layer width and sigmoid, the network without batch norm's best chance. torch: as its layers come,
-# a seventh of that. normal: of standard deviation 1, two and a half times that, which saturates the sigmoids.
+# glorot: scaled for layer width and sigmoid, the best choice for the network without batch norm. torch: the default of
+# its layers, a seventh of glorot. normal: of standard deviation 1, two and a half times glorot, which saturates the
+# sigmoids.
 INITS = ("glorot", "torch", "normal")
 
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -24,7 +25,7 @@ MOVES = ((0.9, 0.9005), (0.999, 0.9995))
 
 @dataclass(frozen=True, order=True)
 class Point:
-    """One trial. Its result depends on this and the settings alone, not on who runs it or when."""
+    """One trial. Its result depends only on this and the settings, not on where or when it runs."""
 
     alpha: float
     beta: float
@@ -44,11 +45,11 @@ class Settings:
     seeds: tuple[int, ...] = SEEDS
     inits: tuple[str, ...] = INITS[:1]
     batch_sizes: tuple[int, ...] = (BATCH,)
-    virtual_batch_sizes: tuple[int, ...] = ()  # of the largest batch, beside the whole of it
+    virtual_batch_sizes: tuple[int, ...] = ()  # of the largest batch, which is also trained whole
 
     @property
     def networks(self) -> dict[str, dict[str, Any]]:
-        """By name, the fields of Point that say which network is trained on which batches."""
+        """By name, the fields of Point that define a network and its batches."""
         found = {}
         for init, size in product(self.inits, self.batch_sizes):
             of_all = {"init": init, "batch_size": size}
@@ -61,8 +62,8 @@ class Settings:
 
     @property
     def compares_networks(self) -> bool:
-        """Whether this is about more than one network with batch norm and without. Then no move of β is tried, and a
-        trial is looked at when it ends."""
+        """Whether networks beyond the pair with and without batch norm are compared. Then no move of β is tried, and a
+        trial is evaluated only at its end."""
         return len(self.networks) > 2
 
     @property
@@ -72,12 +73,12 @@ class Settings:
 
     @property
     def all_betas(self) -> tuple[float, ...]:
-        """The grid's, and those that are tried for a move alone."""
+        """The grid's β, and those that are tried only for a move."""
         return tuple(sorted({*self.betas, *(end for _, end in self.moves)}))
 
     @property
     def space(self) -> dict[str, list[Any]]:
-        """What a storage has as the parameters of a trial, and the choices of each."""
+        """The parameters of a trial in a storage, and the choices of each."""
         return {
             "network": list(self.networks),
             "alpha": list(self.alphas),
@@ -103,8 +104,8 @@ class Settings:
         return sorted({max(1, round(step)) for step in dense + medium + sparse})
 
 
-# How the range that trains depends on batch, ghost batches and initialisation: some 25 minutes of one core. The factor
-# from one α to the next is 4.
+# The study of how the range that trains depends on batch, ghost batches and initialisation: some 25 minutes of one
+# core. The factor from one α to the next is 4.
 RANGE = Settings(
     steps=800,
     alphas=(0.000125, 0.0005, 0.002, 0.008, 0.03, 0.125, 0.5, 2.0),

@@ -1,7 +1,7 @@
-"""A study that processes and machines share through a storage of Optuna's, whose GridSampler hands out the points.
+"""A study that processes and machines share through an Optuna storage; Optuna's GridSampler assigns the points.
 
-A trial that was interrupted stays unfinished. Its point is handed out again once every other has been started, so the
-last ones may be tried twice; both results are the same, and one counts.
+An interrupted trial stays unfinished. Its point is assigned again once every other point has been started, so the last
+points may be tried twice; both results are the same, and one counts.
 """
 
 import os
@@ -31,25 +31,25 @@ from studies.tuning.settings import Point, Settings
 
 POLL_S = 0.5
 LOCK_S = 60  # a SQLite file is locked for as long as others write
-ATTEMPTS = 4  # of processes that make the tables of a new storage at once, all but one fail
+ATTEMPTS = 4  # if several processes create the tables of a new storage at once, all but one fail
 STORAGE_ERRORS = (StorageInternalError, SQLAlchemyError)
 
 
 class WorkerError(BaseException):
-    """A worker died, or its code raised; the message is one line.
+    """A worker died, or its code raised; the message has one line.
 
-    No Exception, as of one Optuna would note that the trial has failed, and never try its point again.
+    It is no Exception, for which Optuna would record a failed trial and never try its point again.
     """
 
 
 def connect(url: str) -> RDBStorage:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    # Without a pool of connections none stays open of an attempt that failed.
+    # Without a connection pool no connection of a failed attempt stays open.
     options = {"connect_args": {"timeout": LOCK_S}} if url.startswith("sqlite") else {"poolclass": NullPool}
     for _ in range(ATTEMPTS):
         try:
             return RDBStorage(url, engine_kwargs=options)
-        except Exception as error:  # drivers raise what they like, and ImportError where they are missing
+        except Exception as error:  # drivers raise errors of any class, and ImportError where they are missing
             reason = str(error).strip().partition("\n")[0]
             time.sleep(random.uniform(0.1, 0.5))
     raise InputError(f"cannot use the storage: {reason}")
@@ -57,7 +57,7 @@ def connect(url: str) -> RDBStorage:
 
 @contextmanager
 def opened(url: str, name: str, settings: Settings) -> Iterator[optuna.Study]:
-    """A study, made if it is not there, whose points are handed out. Its name tells its settings from others."""
+    """A study, created if missing, whose points are assigned. Its name identifies its settings."""
     storage = connect(url)
     try:
         yield optuna.create_study(
@@ -73,7 +73,7 @@ def opened(url: str, name: str, settings: Settings) -> Iterator[optuna.Study]:
 
 
 def results(study: optuna.Study) -> dict[Point, Trial]:
-    """What is done so far."""
+    """The results so far."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     found = (Trial.from_json(trial.user_attrs["result"]) for trial in complete)
     return {trial.point: trial for trial in found}
@@ -88,7 +88,7 @@ def results_of(study: optuna.Study, settings: Settings) -> Results:
 
 
 def begin() -> None:
-    """In a new process, before anything else: as each worker has a core, no library starts threads of its own."""
+    """Runs first in a new process: each worker has one core, so libraries must not start threads."""
     end_with_parent(signal.SIGTERM)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -126,7 +126,7 @@ def objective(settings: Settings, trial: optuna.Trial) -> float:
 
 
 def work(url: str, name: str, settings: Settings) -> None:
-    """Try points until every one has a result, here or elsewhere."""
+    """Try points until every one has a result, from this worker or another."""
     try:
         with opened(url, name, settings) as study:
             add_machine(study, this_machine())
@@ -138,7 +138,7 @@ def work(url: str, name: str, settings: Settings) -> None:
 
 @contextmanager
 def signals_to_end() -> Iterator[list[int]]:
-    """Signals to end raise KeyboardInterrupt and are noted: what is raised while a finalizer runs, Python drops."""
+    """Signals to end raise KeyboardInterrupt, and are recorded: Python drops what is raised while a finalizer runs."""
     received: list[int] = []
 
     def end(number: int, _: object) -> None:
@@ -147,7 +147,7 @@ def signals_to_end() -> Iterator[list[int]]:
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # under nohup, a terminal's end is to be ignored
+        if handler != signal.SIG_IGN:  # under nohup the end of the terminal is ignored
             signal.signal(number, end)
     try:
         yield received
@@ -157,7 +157,7 @@ def signals_to_end() -> Iterator[list[int]]:
 
 
 def run(url: str, name: str, settings: Settings, jobs: int) -> Results:
-    """Run what is left of a study with so many workers; on leaving none of them is left.
+    """Run the rest of a study with ``jobs`` workers, all of which have ended on return.
 
     Raises WorkerError, or KeyboardInterrupt on a signal to end.
     """

@@ -20,13 +20,13 @@ def make_optimizer(name: str, module: nn.Module, alpha: float, beta: float) -> t
 
 
 def percentiles(values: Tensor) -> Tensor:
-    """The 15th, 50th and 85th of each unit, between neighbours linearly. (values, units) -> (3, units), float64."""
+    """Each unit's 15th, 50th and 85th percentile, interpolated linearly. (values, units) -> (3, units), float64."""
     return torch.quantile(values.double(), torch.tensor(PERCENTILES).double() / 100, dim=0)
 
 
 def travel(history: Tensor) -> float | None:
-    """How far the medians went from one evaluation to the next, summed, in mean widths from the 15th to the 85th
-    percentile; the mean over the units. (evaluations, 3, units) -> number; None where nothing can be said."""
+    """The distances of the medians between evaluations, summed, in units of the mean width from the 15th to the 85th
+    percentile; the mean over the units. (evaluations, 3, units) -> number; None where it is undefined."""
     if len(history) < 2:
         return None
     path = history[:, 1].diff(dim=0).abs().sum(0)
@@ -36,8 +36,8 @@ def travel(history: Tensor) -> float | None:
 
 
 def evaluate(network: nn.Sequential, data: Split) -> tuple[int, Tensor] | None:
-    """How many test images are right, and the percentiles of what goes into each sigmoid of the last hidden layer,
-    which is what batch norm should hold still; None if anything is not finite."""
+    """The number of correct test images, and the percentiles of the inputs of the last hidden layer's sigmoids, which
+    batch norm should stabilise; None if anything is not finite."""
     network.eval()
     with torch.no_grad():
         values = network[:-2](data.test_images)
@@ -49,7 +49,7 @@ def evaluate(network: nn.Sequential, data: Split) -> tuple[int, Tensor] | None:
 
 
 def train(settings: Settings, point: Point) -> Trial:
-    """Trains to the end or to the first loss that is not finite, which is a result as well."""
+    """Train to the end, or to the first loss that is not finite, which is a result, too."""
     start = time.process_time()
     data = split(point.seed)
     network = build(point)
