@@ -104,7 +104,8 @@ def test_both_sides_of_two_to_the_31_elements(thread: str, extra: int, layout: s
     if layout == "channels_first":
         x = pattern.repeat(rows // period, 1, 1)
     else:
-        x = pattern.transpose(1, 2).contiguous().repeat(rows // period, 1, 1).view(rows, width, 1, channels).permute(0, 3, 1, 2)
+        x = pattern.transpose(1, 2).contiguous().repeat(rows // period, 1, 1)
+        x = x.view(rows, width, 1, channels).permute(0, 3, 1, 2)
         pattern = pattern.unsqueeze(-1)
     assert (x.numel() > 2**31) == (extra > 0)
     assert x.shape[1:] == pattern.shape[1:]
