@@ -14,7 +14,7 @@
 #   BENCH_ARGS    passed to python -m benchmarks by make bench
 #   SYSTEM_SITE   1: use the packages PYTHON has, download nothing
 #   GPU_RESULTS   where make gpu puts logs and measurements          benchmarks/results/gpu
-#   GPU_STEPS     which steps of .ci/gpu, in which order             all but fused and training
+#   GPU_STEPS     which steps of .ci/gpu, in which order             first second
 #
 # On Linux, PyPI's torch brings several GB of CUDA packages. For the CPU build alone:
 #   make test PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch_warnings
 from cases import seed
-from marks import DEVICES, SIMT
+from marks import GPUS, SIMT
 from processes import Pool
 from simt.device import emulated
 from torch import distributed
 
 import bnext
+
+# Without them everything but the benchmark, the study and the models of others is tested.
+OPTIONAL_PACKAGES = ("matplotlib", "optuna", "pandas", "rich", "sklearn", "sqlalchemy", "timm", "torchvision")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,6 +47,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="takes minutes; --long runs it"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Skip the tests of a file that imports an optional package which is not installed."""
+    report = yield
+    missing = re.search(rf"No module named '({'|'.join(OPTIONAL_PACKAGES)})\b", str(report.longrepr))
+    if report.failed and missing is not None:
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), 0, f"Skipped: needs {missing[1]}, which is not installed")
+    return report
+
+
 def pytest_collection_finish() -> None:
     # Thousands of tests are a million objects that stay to the end: a collection would look through them each time, for
     # half a second, and leak tests, fused models and torch's compiler collect often.
@@ -54,6 +71,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kernels: its `device` is also the emulated one")
     config.addinivalue_line("markers", "not_emulated: not in emulation, although its file is marked `kernels`")
     config.addinivalue_line("markers", "simt: runs CUDA kernels in emulation (deselect with -m 'not simt')")
+    config.addinivalue_line("markers", "gpu: runs on a GPU (select with -m gpu)")
     config.addinivalue_line("markers", "long: one of those that take minutes together; only with --long")
     config.addinivalue_line("markers", "slow: takes several seconds (deselect with -m 'not slow')")
     for line in torch_warnings.pytest_lines():
@@ -68,7 +86,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" in metafunc.fixturenames:
         simt = [SIMT] if metafunc.definition.get_closest_marker("kernels") else []
-        metafunc.parametrize("device", [*DEVICES, *simt], indirect=True)
+        metafunc.parametrize("device", ["cpu", *GPUS, *simt], indirect=True)
 
 
 @pytest.fixture

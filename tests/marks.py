@@ -17,11 +17,11 @@ from cases import ACTS, DTYPES, FEW_ACTS, Case, name, pairwise
 
 import bnext
 
-# What `device` goes through. A new device is added here, and nowhere else.
-DEVICES = ("cpu", "cuda") if bnext._C.cuda and torch.cuda.is_available() else ("cpu",)
+# The devices of `device` besides the CPU. A new device is added here, and nowhere else.
+GPUS = [pytest.param("cuda", marks=pytest.mark.gpu)] if bnext._C.cuda and torch.cuda.is_available() else []
 SIMT = pytest.param("simt", marks=pytest.mark.simt)
 
-needs_gpu = pytest.mark.skipif("cuda" not in DEVICES, reason="there is no GPU, or bnext was built without CUDA")
+needs_gpu = pytest.mark.skipif(not GPUS, reason="there is no GPU, or bnext was built without CUDA")
 linux_only = pytest.mark.skipif(
     sys.platform != "linux", reason="reads /proc, or needs memory that is kept on Linux only"
 )

@@ -10,6 +10,7 @@ import torch
 from host_gpu import HostGpu
 
 from benchmarks.cuda import device as gpu
+from benchmarks.cuda.profiled import kernels
 from benchmarks.cuda.rotation import GRAPH_BYTES, MAX_GRAPH_CALLS, MAX_SETS, Rotation, buffer_sets, calls_per_graph
 from benchmarks.cuda.stopwatch import EmptyGraphError, EventStopwatch, graph_stopwatch, require_replay_writes
 from bnext import _C
@@ -138,3 +139,10 @@ def test_what_is_missing_is_named(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(_C, "cuda", kernels)
     assert message in str(gpu.missing())
+
+
+def test_what_is_profiled_runs() -> None:
+    calls = dict(kernels("cpu", batch=1))
+    assert len(calls) == 6
+    for call in calls.values():
+        call()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_tuning_study import until
+from waiting import until
 
 from benchmarks import trainer_process as apart
 from benchmarks.models import make_model

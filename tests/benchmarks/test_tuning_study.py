@@ -5,7 +5,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -18,6 +17,7 @@ from optuna.trial import TrialState
 from postgres import server
 from sqlalchemy import create_engine, text
 from tuning_canned import MACHINE, curve, trial
+from waiting import PATIENCE_S, until
 
 from studies.tuning import study as study_module
 from studies.tuning.__main__ import main
@@ -28,20 +28,12 @@ from studies.tuning.study import add_machine, objective, opened, results_of, wor
 ROOT = Path(__file__).parents[2]
 DRIVER = Path(__file__).with_name("tuning_driver.py")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
-PATIENCE_S = 60  # of a machine that does much else
 
 GRID = ("--alphas", "0.1,1", "--betas", "0.9,0.99", "--seeds", "0,1")
 SHARED = Settings(alphas=(0.1, 1.0), betas=(0.9, 0.99), seeds=(0, 1))
 POINTS = 24  # with 0.9005
 
 Start = Callable[..., "subprocess.Popen[str]"]
-
-
-def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < end, "it is not so after all this time"
-        time.sleep(0.05)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bnext.functional import batch_norm
 
-pytestmark = needs_gpu
+pytestmark = [needs_gpu, pytest.mark.gpu]
 
 # On an H200: a block, a cluster, the grid, and two reads.
 SHAPES = ((64, 512, 7, 7), (64, 256, 28, 28), (128, 8, 96, 96), (256, 3, 224, 224))

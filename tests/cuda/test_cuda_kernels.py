@@ -14,7 +14,7 @@ import tolerances
 import torch
 from cases import DTYPES, Case, make_grad, make_input, make_parameters, make_residual, name, parameter_dtype, same_bits
 from checks import check_backward, check_forward
-from marks import DEVICES, SIMT
+from marks import GPUS, SIMT
 from simt.device import GROUPS, TILES, Limits, emulated, last_plan, load
 from tolerances import assert_within
 from ways import FEW_WAYS, KB, LAYOUTS, PATHS, SEEDS, WAYS, Path
@@ -37,7 +37,7 @@ def planned_for(limits: Limits, kernel_device: str, seed: int = 0) -> Iterator[s
         bnext._C.cap_cuda_device()
 
 
-@pytest.fixture(params=[SIMT, *(device for device in DEVICES if device != "cpu")])
+@pytest.fixture(params=[SIMT, *GPUS])
 def kernel_device(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -13,7 +13,7 @@ import pytest
 import reference
 import torch
 from cases import Case, make_grad, make_input, make_parameters, make_residual, name, parameter_dtype, same_bits
-from marks import DEVICES, SIMT
+from marks import GPUS, SIMT
 from simt.device import Limits, emulated
 from torch import Tensor
 
@@ -21,7 +21,7 @@ EPS = 1e-5
 SLOPE = 0.1  # of a leaky_relu
 
 
-@pytest.fixture(params=[SIMT, *(device for device in DEVICES if device != "cpu")])
+@pytest.fixture(params=[SIMT, *GPUS])
 def kernel_device(request: pytest.FixtureRequest) -> str:
     return request.param
 
