@@ -32,7 +32,7 @@ from machine_code import Call, Steps, steps
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("80", "90", "100")
-SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+SOURCES = tuple(sorted([*(ROOT / "csrc" / "cuda").glob("*.cu"), *(ROOT / "benchmarks" / "cuda").glob("*.cu")]))
 LONGEST = ("backward_activated", "backward", "forward")  # to compile, so they come first
 TENSOR_LEVEL = ROOT / "csrc" / "tensor" / "cuda_backend.cpp"
 # The register file: two blocks of 256 threads on an SM.
