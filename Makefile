@@ -144,9 +144,6 @@ $(PY):
 	@$(if $(SYSTEM_SITE),$(PYTHON) -c '$(SHARE)' >"$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/system-site.pth")
 	@touch $(CREATED)
 
-# Python compiles what is imported when it is, which most of it never is: half a minute less.
-PIP_INSTALL := $(PY) -m pip install --no-compile
-
 ifeq ($(SYSTEM_SITE),)
 # torch comes first and is then held by a constraint: no other requirement can replace it.
 # In an environment that was not made here, the torch that is there stays.
@@ -155,12 +152,12 @@ $(DEPS): pyproject.toml Makefile .ci/requirements.py | $(PY)
 	@if [ -e $(CREATED) ] || ! $(PY) -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null; then \
 	  echo "install: $(TORCH)"; \
 	  if [ -t 1 ]; then quiet=; else quiet=-qq; fi; \
-	  $(PIP_INSTALL) $$quiet '$(TORCH)'; \
+	  $(PY) -m pip install $$quiet '$(TORCH)'; \
 	fi
 	@$(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' >$(VENV)/constraints.txt
 	@$(PY) .ci/requirements.py dev >$(VENV)/requirements.txt
 	@echo "install: requirements of pyproject.toml, extra dev"
-	@$(PIP_INSTALL) -qq -c $(VENV)/constraints.txt -r $(VENV)/requirements.txt
+	@$(PY) -m pip install -qq -c $(VENV)/constraints.txt -r $(VENV)/requirements.txt
 	@touch $@
 else
 $(DEPS): pyproject.toml Makefile .ci/requirements.py | $(PY)
