@@ -10,6 +10,7 @@ import pytest
 from mutation.edits import Fault, planted
 from mutation.faults import FAULTS
 from mutation.runner import ROOT, failed_test
+from simt.mutants import all_mutants
 
 FILES = sorted({fault.file for fault in FAULTS})
 
@@ -32,6 +33,17 @@ def test_every_fault_has_a_name_of_its_own_and_a_test_that_is_there() -> None:
     for fault in FAULTS:
         path, name = re.fullmatch(r"((?:\w+/)*test_\w+\.py)::(\w+)(?:\[.*\])?", fault.test).groups()
         assert f"\ndef {name}(" in (ROOT / "tests" / path).read_text(), fault.test
+
+
+def test_every_barrier_of_a_cuda_block_has_a_mutant() -> None:
+    barriers = {
+        (path.name, number)
+        for path in (ROOT / "csrc" / "cuda").glob("*.cuh")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if "__syncthreads" in line.partition("//")[0]
+    }
+    assert len(barriers) > 10
+    assert barriers <= {(mutant.file, mutant.line) for mutant in all_mutants()}
 
 
 def fault(before: str) -> Fault:

@@ -5,7 +5,7 @@
     python tests/simt/mutants.py NAME...      these
 
 A mutant is a copy of csrc/ with one barrier, wait, release or acquire taken away or weakened. Every synchronisation
-lies in a header that the forward and the backward kernels share: only the forward ones are compiled anew. Two lines
+lies in a header that the forward and the backward kernels share: only the forward ones are compiled anew. Three lines
 matter to a backward pass with an activation alone, which reduces with coefficients by column, and may begin in float64.
 The kernels for padding and parts have headers and tests of their own.
 """
@@ -35,8 +35,8 @@ ACTIVATED = "(with_an_epilogue and bfloat16-relu-residual) or coefficients_float
 
 # (what a line holds, what takes its place): the rules of mutation. None deletes the statement.
 RULES: tuple[tuple[str, str], ...] = (
-    (r"^\s*(if constexpr .*)?__syncthreads\(\);", ""),
-    (r"__syncthreads_or\((.*?)\) != 0", r"(\1) != 0"),
+    (r"^\s*(if .*)?__syncthreads\(\);", ""),
+    (r"__syncthreads_or\((.*?)\) (!=|==) 0", r"(\1) \2 0"),
     (r"^\s*cluster_barrier\(\);", ""),
     (r"if \(plan\.group == Group::kCluster\) cluster_barrier_wait\(\);", ""),
     (r"if \(requested\) wait_prior<0>\(\);", ""),
@@ -70,7 +70,8 @@ class Mutant(NamedTuple):
 
     @property
     def activated(self) -> bool:
-        return "Reduce, kTile" in self.before or self.before.strip() == "wait_prior<0>();"
+        parts = ("Reduce, kTile", "return __syncthreads_or")
+        return any(part in self.before for part in parts) or self.before.strip() == "wait_prior<0>();"
 
     @property
     def kernels(self) -> str:
