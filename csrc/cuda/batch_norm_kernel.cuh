@@ -14,31 +14,10 @@
 #include "loop_form.cuh"
 #include "map.cuh"
 #include "reduce.cuh"
+#include "shared_memory.cuh"
 #include "staging.cuh"
 
 namespace bnext::cuda {
-
-// Pointers into a block's shared memory.
-struct Shared {
-  unsigned char* base;
-  void* columns;
-  double* merge;
-  double* own;
-  double* total;
-  double* shift;
-  double* coefficients;
-  int* needs_fp64;
-
-  __device__ __forceinline__ Shared(const SharedLayout& layout, unsigned char* base)
-      : base(base),
-        columns(base + layout.columns),
-        merge(reinterpret_cast<double*>(base + layout.merge)),
-        own(reinterpret_cast<double*>(base + layout.own)),
-        total(reinterpret_cast<double*>(base + layout.total)),
-        shift(reinterpret_cast<double*>(base + layout.shift)),
-        coefficients(reinterpret_cast<double*>(base + layout.coefficients)),
-        needs_fp64(reinterpret_cast<int*>(base + layout.needs_fp64)) {}
-};
 
 template <typename scalar_t, typename Op, typename Reduce, typename Map, Tile kTile>
 class BlockTask {
@@ -126,6 +105,9 @@ class BlockTask {
     return value != 0;
   }
 
+  // A kernel that can reduce also serves calls without sums.
+  __device__ __forceinline__ bool reduces() const { return kReduces && plan_.reduces; }
+
   // Whether this is the group's last tile. Computed at each use: kept, it would take a register from the sums.
   __device__ __forceinline__ bool last() const {
     std::int64_t tile = span_.tile;
@@ -134,9 +116,7 @@ class BlockTask {
   }
 
   // Whether the map requests the group's next tile, into the slots that it has read.
-  __device__ __forceinline__ bool asks_ahead() const {
-    return kReduces && !kIsFloat64 && plan_.reduces && plan_.whole && !last();
-  }
+  __device__ __forceinline__ bool asks_ahead() const { return reduces() && !kIsFloat64 && plan_.whole && !last(); }
 
   template <Loop kLoop>
   using Iterator = TileIterator<scalar_t, kTile, kLoop != Loop::kAny>;
@@ -330,7 +310,7 @@ class BlockTask {
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < span_.channels(plan_); i += plan_.threads) {
       ChannelSums channel;
-      if (kReduces && plan_.reduces) {
+      if (reduces()) {
         channel = {shared_.shift[i], sums[i], sums[plan_.tile_channels + i]};
         if (again && shared_.needs_fp64[i] == 0) continue;
         const bool accurate = again || op_.accurate(channel);
@@ -349,7 +329,7 @@ class BlockTask {
     }
     // These barriers also make the coefficients and the refined shifts visible to the block.
     Verdict verdict;
-    verdict.needs_fp64 = kReduces && plan_.reduces && __syncthreads_or(needs_fp64 ? 1 : 0) != 0;
+    verdict.needs_fp64 = reduces() && __syncthreads_or(needs_fp64 ? 1 : 0) != 0;
     verdict.wide = __syncthreads_or(wide ? 1 : 0) != 0;
     return verdict;
   }
