@@ -144,6 +144,9 @@ $(PY):
 	@$(if $(SYSTEM_SITE),$(PYTHON) -c '$(SHARE)' >"$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/system-site.pth")
 	@touch $(CREATED)
 
+# To bytecode, by all cores, where pip would take one. Some packages hold files of tests that are no valid Python.
+COMPILE_ALL = $(PY) -m compileall -qq -j 0 "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || true
+
 ifeq ($(SYSTEM_SITE),)
 # torch comes first and is then held by a constraint: no other requirement can replace it.
 # In an environment that was not made here, the torch that is there stays.
@@ -152,12 +155,13 @@ $(DEPS): pyproject.toml Makefile .ci/requirements.py | $(PY)
 	@if [ -e $(CREATED) ] || ! $(PY) -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null; then \
 	  echo "install: $(TORCH)"; \
 	  if [ -t 1 ]; then quiet=; else quiet=-qq; fi; \
-	  $(PY) -m pip install $$quiet '$(TORCH)'; \
+	  $(PY) -m pip install --no-compile $$quiet '$(TORCH)'; \
 	fi
 	@$(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' >$(VENV)/constraints.txt
 	@$(PY) .ci/requirements.py dev >$(VENV)/requirements.txt
 	@echo "install: requirements of pyproject.toml, extra dev"
-	@$(PY) -m pip install -qq -c $(VENV)/constraints.txt -r $(VENV)/requirements.txt
+	@$(PY) -m pip install --no-compile -qq -c $(VENV)/constraints.txt -r $(VENV)/requirements.txt
+	@$(COMPILE_ALL)
 	@touch $@
 else
 $(DEPS): pyproject.toml Makefile .ci/requirements.py | $(PY)

@@ -14,6 +14,7 @@ the script says so and checks nothing.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -31,7 +32,10 @@ from typing import NamedTuple
 from machine_code import Call, Steps, steps
 
 ROOT = Path(__file__).resolve().parents[1]
-ARCHITECTURES = ("80", "90", "100")
+# The architectures, by the PTX that their machine code is made from. Making PTX takes most of the time, and no source
+# has code for sm_100 alone, so the PTX for sm_90 serves it, too.
+SHARED_PTX = {"80": ("80",), "90": ("90", "100")}
+ARCHITECTURES = tuple(itertools.chain(*SHARED_PTX.values()))
 SOURCES = tuple(sorted([*(ROOT / "csrc" / "cuda").glob("*.cu"), *(ROOT / "benchmarks" / "cuda").glob("*.cu")]))
 LONGEST = ("backward_activated", "backward", "forward")  # to compile, so they come first
 TENSOR_LEVEL = ROOT / "csrc" / "tensor" / "cuda_backend.cpp"
@@ -39,7 +43,7 @@ TENSOR_LEVEL = ROOT / "csrc" / "tensor" / "cuda_backend.cpp"
 MAX_REGISTERS = 128
 
 COUNTED = "90"
-# For this architecture nvcc makes the object files that a build makes, which compiles each source for the host, too.
+# With this PTX nvcc makes the object files that a build makes, which compiles each source for the host, too.
 WHOLE = "90"
 
 # Instructions for a step of 16 bytes of each input, by kernel: request, reduce, map. At an H200's memory rate there is
@@ -160,30 +164,33 @@ def torch_flags() -> list[str]:
     return list(COMMON_NVCC_FLAGS)
 
 
-def compile_one(nvcc: str, disassembler: str | None, source: Path, architecture: str, folder: Path) -> list[Kernel]:
-    cubin = folder / f"{source.stem}.sm_{architecture}.cubin"
+def compile_one(nvcc: str, disassembler: str | None, source: Path, ptx: str, folder: Path) -> list[Kernel]:
+    """A source's kernels for the architectures that share the PTX of compute capability `ptx`."""
+    folder = folder / f"{source.stem}-{ptx}"
+    folder.mkdir()
+    code = [f"sm_{architecture}" for architecture in SHARED_PTX[ptx]]
     flags = [
         *torch_flags(),
         "-std=c++17",  # the oldest standard that a supported torch compiles with
         "-O3",
-        f"-arch=sm_{architecture}",
+        f"-gencode=arch=compute_{ptx},code=[{','.join(code)}]",
         "-Xptxas=-v,-warn-spills",
         "-Werror=all-warnings",
     ]
-    if architecture == WHOLE:
-        flags += ["-c", "-o", str(cubin.with_suffix(".o")), "-Xcompiler=-fPIC", "--keep", f"--keep-dir={folder}"]
+    if ptx == WHOLE:
+        flags += ["-c", "-o", str(folder / "whole.o"), "-Xcompiler=-fPIC", "--keep", f"--keep-dir={folder}"]
     else:
-        flags += ["-cubin", "-o", str(cubin)]
+        flags += ["-cubin", "-o", str(folder / f"{source.stem}.{code[0]}.cubin")]
     command = [nvcc, *flags, str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     log = done.stdout + done.stderr
     if done.returncode:
         faults = [line for line in log.splitlines() if "ptxas info" not in line and "bytes stack frame" not in line]
         raise RuntimeError(f"{' '.join(command)}\n" + "\n".join(faults))
-    code = machine_code(disassembler, cubin)
+    sass_of = {c.removeprefix("sm_"): machine_code(disassembler, folder / f"{source.stem}.{c}.cubin") for c in code}
     entries = re.findall(
-        r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-        r".*?Used (\d+) registers",
+        r"Compiling entry function '(\S+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers",
         log,
         flags=re.DOTALL,
     )
@@ -191,10 +198,10 @@ def compile_one(nvcc: str, disassembler: str | None, source: Path, architecture:
     if len(entries) != compiled:
         raise RuntimeError(f"{source.name}: understood what ptxas says of {len(entries)} of {compiled} kernels")
     kernels = []
-    for (mangled, stack, stores, loads, registers), name in zip(
+    for (mangled, architecture, stack, stores, loads, registers), name in zip(
         entries, demangled([entry[0] for entry in entries]), strict=True
     ):
-        sass = code[mangled] if disassembler is not None else None
+        sass = sass_of[architecture][mangled] if disassembler is not None else None
         kernels.append(
             Kernel(
                 name=short(name),
@@ -277,16 +284,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(jobs) as pool:
         folder = Path(name)
         waiting = [
-            (source, architecture, pool.submit(compile_one, nvcc, disassembler, source, architecture, folder))
+            (source, ptx, pool.submit(compile_one, nvcc, disassembler, source, ptx, folder))
             for source in sorted(SOURCES, key=lambda s: s.stem not in LONGEST)
-            for architecture in ARCHITECTURES
+            for ptx in sorted(SHARED_PTX, key=int, reverse=True)  # the longest first
         ]
         tensor_level = pool.submit(compile_tensor_level, nvcc, folder)
         kernels: list[Kernel] = []
         try:
-            for source, architecture, result in waiting:
+            for source, ptx, result in waiting:
                 kernels += result.result()
-                print(f"{source.relative_to(ROOT)} sm_{architecture}: {time.monotonic() - started:.0f} s", flush=True)
+                names = " ".join(f"sm_{architecture}" for architecture in SHARED_PTX[ptx])
+                print(f"{source.relative_to(ROOT)} {names}: {time.monotonic() - started:.0f} s", flush=True)
             print(tensor_level.result())
         except RuntimeError as error:
             pool.shutdown(cancel_futures=True)
