@@ -134,20 +134,22 @@ def run_study(arguments: argparse.Namespace) -> int:
 def show(folder: Path, results: Results) -> None:
     """Draw the pictures, write the page that shows them, print the table and the conclusion. A comparison of networks
     has one picture, and no page."""
+    from benchmarks.style import save
+
+    make_writable(folder)
     if results.settings.compares_networks:
-        from benchmarks.style import save
         from studies.tuning.ranges import draw_widths, widths_sheet
 
-        make_writable(folder)
         save(folder / "range.png", draw_widths(results))
         print(f"{widths_sheet(results).cells.to_string(index=False)}\n{folder}")
         return
     from studies.tuning.analysis import conclusion, page, sides_sheet
-    from studies.tuning.pictures import captions, save_pictures
+    from studies.tuning.pictures import PICTURES
 
-    make_writable(folder)
-    save_pictures(folder, results)
-    write_atomically(folder / "README.md", page(results, captions()).encode())
+    for name, (draw, _) in PICTURES.items():
+        save(folder / name, draw(results))
+    captions = {name: caption for name, (_, caption) in PICTURES.items()}
+    write_atomically(folder / "README.md", page(results, captions).encode())
     print(sides_sheet(results).cells.to_string(index=False))
     print("\n".join([*conclusion(results), str(folder)]))
 

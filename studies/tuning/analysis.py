@@ -86,10 +86,9 @@ def sides_sheet(results: Results) -> Sheet:
 
 def pairs(results: Results) -> pd.DataFrame:
     """The trials that train with batch norm and without it, at the same α, β and seed, beside each other."""
-    table = grid(results)
-    trained = table[table["final"] >= GOAL]
-    without, with_it = (trained[trained["batch_norm"] == side] for side in (False, True))
-    return without.merge(with_it, on=["alpha", "beta", "seed"], suffixes=("_without", "_with"))
+    trained = grid(results).query("final >= @GOAL")
+    sides = (trained.query("not batch_norm"), trained.query("batch_norm"))
+    return pd.merge(*sides, on=["alpha", "beta", "seed"], suffixes=("_without", "_with"))
 
 
 def effects(results: Results) -> pd.DataFrame:

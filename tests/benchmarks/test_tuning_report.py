@@ -15,7 +15,6 @@ from studies.tuning.settings import ALPHAS, BETAS, RANGE, SEEDS, Point, Settings
 def test_report_from_the_file_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run.json"
     save_results(file, imagined_study())
-    assert load_results(file) == imagined_study()
     assert main(["report", str(file)]) == 0
     printed = capsys.readouterr().out
     for part in (*conclusion(imagined_study()), "8 of 8", "4 of 8"):
@@ -102,8 +101,8 @@ def test_bad_input_is_one_line_and_status_2(
 
 
 def test_different_studies_have_different_names() -> None:
-    options = ["", "--range", "--optimizer average", "--inits torch", "--steps 5", "--seeds 7", "--inits torch --steps 5"]
-    options += ["--batch-sizes 60,120", "--virtual-batch-sizes 4", "--range --steps 5"]
+    options = ["", "--range", "--optimizer average", "--inits torch", "--steps 5", "--seeds 7", "--range --steps 5"]
+    options += ["--batch-sizes 60,120", "--virtual-batch-sizes 4", "--inits torch --steps 5"]
     names = [study_name(settings_of(make_parser().parse_args(["run", *option.split()]))) for option in options]
     assert names[:2] == ["default", "range"]
     assert names[7] == "batch_sizes=60,120"
@@ -118,11 +117,7 @@ def test_committed_results_are_the_two_studies(folder: str, settings: Settings) 
     assert results.settings == settings
     assert [t.point for t in results.trials] == sorted(settings.points)
     assert file.stat().st_size < 350_000
-
-
-def test_committed_pictures_are_small() -> None:
-    for name in PICTURES:
-        assert (RESULTS / name).stat().st_size < 150_000
+    assert all(picture.stat().st_size < 150_000 for picture in (RESULTS / folder).glob("*.png"))
 
 
 def test_curves_are_rounded_for_the_file_and_counts_are_not() -> None:

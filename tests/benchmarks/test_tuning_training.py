@@ -1,7 +1,6 @@
 """One trial of the tuning study: what it depends on, what it keeps, and how it ends when it diverges."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -12,15 +11,6 @@ from studies.tuning.digits import split
 from studies.tuning.networks import build
 from studies.tuning.settings import INITS, Point, Settings
 from studies.tuning.training import make_optimizer, percentiles, train, travel
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in a worker."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
