@@ -57,23 +57,11 @@ def test_calls_go_round_in_the_context_and_results_stay_until_their_next_turn() 
     assert events == ["enter", "0", "1", "2", "0", "1", "leave"]
 
 
-class ImaginedDevice(HostGpu):
-    """Time passes only by ``work``: seconds that whatever runs adds to the device's clock."""
-
-    def __init__(self) -> None:
-        super().__init__(clock=lambda: self.now)
-        self.now = 0.0
-
-    def work(self, seconds: float) -> None:
-        self.now += seconds
-
-
 def test_events_give_seconds_and_nothing_is_collected_between_them() -> None:
-    device = ImaginedDevice()
     collecting: list[bool] = []
+    device = HostGpu(clock=lambda: 0.25 * len(collecting))
 
     def call() -> None:
-        device.work(0.25)
         collecting.append(gc.isenabled())
 
     assert EventStopwatch(device, Rotation([call] * 2).run).timeit(3) == pytest.approx(0.75)
@@ -83,14 +71,9 @@ def test_events_give_seconds_and_nothing_is_collected_between_them() -> None:
 
 
 def test_a_graph_is_replayed_whole_and_its_time_scaled() -> None:
-    device = ImaginedDevice()
     replays: list[int] = []
-
-    def run(repeats: int) -> None:
-        replays.append(repeats)
-        device.work(repeats * 10 * 0.25)
-
-    stopwatch = EventStopwatch(device, run, calls=10, head_start=True)
+    device = HostGpu(clock=lambda: 0.25 * 10 * sum(replays))
+    stopwatch = EventStopwatch(device, replays.append, calls=10, head_start=True)
     assert stopwatch.timeit(1) == pytest.approx(0.25)
     assert stopwatch.timeit(21) == pytest.approx(5.25)
     assert replays == [1, 3]
