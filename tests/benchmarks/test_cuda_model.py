@@ -35,8 +35,8 @@ def test_committed_predictions_and_their_tables_are_current(capsys: pytest.Captu
     assert predict.main(["--check"]) == 0, capsys.readouterr().err
 
 
-def test_without_an_end_to_all_else_the_memory_decides() -> None:
-    """A copy that takes a thousand times as long: the ratio is that of the bytes, 1 where all is read once."""
+def test_with_slow_memory_the_bytes_decide() -> None:
+    """With a copy a thousand times slower, time ÷ floor is the ratio of the bytes, and 1 where all is read once."""
     slow = replace(H200, copy_rate=H200.copy_rate / 1000, row_start=0.0)
     once = again = 0
     for case, operation, kernel in kernels():
@@ -75,8 +75,8 @@ def test_more_work_is_never_faster_and_somewhere_slower() -> None:
     assert min(slower.values()) > 10, slower
 
 
-def test_bytes_of_a_call_are_those_of_what_the_plan_keeps() -> None:
-    """2 S and 3 S where all is kept; 3 S and 5 S where nothing is."""
+def test_bytes_of_a_call_follow_from_what_the_plan_keeps() -> None:
+    """Forward and backward move 2 S and 3 S where all of a tile is kept, 3 S and 5 S where nothing is."""
     for case, operation, kernel in kernels():
         if operation.epilogue.act:
             continue

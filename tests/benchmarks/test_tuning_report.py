@@ -40,7 +40,7 @@ def test_heat_maps_show_the_cells() -> None:
 def test_curves_end_where_a_trial_diverged() -> None:
     without, with_it = losses(imagined_study()).axes
     lengths = sorted(len(line.get_xdata()) for line in without.lines)
-    assert lengths == [1, 1, 2, 2, 4, 4]  # two crosses, two that diverged, two that did not
+    assert lengths == [1, 1, 2, 2, 4, 4]  # two crosses, two trials that diverged, two that did not
     assert {tuple(line.get_xdata()) for line in with_it.lines} == {(1, 2, 3, 4)}
 
 
@@ -58,7 +58,7 @@ def test_bars_are_the_effects_of_the_moves() -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 3])
-def test_a_report_of_part_of_the_grid(keep: int, tmp_path: Path) -> None:
+def test_a_report_of_an_unfinished_study(keep: int, tmp_path: Path) -> None:
     study = imagined_study()
     part = Settings(steps=4, alphas=(0.1,), betas=(0.99,), seeds=(0,)) if keep == 0 else study.settings
     save_results(tmp_path / "part.json", Results.of(part, study.machines, study.trials[:keep]))
@@ -135,7 +135,7 @@ def test_grid_is_complete_and_without_duplicates() -> None:
     assert len(points) == len(set(points))
     grid = {(p.alpha, p.beta, p.batch_norm, p.seed) for p in points if p.beta in BETAS}
     assert grid == {(a, b, n, s) for a in ALPHAS for b in BETAS for n in (False, True) for s in SEEDS}
-    # Beside the grid only the end of the one move that is not in it.
+    # The end of one move of β is tried as well, and is not in the grid.
     assert {p.beta for p in points} - set(BETAS) == {0.9005}
     assert len(points) == 5 * 8 * 2 * 3
 
@@ -155,7 +155,7 @@ def test_a_diverged_trial_has_no_accuracy_from_there_on() -> None:
     assert (found["final"], found["diverged_at"]) == (0, 3)
 
 
-def test_who_reached_the_goal_and_lost_it_does_not_train() -> None:
+def test_a_trial_that_reached_the_goal_and_lost_it_does_not_train() -> None:
     points = [Point(0.1, 0.9, False, seed) for seed in (0, 1)]
     results = Results.of(SETTINGS, [], [trial(points[0], [50, 95, 96, 60]), trial(points[1], [50, 60, 80, 90])])
     found = sides(results).loc[False]
@@ -168,7 +168,7 @@ def test_conclusion_has_a_line_for_each_claim() -> None:
         "where both train 2 and 3 (median).",
         "Where both train, the medians of the last hidden layer's inputs travel 1.0 widths (15th to 85th percentile) "
         "with batch norm, 3.0 without; the shorter way is batch norm's in 4 of 4 pairs.",
-        # Over two α, without and with: 20, 0, 0, 0 beside 0.5, 0, 0.25, 0.25.
+        # The medians of changes 20, 0, 0, 0 and of spreads 0.5, 0, 0.25, 0.25: two α, without and with batch norm.
         "β from 0.9 to 0.9005 changes 0.00 points of accuracy (another seed 0.25), from 0.999 to 0.9995 changes 0.00 "
         "points of accuracy (another seed 0.25); medians over α without and with batch norm.",  # noqa: RUF001
     ]

@@ -165,7 +165,7 @@ def test_what_is_done_is_not_tried_again_and_of_a_point_tried_twice_one_result_c
     url = f"sqlite:///{tmp_path / 'study.db'}"
     with opened(url, "s", settings) as study:
         add_machine(study, {**MACHINE, "date": "earlier"})
-        # Two processes were killed, one of them twice at the same point.
+        # Two trials that a killed process left unfinished.
         for _ in range(2):
             study.ask()
         for _ in range(2):
