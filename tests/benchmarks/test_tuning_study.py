@@ -34,7 +34,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts the command with imagined trials, in a process group of its own as a shell does."""
+    """A function that starts the command with imagined trials, in a process group of its own as a shell does."""
     started: list[subprocess.Popen[str]] = []
 
     def begin(*arguments: str) -> subprocess.Popen[str]:
@@ -66,8 +66,8 @@ def group(pgid: int) -> set[int]:
 def trials(folder: Path, state: str) -> list[tuple[int, str]]:
     """Number and time of completion of each trial in a state.
 
-    Not by Optuna, which would make the tables where they are being made. Not read only: what a killed process was
-    writing has to be taken back first.
+    Optuna would make the tables while the command makes them. The file is opened for writing, since SQLite has to undo
+    what a killed process was writing.
     """
     query = "select number, datetime_complete from trials where state = ?"
     try:
@@ -98,12 +98,13 @@ def test_what_was_killed_goes_on_in_two_processes_that_share_it(start: Start, tm
 
 
 def test_ctrl_c_leaves_no_process_and_no_failed_trial(start: Start, tmp_path: Path) -> None:
-    process = start("--jobs", "2", "--steps", "400")
-    until(lambda: len(trials(tmp_path, "RUNNING")) == 2)
+    process = start("--jobs", "1", "--steps", "400")
+    until(lambda: len(trials(tmp_path, "RUNNING")) == 1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to every process that runs in it
     _, errors = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, errors) == (130, "python -m benchmarks tuning: interrupted\n")
     until(lambda: not group(process.pid))
+    assert len(trials(tmp_path, "COMPLETE")) < len(POINTS), "it went on to the end"
     assert not trials(tmp_path, "FAIL"), "which would never be tried again"
 
 
@@ -118,7 +119,7 @@ def test_ctrl_c_leaves_no_process_and_no_failed_trial(start: Start, tmp_path: Pa
 def test_an_error_in_a_worker_is_one_line_and_leaves_points_to_be_tried(
     option: tuple[str, str], said: str, start: Start, tmp_path: Path
 ) -> None:
-    process = start("--jobs", "2", "--steps", "100", *option)
+    process = start("--jobs", "1", "--steps", "100", *option)
     _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert errors.startswith(f"python -m benchmarks tuning: error: {said}")
