@@ -158,14 +158,14 @@ $(DEPS): pyproject.toml Makefile .ci/requirements.py | $(PY)
 	  $(PY) -m pip install --no-compile $$quiet '$(TORCH)'; \
 	fi
 	@$(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' >$(VENV)/constraints.txt
-	@$(PY) .ci/requirements.py dev >$(VENV)/requirements.txt
-	@echo "install: requirements of pyproject.toml, extra dev"
+	@$(PY) .ci/requirements.py >$(VENV)/requirements.txt
+	@echo "install: requirements of pyproject.toml, with its extras"
 	@$(PY) -m pip install --no-compile -qq -c $(VENV)/constraints.txt -r $(VENV)/requirements.txt
 	@$(COMPILE_ALL)
 	@touch $@
 else
 $(DEPS): pyproject.toml Makefile .ci/requirements.py | $(PY)
-	@$(PY) .ci/requirements.py --check dev
+	@$(PY) .ci/requirements.py --check
 	@touch $@
 endif
 

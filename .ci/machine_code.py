@@ -7,8 +7,8 @@ kind is the form for whole vectors. Counted is the shortest path through it that
 
 from __future__ import annotations
 
-import heapq
 import re
+from collections import defaultdict
 from typing import NamedTuple
 
 _BRANCH = re.compile(r"^(@!?U?P\w+\s+)?BRA(?:\.\w+)*\s.*?`\((\.L_x_\d+)\)")
@@ -44,38 +44,24 @@ def innermost_loops(code: Code) -> list[tuple[int, int]]:
     return [loop for loop in sorted(loops) if not any(loop != o and loop[0] <= o[0] and o[1] <= loop[1] for o in loops)]
 
 
-def shortest_way(code: Code, first: int, last: int, marker: re.Pattern[str], times: int) -> list[int]:
-    """The shortest forward path from `first` to `last` past so many matches of `marker`; empty if there is none."""
-
-    def passed(at: int, before: int) -> int:
-        return min(before + bool(marker.search(code.instructions[at])), times)
-
-    # A state is an instruction, and how many markers lie before or at it.
-    start = (first, passed(first, 0))
-    came_from: dict[tuple[int, int], tuple[int, int]] = {}
-    length = {start: 1}
-    queue = [(1, start)]
-    while queue:
-        steps, (at, marks) = heapq.heappop(queue)
-        if (at, marks) == (last, times):
-            way = [(last, times)]
-            while way[-1] != start:
-                way.append(came_from[way[-1]])
-            return [at for at, _ in way]
+def shortest_path(code: Code, first: int, last: int, marker: re.Pattern[str], times: int) -> int:
+    """The instructions of the shortest forward path from `first` to `last`, a branch, past so many matches of `marker`;
+    0 if there is none."""
+    # The shortest way to each instruction, by the number of matches before it; targets lie ahead of their branches.
+    lengths: dict[int, dict[int, int]] = defaultdict(dict)
+    lengths[first] = {0: 1}
+    for at in range(first, last):
         instruction = code.instructions[at]
         branch = _BRANCH.search(instruction)
-        following = []
+        targets = [at + 1] if (branch is None or branch[1]) and not _NO_FALL_THROUGH.search(instruction) else []
         if branch and at < (target := code.labels.get(branch[2], -1)) <= last:
-            following.append(target)
-        if at < last and (branch is None or branch[1]) and not _NO_FALL_THROUGH.search(instruction):
-            following.append(at + 1)
-        for to in following:
-            state = (to, passed(to, marks))
-            if steps + 1 < length.get(state, len(code.instructions) * (times + 1)):
-                length[state] = steps + 1
-                came_from[state] = (at, marks)
-                heapq.heappush(queue, (steps + 1, state))
-    return []
+            targets.append(target)
+        found = bool(marker.search(instruction))
+        for before, length in lengths[at].items():
+            matches = min(before + found, times)
+            for to in targets:
+                lengths[to][matches] = min(length + 1, lengths[to].get(matches, length + 1))
+    return lengths[last].get(times, 0)
 
 
 class Steps(NamedTuple):
@@ -112,10 +98,9 @@ def steps(sass: str, call: Call) -> Steps:
             continue
         unrolled, rest = divmod(found, each)
         # The call does not take a loop that also moves tensors which it lacks.
-        way = [] if rest else shortest_way(code, first, last, marker, found)
-        if not way:
+        count = 0 if rest else shortest_path(code, first, last, marker, found) / unrolled
+        if not count:
             continue
-        count = len(way) / unrolled
         if kind == "request":
             requests[unrolled] = min(count, requests.get(unrolled, count))
         else:

@@ -1,7 +1,7 @@
-"""Requirements of pyproject.toml, one a line: to build, to run, and of the extras named.
+"""Requirements of pyproject.toml, one a line: to build, to run, and of the extras.
 
-    python .ci/requirements.py dev            print them, for pip install -r
-    python .ci/requirements.py --check dev    install nothing; say what this environment lacks
+    python .ci/requirements.py            print them, for pip install -r
+    python .ci/requirements.py --check    install nothing; say what this environment lacks
 
 pip has no option to install only the dependencies, and installing the package would compile it in a temporary folder.
 """
@@ -30,58 +30,45 @@ def load_pyproject() -> dict[str, Any]:
     raise SystemExit("missing: tomli, to read pyproject.toml with Python 3.10")
 
 
-def distribution(requirement: str) -> str:
-    """The name before extras, version and marker, normalised: Torch >= 2 is torch."""
+def name_of(requirement: str) -> str:
+    """The name before extras, version and marker."""
     match = re.match(r"[A-Za-z0-9._-]+", requirement)
     if match is None:
         raise SystemExit(f"pyproject.toml: not a requirement: {requirement!r}")
-    return re.sub(r"[-_.]+", "-", match.group()).lower()
+    return match.group()
 
 
-def extra(project: dict[str, Any], name: str) -> list[str]:
-    """The requirements of one extra; bnext[test] in it is replaced by the requirements of that extra."""
-    requirements: list[str] = []
-    for requirement in project["optional-dependencies"][name]:
-        if distribution(requirement) != distribution(project["name"]):
-            requirements.append(requirement)
-            continue
-        inner = re.search(r"\[(.*?)\]", requirement)
-        for part in inner.group(1).split(",") if inner else ():
-            requirements += extra(project, part.strip())
-    return requirements
-
-
-def absent(requirements: list[str]) -> list[str]:
+def absent(requirements: list[str]) -> str:
     """The requirements of which this environment has no version at all."""
-    names = []
+    names = set()
     for requirement in requirements:
-        name = distribution(requirement)
+        name = name_of(requirement)
         # A marker may exclude the requirement; ninja may be a program instead of a package.
         if ";" in requirement or shutil.which(name):
             continue
         try:
             importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            names.append(name)
-    return sorted(set(names))
+            names.add(name)
+    return ", ".join(sorted(names))
 
 
-def main(arguments: list[str]) -> None:
+def main() -> None:
     """Print, or with --check compare with what is installed."""
-    check = "--check" in arguments
-    extras = [argument for argument in arguments if argument != "--check"]
     pyproject = load_pyproject()
     project = pyproject["project"]
     needed = [*pyproject["build-system"]["requires"], *project.get("dependencies", [])]
-    optional = [requirement for name in extras for requirement in extra(project, name)]
-    if not check:
+    extras = project["optional-dependencies"].values()
+    # The extra dev names the others, whose requirements are all here.
+    optional = [each for extra in extras for each in extra if name_of(each) != project["name"]]
+    if sys.argv[1:] != ["--check"]:
         print("\n".join(dict.fromkeys(needed + optional)))
         return
     if names := absent(needed):
-        raise SystemExit(f"missing: {', '.join(names)} (nothing is downloaded with SYSTEM_SITE=1)")
+        raise SystemExit(f"missing: {names} (nothing is downloaded with SYSTEM_SITE=1)")
     if names := absent(optional):
-        print(f"not here, and nothing is downloaded with SYSTEM_SITE=1: {', '.join(names)}")
+        print(f"not here, and nothing is downloaded with SYSTEM_SITE=1: {names}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

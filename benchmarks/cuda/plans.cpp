@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <utility>
 
 #include "../../csrc/cuda/launch_plan.h"
 
@@ -20,10 +21,7 @@ KernelTraits traits(bool backward, bool activated) {
 
 void print(const LaunchPlan& plan) {
   const char* const groups[] = {"block", "cluster", "grid"};
-  const struct {
-    const char* name;
-    std::int64_t value;
-  } numbers[] = {
+  const std::pair<const char*, std::int64_t> numbers[] = {
       {"tiles", plan.tiles},
       {"tile_width", plan.tile_width},
       {"tile_channels", plan.tile_channels},

@@ -70,7 +70,7 @@ def counted_steps() -> dict[tuple[str, str, str], Steps]:
     return found
 
 
-def make_plans(calls: Sequence[tuple[Case, Operation]], device: Device) -> list[Plan]:
+def make_plans(program: str, calls: Sequence[tuple[Case, Operation]], device: Device) -> list[Plan]:
     lines = []
     for case, operation in calls:
         batch, channels, height, width = case.shape
@@ -79,28 +79,33 @@ def make_plans(calls: Sequence[tuple[Case, Operation]], device: Device) -> list[
         lines.append(" ".join(map(str, line)))
     shared = (device.shared_per_block, device.shared_per_sm, device.reserved_shared)
     limits = (device.sms, *shared, device.max_cluster, int(device.l2_bytes))
-    with TemporaryDirectory() as folder:
-        program = Path(folder) / "plans"
-        compiler = os.environ.get("CXX", "c++")
-        subprocess.run([compiler, "-std=c++20", "-O1", *map(str, SOURCES), "-o", str(program)], check=True)
-        command = [str(program), *map(str, limits)]
-        output = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=True).stdout
+    command = [program, *map(str, limits)]
+    output = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=True).stdout
     return [Plan(**json.loads(line)) for line in output.splitlines()]
 
 
-def kernels(device: Device) -> Iterator[tuple[Case, Operation, Kernel]]:
+@cache
+def kernels() -> list[tuple[Device, Case, Operation, Kernel]]:
+    """The suites' calls on each device, with their plans and instructions."""
     counted = counted_steps()
     calls = [(case, operation) for case in select_cases(SUITES, "cuda") for operation in OPERATIONS]
-    for (case, operation), plan in zip(calls, make_plans(calls, device), strict=True):
-        size = ITEM_BYTES[case.dtype]
-        steps = counted[SCALARS[case.dtype], operation.functors, plan.tile]
-        steps = steps._replace(map=steps.map + operation.more_a_lane * 16 // size)
-        yield case, operation, Kernel(plan, operation.call, steps, size)
+    found = []
+    with TemporaryDirectory() as folder:
+        program = f"{folder}/plans"
+        compiler = os.environ.get("CXX", "c++")
+        subprocess.run([compiler, "-std=c++20", "-O1", *map(str, SOURCES), "-o", program], check=True)
+        for device in DEVICES:
+            for (case, operation), plan in zip(calls, make_plans(program, calls, device), strict=True):
+                size = ITEM_BYTES[case.dtype]
+                steps = counted[SCALARS[case.dtype], operation.functors, plan.tile]
+                steps = steps._replace(map=steps.map + operation.more_a_lane * 16 // size)
+                found.append((device, case, operation, Kernel(plan, operation.call, steps, size)))
+    return found
 
 
-def predict(device: Device) -> Iterator[dict[str, Any]]:
+def predict() -> Iterator[dict[str, Any]]:
     """One row a call: microseconds, the multiple of the floor, and the main cause of what exceeds it."""
-    for case, operation, kernel in kernels(device):
+    for device, case, operation, kernel in kernels():
         floor = model_bytes(operation.op, case.shape, case.dtype, operation.epilogue) / device.copy_rate
         predicted = time(device, kernel)
         saved = without(device, kernel)
@@ -183,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only tell whether the files are current")
     check = parser.parse_args(argv).check
-    predictions = [row for device in DEVICES for row in predict(device)]
+    predictions = list(predict())
     text = "[\n" + ",\n".join(map(json.dumps, predictions)) + "\n]\n"
     if not check:
         write_atomically(PREDICTIONS, text.encode())

@@ -1,6 +1,6 @@
 """``python -m benchmarks tuning``: run or continue a study (without a command), or report on its results.
 
-Exit status: 0; 1 where a worker failed or a document is out of date; 2 on bad input; 130 on a signal to end.
+Exit status: 0; 1 where a worker failed or a document is out of date; 2 on bad input; 130 on Ctrl-C.
 """
 
 # The names of the study are Greek, and signs in what people read are the right ones.
@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,12 @@ from benchmarks.command import (
 )
 from benchmarks.rows import InputError, write_atomically
 from studies.tuning.results import Results, load_results, save_results
-from studies.tuning.settings import INITS, OPTIMIZERS, QUICK_SEEDS, QUICK_STEPS, RANGE, Settings
+from studies.tuning.settings import INITS, OPTIMIZERS, RANGE, Settings
 
 PROGRAM = "python -m benchmarks tuning"
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "tuning"
 DEFAULT = Settings()
+LOCK_S = 60  # a SQLite file is locked for as long as others write
 
 MOMENTUM = Number(float, "numbers from 0 to below 1", lambda value: 0 <= value < 1)
 SEED = Number(int, "whole numbers from 0 to below 2^31", lambda value: 0 <= value < 2**31)
@@ -43,7 +45,7 @@ def make_parser() -> OneLineParser:
         prog=PROGRAM,
         description="Train over a grid of learning rates α and momenta β, with batch norm and without.",
         epilog="Without a command: run, with run's options. The same command goes on with a study that was stopped, "
-        "and several at once share it.",
+        "and several share one that has begun.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -54,7 +56,6 @@ def make_parser() -> OneLineParser:
     run.add_argument("--optimizer", choices=OPTIMIZERS, help=meaning)
     meaning = "the study of how the range that trains depends on batch, ghost batches and initialisation"
     run.add_argument("--range", action="store_true", help=f"{meaning}: other defaults")
-    run.add_argument("--quick", action="store_true", help=f"two seeds and {QUICK_STEPS} steps: a look, not a result")
     run.add_argument("--steps", type=WHOLE, help=f"default: {default_of('steps')}")
     for option, kind, meaning in (
         ("--alphas", POSITIVE.list, "learning rates"),
@@ -91,7 +92,6 @@ def default_of(name: str) -> str:
 def settings_of(arguments: argparse.Namespace) -> Settings:
     """The settings; raises InputError where a batch cannot be divided into such parts."""
     usual = RANGE if arguments.range else DEFAULT
-    usual = replace(usual, seeds=QUICK_SEEDS, steps=QUICK_STEPS) if arguments.quick else usual
     given = {field.name: getattr(arguments, field.name) for field in fields(Settings)}
     settings = replace(usual, **{name: value for name, value in given.items() if value is not None})
     largest = max(settings.batch_sizes)
@@ -114,16 +114,13 @@ def run_study(arguments: argparse.Namespace) -> int:
     name = study_name(settings)
     output: Path = arguments.output or (RESULTS if settings == DEFAULT else RESULTS / name)
     make_writable(output)
-    url = arguments.storage or f"sqlite:///{output.absolute() / 'study.db'}"
+    url = arguments.storage or f"sqlite:///{output.absolute() / 'study.db'}?timeout={LOCK_S}"
 
     from studies.tuning import study  # here, so that report, --help and bad input are fast and need no Optuna
 
     try:
         results = study.run(url, name, settings, arguments.jobs)
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; what is done is kept, and the same command goes on", file=sys.stderr)
-        return 130
-    except study.WorkerError as error:
+    except (study.WorkerError, BrokenProcessPool) as error:
         print(f"{PROGRAM}: error: {error}; what was done is kept", file=sys.stderr)
         return 1
     except study.STORAGE_ERRORS as error:
@@ -137,20 +134,22 @@ def run_study(arguments: argparse.Namespace) -> int:
 def show(folder: Path, results: Results) -> None:
     """Draw the pictures, write the page that shows them, print the table and the conclusion. A comparison of networks
     has one picture, and no page."""
+    from benchmarks.style import save
+
+    make_writable(folder)
     if results.settings.compares_networks:
-        from benchmarks.style import save
         from studies.tuning.ranges import draw_widths, widths_sheet
 
-        make_writable(folder)
         save(folder / "range.png", draw_widths(results))
         print(f"{widths_sheet(results).cells.to_string(index=False)}\n{folder}")
         return
     from studies.tuning.analysis import conclusion, page, sides_sheet
-    from studies.tuning.pictures import captions, save_pictures
+    from studies.tuning.pictures import PICTURES
 
-    make_writable(folder)
-    save_pictures(folder, results)
-    write_atomically(folder / "README.md", page(results, captions()).encode())
+    for name, (draw, _) in PICTURES.items():
+        save(folder / name, draw(results))
+    captions = {name: caption for name, (_, caption) in PICTURES.items()}
+    write_atomically(folder / "README.md", page(results, captions).encode())
     print(sides_sheet(results).cells.to_string(index=False))
     print("\n".join([*conclusion(results), str(folder)]))
 

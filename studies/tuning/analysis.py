@@ -86,10 +86,9 @@ def sides_sheet(results: Results) -> Sheet:
 
 def pairs(results: Results) -> pd.DataFrame:
     """The trials that train with batch norm and without it, at the same α, β and seed, beside each other."""
-    table = grid(results)
-    trained = table[table["final"] >= GOAL]
-    without, with_it = (trained[trained["batch_norm"] == side] for side in (False, True))
-    return without.merge(with_it, on=["alpha", "beta", "seed"], suffixes=("_without", "_with"))
+    trained = grid(results).query("final >= @GOAL")
+    sides = (trained.query("not batch_norm"), trained.query("batch_norm"))
+    return pd.merge(*sides, on=["alpha", "beta", "seed"], suffixes=("_without", "_with"))
 
 
 def effects(results: Results) -> pd.DataFrame:
@@ -98,20 +97,14 @@ def effects(results: Results) -> pd.DataFrame:
     ``change``: between the two β of the same seed, mean over the seeds. ``spread``: between two seeds at the first β,
     mean over the pairs.
     """
-    table = trials(results).set_index(["batch_norm", "alpha", "beta", "seed"])["curve"]
-    curves = dict(table)
-    settings = results.settings
+    groups = trials(results).groupby(["batch_norm", "alpha"])
     lines = []
-    for move, side, alpha in product(settings.moves, (False, True), settings.alphas):
-        before, after = (
-            {seed: curves[side, alpha, beta, seed] for seed in settings.seeds if (side, alpha, beta, seed) in curves}
-            for beta in move
-        )
-        changes = [np.abs(before[seed] - after[seed]).mean() for seed in after if seed in before]
-        spreads = [np.abs(a - b).mean() for a, b in combinations(before.values(), 2)]
+    for move, ((side, alpha), group) in product(results.settings.moves, groups):
+        before, after = (group[group["beta"] == beta].set_index("seed")["curve"] for beta in move)
+        changes = [np.abs(a - b).mean() for a, b in zip(*before.align(after, join="inner"), strict=True)]
+        spreads = [np.abs(a - b).mean() for a, b in combinations(before, 2)]
         if changes:
-            spread = np.mean(spreads) if spreads else np.nan
-            lines.append((*move, alpha, side, np.mean(changes), spread))
+            lines.append((*move, alpha, side, np.mean(changes), np.mean(spreads) if spreads else np.nan))
     return pd.DataFrame(lines, columns=["start", "end", "alpha", "batch_norm", "change", "spread"])
 
 

@@ -20,16 +20,11 @@ class Split:
     test_targets: Tensor
 
 
-@lru_cache(maxsize=1)
-def _digits() -> tuple[Tensor, Tensor]:
-    data = load_digits()
-    images = torch.from_numpy(data.images).float().div(LARGEST_PIXEL).unsqueeze(1)
-    return images, torch.from_numpy(data.target).long()
-
-
 @lru_cache
 def split(seed: int) -> Split:
-    images, targets = _digits()
+    data = load_digits()
+    images = torch.from_numpy(data.images).float().div(LARGEST_PIXEL).unsqueeze(1)
+    targets = torch.from_numpy(data.target).long()
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
     training, test = order[:TRAINING], order[TRAINING:]
     return Split(images[training], targets[training], images[test], targets[test])

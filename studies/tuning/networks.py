@@ -28,8 +28,7 @@ def build(point: Point) -> nn.Sequential:
 
 def normalisation(point: Point) -> bnext.BatchNorm1d:
     layer = bnext.BatchNorm1d(WIDTH)
-    if point.virtual_batch_size:
-        layer.virtual_batch_size = point.virtual_batch_size
+    layer.virtual_batch_size = point.virtual_batch_size or None
     return layer
 
 

@@ -4,14 +4,13 @@
 # ruff: noqa: RUF001
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.style import BLACK, BLUE, LABEL, NUMBER, ORANGE, TITLE, panels, save
+from benchmarks.style import BLACK, BLUE, LABEL, NUMBER, ORANGE, TITLE, panels
 from studies.tuning.analysis import GOAL, cells, effects
 from studies.tuning.results import Results, Trial
 
@@ -92,8 +91,7 @@ def inputs(results: Results) -> Figure:
     without batch norm."""
     seeds = results.settings.seeds
     figure, ((*grid,),) = panels(3.4, columns=len(seeds), sharey=True, sharex=True)
-    accuracies = cells(results)["accuracy"]
-    accuracies = accuracies[~accuracies.index.get_level_values("batch_norm").astype(bool)]
+    accuracies = cells(results).query("not batch_norm")["accuracy"]
     if accuracies.empty:
         return figure
     _, alpha, beta = accuracies.idxmax()
@@ -136,6 +134,7 @@ def moves(results: Results) -> Figure:
     return figure
 
 
+# By the file's name, how a picture is drawn, and its caption.
 PICTURES: dict[str, tuple[Callable[[Results], Figure], str]] = {
     "accuracy.png": (
         heat_maps,
@@ -149,12 +148,3 @@ PICTURES: dict[str, tuple[Callable[[Results], Figure], str]] = {
     ),
     "moves.png": (moves, "What a small move of β changes in the accuracy over the steps"),
 }
-
-
-def captions() -> dict[str, str]:
-    return {name: caption for name, (_, caption) in PICTURES.items()}
-
-
-def save_pictures(folder: Path, results: Results) -> None:
-    for name, (draw, _) in PICTURES.items():
-        save(folder / name, draw(results))

@@ -7,14 +7,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from benchmarks.style import BLUE, LABEL, ORANGE, SKY, TITLE, panels
+from benchmarks.style import LABEL, SKY, TITLE, panels
 from benchmarks.tables import Sheet, markdown, spread
 from studies.tuning.analysis import GOAL, how_measured, trials
+from studies.tuning.pictures import COLOURS, SIDES
 from studies.tuning.results import Results
 from studies.tuning.settings import Settings
 
-WITHOUT, WITH = "without batch norm", "with batch norm"
-COLOURS = {WITHOUT: ORANGE, WITH: BLUE}
 GROUP = ["init", "kind", "values"]
 
 
@@ -34,12 +33,12 @@ def widths(results: Results) -> pd.DataFrame:
     table = trials(results)
     ghosts = f"batch of {max(settings.batch_sizes)} in parts"
     parts = table["virtual_batch_size"]
-    table["kind"] = table["batch_norm"].map({False: WITHOUT, True: WITH}).where(parts == 0, ghosts)
+    table["kind"] = table["batch_norm"].map(SIDES).where(parts == 0, ghosts)
     table["values"] = parts.where(parts > 0, table["batch_size"])
     table["width"] = span(settings) * (table["final"] >= GOAL)
     of_seeds = table.groupby([*GROUP, "seed"])["width"].mean()
     found = of_seeds.groupby(GROUP).agg(["mean", "min", "max"])
-    kinds = [kind for kind in (WITHOUT, WITH, ghosts) if kind in set(table["kind"])]
+    kinds = [kind for kind in (*SIDES.values(), ghosts) if kind in set(table["kind"])]
     order = pd.MultiIndex.from_product([settings.inits, kinds, sorted(table["values"].unique())], names=GROUP)
     return found.reindex(order).dropna()
 
@@ -56,12 +55,13 @@ def draw_widths(results: Results) -> Figure:
     """The width that trains over the values that are normalised together, a panel per initialisation; a band spans the
     seeds, from the least to the largest width."""
     found = widths(results)
+    colours = {SIDES[side]: colour for side, colour in COLOURS.items()}
     ticks = sorted(found.index.unique("values"))
     figure, ((*grid,),) = panels(3.2, columns=len(results.settings.inits), sharex=True, sharey=True)
     for init, axes in zip(results.settings.inits, grid, strict=True):
         for kind, line in found[found.index.get_level_values("init") == init].groupby("kind", sort=False):
             values = line.index.get_level_values("values")
-            colour = COLOURS.get(kind, SKY)
+            colour = colours.get(kind, SKY)
             axes.plot(values, line["mean"], "o-", color=colour, markersize=4, label=kind)
             axes.fill_between(values, line["min"], line["max"], color=colour, alpha=0.25, linewidth=0)
         axes.set_xscale("log", base=2)

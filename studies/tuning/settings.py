@@ -16,8 +16,6 @@ BETAS = (0.8, 0.88, 0.9, 0.99, 0.998, 0.999, 0.9995)
 SEEDS = (0, 1, 2)
 STEPS = 2000
 BATCH = 60  # as in figure 1 of Ioffe and Szegedy (2015)
-QUICK_SEEDS = (0, 1)
-QUICK_STEPS = 200
 
 # An average over 1/(1 − β) steps: 10 become 10.05, 1000 become 2000.
 MOVES = ((0.9, 0.9005), (0.999, 0.9995))

@@ -5,14 +5,12 @@ points may be tried twice; both results are the same, and one counts.
 """
 
 import os
-import random
 import signal
-import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import optuna
@@ -21,44 +19,28 @@ from optuna.samplers import GridSampler
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.pool import NullPool
 
 from benchmarks.command import end_with_parent, error_summary, processes
 from benchmarks.progress import ProgressBar
-from benchmarks.rows import InputError
 from studies.tuning.results import Results, Trial
 from studies.tuning.settings import Point, Settings
 
 POLL_S = 0.5
-LOCK_S = 60  # a SQLite file is locked for as long as others write
-ATTEMPTS = 4  # if several processes create the tables of a new storage at once, all but one fail
 STORAGE_ERRORS = (StorageInternalError, SQLAlchemyError)
 
 
 class WorkerError(BaseException):
-    """A worker died, or its code raised; the message has one line.
+    """A trial raised; the message has one line.
 
     It is no Exception, for which Optuna would record a failed trial and never try its point again.
     """
 
 
-def connect(url: str) -> RDBStorage:
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    # Without a connection pool no connection of a failed attempt stays open.
-    options = {"connect_args": {"timeout": LOCK_S}} if url.startswith("sqlite") else {"poolclass": NullPool}
-    for _ in range(ATTEMPTS):
-        try:
-            return RDBStorage(url, engine_kwargs=options)
-        except Exception as error:  # drivers raise errors of any class, and ImportError where they are missing
-            reason = str(error).strip().partition("\n")[0]
-            time.sleep(random.uniform(0.1, 0.5))
-    raise InputError(f"cannot use the storage: {reason}")
-
-
 @contextmanager
 def opened(url: str, name: str, settings: Settings) -> Iterator[optuna.Study]:
     """A study, created if missing, whose points are assigned. Its name identifies its settings."""
-    storage = connect(url)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    storage = RDBStorage(url)
     try:
         yield optuna.create_study(
             storage=storage,
@@ -127,53 +109,22 @@ def objective(settings: Settings, trial: optuna.Trial) -> float:
 
 def work(url: str, name: str, settings: Settings) -> None:
     """Try points until every one has a result, from this worker or another."""
-    try:
-        with opened(url, name, settings) as study:
-            add_machine(study, this_machine())
-            if len(results(study)) < len(settings.points):
-                study.optimize(lambda trial: objective(settings, trial))
-    except Exception as error:
-        raise WorkerError(f"a worker failed: {error_summary(error)}") from None
-
-
-@contextmanager
-def signals_to_end() -> Iterator[list[int]]:
-    """Signals to end raise KeyboardInterrupt, and are recorded: Python drops what is raised while a finalizer runs."""
-    received: list[int] = []
-
-    def end(number: int, _: object) -> None:
-        received.append(number)
-        raise KeyboardInterrupt
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # under nohup the end of the terminal is ignored
-            signal.signal(number, end)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with opened(url, name, settings) as study:
+        add_machine(study, this_machine())
+        if len(results(study)) < len(settings.points):
+            study.optimize(partial(objective, settings))
 
 
 def run(url: str, name: str, settings: Settings, jobs: int) -> Results:
-    """Run the rest of a study with ``jobs`` workers, all of which have ended on return.
-
-    Raises WorkerError, or KeyboardInterrupt on a signal to end.
-    """
-    with signals_to_end() as received, opened(url, name, settings) as study:
+    """Run the rest of a study with ``jobs`` workers, all of which have ended on return."""
+    with opened(url, name, settings) as study:
         total = len(settings.points)
         calls = [(url, name, settings)] * min(jobs, total - len(results(study)))
         with ProgressBar(total) as progress, processes(work, calls, begin) as pending:
             while pending:
-                if received:
-                    raise KeyboardInterrupt
                 ended, pending = wait(pending, POLL_S, FIRST_EXCEPTION)
-                try:
-                    for future in ended:
-                        future.result()
-                except BrokenProcessPool:
-                    raise WorkerError("a worker died") from None
+                for future in ended:
+                    future.result()
                 done = len(results(study))
                 progress.show_total(f"{done} of {total} trials", done)
         return results_of(study, settings)

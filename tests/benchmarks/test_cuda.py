@@ -1,4 +1,4 @@
-"""What is particular to a GPU: buffers that go round, calls timed by events and graphs, what is missing."""
+"""What the benchmark does on a GPU alone: sets of tensors in rotation, times by events and graphs, what is missing."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -29,14 +29,14 @@ def test_sets_exceed_three_times_the_cache_as_far_as_memory_and_number_allow() -
 
 
 @pytest.mark.parametrize(("moved", "sets"), [(128, MAX_SETS), (MB, 181), (70 * MB, 3), (10**9, 1), (10**10, 1)])
-def test_a_graph_has_whole_turns_and_enough_to_do(moved: int, sets: int) -> None:
+def test_a_graph_has_whole_rotations_and_enough_bytes_or_calls(moved: int, sets: int) -> None:
     calls = calls_per_graph(moved, sets)
     assert calls % sets == 0
     assert calls * moved >= GRAPH_BYTES or calls + sets > MAX_GRAPH_CALLS
     assert calls <= max(MAX_GRAPH_CALLS, sets)
 
 
-def test_calls_go_round_in_the_context_and_results_stay_until_their_next_turn() -> None:
+def test_calls_rotate_in_the_context_and_results_stay_until_their_next_turn() -> None:
     events: list[str] = []
 
     @contextmanager
@@ -57,23 +57,11 @@ def test_calls_go_round_in_the_context_and_results_stay_until_their_next_turn() 
     assert events == ["enter", "0", "1", "2", "0", "1", "leave"]
 
 
-class ImaginedDevice(HostGpu):
-    """Time passes only by ``work``: seconds that whatever runs adds to the device's clock."""
-
-    def __init__(self) -> None:
-        super().__init__(clock=lambda: self.now)
-        self.now = 0.0
-
-    def work(self, seconds: float) -> None:
-        self.now += seconds
-
-
 def test_events_give_seconds_and_nothing_is_collected_between_them() -> None:
-    device = ImaginedDevice()
     collecting: list[bool] = []
+    device = HostGpu(clock=lambda: 0.25 * len(collecting))
 
     def call() -> None:
-        device.work(0.25)
         collecting.append(gc.isenabled())
 
     assert EventStopwatch(device, Rotation([call] * 2).run).timeit(3) == pytest.approx(0.75)
@@ -83,14 +71,9 @@ def test_events_give_seconds_and_nothing_is_collected_between_them() -> None:
 
 
 def test_a_graph_is_replayed_whole_and_its_time_scaled() -> None:
-    device = ImaginedDevice()
     replays: list[int] = []
-
-    def run(repeats: int) -> None:
-        replays.append(repeats)
-        device.work(repeats * 10 * 0.25)
-
-    stopwatch = EventStopwatch(device, run, calls=10, head_start=True)
+    device = HostGpu(clock=lambda: 0.25 * 10 * sum(replays))
+    stopwatch = EventStopwatch(device, replays.append, calls=10, head_start=True)
     assert stopwatch.timeit(1) == pytest.approx(0.25)
     assert stopwatch.timeit(21) == pytest.approx(5.25)
     assert replays == [1, 3]
@@ -113,7 +96,7 @@ def test_a_graph_is_captured_warm_and_replayed() -> None:
 
 
 @pytest.mark.parametrize("result", [torch.ones(4), (torch.ones(4), torch.ones(2))])
-def test_a_graph_without_the_work_is_an_error(result: Any) -> None:
+def test_a_graph_that_does_not_write_the_result_is_an_error(result: Any) -> None:
     gpu = HostGpu()
     tensor = result[0] if isinstance(result, tuple) else result
     require_replay_writes(lambda: tensor.fill_(2.0), result, gpu)

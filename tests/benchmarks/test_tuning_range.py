@@ -26,8 +26,8 @@ SETTINGS = Settings(
 
 
 def trains(point: Point) -> bool:
-    """Without batch norm nothing; of the second seed, with batch norm from glorot, only the smallest α at β = 0.9; of
-    ghost batches the smallest α."""
+    """Without batch norm nothing trains. Ghost batches train at the smallest α. With batch norm everything trains, but
+    from glorot with the second seed only the smallest α at β = 0.9."""
     if not point.batch_norm:
         return False
     if point.virtual_batch_size:
@@ -39,7 +39,7 @@ def imagined() -> Results:
     return Results.of(SETTINGS, [MACHINE], [trial(point, [90 if trains(point) else 89]) for point in SETTINGS.points])
 
 
-def test_a_study_has_each_network_once_and_ghosts_of_the_largest_batch() -> None:
+def test_a_study_has_each_network_once_and_ghost_batches_of_the_largest_batch() -> None:
     assert len(SETTINGS.points) == len(set(SETTINGS.points)) == 2 * (2 * 2 + 2) * 3 * 2 * 2
     ghosts = {(p.batch_size, p.virtual_batch_size) for p in SETTINGS.points if p.virtual_batch_size}
     assert ghosts == {(16, 4), (16, 8)}
@@ -53,7 +53,7 @@ def test_width_is_the_decades_that_train_over_betas_and_seeds() -> None:
     for values in (4, 16):
         assert found["torch", "without batch norm", values] == (0, 0, 0)
         assert found["torch", "with batch norm", values] == pytest.approx((1.5, 1.5, 1.5))
-        # Of the second seed one of three α at one of two β, half a decade each.
+        # With the second seed one α of three trains at one β of two, and an α stands for half a decade.
         assert found["glorot", "with batch norm", values] == pytest.approx(((1.5 + 0.25) / 2, 0.25, 1.5))
     for values in (4, 8):
         assert found["glorot", "batch of 16 in parts", values] == pytest.approx((0.5, 0.5, 0.5))
@@ -85,6 +85,6 @@ def test_report_from_the_file_alone(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("keep", [0, 1, 30])
-def test_a_report_of_part_of_it(keep: int, tmp_path: Path) -> None:
+def test_a_report_of_an_unfinished_study(keep: int, tmp_path: Path) -> None:
     save_results(tmp_path / "part.json", Results.of(SETTINGS, [MACHINE], imagined().trials[:keep]))
     assert main(["report", str(tmp_path / "part.json")]) == 0

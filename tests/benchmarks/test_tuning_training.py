@@ -1,7 +1,6 @@
 """One trial of the tuning study: what it depends on, what it keeps, and how it ends when it diverges."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -14,27 +13,18 @@ from studies.tuning.settings import INITS, Point, Settings
 from studies.tuning.training import make_optimizer, percentiles, train, travel
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in a worker."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_same_seed_same_result_bit_for_bit(batch_norm: bool) -> None:
     settings = Settings(steps=12)
     point = Point(0.1, 0.9, batch_norm, 1)
     first = train(settings, point)
-    # Whoever runs it: other trials before it, another state of the global generator.
+    # Neither a trial before it nor the state of the global generator changes the result.
     torch.manual_seed(1234)
     assert train(settings, replace(point, seed=2)).loss != first.loss
     assert replace(train(settings, point), cpu_s=0) == replace(first, cpu_s=0)
 
 
-# Looked at after each step, or only after the tenth: then the loss of the second says it.
+# The evaluation after step 1 finds it where there is one. Otherwise the loss of step 2 is not finite.
 @pytest.mark.parametrize(("steps", "diverged_at"), [(12, 1), (1000, 2)])
 def test_a_diverging_trial_is_a_result(steps: int, diverged_at: int) -> None:
     trial = train(Settings(steps=steps), Point(3e38, 0.9, False, 0))
@@ -44,7 +34,7 @@ def test_a_diverging_trial_is_a_result(steps: int, diverged_at: int) -> None:
     assert trial.travel is None
 
 
-def test_what_came_before_it_diverged_is_kept() -> None:
+def test_curves_up_to_the_divergence_are_kept() -> None:
     settings = Settings(steps=12)
     trial = train(settings, Point(1e36, 0.99, False, 0))
     assert trial.diverged_at is not None
@@ -84,12 +74,12 @@ def test_a_trial_sees_batches_of_its_size(monkeypatch: pytest.MonkeyPatch) -> No
     assert seen == [7, 7]
 
 
-def test_split_depends_on_the_seed_and_shares_nothing() -> None:
+def test_split_depends_on_the_seed() -> None:
     a, b = split(0), split(1)
     assert (len(a.images), len(a.test_images)) == (1437, 360)
     assert not torch.equal(a.targets, b.targets)
     assert (a.images.min(), a.images.max()) == (0, 1)
-    # The same 1,797 images, in another order.
+    # Both hold the same 1,797 images.
     first, second = (torch.cat([s.images, s.test_images]).sum((1, 2, 3)).sort().values for s in (a, b))
     assert torch.equal(first, second)
 
@@ -100,9 +90,8 @@ def test_percentiles_of_a_known_case() -> None:
     assert percentiles(values).tolist() == [[15.0, 150.0], [50.0, 500.0], [85.0, 850.0]]
 
 
-def test_travel_is_the_medians_way_in_widths() -> None:
-    median = torch.tensor([0.0, 3.0, 1.0])  # 3 there, 2 back
-    still, moving = torch.zeros(3), median
+def test_travel_is_the_path_of_the_medians_in_units_of_the_width() -> None:
+    still, moving = torch.zeros(3), torch.tensor([0.0, 3.0, 1.0])  # moves by 3, then back by 2
     history = torch.stack([torch.stack([still, moving]) + shift for shift in (-1.0, 0.0, 1.0)]).movedim(2, 0)
     assert history.shape == (3, 3, 2)
     assert travel(history.double()) == pytest.approx((0 + 5 / 2) / 2)

@@ -25,8 +25,8 @@ def trial(point: Point, correct: list[int], **changes: Any) -> Trial:
 
 
 def curve(point: Point) -> list[int]:
-    """With batch norm everything trains, β moves nothing. Without it α = 1 diverges, and the second move of β takes
-    40 points from the first half of the curve."""
+    """With batch norm everything trains, and no curve depends on β. Without it α = 1 diverges, and the second move of β
+    takes 40 points from the first half of the curve."""
     if point.batch_norm:
         return [50, 95, 96, 97 + point.seed]
     if point.alpha == 1.0:

@@ -1,6 +1,6 @@
 """python -m benchmarks tuning with trials that take a millisecond a step and need no torch, and without the report.
 
-A program of its own: the workers import it as well, and find the real trials replaced.
+This is a program, since the workers import it too, which replaces the real trials there.
 """
 
 import os
@@ -15,7 +15,7 @@ from studies.tuning.settings import Point, Settings
 
 
 def pretend(settings: Settings, point: Point) -> Trial:
-    """Its seconds are the process's number, which tells who tried it."""
+    """A trial whose seconds are the number of its process, which tells who tried it."""
     if point.init == "torch":
         raise NotImplementedError(point.init)
     if settings.optimizer == "average":
