@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import make_grad, make_input, same_bits
+from cases import make_input, same_bits
 from marks import MODES
 from networks import NETWORKS, assert_same
 from test_convert import BatchNormReLU, batch_norms, is_ours
@@ -225,18 +225,6 @@ def test_act_may_be_set_and_is_checked() -> None:
     with pytest.raises(ValueError, match="hardswish"):
         bnext.SyncBatchNorm(3, act="swish")
     assert layer.act == "relu"
-
-
-@MODES
-@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 2, 2), (4, 3, 2, 2, 2)], ids=str)
-def test_any_rank_without_a_process_group(shape: tuple[int, ...], training: bool) -> None:
-    layer, plain = bnext.SyncBatchNorm(3).train(training), nn.SyncBatchNorm(3).train(training)
-    x, g = make_input(shape), make_grad(shape)
-    a, b = (x.clone().requires_grad_() for _ in range(2))
-    layer(a).backward(g)
-    plain(b).backward(g)
-    assert (a.grad - b.grad).abs().max() < 1e-5
-    assert layer.num_batches_tracked == plain.num_batches_tracked == int(training)
 
 
 @MODES

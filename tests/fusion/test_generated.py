@@ -1,6 +1,5 @@
-"""Patterns that nobody thought of: forwards put together at random of the steps that a batch norm, a sum and an
-activation may be surrounded by, in place and through views. Fused or not, they compute what they did, and leave in
-every argument what they left. A failure prints the forward."""
+"""Random forwards: a batch norm, a sum and an activation among other statements, in place and through views. Results
+and arguments are the same fused and unfused. A failure prints the forward."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from bank import Bank, Pattern, failures, step
 from torch import Tensor
 
-# Of the names y (the normalised value), s (a residual), h (the norm's input), x and r (arguments), v (a view).
+# Statements about y (the normalised value), s (a residual), h (the input of the norm), x, r (arguments) and v (a view).
 BEFORE = ("h = self.conv(x)", "h = x", "h = x * 2", "h = x[:]", "h = self.conv(x).relu_()")
 RESIDUALS = (
     "s = r",
@@ -33,7 +32,7 @@ ACTS = (
     "z = y.relu_()",
     "z = F.gelu(y)",
 )
-# At most two, anywhere.
+# At most two of these are inserted behind the batch norm.
 OTHERS = (
     "v = y[:, :1]",
     "v = s[:, :1]",
@@ -79,7 +78,7 @@ def compiled(source: str) -> object:
 
 
 def runs(source: str) -> bool:
-    """Some break a rule of torch's: that of tensors which backward needs is met in backward, and is no reason."""
+    """Whether torch runs the forward: some write where torch forbids it. An error in backward does not count."""
     bank = Bank([Pattern(compiled(source))]).double()
     try:
         step(bank, (2, 3, 3, 2), "training")

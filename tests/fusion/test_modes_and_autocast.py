@@ -1,5 +1,5 @@
-"""Training, evaluation, grad modes, autocast, dtypes, devices and random numbers around and inside a fused model, and
-derivatives of it in other ways than one backward a call."""
+"""Training, evaluation, grad modes, autocast, dtypes, devices and random numbers around and inside a fused model;
+second derivatives, and several calls or backwards in turn."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_autocast(inside: str, where: str) -> None:
         assert actual.dtype == expected.dtype
         assert_close_loosely(actual, expected, torch.bfloat16)
         for y in (expected, actual):
-            y.float().square().sum().backward()  # in which what is rounded to either side of zero hardly counts
+            y.float().square().sum().backward()  # so that values that rounding moves across zero hardly count
     for p, q in zip(fused.parameters(), plain.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None)
         if q.grad is not None:
