@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from observe import Net, assert_same_step, called, clones, count, count_sums, leaves_of, outcome, why_left
+from observe import Net, assert_same_step, called, clones, count, count_sums, fused_names, leaves_of, outcome, why_left
 from torch import Tensor, nn
 
 import bnext
@@ -49,7 +49,7 @@ def step(bank: Bank, shape: tuple[int, ...], mode: str) -> list[dict[str, Any]]:
 
 
 def failures(
-    patterns: dict[str, Pattern], modes: Sequence[str] = FOUR_MODES, other_size: bool = False, at_least: int = 0
+    patterns: dict[str, Pattern], modes: Sequence[str], other_size: bool = False, at_least: int = 0
 ) -> dict[str, str]:
     """What is wrong with which pattern: its results, in any of the modes and perhaps with another size, or what is
     fused; and whether fewer than `at_least` graphs differ, counted once a mode."""
@@ -68,9 +68,7 @@ def failures(
                     why = why_left(fused, f"nets.{i}.bn")
                     assert saved == (pattern.pairs, pattern.sums), f"fused {saved}: {why}"
                     if mode == modes[0]:
-                        names = [
-                            name for name, _ in bnext.fusion_report(fused).fused if f"{name}.".startswith(f"nets.{i}.")
-                        ]
+                        names = [name for name in fused_names(fused) if f"{name}.".startswith(f"nets.{i}.")]
                         assert bool(names) == (pattern.pairs > 0), f"fused {saved}, but the report has {names}"
                 assert_same_step(expected, actual, f"{mode}, size {size}")
             except AssertionError as error:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import bnext
+from benchmarks.memory import held_by
 
 
 class Region(nn.Module):
@@ -76,21 +77,7 @@ def test_inside_is_fused_and_keeps_no_more(kind: str) -> None:
     assert count(fused(x)) == 0
     assert fused_names(fused) == ["bn", "region.body.1", "region.last"]
     if kind == "not reentrant":
-        assert saved_bytes(fused, x) <= saved_bytes(bnext.convert(original), x)
-
-
-def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
-        return t
-
-    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = model(x)
-    del y
-    return sum(size for storage, size in kept.items() if storage not in own)
+        assert held_by(fused, x) <= held_by(bnext.convert(original), x)
 
 
 def test_parts_of_a_sequential() -> None:

@@ -17,22 +17,11 @@ from torch import Tensor, fx, nn
 
 import bnext
 
-
-def by_hand(model: nn.Module) -> nn.Module:
-    """A copy as some write `__deepcopy__`: attribute by attribute, without the memo."""
-    twin = type(model).__new__(type(model))
-    for key, value in model.__dict__.items():
-        twin.__dict__[key] = copy.deepcopy(value)
-    return twin
-
-
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda m: pickle.loads(pickle.dumps(m)),
     "torch.save": saved,
-    "within a list": lambda m: copy.deepcopy({"models": [m, m]})["models"][1],
     "of a copy": lambda m: pickle.loads(pickle.dumps(copy.deepcopy(m))),
-    "averaged": lambda m: torch.optim.swa_utils.AveragedModel(m).module,
 }
 
 
@@ -93,17 +82,6 @@ def test_the_report_of_a_second_model_of_a_class_whose_graph_breaks() -> None:
         assert fused_names(fused) == ["bn", "body.1"]
 
 
-@pytest.mark.parametrize("called", [False, True])
-def test_a_copy_without_the_memo_has_its_own_parameters(called: bool) -> None:
-    original, fused = pair()
-    x = small()
-    if called:
-        assert_same_steps(original, fused, x, modes=("training",))
-    twin, reference = by_hand(fused), copy.deepcopy(original)
-    changed(fused)
-    assert_same_steps(reference, twin, x, modes=("training",))
-
-
 class Modal(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -153,8 +131,18 @@ class KeepsItsDict(Basic):
         return self.__dict__.copy()
 
 
+class CopiesAttributes(Basic):
+    """Has a __deepcopy__ of its own, which does not pass on the memo."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CopiesAttributes:
+        twin = CopiesAttributes.__new__(CopiesAttributes)
+        for key, value in self.__dict__.items():
+            twin.__dict__[key] = copy.deepcopy(value)
+        return twin
+
+
 class MakesAnother(nn.Module):
-    """Has a __deepcopy__ of its own."""
+    """Has a __deepcopy__ of its own, which calls the constructor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +160,8 @@ class MakesAnother(nn.Module):
 
 COPY_THEMSELVES: dict[str, Callable[[], nn.Module]] = {
     "by __getstate__": lambda: KeepsItsDict(3),
-    "by __deepcopy__": MakesAnother,
+    "by __deepcopy__ of attributes": lambda: CopiesAttributes(3),
+    "by __deepcopy__ with a constructor": MakesAnother,
     "torch.fx.GraphModule": lambda: fx.symbolic_trace(sequential(conv(3, 1))),
 }
 

@@ -19,7 +19,6 @@ from observe import (
     assert_same_results,
     assert_same_steps,
     count,
-    fused_names,
     net,
     pair,
     sequential,
@@ -160,9 +159,3 @@ def test_called_twice_before_backward_and_backward_twice() -> None:
         return [p.grad for p in model.parameters()]
 
     assert_same_results(*pair(), gradients)
-
-
-def test_random_numbers_are_the_same() -> None:
-    original, fused = pair(lambda: nn.Sequential(nn.Dropout(0.3), *sequential(nn.Dropout2d(0.5), conv(3, 1))))
-    assert_same_steps(original, fused, small(), modes=("training", "evaluation", "training"))
-    assert fused_names(fused) == ["2"]

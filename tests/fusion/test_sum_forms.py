@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from bank import Pattern, failures
+from bank import FOUR_MODES, Pattern, failures
 from observe import QUICK, Net, assert_fuses, assert_same_steps, fused_names, pair, small, why_left
 from torch import Tensor
 
@@ -108,7 +108,7 @@ def test_in_place_forms_before_every_activation_in_every_mode() -> None:
         for name in ("y += r", "r.add_(y)")
         for act, function in ACTIVATIONS.items()
     }
-    assert failures(patterns) == {}
+    assert failures(patterns, FOUR_MODES) == {}
 
 
 def made_of_a_parameter(self: Net, x: Tensor, r: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ ORIGINS = {
 
 
 def test_where_the_residual_comes_from() -> None:
-    assert failures(ORIGINS) == {}
+    assert failures(ORIGINS, QUICK) == {}
 
 
 class TwoInputs(Net):

@@ -1,5 +1,5 @@
-"""Models changed after a call: layers replaced, deleted, sliced off, wrapped, folded, parametrised, shared, frozen.
-They compute what the unconverted model would, and go on being fused where there is a pair."""
+"""Models whose layers are replaced, deleted, sliced off, wrapped, parametrised, shared or frozen after a call: they
+compute what the unconverted model would, and pairs are still fused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from networks import Basic, assert_close, conv
 from observe import Pair, assert_fuses, assert_same_steps, count, pair, sequential, small
 from torch import Tensor, nn
-from torch.nn.utils import fusion, parametrizations, parametrize, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils import mkldnn
 
 import bnext
@@ -162,18 +162,6 @@ def test_a_fused_model_as_a_part_of_others() -> None:
     outer = bnext.convert(nn.Sequential(fused, nn.BatchNorm2d(3), nn.ReLU(), conv(3, 1)).double(), fuse=True)
     assert count(outer(x)) == 0
     assert count(fused(x)) == 0
-
-
-def test_folding_a_convolution() -> None:
-    original, fused = pair(two)
-    x = small()
-    assert_same_steps(original, fused, x)
-    want = original.eval()(x)
-    folded = copy.deepcopy(fused.eval())
-    folded[0], folded[1] = fusion.fuse_conv_bn_eval(folded[0], folded[1]), nn.Identity()
-    assert_close(folded(x), want, "output")
-    assert count(folded(x.requires_grad_())) == 1
-    assert_close(fused(x), want, "output")
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no mkldnn")

@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnext
+from benchmarks.memory import allocated
 
 SHAPE = (2, 3, 6, 6)
 FEATURES = (2, 4, 6, 6)  # of inputs and outputs of the network's batch norms
@@ -102,27 +103,6 @@ def assert_same(
         assert (len(mode.storages), mode.alive()) == (made, 0)
 
 
-class Results(TorchDispatchMode):
-    """Records the storages of all results of operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = func(*args, **(kwargs or {}))
-        for result in results if isinstance(results, (tuple, list)) else [results]:
-            if isinstance(result, Tensor) and func is not torch.ops.aten.detach.default:
-                storage = storage_of(result)
-                self.sizes[storage.cdata] = storage, result.untyped_storage().nbytes()
-        return results
-
-
 def held_bytes(call: Callable[[], Tensor]) -> int:
     """The bytes that a call has allocated and the graph of its result keeps alive."""
-    with Results() as results:
-        y = call()
-    node = y.grad_fn
-    del y
-    assert node is not None
-    return sum(size for storage, size in results.sizes.values() if not storage.expired())
+    return allocated(lambda: call().grad_fn).held
