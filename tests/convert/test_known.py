@@ -17,7 +17,7 @@ import bnext
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """As torchvision's, detectron2's and those that were copied from them."""
+    """The layer of torchvision and detectron2, which other libraries have copied."""
 
     def __init__(self, features: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def test_a_lookalike_is_left_alone(forward: object) -> None:
 
 
 def test_a_frozen_layer_under_autocast_promotes_as_before() -> None:
-    # Its arithmetic of a bfloat16 input and float32 buffers gives float32, where torch's operator gives bfloat16.
+    # The layer computes in float32 from a bfloat16 input and float32 buffers; torch's operator would give bfloat16.
     layer = FrozenBatchNorm2d(3)
     x = torch.randn(2, 3, 4, 4).bfloat16()
     expected = layer(x)

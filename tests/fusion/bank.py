@@ -1,4 +1,4 @@
-"""Many patterns in one model, so that all cost the capture of one graph: each has layers and inputs of its own."""
+"""Many patterns in one model, so that dynamo captures one graph for all: each has layers and inputs of its own."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from observe import MODES, Net, assert_same_step, called, clones, count, count_sums, leaves_of, outcome, why_left
+from observe import Net, assert_same_step, called, clones, count, count_sums, fused_names, leaves_of, outcome, why_left
 from torch import Tensor, nn
 
 import bnext
 
+# All combinations of what the pass depends on: whether statistics are updated, and whether gradients are required.
+FOUR_MODES = ("training", "evaluation", "training, no_grad", "evaluation, no_grad")
+
 
 class Pattern(NamedTuple):
-    """A forward of `Net` of two tensors, or a module, and what is saved when it is fused: activations and sums. None:
-    whether it is fused depends on the mode, and is not asked."""
+    """A forward of `Net` of two tensors, or a module, and how many activations and sums fusing removes from its graph.
+    None: that depends on the mode, and is not tested."""
 
     forward: Callable[..., Any] | nn.Module
     pairs: int | None = 1
@@ -33,7 +36,7 @@ class Bank(nn.Module):
 
 
 def step(bank: Bank, shape: tuple[int, ...], mode: str) -> list[dict[str, Any]]:
-    """For each pattern all that a call does, and the nodes that its results hang on."""
+    """All that a call does, and the activations and sums in its autograd graph, for each pattern."""
     with called(bank, mode):
         leaves = [leaves_of(torch.randn(shape, dtype=torch.float64) for _ in range(2)) for _ in bank.nets]
         given = list(map(clones, leaves))
@@ -46,10 +49,10 @@ def step(bank: Bank, shape: tuple[int, ...], mode: str) -> list[dict[str, Any]]:
 
 
 def failures(
-    patterns: dict[str, Pattern], modes: Sequence[str] = tuple(MODES), other_size: bool = False, at_least: int = 0
+    patterns: dict[str, Pattern], modes: Sequence[str], other_size: bool = False, at_least: int = 0
 ) -> dict[str, str]:
-    """What is wrong with which pattern: its results, in any of the modes and perhaps another size, or what is fused;
-    and whether at least so many are fused, counted once a mode."""
+    """What is wrong with which pattern: its results, in any of the modes and perhaps with another size, or what is
+    fused; and whether fewer than `at_least` graphs differ, counted once a mode."""
     original = Bank(patterns.values()).double()
     fused = bnext.convert(copy.deepcopy(original), fuse=True)
     wrong: dict[str, str] = {}
@@ -65,9 +68,7 @@ def failures(
                     why = why_left(fused, f"nets.{i}.bn")
                     assert saved == (pattern.pairs, pattern.sums), f"fused {saved}: {why}"
                     if mode == modes[0]:
-                        names = [
-                            name for name, _ in bnext.fusion_report(fused).fused if f"{name}.".startswith(f"nets.{i}.")
-                        ]
+                        names = [name for name in fused_names(fused) if f"{name}.".startswith(f"nets.{i}.")]
                         assert bool(names) == (pattern.pairs > 0), f"fused {saved}, but the report has {names}"
                 assert_same_step(expected, actual, f"{mode}, size {size}")
             except AssertionError as error:

@@ -1,72 +1,37 @@
-"""What of a model could be fused, what was, and whose its batch norms are: read off the autograd graph of one training
-forward, which says what ran whatever the mechanism was.
+"""How many activations of a model could be fused, and how many were: read off the autograd graph of a forward in
+training, which says what ran, whatever mechanism fused it.
 
-- A batch norm is a node of that kind, torch's or bnext's.
-- A pair, which could be fused, is an activation that batch norm can apply, whose input is a batch norm that nothing
-  else uses, or a sum that nothing else uses with such a batch norm in it (of the same shape, alpha 1).
-- What is left of the original's pairs in the converted model's graph is not fused: a fused activation is no node.
-
-What uses a value is what comes between it and the outputs, or being one. An in-place activation is a node as any other.
-A reentrant checkpoint hides what is inside it, and is an error.
+A pair, which could be fused, is an activation that batch norm can apply, whose input nothing else uses and which is a
+batch norm, or a sum (of operands of one shape, alpha 1) with a batch norm among its operands that nothing else uses.
+A fused activation has no node of its own. In-place activations have nodes as others do.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections import Counter
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 Node = Any  # torch.autograd.graph.Node, whose attributes are the saved values of its kind
 
 
-class Pair(NamedTuple):
-    """An activation behind batch norms: one, or those among the two operands of a sum. They are known by their
-    parameters."""
-
-    act: str
-    summed: bool
-    norms: frozenset[str]
-
-    def __str__(self) -> str:
-        return " + ".join(sorted(self.norms)) + (" -> add -> " if self.summed else " -> ") + self.act
-
-
-@dataclass(frozen=True)
-class Census:
-    norms: int
-    ours: int  # of these, bnext's
-    pairs: list[Pair]
-
-
 def tensors(output: object) -> list[Tensor]:
-    """What a model gives: a tensor, or a dict or tuple of them."""
+    """The tensors among what a model returns: a tensor, or a dict or tuple of them."""
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def activation(node: Node) -> str | None:
-    """Which of the activations that batch norm can apply a node is, if any."""
+def is_activation(node: Node) -> bool:
+    """Whether batch norm can apply it."""
     kind = node.name().rstrip("0123456789")
     if kind == "HardtanhBackward":
-        return "relu6" if (node._saved_min_val, node._saved_max_val) == (0, 6) else None
-    if kind == "EluBackward":  # selu and celu are made of it, too
-        return "elu" if (node._saved_scale, node._saved_input_scale) == (1, 1) else None
+        return (node._saved_min_val, node._saved_max_val) == (0, 6)
+    if kind == "EluBackward":  # selu and celu are made of elu
+        return (node._saved_scale, node._saved_input_scale) == (1, 1)
     if kind == "GeluBackward":
-        return "gelu" if node._saved_approximate == "none" else None
-    return {
-        "ReluBackward": "relu",
-        "LeakyReluBackward": "leaky_relu",
-        "SiluBackward": "silu",
-        "HardswishBackward": "hardswish",
-        "MishBackward": "mish",
-    }.get(kind)
-
-
-def is_ours(node: Node) -> bool:
-    return node.name().startswith("BNext")
+        return node._saved_approximate == "none"
+    return kind.removesuffix("Backward") in ("Relu", "LeakyRelu", "Silu", "Hardswish", "Mish")
 
 
 def is_norm(node: Node) -> bool:
@@ -77,89 +42,52 @@ def is_sum(node: Node) -> bool:
     return node.name() == "AddBackward0" and node._saved_alpha == 1
 
 
-def _shape(node: Node, index: int) -> tuple[int, ...]:
-    return tuple(node._input_metadata[index].shape)
-
-
-def sources(node: Node) -> list[tuple[Node, int]]:
-    """The values that a node was applied to: the nodes they come from, and which of their results they are."""
-    return [(source, index) for source, index in node.next_functions if source is not None]
-
-
-def nodes(outputs: Iterable[Tensor]) -> list[Node]:
-    """All that the outputs hang on."""
-    # A node is the same object for as long as something holds it.
-    found: dict[Node, None] = {}
-    waiting = [t.grad_fn for t in outputs if t.grad_fn is not None]
+def nodes(output: object) -> list[Node]:
+    """All nodes that the tensors of an output depend on."""
+    found: dict[Node, None] = {}  # a node is the same Python object for as long as something holds it
+    waiting = [t.grad_fn for t in tensors(output)]
     while waiting:
         node = waiting.pop()
-        if node not in found:
+        if node is not None and node not in found:
             found[node] = None
-            waiting += [source for source, _ in sources(node)]
+            waiting += [source for source, _ in node.next_functions]
     return list(found)
 
 
-class _Graph:
-    def __init__(self, model: nn.Module, outputs: list[Tensor]) -> None:
-        self.names = {parameter: name for name, parameter in model.named_parameters()}
-        self.nodes = nodes(outputs)
-        if any(node.name() == "CheckpointFunctionBackward" for node in self.nodes):
-            raise ValueError("a reentrant checkpoint hides what is inside it")
-        self.uses = Counter((t.grad_fn, t.output_nr) for t in outputs if t.grad_fn is not None)
-        self.uses.update(source for node in self.nodes for source in sources(node))
-
-    def name(self, norm: Node) -> str:
-        """That of a batch norm's layer, by way of its weight or bias."""
-        for source, _ in norm.next_functions[1:]:
-            name = self.names.get(getattr(source, "variable", None))
-            if name is not None:
-                return name.rpartition(".")[0]
-        return "?"
-
-    def pairs(self) -> Iterable[Pair]:
-        for node in self.nodes:
-            act = activation(node)
-            if act is None:
-                continue
-            # Where its gradient goes: the value it was applied to.
-            source, index = node.next_functions[0]
-            if source is None or self.uses[source, index] != 1:
-                continue
-            summed = is_sum(source)
-            terms = source.next_functions if summed else [(source, index)]
-            norms = frozenset(
-                self.name(term)
-                for term, i in terms
-                if term is not None
-                and is_norm(term)
-                and self.uses[term, i] == 1
-                and all(other is not None and _shape(other, j) == _shape(source, 0) for other, j in terms)
-            )
-            if norms:
-                yield Pair(act, summed, norms)
+def count(output: object) -> int:
+    """The activations, of those that bnext has kernels for, that an output depends on."""
+    return sum(map(is_activation, nodes(output)))
 
 
-def census(model: nn.Module, outputs: list[Tensor]) -> Census:
-    """Of a forward with gradients, of which these are the outputs, before it goes back."""
-    graph = _Graph(model, outputs)
-    norms = [node for node in graph.nodes if is_norm(node)]
-    return Census(len(norms), sum(map(is_ours, norms)), sorted(graph.pairs(), key=str))
+def count_sums(output: object) -> int:
+    return sum(map(is_sum, nodes(output)))
 
 
-def left(original: Census, converted: Census) -> list[Pair]:
-    """The pairs of the original that are pairs still.
+def count_norms(output: object) -> tuple[int, int]:
+    """The batch norms that an output depends on, and how many of these are bnext's."""
+    norms = [node.name() for node in nodes(output) if is_norm(node)]
+    return len(norms), sum(name.startswith("BNext") for name in norms)
 
-    A batch norm with an activation looks as one without: `act(sum)` with a fused one among its terms is a pair for the
-    census, but not one of the original's, which has fewer batch norms or none.
-    """
-    remaining = defaultdict(list)
-    for pair in converted.pairs:
-        remaining[pair.act, pair.summed].append(pair)
-    found = []
-    for pair in original.pairs:
-        candidates = remaining[pair.act, pair.summed]
-        match = min((c for c in candidates if c.norms >= pair.norms), key=lambda c: len(c.norms), default=None)
-        if match is not None:
-            candidates.remove(match)
-            found.append(pair)
-    return found
+
+def count_pairs(output: object) -> int:
+    """The activations that could be fused."""
+    found = nodes(output)
+    uses = Counter((t.grad_fn, t.output_nr) for t in tensors(output))
+    uses.update(source for node in found for source in node.next_functions)
+
+    def is_used_once(source: Node, index: int) -> bool:
+        return source is not None and uses[source, index] == 1
+
+    def is_pair(act: Node) -> bool:
+        source, index = act.next_functions[0]
+        if not is_used_once(source, index):
+            return False
+        if not is_sum(source):
+            return is_norm(source)
+        operands = source.next_functions
+        shapes = {None if each is None else tuple(each._input_metadata[i].shape) for each, i in operands}
+        return shapes == {tuple(source._input_metadata[0].shape)} and any(
+            is_norm(each) and is_used_once(each, i) for each, i in operands
+        )
+
+    return sum(is_pair(node) for node in found if is_activation(node))

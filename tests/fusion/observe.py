@@ -1,7 +1,7 @@
-"""How a test sees that a batch norm was fused, and that nothing else has changed.
+"""How tests see that a batch norm was fused and that nothing else changed.
 
-Seen twice, by independent witnesses: the autograd graph of the output, in which an activation that was fused has no
-node of its own and neither has its sum, and the report.
+Two independent sources say what was fused: the report, and the autograd graph of the output, in which neither a fused
+activation nor its sum has a node.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from cases import seed
-from counting import activation, is_sum, nodes, tensors
+from counting import count, count_sums, tensors
 from networks import assert_close, conv, random_input
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ Pair = tuple[nn.Module, nn.Module]
 
 
 class Net(nn.Module):
-    """What the patterns are made of; a subclass is one forward of these layers, which keep shapes."""
+    """The layers that patterns are made of, all of which keep shapes. A subclass adds the forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Net(nn.Module):
 
 
 def sequential(*more: nn.Module, act: nn.Module | None = None) -> nn.Sequential:
-    """One pair that is fused, "1" and "2", between a convolution and what else is given."""
+    """A convolution, a pair that is fused (layers 1 and 2), and the layers that are given."""
     return nn.Sequential(conv(3, 1), nn.BatchNorm2d(3), nn.ReLU() if act is None else act, *more)
 
 
@@ -55,15 +55,6 @@ def pair(make: Callable[[], nn.Module] = net) -> Pair:
     return original, bnext.convert(copy.deepcopy(original), fuse=True)
 
 
-def count(output: Any) -> int:
-    """The activations that a result hangs on, of those that bnext has kernels for."""
-    return sum(activation(node) is not None for node in nodes(tensors(output)))
-
-
-def count_sums(output: Any) -> int:
-    return sum(map(is_sum, nodes(tensors(output))))
-
-
 def fused_names(model: nn.Module) -> list[str]:
     """Names of the batch norms that are fused in some graph."""
     return sorted({name for name, _ in bnext.fusion_report(model).fused})
@@ -74,7 +65,7 @@ def why_left(model: nn.Module, name: str) -> str:
 
 
 def assert_fuses(original: nn.Module, fused: nn.Module, *inputs: Any, pairs: int = 1, sums: int = 0) -> None:
-    """One step of training more: the fused graph has `pairs` activations less, and `sums` sums."""
+    """In a forward in training, the graph of the fused model has `pairs` activations and `sums` sums less."""
     expected, actual = (model.train()(*clones(leaves_of(inputs))) for model in (original, fused))
     saved = count(expected) - count(actual), count_sums(expected) - count_sums(actual)
     assert saved == (pairs, sums), bnext.fusion_report(fused)
@@ -82,7 +73,7 @@ def assert_fuses(original: nn.Module, fused: nn.Module, *inputs: Any, pairs: int
 
 
 def assert_same_results(original: nn.Module, fused: nn.Module, call: Callable[[nn.Module], Any]) -> None:
-    """What `call` makes of each, from the same random state."""
+    """`call` returns the same for both models, with the same random numbers."""
     results = []
     for model in (original, fused):
         seed(17)
@@ -90,7 +81,7 @@ def assert_same_results(original: nn.Module, fused: nn.Module, call: Callable[[n
     assert_close(results[1], results[0], "results")
 
 
-# How a model may be called: training or not, with what around it.
+# How a model may be called: whether in training, and in which context.
 MODES: dict[str, tuple[bool, Callable[[], contextlib.AbstractContextManager[Any]]]] = {
     "training": (True, contextlib.nullcontext),
     "evaluation": (False, contextlib.nullcontext),
@@ -103,7 +94,7 @@ QUICK = ("training", "evaluation, no_grad")
 
 @contextlib.contextmanager
 def called(model: nn.Module, mode: str) -> Iterator[None]:
-    """Around a call of a model in one of the modes; random numbers are the same each time."""
+    """The context of a call in one of the modes, with the same random numbers each time."""
     training, context = MODES[mode]
     model.train(training).zero_grad()
     seed(17)
@@ -112,7 +103,7 @@ def called(model: nn.Module, mode: str) -> Iterator[None]:
 
 
 def leaves_of(inputs: Iterable[Any]) -> list[Any]:
-    """Copies, which will have gradients if the grad mode is on."""
+    """Copies of the inputs, which require gradients if the grad mode is on."""
     grad = torch.is_grad_enabled()
     return [
         x.detach().clone().requires_grad_(grad and x.is_floating_point()) if isinstance(x, Tensor) else x
@@ -121,12 +112,12 @@ def leaves_of(inputs: Iterable[Any]) -> list[Any]:
 
 
 def clones(leaves: list[Any]) -> list[Any]:
-    """No leaves, so that a model may write to them."""
+    """Copies that are not leaves, so that a model may write to them."""
     return [x.clone() if isinstance(x, Tensor) else x for x in leaves]
 
 
 def step(model: nn.Module, inputs: Iterable[Any], mode: str = "training") -> dict[str, Any]:
-    """All that one call does."""
+    """All that one call of a model does."""
     with called(model, mode):
         leaves = leaves_of(inputs)
         given = clones(leaves)
@@ -135,7 +126,7 @@ def step(model: nn.Module, inputs: Iterable[Any], mode: str = "training") -> dic
 
 
 def outcome(model: nn.Module, leaves: list[Any], given: list[Any], output: Any) -> dict[str, Any]:
-    """Of a call: results, gradients, buffers, and the arguments afterwards."""
+    """The output, gradients, buffers and arguments after a call."""
     found = {"output": values(output), "arguments": values(given), **backward(output, leaves)}
     if "gradients" in found:
         found["parameters"] = [p.grad for p in model.parameters()]
@@ -143,7 +134,7 @@ def outcome(model: nn.Module, leaves: list[Any], given: list[Any], output: Any) 
 
 
 def backward(output: Any, leaves: list[Any]) -> dict[str, Any]:
-    """The leaves' gradients; or the error, where a pattern overwrote what backward needs."""
+    """The gradients of the leaves, or the error if a pattern overwrote what backward needs."""
     differentiable = [t for t in tensors(output) if t.requires_grad]
     if not differentiable:
         return {}
@@ -155,7 +146,7 @@ def backward(output: Any, leaves: list[Any]) -> dict[str, Any]:
 
 
 def grad_of(output: Tensor) -> Tensor:
-    """Of every element another."""
+    """A gradient whose elements all differ."""
     return torch.linspace(-1, 1, output.numel(), dtype=output.dtype).reshape(output.shape).cos()
 
 
@@ -176,7 +167,7 @@ def assert_same_steps(
 
 
 def assert_same_step(expected: dict[str, Any], actual: dict[str, Any], what: str) -> None:
-    """Where torch has no backward, because a pattern overwrote what it needs, a fused model may have one."""
+    """Where backward fails because a pattern overwrote what torch saved, that of the fused model may succeed."""
     if "error" in expected:
         for found in (expected, actual):
             for key in ("error", "gradients", "parameters"):
@@ -191,7 +182,7 @@ def small(size: int = 5) -> Tensor:
 
 
 def assert_close_loosely(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """To some roundings of a narrow type, where a sum and its terms are rounded one by one, or together."""
+    """Equal up to four roundings of a narrow type, since only the unfused sum has terms that are rounded themselves."""
     scale = expected.double().abs().max().item() + 1
     error = (actual.double() - expected.double()).abs().max().item()
     assert error <= 4 * torch.finfo(dtype).eps * scale, f"{error} > 4 roundings of {dtype}"
@@ -200,7 +191,7 @@ def assert_close_loosely(actual: Tensor, expected: Tensor, dtype: torch.dtype) -
 
 @contextlib.contextmanager
 def counted_graphs() -> Iterator[Callable[[], int]]:
-    """How many graphs dynamo has made since."""
+    """Yields a function that returns how many graphs dynamo has captured since."""
     counters = torch._dynamo.utils.counters["stats"]
     before = counters["unique_graphs"]
     yield lambda: counters["unique_graphs"] - before

@@ -35,14 +35,15 @@ class RealModel(NamedTuple):
     name: str
     size: int = 64  # height and width of the image: the deepest layers keep a few values a channel
     options: Mapping[str, object] = MappingProxyType({})
-    long: bool = False  # only tested with --long
+    long: bool = False  # tested only with --long, and then thoroughly
+    thorough: bool = False  # an evaluation and AOTAutograd are tested, too, each of which takes as long as the rest
 
     def __str__(self) -> str:
         return f"{self.library} {self.name}"
 
     def make(self) -> nn.Module:
-        """In float64, with the same random weights each time. Batch norms are as after some training: those that are
-        zero at first hide what is before them."""
+        """In float64, with the same random weights each time. Weights of batch norms that are initialised with 0 would
+        hide the layers before them."""
         with torch.random.fork_rng(devices=()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(11)
@@ -68,9 +69,9 @@ _MORE_OF_TORCHVISION = """
     resnet50 resnext50_32x4d wide_resnet50_2 densenet121 regnet_x_400mf regnet_y_400mf mobilenet_v3_large
     efficientnet_b0 efficientnet_v2_s mnasnet0_5 vgg11_bn
 """
-_TIMM = """
-    dla46_c ese_vovnet19b_slim_dw darknet17 regnety_002 resnetv2_18d dpn48b resnest14d
-"""
+# A row a stage: the expansion, channels, number of blocks, and stride.
+_MOBILENET_V2 = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 1, 2], [6, 64, 1, 2], [6, 96, 2, 1]]
+_TIMM = "ese_vovnet19b_slim_dw darknet17 regnety_002 resnetv2_18d resnest14d"
 _MORE_OF_TIMM = """
     resnet18d cs3darknet_s mobilenetv1_100
     resnet50 efficientnet_b0 densenet121 dla34 hrnet_w18_small xception41 repvgg_a0 vovnet39a cspdarknet53 cspresnet50
@@ -81,12 +82,16 @@ _MORE_OF_TIMM = """
 """
 
 MODELS = [
-    *_models("torchvision", "resnet18 mobilenet_v2 mobilenet_v3_small shufflenet_v2_x0_5"),
+    *_models("torchvision", "resnet18", thorough=True),
+    *_models("torchvision", "mobilenet_v2", options={"inverted_residual_setting": _MOBILENET_V2}, thorough=True),
+    *_models("torchvision", "mobilenet_v3_small shufflenet_v2_x0_5"),
     *_models("torchvision", _MORE_OF_TORCHVISION, long=True),
     *_models("torchvision", "googlenet", options={"init_weights": False}, long=True),
     *_models("torchvision", "inception_v3", size=96, options={"aux_logits": False, "init_weights": False}, long=True),
     *_models("torchvision", _SEGMENTATION, options=_BACKBONE, long=True),
     *_models("timm", _TIMM),
+    *_models("timm", "dla46_c", options={"levels": [1, 1, 1, 1, 1, 1]}),
+    *_models("timm", "dpn48b", options={"k_sec": (1, 2, 1, 1)}),
     *_models("timm", "test_resnet test_efficientnet test_byobnet", size=32),
     *_models("timm", _MORE_OF_TIMM, long=True),
     *_models("timm", "inception_v4", size=96, long=True),

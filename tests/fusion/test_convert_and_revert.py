@@ -1,5 +1,5 @@
-"""What convert(fuse=True) puts into a model, which is little; that revert and the garbage collector leave nothing of
-it; and what the report and the log say."""
+"""What convert(fuse=True) changes in a model, and that revert and reference counting remove all of it; and what the
+report and the log say."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import fusion_jobs
 import pytest
 import torch
 from networks import assert_close, conv
-from observe import Pair, assert_fuses, assert_same_steps, count, pair, sequential, small
+from observe import Pair, assert_same_steps, count, pair, sequential, small
 from processes import Pool
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -31,19 +31,6 @@ def test_in_several_processes(pools: Callable[[int], Pool], job: Callable[..., N
 
 
 @pytest.mark.usefixtures("group")
-@pytest.mark.parametrize("order", ["at once", "fuse first"])
-def test_synchronised_layers_are_fused(order: str) -> None:
-    original = two().double()
-    fused = copy.deepcopy(original)
-    if order == "at once":
-        bnext.convert(fused, fuse=True, sync=True)
-    else:
-        bnext.convert(bnext.convert(fused, fuse=True), sync=True)
-    assert_same_steps(original, fused, small())
-    assert_fuses(original, fused, small(), pairs=2)
-
-
-@pytest.mark.usefixtures("group")
 def test_data_parallel_around_and_inside() -> None:
     original, fused = pair(two)
     wrapped = DistributedDataParallel(fused)
@@ -56,7 +43,7 @@ def test_data_parallel_around_and_inside() -> None:
 
 @pytest.fixture
 def called(group: object) -> Pair:
-    """After a first call, in a group of one process."""
+    """A model after its first call, and its fused copy, in a group of one process."""
     original, fused = pair(two)
     assert_same_steps(original, fused, small(), modes=("training",), steps=1)
     return original, fused

@@ -1,4 +1,4 @@
-"""Calls that raise, cannot be captured, or come from several threads; and the garbage collector in between."""
+"""Calls that raise, that dynamo cannot capture, or that come from several threads; garbage collections during calls."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_an_exception_of_the_forward_comes_out_once(first: bool, when: str) -> N
 
 def test_errors_of_the_layers_are_torchs() -> None:
     original, fused = pair(Net.of(lambda self, x: F.relu(self.bn(self.conv(x)))))
-    bnext.convert(original)  # which, unlike torch's layers, counts no batch that is refused
+    bnext.convert(original)  # torch's layers also count batches that raise
     for bad in (torch.randn(2, 4, 5, 5).double(), torch.randn(2, 3, 5, 5), torch.randn(3).double()):
         said = []
         for model in (original, fused):
@@ -104,7 +104,7 @@ def test_the_garbage_collector_is_no_part_of_a_forward() -> None:
 
 
 def in_threads(calls: list[Callable[[], Any]]) -> list[Any]:
-    """What each gives; all start at once."""
+    """The results of the calls, which all start at once."""
     start = threading.Barrier(len(calls))
 
     def run(call: Callable[[], Any]) -> Any:

@@ -1,4 +1,5 @@
-"""Hooks on layers, activations and the whole: they fire, and see what they would have seen, whenever added."""
+"""Hooks on layers, activations and the model: they are called with the values of the unfused model, whenever they are
+added."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import bnext
 
 LAYERS = {"the batch norm": "1", "the activation": "2", "the model": ""}
-KINDS = (("forward", "forward_pre"), ("full_backward", "full_backward_pre"))  # the latter are not captured
+KINDS = (("forward", "forward_pre"), ("full_backward", "full_backward_pre"))  # dynamo does not capture the latter
 
 
 def watch(model: nn.Module, layer: str, kind: str) -> tuple[list[Any], Any]:
@@ -58,7 +59,7 @@ def test_hooks_see_what_they_saw(added: str, layer: str) -> None:
             second.remove()
         assert_close(run(fused, x), run(original, x), "results")
         assert {len(found) for hooks in seen for found, _ in hooks} == {2}
-        if kinds == KINDS[0]:  # Dynamo does not come back to what it could not capture.
+        if kinds == KINDS[0]:  # Dynamo does not try again to capture what it could not.
             assert_fuses(original, fused, x)
 
 

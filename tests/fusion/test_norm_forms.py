@@ -1,15 +1,15 @@
-"""The ways a batch norm before an activation is written: as a function, frozen, lazy, of a class that nobody knows."""
+"""The ways a batch norm before an activation is written: as a function, frozen, lazy, of a class that convert does not
+know."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from bank import Pattern, failures
-from networks import OwnNorm, assert_close, conv
-from observe import Net, assert_fuses, assert_same_results, assert_same_steps, fused_names, pair, sequential, small
+from networks import assert_close, conv
+from observe import Net, assert_fuses, assert_same_results, assert_same_steps, pair, sequential, small
 from torch import Tensor, nn
 
 import bnext
@@ -19,7 +19,7 @@ def of_slices(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor
     return F.batch_norm(x[:, :2], mean[:2], var[1:], weight[:2], bias[:2], training)
 
 
-# Of the input, a layer's statistics and parameters, and whether it is in training.
+# Functions of the input, a layer's statistics and parameters, and whether it is in training; and whether each is fused.
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], int]] = {
     "by position": (lambda *arguments: F.batch_norm(*arguments, 0.2, 1e-3), 1),
     "by name": (
@@ -55,41 +55,14 @@ def test_functional_batch_norms() -> None:
 
 
 class Quiet(nn.BatchNorm2d):
-    """A subclass that adds nothing to the forward, but is unknown."""
+    """A user's subclass, with the forward of its base."""
 
 
-class Noisy(nn.BatchNorm2d):
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input + 1) * 2 if self.training else super().forward(input)
-
-
-class Own(nn.Module):
-    """Batch norm written down by its owner, and one by formula."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(3))
-        self.register_buffer("running_mean", torch.zeros(3))
-        self.register_buffer("running_var", torch.ones(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
-
-
-class Formula(Own):
-    def forward(self, x: Tensor) -> Tensor:
-        var, mean = torch.var_mean(x, (0, 2, 3), keepdim=True, unbiased=False)
-        return (x - mean) * (var + 1e-5).rsqrt() * self.weight[:, None, None] + self.bias[:, None, None]
-
-
-@pytest.mark.parametrize(("cls", "pairs"), [(Quiet, 1), (Noisy, 0), (OwnNorm, 0), (Own, 1), (Formula, 0)])
-def test_classes_that_nobody_knows(cls: type[nn.Module], pairs: int) -> None:
-    make = (lambda: cls()) if issubclass(cls, Own) else (lambda: cls(3))
-    original, fused = pair(lambda: nn.Sequential(conv(3, 1), make(), nn.ReLU(), nn.BatchNorm2d(3), nn.SiLU()))
-    assert type(fused[1]) is cls
+def test_an_unknown_subclass() -> None:
+    original, fused = pair(lambda: nn.Sequential(conv(3, 1), Quiet(3), nn.ReLU()))
+    assert type(fused[1]) is Quiet
     assert_same_steps(original, fused, small())
-    assert_fuses(original, fused, small(), pairs=pairs + 1)
-    assert "3" in fused_names(fused)
+    assert_fuses(original, fused, small())
 
 
 def test_frozen_layers() -> None:
@@ -98,7 +71,7 @@ def test_frozen_layers() -> None:
     for model in (original, fused):
         for norm in (model[0][1], model[1][1]):
             norm.eval().requires_grad_(False)
-            norm.train = lambda mode=True, norm=norm: norm  # survives .train()
+            norm.train = lambda mode=True, norm=norm: norm  # so that train() of the model leaves the layer frozen
     assert_same_steps(original, fused, small())
     assert_fuses(original, fused, small(), pairs=2)
 

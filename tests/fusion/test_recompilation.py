@@ -1,4 +1,4 @@
-"""How often fused calls are captured: sizes, modes, counters and settings that change, and beyond the limit."""
+"""How often fused calls are captured if sizes, modes, counters and settings change; and what dynamo's limit does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import bnext
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_program_compiles_no_more_often_than_torch_does() -> None:
-    """Training in five batch sizes with an evaluation of each, with and without gradients."""
+    """Training and evaluation in five batch sizes."""
     graphs = []
     for fuse in (False, True):
         torch._dynamo.reset()
@@ -41,8 +41,8 @@ def test_sizes_compute_the_same() -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_sizes_of_one_model_are_nothing_to_the_next() -> None:
-    """The first size of a model is compiled as a constant, whatever other models have been called with."""
+def test_sizes_of_one_model_do_not_affect_the_next() -> None:
+    """Dynamo compiles the first size of a model as a constant, whatever sizes other models were called with."""
     made = []
     for n in (20, 30, 40):
         fused = bnext.convert(sequential(nn.Flatten()), fuse=True)
@@ -54,7 +54,7 @@ def test_sizes_of_one_model_are_nothing_to_the_next() -> None:
 
 
 def test_beyond_the_limit_there_is_one_warning_and_right_results(caplog: pytest.LogCaptureFixture) -> None:
-    """A momentum that changes each step is another graph each time."""
+    """Each new momentum is another graph."""
     original, fused = pair(lambda: nn.Sequential(nn.Identity(), nn.BatchNorm2d(3), nn.ReLU()))
     x = small()
     with caplog.at_level(logging.WARNING):

@@ -1,5 +1,5 @@
-"""Models changed after a call: layers replaced, deleted, sliced off, wrapped, folded, parametrised, shared, frozen.
-They compute what the unconverted model would, and go on being fused where there is a pair."""
+"""Models whose layers are replaced, deleted, sliced off, wrapped, parametrised, shared or frozen after a call: they
+compute what the unconverted model would, and pairs are still fused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from networks import Basic, assert_close, conv
 from observe import Pair, assert_fuses, assert_same_steps, count, pair, sequential, small
 from torch import Tensor, nn
-from torch.nn.utils import fusion, parametrizations, parametrize, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils import mkldnn
 
 import bnext
@@ -23,7 +23,7 @@ class Positive(nn.Module):
 
 
 class Wrapper(nn.Module):
-    """Say, a profiler's."""
+    """A wrapper as profilers make them."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -42,17 +42,6 @@ Change = Callable[[nn.Module], object]  # in place
 
 def put(index: int, make: Change) -> Change:
     return lambda model: model.__setitem__(index, make(model))
-
-
-def replaced(old: type[nn.Module], new: Callable[[], nn.Module]) -> Change:
-    def change(model: nn.Module) -> None:
-        for name, child in model.named_children():
-            if isinstance(child, old):
-                setattr(model, name, new())
-            else:
-                change(child)
-
-    return change
 
 
 def parametrized(model: nn.Module) -> None:
@@ -79,24 +68,20 @@ def new_parameters(model: nn.Module) -> None:
     model[1].running_var = torch.tensor([4.0, 5.0, 6.0], dtype=torch.float64)
 
 
-# Of a model that was called before, and how many pairs are fused then, if that is known.
+# What is done to a model after a call, and how many pairs are fused then. None: not counted.
 CHANGES: dict[str, tuple[Change, int | None]] = {
     "activation to LeakyReLU": (put(2, lambda m: nn.LeakyReLU(0.3)), 2),
-    "activation to SiLU": (put(2, lambda m: nn.SiLU()), 2),
     "activation to Identity": (put(2, lambda m: nn.Identity()), 1),
-    "activation to Tanh": (put(2, lambda m: nn.Tanh()), 1),
     "activation wrapped": (put(2, lambda m: Wrapper(m[2])), 2),
     "activation deleted": (lambda m: m.pop(2), 1),
-    "all activations": (replaced(nn.ReLU, lambda: nn.LeakyReLU(0.3)), 2),
     "another slope": (other_slope, None),
     "a forward of its own": (lambda m: setattr(m[2], "forward", lambda x: x * 2), 1),
     "norm to a new one": (put(1, lambda m: nn.BatchNorm2d(3, eps=0.1)), 2),
-    "norm to Identity": (put(1, lambda m: nn.Identity()), 1),
     "norm wrapped": (put(1, lambda m: Wrapper(m[1])), 2),
     "norm compiled": (put(1, lambda m: torch.compile(m[1], backend="eager")), None),
-    "norms to GroupNorm": (replaced(nn.BatchNorm2d, lambda: nn.GroupNorm(1, 3)), 0),
+    "norm to GroupNorm": (put(1, lambda m: nn.GroupNorm(1, 3)), 1),
     "something inserted": (lambda m: m.insert(2, nn.Tanh()), 1),
-    "something appended": (lambda m: m.extend([nn.BatchNorm2d(3), nn.ReLU()]), 3),
+    "a pair appended": (lambda m: m.extend([nn.BatchNorm2d(3), nn.ReLU()]), 3),
     "a layer shared": (put(4, lambda m: m[1]), 2),
     "a parameter shared": (lambda m: setattr(m[4], "weight", m[1].weight), 2),
     "parametrised": (parametrized, None),
@@ -113,7 +98,7 @@ CHANGES: dict[str, tuple[Change, int | None]] = {
 
 
 def changed(change: str) -> Pair:
-    """After a first call."""
+    """A model that is changed after its first call, and its fused copy."""
     original, fused = pair(two)
     assert_same_steps(original, fused, small(), modes=("training",), steps=1)
     for model in (original, fused):
@@ -127,7 +112,7 @@ def changed(change: str) -> Pair:
 def test_a_change_after_the_first_call_is_seen(change: str) -> None:
     original, fused = changed(change)
     pairs = CHANGES[change][1]
-    assert_same_steps(original, fused, small(), modes=("training", "evaluation"), steps=1)
+    assert_same_steps(original, fused, small(), modes=("training",), steps=1)
     if pairs is not None:
         assert_fuses(original, fused, small(), pairs=pairs)
 
@@ -177,18 +162,6 @@ def test_a_fused_model_as_a_part_of_others() -> None:
     outer = bnext.convert(nn.Sequential(fused, nn.BatchNorm2d(3), nn.ReLU(), conv(3, 1)).double(), fuse=True)
     assert count(outer(x)) == 0
     assert count(fused(x)) == 0
-
-
-def test_folding_a_convolution() -> None:
-    original, fused = pair(two)
-    x = small()
-    assert_same_steps(original, fused, x)
-    want = original.eval()(x)
-    folded = copy.deepcopy(fused.eval())
-    folded[0], folded[1] = fusion.fuse_conv_bn_eval(folded[0], folded[1]), nn.Identity()
-    assert_close(folded(x), want, "output")
-    assert count(folded(x.requires_grad_())) == 1
-    assert_close(fused(x), want, "output")
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no mkldnn")

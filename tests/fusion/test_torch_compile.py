@@ -1,5 +1,5 @@
-"""torch.compile: a user's own of a model or of parts, on top of a fused model, and with the back end "bnext", which
-lets inductor choose the memory format."""
+"""torch.compile of a model or its parts before and after convert(fuse=True), and with the back end "bnext", which lets
+inductor choose the memory format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import bnext
 @pytest.mark.parametrize("order", ["before", "after", "after a call"])
 def test_a_compilation_of_the_users_own_wins(order: str, caplog: pytest.LogCaptureFixture) -> None:
     own = CompileCounter()
-    original = Basic(3).double()  # of an nn.Sequential torch's compile() captures nothing, or does, by what ran before
+    original = Basic(3).double()  # whether torch captures an nn.Sequential in compile() depends on what ran before
     model = copy.deepcopy(original)
     if order == "before":
         model.compile(backend=own)
@@ -45,7 +45,6 @@ def test_a_compilation_of_the_users_own_wins(order: str, caplog: pytest.LogCaptu
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("called", [False, True])
 def test_torch_compile_on_top(called: bool) -> None:
-    """The compiler sees the layers; with bnext's back end it fuses them."""
     original, fused = pair()
     if called:
         assert_same_steps(original, fused, small(), modes=("training",))
@@ -54,7 +53,7 @@ def test_torch_compile_on_top(called: bool) -> None:
     assert_fuses(original, fused, small())
 
 
-def test_a_compiled_submodule_is_swallowed_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_compiled_submodule_is_captured_with_the_model_and_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     own = CompileCounter()
     original = nn.Sequential(sequential(), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten()).double()
     for compile in (lambda m: m[0].compile(backend=own), lambda m: m.__setitem__(0, torch.compile(m[0], backend=own))):

@@ -1,5 +1,5 @@
-"""What the tests of this folder share: a network, how what is done to it with recompute is compared with the same
-without, and how it is seen what was kept and what was made again."""
+"""Shared by the tests of this folder: a network, the comparison of what is done with recompute and without, and the
+observation of which outputs are kept and which are recomputed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnext
+from benchmarks.memory import allocated
 
 SHAPE = (2, 3, 6, 6)
-FEATURES = (2, 4, 6, 6)  # of what a batch norm of the network takes and gives
+FEATURES = (2, 4, 6, 6)  # of inputs and outputs of the network's batch norms
 
 
 class Net(nn.Module):
-    """A smooth activation and a rectifier, between convolutions."""
+    """A batch norm with a smooth activation and one with a rectifier, between convolutions."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -37,7 +38,7 @@ class Net(nn.Module):
 
 
 Scope = Callable[[], contextlib.AbstractContextManager[None]]
-# What is done to a network and its input, inside the scope as far as it enters it, and what comes of it.
+# Does something with a network and an input, in parts inside the scope, and returns the results.
 Scenario = Callable[[Net, Tensor, Scope], Iterable[Tensor]]
 
 
@@ -53,7 +54,7 @@ def gradients(y: Tensor, wanted: Iterable[Tensor], **options: Any) -> list[Tenso
 
 
 class Made(TorchDispatchMode):
-    """The outputs that are made again, by their memory."""
+    """Records the storages of recomputed outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +77,7 @@ def storage_of(tensor: Tensor) -> StorageWeakRef:
 def outcomes(
     scenario: Scenario, make: Callable[[], Net] = Net, dtype: torch.dtype = torch.float32
 ) -> list[list[Tensor]]:
-    """Without recompute and with it: what the scenario returns, and the buffers after it."""
+    """What the scenario returns, and the buffers after it, without recompute and with it."""
     results = []
     for scope in (contextlib.nullcontext, bnext.recompute):
         seed(17)
@@ -93,7 +94,7 @@ def assert_same(
     make: Callable[[], Net] = Net,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """The same bits; and how many outputs were made again, none of which is alive."""
+    """The results are the same bits; `made` outputs were recomputed, and none of them is alive."""
     with contextlib.nullcontext() if made is None else Made() as mode:
         expected, actual = outcomes(scenario, make, dtype)
     assert len(actual) == len(expected)
@@ -102,27 +103,6 @@ def assert_same(
         assert (len(mode.storages), mode.alive()) == (made, 0)
 
 
-class Results(TorchDispatchMode):
-    """The memory that operators have made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = func(*args, **(kwargs or {}))
-        for result in results if isinstance(results, (tuple, list)) else [results]:
-            if isinstance(result, Tensor) and func is not torch.ops.aten.detach.default:
-                storage = storage_of(result)
-                self.sizes[storage.cdata] = storage, result.untyped_storage().nbytes()
-        return results
-
-
 def held_bytes(call: Callable[[], Tensor]) -> int:
-    """Of what a call has made, that which the graph of its result keeps alive."""
-    with Results() as results:
-        y = call()
-    node = y.grad_fn
-    del y
-    assert node is not None
-    return sum(size for storage, size in results.sizes.values() if not storage.expired())
+    """The bytes that a call has allocated and the graph of its result keeps alive."""
+    return allocated(lambda: call().grad_fn).held

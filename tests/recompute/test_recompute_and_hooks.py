@@ -1,4 +1,4 @@
-"""Recompute where others have a say in what is saved: activation checkpointing, hooks of saved tensors, save_on_cpu."""
+"""Recompute together with activation checkpointing, other hooks of saved tensors, and save_on_cpu."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {**KINDS, "to the end": {"use_reentrant
 
 
 class Residuals(Net):
-    """With a sum whose residual someone holds when the forward is run, or is run again."""
+    """Adds residuals that something else holds, too, also while a checkpoint runs the forward again."""
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.features(x)
@@ -29,7 +29,7 @@ class Residuals(Net):
 
 
 def inside(net: Net, x: Tensor, scope: Scope, kind: str) -> Tensor:
-    """What leaves the region is used outside, too."""
+    """The output of the checkpoint is also used outside of it."""
     with scope():
         first = checkpoint(net.features, x, **CHECKPOINTS[kind])
         return net.last(first) + net.last(checkpoint(net.features[2:], first, **CHECKPOINTS[kind]))
@@ -73,7 +73,7 @@ def test_a_checkpoint_holds_no_more(where: Callable[..., Tensor]) -> None:
     net, x = Residuals(), make_input(SHAPE).requires_grad_()
     expected = held_bytes(lambda: where(net, x, torch.enable_grad, "not reentrant"))
     actual = held_bytes(lambda: where(net, x, bnext.recompute, "not reentrant"))
-    copies = 5 * 2 * 4 * 4  # of weights and biases
+    copies = 5 * 2 * 4 * 4  # the bytes of the copied weights and biases
     assert actual <= expected + copies
 
 
@@ -108,7 +108,7 @@ def test_other_hooks(pair: str, outside: bool, make: Callable[[], Net]) -> None:
     assert_same(scenario, make=make)
 
 
-def test_hooks_around_get_what_is_not_made_again_and_their_errors_come_out() -> None:
+def test_hooks_around_get_what_is_not_recomputed_and_their_errors_come_out() -> None:
     net, x = Net(), make_input(SHAPE)
     packed: list[tuple[int, ...]] = []
 

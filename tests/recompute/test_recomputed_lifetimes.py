@@ -1,4 +1,4 @@
-"""How often an output is made again, how long what was made lives, and what it was made from."""
+"""How often an output is recomputed, how long the recomputed one lives, and how long its sources live."""
 
 from __future__ import annotations
 
@@ -6,16 +6,7 @@ import gc
 
 import torch.nn.functional as F  # noqa: N812
 from cases import make_input, same_bits
-from recomputing import (
-    SHAPE,
-    Made,
-    Net,
-    Scope,
-    assert_same,
-    gradients,
-    leaves,
-    storage_of,
-)
+from recomputing import SHAPE, Made, Net, Scope, assert_same, gradients, leaves, storage_of
 from torch import Tensor
 
 import bnext
@@ -45,7 +36,8 @@ def test_it_is_made_again_for_each_backward_and_for_what_is_left_of_one() -> Non
         assert len(made.storages) == 3
         again = gradients(y, net.parameters(), retain_graph=True)
         assert made.alive() == 0
-        gradients(first, net.last.parameters(), retain_graph=True)  # what the other user would ask for is kept for it
+        # The output stays for its other user.
+        gradients(first, net.last.parameters(), retain_graph=True)
         assert made.alive() == 1
         del first, y
     assert made.alive() == 0
@@ -54,7 +46,7 @@ def test_it_is_made_again_for_each_backward_and_for_what_is_left_of_one() -> Non
 
 
 def test_what_was_made_goes_when_its_last_user_has_asked() -> None:
-    """Without the backward of the batch norm itself."""
+    """The backward of the batch norm itself does not run."""
     net = Net()
     with bnext.recompute():
         y = net.last(net.features(make_input(SHAPE)))

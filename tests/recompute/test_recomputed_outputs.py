@@ -1,4 +1,4 @@
-"""Outputs that backward makes again: which are not kept, when they are made, and that the numbers do not tell."""
+"""Outputs that backward recomputes: which are not kept, when they are recomputed, and that results stay the same."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from recomputing import (
     storage_of,
 )
 from torch import Tensor
-from torch.autograd import forward_ad, gradgradcheck
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
 import bnext
 
 
 def tensors(shape: tuple[int, ...], count: int = 1) -> int:
-    """Bytes of so many in float32."""
+    """The bytes of tensors in float32."""
     return 4 * count * torch.Size(shape).numel()
 
 
-# Of both batch norms: weight and bias in float32, each once or twice, and statistics in float64.
+# The bytes of both batch norms' weights and biases in float32, each once or twice, and statistics in float64.
 VECTORS = 2 * 4 * (4 * 4 + 2 * 8)
 
 
@@ -79,7 +79,7 @@ def frozen(names: str, training: bool) -> Callable[[], Net]:
     return make
 
 
-# Evaluation with frozen parameters keeps the input of a smooth activation alone: of a rectifier a mask.
+# In evaluation with frozen parameters a rectifier keeps a mask, and has no input from which to recompute its output.
 @pytest.mark.parametrize(
     ("names", "training", "made"),
     [
@@ -93,7 +93,7 @@ def test_frozen_parameters_and_evaluation(names: str, training: bool, made: int)
     assert_same(forward_and_back, made=made, make=frozen(names, training))
 
 
-# What uses an output, and whether the output is kept nevertheless.
+# Functions of an output, and whether the output is kept nevertheless.
 CONSUMERS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
     "a convolution": (F.conv2d, False),
     "of some channels": (lambda h, w: F.conv2d(h[:, 1:3], w[:, :2]), False),
@@ -224,7 +224,7 @@ def in_another_thread(net: Net, x: Tensor, scope: Scope) -> list[Tensor]:
     return [t.grad for t in leaves(net, x)]
 
 
-def in_a_model_with_hooks(net: Net, x: Tensor, scope: Scope) -> list[Tensor]:
+def with_hooks(net: Net, x: Tensor, scope: Scope) -> list[Tensor]:
     for layer in (net.features[1], net.features[3]):
         layer.register_forward_hook(lambda layer, args, output: output * 1.5)
         layer.register_full_backward_hook(lambda layer, grads, above: (grads[0] * 2,))
@@ -234,18 +234,9 @@ def in_a_model_with_hooks(net: Net, x: Tensor, scope: Scope) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("scenario", "made"),
     [
-        (twice_inside, None),
-        (twice_outside, None),
-        (batched, 4),
-        (forward_mode, None),
-        (two_forwards, 4),
-        (accumulated, 4),
-        (nested, 2),
-        (after_an_exception, 2),
-        (without_gradients, 2),
-        (by_halves, None),
-        (in_another_thread, None),
-        (in_a_model_with_hooks, None),
+        *((scenario, 4) for scenario in (batched, two_forwards, accumulated)),
+        *((scenario, 2) for scenario in (nested, after_an_exception, without_gradients)),
+        *((s, None) for s in (twice_inside, twice_outside, forward_mode, by_halves, in_another_thread, with_hooks)),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -253,13 +244,7 @@ def test_ways_to_go_forward_and_back(scenario: Scenario, made: int | None) -> No
     assert_same(scenario, made=made)
 
 
-def test_second_derivatives_against_differences() -> None:
-    net, x = Net().double(), make_input((2, 3, 3, 3), dtype=torch.float64).requires_grad_()
-    net.features[3].act = "silu"
-    assert gradgradcheck(bnext.recompute()(lambda x: net.last(net.features[:3](x))), x)
-
-
-# What is written to before a convolution saves it.
+# Writes to an output before a convolution saves it.
 WRITES: dict[str, Callable[[Tensor], object]] = {
     "in place": lambda h: h.detach().mul_(2),
     "a part": lambda h: h.detach()[:, 1:].zero_(),
@@ -336,7 +321,7 @@ def test_a_user_may_outlive_the_backward_of_the_output() -> None:
     assert_same(scenario, made=3)
 
 
-def test_it_is_for_the_thread_that_enters_it() -> None:
+def test_recompute_is_for_the_thread_that_enters_it() -> None:
     net, x = Net(), make_input(SHAPE)
 
     def keeps(scope: bool) -> bool:

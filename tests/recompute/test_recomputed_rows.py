@@ -1,5 +1,5 @@
-"""Outputs that are made from a residual, or from outputs that are made again themselves: which of a row are kept, and
-that the length of a row does not matter."""
+"""Outputs that are recomputed from a residual, or from outputs that are recomputed themselves: which of a row are kept,
+and that the length of a row does not matter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import bnext
 
 
 class Row(nn.Module):
-    """Residual blocks, or batch norms alone, in a row; `storages` are those of the last call's outputs."""
+    """Residual blocks, or batch norms alone, in a row. `storages` are those of the outputs of the last call."""
 
     def __init__(self, length: int, act: str, alone: bool = False) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def its_square(residual: Tensor) -> list[Tensor]:
         ("relu", another_tensor, False),
         ("relu", its_square, False),
         ("identity", nobody, True),
-        ("silu", nobody, False),  # whose own backward keeps the residual
+        ("silu", nobody, False),  # the backward of silu itself keeps the residual
     ],
 )
 def test_an_output_goes_where_its_residual_stays(
@@ -122,7 +122,7 @@ def test_an_input_that_is_its_own_residual(act: str) -> None:
 
 
 def test_a_residual_is_a_part_of_an_output_or_of_another_layout() -> None:
-    """Dense connections: slices of what is made again, transposed and channels last."""
+    """As in dense connections: slices of a recomputed output, transposed and channels last."""
     x = make_input((2, 8, 6, 6))
     first, second, conv = bnext.BatchNormAct2d(8, act="silu"), bnext.BatchNormAct2d(4, act="relu"), nn.Conv2d(4, 4, 1)
     parts = [*first.parameters(), *second.parameters(), *conv.parameters()]
