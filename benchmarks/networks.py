@@ -1,4 +1,4 @@
-"""Networks with batch norm: ResNets, segmentation, a GAN, point clouds."""
+"""Networks with batch norm: a small ResNet, segmentation, a GAN, point clouds."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-EXPANSION = 4  # channels of a bottleneck's result / those of its 3x3 convolution
-STAGES = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))  # channels of the 3x3 convolution, blocks, first stride
+EXPANSION = 4  # channels of a bottleneck / those of its 3x3 convolution
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -18,61 +17,22 @@ def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Bottleneck(nn.Module):
-    """(N, inputs, H, W) -> (N, 4 channels, H / stride, W / stride)."""
+    """ResNet-50's block, (N, channels, H, W) -> (N, channels, H, W)."""
 
-    def __init__(self, inputs: int, channels: int, stride: int = 1) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        outputs = EXPANSION * channels
-        self.conv1, self.bn1 = conv(inputs, channels, 1), nn.BatchNorm2d(channels)
-        self.conv2, self.bn2 = conv(channels, channels, 3, stride), nn.BatchNorm2d(channels)
-        self.conv3, self.bn3 = conv(channels, outputs, 1), nn.BatchNorm2d(outputs)
+        inner = channels // EXPANSION
+        self.conv1, self.bn1 = conv(channels, inner, 1), nn.BatchNorm2d(inner)
+        self.conv2, self.bn2 = conv(inner, inner, 3), nn.BatchNorm2d(inner)
+        self.conv3, self.bn3 = conv(inner, channels, 1), nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
 
     def forward(self, input: Tensor) -> Tensor:
         output = self.relu(self.bn1(self.conv1(input)))
         output = self.relu(self.bn2(self.conv2(output)))
         output = self.bn3(self.conv3(output))
-        output += self.shortcut(input)
+        output += input
         return self.relu(output)
-
-
-class ResNet50(nn.Module):
-    """(N, 3, H, W) -> (N, num_classes), H and W from 32 up. A bottleneck is initialised to its shortcut.
-
-    K. He et al., CVPR 2016, in version 1.5, the one that is trained: a bottleneck's stride is that of its 3x3
-    convolution. Initial values are those of P. Goyal et al., Accurate, large minibatch SGD, 2017.
-    """
-
-    def __init__(self, num_classes: int = 1000) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = conv(3, 64, 7, 2), nn.BatchNorm2d(64)
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, padding=1)
-        blocks: list[nn.Module] = []
-        inputs = 64
-        for channels, number, stride in STAGES:
-            for index in range(number):
-                blocks.append(Bottleneck(inputs, channels, stride if index == 0 else 1))
-                inputs = EXPANSION * channels
-        self.blocks = nn.Sequential(*blocks)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(inputs, num_classes)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, Bottleneck):
-                nn.init.zeros_(module.bn3.weight)
-
-    def forward(self, input: Tensor) -> Tensor:
-        output = self.maxpool(self.relu(self.bn1(self.conv1(input))))
-        output = self.avgpool(self.blocks(output))
-        return self.fc(torch.flatten(output, 1))
 
 
 class BasicBlock(nn.Module):
