@@ -23,12 +23,6 @@ RESULTS = Path(__file__).parent / "results"
 LATEST = RESULTS / "latest"
 QUICK_ROUNDS = 5
 
-# Of all devices.
-NAMES = list(dict.fromkeys(name for suites in SUITES.values() for name in suites))
-MODELS = list(
-    dict.fromkeys(i.model for suites in SUITES.values() for s in suites.values() for i in s.inputs if i.model)
-)
-
 
 def make_parser() -> OneLineParser:
     parser = OneLineParser(
@@ -64,13 +58,15 @@ def add_output(parser: argparse.ArgumentParser, default: Path) -> None:
 def add_measure_options(measure: argparse.ArgumentParser) -> None:
     measure.set_defaults(run=run_measure)
     measure.add_argument("--device", choices=tuple(SUITES), default="cpu", help="default: %(default)s")
+    suites = {name: suite for of_device in SUITES.values() for name, suite in of_device.items()}
+    models = dict.fromkeys(input.model for suite in suites.values() for input in suite.inputs if input.model)
     dtypes = "; ".join(f"{device}: {','.join(chosen)}" for device, chosen in DEFAULT_DTYPES.items())
     for option, choices, default in (
-        ("--suite", NAMES, "the device's of batch norm alone"),
+        ("--suite", suites, "the device's of batch norm alone"),
         ("--dtype", ITEM_BYTES, dtypes),
         ("--layout", LAYOUTS, "all"),
         ("--op", (*TENSOR_PASSES, STEP, *WALKS), "all"),
-        ("--model", MODELS, "all of the suite"),
+        ("--model", models, "all of the suite"),
     ):
         measure.add_argument(
             option,

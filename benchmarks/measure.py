@@ -28,7 +28,7 @@ from benchmarks.suites import BNEXT, COPY, SUITES, TORCH, TORCH_BY_HAND, TORCH_C
 from benchmarks.timing import Budget, Call, Stopwatch, check_work, operation_work, time_in_turn
 from benchmarks.traffic import STEP, WALKS, model_bytes
 from benchmarks.trainer_process import TrainerProcess, allocations_here, peak_here, shares_here, trainer_process
-from benchmarks.training import Made, ModelChecker
+from benchmarks.training import ModelChecker
 from benchmarks.variants import functions
 from benchmarks.walk import Walk
 
@@ -152,7 +152,7 @@ class Models(ModelChecker):
         self._examined: dict[str, Fields] = {}  # by provider
         super().__init__(case, device.tensors)
 
-    def _make(self, provider: str) -> Made:
+    def _make(self, provider: str) -> Any:
         if self._apart:
             return self._alive.enter_context(self._process(provider))
         return super()._make(provider)

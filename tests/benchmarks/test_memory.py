@@ -1,8 +1,5 @@
 """The memory that a step holds, and torch's checkpoints that hold less."""
 
-import gc
-
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -11,13 +8,6 @@ from benchmarks.memory import Allocated, allocated, blocks_of, checkpointed, che
 from benchmarks.networks import Bottleneck, ResNet20
 
 MB = 1_000_000
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _few_objects_to_collect() -> None:
-    """Objects of other tests are frozen, so that the collection before each measurement is fast."""
-    gc.collect()
-    gc.freeze()
 
 
 def test_held_is_what_the_result_keeps_alive_and_peak_the_most_at_any_time() -> None:

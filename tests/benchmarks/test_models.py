@@ -91,18 +91,7 @@ def test_every_parameter_of_a_network_learns(name: str, shape: tuple[int, ...]) 
 
 
 def test_the_suite_resnet50_has_the_batch_norms_of_the_network() -> None:
-    if not find_spec("torchvision"):
+    if not find_spec("torchvision"):  # importing it may fail beside another build of torch
         pytest.skip("torchvision is not installed")
     case = Case("training", (32, 3, 224, 224), "float32", "contiguous", model="resnet50")
     assert set(norm_shapes(case)) == {input.shape for input in SUITES["cpu"]["resnet50"].inputs}
-
-
-@pytest.mark.parametrize(("package", "name"), [("torchvision", "shufflenet_v2_x0_5"), ("timm", "regnetx_002")])
-def test_models_of_packages_are_made_beside_any_torch(package: str, name: str) -> None:
-    if not find_spec("torchvision") or not find_spec(package):
-        pytest.skip(f"{package} is not installed")
-    model = models.make_packaged(package, name)
-    assert sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()) > 20
-    models.remove_batch_norms(model)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)

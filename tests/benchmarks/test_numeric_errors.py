@@ -197,6 +197,8 @@ def test_results_survive_the_file_to_three_digits(tmp_path: Path) -> None:
     assert kept.machine == results.machine
     pd.testing.assert_frame_equal(kept.errors, results.errors)
     assert kept.errors["bnext"].tolist() == [1.23e-7, 0.0]
+    lines = numerics_report.line_a_case(kept.errors).cells.to_numpy().tolist()
+    assert [line[2:4] for line in lines] == [["1.2e-07", "NaN"], ["0.00 ulp", "inf"]]
 
 
 @pytest.mark.parametrize("right", [True, False])

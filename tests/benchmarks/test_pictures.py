@@ -9,6 +9,7 @@ from canned import (
     imagined_run,
     imagined_training,
     remembered,
+    row,
     rows_of,
 )
 from matplotlib.colors import to_hex
@@ -44,6 +45,16 @@ def test_memory_has_a_panel_of_what_is_held_and_one_of_time() -> None:
     for panel, ratios in ((held, [0.5, 0.4]), (time, [0.5, 1.25])):
         assert [1 + bar.get_width() for bar in panel.patches] == pytest.approx(ratios)
         assert [to_hex(bar.get_facecolor()) for bar in panel.patches] == [BLUE, ORANGE]
+
+
+def test_variants_have_a_mark_at_bnexts_bar() -> None:
+    seconds = {"plain": 2.0, "bnext": 2.4, "bnext-by-hand": 12.0, "torch-by-hand": 16.0}
+    figure = draw([row(name, each, suite="variants", variant="lengths") for name, each in seconds.items()])
+    assert figure
+    (panel,) = figure.axes
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["lengths, contiguous"]
+    assert [1 + bar.get_width() for bar in panel.patches] == pytest.approx([1.2, 6.0, 8.0])
+    assert panel.lines[0].get_xdata()[0] == 1.25
 
 
 def test_operators_have_a_bar_a_group_and_size() -> None:

@@ -1,4 +1,4 @@
-"""The variants: their arguments, the ways that are compared, a run, and the picture.
+"""The variants: their arguments, the ways that are compared, and a run, whose picture is drawn.
 
 test_document.py compares their tables with measured ones.
 """
@@ -8,14 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from canned import row
-from matplotlib.colors import to_hex
 from tiny_suites import Run
 
 from benchmarks import variants
 from benchmarks.operators import make_tensors, results
-from benchmarks.pictures import draw
-from benchmarks.style import BLUE, ORANGE, SKY
 from benchmarks.suites import GHOST, LENGTHS, RANDOM, RECTANGLES, SUITES, VARIANTS, Input, select_cases
 from bnext import functional
 
@@ -83,23 +79,3 @@ def test_a_result_that_ignores_the_variant_is_an_error(small: None, run: Run, mo
     status, rows, errors = run(VARIANTS, "--dtype", "float32", "--layout", "contiguous")
     assert (status, rows, len(errors)) == (1, [], len(TINY))
     assert all(" contiguous: output of bnext: " in line for line in errors)
-
-
-def test_picture_has_a_panel_an_operation_and_a_mark_at_the_bar() -> None:
-    # Plain takes 2 s.
-    seconds = {LENGTHS: (2.0, 2.4, 12.0, 16.0), GHOST: (2.0, 4.0, 9.0, 16.0)}
-    figure = draw(
-        [
-            row(provider, time, suite=VARIANTS, variant=name, shape=(64, 3))
-            for name, times in seconds.items()
-            for provider, time in zip(SUITES["cpu"][VARIANTS].providers, times, strict=True)
-        ]
-    )
-    assert figure
-    (panel,) = figure.axes
-    names = [label.get_text() for label in panel.get_yticklabels()]
-    assert names == ["lengths, contiguous", "ghost batches, contiguous"]
-    assert [1 + bar.get_width() for bar in panel.patches] == pytest.approx([1.2, 6.0, 8.0, 2.0, 4.5, 8.0])
-    assert [to_hex(bar.get_facecolor()) for bar in panel.patches[:3]] == [BLUE, SKY, ORANGE]
-    *marks, _ = (line.get_xdata()[0] for line in panel.lines)  # the last is the line at 1
-    assert marks == [1.25, 1.15]
