@@ -24,15 +24,6 @@ LATEST = RESULTS / "latest"
 QUICK_ROUNDS = 5
 
 
-def names(what: str) -> list[str]:
-    """Of all devices' suites: "suite", or "model"."""
-    if what == "suite":
-        found = [name for suites in SUITES.values() for name in suites]
-    else:
-        found = [input.model for suites in SUITES.values() for suite in suites.values() for input in suite.inputs]
-    return list(filter(None, dict.fromkeys(found)))
-
-
 def make_parser() -> OneLineParser:
     parser = OneLineParser(
         prog=PROGRAM,
@@ -67,13 +58,15 @@ def add_output(parser: argparse.ArgumentParser, default: Path) -> None:
 def add_measure_options(measure: argparse.ArgumentParser) -> None:
     measure.set_defaults(run=run_measure)
     measure.add_argument("--device", choices=tuple(SUITES), default="cpu", help="default: %(default)s")
+    suites = {name: suite for of_device in SUITES.values() for name, suite in of_device.items()}
+    models = dict.fromkeys(input.model for suite in suites.values() for input in suite.inputs if input.model)
     dtypes = "; ".join(f"{device}: {','.join(chosen)}" for device, chosen in DEFAULT_DTYPES.items())
     for option, choices, default in (
-        ("--suite", names("suite"), "the device's of batch norm alone"),
+        ("--suite", suites, "the device's of batch norm alone"),
         ("--dtype", ITEM_BYTES, dtypes),
         ("--layout", LAYOUTS, "all"),
         ("--op", (*TENSOR_PASSES, STEP, *WALKS), "all"),
-        ("--model", names("model"), "all of the suite"),
+        ("--model", models, "all of the suite"),
     ):
         measure.add_argument(
             option,
@@ -108,9 +101,9 @@ def add_measure_options(measure: argparse.ArgumentParser) -> None:
 def run_measure(arguments: argparse.Namespace) -> int:
     device = arguments.device
     suites = arguments.suite or default_suites(device)
-    foreign = [name for name in suites if name not in SUITES[device]]
-    if foreign:
-        raise InputError(f"suite {foreign[0]!r} is not one of {device}'s: {', '.join(SUITES[device])}")
+    for name in suites:
+        if name not in SUITES[device]:
+            raise InputError(f"suite {name!r} is not one of {device}'s: {', '.join(SUITES[device])}")
     if arguments.touched and device != "cpu":
         raise InputError("--touched is about the CPU's memory")
     if arguments.plans and device != "cuda":
@@ -140,7 +133,6 @@ def run_measure(arguments: argparse.Namespace) -> int:
             raise InputError(f"cannot measure on cuda: {lacking}")
         measured_on = Gpu()
     outcome = Outcome()
-    interrupted = False
     seconds = arguments.budget or default_seconds(device, suites)
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else None)
     file = arguments.output / "results.json"
@@ -148,17 +140,14 @@ def run_measure(arguments: argparse.Namespace) -> int:
         with ProgressBar(total_work(cases, measured_on)) as progress:
             measure(cases, measured_on, outcome, progress.show, seconds, rounds, arguments.threads)
     except KeyboardInterrupt:
-        interrupted = True
+        print(f"{PROGRAM}: interrupted; {file} has what was measured so far, if anything", file=sys.stderr)
+        return 130
     finally:
-        # Also where a provider raises an error of its own: what was measured before is kept.
+        # A device that can no longer be used raises an error, too: what was measured before is kept.
         if outcome.rows:
             save_rows(file, outcome.rows)
         for note in outcome.notes:
             print(f"{PROGRAM}: note: {note}", file=sys.stderr)
-    if interrupted:
-        kept = f"what was measured so far is in {file}" if outcome.rows else "nothing was measured"
-        print(f"{PROGRAM}: interrupted; {kept}", file=sys.stderr)
-        return 130
     if outcome.rows:
         show(file)
     for mismatch in outcome.mismatches:
@@ -166,7 +155,7 @@ def run_measure(arguments: argparse.Namespace) -> int:
     return 1 if outcome.mismatches else 0
 
 
-def show(file: Path) -> None:
+def show(file: Path) -> int:
     """Draw the picture of a file beside it, and print its tables."""
     from benchmarks import report
     from benchmarks.pictures import draw
@@ -179,6 +168,7 @@ def show(file: Path) -> None:
         save(picture, figure)
     report.print_report(rows)
     print(f"{file}\n{picture}" if figure else file)
+    return 0
 
 
 def run_numerics(arguments: argparse.Namespace) -> int:
@@ -195,7 +185,7 @@ def run_numerics(arguments: argparse.Namespace) -> int:
 
 
 def show_numerics(file: Path, results: Any) -> int:
-    """Write the page beside the file, print the table and the rows that miss the bar, and return the exit status."""
+    """Write the page beside the file, print it and the rows that miss the bar, and return the exit status."""
     from benchmarks.numerics_report import page
     from benchmarks.tables import print_markdown
 
@@ -216,15 +206,14 @@ def run_report(arguments: argparse.Namespace) -> int:
 
     if arguments.check and not arguments.document:
         raise InputError("--check needs --document")
-    of_numerics = numerics_report.is_numerics(arguments.file)
-    if not arguments.document:
-        if of_numerics:
-            return show_numerics(arguments.file, numerics_report.load_results(arguments.file))
-        show(arguments.file)
-        return 0
-    if of_numerics:
-        new = {document.NUMERICS: numerics_report.block(numerics_report.load_results(arguments.file))}
+    if numerics_report.is_numerics(arguments.file):
+        results = numerics_report.load_results(arguments.file)
+        if not arguments.document:
+            return show_numerics(arguments.file, results)
+        new = {document.NUMERICS: numerics_report.block(results)}
     else:
+        if not arguments.document:
+            return show(arguments.file)
         new = report.blocks(load_rows(arguments.file))
     return document.update(f"{PROGRAM} report {arguments.file}", arguments.document, new, arguments.check)
 

@@ -1,8 +1,4 @@
-"""The acceptance limits: how close to a copy of the same bytes bnext has to be on a GPU, and how much faster than
-torch.
-
-Documents call each of these limits a bar.
-"""
+"""The acceptance limits, which documents call bars: of bnext's time beside a copy of the same bytes, and torch's."""
 
 import numpy as np
 import pandas as pd
@@ -35,15 +31,6 @@ CUDA_FUSED = {"dtype": "bfloat16", "layout": "channels_last", "mode": GRAPH, "op
 VARIANT_LIMITS = {LENGTHS: 1.25, RECTANGLES: 1.25, RANDOM: 1.25, GHOST: 1.15}
 
 
-def on_gpu(table: pd.DataFrame) -> pd.Series:
-    return table["device"] == "cuda"
-
-
-def has_bars(table: pd.DataFrame) -> pd.Series:
-    """On a CPU a plain batch norm has none."""
-    return on_gpu(table) | table["fused"]
-
-
 def copy_limits(table: pd.DataFrame) -> pd.Series:
     """The limits on multiples of the copy's time, for the device's own time on one network's tensors; NaN elsewhere."""
     listed = (table["suite"] == COPY_SUITE) & (table["dtype"] == COPY_DTYPE) & (table["mode"] == GRAPH)
@@ -52,8 +39,8 @@ def copy_limits(table: pd.DataFrame) -> pd.Series:
 
 def verdicts(table: pd.DataFrame) -> pd.DataFrame:
     """One line per measurement and bar: ``bar``, ``value``, ``limit``, ``passed``; the index is the measurement's."""
-    table = table[has_bars(table)]
-    large = ~on_gpu(table) & (table["op"] == FUSED_OP) & (table["size_class"] == LARGE_CLASS)
+    on_gpu = table["device"] == "cuda"
+    large = ~on_gpu & (table["op"] == FUSED_OP) & (table["size_class"] == LARGE_CLASS)
     limits = FUSED_LIMITS["cpu"]
     measured = {
         COPY: (table["over_copy"], copy_limits(table)),
@@ -61,7 +48,8 @@ def verdicts(table: pd.DataFrame) -> pd.DataFrame:
         COMPILE: (table["over_compile"], np.where(large, limits[COMPILE], np.nan)),
     }
     parts = [pd.DataFrame({"bar": bar, "value": value, "limit": limit}) for bar, (value, limit) in measured.items()]
-    found = pd.concat(parts).dropna().sort_index(kind="stable")
+    with_bars = on_gpu | table["fused"]  # on a CPU a plain batch norm has none
+    found = pd.concat([part[with_bars] for part in parts]).dropna().sort_index(kind="stable")
     # Against the copy the value is a multiple of its time, which has to be small; otherwise it is a speed-up.
     found["passed"] = (found["value"] <= found["limit"]).where(found["bar"] == COPY, found["value"] >= found["limit"])
     return found
@@ -69,12 +57,8 @@ def verdicts(table: pd.DataFrame) -> pd.DataFrame:
 
 def summary(found: pd.DataFrame) -> str:
     """A line that says of each bar how many measurements pass it."""
-    counts = found.groupby("bar")["passed"].agg(["sum", "size"])
-    return "; ".join(
-        f"{counts['sum'][bar]} of {counts['size'][bar]} pass the bar against {bar}"
-        for bar in BARS
-        if bar in counts.index
-    )
+    passed = {bar: found.loc[found["bar"] == bar, "passed"] for bar in BARS}
+    return "; ".join(f"{of.sum()} of {len(of)} pass the bar against {bar}" for bar, of in passed.items() if len(of))
 
 
 def mean_verdicts(table: pd.DataFrame) -> list[str]:
@@ -82,7 +66,7 @@ def mean_verdicts(table: pd.DataFrame) -> list[str]:
 
     The line for torch.compile exists only where torch.compile was measured on all shapes.
     """
-    table = table[on_gpu(table)].assign(op=lambda gpu: gpu["op"].astype(str))
+    table = table[table["device"] == "cuda"].assign(op=lambda gpu: gpu["op"].astype(str))
     lines = []
     copies = table[copy_limits(table).notna() & table["op"].isin(COPY_MEAN_LIMITS)]
     for (_, op), members in copies.groupby(["layout", "op"], sort=False):

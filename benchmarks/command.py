@@ -62,7 +62,7 @@ POSITIVE = Number(float, "positive numbers", lambda value: 0 < value < float("in
 def add_report_options(parser: argparse.ArgumentParser, default: Path) -> None:
     file = {"type": Path, "nargs": "?", "const": default, "metavar": "FILE.md"}
     meaning = "only rewrite the measured blocks of this file (default: docs/benchmarks.md)"
-    parser.add_argument("--document", "--readme", **file, help=meaning)
+    parser.add_argument("--document", **file, help=meaning)
     parser.add_argument("--check", action="store_true", help="with --document: only tell whether it is current")
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from timeit import Timer
 from typing import Any
@@ -24,15 +24,16 @@ from benchmarks.operators import (
 )
 from benchmarks.provenance import provenance
 from benchmarks.rows import CLOCK, Provenance, Row
-from benchmarks.suites import BNEXT, COMPILE, COPY, SUITES, TORCH, TORCH_BY_HAND, TORCH_COMPILE, WHOLE, Case
+from benchmarks.suites import BNEXT, COPY, SUITES, TORCH, TORCH_BY_HAND, TORCH_COMPILE, WHOLE, Case
 from benchmarks.timing import Budget, Call, Stopwatch, check_work, operation_work, time_in_turn
 from benchmarks.traffic import STEP, WALKS, model_bytes
-from benchmarks.trainer_process import TrainerProcess, trainer_process
-from benchmarks.training import Made, ModelChecker
+from benchmarks.trainer_process import TrainerProcess, allocations_here, peak_here, shares_here, trainer_process
+from benchmarks.training import ModelChecker
 from benchmarks.variants import functions
 from benchmarks.walk import Walk
 
-Progress = Callable[[str, float], None]  # (what is being done, work finished since the last call)
+# Called with what is being done (None: the same as before), and the work finished since the last call.
+Progress = Callable[[str | None, float], None]
 Context = Callable[[], AbstractContextManager[object]]
 Fields = dict[str, Any]  # of a row
 
@@ -49,11 +50,7 @@ class Outcome:
 
 
 class Device:
-    """The device that cases are measured on: here the CPU, with calls from Python, the host's clock and one set of
-    tensors.
-
-    cuda.measure.Gpu overrides all of this.
-    """
+    """The CPU: calls from Python, the host's clock, one set of tensors. cuda.measure.Gpu overrides all of this."""
 
     name = "cpu"  # whose suites are measured
     tensors = "cpu"  # torch's name of it
@@ -123,7 +120,7 @@ class BatchNorms:
             if operation == "forward" and case.epilogue.act:
                 fields |= held(made.function, sets[0])
         stopwatch, how = self._device.stopwatch(mode, calls, made.context, moved)
-        # How bnext's kernels were launched: only bnext reports it.
+        # The plan is that of bnext's last launch, whoever was called since.
         return stopwatch, {**fields, **how, **({} if made.name.startswith(BNEXT) else {"plan": ""})}
 
 
@@ -138,8 +135,7 @@ class Variants(BatchNorms):
         return Provider(provider, self._functions[provider])
 
     def check(self, provider: str, made: Any) -> None:
-        """Check the providers, except batch norm of the whole tensor: its results are different, and other suites check
-        it."""
+        """Check all but batch norm of the whole tensor, whose results are different."""
         if provider != WHOLE:
             super().check(provider, made)
 
@@ -156,7 +152,7 @@ class Models(ModelChecker):
         self._examined: dict[str, Fields] = {}  # by provider
         super().__init__(case, device.tensors)
 
-    def _make(self, provider: str) -> Made:
+    def _make(self, provider: str) -> Any:
         if self._apart:
             return self._alive.enter_context(self._process(provider))
         return super()._make(provider)
@@ -173,13 +169,13 @@ class Models(ModelChecker):
 
     def examine(self, provider: str, made: Any) -> None:
         """The peak of memory, and where the time goes or what is allocated; raises what the process raises."""
-        if self._apart and SUITES[self._on.name][self._case.suite].allocations:
-            self._examined[provider] = {"peak_bytes": made.peak(), **made.allocations()}
-        elif self._apart:
-            self._examined[provider] = {"peak_bytes": made.peak(), "shares": made.shares()}
-        else:
+        if not self._apart:
             with self._process(provider) as process:
-                self._examined[provider] = {"peak_bytes": process.peak()}
+                self._examined[provider] = {"peak_bytes": process.ask(peak_here)}
+        elif SUITES[self._on.name][self._case.suite].allocations:
+            self._examined[provider] = {"peak_bytes": made.ask(peak_here), **made.ask(allocations_here)}
+        else:
+            self._examined[provider] = {"peak_bytes": made.ask(peak_here), "shares": made.ask(shares_here)}
 
     def counted(self, name: str, made: Any) -> Fields:
         """Fields that are known only after timing."""
@@ -223,14 +219,9 @@ def measure(
                 run.measure(case)
 
 
-def is_required(case: Case, provider: str, checked: Mapping[str, Any]) -> bool:
-    """Whether a failure of the provider is an error, and not a note.
-
-    Where torch's own layers cannot be compiled either, there is no working compiler.
-    """
-    if provider.endswith(COMPILE):
-        return provider != TORCH_COMPILE and (TORCH_COMPILE in checked or TORCH_COMPILE not in case.providers)
-    return bool(case.model) or provider in (TORCH, WHOLE, BNEXT, COPY)
+def is_required(case: Case, provider: str) -> bool:
+    """Whether a failure of the provider is an error, and not a note."""
+    return (bool(case.model) and provider != TORCH_COMPILE) or provider in (TORCH, WHOLE, BNEXT, COPY)
 
 
 @dataclass(frozen=True)
@@ -249,22 +240,23 @@ class Run:
             checked: dict[str, Any] = {}
             try:
                 subject = self.subject(case, alive)
+                checked = self.check(case, subject)
             except ModuleNotFoundError as error:
                 self.report(f"{case.suite} {case.model} is left out: {error}", False)
             except Exception as error:  # out of memory, or any error of torch: the next case may succeed
                 self.report(f"{case}: torch failed: {error_summary(error)}", True)
-            else:
-                checked = self.check(case, subject)
-            work = check_work(case, self.device.name)
-            self.budget.skip(work)
-            self.progress(f"{case} check", work)
+            self.done(check_work(case, self.device.name))
             for operation in case.operations:
                 work = operation_work(operation, case, self.device.name)
                 for mode in self.device.modes(case):
                     self.progress(f"{case} {operation} {mode}", 0)
-                    if not checked or not self.time(case, subject, operation, mode, checked):
-                        self.budget.skip(work)
-                    self.progress(f"{case} {operation} {mode}", work)
+                    if checked:
+                        self.time(case, subject, operation, mode, checked, work)
+                    self.done(work)
+
+    def done(self, work: float) -> None:
+        self.budget.done(work)
+        self.progress(None, work)
 
     def subject(self, case: Case, alive: ExitStack) -> Subject:
         if not case.model:
@@ -291,14 +283,12 @@ class Run:
                 if not as_it_is:
                     continue
             except Exception as error:  # out of memory, or any error of torch or a compiler: others may succeed
-                message = f"{case}: {provider} failed: {error_summary(error)}"
-                self.report(message, is_required(case, provider, checked))
+                self.report(f"{case}: {provider} failed: {error_summary(error)}", is_required(case, provider))
                 continue
             checked[provider] = made
         return checked if case.model or {case.providers[0], BNEXT} <= checked.keys() else {}
 
     def examine(self, case: Case, subject: Models, checked: Mapping[str, Any]) -> None:
-        """Examine each provider in a process of its own."""
         if self.device.tensors == "cuda":
             torch.cuda.empty_cache()  # the other process needs as much of the device's memory as this one did
         for provider, made in checked.items():
@@ -308,25 +298,27 @@ class Run:
             except Exception as error:  # any error of torch there; or the process was killed, out of memory
                 self.report(f"{case}: no peak memory of {provider}: {error_summary(error)}", False)
 
-    def time(self, case: Case, subject: Subject, operation: str, mode: str, checked: Mapping[str, Any]) -> bool:
-        """Add one row per provider and floor, or none where a required one fails; returns whether there are rows."""
+    def time(
+        self, case: Case, subject: Subject, operation: str, mode: str, checked: Mapping[str, Any], work: float
+    ) -> None:
+        """Add one row per provider and floor, or none where a required one fails."""
         stopwatches, details = {}, {}
         for name in (*checked, *subject.floors):
             try:
                 stopwatches[name], details[name] = subject.stopwatch(mode, operation, checked.get(name))
             except Exception as error:  # a refused launch, out of memory: other providers can still be measured
-                required = is_required(case, name, checked)
+                required = is_required(case, name)
                 self.report(f"{case} {operation}: {name} failed: {error_summary(error)}", required)
                 if required:
-                    return False
-        work = operation_work(operation, case, self.device.name)
-        source = replace(self.source, threads=torch.get_num_threads())
+                    return
         timings = time_in_turn(stopwatches, partial(self.budget.rounds, work))
         if isinstance(subject, Models) and SUITES[self.device.name][case.suite].peak_s:
             self.examine(case, subject, checked)
+        of_case = {name: getattr(case, name) for name in ("suite", "model", "variant", "shape", "dtype", "layout")}
+        source = asdict(self.source) | {"threads": torch.get_num_threads()}
         for name, timing in timings.items():
             row = Row(
-                **{field: getattr(case, field) for field in ("suite", "model", "variant", "shape", "dtype", "layout")},
+                **of_case,
                 op=operation,
                 provider=name,
                 mode=mode,
@@ -335,10 +327,9 @@ class Run:
                 **case.epilogue._asdict(),
                 **details[name],
                 **(subject.counted(name, checked[name]) if isinstance(subject, Models) else {}),
-                **asdict(source),
+                **source,
             )
             self.outcome.rows.append(row)
-        return True
 
     def report(self, message: str, required: bool) -> None:
         """Record what went wrong with a provider, once."""

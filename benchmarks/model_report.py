@@ -10,7 +10,6 @@ from benchmarks.rows import Row
 from benchmarks.suites import BNEXT, COMPILE, COPY, EAGER_PROVIDERS, TORCH, WITHOUT
 from benchmarks.tables import (
     Sheet,
-    command,
     foldable,
     how_measured,
     mean_and_range,
@@ -75,8 +74,8 @@ CALLS_LEGEND = "x torch: the time with torch alone / that with bnext, both compi
 def compare(rows: Sequence[Row]) -> pd.DataFrame:
     """One line per row with ``torch_s``, the seconds with torch's layers: eager beside eager, compiled beside compiled.
 
-    Rows without torch's row, as where torch failed, are left out. ``costed``: whether the case was also measured
-    without batch norm.
+    Rows without torch's row, as where torch failed, are left out. ``kind``: the table that shows the row; "cost" where
+    the case was also measured without batch norm.
     """
     table = pd.DataFrame([vars(row) for row in rows])
     table["input"] = table["shape"].map(shape_label)
@@ -86,13 +85,16 @@ def compare(rows: Sequence[Row]) -> pd.DataFrame:
     torchs = table.loc[is_torch, [*beside, "median_s"]].rename(columns={"median_s": "torch_s"})
     table = table.assign(is_torch=is_torch).merge(torchs, on=beside, validate="many_to_one")
     table["speedup"] = table["torch_s"] / table["median_s"]
-    table["costed"] = table.groupby(beside)["provider"].transform(lambda providers: WITHOUT in set(providers))
+    costed = table.groupby(beside)["provider"].transform(lambda providers: WITHOUT in set(providers))
+    kinds = {"cost": costed, "walk": table["op"].isin(list(WALKS)), "memory": table["image_bytes"].notna()}
+    kinds["training"] = table["op"] == STEP
+    table["kind"] = np.select(list(kinds.values()), list(kinds), "call")
     return table
 
 
 def compare_costs(table: pd.DataFrame) -> pd.DataFrame:
     """One line per case that was also measured without batch norm: ``torch_s``, and each provider's speed-up."""
-    costed = table[table["costed"]]
+    costed = table[table["kind"] == "cost"]
     keys = ["suite", "op", *CASE]
     lines = costed.pivot(index=keys, columns="provider", values="speedup").reindex(columns=list(PROVIDERS))
     for column, (counted, unit, form) in COUNTED.items():
@@ -143,13 +145,9 @@ def cost_lines(costs: pd.DataFrame) -> Sheet:
 
 def share_lines(shared: pd.DataFrame) -> Sheet:
     """One line per case and provider: milliseconds of a step by kind."""
-    kinds = pd.DataFrame(shared["shares"].tolist()) * 1e3
-    cells = {
-        **{name: shared[name].tolist() for name in CASE},
-        "layers": shared["provider"].tolist(),
-        **{kind: texts(kinds[kind], "{:.1f}") for kind in kinds},
-    }
-    return Sheet(pd.DataFrame(cells), labels=5)
+    milliseconds = pd.DataFrame(shared["shares"].tolist(), index=shared.index) * 1e3
+    labels = shared[[*CASE, "provider"]].rename(columns={"provider": "layers"})
+    return Sheet(labels.join(milliseconds.apply(texts, form="{:.1f}")), labels=5)
 
 
 def training_lines(trained: pd.DataFrame) -> Sheet:
@@ -164,9 +162,8 @@ def training_lines(trained: pd.DataFrame) -> Sheet:
         "peak MB": texts(trained["peak_bytes"].astype(float) / MB, "{:.0f}"),
         "last loss": texts(trained["losses"].str[-2], "{:.4f}"),
     }
-    if trained["peak_bytes"].isna().all():
-        del cells["peak MB"]
-    return Sheet(pd.DataFrame(cells), labels=5)
+    lines = pd.DataFrame(cells)
+    return Sheet(lines.loc[:, (lines != "").any()], labels=5)
 
 
 def memory_lines(measured: pd.DataFrame) -> Sheet:
@@ -188,26 +185,19 @@ def memory_lines(measured: pd.DataFrame) -> Sheet:
 
 
 def call_lines(called: pd.DataFrame) -> Sheet:
-    """The lines of bnext's calls: for each operation torch's time, bnext's, and bnext's speed-up."""
+    """One line per case: for each operation torch's time, bnext's, and bnext's speed-up."""
     keys = [*CASE, "provider"]
     lines = called[keys].drop_duplicates().rename(columns={"provider": "layers"})
     columns = [lines.reset_index(drop=True)]
     for op in called["op"].unique():
         of_op = called[called["op"] == op].set_index(keys).reindex(pd.MultiIndex.from_frame(lines))
-        columns.append(
-            pd.DataFrame(
-                {
-                    f"{operation_label(op)}, torch ms": texts(of_op["torch_s"] * 1e3, "{:.3f}"),
-                    "ms": texts(of_op["median_s"] * 1e3, "{:.3f}"),
-                    "x torch": texts(of_op["speedup"], "{:.2f}"),
-                }
-            )
-        )
+        cells = {
+            f"{operation_label(op)}, torch ms": texts(of_op["torch_s"] * 1e3, "{:.3f}"),
+            "ms": texts(of_op["median_s"] * 1e3, "{:.3f}"),
+            "x torch": texts(of_op["speedup"], "{:.2f}"),
+        }
+        columns.append(pd.DataFrame(cells))
     return Sheet(pd.concat(columns, axis=1), labels=5)
-
-
-def is_walk(table: pd.DataFrame) -> pd.Series:
-    return table["op"].isin(list(WALKS))
 
 
 def walk_lines(walks: pd.DataFrame) -> Sheet:
@@ -225,49 +215,43 @@ def walk_lines(walks: pd.DataFrame) -> Sheet:
     return Sheet(pd.DataFrame(cells), labels=5)
 
 
-def trained_and_called(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows that no other table has: all of training, and bnext's calls."""
-    others = table[~table["costed"] & ~is_walk(table) & table["image_bytes"].isna()]
-    is_step = others["op"] == STEP
-    return others[is_step], others[~is_step & ~others["is_torch"]]
-
-
 def sheets(table: pd.DataFrame) -> list[Sheet]:
     """The tables that have lines, means first."""
     costs = compare_costs(table)
-    trained, called = trained_and_called(table)
     makers = (
-        *((cost_means, costs), (cost_lines, costs), (training_lines, trained), (call_lines, called)),
-        *((share_lines, table[table["shares"].map(bool)]), (walk_lines, table[is_walk(table)])),
-        (memory_lines, table[table["image_bytes"].notna()]),
+        *((cost_means, costs), (cost_lines, costs), (training_lines, table[table["kind"] == "training"])),
+        *((call_lines, calls(table)), (share_lines, table[table["shares"].map(bool)])),
+        *((walk_lines, table[table["kind"] == "walk"]), (memory_lines, table[table["kind"] == "memory"])),
     )
     return [make(lines) for make, lines in makers if len(lines)]
 
 
+def calls(table: pd.DataFrame) -> pd.DataFrame:
+    return table[(table["kind"] == "call") & ~table["is_torch"]]
+
+
 def notes(table: pd.DataFrame) -> list[str]:
     """What the tables mean, and what follows from them."""
-    costed = table["costed"].any()
-    trained, called = trained_and_called(table)
-    found = [f"{STEP_LEGEND} {COST_LEGEND}"] if costed else []
-    if table.loc[table["costed"], "page_faults"].notna().any():
-        found[0] += f" {COUNTED_LEGEND} {PEAK_LEGENDS['cpu']}"
-    if len(trained):
+    kinds = dict(list(table.groupby("kind")))
+    found = []
+    if "cost" in kinds:
+        counted = kinds["cost"]["page_faults"].notna().any()
+        found.append(" ".join([STEP_LEGEND, COST_LEGEND, *([COUNTED_LEGEND, PEAK_LEGENDS["cpu"]] if counted else [])]))
+    if "training" in kinds:
+        trained = kinds["training"]
         peak = PEAK_LEGENDS[trained["device"].iloc[0]] if trained["peak_bytes"].notna().any() else ""
-        parts = ("" if costed else STEP_LEGEND, TRAINING_LEGEND, peak, curves_line(trained))
+        parts = ("" if "cost" in kinds else STEP_LEGEND, TRAINING_LEGEND, peak, curves_line(trained))
         found.append(" ".join(filter(None, parts)))
-    if len(called):
-        found.append(CALLS_LEGEND)
-    if table["shares"].map(bool).any():
-        found.append(SHARES_LEGEND)
-    if is_walk(table).any():
-        found.append(WALK_LEGEND)
-    if table["image_bytes"].notna().any():
-        found.append(f"{STEP_LEGEND} {MEMORY_LEGEND}")
-    return [*found, *filter(None, [compiled_bar(called), fused_bar(table)])]
+    found += [CALLS_LEGEND] if "call" in kinds else []
+    found += [SHARES_LEGEND] if table["shares"].map(bool).any() else []
+    found += [WALK_LEGEND] if "walk" in kinds else []
+    found += [f"{STEP_LEGEND} {MEMORY_LEGEND}"] if "memory" in kinds else []
+    return [*found, *filter(None, [compiled_bar(table), fused_bar(table)])]
 
 
-def compiled_bar(called: pd.DataFrame) -> str:
-    """A line, or nothing where there is no bar."""
+def compiled_bar(table: pd.DataFrame) -> str:
+    """A line, or nothing where no compiled model was measured."""
+    called = calls(table)
     speedups = called.loc[called["suite"] == COMPILED_SUITE, "speedup"]
     if speedups.empty:
         return ""
@@ -291,10 +275,7 @@ def fused_bar(table: pd.DataFrame) -> str:
 
 
 def curves_line(trained: pd.DataFrame) -> str:
-    """The largest difference between the losses of a case; empty where there are none."""
-    trained = trained[trained["losses"].map(len) > 0]
-    if trained.empty:
-        return ""
+    """The largest difference between the losses of a case."""
     keys = ["suite", *CASE]
     curves = pd.DataFrame(trained["losses"].tolist(), index=pd.MultiIndex.from_frame(trained[keys]))
     spread = curves.groupby(level=keys).max() - curves.groupby(level=keys).min()
@@ -309,4 +290,4 @@ def block(rows: Sequence[Row]) -> str:
     """One suite's tables and notes as Markdown."""
     table = compare(rows)
     parts = [foldable(sheet, "Every model") for sheet in sheets(table)]
-    return "\n\n".join([*parts, *notes(table), f"Measured by `{command(rows)}` on {how_measured(rows)}."])
+    return "\n\n".join([*parts, *notes(table), how_measured(rows)])

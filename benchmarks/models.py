@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
@@ -31,7 +32,7 @@ REFERENCE_DTYPES = {"float32": torch.float64, "bfloat16": torch.float32}
 def conv_bn_relu(shape: Shape) -> nn.Module:
     channels = shape[1]
     layers = [(networks.conv(channels, channels, 3), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)) for _ in range(3)]
-    return nn.Sequential(*(layer for block in layers for layer in block))
+    return nn.Sequential(*chain.from_iterable(layers))
 
 
 # Each is called with the shape of the input; "package/name" is a model of torchvision or timm.

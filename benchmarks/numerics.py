@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +36,7 @@ class Exact:
         return Exact(total, torch.maximum(total.abs(), terms.square().sum(1, keepdim=True).sqrt()))
 
 
-@dataclass(frozen=True)
-class Error:
+class Error(NamedTuple):
     """The largest error of a quantity; NaN where a result is NaN."""
 
     value: float

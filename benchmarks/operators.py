@@ -50,13 +50,8 @@ class Tensors:
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Tensors":
         """The function of each."""
-        singles = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "residual"}
-        found = {name: function(tensor) for name, tensor in singles.items()}
-        return Tensors(**found, residual=tuple(map(function, self.residual)))
-
-    def detached(self) -> "Tensors":
-        """The same memory without gradients, for inference under torch.no_grad()."""
-        return self.mapped(Tensor.detach)
+        *tensors, residual = (getattr(self, field.name) for field in fields(self))
+        return Tensors(*map(function, tensors), tuple(map(function, residual)))
 
 
 def make_tensors(case: Case, device: str = "cpu") -> Tensors:
@@ -157,7 +152,7 @@ def fused(epilogue: Epilogue) -> BatchNorm:
 
 
 def functions(epilogue: Epilogue) -> dict[str, BatchNorm]:
-    """What is compared on every device, by name."""
+    """The batch norms of every device, by provider."""
     return {TORCH: eager(epilogue), BNEXT: fused(epilogue)}
 
 
@@ -195,7 +190,7 @@ def results(function: BatchNorm, tensors: Tensors) -> dict[str, Tensor]:
         "running_mean": running_mean,
         "running_var": running_var,
         **dict(zip(GRADIENTS, backward(output, tensors), strict=False)),
-        "eval output": evaluate(function, tensors.detached()),
+        "eval output": evaluate(function, tensors.mapped(Tensor.detach)),
     }
 
 
@@ -208,16 +203,15 @@ def provider_call(operation: str, function: BatchNorm, tensors: Tensors) -> Call
         output = forward(function, tensors, running_mean, running_var)
         return lambda: backward(output, tensors)
     if operation == "eval":
-        detached = tensors.detached()
+        detached = tensors.mapped(Tensor.detach)  # as under torch.no_grad()
         return lambda: evaluate(function, detached)
     return lambda: backward(forward(function, tensors, running_mean, running_var), tensors)
 
 
 def floor_call(operation: str, tensors: Tensors) -> Call:
-    """The same bytes moved by torch's own copy and addition.
+    """The same bytes moved by torch's copy and addition into outputs that are allocated and touched once, here.
 
-    Their outputs are allocated and touched once, here: the floor is what the traffic costs, without page
-    faults. MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=30000000000 spares the providers the faults too.
+    So the floor is what the traffic costs, without page faults; --touched spares the providers the faults, too.
     """
     x, grad_output = tensors.input.detach(), tensors.grad_output
     output = torch.zeros_like(x)
@@ -239,7 +233,7 @@ def floor_call(operation: str, tensors: Tensors) -> Call:
 
 
 class Saved:
-    """What the graph keeps in place of a tensor; it lives as long as the node.
+    """What the graph keeps in place of a tensor, for as long as the node lives.
 
     It holds only the tensor's memory: a node that saves its own result would keep itself alive through the tensor.
     """
@@ -248,15 +242,9 @@ class Saved:
         self.storage = tensor.untyped_storage()
 
 
-def unpack(saved: Saved) -> Tensor:
-    """The hooks come in pairs; without its tensor the graph cannot run backward."""
-    raise RuntimeError("a graph made to be measured has no backward")
-
-
 def held(function: BatchNorm, tensors: Tensors) -> dict[str, int]:
-    """Bytes that the graph of a training call holds as saved tensors; other memory of a node is not counted.
-
-    Each storage is counted once and whole: the caller's, the result's, and those that only backward needs.
+    """Bytes that the graph of a training call holds as saved tensors: the caller's, the result's, and those that only
+    backward needs. Each storage is counted once and whole.
     """
     running_mean, running_var = tensors.running_mean.clone(), tensors.running_var.clone()
     alive: WeakSet[Saved] = WeakSet()
@@ -266,7 +254,7 @@ def held(function: BatchNorm, tensors: Tensors) -> dict[str, int]:
         alive.add(saved)
         return saved
 
-    with saved_tensors_hooks(pack, unpack):
+    with saved_tensors_hooks(pack, lambda saved: None):  # this graph runs no backward
         output = forward(function, tensors, running_mean, running_var)
     storages = {saved.storage.data_ptr(): saved.storage.nbytes() for saved in alive}
     arguments = {tensor.untyped_storage().data_ptr() for tensor in (*tensors.leaves, running_mean, running_var)}

@@ -1,9 +1,9 @@
 """The picture beside a file of results, and the README's pictures, which are drawn only from committed results."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
@@ -17,29 +17,29 @@ from benchmarks.report import MODELS, TENSORS, compare, device_times, group_labe
 from benchmarks.rows import InputError, Row, is_touched, load_rows
 from benchmarks.style import BLACK, BLUE, LABEL, NUMBER, ORANGE, SKY, TITLE, WIDTH_INCHES, bar, panels, ratio_axis, save
 from benchmarks.suites import BNEXT, BNEXT_BY_HAND, SWEEP, TORCH_BY_HAND, VARIANTS, WITHOUT
-from benchmarks.tables import mean_of, operation_label
+from benchmarks.tables import mean_of, operation_label, spread
 from benchmarks.traffic import SIZE_CLASSES
 
 LINE_INCHES = 0.21  # a bar or a mark with a number beside it
-OP_INCHES = 3.0
+PANEL_INCHES = 3.0
 HEAD_INCHES = 1.1  # the titles and the scale
 
 SHOWN_OPS = ("forward", "backward")
 SIZE_COLOURS = {name: colour for (name, _), colour in zip(SIZE_CLASSES, (BLUE, SKY, ORANGE), strict=True)}
+MODEL_COLOURS = {"bnext": SKY, "bnext-fused": BLUE}
+MEMORY_COLOURS = {"bnext-fused": SKY, "bnext-recompute": BLUE, "torch-checkpoint": ORANGE}
+VARIANT_COLOURS = {BNEXT: BLUE, BNEXT_BY_HAND: SKY, TORCH_BY_HAND: ORANGE}
+MODEL_TICKS = (0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 3, 4)
 SWEPT_INCHES = 0.85  # a line of heat maps
 SWEPT_TICKS = (0.25, 0.5, 1, 2, 4)  # values beyond have the last colour
 # An odd number of colours: the middle one is white.
 SWEPT_COLOURS = LinearSegmentedColormap.from_list("slower, faster", [ORANGE, "white", BLUE], 17)
 SMALL = 7  # points
-MODEL_TICKS = (0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 3, 4)
-MEMORY_COLOURS = {"bnext-fused": SKY, "bnext-recompute": BLUE, "torch-checkpoint": ORANGE}
-VARIANT_COLOURS = {BNEXT: BLUE, BNEXT_BY_HAND: SKY, TORCH_BY_HAND: ORANGE}
-MODEL_COLOURS = {"bnext": SKY, "bnext-fused": BLUE}
 SMALLEST_ERROR, LARGEST_ERROR = 1e-9, 1e2  # 0 is drawn at the first; NaN, inf and larger errors at the second
 
 
 def draw(rows: Sequence[Row]) -> Figure | None:
-    """Draw the picture beside a file: of batch norms, of the sweep, of variants, or of batch norm's cost in models."""
+    """The picture beside a file: of batch norms, of the sweep, of variants, or of batch norm's cost in models."""
     found = of_kinds(rows)
     for kind, draw_kind in ((TENSORS, draw_operators), (SWEEP, draw_sweep), (VARIANTS, draw_variants)):
         if found[kind]:
@@ -47,102 +47,99 @@ def draw(rows: Sequence[Row]) -> Figure | None:
     return draw_models(found[MODELS]) or draw_memory(found[MODELS])
 
 
-def draw_models(rows: Sequence[Row]) -> Figure | None:
-    """A training step beside torch's: two bars per model, one panel per dtype, geometric means over the layouts.
+def draw_bars(
+    tables: dict[str, pd.DataFrame], colours: dict[str, str], title: str, mark: str = "", ticks: Sequence[float] = ()
+) -> Figure:
+    """One panel per table, whose lines are the same, and one bar from 1 for each of a line's values that have a colour.
 
-    A mark shows the step without batch norm, the limit of any layer. None where no cost was measured.
+    ``mark``: the column that is drawn as a line across the bars; ``ticks``: instead of the powers of two.
+    """
+    everything = pd.concat(tables.values())
+    names = next(iter(tables.values())).index
+    most = everything[list(colours)].count(axis=1).max()
+    height = HEAD_INCHES + max(most, 2) * LINE_INCHES * len(names)
+    width = max(WIDTH_INCHES, PANEL_INCHES * len(tables))
+    figure, ((*grid,),) = panels(height, columns=len(tables), width=width, sharex=True, sharey=True)
+    for axes, (head, table) in zip(grid, tables.items(), strict=True):
+        for line, (_, values) in enumerate(table.iterrows()):
+            ratios = values[list(colours)].dropna()
+            thickness = 0.8 / max(len(ratios), 1)
+            for index, (name, ratio) in enumerate(ratios.items()):
+                position = line - 0.4 + (index + 0.5) * thickness
+                bar(axes, position, ratio, colours[name], 0.9 * thickness, max(1.0, values.get(mark, 1.0)))
+            if mark:
+                axes.plot([values[mark]] * 2, [line - 0.42, line + 0.42], color=BLACK, linewidth=1.5)
+        ratio_axis(axes)
+        if ticks:
+            axes.set_xticks(ticks)
+        axes.set_title(head, fontsize=TITLE)
+    grid[0].set_xlim(min(0.9, 0.95 * everything.min().min()), 1.6 * everything.max().max())
+    shown = {name: colour for name, colour in colours.items() if everything[name].notna().any()}
+    return lettered(figure, names, shown | ({mark: BLACK} if mark else {}), title)
+
+
+def draw_models(rows: Sequence[Row]) -> Figure | None:
+    """Training steps: geometric means over the layouts. None where no cost of batch norm was measured.
+
+    The step without batch norm is the limit of any layer.
     """
     costs = model_report.compare_costs(model_report.compare(rows))
     if costs.empty:
         return None
-    speedups = costs.groupby(["dtype", "model"], sort=False)[[*MODEL_COLOURS, WITHOUT]].agg(mean_of)
-    models, dtypes = costs["model"].unique(), costs["dtype"].unique()
-    height = HEAD_INCHES + 2 * LINE_INCHES * len(models)
-    figure, ((*grid,),) = panels(height, columns=len(dtypes), sharex=True, sharey=True)
-    for dtype, axes in zip(dtypes, grid, strict=True):
-        found = speedups.loc[dtype].reindex(models)
-        for line, (_, model) in enumerate(found.iterrows()):
-            beyond = max(1.0, model[WITHOUT])
-            for offset, (provider, colour) in zip((-0.2, 0.2), MODEL_COLOURS.items(), strict=True):
-                if pd.notna(model[provider]):
-                    bar(axes, line + offset, model[provider], colour, height=0.36, beyond=beyond)
-            axes.plot([model[WITHOUT]] * 2, [line - 0.42, line + 0.42], color=BLACK, linewidth=1.5)
-        ratio_axis(axes)
-        axes.set_xticks(MODEL_TICKS)
-        axes.set_title(dtype, fontsize=TITLE)
-    grid[0].set_xlim(min(0.9, 0.95 * speedups.min().min()), 1.25 * speedups.max().max())
-    names = [name.removeprefix("torchvision/").replace("/", " ") for name in models]
-    colours = {"bnext": SKY, "bnext, fused": BLUE, "without batch norm": BLACK}
-    return lettered(figure, names, colours, "Training step: torch's time / the time with bnext")
+    costs["model"] = costs["model"].str.removeprefix("torchvision/").str.replace("/", " ")
+    costs = costs.rename(columns={WITHOUT: "without batch norm"})
+    models, columns = costs["model"].unique(), [*MODEL_COLOURS, "without batch norm"]
+    tables = {
+        dtype: found.groupby("model")[columns].agg(mean_of).reindex(models)
+        for dtype, found in costs.groupby("dtype", sort=False)
+    }
+    title = "Training step: torch's time / the time with bnext"
+    return draw_bars(tables, MODEL_COLOURS, title, "without batch norm", MODEL_TICKS)
 
 
 def draw_memory(rows: Sequence[Row]) -> Figure | None:
-    """A step's memory and time as shares of torch's: geometric means over the layouts. None where no memory was
-    measured."""
+    """A step's memory and time: geometric means over the layouts. None where no memory was measured."""
     rows = [row for row in rows if row.image_bytes is not None]
     if not rows:
         return None
     table = model_report.compare(rows)
     table = table.merge(table.loc[table["is_torch"], [*model_report.CASE, "held_bytes"]], on=model_report.CASE)
-    table["held"], table["time"] = table["held_bytes_x"] / table["held_bytes_y"], 1 / table["speedup"]
-    models = table["model"].unique()
-    found = table.groupby(["model", "provider"])[["held", "time"]].agg(mean_of).unstack().reindex(models)
-    found = found.reindex(columns=pd.MultiIndex.from_product((["held", "time"], MEMORY_COLOURS)))
-    height = HEAD_INCHES + len(MEMORY_COLOURS) * LINE_INCHES * len(models)
-    figure, ((*grid,),) = panels(height, columns=2, sharey=True)
-    for axes, share, title in zip(grid, ("held", "time"), ("held from forward to backward", "time"), strict=True):
-        for index, (provider, colour) in enumerate(MEMORY_COLOURS.items()):
-            lines = np.arange(len(models)) + 0.28 * (index - 1)
-            bars = axes.barh(lines, found[share, provider], color=colour, height=0.26)
-            axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=NUMBER)
-        axes.axvline(1, color=BLACK, linewidth=0.8)
-        axes.set_title(title, fontsize=TITLE)
-        axes.set_xlim(0, 1.15 * found[share].max().max())
-    names = [name.partition("/")[2] for name in models]
-    return lettered(figure, names, MEMORY_COLOURS, "Training step: what it holds, and its time, beside torch's (1)")
+    table["model"] = table["model"].str.partition("/")[2]
+    ratios = {"memory held for backward": table["held_bytes_x"] / table["held_bytes_y"], "time": 1 / table["speedup"]}
+    tables = {
+        head: spread(values.groupby([table["model"], table["provider"]], sort=False).agg(mean_of)).reindex(
+            columns=list(MEMORY_COLOURS)
+        )
+        for head, values in ratios.items()
+    }
+    return draw_bars(tables, MEMORY_COLOURS, "Training step: memory and time / torch's")
 
 
 def draw_operators(rows: Sequence[Row], ops: Sequence[str] = ()) -> Figure:
-    """Each operation beside torch's: one bar per dtype, layout and size class, geometric means over shapes."""
+    """One bar per dtype, layout and size class, geometric means over shapes."""
     table = means(compare(device_times(rows))).reset_index()
-    ops = ops or list(table["op"].cat.categories)
     table["name"] = table.apply(group_label, axis=1)
     names = table["name"].unique()
-    height = HEAD_INCHES + 2 * LINE_INCHES * len(names)
-    width = max(WIDTH_INCHES, OP_INCHES * len(ops))
-    figure, ((*grid,),) = panels(height, columns=len(ops), width=width, sharex=True, sharey=True)
-    for op, axes in zip(ops, grid, strict=True):
-        for line, name in enumerate(names):
-            found = table[(table["op"] == op) & (table["name"] == name)]
-            height = 0.8 / max(len(found), 1)
-            for index, (size, speedup) in enumerate(zip(found["size_class"], found["speedup"], strict=True)):
-                bar(axes, line - 0.4 + (index + 0.5) * height, speedup, SIZE_COLOURS[size], height=0.9 * height)
-        ratio_axis(axes)
-        axes.set_title(operation_label(op), fontsize=TITLE)
-    grid[0].set_xlim(min(0.9, table["speedup"].min()), 1.6 * table["speedup"].max())
-    colours = {name: colour for name, colour in SIZE_COLOURS.items() if name in set(table["size_class"])}
-    return lettered(figure, names, colours, "Single operators: torch's time / bnext's, by size of the tensor")
+    tables = {
+        operation_label(op): table[table["op"] == op].pivot(index="name", columns="size_class", values="speedup")
+        for op in ops or table["op"].cat.categories
+    }
+    tables = {op: found.reindex(names, columns=list(SIZE_COLOURS)) for op, found in tables.items()}
+    return draw_bars(tables, SIZE_COLOURS, "Single operators: torch's time / bnext's, by size of the tensor")
 
 
 def draw_variants(rows: Sequence[Row]) -> Figure:
-    """Times beside plain's: one line per variant and layout, geometric means; a mark at bnext's bar."""
+    """One line per variant and layout, geometric means; a mark at bnext's bar."""
     table = variants_report.compare(rows)
     table["name"] = table["variant"] + ", " + table["layout"]
-    names, ops = table["name"].unique(), table["op"].unique()
-    limits = table.drop_duplicates("name")["variant"].map(VARIANT_LIMITS)
-    ratios = table.groupby(["op", "name"])[list(VARIANT_COLOURS)].agg(mean_of)
-    height = HEAD_INCHES + len(VARIANT_COLOURS) * LINE_INCHES * len(names)
-    figure, ((*grid,),) = panels(height, columns=len(ops), sharex=True, sharey=True)
-    for op, axes in zip(ops, grid, strict=True):
-        for line, (name, limit) in enumerate(zip(names, limits, strict=True)):
-            for index, (way, colour) in enumerate(VARIANT_COLOURS.items()):
-                bar(axes, line + 0.28 * (index - 1), ratios.loc[(op, name), way], colour, height=0.26, beyond=limit)
-            axes.plot([limit] * 2, [line - 0.42, line - 0.14], color=BLACK, linewidth=1.5)
-        ratio_axis(axes)
-        axes.set_title(operation_label(op), fontsize=TITLE)
-    grid[0].set_xlim(min(0.9, 0.95 * ratios.min().min()), 1.6 * ratios.max().max())
-    colours = {way.replace("-", " "): colour for way, colour in VARIANT_COLOURS.items()} | {"bar": BLACK}
-    return lettered(figure, names, colours, "Padding and ghost batches: time / that of batch norm of the whole tensor")
+    table["bnext's bar"] = table["variant"].map(VARIANT_LIMITS)
+    columns = [*VARIANT_COLOURS, "bnext's bar"]
+    tables = {
+        operation_label(op): found.groupby("name")[columns].agg(mean_of).reindex(table["name"].unique())
+        for op, found in table.groupby("op", sort=False)
+    }
+    title = "Padding and ghost batches: time / that of batch norm of the whole tensor"
+    return draw_bars(tables, VARIANT_COLOURS, title, "bnext's bar")
 
 
 def draw_sweep(rows: Sequence[Row]) -> Figure:
@@ -227,28 +224,22 @@ def lettered(figure: Figure, names: Sequence[str], colours: dict[str, str], titl
     return figure
 
 
-def drawn(folder: Path) -> Iterator[tuple[str, Figure]]:
-    """The name and figure of each picture that a folder's results give."""
+def drawn(folder: Path) -> Iterator[tuple[str, Callable[[], Figure]]]:
+    """The name of each picture that a folder's results give, and the function that draws it."""
     for file in sorted(folder.glob("*.json")):
         if is_numerics(file):
-            yield "accuracy.png", draw_accuracy(load_results(file))
+            yield "accuracy.png", partial(draw_accuracy, load_results(file))
             continue
         rows = [row for row in load_rows(file) if not is_touched(row.environment)]
         found = of_kinds(rows)
-        models = found[MODELS]
-        plain = [row for row in found[TENSORS] if not row.act]
-        costs = draw_models(models) if models else None
-        if costs:
-            yield "models.png", costs
-        memory = draw_memory(models)
-        if memory:
-            yield "memory.png", memory
-        if plain:
-            yield "operators.png", draw_operators(plain, SHOWN_OPS)
-        if found[SWEEP]:
-            yield "sweep.png", draw_sweep(found[SWEEP])
-        if found[VARIANTS]:
-            yield "variants.png", draw_variants(found[VARIANTS])
+        chosen = {
+            "operators.png": (partial(draw_operators, ops=SHOWN_OPS), [row for row in found[TENSORS] if not row.act]),
+            "models.png": (draw_models, [row for row in found[MODELS] if row.provider == WITHOUT] and found[MODELS]),
+            "memory.png": (draw_memory, [row for row in found[MODELS] if row.image_bytes is not None]),
+            "sweep.png": (draw_sweep, found[SWEEP]),
+            "variants.png": (draw_variants, found[VARIANTS]),
+        }
+        yield from ((name, partial(function, of)) for name, (function, of) in chosen.items() if of)
 
 
 def draw_all(results: Path, output: Path) -> list[Path]:
@@ -258,16 +249,16 @@ def draw_all(results: Path, output: Path) -> list[Path]:
     from studies.tuning.ranges import draw_widths
     from studies.tuning.results import load_results as load_study
 
-    found: dict[str, Figure] = {}
-    for name, figure in drawn(results):
+    found: dict[str, Callable[[], Figure]] = {}
+    for name, function in drawn(results):
         if name in found:
             raise InputError(f"{results}: two files for {name}")
-        found[name] = figure
+        found[name] = function
     for study, name, draw_study in ((".", "tuning.png", heat_maps), ("range", "tuning-range.png", draw_widths)):
         file = results / "tuning" / study / "results.json"
         if file.exists():
-            found[name] = draw_study(load_study(file))
+            found[name] = partial(draw_study, load_study(file))
     output.mkdir(parents=True, exist_ok=True)
-    for name, figure in found.items():
-        save(output / name, figure)
+    for name, function in found.items():
+        save(output / name, function())
     return [output / name for name in found]

@@ -18,8 +18,8 @@ class ProgressBar(Progress):
         super().__init__(*columns, transient=True)
         self.add_task("", total=total)
 
-    def show(self, doing: str, finished: float) -> None:
-        """``finished``: units since the last call."""
+    def show(self, doing: str | None, finished: float) -> None:
+        """``doing``: None for the same as before; ``finished``: units since the last call."""
         self.update(self.task_ids[0], description=doing, advance=finished)
 
     def show_total(self, doing: str, finished: float) -> None:

@@ -15,7 +15,6 @@ from benchmarks.rows import CLOCK, GRAPH, Row, is_touched
 from benchmarks.suites import BNEXT, COPY, NO_CUDNN, PLANNED, SWEEP, TORCH, TORCH_COMPILE, VARIANTS
 from benchmarks.tables import (
     Sheet,
-    command,
     how_measured,
     markdown,
     mean_of,
@@ -36,23 +35,15 @@ PROVIDERS = (TORCH, BNEXT, COPY, TORCH_COMPILE, NO_CUDNN)  # each has a column, 
 def compare(rows: Sequence[Row]) -> pd.DataFrame:
     """One line per measurement, in the order of the rows, images before (N,C), fused ones last.
 
-    One column per provider has its seconds, NaN where it was not measured. ``speedup`` is torch's time / bnext's,
-    ``over_copy`` bnext's / the copy's. Raises ValueError where a provider was measured twice.
+    One column per provider has its seconds, NaN where it was not measured. Raises ValueError where a provider was
+    measured twice.
     """
     measured = pd.DataFrame([vars(row) for row in rows])
     measured["number"] = measured.groupby(KEYS, sort=False).ngroup()
     seconds = measured.pivot(index="number", columns="provider", values="median_s")
     seconds = seconds.reindex(columns=list(dict.fromkeys([*PROVIDERS, *seconds.columns])))
     ours = measured[measured["provider"] == BNEXT].set_index("number")
-    table = described(ours[[*KEYS, "device", "device_name", "plan", "gb_per_s"]].join(seconds).sort_index())
-    table = table.sort_values(["fused", "is_matrix"], kind="stable")
-    table["group"] = table.groupby(GROUP, sort=False).ngroup()
-    return table
-
-
-def described(table: pd.DataFrame) -> pd.DataFrame:
-    """Add the columns that follow from each line by itself."""
-    table = table.copy()
+    table = ours[[*KEYS, "device", "device_name", "plan", "gb_per_s"]].join(seconds).sort_index()
     table["speedup"] = table[TORCH] / table[BNEXT]
     table["over_copy"] = table[BNEXT] / table[COPY]
     table["over_compile"] = table[TORCH_COMPILE] / table[BNEXT]
@@ -60,12 +51,13 @@ def described(table: pd.DataFrame) -> pd.DataFrame:
     table["label"] = [tensor_label(s, Epilogue(a, r)) for s, a, r in table[["shape", "act", "residual"]].to_numpy()]
     table["bytes"] = [tensor_bytes(shape, dtype) for shape, dtype in zip(table["shape"], table["dtype"], strict=True)]
     classes = [name for name, _ in traffic.SIZE_CLASSES]
-    table["size_class"] = pd.Categorical(map(size_class, table["bytes"]), classes, ordered=True)
+    table["size_class"] = pd.Categorical([size_class(size) for size in table["bytes"]], classes, ordered=True)
     table["op"] = pd.Categorical(table["op"], list(traffic.TENSOR_PASSES), ordered=True).remove_unused_categories()
     # An (N,C) tensor is contiguous, but differs from images in traversal and speed.
     table["is_matrix"] = table["shape"].map(len) == 2
     table["layout_shown"] = table["layout"].mask(table["is_matrix"], "(N,C)")
-    return table
+    table = table.sort_values(["fused", "is_matrix"], kind="stable")
+    return table.assign(group=table.groupby(GROUP, sort=False).ngroup())
 
 
 def group_label(line: pd.Series) -> str:
@@ -147,7 +139,7 @@ HELD_LEGEND = (
 
 
 def device_times(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the one mode to show: CUDA graphs, if there are any, since their times include no Python."""
+    """The rows of CUDA graphs, if there are any, since their times include no Python; otherwise all."""
     return [row for row in rows if row.mode == GRAPH] or list(rows)
 
 
@@ -165,7 +157,7 @@ def block(rows: Sequence[Row]) -> str:
         endings = "".join(f" {line}." for line in mean_verdicts(table))
         prefix = how if rows[0].device == "cuda" else ""
         parts.append(f"{prefix}{bars_text(rows[0].device, bool(rows[0].act))} {summary(found)}.{endings}")
-    parts.append(f"Measured by `{command(rows)}` on {how_measured(rows)}.")
+    parts.append(how_measured(rows))
     return "\n\n".join(parts)
 
 
@@ -187,9 +179,6 @@ def legend(table: pd.DataFrame) -> str:
     )
 
 
-# Rows of all kinds.
-
-
 # The function that makes a block from rows, by their kind.
 TENSORS, MODELS = "tensors", "models"
 MAKERS = {TENSORS: block, MODELS: model_report.block, SWEEP: sweep_report.block, VARIANTS: variants_report.block}
@@ -206,8 +195,7 @@ def of_kinds(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def block_name(row: Row) -> str:
-    """The block's name: device, suite, for batch norms whether an activation follows, and whether memory was
-    touched."""
+    """The name has the device, the suite or whether an activation follows, and whether memory was touched."""
     device = "" if row.device == "cpu" else row.device
     what = row.suite if kind(row) != TENSORS else "fused" if row.act else ""
     return ":".join(filter(None, ("benchmark", device, what, "touched" if is_touched(row.environment) else "")))

@@ -32,8 +32,8 @@ EAGER_PROVIDERS = ("torch", "bnext", "bnext-fused")
 COMPILED_PROVIDERS = ("torch-compile", "bnext-compile")
 WITHOUT = "without"  # no batch norm at all: its cost is the most that can be gained, fusing aside
 
-# Providers of the suite memory: outputs recomputed in backward; and torch's layers, with as few blocks checkpointed as
-# hold no more.
+# Providers of the suite memory: outputs recomputed in backward; torch's layers with so many blocks checkpointed that
+# they hold no more.
 RECOMPUTE, CHECKPOINT = "bnext-recompute", "torch-checkpoint"
 
 # Providers of batches with padding and ghost batches: batch norm of the whole tensor, for comparison; and what people
@@ -64,29 +64,21 @@ class Input(NamedTuple):
 
 @dataclass(frozen=True)
 class Suite:
-    """A list of inputs, and what is measured on each of them.
-
-    ``compiled``: the shapes, or the models, that torch.compile is measured on too; None: all; only in
-    ``compiled_dtypes``, if given. ``providers``: of models and variants; ``compile_s``: the seconds that compiling one
-    takes. ``seconds``: the time budget, compiling included, of a suite that is measured only on request; all others
-    share the device's. ``peak_s``: the seconds to examine a provider's memory and where its time goes; 0: not examined.
-    ``allocations``: whether it is examined for what a step allocates instead. ``quick``: the models of a quick run,
-    which compiles nothing. ``threads``: the default number; None: torch's.
-    """
+    """A list of inputs, and what is measured on each of them."""
 
     inputs: tuple[Input, ...]
     operations: tuple[str, ...] = ("forward", "backward", "eval")
-    compiled: tuple[Shape | str, ...] | None = ()
-    compiled_dtypes: tuple[str, ...] = ()
-    providers: tuple[str, ...] = ()
+    compiled: tuple[Shape | str, ...] | None = ()  # on which torch.compile is measured, too; None: all
+    compiled_dtypes: tuple[str, ...] = ()  # if given, only in these
+    providers: tuple[str, ...] = ()  # of models and variants
     dtypes: tuple[str, ...] = ()  # empty: those of the device
     layouts: tuple[str, ...] = LAYOUTS
-    seconds: float | None = None
-    compile_s: float = 0
-    peak_s: float = 0
-    allocations: bool = False
-    quick: tuple[str, ...] = ()
-    threads: int | None = None
+    seconds: float | None = None  # a budget, with compiling, of a suite that has to be named; None: the device's
+    compile_s: float = 0  # seconds that compiling a model takes
+    peak_s: float = 0  # seconds to examine a provider's memory and where its time goes; 0: not examined
+    allocations: bool = False  # what a step allocates is examined, and not where its time goes
+    quick: tuple[str, ...] = ()  # the models of a quick run, which compiles nothing
+    threads: int | None = None  # None: torch's number
 
     def is_compiled(self, input: Input, dtype: str) -> bool:
         chosen = self.compiled is None or (input.model or input.shape) in self.compiled
@@ -356,25 +348,19 @@ def select_cases(
         chosen = tuple(op for op in suite.operations if op in (operations or suite.operations))
         if name not in suites or not chosen:
             continue
-        looked_at = (quick and suite.quick) or ()
-        for dtype in dtypes or suite.dtypes or DEFAULT_DTYPES[device]:
-            for layout in layouts or suite.layouts:
-                for input in suite.inputs:
-                    wanted = not input.model or (
-                        dtype in MODEL_DTYPES
-                        and input.model in (models or (input.model,))
-                        and input.model in (looked_at or (input.model,))
-                    )
-                    compiles = with_compile and not looked_at and suite.is_compiled(input, dtype)
-                    providers = _providers(suite, input, device, compiles, with_plans)
-                    if (
-                        wanted
-                        and providers
-                        and (layout == "contiguous" or len(input.shape) >= (3 if input.variant else 4))
-                        and not (quick and prod(input.shape) > QUICK_MAX_ELEMENTS)
-                    ):
-                        of_input = {"model": input.model, "epilogue": input.epilogue, "variant": input.variant}
-                        cases.append(Case(name, input.shape, dtype, layout, chosen, providers, **of_input))
+        inputs = [input for input in suite.inputs if not models or input.model in (*models, "")]
+        compiles = with_compile and not (quick and suite.quick)
+        if quick:
+            small = [input for input in inputs if prod(input.shape) <= QUICK_MAX_ELEMENTS]
+            inputs = [input for input in small if not suite.quick or input.model in suite.quick]
+        of_suite = (dtypes or suite.dtypes or DEFAULT_DTYPES[device], layouts or suite.layouts, inputs)
+        for dtype, layout, input in product(*of_suite):
+            has_layout = layout == "contiguous" or len(input.shape) >= (3 if input.variant else 4)
+            has_dtype = not input.model or dtype in MODEL_DTYPES
+            providers = _providers(suite, input, device, compiles and suite.is_compiled(input, dtype), with_plans)
+            if has_layout and has_dtype and providers:
+                fields = {"dtype": dtype, "layout": layout, "operations": chosen, "providers": providers}
+                cases.append(Case(name, **fields, **input._asdict()))
     return cases
 
 

@@ -21,7 +21,7 @@ import pandas as pd
 
 from benchmarks.rows import Row
 from benchmarks.suites import BNEXT, COPY, TORCH
-from benchmarks.tables import Sheet, command, foldable, how_measured, markdown, mean_of, texts
+from benchmarks.tables import Sheet, foldable, how_measured, markdown, mean_of, texts
 from benchmarks.traffic import MB, shape_label, tensor_bytes
 
 GROUP = ["dtype", "layout", "op"]
@@ -129,4 +129,4 @@ def block(rows: Sequence[Row]) -> str:
     ]
     for title, sheet in {"Slower than torch": slower_lines(table), "Steps": step_lines(found)}.items():
         parts += [f"{title}:", foldable(sheet, "Every point")] if len(sheet.cells) else []
-    return "\n\n".join([*parts, LEGEND, f"Measured by `{command(rows)}` on {how_measured(rows)}."])
+    return "\n\n".join([*parts, LEGEND, how_measured(rows)])

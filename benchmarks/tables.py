@@ -69,20 +69,14 @@ def operation_label(op: str) -> str:
     return op.replace("_", " + ")
 
 
-def command(rows: Sequence[Row]) -> str:
-    """The command that measures such rows."""
-    row = rows[0]
-    parts = ["python -m benchmarks"]
-    parts += ["--device cuda"] if row.device == "cuda" else []
-    parts += ["--touched"] if is_touched(row.environment) else []
-    named = row.model or row.epilogue != PLAIN or row.suite in (SWEEP, VARIANTS)
-    parts += [f"--suite {','.join(dict.fromkeys(row.suite for row in rows))}"] if named else []
-    return " ".join(parts)
-
-
 def how_measured(rows: Sequence[Row]) -> str:
-    """One line: the machine, the versions, the commit, and how it was measured."""
+    """One line: the command, the machine, the versions, the commit, and how it was measured."""
     row = rows[0]
+    command = "python -m benchmarks"
+    command += " --device cuda" if row.device == "cuda" else ""
+    command += " --touched" if is_touched(row.environment) else ""
+    if row.model or row.epilogue != PLAIN or row.suite in (SWEEP, VARIANTS):
+        command += f" --suite {','.join(dict.fromkeys(row.suite for row in rows))}"
     fewest, most = min(r.rounds for r in rows), max(r.rounds for r in rows)
     rounds = str(fewest) if fewest == most else f"{fewest} to {most}"
     environment = ", ".join(f"{name}={value}" for name, value in sorted(row.environment.items()))
@@ -99,8 +93,8 @@ def how_measured(rows: Sequence[Row]) -> str:
     commits = ", ".join(dict.fromkeys(r.commit for r in rows))
     apart = any(r.page_faults is not None for r in rows)
     return (
-        f"{row.device_name} ({machine}), {runs_on}, "
+        f"Measured by `{command}` on {row.device_name} ({machine}), {runs_on}, "
         f"torch {row.torch_version}, bnext {row.bnext_version}, Python {row.python_version}, "
         f"commit {commits}, {row.date[:10]}; median of {rounds} rounds, the providers in turn"
-        f"{', each in a process of its own' if apart else ' in one process'}, {how}; {environment or allocator}"
+        f"{', each in a process of its own' if apart else ' in one process'}, {how}; {environment or allocator}."
     )

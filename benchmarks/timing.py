@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
@@ -13,13 +13,7 @@ from benchmarks.suites import COMPILE, SUITES, Case
 from benchmarks.traffic import model_bytes, tensor_bytes
 
 Call = Callable[[], object]
-
-
-class Stopwatch(Protocol):
-    """Times one call by some clock; a timeit.Timer is one."""
-
-    def timeit(self, number: int) -> float:
-        """The seconds that ``number`` calls take."""
+Stopwatch = Any  # times a call by some clock, as timeit.Timer does: timeit(number) takes so many seconds
 
 
 MIN_ROUND_S = 2e-3  # so that the overhead of clock and loop is negligible
@@ -61,15 +55,14 @@ class Budget:
 
     def rounds(self, work: float, round_s: float) -> int:
         """The number of rounds for the next measurement, of which one round takes ``round_s`` seconds."""
-        share = max(self._end - self._clock(), 0.0) * work / max(self._work_left, work)
-        self._work_left -= work
         if self._rounds is not None:
             return self._rounds
+        share = max(self._end - self._clock(), 0.0) * work / max(self._work_left, work)
         fewest = GOOD_ROUNDS if GOOD_ROUNDS * round_s <= GOOD_ROUNDS_S else MIN_ROUNDS
         return min(max(int(share / round_s), fewest), MAX_ROUNDS)
 
-    def skip(self, work: float) -> None:
-        """Count work as done that has no rounds, or is left out."""
+    def done(self, work: float) -> None:
+        """Count work as done, or left out."""
         self._work_left -= work
 
 
@@ -101,7 +94,7 @@ def check_work(case: Case, device: str) -> float:
 
 
 def calibrate(timer: Stopwatch) -> tuple[int, float]:
-    """The number of calls that fill a round, and the seconds they take; warms up on the way."""
+    """The number of calls that fill a round, and the seconds they take; the calls warm up."""
     first = timer.timeit(1)
     if first > 25 * MIN_ROUND_S:  # work that only a first call does is negligible
         return 1, first

@@ -3,10 +3,9 @@
 Models that take turns in one process keep one another's heap from being trimmed: there torch's layers cause no page
 faults, where alone they cause tens of thousands a step.
 
-The peak of memory on a CPU is resident memory, as the system counts it, so it includes what allocators cache. Before it
-is measured, the process returns free memory to the system and resets its high-water mark: the peak excludes that of
-compiling, but includes what the compiler leaves allocated. What was resident before the model was made, the interpreter
-and the libraries, is subtracted. On a GPU the peak is torch's own.
+The peak of memory on a CPU is resident memory, with what allocators cache. Before it is measured, the process returns
+free memory to the system and resets its high-water mark, so the peak excludes that of compiling. What was resident
+before the model was made is subtracted. On a GPU the peak is torch's own.
 """
 
 import ctypes
@@ -57,39 +56,28 @@ class TrainerProcess:
         self._page_faults: list[float] = []
 
     def step(self) -> None:
-        self._ask(time_here, 1)
+        self.ask(time_here, 1)
 
     def prepared(self, operation: str) -> Call:
         return self.step
 
     def results(self) -> dict[str, Tensor]:
-        self.losses = self._ask(losses_here)
+        self.losses = self.ask(losses_here)
         return {"losses": torch.tensor(self.losses)}
 
     def timeit(self, number: int) -> float:
         """The seconds that ``number`` steps take."""
-        seconds, faults = self._ask(time_here, number)
+        seconds, faults = self.ask(time_here, number)
         self._page_faults.append(faults / number)
         return seconds
 
     @property
     def page_faults(self) -> float:
-        """A step's page faults, the median of the timed steps."""
+        """The page faults of a step, the median over the rounds."""
         return statistics.median(self._page_faults)
 
-    def peak(self) -> int:
-        """The peak of memory of a few more steps, in bytes."""
-        return self._ask(peak_here)
-
-    def allocations(self) -> dict[str, float]:
-        """What a step allocates, as fields of a row."""
-        return self._ask(allocations_here)
-
-    def shares(self) -> dict[str, float]:
-        """Where the time of a few more steps goes: shares.step_shares."""
-        return self._ask(shares_here)
-
-    def _ask(self, function: Callable[..., Result], *arguments: object) -> Result:
+    def ask(self, function: Callable[..., Result], *arguments: object) -> Result:
+        """What one of the functions below returns in the process."""
         try:
             result: Result = submit(self._pool, function, *arguments).result(TIMEOUT_S)
             return result
@@ -105,7 +93,7 @@ def trainer_process(case: Case, provider: str, device: str, threads: int) -> Ite
     """
     with process_pool(1, begin, threads, preload=PRELOADED) as pool:
         process = TrainerProcess(pool)
-        process._ask(make_here, case, provider, device)
+        process.ask(make_here, case, provider, device)
         yield process
 
 
@@ -140,6 +128,7 @@ def time_here(number: int) -> tuple[float, int]:
 
 
 def peak_here() -> int:
+    """The peak of memory of a few more steps, in bytes."""
     on_gpu = torch.cuda.is_initialized()
     for _ in range(WARM_STEPS):
         _trainer.step()
@@ -153,18 +142,18 @@ def peak_here() -> int:
 
 
 def allocations_here() -> dict[str, float]:
-    """The peak grows linearly with the batch, so a batch twice as large shows what an image takes."""
+    """What a step allocates, as fields of a row.
+
+    The peak grows linearly with the batch, so a batch twice as large shows what an image takes.
+    """
     found = []
     for trainer in (_trainer, _trainer.twice_as_large()):
         for _ in range(WARM_STEPS):
             trainer.step()
-        found.append((allocated(trainer.forward).held, allocated(trainer.step).peak, trainer.images))
-    (held, peak, images), (_, larger_peak, more_images) = found
-    return {
-        "held_bytes": held,
-        "allocated_bytes": peak,
-        "image_bytes": (larger_peak - peak) / (more_images - images),
-    }
+        found.append((allocated(trainer.forward).held, allocated(trainer.step).peak))
+    (held, peak), (_, larger_peak) = found
+    image = (larger_peak - peak) / len(_trainer.input)
+    return {"held_bytes": held, "allocated_bytes": peak, "image_bytes": image}
 
 
 def shares_here() -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import cache, cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +26,11 @@ class Trainer:
 
     def __init__(self, case: Case, model: Built, device: str, learning_rate: float = LEARNING_RATE) -> None:
         self.losses: tuple[float, ...] = ()
-        self._case = case
-        self._model = model
-        self._device = device
+        self._case, self._model, self._device = case, model, device
         parameters = list(model.module.parameters())
         self._optimizer = torch.optim.SGD(parameters, lr=learning_rate, momentum=MOMENTUM)
-        self._input = make_data(case, device, case.shape).to(parameters[0].dtype)
+        self.input = make_data(case, device, case.shape).to(parameters[0].dtype)
         self._target: Tensor | None = None
-
-    @property
-    def images(self) -> int:
-        return len(self._input)
 
     def twice_as_large(self) -> "Trainer":
         """The same model in training on a batch twice as large."""
@@ -45,7 +39,7 @@ class Trainer:
 
     def forward(self) -> Tensor:
         """Returns the loss, with its graph."""
-        return self._loss(self._model(self._input))
+        return self._loss(self._model(self.input))
 
     def step(self) -> Tensor:
         """Returns the loss before the update; it stays on the device."""
@@ -63,7 +57,7 @@ class Trainer:
         module = self._model.module
         module.eval()
         with torch.no_grad(), self._model.autocast():
-            loss = self._loss(module.forward(self._input))
+            loss = self._loss(module.forward(self.input))
         module.train()
         return loss
 
@@ -107,7 +101,7 @@ def make_trainer(case: Case, provider: str, model: nn.Module, device: str) -> Tr
 class Calls:
     """A model whose input requires a gradient, as in the middle of a network.
 
-    Input and gradient are rounded to the case's dtype, in whatever dtype the model computes.
+    Input and gradient are rounded to the case's dtype, whatever dtype the model computes in.
     """
 
     losses: tuple[float, ...] = ()
@@ -132,7 +126,7 @@ class Calls:
         return self._model(self._input)
 
     def prepared(self, operation: str) -> Call:
-        """The call of an operation; it sets the model's mode, so make the call before another operation is prepared."""
+        """The call of an operation. This sets the model's mode, until another operation is prepared."""
         training = operation == "forward_backward"
         self._model.module.train(training)
         return self.forward_backward if training else self.evaluate
@@ -150,20 +144,8 @@ class Calls:
         return {**found, "eval output": self.evaluate()}
 
 
-class Made(Protocol):
-    """A provider of a case, ready to run: a Trainer, here or in a process of its own, or Calls."""
-
-    losses: tuple[float, ...]
-
-    def results(self) -> dict[str, Tensor]:
-        """The results to check, by name."""
-
-    def prepared(self, operation: str) -> Call:
-        """The call to time."""
-
-
 class ModelChecker:
-    """Makes the providers of one case, and knows their right results."""
+    """Makes the providers of one case, each a Trainer, here or in a process of its own, or Calls, and checks them."""
 
     def __init__(self, case: Case, device: str) -> None:
         self._case = case
@@ -177,10 +159,10 @@ class ModelChecker:
     def _model(self) -> nn.Module:
         return make_model(self._case, self._device)
 
-    def make(self, provider: str) -> Made:
+    def make(self, provider: str) -> Any:
         return self._torch if provider == TORCH else self._make(provider)
 
-    def _make(self, provider: str) -> Made:
+    def _make(self, provider: str) -> Any:
         if STEP in self._case.operations:
             return make_trainer(self._case, provider, self._model, self._device)
         built = build(self._case, provider, self._model, self._device)
@@ -189,8 +171,9 @@ class ModelChecker:
     def check(self, provider: str, made: Any) -> None:
         """Train or call it; raise MismatchError at the first wrong result.
 
-        Models without batch norm are only run, as are checkpointed ones: torch's checkpoints update the running
-        statistics twice a batch."""
+        Models without batch norm are only run, and checkpointed ones: torch's checkpoints update running statistics
+        twice a batch.
+        """
         if provider in (WITHOUT, CHECKPOINT):
             made.step()
         elif provider != TORCH:

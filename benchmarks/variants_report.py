@@ -9,7 +9,6 @@ from benchmarks.rows import Row
 from benchmarks.suites import BNEXT, BNEXT_BY_HAND, TORCH_BY_HAND, WHOLE
 from benchmarks.tables import (
     Sheet,
-    command,
     foldable,
     how_measured,
     markdown,
@@ -84,4 +83,4 @@ def block(rows: Sequence[Row]) -> str:
         "measurements are within them.",
         foldable(single_lines(table), "Every measurement, in brackets the 20th and 80th percentile of the rounds"),
     ]
-    return "\n\n".join([*parts, f"Measured by `{command(rows)}` on {how_measured(rows)}."])
+    return "\n\n".join([*parts, how_measured(rows)])

@@ -1,4 +1,4 @@
-"""Rows of an imagined run, with times that are easy to compute with."""
+"""Rows of runs that never took place, with times that are easy to compute with."""
 
 from dataclasses import replace
 from typing import Any
@@ -51,7 +51,7 @@ def rows_of(torch_s: float, bnext_s: float, copy_s: float, others: Any = None, *
 
 
 def imagined_run() -> list[Row]:
-    """Two shapes over 32 MB (speed-ups 8 and 2), one below, and one (N,C) tensor in both operations."""
+    """Two shapes over 32 MB (speed-ups 8 and 2), one below, and one (N,C) tensor in two operations."""
     return [
         *rows_of(8.0, 1.0, 0.5),
         *rows_of(2.0, 1.0, 0.5, shape=(32, 256, 56, 56)),
@@ -79,49 +79,25 @@ def imagined_gpu_run() -> list[Row]:
     ]
 
 
-def imagined_fused_run() -> list[Row]:
-    """A CPU's: a large tensor with a residual that passes the bars, one without that misses both, a small one."""
-
-    def measured(torch_s: float, bnext_s: float, compile_s: float | None, **changes: Any) -> list[Row]:
-        fields = {"suite": "fused", "act": "relu", "residual": True, "shape": (32, 256, 56, 56), **changes}
-        return rows_of(torch_s, bnext_s, 0.5, {"torch-compile": compile_s} if compile_s else {}, **fields)
-
-    size = 4 * 32 * 256 * 56 * 56
-    held = {"torch": (size, 0), "bnext": (0, size // 32)}  # the result itself; a bit an element
-    large = measured(2.0, 1.0, 4.0)
-    for index, row in enumerate(large):
-        if row.provider in held:
-            result, more = held[row.provider]
-            large[index] = replace(row, held_arguments_bytes=size, held_result_bytes=result, held_bytes=more)
-    both: dict[str, Any] = {"op": "forward_backward"}
-    without: dict[str, Any] = {**both, "residual": False, "shape": (32, 64, 112, 112)}
-    small: dict[str, Any] = {**both, "residual": False, "shape": (8, 64, 14, 14)}
-    return [
-        *large,
-        *measured(3.0, 1.0, 8.0, **both),
-        *measured(2.9, 1.0, 7.9, **without),
-        *measured(1.0, 1.25, None, **small),
-        *measured(1.0, 1.0, None, **{**small, "act": "silu"}),
-    ]
-
-
 def imagined_fused_gpu_run(torch_s: float = 2.0, compile_s: float = 1.3) -> list[Row]:
-    """Of ResNet-50's layers a BN+ReLU and a BN+add+ReLU, bnext taking a second; and what is not part of the mean."""
+    """A BN+ReLU and a BN+add+ReLU of ResNet-50, on which bnext takes a second; and slow rows outside of the mean."""
     listed: dict[str, Any] = {"suite": "fused-256", "op": "forward_backward", "layout": "channels_last", "act": "relu"}
-    shapes = {False: (256, 64, 112, 112), True: (256, 256, 56, 56)}
     providers = {"torch-no-cudnn": 2 * torch_s, "torch-compile": compile_s}
-    rows = []
-    for residual, shape in shapes.items():
-        rows += on_gpu(torch_s, 1.0, 0.5, providers, **listed, residual=residual, shape=shape)
-    others = ({"act": "silu"}, {"layout": "contiguous"}, {"dtype": "float32"}, {"op": "forward"}, {"mode": "eager"})
+    rows = [
+        *on_gpu(torch_s, 1.0, 0.5, providers, **listed, shape=(256, 64, 112, 112)),
+        *on_gpu(torch_s, 1.0, 0.5, providers, **listed, shape=(256, 256, 56, 56), residual=True),
+    ]
+    others: tuple[dict[str, Any], ...] = (
+        *({"act": "silu"}, {"layout": "contiguous"}, {"dtype": "float32"}, {"op": "forward"}, {"mode": "eager"}),
+        {"shape": (8, 64, 14, 14)},
+    )
     for other in others:
-        fields = {**listed, "shape": (256, 128, 28, 28), **other}
-        rows += on_gpu(0.5, 1.0, 0.5, {"torch-no-cudnn": 9.0}, **fields)
-    return [*rows, *on_gpu(0.5, 1.0, 0.5, {}, **{**listed, "shape": (8, 64, 14, 14)})]
+        rows += on_gpu(0.5, 1.0, 0.5, {}, **{**listed, "shape": (256, 128, 28, 28), **other})
+    return rows
 
 
 def trained(torch_s: float, seconds: dict[str, float], **changes: Any) -> list[Row]:
-    """A model in training: one row per provider."""
+    """A model in training."""
     fields = {"suite": "training", "model": "resnet50", "op": "step", "shape": (8, 3, 64, 64)}
     fields |= {"bytes": 0, "peak_bytes": 500_000_000, "losses": (7.0, 6.0, 5.0, 6.5), **changes}
     return [row(name, median_s, **fields) for name, median_s in {"torch": torch_s, **seconds}.items()]
@@ -140,22 +116,14 @@ def costed(model: str, torch_s: float, bnext_s: float, fused_s: float, without_s
 
 
 def remembered(**changes: Any) -> list[Row]:
-    """A step that holds half of torch's memory, and one that holds less, in more time; 10 MB an image."""
-    held = {"torch": (0.4, 100, 120), "bnext-recompute": (0.2, 50, 70), "torch-checkpoint": (0.5, 40, 70)}
-    return [
-        replace(
-            trained(seconds, {}, suite="memory", model="timm/vovnet39a", **changes)[0],
-            provider=name,
-            held_bytes=kept * 1_000_000,
-            allocated_bytes=peak * 1_000_000,
-            image_bytes=1e7,
-        )
-        for name, (seconds, kept, peak) in held.items()
-    ]
+    """A step that holds half of torch's memory, and one that holds less, in more time."""
+    rows = trained(0.4, {"bnext-recompute": 0.2, "torch-checkpoint": 0.5}, model="timm/vovnet39a", **changes)
+    held = (100, 50, 40)
+    return [replace(row, held_bytes=bytes, image_bytes=1.0) for row, bytes in zip(rows, held, strict=True)]
 
 
 def imagined_costs(**changes: Any) -> list[Row]:
-    """Half of the cost gone, and fused all of it; a quarter, and fused less than nothing; no cost at all."""
+    """bnext saves a half of the cost, and fused all of it; a quarter, and fused less than nothing; there is no cost."""
     resnet = costed("resnet20", 0.4, 0.35, 0.3, 0.3, **changes)
     compiled = [replace(row, provider=f"{row.provider}-compile", median_s=row.median_s / 2) for row in resnet[:2]]
     unet = costed("unet", 0.4, 0.375, 0.44, 0.3, **changes)

@@ -1,4 +1,4 @@
-"""When a result is right: what passes, what does not, and what is said of it."""
+"""The check of a batch norm's results: right ones pass, and a wrong one is named."""
 
 from collections.abc import Callable
 from typing import Any
@@ -40,7 +40,7 @@ def last(tensor: Tensor, factor: float) -> Tensor:
 
 
 def with_gradient(tensor: Tensor, factor: float) -> Tensor:
-    """The tensor, whose last element's gradient is a multiple of what it should be."""
+    """The tensor with a wrong gradient: that of its last element is multiplied by the factor."""
     factors = last(tensor, factor)
     return tensor * factors - (tensor * (factors - 1)).detach()
 
@@ -49,7 +49,7 @@ def replaced(arguments: tuple[Any, ...], index: int, argument: Any) -> tuple[Any
     return (*arguments[:index], argument, *arguments[index + 1 :])
 
 
-# What of a function is spoilt, in one element each, and how.
+# Batch norms with one wrong element of a result, by the name of that result.
 WRONG: dict[str, Callable[[Function, tuple[Any, ...]], Tensor]] = {
     "output": lambda right, a: right(*a) + last(a[0], 1.1) - 1,
     "output (NaN)": lambda right, a: right(*a) * last(a[0], torch.nan),
@@ -71,7 +71,7 @@ def test_one_wrong_element_is_named(name: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_float64_is_not_computed_in_float32() -> None:
+def test_float64_computed_in_float32_is_wrong() -> None:
     with pytest.raises(MismatchError, match="output of bnext"):
         check(case_of(PLAIN, "float64"), lambda *arguments: eager(PLAIN)(*arguments).float().double())
 
@@ -91,7 +91,7 @@ def test_only_elements_near_a_kink_get_no_gradient(act: str, kinks: list[float])
     ("error", "torchs", "right"),
     [(3e-4, 1e-4, True), (3e-4, 0.0, True), (5e-4, 1e-4, False), (3e-2, 1e-2, True), (torch.nan, 1.0, False)],
 )
-def test_as_close_is_a_few_times_what_torch_is_off(error: float, torchs: float, right: bool) -> None:
+def test_an_error_may_be_a_few_times_torchs(error: float, torchs: float, right: bool) -> None:
     expected = {"it": torch.ones(10, dtype=torch.float64)}
     actual, torch_actual = ({"it": torch.full((10,), 1 + off)} for off in (error, torchs))
     if right:
@@ -109,6 +109,6 @@ def test_as_close_is_a_few_times_what_torch_is_off(error: float, torchs: float, 
         (torch.ones(2, 3, 4, 4).contiguous(memory_format=torch.channels_last), "has strides"),
     ],
 )
-def test_results_of_another_kind_are_named(result: Tensor, message: str) -> None:
+def test_a_wrong_dtype_shape_or_layout_is_named(result: Tensor, message: str) -> None:
     with pytest.raises(MismatchError, match=message):
         require_kind("it", result, torch.ones(2, 3, 4, 4))

@@ -1,8 +1,5 @@
-"""What a step holds, counted, and torch's checkpoints that hold less."""
+"""The memory that a step holds, and torch's checkpoints that hold less."""
 
-import gc
-
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -13,14 +10,7 @@ from benchmarks.networks import Bottleneck, ResNet20
 MB = 1_000_000
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _few_objects_to_collect() -> None:
-    """What other tests left in the process stays, and need not be looked through at every measurement."""
-    gc.collect()
-    gc.freeze()
-
-
-def test_what_a_result_keeps_alive_and_the_most_at_any_time() -> None:
+def test_held_is_what_the_result_keeps_alive_and_peak_the_most_at_any_time() -> None:
     def call() -> Tensor:
         first = torch.zeros(2 * MB, dtype=torch.uint8)
         second = torch.zeros(6 * MB, dtype=torch.uint8)
@@ -30,8 +20,8 @@ def test_what_a_result_keeps_alive_and_the_most_at_any_time() -> None:
     assert allocated(call) == Allocated(held=MB, peak=8 * MB)
 
 
-def test_outputs_in_memory_of_bnexts_own_count() -> None:
-    for pixels in (64, 256, 2048):  # malloc's, a piece of a block, a block
+def test_outputs_of_bnexts_own_allocators_count() -> None:
+    for pixels in (64, 256, 2048):  # from malloc, a part of a huge page, whole huge pages
         x = torch.randn(1, 4, pixels, pixels)
         found = allocated(lambda x=x: bnext.functional.batch_norm(x, None, None, training=True))
         assert x.nbytes <= found.held < x.nbytes + 1000
@@ -55,12 +45,12 @@ def test_a_checkpointed_copy_holds_less_and_has_the_same_gradients() -> None:
         torch.testing.assert_close(its.grad, mine.grad)
 
 
-def test_no_more_blocks_are_checkpointed_than_it_takes() -> None:
+def test_as_few_blocks_as_possible_are_checkpointed() -> None:
     model, x = ResNet20(), torch.randn(4, 3, 16, 16)
     blocks = blocks_of(model)
     held = {count: held_by(checkpointed(model, blocks[:count]), x) for count in (1, 3, 4, len(blocks))}
     assert list(held.values()) == sorted(held.values(), reverse=True)
     for limit, count in ((held[1], 1), (held[3], 3), (held[3] - 1, 4), (0, len(blocks))):
         found = checkpointed_to(model, x, limit)
-        assert torch.equal(found.bn1.running_mean, torch.zeros(16)), "nothing was counted"
+        assert torch.equal(found.bn1.running_mean, torch.zeros(16)), "the search ran on other copies"
         assert held_by(found, x) == held[count]

@@ -1,6 +1,4 @@
-"""Whole models: the networks, what is built of them, and when what they compute is right."""
-
-from importlib.util import find_spec
+"""Whole models: the networks, a provider's model, and the check of its results."""
 
 import pytest
 import torch
@@ -9,9 +7,9 @@ from torch import nn
 
 from benchmarks import models, networks
 from benchmarks.correctness import MismatchError
-from benchmarks.networks import ResNet50
 from benchmarks.suites import SUITES, WITHOUT, Case, select_cases
-from benchmarks.training import ModelChecker, Trainer, make_target
+from benchmarks.training import ModelChecker, make_target
+from benchmarks.walk import norm_shapes
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -29,31 +27,25 @@ def test_a_wrong_call_is_named(dtype: str, monkeypatch: pytest.MonkeyPatch) -> N
         checker.check("bnext", checker.make("bnext"))
 
 
-def trainer_of(checker: ModelChecker, provider: str) -> Trainer:
-    made = checker.make(provider)
-    assert isinstance(made, Trainer)
-    return made
-
-
 def test_bfloat16_is_autocast() -> None:
     checker = ModelChecker(case_of("training", "bfloat16"), "cpu")
-    trainer = trainer_of(checker, "bnext-fused")
+    trainer = checker.make("bnext-fused")
     checker.check("bnext-fused", trainer)
     assert {parameter.dtype for parameter in trainer._model.module.parameters()} == {torch.float32}
-    assert trainer._model(trainer._input).dtype == torch.bfloat16
+    assert trainer._model(trainer.input).dtype == torch.bfloat16
     assert trainer.step().dtype == torch.float32
 
 
-def test_what_is_dropped_at_random_is_the_same_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_is_the_same_for_all_providers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(models.MODELS, "tiny", lambda shape: nn.Sequential(classifier(shape), nn.Dropout(0.5)))
     checker = ModelChecker(case_of("models"), "cpu")
-    ours, fused = (trainer_of(checker, provider).results()["losses"] for provider in ("bnext", "bnext-fused"))
+    ours, fused = (checker.make(provider).results()["losses"] for provider in ("bnext", "bnext-fused"))
     torch.testing.assert_close(ours, fused, rtol=1e-3, atol=0)
 
 
 def test_without_batch_norm_a_step_leaves_the_parameters() -> None:
-    """They are not on their way to inf while steps are timed; gradients there are."""
-    trainer = trainer_of(ModelChecker(case_of("models"), "cpu"), WITHOUT)
+    """Without batch norm some models diverge to inf while their steps are timed, so the learning rate is 0."""
+    trainer = ModelChecker(case_of("models"), "cpu").make(WITHOUT)
     module = trainer._model.module
     before = [parameter.clone() for parameter in module.parameters()]
     assert trainer.step() == trainer.step()
@@ -61,20 +53,15 @@ def test_without_batch_norm_a_step_leaves_the_parameters() -> None:
     assert all(parameter.grad.abs().max() > 0 for parameter in module.parameters())
 
 
-class Activated(nn.BatchNorm2d):
-    """As timm's BatchNormAct2d."""
-
-    act = nn.ReLU()
-
-
-def test_what_is_removed_is_batch_norm_and_not_its_activation() -> None:
-    model = nn.Sequential(nn.Sequential(nn.BatchNorm2d(3), nn.Sigmoid()), Activated(3))
+def test_batch_norm_is_removed_and_its_activation_stays() -> None:
+    activated = nn.BatchNorm2d(3)
+    activated.act = nn.ReLU()  # as in timm's BatchNormAct2d
+    model = nn.Sequential(nn.Sequential(nn.BatchNorm2d(3), nn.Sigmoid()), activated)
     models.remove_batch_norms(model)
-    left = [type(module) for module in model.modules() if not list(module.children())]
-    assert left == [nn.Identity, nn.Sigmoid, nn.ReLU]
+    assert [type(module) for module in (*model[0], model[1])] == [nn.Identity, nn.Sigmoid, nn.ReLU]
 
 
-def test_targets_are_classes_of_samples_or_pixels_or_yes_and_no() -> None:
+def test_targets_are_classes_of_samples_or_of_pixels_or_binary() -> None:
     for shape, target, values in (((64, 5), (64,), 5), ((2, 3, 8, 8), (2, 8, 8), 3), ((64, 1, 1, 1), (64, 1, 1), 2)):
         found = make_target(torch.zeros(shape))
         assert found.shape == target
@@ -83,10 +70,10 @@ def test_targets_are_classes_of_samples_or_pixels_or_yes_and_no() -> None:
 
 @pytest.mark.parametrize(
     ("network", "parameters"),
-    # As the papers count them, or PyTorch's example of a DCGAN.
-    [(ResNet50, 25_557_032), (networks.ResNet20, 269_722), (networks.discriminator, 2_765_568)],
+    # The numbers of the papers, and of PyTorch's example of a DCGAN.
+    [(networks.ResNet50, 25_557_032), (networks.ResNet20, 269_722), (networks.discriminator, 2_765_568)],
 )
-def test_networks_are_of_the_size_that_is_known(network: type[nn.Module], parameters: int) -> None:
+def test_networks_have_the_published_number_of_parameters(network: type[nn.Module], parameters: int) -> None:
     assert sum(p.numel() for p in network().parameters()) == parameters
 
 
@@ -101,31 +88,14 @@ def test_every_parameter_of_a_network_learns(name: str, shape: tuple[int, ...]) 
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-def test_resnet50_has_the_batch_norms_of_its_suite_and_the_strides_of_version_1_5() -> None:
-    seen: list[tuple[int, ...]] = []
-    with torch.device("meta"):  # shapes are computed and no values
-        model = ResNet50()
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
-        assert model(torch.empty(32, 3, 224, 224)).shape == (32, 1000)
-    assert len(seen) == 53
-    assert set(seen) == {input.shape for input in SUITES["cpu"]["resnet50"].inputs}
-    strided = [block for block in model.blocks if block.conv2.stride == (2, 2)]
+def test_the_suite_resnet50_has_the_batch_norms_of_the_network() -> None:
+    case = Case("training", (32, 3, 224, 224), "float32", "contiguous", model="resnet50")
+    assert set(norm_shapes(case)) == {input.shape for input in SUITES["cpu"]["resnet50"].inputs}
+
+
+def test_resnet50_has_the_strides_of_version_1_5_and_its_blocks_begin_as_their_shortcuts() -> None:
+    blocks = networks.ResNet50(num_classes=2).blocks
+    strided = [block for block in blocks if block.conv2.stride == (2, 2)]
     assert len(strided) == 3
     assert all(block.conv1.stride == (1, 1) and block.shortcut[0].stride == (2, 2) for block in strided)
-
-
-def test_a_block_of_resnet50_begins_as_its_shortcut() -> None:
-    assert not any(block.bn3.weight.any() for block in ResNet50(num_classes=2).blocks)
-
-
-@pytest.mark.parametrize(("package", "name"), [("torchvision", "shufflenet_v2_x0_5"), ("timm", "regnetx_002")])
-def test_models_of_packages_are_made_beside_any_torch(package: str, name: str) -> None:
-    if not find_spec("torchvision") or not find_spec(package):
-        pytest.skip(f"{package} is not installed")
-    model = models.make_packaged(package, name)
-    assert sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()) > 20
-    models.remove_batch_norms(model)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
+    assert not any(block.bn3.weight.any() for block in blocks)

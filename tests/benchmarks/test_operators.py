@@ -1,4 +1,4 @@
-"""What one call is: each provider's expression, what its graph holds, and the floor."""
+"""One call of a batch norm: each provider's expression, the memory of its graph, and the copy of the same bytes."""
 
 import weakref
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import operators
 from benchmarks.cuda.measure import copy_call, make_sets
@@ -45,8 +45,8 @@ def test_the_floors_move_the_bytes_of_the_model(operation: str) -> None:
     tensors = make_tensors(case)
     found = floor_call(operation, tensors)()
     targets: Any = found if isinstance(found, tuple) else (found,)
-    assert all(bool(target.any()) for target in targets), "something was moved"
-    # An addition, which is what a forward and an evaluation with a residual begin with, reads twice what it writes.
+    assert all(bool(target.any()) for target in targets), "the outputs were written"
+    # With a residual, forward and evaluation begin with an addition, which reads twice the bytes that it writes.
     additions = 0 if operation == "backward" else tensors.input.nbytes
     assert 2 * sum(target.nbytes for target in targets) + additions == moved
     for copied in (case, case_of(PLAIN, (3, 3), dtype="bfloat16")):
@@ -65,31 +65,19 @@ def test_sets_have_their_own_data_and_layout() -> None:
     assert not any(torch.equal(a, b) for i, a in enumerate(data) for b in data[:i])
 
 
-class Operators(TorchDispatchMode):
-    """The names of what is called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.called: list[str] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.called.append(function.overloadpacket.__name__)
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
     ("epilogue", "called"),
     [(BN_RELU, ["relu_"]), (BN_ADD_RELU, ["add_", "relu_"]), (Epilogue("silu"), ["silu"])],
     ids=str,
 )
-def test_torch_is_as_a_user_writes_it(epilogue: Epilogue, called: list[str]) -> None:
-    """In place, where that saves memory and not costs a copy; and all mean the same."""
+def test_torch_is_written_as_users_write_it(epilogue: Epilogue, called: list[str]) -> None:
+    """Operators are in place where that saves memory and costs no copy; all providers compute the same."""
     t = make_tensors(case_of(epilogue))
     arguments = (t.input, None, None, t.weight, t.bias, *t.residual, True, 0.1, 1e-5)
-    with Operators() as log:
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
         eager(epilogue)(*arguments)
-    known = {"clone", *(f"{name}{ending}" for name in ("add", *operators.ACTIVATIONS) for ending in ("", "_"))}
-    assert [name for name in log.called if name in known] == called
+    names = [event.name.removeprefix("aten::") for event in profiled.events()]
+    assert [name for name in names if name.rstrip("_") in ("clone", "add", *operators.ACTIVATIONS)] == called
     normalised = functional.batch_norm(t.input, None, None, t.weight, t.bias, True)
     expected = operators.ACTIVATIONS[epilogue.act](sum(t.residual, normalised))
     for function in (*functions(epilogue).values(), out_of_place(epilogue)):
@@ -97,8 +85,8 @@ def test_torch_is_as_a_user_writes_it(epilogue: Epilogue, called: list[str]) -> 
     assert eager(PLAIN) is functional.batch_norm
 
 
-def test_a_compiled_backward_can_be_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A function of which a tensor is saved that is neither argument nor result: its memory could be used again."""
+def test_a_compiled_backward_can_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The function saves a tensor that is neither argument nor result, whose memory a compiler may reuse."""
 
     def function(input: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, *_: object) -> Tensor:
         return input.sigmoid() * weight[:, None, None] + bias[:, None, None]
@@ -107,7 +95,7 @@ def test_a_compiled_backward_can_be_asked_again(monkeypatch: pytest.MonkeyPatch)
     tensors = make_tensors(case_of(PLAIN))
     batch_norm = operators.compiled(backend="aot_eager")
     expected = provider_call("backward", function, tensors)()
-    # The backward is compiled when it is first run, as if there were no other: so it is found in torch's cache, too.
+    # A first backward without retain_graph puts code into torch's cache that may reuse the memory of saved tensors.
     output = operators.forward(batch_norm, tensors, tensors.running_mean, tensors.running_var)
     torch.autograd.grad(output, tensors.leaves, tensors.grad_output)
     call = provider_call("backward", batch_norm, tensors)
@@ -139,11 +127,11 @@ def test_a_storage_is_counted_once_and_only_while_the_graph_is_there() -> None:
 
 
 class Probe:
-    """Lives as long as the node that it is put on."""
+    """Attached to a node of a graph, it lives as long as the node."""
 
 
 def test_nothing_is_held_afterwards() -> None:
-    """A node that saves its own result, as that of a ReLU does, was kept alive by the hooks."""
+    """The hooks once kept nodes alive that save their own result, as a ReLU's does."""
     probes: list[weakref.ref[Probe]] = []
 
     def function(input: Tensor, *_: Any) -> Tensor:

@@ -1,15 +1,15 @@
-"""What is drawn beside results and for the README, whose committed pictures are small enough."""
+"""The pictures beside results and of the README."""
 
 from pathlib import Path
 
 import pytest
 from canned import (
     imagined_costs,
-    imagined_fused_run,
     imagined_gpu_run,
     imagined_run,
     imagined_training,
     remembered,
+    row,
     rows_of,
 )
 from matplotlib.colors import to_hex
@@ -42,10 +42,19 @@ def test_memory_has_a_panel_of_what_is_held_and_one_of_time() -> None:
     assert figure
     held, time = figure.axes
     assert [label.get_text() for label in held.get_yticklabels()] == ["vovnet39a"]
-    for panel, widths in ((held, [0.5, 0.4]), (time, [0.5, 1.25])):
-        found = [bar for bar in panel.patches if bar.get_width() == bar.get_width()]
-        assert [bar.get_width() for bar in found] == pytest.approx(widths)
-        assert [to_hex(bar.get_facecolor()) for bar in found] == [BLUE, ORANGE]
+    for panel, ratios in ((held, [0.5, 0.4]), (time, [0.5, 1.25])):
+        assert [1 + bar.get_width() for bar in panel.patches] == pytest.approx(ratios)
+        assert [to_hex(bar.get_facecolor()) for bar in panel.patches] == [BLUE, ORANGE]
+
+
+def test_variants_have_a_mark_at_bnexts_bar() -> None:
+    seconds = {"plain": 2.0, "bnext": 2.4, "bnext-by-hand": 12.0, "torch-by-hand": 16.0}
+    figure = draw([row(name, each, suite="variants", variant="lengths") for name, each in seconds.items()])
+    assert figure
+    (panel,) = figure.axes
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["lengths, contiguous"]
+    assert [1 + bar.get_width() for bar in panel.patches] == pytest.approx([1.2, 6.0, 8.0])
+    assert panel.lines[0].get_xdata()[0] == 1.25
 
 
 def test_operators_have_a_bar_a_group_and_size() -> None:
@@ -58,14 +67,14 @@ def test_operators_have_a_bar_a_group_and_size() -> None:
 
 
 def test_beside_a_file_all_operations_are_drawn_and_of_a_gpu_its_own_time() -> None:
-    figure = draw([*imagined_gpu_run(), *imagined_fused_run()])
+    figure = draw(imagined_gpu_run())
     assert figure
     assert [axes.get_title() for axes in figure.axes] == ["forward", "backward", "eval"]
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert names == ["bfloat16, contiguous, graph"]
 
 
-def test_accuracy_has_the_worst_of_each_case_and_an_end_for_what_is_beyond() -> None:
+def test_accuracy_has_the_worst_error_of_each_case_and_labels_errors_beyond_the_scale() -> None:
     results = imagined(
         result(1e-7, 2e-3),
         result(2e-7, 1e-3, path="channels_last"),
@@ -81,7 +90,7 @@ def test_accuracy_has_the_worst_of_each_case_and_an_end_for_what_is_beyond() -> 
     assert [text.get_text() for text in grad_input.texts] == ["NaN or inf"]
 
 
-def test_command_draws_what_there_are_results_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_draws_a_picture_for_each_kind_of_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results, output = tmp_path / "results", tmp_path / "new" / "pictures"
     results.mkdir()
     save_rows(results / "a.json", imagined_run())
@@ -97,7 +106,7 @@ def test_command_draws_what_there_are_results_of(tmp_path: Path, capsys: pytest.
     assert "two files for operators.png" in capsys.readouterr().err
 
 
-def test_there_is_a_committed_picture_of_all_that_can_be_drawn() -> None:
+def test_every_picture_is_committed() -> None:
     files = {path.name: path for path in (DOCUMENT.parent / "pictures").glob("*.png")}
     assert set(files) == {"tuning.png", "tuning-range.png", *(name for name, _ in drawn(RESULTS))}
     for name, file in files.items():

@@ -1,37 +1,27 @@
-"""What ``python -m benchmarks report`` makes of batch norms: file, means, bars, tables of imagined runs.
+"""The files of rows, and the report on batch norms of imagined runs: bars, and what a GPU's tables say.
 
-The tables of a CPU are those of docs/benchmarks.md, which test_document.py compares with the committed results.
+test_document.py compares a CPU's tables with the committed results, among them files without the fields of today.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
-from canned import imagined_costs, imagined_fused_gpu_run, imagined_fused_run, imagined_gpu_run, imagined_run, on_gpu
+from canned import imagined_costs, imagined_fused_gpu_run, imagined_gpu_run, imagined_run, on_gpu
 
 from benchmarks.__main__ import main
-from benchmarks.acceptance import mean_verdicts, summary, verdicts
+from benchmarks.acceptance import mean_verdicts, verdicts
 from benchmarks.report import block, compare
 from benchmarks.rows import Row, load_rows, save_rows, write_atomically
-from benchmarks.tables import spread
-
-NEWER = {"mode": "clock", "note": "", "act": "", "residual": False, "held_bytes": None, "model": "", "losses": ()}
 
 
-@pytest.mark.parametrize("rows", [imagined_gpu_run(), imagined_fused_run(), imagined_costs()], ids=len)
-def test_rows_survive_the_file_and_older_ones_get_defaults(rows: list[Row], tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [imagined_gpu_run(), imagined_costs()], ids=len)
+def test_rows_survive_the_file(rows: list[Row], tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     save_rows(path, rows)
     assert load_rows(path) == rows
-    content = json.loads(path.read_text())
-    assert rows[0].device in content["common"].values()
-    for name in NEWER:
-        content["common"].pop(name, None)
-        content["rows"][0].pop(name, None)
-    path.write_text(json.dumps(content))
-    assert {name: getattr(load_rows(path)[0], name) for name in NEWER} == NEWER
+    assert rows[0].device in json.loads(path.read_text())["common"].values()
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", "[1]", '[{"shape": [4, 8]}]', '{"numerics": []}'])
@@ -47,26 +37,14 @@ def test_foreign_or_missing_file_is_one_line_and_status_2(
     assert error.count("\n") == 1
 
 
-def test_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "kept"
     path.write_text("old")
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "replace", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.delattr(Path, "replace")  # the write fails before the new file takes the old one's place
+    with pytest.raises(AttributeError):
         write_atomically(path, b"new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_table_keeps_the_order_of_lines_and_columns_and_its_values() -> None:
-    rows = [("b", "2", "torch"), ("b", "2", "bnext"), ("a", "3", "torch"), ("a", "1", "bnext")]
-    table = spread(pd.Series(range(4), pd.MultiIndex.from_tuples(rows)))
-    assert list(table.columns) == ["torch", "bnext"]
-    assert list(table.index) == [("b", "2"), ("a", "3"), ("a", "1")]
-    assert table.fillna(-1).to_numpy().tolist() == [[0, 1], [2, -1], [-1, 3]]
 
 
 # The bars.
@@ -79,7 +57,7 @@ def passes(bnext_s: float, torch_s: float = 9.0, others: Any = None, **changes: 
 
 
 @pytest.mark.parametrize(("op", "limit"), [("forward", 1.6), ("eval", 1.25), ("backward", 1.6)])
-def test_the_bar_against_the_copy_is_the_operations(op: str, limit: float) -> None:
+def test_each_operation_has_its_bar_against_the_copy(op: str, limit: float) -> None:
     assert passes(limit, op=op) == {"copy": True, "torch": True}
     assert passes(limit + 0.01, op=op) == {"copy": False, "torch": True}
 
@@ -87,11 +65,11 @@ def test_the_bar_against_the_copy_is_the_operations(op: str, limit: float) -> No
 @pytest.mark.parametrize(
     "changes", [{"suite": "resnet50-32"}, {"dtype": "float32"}, {"mode": "eager"}, {"op": "forward_backward"}]
 )
-def test_elsewhere_there_is_only_the_bar_against_torch(changes: dict[str, Any]) -> None:
+def test_other_tensors_have_only_the_bar_against_torch(changes: dict[str, Any]) -> None:
     assert passes(5.0, **changes) == {"torch": True}
 
 
-def test_torch_is_the_faster_of_with_and_without_cudnn_but_not_the_compiled_one() -> None:
+def test_torch_is_the_faster_of_with_and_without_cudnn_and_not_the_compiled_one() -> None:
     assert passes(1.0, torch_s=1.0)["torch"]
     assert not passes(1.01, torch_s=1.0)["torch"]
     assert not passes(1.01, torch_s=2.0, others={"torch-no-cudnn": 1.0})["torch"]
@@ -99,19 +77,14 @@ def test_torch_is_the_faster_of_with_and_without_cudnn_but_not_the_compiled_one(
 
 
 def test_a_cpu_has_bars_for_fused_layers_alone() -> None:
+    large: dict[str, Any] = {"device": "cpu", "mode": "clock", "act": "relu", "op": "forward_backward"}
+    assert passes(1.0, 3.0, {"torch-compile": 8.0}, **large) == {"torch": True, "compile": True}
+    assert passes(1.0, 2.9, {"torch-compile": 7.9}, **large) == {"torch": False, "compile": False}
+    small = {**large, "shape": (8, 64, 14, 14)}
+    assert passes(1.0, 1.0, {"torch-compile": 0.5}, **small) == {"torch": True}
+    assert passes(1.1, 1.0, **small) == {"torch": False}
+    assert passes(1.0, 1.0, **{**large, "op": "forward"}) == {"torch": True}
     assert verdicts(compare(imagined_run())).empty
-    found = verdicts(compare(imagined_fused_run()))
-    assert found[["bar", "limit", "passed"]].to_numpy().tolist() == [
-        ["torch", 1.0, True],  # forward
-        ["torch", 3.0, True],
-        ["compile", 8.0, True],
-        ["torch", 3.0, False],
-        ["compile", 8.0, False],
-        ["torch", 1.0, False],  # small
-        ["torch", 1.0, True],
-    ]
-    assert summary(found) == "3 of 5 pass the bar against torch; 1 of 2 pass the bar against compile"
-    assert not mean_verdicts(compare(imagined_fused_run()))
 
 
 @pytest.mark.parametrize(("op", "limit"), [("forward", 1.15), ("backward", 1.2)])
@@ -129,7 +102,7 @@ def test_the_mean_over_the_suite_has_a_bar_in_each_layout(op: str, limit: float)
 
 
 @pytest.mark.parametrize(("torch_s", "compile_s", "ending"), [(2.0, 1.3, "pass"), (1.99, 1.29, "MISS")])
-def test_fused_layers_have_those_of_the_means_over_resnet50(torch_s: float, compile_s: float, ending: str) -> None:
+def test_fused_layers_have_bars_for_the_means_over_resnet50(torch_s: float, compile_s: float, ending: str) -> None:
     rows = imagined_fused_gpu_run(torch_s, compile_s)
     how = "fused-256, forward + backward, bfloat16, channels_last, graph, 2 shapes"
     assert mean_verdicts(compare(rows)) == [
@@ -144,40 +117,23 @@ def test_fused_layers_have_those_of_the_means_over_resnet50(torch_s: float, comp
 
 # The tables.
 
-SMALL: dict[str, Any] = {"suite": "2d", "shape": (4, 8), "plan": "cluster of 8", "note": "eager, not captured: reasons"}
 
-
-@pytest.mark.parametrize(
-    ("rows", "parts", "absent"),
-    [
-        (
-            [*imagined_run(), *imagined_fused_run()],
-            ["32x512x7x7", "8.00", "0.50", "(N,C)", "float32, contiguous, fused", "add+relu", "3 pass", "8 MISS"],
-            ["cuDNN", "plan"],
-        ),
-        (
-            [*imagined_gpu_run(), *on_gpu(1.0, 0.5, 0.4, {"bnext-no-clusters": 0.6}, **SMALL)],
-            [
-                *("GB/s", "no cuDNN", "graph", "eager", "1.25 pass", "1.6 MISS", "cluster of 8", "1.20"),
-                "2d 4x8 bfloat16 contiguous forward graph: bnext eager, not captured: reasons",
-                "2 of 3 pass the bar against copy; 5 of 5 pass the bar against torch",
-            ],
-            [],
-        ),
-        (imagined_costs(), ["-40%"], []),
-    ],
-    ids=["cpu", "gpu", "models"],
-)
-def test_report_prints_every_measurement_and_the_means(
-    rows: list[Row], parts: list[str], absent: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_report_prints_every_measurement_and_the_means(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run.json"
-    save_rows(file, rows)
+    note = "eager, not captured: reasons"
+    small = {"suite": "2d", "shape": (4, 8), "plan": "cluster of 8", "note": note}
+    save_rows(file, [*imagined_gpu_run(), *on_gpu(1.0, 0.5, 0.4, {"bnext-no-clusters": 0.6}, **small)])
     assert main(["report", str(file)]) == 0
     assert file.with_suffix(".png").exists()
     text = " ".join(capsys.readouterr().out.split())
-    assert [part for part in parts if part not in text] == []
-    assert [part for part in [*absent, "…"] if part in text] == [], "or a number was cut"
+    for part in (
+        *("32x512x7x7", "2.00", "(N,C)", "GB/s", "no cuDNN", "graph", "eager", "1.25 pass", "1.6 MISS", "1.20"),
+        f"2d 4x8 bfloat16 contiguous forward graph: bnext {note}",
+        "2 of 3 pass the bar against copy; 5 of 5 pass the bar against torch",
+    ):
+        assert part in text
+    assert "compile bar" not in text, "a column of what was not measured"
+    assert "…" not in text, "a number was cut"
 
 
 def test_block_of_a_gpu_has_replays_alone_and_its_bars() -> None:
@@ -198,11 +154,3 @@ def test_block_of_a_gpu_has_replays_alone_and_its_bars() -> None:
     fused = block(imagined_fused_gpu_run())
     assert "`python -m benchmarks --device cuda --suite fused-256` on" in fused
     assert "1.30 x compile, bar 1.3: pass." in fused
-
-
-def test_block_of_fused_layers_has_means_over_torch_compile_and_memory_in_sizes_of_the_input() -> None:
-    text = block(imagined_fused_run())
-    # sqrt(3 * 2.9), sqrt(8 * 7.9) and 1 / 0.5; of the small ones none was compiled.
-    assert "| float32 | contiguous | > 32 MB | **2.00** / 4.00 (2.00) | **2.95** / 7.95 (2.00) |" in text
-    assert "| float32 | contiguous | < 1 MB |  | **0.89** (2.24) |" in text
-    assert "| float32 | add+relu | 1.000 (1.000) | 0.031 (0.000) |" in text

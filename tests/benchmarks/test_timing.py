@@ -1,4 +1,4 @@
-"""Percentiles, budgets and rounds of python -m benchmarks, on imagined clocks."""
+"""Percentiles, budgets and rounds of ``python -m benchmarks``, by clocks that the tests set."""
 
 import itertools
 import timeit
@@ -19,13 +19,14 @@ def test_percentiles_are_interpolated() -> None:
 def test_budget_shares_what_is_left_by_work() -> None:
     now = 0.0
     budget = Budget(100.0, work=15.0, clock=lambda: now)
-    budget.skip(5.0)
+    budget.done(5.0)
     assert budget.rounds(work=2.0, round_s=1.0) == 20
+    budget.done(2.0)
     now = 23.0  # 3 seconds later than planned: 77 seconds are left for 8 units
     assert budget.rounds(work=4.0, round_s=2.0) == 19
 
 
-def test_rounds_are_limited_or_fixed_also_where_the_budget_is_spent() -> None:
+def test_rounds_are_limited_or_fixed_even_if_the_budget_is_spent() -> None:
     assert Budget(1000.0, work=1.0).rounds(1.0, 1e-3) == timing.MAX_ROUNDS
     assert Budget(1000.0, work=1.0, rounds=3).rounds(1.0, 1e-3) == 3
     assert Budget(0.0, work=1.0).rounds(1.0, 10.0) == timing.MIN_ROUNDS
@@ -53,7 +54,7 @@ def test_a_round_is_long_enough_and_a_long_call_is_one() -> None:
 
 
 class Clocked:
-    """A call of so many imagined seconds."""
+    """A stopwatch of a call that takes a given time."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.calls = seconds, 0

@@ -110,7 +110,7 @@ class TrainerHere(TrainerProcess):
         super().__init__(ProcessPoolExecutor(1))
         self._trainer = trainer
 
-    def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
         if function is trainer_process.peak_here:
             return 5_000_000
         with mock.patch.object(trainer_process, "_trainer", self._trainer, create=True):
