@@ -195,7 +195,8 @@ def _part_size(t: Target, name: str) -> list[Bad]:
 
 
 def _lengths(t: Target, name: str) -> list[Bad]:
-    rows = [*NOT_A_TENSOR, Bad("long", lambda: torch.tensor([9, 1, 1, 1])), Bad("few", lambda: torch.tensor([1, 1]))]
+    values = {"long": [9, 1, 1, 1], "negative": [1, -1, 1, 1], "few": [1, 1], "column": [[1]] * 4}
+    rows = [*NOT_A_TENSOR, *(Bad(key, lambda v=value: torch.tensor(v)) for key, value in values.items())]
     rows += _cast(tuple(d for d in DTYPES if d not in (torch.int32, torch.int64)), lambda: torch.ones(4))
     rows.append(Bad("meta", lambda: torch.ones(4, dtype=torch.int64, device="meta")))
     return rows + IS_NONE if t.name.startswith("operator") else rows

@@ -1,4 +1,4 @@
-"""Padding: by a mask, by lengths, or not there at all, in nested tensors. And what is wrong with either."""
+"""Padding, given by a mask or by lengths; and nested tensors, which have none."""
 
 from __future__ import annotations
 
@@ -258,32 +258,15 @@ def test_nested_tensors_run_on_their_values() -> None:
         layer(nested.transpose(1, 2), lengths=[3, 1, 4])
 
 
-WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
-    "negative": (ValueError, "lengths from 0 to 6.*but got -1 at 1", {"lengths": [6, -1, 2, 3]}),
-    "too_long": (ValueError, "lengths from 0 to 6.*but got 7 at 3", {"lengths": [6, 1, 2, 7]}),
-    "too_few": (ValueError, "lengths to have shape", {"lengths": [6, 1, 2]}),
-    "a_column": (ValueError, "lengths to have shape", {"lengths": torch.ones(4, 1, dtype=torch.int64)}),
-    "floats": (TypeError, "lengths to be int64 or int32", {"lengths": torch.ones(4)}),
-    "a_list_of_floats": (TypeError, "list of ints", {"lengths": [1.0, 2.0, 3.0, 4.0]}),
-    "elsewhere": (RuntimeError, "lengths on the CPU", {"lengths": torch.ones(4, dtype=torch.int64, device="meta")}),
-    "both": (ValueError, "lengths or mask", {"lengths": [1] * 4, "mask": torch.ones(4, 6, dtype=torch.bool)}),
-    "mask_of_floats": (TypeError, "mask to be a tensor of bool", {"mask": torch.ones(4, 6)}),
-    "mask_with_channels": (ValueError, "mask to have the shape", {"mask": torch.ones(4, 3, 6, dtype=torch.bool)}),
-    "mask_elsewhere": (RuntimeError, "mask on the device", {"mask": torch.ones(4, 6, dtype=torch.bool, device="meta")}),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_named_before_anything_is_touched(case: str) -> None:
-    error, message, options = WRONG[case]
-    layer = bnext.BatchNorm1d(3)
-    before = {key: value.clone() for key, value in layer.state_dict().items()}
-    for training in FLAGS:
-        with pytest.raises(error, match=message):
-            layer.train(training)(make_input((4, 3, 6)), **options)
-    assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+def test_lengths_and_mask_exclude_each_other_and_lengths_need_sequences() -> None:
+    # What is wrong with either alone is tested in test_bad_arguments.py.
+    lengths, mask = [1] * 4, torch.ones(4, 6, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"lengths from 0 to 6.*but got 7 at 3"):
+        bnext.BatchNorm1d(3)(make_input((4, 3, 6)), lengths=[6, 1, 2, 7])
+    with pytest.raises(ValueError, match="lengths or mask"):
+        bnext.BatchNorm1d(3)(make_input((4, 3, 6)), lengths=lengths, mask=mask)
     with pytest.raises(ValueError, match=r"shape \(N, C, L\) with lengths"):
-        bnext.BatchNorm2d(3)(make_input((4, 3, 6, 6)), lengths=[1] * 4)
+        bnext.BatchNorm2d(3)(make_input((4, 3, 6, 6)), lengths=lengths)
 
 
 def test_an_infinite_value_that_is_no_padding_is_seen() -> None:
