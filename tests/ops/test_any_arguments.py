@@ -1,6 +1,5 @@
-"""The operators with anything at all: whatever comes, in any combination, is refused by an ordinary exception that
-leaves statistics alone, or gives results of the right shapes. Nothing else, a crash least of all.
-"""
+"""Operators with arguments of any kind, in any combination: either an ordinary exception that leaves the statistics as
+they were, or results of the right shapes, and never a crash."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ import math
 
 import pytest
 import torch
-from bad_values import DTYPES, INTERNAL, Bad, Target, bad_values, operators
+from bad_values import DTYPES, INTERNAL, Target, bad_values, operators
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from refusals import ORDINARY, Arguments, remember
@@ -26,7 +25,7 @@ SHARES = [0.0, -1.0, 1.0, 1e300, math.nan, math.inf, 2.0**63]
 
 @st.composite
 def tensors(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Tensor:
-    """Any few numbers, anyhow in memory, on the CPU or nowhere."""
+    """A few numbers, of any shape and strides, on the CPU or on the meta device."""
     shape = draw(st.lists(st.integers(0, 4), max_size=6))
     values = (torch.arange(math.prod(shape)) % 7 - 3.0).view(shape).to(draw(st.sampled_from(dtypes)))
     for change in draw(st.lists(st.sampled_from([*STRIDES]), max_size=2)):
@@ -51,14 +50,12 @@ PLACES = {
 }
 
 
-@functools.cache
-def rows(target: Target, argument: str) -> list[Bad]:
-    return bad_values(target, argument)
+rows = functools.cache(bad_values)
 
 
 @st.composite
 def calls(draw: st.DrawFn, target: Target) -> Arguments:
-    """Good values, a few of which are replaced: by one that is wrong alone, by an extreme one, by one of any kind."""
+    """Valid arguments, of which a few are replaced: by a wrong one, an extreme one, or one of any kind."""
     values = target.good()
     if draw(st.booleans()):
         reshape(
