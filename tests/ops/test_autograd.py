@@ -1,7 +1,4 @@
-"""Autograd: first, second and third derivatives, in reverse and forward mode.
-
-Of the plain op, and of act(batch_norm(input) + residual): without a residual, an `act` of None is the plain op.
-"""
+"""Autograd: first, second and third derivatives, in reverse and forward mode."""
 
 from __future__ import annotations
 
@@ -57,7 +54,7 @@ DISTANCE = 1e-2  # from the kinks: ten thousand steps of the numerical derivativ
 
 
 class Needs(tuple[bool, ...]):
-    """Which of input, weight, bias and residual are meant."""
+    """A flag for each of input, weight, bias and residual."""
 
     def __str__(self) -> str:
         return "+".join(itertools.compress(NAMES, self))
@@ -67,7 +64,7 @@ SUBSETS = [Needs(s) for s in itertools.product(FLAGS, repeat=4) if any(s)]
 
 
 class Problem:
-    """Inputs in float64, none of whose pre-activations lies near a kink, and the function of those that are there."""
+    """Inputs in float64 whose pre-activations are not near a kink, and the function of those that are not None."""
 
     def __init__(self, case: Case, act: Act, training: bool, has_residual: bool = True, missing: str = "") -> None:
         self.layout, self.act, self.training = case.layout, act, training
@@ -235,7 +232,7 @@ def layer(act: Act, device: str) -> torch.nn.Module:
 
 @EITHER
 def test_same_module_twice_before_backward(act: Act, device: str) -> None:
-    # What the first call keeps (statistics, a mask) must outlive the second.
+    # The second call must not change what the first has saved: statistics, and a mask.
     module = layer(act, device)
     layouts = ("contiguous", "channels_last")
     makers = (make_input, make_residual) if act else (make_input,)

@@ -1,4 +1,4 @@
-"""Wrong options of layers and of whole-model calls; and odd values that torch takes, which bnext takes too."""
+"""Wrong options of layers and of calls on whole models; and odd values that bnext takes because torch does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import bnext
 from bnext.functional import batch_norm
 
-# Of a constructor, beside what torch's takes.
+# Options that torch's constructors do not have.
 OWN = {"act"}
 
 ODD: dict[str, list[object]] = {
@@ -62,14 +62,14 @@ def test_every_option_is_covered(cls: type, option: str) -> None:
     assert (option in OWN) != (option in inspect.signature(torchs(cls)).parameters)
 
 
-# What a message says in place of the option: what came of it are tensors of that length, dtype or device.
+# Tensors that a message may name in place of the option that gave them their length, dtype or device.
 COMES_OF = dict.fromkeys(("num_features", "dtype", "device"), "weight|running_mean")
 
 
 @each(lambda option: option in ODD and option != "process_group")
 def test_an_option_of_torch_does_what_it_does_there(cls: type, option: str) -> None:
-    # The constructor takes and refuses the same, in the same words. What it took and torch can run, runs; what torch
-    # cannot run, is refused before the layer's state moves.
+    # The constructor raises the same errors. A layer that was made runs if torch's does, and else raises before its
+    # state changes.
     theirs = nn.BatchNorm2d if cls is bnext.SyncBatchNorm else torchs(cls)  # torch's runs on GPUs alone
     for value in ODD[option]:
         refusal = error_of(build, {"cls": torchs(cls), "option": option, "value": value})
@@ -144,7 +144,7 @@ def test_recompute_without_fuse() -> None:
 
 @pytest.mark.parametrize("how", ["constructor", "convert"])
 def test_wrong_process_group(how: str, group: tuple[int, str]) -> None:
-    # torch takes anything, and looks at it when there is something to exchange; so a layer is made, and refuses to run.
+    # As torch's, the constructor takes any object; the call raises.
     target = Target("process_group", lambda process_group: None, ("process_group",), dict)
     for row in bad_values.bad_values(target, "process_group"):
         value = row.make()
@@ -169,7 +169,7 @@ WRONG_WHEN_COMPILED: dict[str, tuple[str, Callable[[], object]]] = {
 
 @pytest.mark.parametrize("wrong", WRONG_WHEN_COMPILED)
 def test_compiled_evaluation_does_not_broadcast(wrong: str, fresh_compiler: None) -> None:
-    # Without gradients it is compiled as arithmetic, to which all of these mean something.
+    # Without gradients evaluation is compiled as arithmetic, which would broadcast or convert these.
     key, make = WRONG_WHEN_COMPILED[wrong]
     args = {**values(), "eps": 1e-5, key: make()}
     compiled = torch.compile(lambda args: batch_norm(**args), backend="eager", fullgraph=True)
@@ -210,7 +210,7 @@ def test_numbers_that_torch_takes(number: object, option: str, training: bool) -
 
 @pytest.mark.parametrize("written", ["running_mean", "running_var", "both"])
 def test_statistics_made_in_inference_mode(written: str) -> None:
-    # They have no version to count; torch writes to them.
+    # Such tensors have no version counter; torch writes to them.
     args, expected = values(), values()
     with torch.inference_mode():
         for key in ("running_mean", "running_var") if written == "both" else (written,):

@@ -76,7 +76,7 @@ def replaced(index: int, value: object) -> Callable[[list[object]], list[object]
     return lambda given: [*given[:index], value, *given[index + 1 :]]
 
 
-# What is done to the arguments, or around the call.
+# Changes of the arguments.
 OTHERS: dict[str, Callable[[list[object]], list[object]]] = {
     "a subclass as input": lambda given: [given[0].as_subclass(Kind), *given[1:]],
     "a subclass as weight": lambda given: [given[0], given[1].as_subclass(Kind), *given[2:]],
@@ -153,7 +153,7 @@ def test_errors_are_the_operators(index: int, value: object) -> None:
 
 @pytest.mark.parametrize("under", [nullcontext, torch.inference_mode, torch.no_grad])
 def test_the_function_comes_here(under: Callable[[], AbstractContextManager[object]], monkeypatch) -> None:
-    """And to no operator by its schema."""
+    """And does not call the operators by their schemas."""
     monkeypatch.setattr(bnext.ops, "batch_norm_eval", None)
     monkeypatch.setattr(bnext.ops, "batch_norm_train", None)
     layer = bnext.BatchNorm2d(3)

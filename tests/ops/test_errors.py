@@ -69,7 +69,7 @@ WRONG_ACTS = (
 @MODES
 @pytest.mark.parametrize("act", WRONG_ACTS, ids=lambda act: getattr(act, "__name__", repr(act)))
 def test_unknown_activation_lists_the_known_ones(act: object, training: bool) -> None:
-    # A ValueError whatever the type, unhashable ones among them; and before the statistics move.
+    # Whatever the type, hashable or not, a ValueError is raised before the statistics change.
     args = arguments(residual=make_residual(SHAPE), training=training, act=act)
     assert repr(act) in raised(lambda args: batch_norm_act(**args), args, *KNOWN)
     with pytest.raises(ValueError, match="leaky_relu"):

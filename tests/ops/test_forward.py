@@ -1,7 +1,4 @@
-"""Forward and backward against the float64 reference: shapes, layouts, dtypes, training, evaluation.
-
-Of the plain op, and of act(batch_norm(input) + residual): without a residual, an `act` of None is the plain op.
-"""
+"""Forward and backward against the float64 reference: shapes, layouts, dtypes, training, evaluation."""
 
 from __future__ import annotations
 
@@ -81,8 +78,7 @@ def test_every_activation(
 @pytest.mark.not_emulated
 @LARGER_THAN_THE_CACHE
 def test_outputs_larger_than_the_cache(layout: str, act: Act, training: bool, dtype: torch.dtype, device: str) -> None:
-    # 35 MB: past the 24 MB from which stores go round the cache, past the 32 MB from which each tensor is a fresh
-    # mapping.
+    # 35 MB: non-temporal stores begin at 24 MB, and fresh mappings for each tensor at 32 MB.
     shape = (44 // dtype.itemsize, 64, 112, 112)
     x, g, params, residual = make_inputs(shape, layout, dtype, device, act is not None, grad_layout=layout)
     check_backward(x, g, params, training=training, residual=residual, act=act, output_too=True)
@@ -114,7 +110,7 @@ def test_every_instruction_set(
 def test_grad_output_and_residual_of_any_stride(
     grad_layout: str, residual_layout: str, layout: str, dtype: torch.dtype, act: Act, training: bool, device: str
 ) -> None:
-    # Whatever its strides, the result has the input's layout and the bits of a residual that is laid out as the input.
+    # The result has the input's layout, and the bits that it has with a residual in the input's layout.
     inputs = make_inputs(SHAPE, layout, dtype, device, grad_layout=grad_layout)
     residual = make_residual(SHAPE, residual_layout, dtype, device)
     y, *_ = check_call(inputs._replace(residual=residual if act else None), training=training, act=act)
@@ -149,7 +145,7 @@ def test_an_empty_vector_is_no_data(training: bool) -> None:
 def test_grad_output_expanded_from_one_number(
     case: Case, act: Act, training: bool, has_residual: bool, device: str
 ) -> None:
-    # What y.sum().backward() hands over: all strides zero.
+    # y.sum().backward() passes a gradient whose strides are zero.
     g = torch.tensor(0.75, device=device).expand(case.shape)
     inputs = make_inputs(*case, device=device, has_residual=has_residual)
     check_call(inputs._replace(grad_output=g), training=training, act=act)
@@ -166,7 +162,7 @@ def test_grad_output_expanded_from_one_number(
 def test_every_mix_of_parameter_dtypes(
     mix: str, dtype: torch.dtype, layout: str, act: Act, training: bool, has_residual: bool, device: str
 ) -> None:
-    # i: the input's dtype, f: float32; for weight, bias, running_mean, running_var. grad_residual has the input's.
+    # Of weight, bias, running_mean and running_var: i is the input's dtype, f is float32.
     params = make_parameters(5, tuple(torch.float32 if choice == "f" else dtype for choice in mix), device)
     inputs = make_inputs((3, 5, 5, 3), layout, dtype, device, has_residual)
     check_call(inputs._replace(params=params), training=training, act=act)
@@ -228,7 +224,7 @@ def test_save_stats_are_mean_and_invstd_in_float64(dtype: torch.dtype, training:
 @pytest.mark.not_emulated
 @pytest.mark.parametrize("case", STRIDED_CASES, ids=name)
 def test_strides_do_not_change_a_bit_of_the_result(case: Case, device: str) -> None:
-    # "At most one copy": whatever the strides, the values pass through the same kernel as a dense tensor's.
+    # A tensor of any strides is copied at most once, and passes through the same kernel as a dense one.
     x = make_input(*case, torch.float32, device)
     params = make_parameters(case.shape[1], device=device)
     dense = torch.empty_strided(x.shape, batch_norm(x, *params[2:]).stride(), device=device).copy_(x)
@@ -239,7 +235,7 @@ def test_strides_do_not_change_a_bit_of_the_result(case: Case, device: str) -> N
 
 @pairs(act=PLAIN_OR_ACT, training=FLAGS, has_residual=FLAGS)
 def test_grad_mode_does_not_change_the_result(act: Act, training: bool, has_residual: bool, device: str) -> None:
-    # With gradients the op may keep a mask, without it does not.
+    # Only with gradients the operator may keep a mask.
     x, _, p, residual = make_inputs(SHAPE, device=device, has_residual=has_residual)
 
     def run(x: Tensor, weight: Tensor) -> Tensor:
@@ -261,8 +257,7 @@ def test_grad_mode_does_not_change_the_result(act: Act, training: bool, has_resi
 
 @pairs(act=PLAIN_OR_ACT, training=FLAGS)
 def test_output_is_a_tensor_of_its_own(act: Act, training: bool, device: str) -> None:
-    # Even where nothing is to be done (mean 0, variance 1 - eps): writing to the output reaches neither the input
-    # nor the residual.
+    # Where mean 0 and variance 1 - eps change nothing, the output still shares no memory with input or residual.
     x, zeros = torch.tensor([[-1.0], [1.0]], device=device), torch.zeros(2, 1, device=device)
     for residual in (None, zeros, x):
         kept, zero = x.clone(), torch.zeros(1, device=device)
@@ -292,7 +287,9 @@ def test_identity_has_the_bits_of_plain_batch_norm(case: Case, dtype: torch.dtyp
 
 @pytest.mark.not_emulated
 @MODES
-@pytest.mark.parametrize("slope", [0.0, 0.01, 0.2, 1.0, 3.0, -1.0, 1], ids=str)  # beyond 1, max(z, slope*z) is wrong
+@pytest.mark.parametrize(
+    "slope", [0.0, 0.01, 0.2, 1.0, 3.0, -1.0, 1], ids=str
+)  # max(z, slope*z) would be wrong beyond 1
 def test_any_finite_slope(slope: float, training: bool, device: str) -> None:
     inputs = make_inputs(SHAPE, device=device, has_residual=True)
     for each in (inputs, inputs._replace(residual=None)):

@@ -1,7 +1,4 @@
-"""NaN and infinity: which results they reach, and that other channels keep their bits.
-
-Of the plain op, and of act(batch_norm(input) + residual): without a residual, an `act` of None is the plain op.
-"""
+"""NaN and infinity: which results they reach, and that other channels keep their bits."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Accuracy far from zero, at both ends of the range, and in half precision.
-
-Of the plain op, and of act(batch_norm(input) + residual): without a residual, an `act` of None is the plain op.
-"""
+"""Accuracy far from zero, at both ends of the range, and in half precision."""
 
 from __future__ import annotations
 

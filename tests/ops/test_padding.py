@@ -52,7 +52,7 @@ def test_every_instruction_set(layout: str, isa: str) -> None:
 
 @pytest.mark.parametrize("offset", [1e4, 1e30], ids="mean={}".format)
 def test_sums_that_float32_does_not_hold(offset: float) -> None:
-    # The first look shifts by samples, which must be valid ones; values of 1e30 are reduced again in float64.
+    # The shift is taken from samples, which must not be padding; values of 1e30 are reduced again in float64.
     shape = (6, 5, 9, 11)
     for layout in ("contiguous", "channels_last"):
         inputs = make_inputs(shape, layout)
@@ -174,7 +174,7 @@ def test_vmap(dim: int | None) -> None:
 
 
 def layer_calls() -> dict[str, Callable[..., Tensor]]:
-    """Of every kind of layer that takes padding, in training."""
+    """One layer of every kind that takes padding."""
     converted = bnext.convert(torch.nn.BatchNorm1d(5))
     fused = bnext.convert(torch.nn.Sequential(torch.nn.BatchNorm1d(5)), fuse=True)[0]
     return {

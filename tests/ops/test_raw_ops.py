@@ -82,7 +82,7 @@ def test_output_mask_computes_what_is_asked_and_nothing_else(
 @pytest.mark.kernels
 @pairs(case=FEW_CASES, act=("identity", *ONE_SIDED), training=FLAGS)
 def test_what_no_result_depends_on_may_be_left_out(case: Case, act: Act, training: bool, device: str) -> None:
-    # In evaluation with a mask neither input nor residual; in training grad_bias alone needs no input.
+    # In evaluation with a mask no gradient but that of weight needs the input; in training grad_bias does not.
     call = Call(case, torch.float32, training, act, has_residual=act != "identity", device=device)
     activated = act != "identity"
     _, stats, mask = call.forward(with_mask=activated)

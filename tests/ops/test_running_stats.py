@@ -1,4 +1,4 @@
-"""The running statistics and the counter: what a call does to them, and when it leaves them alone."""
+"""Running statistics and the counter: when a call changes them, and how."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_momentum_zero_leaves_the_running_stats_alone(device: str) -> None:
 @MODES
 @pytest.mark.parametrize("case", FEW_CASES, ids=name)
 def test_parameters_and_running_stats_of_any_stride(case: Case, training: bool, device: str) -> None:
-    # Columns of a table, such as a model's flattened buffers: the other column is nobody's business.
+    # Columns of a table, such as a model's flattened buffers: the other column must not change.
     x = make_input(*case, device=device)
     dense = make_parameters(case.shape[1], device=device)
     tables = [torch.stack([t, torch.full_like(t, 123.0)], 1) for t in dense]
