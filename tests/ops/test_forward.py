@@ -287,10 +287,9 @@ def test_identity_has_the_bits_of_plain_batch_norm(case: Case, dtype: torch.dtyp
 
 @pytest.mark.not_emulated
 @MODES
-@pytest.mark.parametrize(
-    "slope", [0.0, 0.01, 0.2, 1.0, 3.0, -1.0, 1], ids=str
-)  # max(z, slope*z) would be wrong beyond 1
+@pytest.mark.parametrize("slope", [0.0, 0.01, 0.2, 1.0, 3.0, -1.0, 1], ids=str)
 def test_any_finite_slope(slope: float, training: bool, device: str) -> None:
+    # Beyond 1, max(z, slope*z) would be wrong.
     inputs = make_inputs(SHAPE, device=device, has_residual=True)
     for each in (inputs, inputs._replace(residual=None)):
         results = check_call(each, training=training, act=("leaky_relu", slope))
