@@ -226,21 +226,17 @@ def test_forward_mode_keeps_the_dtype(along: str, act: Act, dtype: torch.dtype, 
     assert_within(tangent, expected, 4 * limit + 4 * tolerances.ulp(expected.abs().max(), dtype), "tangent")
 
 
-def layer(act: Act, device: str) -> torch.nn.Module:
-    return bnext.BatchNormAct2d(5, act=act, device=device) if act else bnext.BatchNorm2d(5, device=device)
-
-
 @EITHER
 def test_same_module_twice_before_backward(act: Act, device: str) -> None:
     # The second call must not change what the first has saved: statistics, and a mask.
-    module = layer(act, device)
+    module = bnext.BatchNormAct2d(5, act=act, device=device) if act else bnext.BatchNorm2d(5, device=device)
     layouts = ("contiguous", "channels_last")
     makers = (make_input, make_residual) if act else (make_input,)
     batches = [[make((3, 5, 5, 3), layout, device=device) for make in makers] for layout in layouts]
     grads = [make_grad((3, 5, 5, 3), device=device) for _ in batches]
 
     def gradients(calls: Sequence[int]) -> list[Tensor]:
-        """Of each call's input and residual, all outputs being computed before the first backward."""
+        """Those of each call's input and residual; all outputs are computed before backward."""
         leaves = [[t.detach().requires_grad_() for t in batches[i]] for i in calls]
         outputs = [module(*inputs) for inputs in leaves]
         torch.autograd.backward(outputs, [grads[i] for i in calls])
@@ -302,17 +298,3 @@ def test_save_stats_carry_no_gradient(training: bool) -> None:
         y, stats, _ = torch.ops.bnext.batch_norm_eval(x, weight, bias, p.running_mean, p.running_var, 1e-5)
     assert y.requires_grad
     assert not stats.requires_grad
-
-
-@EITHER
-def test_activation_checkpointing(act: Act, device: str) -> None:
-    # The forward pass runs again inside backward, on statistics that it has already moved.
-    x, residual, g = (make((6, 5, 7, 3), device=device) for make in (make_input, make_residual, make_grad))
-
-    def gradient(checkpointed: bool) -> list[Tensor]:
-        module, leaves = layer(act, device), [t.clone().requires_grad_() for t in ((x, residual) if act else (x,))]
-        run = lambda *a: torch.utils.checkpoint.checkpoint(module, *a, use_reentrant=False)  # noqa: E731
-        (run if checkpointed else module)(*leaves).backward(g)
-        return [*(leaf.grad for leaf in leaves), module.weight.grad, module.bias.grad]
-
-    assert all(map(same_bits, gradient(True), gradient(False)))

@@ -78,22 +78,20 @@ def test_lengths(layout: str, dtype: Any) -> None:
 
 @pytest.mark.parametrize("shape", [(40, 5, 70), (40, 64, 6, 6)], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_bits_depend_on_neither_threads_nor_what_padding_holds(shape: tuple[int, ...], layout: str) -> None:
+def test_bits_depend_on_neither_threads_nor_what_padding_holds(
+    shape: tuple[int, ...], layout: str, set_threads: Callable[[int], None]
+) -> None:
     valid, results = random_mask(shape), []
     x, g = make_input(shape, layout), make_grad(shape, layout)
-    before = torch.get_num_threads()
-    try:
-        for count, garbage in ((1, False), (3, True)):
-            torch.set_num_threads(count)
-            for size in (None, 2):
-                seed(0)
-                p = make_parameters(shape[1])
-                leaf, grad = (with_garbage(t, valid) if garbage else t for t in (x, g))
-                leaf = leaf.detach().requires_grad_()
-                y = batch_norm_act(leaf, *p[2:], *p[:2], training=True, mask=valid, virtual_batch_size=size)
-                results.append((y, *torch.autograd.grad(y, leaf, grad), *p[2:]))
-    finally:
-        torch.set_num_threads(before)
+    for count, garbage in ((1, False), (3, True)):
+        set_threads(count)
+        for size in (None, 2):
+            seed(0)
+            p = make_parameters(shape[1])
+            leaf, grad = (with_garbage(t, valid) if garbage else t for t in (x, g))
+            leaf = leaf.detach().requires_grad_()
+            y = batch_norm_act(leaf, *p[2:], *p[:2], training=True, mask=valid, virtual_batch_size=size)
+            results.append((y, *torch.autograd.grad(y, leaf, grad), *p[2:]))
     for one, other in zip(results[:2], results[2:], strict=True):
         assert all(map(same_bits, one, other))
 
