@@ -1,7 +1,7 @@
-"""Calls with padding, and of a batch in parts, against the reference on the values that are normalised together.
+"""Calls with padding, and with ghost batches, against the reference on the values that are normalised together.
 
-Padding is as if it were not there: so the reference sees the other values alone, as the rows of an (N, C) batch. Where
-there is padding, input, residual and gradient hold NaN, which must reach nothing.
+The reference gets the values that are not padding as the rows of an (N, C) batch. The padding of input, residual and
+gradient is NaN, so that any use of it shows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def positions(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def random_mask(shape: tuple[int, ...]) -> Tensor:
-    """Some padding everywhere, and an image of nothing but padding if there are several."""
+    """30 % padding, none in the first image; of more than three images the second is all padding."""
     generator = torch.Generator().manual_seed(sum(shape))
     valid = torch.rand(positions(shape), generator=generator) < 0.7
     valid[0] = True
@@ -39,7 +39,7 @@ def random_mask(shape: tuple[int, ...]) -> Tensor:
 
 
 def rows_of(data: Tensor, valid: Tensor) -> Tensor:
-    """(values, C): what is no padding."""
+    """(values, C): those that are not padding."""
     return data.movedim(1, -1)[valid]
 
 
@@ -51,7 +51,7 @@ def with_garbage(data: Tensor | None, valid: Tensor) -> Tensor | None:
 
 
 def parts_of(valid: Tensor, size: int | None) -> Iterator[Tensor]:
-    """What is valid in each part, in the shape of the whole."""
+    """A mask for each part, in the shape of the whole."""
     images = len(valid) if size is None else size
     for first in range(0, len(valid), images):
         part = torch.zeros_like(valid)

@@ -1,4 +1,4 @@
-"""The inputs of the suite: shapes, memory layouts, dtypes, and the tensors made of them."""
+"""Shapes, memory layouts, dtypes and activations to test with, and tensors made of them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SHAPES: tuple[tuple[int, ...], ...] = (
     (2, 64, 2, 2, 2),
 )
 
-# One shape a rank, for what is tried with every stride pattern.
+# One shape of each rank, for every stride pattern.
 STRIDED_SHAPES: tuple[tuple[int, ...], ...] = ((33, 17), (6, 17, 5), (6, 5, 7, 3), (4, 5, 2, 3, 7))
 
 DENSE_LAYOUTS = {
@@ -70,10 +70,11 @@ class Case(NamedTuple):
 
 DENSE_CASES = [Case(shape, layout) for shape in SHAPES for layout in DENSE_LAYOUTS[len(shape)]]
 STRIDED_CASES = [Case(shape, layout) for shape in STRIDED_SHAPES for layout in STRIDED_LAYOUTS[len(shape)]]
-# Dense but for where they begin: a kernel reads them as they are. Any other stride pattern is copied first.
+# Dense, but not aligned: kernels read them in place, whereas other stride patterns are copied first.
 MISALIGNED_CASES = [case for case in STRIDED_CASES if case.layout.endswith("offset")]
 
-# Each activation; leaky_relu with a slope that hides the pre-activation's sign from the output, and elu with a kink.
+# Each activation; with a negative slope the output of leaky_relu does not tell the sign of the pre-activation, and elu
+# has a kink unless alpha is 1.
 ACTS: tuple[Act, ...] = (
     "identity",
     "relu",
@@ -87,10 +88,10 @@ ACTS: tuple[Act, ...] = (
     "elu",
     ("elu", 0.5),
 )
-# One of each kind, for tests whose subject is not the activation: none; one that has compiled forms; others with
-# a mask, of one kink and of two; smooth; smooth but for a kink.
+# One of each kind, for tests whose subject is not the activation: the identity; one that has specialised kernels; two
+# with a mask, of one kink and of two; a smooth one; one that is smooth but for a kink.
 FEW_ACTS: tuple[Act, ...] = ("identity", "relu", ("leaky_relu", -0.5), "relu6", "gelu", ("elu", 0.5))
-# Those that keep a mask beside a residual.
+# With a residual, their backward needs a mask.
 RECTIFIERS = ("relu", "relu6", "leaky_relu")
 
 # Every rank and dense layout once, for tests whose subject is not the shape.
@@ -172,7 +173,7 @@ def name(value: object) -> str:
 
 
 def without_repeats(layout: str) -> str:
-    """The layout, if it can be had without repeating values; else contiguous."""
+    """The layout; contiguous in place of those that repeat values."""
     return "contiguous" if layout.startswith("expanded") else layout
 
 
@@ -242,7 +243,7 @@ def make_residual(
 
 
 class Parameters(NamedTuple):
-    """Of a call; None where it is given none."""
+    """Those that are None are not passed."""
 
     weight: Tensor | None
     bias: Tensor | None

@@ -1,4 +1,4 @@
-"""One call of bnext against the reference: the comparison that the forward, backward and property tests share."""
+"""Compares a call of bnext with the reference: output, running statistics and gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bnext.functional import batch_norm, batch_norm_act
 
 
 def output_strides(input: Tensor) -> tuple[int, ...]:
-    """The strides that torch's own batch norm gives its output; those of a sequence that lies in memory as rows."""
+    """The strides that torch's batch norm gives its output; (N, C, L) inputs in (N, L, C) memory keep their own."""
     channels = input.shape[1]
     if input.dim() == 3 and input.transpose(1, 2).is_contiguous() and not input.is_contiguous():
         return (channels * input.shape[2], 1, channels)
@@ -28,7 +28,7 @@ def output_strides(input: Tensor) -> tuple[int, ...]:
 
 
 def significant_strides(tensor: Tensor) -> list[int]:
-    """Strides of the dimensions that hold more than one element: the others address nothing."""
+    """Strides of the dimensions of more than one element, since those of others mean nothing."""
     return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
 
 
@@ -43,7 +43,7 @@ def call(
     residual: Tensor | None = None,
     act: Act = None,
 ) -> Tensor:
-    """The plain op, or the fused one where a residual or an activation (the identity, by name) is given."""
+    """act(batch_norm(input) + residual). Without a residual, an `act` of None is the plain operator."""
     if residual is None and act is None:
         return batch_norm(input, stats.running_mean, stats.running_var, weight, bias, training, momentum, eps)
     return batch_norm_act(
@@ -52,7 +52,7 @@ def call(
 
 
 def assert_predicts(op: object, args: Sequence[object], keywords: Mapping[str, object] | None = None) -> object:
-    """The fake kernel says of what shape, dtype, device and strides the results are; returns the real ones."""
+    """Shape, dtype, device and strides of the results are those that the fake kernel predicts; returns the results."""
     keywords = keywords or {}
     with FakeTensorMode() as mode:
         fake = lambda v: mode.from_tensor(v) if isinstance(v, Tensor) else v  # noqa: E731
@@ -118,7 +118,7 @@ def assert_output(
         expected = reference.updated_running_stats(*params[2:], fwd, momentum)
         limits = tolerances.running_stats(expected, fwd, momentum, input.dtype, *(t.dtype for t in params[2:]))
         assert_within(stats.running_mean, expected[0], limits[0], "running_mean")
-        # A variance that the dtype does not hold is stored as inf, which is what it rounds to: never as NaN.
+        # A variance beyond the dtype's range is rounded to inf.
         largest = torch.finfo(params.running_var.dtype).max
         running_var = torch.where(expected[1] > largest, torch.inf, expected[1])
         assert_within(stats.running_var, running_var, limits[1], "running_var")

@@ -1,4 +1,4 @@
-"""Fixtures and options that the whole suite shares; marks.py has the marks and parametrisations.
+"""Fixtures and options of the whole suite; marks.py has the parametrisations.
 
 `device` is where a test's tensors are: the CPU, a GPU where there is one, and, for tests marked `kernels`, the CPU with
 the CUDA kernels in emulation below bnext's operators.
@@ -26,7 +26,7 @@ from torch import distributed
 
 import bnext
 
-# Without them everything but the benchmark, the study and the models of others is tested.
+# Tests of the benchmark, the tuning study and other libraries' models need them.
 OPTIONAL_PACKAGES = ("matplotlib", "optuna", "pandas", "rich", "sklearn", "sqlalchemy", "timm", "torchvision")
 
 
@@ -35,10 +35,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # Not deselected: there is no such test.
+    # Removed, so that they do not count as deselected.
     items[:] = [item for item in items if not {"simt", "not_emulated"} <= {m.name for m in item.iter_markers()}]
-    # The slow ones first, or a process would begin one when the others have nothing left to do; from the end, where the
-    # slowest are.
+    # Slow tests come first, so that none starts when the other processes have finished; in reverse order, since the
+    # slowest are collected last.
     slow = [item for item in items if item.get_closest_marker("slow")]
     items[:] = [*reversed(slow), *(item for item in items if not item.get_closest_marker("slow"))]
     if not config.getoption("--long"):
@@ -61,8 +61,8 @@ def pytest_make_collect_report(
 
 
 def pytest_collection_finish() -> None:
-    # Thousands of tests are a million objects that stay to the end: a collection would look through them each time, for
-    # half a second, and leak tests, fused models and torch's compiler collect often.
+    # Tests are a million objects that live to the end. Each collection would take half a second to traverse them, and
+    # leak tests, fused models and torch's compiler collect often.
     gc.collect()
     gc.freeze()
 
@@ -78,8 +78,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
     if workers > 1:
-        # They share the cores: threads beyond its own each would wait for those of the others wherever work is divided.
-        # What a test says about threads it says with a number of its own.
+        # More threads than cores would wait for each other. A test about threads sets a number of its own.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
@@ -100,13 +99,13 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def _seed(request: pytest.FixtureRequest) -> None:
-    """Each test has its own random numbers, whatever ran before it."""
+    """Each test has random numbers of its own, independent of the order of tests."""
     seed(zlib.crc32(request.node.nodeid.split("/")[-1].encode()))
 
 
 @pytest.fixture(params=bnext._C.cpu_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test with each set of CPU kernels that this machine can execute."""
+    """Runs the test with each instruction set that this machine has."""
     before = bnext._C.cpu_isa()
     bnext._C.set_cpu_isa(request.param)
     yield request.param
@@ -115,7 +114,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def set_threads() -> Iterator[Callable[[int], None]]:
-    """torch's number of threads; afterwards it is as it was."""
+    """Sets torch's number of threads until the test ends."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -123,7 +122,7 @@ def set_threads() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
-    """Leaves no compiled code of one test to the next."""
+    """Starts and ends without compiled code."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -131,7 +130,7 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture
 def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs this interpreter on the arguments, so that it finds the bnext under test, and returns what it printed."""
+    """Runs this interpreter with these arguments and the bnext under test."""
     root = str(Path(bnext.__file__).resolve().parents[1])
 
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -150,7 +149,7 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture
 def check_script(run_python: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[..., None]:
-    """Runs code that prints "done" at its end and nothing else, least of all a warning."""
+    """Runs code that must print "done", and neither a warning nor anything else."""
 
     def check(code: str, *options: str, **environment: str) -> None:
         done = run_python("-W", "error", *options, "-c", code, **environment)
@@ -161,7 +160,7 @@ def check_script(run_python: Callable[..., subprocess.CompletedProcess[str]]) ->
 
 @pytest.fixture(scope="session")
 def pools() -> Iterator[Callable[[int], Pool]]:
-    """Workers that the whole session shares."""
+    """Pools by their size, shared by the whole session."""
     made: dict[int, Pool] = {}
     try:
         yield lambda size: made.setdefault(size, Pool(size))
@@ -185,7 +184,7 @@ def short_lived() -> Iterator[Callable[..., Pool]]:
 
 @pytest.fixture(scope="module")
 def group() -> Iterator[tuple[int, str]]:
-    """A group of this process alone: its collectives run, and give back what goes in."""
+    """A process group of this process alone, whose collectives return their input."""
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     yield 1, distributed.group.WORLD.group_name
     distributed.destroy_process_group()

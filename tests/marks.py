@@ -1,4 +1,4 @@
-"""What several files parametrise over, and on which platform a test can run. The markers are declared in conftest.py.
+"""Parametrisations that several files share, and conditions to skip a test. conftest.py declares the markers.
 
 `each` takes every combination. `pairs` takes few of them, in which every two values of two parameters meet: enough
 where a fault lies in one value, or in what two of them do to each other.
@@ -17,7 +17,7 @@ from cases import ACTS, DTYPES, FEW_ACTS, Case, name, pairwise
 
 import bnext
 
-# The devices of `device` besides the CPU. A new device is added here, and nowhere else.
+# Devices of the fixture `device` besides the CPU.
 GPUS = [pytest.param("cuda", marks=pytest.mark.gpu)] if bnext._C.cuda and torch.cuda.is_available() else []
 SIMT = pytest.param("simt", marks=pytest.mark.simt)
 
@@ -29,7 +29,7 @@ posix_only = pytest.mark.skipif(sys.platform == "win32", reason="sends a process
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system has no fork")
 
 
-# Since 3.12 Python warns of a fork when there are threads: torch's, or numpy's, which the children do not use.
+# Python 3.12 warns of a fork while there are threads; those of torch and numpy are not used by the children.
 FORK_WARNING = "ignore:This process:DeprecationWarning"
 
 
@@ -41,7 +41,7 @@ def _eps_may_be_zero_in_evaluation() -> bool:
     return True
 
 
-# torch 2.13's rule, and bnext's.
+# Since 2.13 torch takes eps=0 in evaluation, as bnext does.
 needs_todays_rule_for_eps = pytest.mark.skipif(
     not _eps_may_be_zero_in_evaluation(), reason="this torch refuses eps=0 in evaluation, too"
 )
@@ -55,7 +55,7 @@ WORDS = {
 
 
 def label(parameter: str, value: object) -> str:
-    """The id of a value: of a flag a word, of no activation the plain op."""
+    """The id of a value: a word for a flag, `plain` for no activation."""
     if isinstance(value, bool):
         return WORDS[parameter][value] if parameter in WORDS else f"{parameter}={value}"
     if parameter == "act" and value is None:
@@ -83,7 +83,7 @@ def pairs(**values: Sequence[Any]) -> pytest.MarkDecorator:
 
 
 def in_emulation(chosen: Sequence[Case], cases: Sequence[Case]) -> list[Any]:
-    """The cases, of which the emulator runs the chosen ones alone."""
+    """The cases; only the chosen ones run in emulation."""
     return [case if case in chosen else pytest.param(case, marks=pytest.mark.not_emulated) for case in cases]
 
 
@@ -94,10 +94,10 @@ EVERY_ACT = each(act=ACTS)
 FEW = each(act=FEW_ACTS)
 EACH_DTYPE = each(dtype=DTYPES)
 
-# No activation, which is the plain op where there is no residual either, and one of each kind.
+# None (without a residual, the plain operator), and an activation of each kind.
 PLAIN_OR_ACT = (None, *FEW_ACTS)
 
-# Past 32 MiB; in float64 they have half as many values to compare, and training compares the most.
+# More than 32 MiB. Training is compared in float64, since it compares most, and float64 has half as many values.
 LARGER_THAN_THE_CACHE = rows(
     ("layout", "act", "training", "dtype"),
     [

@@ -1,5 +1,5 @@
-"""Small networks, each with one way of writing batch norm, sum and activation down that is met in the field, and how a
-fused one is compared with its original."""
+"""Small networks, each with one way in which batch norm, sum and activation are written in the field,
+and the comparison of a fused network with its original."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ def conv(channels: int, kernel: int = 3) -> nn.Conv2d:
     return nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=False)
 
 
-class Small(nn.Module):
-    """A batch norm behind a convolution; subclasses say what follows."""
+class Net(nn.Module):
+    """Has these modules, by name."""
 
-    def __init__(self) -> None:
+    def __init__(self, **modules: nn.Module | None) -> None:
         super().__init__()
-        self.conv, self.bn = conv(3), nn.BatchNorm2d(3)
+        for name, module in modules.items():
+            self.add_module(name, module)
 
 
 class Basic(nn.Module):
-    """torchvision's: one in-place ReLU for all, a sum in place, an optional Sequential beside."""
+    """torchvision's block: one in-place ReLU for all, a sum in place, an optional Sequential beside."""
 
     def __init__(self, channels: int = 4, downsample: bool = True) -> None:
         super().__init__()
@@ -38,26 +39,16 @@ class Basic(nn.Module):
         self.downsample = nn.Sequential(conv(channels, 1), nn.BatchNorm2d(channels)) if downsample else None
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x
-        out = self.conv1(x)
-        out = self.bn1(out)
-        out = self.relu(out)
-        out = self.conv2(out)
-        out = self.bn2(out)
-        if self.downsample is not None:
-            identity = self.downsample(x)
-        out += identity
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += x if self.downsample is None else self.downsample(x)
         return self.relu(out)
 
 
-class Bottleneck(nn.Module):
-    def __init__(self, channels: int = 4) -> None:
+class Bottleneck(Basic):
+    def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.bn1 = conv(channels, 1), nn.BatchNorm2d(channels)
-        self.conv2, self.bn2 = conv(channels), nn.BatchNorm2d(channels)
-        self.conv3, self.bn3 = conv(channels, 1), nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = nn.Sequential(conv(channels, 1), nn.BatchNorm2d(channels))
+        self.conv3, self.bn3 = conv(4, 1), nn.BatchNorm2d(4)
 
     def forward(self, x: Tensor) -> Tensor:
         identity = self.downsample(x)
@@ -87,15 +78,12 @@ class ResNet(nn.Module):
         return self._forward_impl(x)
 
 
-class Sides(nn.Module):
+class Sides(Net):
     """Both operands of the sum are Sequentials, the activation is a function."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.left = nn.Sequential(
-            nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), conv(4), nn.BatchNorm2d(4)
-        )
-        self.shortcut = nn.Sequential(nn.Conv2d(3, 4, 1))
+        left = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), conv(4), nn.BatchNorm2d(4)
+        super().__init__(left=nn.Sequential(*left), shortcut=nn.Sequential(nn.Conv2d(3, 4, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.left(x)
@@ -103,25 +91,22 @@ class Sides(nn.Module):
         return F.relu(out)
 
 
-class TwoNorms(nn.Module):
+class TwoNorms(Net):
     """Both operands are batch norms; the later one is fused."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn, self.down, self.down_bn = (
-            nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4),
-        )  # fmt: skip
+        super().__init__(conv=nn.Conv2d(3, 4, 3, padding=1), bn=nn.BatchNorm2d(4))
+        self.down, self.down_bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(self.bn(self.conv(x)) + self.down_bn(self.down(x)))
 
 
-class PreActivation(nn.Module):
+class PreActivation(Net):
     def __init__(self) -> None:
-        super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(3), conv(3)
-        self.bn2, self.conv2 = nn.BatchNorm2d(3), conv(3)
-        self.shortcut = conv(3, 1)
+        super().__init__(
+            bn1=nn.BatchNorm2d(3), conv1=conv(3), bn2=nn.BatchNorm2d(3), conv2=conv(3), shortcut=conv(3, 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(x))
@@ -145,10 +130,9 @@ class Dense(nn.Module):
         return self.norm3(x).relu_().mean((2, 3))
 
 
-class Gate(nn.Module):
+class Gate(Net):
     def __init__(self) -> None:
-        super().__init__()
-        self.pool, self.fc = nn.AdaptiveAvgPool2d(1), conv(4, 1)
+        super().__init__(pool=nn.AdaptiveAvgPool2d(1), fc=conv(4, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.hardsigmoid(self.fc(self.pool(x))) * x
@@ -172,10 +156,9 @@ class Mobile(nn.Module):
         return result
 
 
-class SharedSame(nn.Module):
+class SharedSame(Net):
     def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn = conv(3), nn.BatchNorm2d(3)
+        super().__init__(conv=conv(3), bn=nn.BatchNorm2d(3))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.bn(self.conv(F.relu(self.bn(x), inplace=True))))
@@ -206,13 +189,11 @@ class Functional(nn.Module):
         return F.batch_norm(out, self.mean3, self.var3, self.weight3, self.bias3, training=self.training)
 
 
-class Branching(nn.Module):
-    """What it does depends on its input, but not within the Sequential."""
+class Branching(Net):
+    """Outside of the Sequential, control flow depends on the input."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(conv(3), nn.BatchNorm2d(3), nn.LeakyReLU(0.1))
-        self.bn = nn.BatchNorm2d(3)
+        super().__init__(body=nn.Sequential(conv(3), nn.BatchNorm2d(3), nn.LeakyReLU(0.1)), bn=nn.BatchNorm2d(3))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.body(x)
@@ -226,31 +207,28 @@ class OwnNorm(nn.BatchNorm2d):
         return super().forward(input) * 2
 
 
-class WithOwnNorm(nn.Module):
+class WithOwnNorm(Net):
     def __init__(self) -> None:
-        super().__init__()
-        self.bn, self.own = nn.BatchNorm2d(3), OwnNorm(3)
+        super().__init__(bn=nn.BatchNorm2d(3), own=OwnNorm(3))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.own(self.bn(x).relu()).relu()
 
 
-class Line(nn.Module):
+class Line(Net):
     """1d, as features and as a sequence."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.bn1, self.fc1, self.fc2, self.bn2 = nn.BatchNorm1d(3), nn.Linear(3, 3), nn.Linear(3, 3), nn.BatchNorm1d(3)
+        super().__init__(bn1=nn.BatchNorm1d(3), fc1=nn.Linear(3, 3), fc2=nn.Linear(3, 3), bn2=nn.BatchNorm1d(3))
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.fc1(F.gelu(self.bn1(x)).mean(-1))
         return F.relu(self.bn2(self.fc2(out)).add(out))
 
 
-class Volume(nn.Module):
+class Volume(Net):
     def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn = nn.Conv3d(3, 3, 3, padding=1), nn.BatchNorm3d(3)
+        super().__init__(conv=nn.Conv3d(3, 3, 3, padding=1), bn=nn.BatchNorm3d(3))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)

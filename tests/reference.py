@@ -1,4 +1,4 @@
-"""Batch normalisation in float64, written from the formula of the contract: what the other tests compare with.
+"""Batch normalisation in float64, written from its formula: what the other tests compare with.
 
 With m = N*spatial, mean = sum(x)/m, var = sum((x - mean)^2)/m, xhat = (x - mean)/sqrt(var + eps):
 
@@ -9,17 +9,13 @@ With m = N*spatial, mean = sum(x)/m, var = sum((x - mean)^2)/m, xhat = (x - mean
     running    = (1 - momentum)*running + momentum*batch, the variance unbiased: var*m/(m - 1)
 
 With a residual and an activation, z = weight*xhat + bias + residual is the pre-activation and y = act(z); then
-g*act'(z) takes the place of g above, and is the residual's own gradient. s is the sigmoid, P and p are the
-distribution function and the density of the standard normal:
+g*act'(z) takes the place of g above, and is the residual's own gradient. s is the sigmoid, and P the distribution
+function of the standard normal:
 
-    relu        max(z, 0)               act' = 1 where z > 0, else 0
-    relu6       clamp(z, 0, 6)          act' = 1 where 0 < z < 6, else 0
-    leaky_relu  z or slope*z            act' = 1 where z > 0, else slope
-    silu        z*s(z)                  act' = s + z*s*(1 - s)
-    gelu        z*P(z)                  act' = P + z*p
-    hardswish   z*clamp(z + 3, 0, 6)/6  act' = (2z + 3)/6 within (-3, 3), 0 below, 1 above
-    mish        z*tanh(log(1 + e^z))    act' = tanh(q) + z*s/cosh(q)^2 with q = log(1 + e^z)
-    elu         z or alpha*(e^z - 1)    act' = 1 where z > 0, else alpha*e^z
+    relu        max(z, 0)               hardswish   z*clamp(z + 3, 0, 6)/6
+    relu6       clamp(z, 0, 6)          gelu        z*P(z)
+    leaky_relu  z or slope*z            mish        z*tanh(log(1 + e^z))
+    silu        z*s(z)                  elu         z or alpha*(e^z - 1)
 
 Inputs of a narrower type are widened first, so the reference sees the very values that bnext sees. Nothing here
 calls torch's own batch norm, nor one of its activations.
@@ -80,62 +76,35 @@ def named(act: Act) -> tuple[str, float]:
 
 
 def activate(z: Tensor, act: Act) -> Tensor:
-    """act(z), in operations that autograd, forward mode and vmap differentiate any number of times."""
+    """act(z), in operations that autograd, forward mode and vmap differentiate any number of times. At a kink the
+    derivative is that of the lower side, at an upper kink that of the upper side, as in torch."""
     name, slope = named(act)
     if name == "identity":
         return z
     if name == "relu":
         return torch.where(z > 0, z, 0 * z)
     if name == "relu6":
-        return torch.where(z > 6, 6 + 0 * z, torch.where(z > 0, z, 0 * z))
+        return torch.where(z >= 6, 6 + 0 * z, torch.where(z > 0, z, 0 * z))
     if name == "leaky_relu":
         return torch.where(z > 0, z, slope * z)
     if name == "silu":
-        return z / (1 + (-z).exp())
-    if name == "gelu":
-        return z * distribution(z)
+        return z * torch.sigmoid(z)
+    if name == "gelu":  # erfc gives P(z) to a few roundings of itself, in the negative tail as well
+        return z * torch.special.erfc(z * -math.sqrt(0.5)) / 2
     if name == "hardswish":
-        return z * (z + 3).clamp(0, 6) / 6
+        return torch.where(z <= -3, 0 * z, torch.where(z >= 3, z, z * (z + 3) / 6))
     if name == "mish":
-        return z * torch.tanh(softplus(z))
+        return z * torch.tanh(torch.logaddexp(z, torch.zeros_like(z)))
     if name == "elu":  # the side that is not taken is finite, or its derivative would be NaN
         return torch.where(z > 0, z, slope * z.clamp(max=0).expm1())
     raise ValueError(f"act: unknown {act!r}")
 
 
-def distribution(z: Tensor) -> Tensor:
-    """P(z) to a few roundings of itself, in the negative tail as well."""
-    return torch.special.erfc(z * -math.sqrt(0.5)) / 2
-
-
-def softplus(z: Tensor) -> Tensor:
-    """log(1 + e^z)"""
-    return torch.logaddexp(z, torch.zeros_like(z))
-
-
+@torch.enable_grad()
 def slope_at(z: Tensor, act: Act) -> Tensor:
-    """act'(z); at a kink the value of the lower side, at the upper one that of the upper, as in torch."""
-    name, slope = named(act)
-    if name == "identity":
-        return torch.ones_like(z)
-    if name in ("relu", "leaky_relu"):
-        return torch.where(z > 0, torch.ones_like(z), slope if name == "leaky_relu" else 0.0)
-    if name == "relu6":
-        return torch.where((z > 0) & (z < 6), 1.0, 0.0).to(z.dtype)
-    if name == "silu":
-        sigmoid = 1 / (1 + (-z).exp())
-        return sigmoid + z * sigmoid / (1 + z.exp())
-    if name == "gelu":
-        return distribution(z) + z * (-z.square() / 2).exp() / math.sqrt(2 * math.pi)
-    if name == "hardswish":
-        return torch.where(z <= -3, 0.0, torch.where(z >= 3, 1.0, (2 * z + 3) / 6))
-    if name == "mish":
-        # Beyond 300, where cosh overflows, the second term is 0.
-        bend = z / (1 + (-z).exp()) / softplus(z).clamp(max=300).cosh().square()
-        return torch.tanh(softplus(z)) + torch.where(z.abs() < 300, bend, 0.0)
-    if name == "elu":
-        return torch.where(z > 0, torch.ones_like(z), slope * z.exp())
-    raise ValueError(f"act: unknown {act!r}")
+    """act'(z)"""
+    leaf = z.detach().requires_grad_()
+    return torch.autograd.grad(activate(leaf, act).sum(), leaf)[0]
 
 
 def forward(

@@ -1,4 +1,4 @@
-"""The rules of the house: arrows point one way, kernels know no torch, and the stub tells the truth."""
+"""Which folders and modules may use which, that kernels use no torch header, and that the stub fits the binary."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What has failed people in other batch norms, each case under the number of the public thread that reported it.
+"""What has failed in other batch norms, below the number of the public issue that reported it.
 
-Threads about speed alone (pytorch#60063, #50549, #69525, #52011, #38915, #12006, #57034) have bars in the benchmark;
-those about CUDA, SyncBatchNorm and fusion have their tests beside that code. Cases that are among those of other tests:
+Issues about speed alone (pytorch#60063, #50549, #69525, #52011, #38915, #12006, #57034) are measured by the benchmark;
+those about CUDA, SyncBatchNorm and fusion have their tests beside that code. Cases that other tests hold:
 
     pytorch#194504, #97084                 test_compile.py: test_steps_equal_eager
     pytorch#162489                         test_numerics.py: test_every_finite_float32
@@ -33,27 +33,22 @@ from tolerances import assert_within
 from torch import Tensor
 
 
-def threads(*numbers: str) -> pytest.MarkDecorator:
-    """Runs the test once, with the threads' numbers in its id."""
-    return pytest.mark.parametrize("thread", [" ".join(numbers)])
-
-
-@threads("pytorch#19911", "pytorch#29744", "pytorch#16998", "pytorch#4107")
+# pytorch#19911, #29744, #16998, #4107
 @MODES
 @pytest.mark.parametrize("shape", [(65535, 2), (65536, 2), (131073, 3), (70001, 2, 3), (65537, 3, 1, 2)], ids=str)
-def test_batches_beyond_65535(thread: str, shape: tuple[int, ...], training: bool) -> None:
+def test_batches_beyond_65535(shape: tuple[int, ...], training: bool) -> None:
     check_call(make_inputs(shape), training=training)
 
 
-@threads("apex#1768")
+# apex#1768
 @pytest.mark.parametrize("channels", [3, 7, 9, 15, 31, 33, 63, 65, 100, 257, 1000])
-def test_channels_last_with_channels_that_are_no_power_of_two(thread: str, channels: int) -> None:
+def test_channels_last_with_channels_that_are_no_power_of_two(channels: int) -> None:
     inputs = make_inputs((8, channels, 9, 7), "channels_last", grad_layout="channels_last")
     check_call(inputs, training=True)
 
 
-@threads("ATen's SyncBatchNorm, read in its source")
-def test_counts_that_bfloat16_does_not_hold(thread: str) -> None:
+# ATen's SyncBatchNorm, read in its source
+def test_counts_that_bfloat16_does_not_hold() -> None:
     # In bfloat16 257 is 256, and adding 3 to 1000 changes nothing.
     rows = (257, 1000, 3)
     x = make_input((sum(rows), 5, 3), dtype=torch.bfloat16)
@@ -68,17 +63,17 @@ def test_counts_that_bfloat16_does_not_hold(thread: str) -> None:
         assert_within(got, value, limit, what)
 
 
-@threads("inplace_abn#155")
+# inplace_abn#155
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_expanded_grad_output(thread: str, layout: str) -> None:
+def test_expanded_grad_output(layout: str) -> None:
     # As global average pooling hands it back: one value an image and channel, expanded over space.
     g = torch.randn(4, 5, 1, 1).expand(4, 5, 6, 6)
     check_call(make_inputs((4, 5, 6, 6), layout)._replace(grad_output=g), training=True)
 
 
-@threads("pytorch#13844", "pytorch#11382")
+# pytorch#13844, #11382
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_channels_of_very_different_scale(thread: str, layout: str) -> None:
+def test_channels_of_very_different_scale(layout: str) -> None:
     # Channels as real networks have them side by side: magnitudes from 1e-4 to 1e4, means far beyond the spread.
     scale = torch.logspace(-4, 4, 17).view(1, -1, 1, 1)
     offset = torch.linspace(-100, 100, 17).view(1, -1, 1, 1) * scale
@@ -90,11 +85,11 @@ def free_memory() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+# flashinfer#3391
 @pytest.mark.slow
-@threads("flashinfer#3391")
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("extra", [pytest.param(-1, marks=pytest.mark.long, id="below"), pytest.param(1, id="beyond")])
-def test_both_sides_of_two_to_the_31_elements(thread: str, extra: int, layout: str) -> None:
+def test_both_sides_of_two_to_the_31_elements(extra: int, layout: str) -> None:
     if free_memory() < 12 * 2**30:
         pytest.skip("needs 12 GiB of free memory: two tensors of 2^31 bfloat16 values, and room")
     # The data repeats after `period` rows, so the statistics, and the results, are those of one period.

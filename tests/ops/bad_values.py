@@ -1,7 +1,7 @@
-"""Calls with arguments of every kind, and what is wrong for each of them.
+"""Calls, valid values of all of their arguments, and wrong values of each.
 
-A :class:`Target` is a call, with good values for all of its arguments; :func:`bad_values` are the wrong ones of one of
-them, by the argument's name and its good value. An argument that is not in ``KINDS`` has none, which a test notices.
+An argument's name and its valid value give the wrong ones; an argument that is not in ``KINDS`` has none, which a test
+notices.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Bad(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Something to call by keywords; and what torch has in its place, where its own first look is taken over."""
+    """What is called by keywords; and torch's counterpart, where errors may be the same as torch's."""
 
     name: str
     call: Callable[..., object]
@@ -44,7 +44,7 @@ class Target(NamedTuple):
         return self.name
 
 
-# What is not a tensor, a number, a string, and so on. A list has the length and the values that would be right.
+# Values of a wrong type. The lists have a length and values that would be right.
 
 
 def _constants(**values: object) -> list[Bad]:
@@ -53,7 +53,7 @@ def _constants(**values: object) -> list[Bad]:
 
 NONSENSE = [*_constants(str="five", list=[1.0, 1.0, 1.0], dict={}, type=int), Bad("object", object)]
 NOT_A_TENSOR = [*NONSENSE, *_constants(int=1, float=1.0, bool=True, array=np.ones(3, dtype=np.float32))]
-# A bool is a number, and a tensor of one element too, as in torch.
+# As in torch, a bool is a number, and so is a tensor of one element.
 NOT_A_NUMBER = [*NONSENSE, *_constants(complex=1j, huge=10**400), Bad("vector", lambda: torch.ones(2))]
 NOT_A_STRING = [*_constants(int=1, float=0.5, bool=True, list=["relu"], dict={}), Bad("object", object)]
 NOT_A_BOOL = [*NONSENSE, Bad("vector", lambda: torch.ones(2))]
@@ -70,7 +70,7 @@ def _cast(dtypes: tuple[torch.dtype, ...], good: Callable[[], Tensor]) -> list[B
 
 
 def _elsewhere(good: Callable[[], Tensor]) -> list[Bad]:
-    """On another device, or in another layout. A CSR tensor of one dimension there is none."""
+    """On another device, or in another layout. CSR tensors have two dimensions or more."""
     rows = [Bad("meta", lambda: good().to("meta")), Bad("coo", lambda: good().to_sparse())]
     return rows if good().dim() < 2 else [*rows, Bad("csr", lambda: good().flatten(1).to_sparse_csr())]
 
@@ -94,7 +94,7 @@ def _reshaped(good: Callable[[], Tensor]) -> list[Bad]:
 
 
 def _data(t: Target, name: str) -> list[Bad]:
-    """input, or grad_output: anything floating of two dimensions or more, but for what lies beside it."""
+    """input or grad_output, which alone may have any floating dtype and any shape of two dimensions or more."""
     good = lambda: t.good()[name]  # noqa: E731
     rows = [Bad("scalar", lambda: torch.tensor(1.0)), Bad("vector", lambda: torch.ones(CHANNELS))]
     rows += _cast(DTYPES[4:], good) + _elsewhere(good) + NOT_A_TENSOR + IS_NONE
@@ -105,7 +105,7 @@ def _data(t: Target, name: str) -> list[Bad]:
         rows += [Bad("channels", lambda: good()[:, :-1]), Bad("no_channels", lambda: good()[:, :0])]
     if others & {"residual", "input"}:
         rows += [row for row in _alongside(t, name) if row.id not in {bad.id for bad in rows}]
-    # Alone, it may be on a device of its own.
+    # Where the call has no other tensor, it may be on any device.
     return rows if others - {"eps"} or t.name.startswith("layer") else [row for row in rows if row.id != "meta"]
 
 
@@ -127,10 +127,10 @@ def _exactly(t: Target, name: str, optional: bool = True) -> list[Bad]:
 
 
 def _running(t: Target, name: str) -> list[Bad]:
-    """A statistic; one that is written to has memory of its own."""
+    """In training, when a statistic is written to, its elements must not share memory."""
     written = "eval" not in t.name
     rows = _exactly(t, name, optional=written)
-    if not t.name.endswith("gathered"):  # of which autograd knows nothing
+    if not t.name.endswith("gathered"):  # which has no autograd kernel
         rows.append(Bad("requires_grad", lambda: t.good()[name].requires_grad_()))
     return [*rows, Bad("expanded", lambda: torch.ones(1).expand(CHANNELS))] if written else rows
 
@@ -138,7 +138,7 @@ def _running(t: Target, name: str) -> list[Bad]:
 def _counter(t: Target, name: str) -> list[Bad]:
     good = lambda: t.good()[name]  # noqa: E731
     rows = _cast(tuple(d for d in DTYPES if d != torch.int64), good) + _elsewhere(good)
-    if t.name == "held":  # a layer counts in any dtype that can, and on any device, as torch's does
+    if t.name == "held":  # as torch's, a layer counts in any dtype and on any device
         rows = [row for row in rows if row.id == "coo"]
     return [*rows, *NOT_A_TENSOR, *(Bad(f"of_{n}", lambda n=n: torch.zeros(n, dtype=torch.int64)) for n in (0, 2))]
 
@@ -150,27 +150,27 @@ def _count(t: Target, name: str) -> list[Bad]:
 
 
 def _gathered_stats(t: Target, name: str) -> list[Bad]:
-    # The number of shares is free: those of more or fewer processes.
+    # The number of rows is free, since it is the number of processes.
     return [row for row in _exactly(t, name, optional=False) if row.id not in {"empty", "repeated"}]
 
 
 def _eps(t: Target, name: str) -> list[Bad]:
     rows = NOT_A_NUMBER + IS_NONE
     if "backward" in t.name:
-        return rows  # whose kernel has no use for it
+        return rows  # backward does not use eps
     rows = rows + _constants(negative=-1e-5, minus_infinite=-math.inf)
     return rows if "eval" in t.name else rows + _constants(zero=0.0)
 
 
 def _momentum(t: Target, name: str) -> list[Bad]:
-    # In functions it is a number, as torch's; for operators and layers None is the cumulative average. An evaluation
-    # never makes a double of it.
+    # For operators and layers None is the cumulative average; functions take a number alone, as torch's do. Evaluation
+    # does not convert it to a double.
     rows = [row for row in NOT_A_NUMBER if not ("evaluation" in t.name and row.id in {"huge", "vector"})]
     return rows + (IS_NONE if "function" in t.name else [])
 
 
 def _strict_bool(t: Target, name: str) -> list[Bad]:
-    # As operators take them, None and numbers are bools, says torch.
+    # For operators torch converts None and numbers to bool.
     rows = NOT_A_BOOL
     return rows + IS_NONE + _constants(int=1, float=0.0) if "function" in t.name or t.name == "convert" else rows
 
@@ -195,15 +195,11 @@ def _part_size(t: Target, name: str) -> list[Bad]:
 
 
 def _lengths(t: Target, name: str) -> list[Bad]:
-    rows = [*NOT_A_TENSOR, Bad("long", lambda: torch.tensor([9, 1, 1, 1])), Bad("few", lambda: torch.tensor([1, 1]))]
+    values = {"long": [9, 1, 1, 1], "negative": [1, -1, 1, 1], "few": [1, 1], "column": [[1]] * 4}
+    rows = [*NOT_A_TENSOR, *(Bad(key, lambda v=value: torch.tensor(v)) for key, value in values.items())]
     rows += _cast(tuple(d for d in DTYPES if d not in (torch.int32, torch.int64)), lambda: torch.ones(4))
     rows.append(Bad("meta", lambda: torch.ones(4, dtype=torch.int64, device="meta")))
     return rows + IS_NONE if t.name.startswith("operator") else rows
-
-
-def _list_of_bools(t: Target, name: str) -> list[Bad]:
-    lengths: dict[str, object] = {f"of_{n}": [True] * n for n in (0, 1, 3, 5)}
-    return _constants(str="five", int=1, bool=True, strings=["yes"] * 4, **lengths) + IS_NONE + [Bad("object", object)]
 
 
 def _group(t: Target, name: str) -> list[Bad]:
@@ -212,25 +208,11 @@ def _group(t: Target, name: str) -> list[Bad]:
     return NOT_A_NUMBER + _constants(none=None, float=1.5, zero=0, negative=-1, too_many=2, int64=2**63)
 
 
-def _process_group(t: Target, name: str) -> list[Bad]:
-    return [*NONSENSE, *_constants(int=1, empty=[], name="0"), Bad("tensor", lambda: torch.ones(2))]
+TENSOR = Bad("tensor", lambda: torch.ones(2))
+CAP = [*NONSENSE, *_constants(float=1.5, int64=2**40, negative=-1)]
 
-
-def _module(t: Target, name: str) -> list[Bad]:
-    return NOT_A_TENSOR + IS_NONE + [Bad("tensor", lambda: torch.ones(2)), Bad("class", lambda: torch.nn.BatchNorm2d)]
-
-
-def _cpu_isa(t: Target, name: str) -> list[Bad]:
-    return (
-        _constants(unknown="mmx", empty="", upper="AVX2", nul="default\0", surrogate="\ud800") + NOT_A_STRING + IS_NONE
-    )
-
-
-def _cap(t: Target, name: str) -> list[Bad]:
-    return [*NONSENSE, *_constants(float=1.5, int64=2**40, negative=-1)]
-
-
-KINDS: dict[str, Callable[[Target, str], list[Bad]]] = {
+# By argument: its wrong values, or a function that makes them.
+KINDS: dict[str, list[Bad] | Callable[[Target, str], list[Bad]]] = {
     "input": _input,
     "grad_output": _data,
     "residual": _alongside,
@@ -243,42 +225,51 @@ KINDS: dict[str, Callable[[Target, str], list[Bad]]] = {
     "save_stats": functools.partial(_exactly, optional=False),
     "mean_grads": _exactly,
     "count": _count,
-    "tensor": lambda t, name: NOT_A_TENSOR + IS_NONE,  # any that torch's collective takes
+    "tensor": NOT_A_TENSOR + IS_NONE,  # others are checked by torch's collective
     "mask": _mask,
     "valid": _exactly,
     "lengths": _lengths,
     "batch": _group,
     "size": _group,
-    "device": lambda t, name: _constants(unknown="nowhere", int=-5) + NOT_A_STRING + IS_NONE,
+    "device": _constants(unknown="nowhere", int=-5) + NOT_A_STRING + IS_NONE,
     "virtual_batch_size": _part_size,
     "update_in_backward": _strict_bool,
     "momentum": _momentum,
     "eps": _eps,
-    "slope": lambda t, name: NOT_A_NUMBER + IS_NONE,
+    "slope": NOT_A_NUMBER + IS_NONE,
     "training": _strict_bool,
     "with_mask": _strict_bool,
-    "output_mask": _list_of_bools,
+    "output_mask": [
+        *_constants(str="five", int=1, bool=True, strings=["yes"] * 4),
+        *_constants(**{f"of_{n}": [True] * n for n in (0, 1, 3, 5)}),
+        *IS_NONE,
+        Bad("object", object),
+    ],
     "act": _act,
     "group_size": _group,
     "group_name": _group,
-    "module": _module,
+    "module": [*NOT_A_TENSOR, *IS_NONE, TENSOR, Bad("class", lambda: torch.nn.BatchNorm2d)],
     "fuse": _strict_bool,
     "recompute": _strict_bool,
     "sync": _strict_bool,
     "verbose": _strict_bool,
-    "single_value": lambda t, name: NOT_A_STRING + _constants(unknown="skip"),
-    "process_group": _process_group,
-    "name": _cpu_isa,
-    "sms": _cap,
-    "shared_per_block": _cap,
-    "max_cluster": _cap,
-    "max_row_bytes": _cap,
+    "single_value": NOT_A_STRING + _constants(unknown="skip"),
+    "process_group": [*NONSENSE, *_constants(int=1, empty=[], name="0"), TENSOR],
+    "name": [
+        *_constants(unknown="mmx", empty="", upper="AVX2", nul="default\0", surrogate="\ud800"),
+        *NOT_A_STRING,
+        *IS_NONE,
+    ],
+    "sms": CAP,
+    "shared_per_block": CAP,
+    "max_cluster": CAP,
+    "max_row_bytes": CAP,
 }
 
 
 def bad_values(target: Target, argument: str) -> list[Bad]:
-    kind = KINDS.get(argument)
-    return [] if kind is None else kind(target, argument)
+    kind = KINDS.get(argument, [])
+    return kind(target, argument) if callable(kind) else kind
 
 
 # The calls.
@@ -338,7 +329,7 @@ def backward_arguments() -> Arguments:
 
 
 def operators() -> list[Target]:
-    """Each of those that torch knows, with the arguments that torch knows."""
+    """Each registered operator, with the arguments of its schema."""
     targets = []
     for schema in sorted(torch._C._jit_get_all_schemas(), key=lambda schema: schema.name):
         if schema.name.startswith("bnext::"):
@@ -357,7 +348,7 @@ def operators() -> list[Target]:
 
 
 def functions() -> list[Target]:
-    """Public functions, those for layers in both modes."""
+    """The public functions, in training and in evaluation."""
     targets = []
     for function in (bnext.functional.batch_norm, bnext.functional.batch_norm_act):
         arguments = tuple(inspect.signature(function).parameters)
@@ -384,7 +375,7 @@ def layers() -> list[Target]:
 def _layer(cls: type, mode: str) -> Target:
     is_lazy = "Lazy" in cls.__name__
     shape = RANKS[cls.__name__[-2:]]
-    # Lengths or a mask: the one that the rank of the input allows, or the other.
+    # lengths= is for sequences, mask= for images.
     other = "mask" if len(shape) == 3 else "lengths"
     takes = tuple(name for name in inspect.signature(cls.forward).parameters if name not in ("self", other))
 
@@ -398,7 +389,7 @@ def _layer(cls: type, mode: str) -> Target:
 
     def call(**values: object) -> object:
         module, checks = new(cls), []
-        # Behind the hook of a lazy one, which takes its size from what it is given before anything is checked.
+        # Registered behind the hook in which a lazy layer takes its size from the input, before anything is checked.
         module.register_forward_pre_hook(lambda m, _: checks.append(remember(m.state_dict(keep_vars=True))))
         try:
             return module(**values)
@@ -420,7 +411,6 @@ def _held_by_a_layer(**values: object) -> object:
     return layer(make_input(SHAPE))
 
 
-# The buffers of a layer, which passes them on.
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 HELD = Target("held", _held_by_a_layer, BUFFERS, lambda: {k: v for k, v in forward_arguments().items() if k in BUFFERS})
 
@@ -430,7 +420,7 @@ def torchs(cls: type) -> type:
     return getattr(torch.nn, cls.__name__.replace("Act", ""))
 
 
-# Signatures of the extension's functions are in its stub alone; a test of test_architecture.py keeps it true.
+# Functions of the extension have signatures in the stub alone, which test_architecture.py compares with the binary.
 EXTENSION = [
     Target("set_cpu_isa", _C.set_cpu_isa, ("name",), lambda: {"name": _C.cpu_isa()}),
     Target("cap_cuda_device", _C.cap_cuda_device, ("sms", "shared_per_block", "max_cluster", "max_row_bytes"), dict),

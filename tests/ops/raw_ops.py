@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reference
 import torch
-from cases import Case
+from cases import RECTIFIERS, Case
 from checks import make_inputs
 from reference import Act
 from torch import Tensor
@@ -15,13 +15,17 @@ backward = torch.ops.bnext.batch_norm_backward
 
 
 def act_args(act: Act) -> dict[str, object]:
-    """The activation as the ops take it."""
+    """The activation as the operators take it."""
     known, slope = reference.named(act)
     return {"act": known, "slope": slope}
 
 
+def keeps_mask(act: Act) -> bool:
+    return reference.named(act)[0] in RECTIFIERS
+
+
 class Call:
-    """A problem, and the operators on it."""
+    """A problem, and the operators on it. `missing` names the attributes that are None."""
 
     def __init__(
         self,
@@ -32,6 +36,7 @@ class Call:
         has_residual: bool = True,
         grad: bool = False,
         device: str = "cpu",
+        missing: str = "",
     ) -> None:
         inputs = make_inputs(*case, dtype, device, has_residual)
         p = inputs.params
@@ -40,28 +45,36 @@ class Call:
             None if v is None else v.detach().requires_grad_(grad) for v in values
         )
         self.mean, self.var, self.counter = p.running_mean, p.running_var, torch.tensor(3, device=device)
-        self.training, self.act, self.shape = training, act, case.shape
-        # In the layout of the input: without the input, grad_output's decides the order of the sums.
+        self.training, self.act, self.momentum, self.eps = training, act, 0.1, 1e-5
+        # In the layout of the input: without the input, grad_output's layout decides the order of the sums.
         self.g = torch.empty_like(self.x).copy_(inputs.grad_output).detach().requires_grad_(grad)
+        for what in missing.split():
+            setattr(self, what, None)
+
+    @property
+    def op(self) -> object:
+        return train if self.training else evaluate
 
     def forward_args(self) -> tuple[object, ...]:
         stem = (self.x, self.weight, self.bias, self.mean, self.var)
-        return (*stem, self.counter, 0.1, 1e-5) if self.training else (*stem, 1e-5)
+        return (*stem, self.counter, self.momentum, self.eps) if self.training else (*stem, self.eps)
+
+    def epilogue(self, with_mask: bool = False) -> dict[str, object]:
+        return {"residual": self.residual, **act_args(self.act), "with_mask": with_mask}
 
     def forward(self, with_mask: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        op = train if self.training else evaluate
-        return op(*self.forward_args(), self.residual, **act_args(self.act), with_mask=with_mask)
+        return self.op(*self.forward_args(), **self.epilogue(with_mask))
 
-    def backward(
+    def backward_args(
         self, stats: Tensor, wanted: tuple[bool, ...], mask: Tensor | None = None, **changes: object
-    ) -> tuple[Tensor, ...]:
-        args = {
+    ) -> dict[str, object]:
+        return {
             "grad_output": self.g,
             "input": self.x,
             "weight": self.weight,
             "save_stats": stats,
             "training": self.training,
-            "eps": 1e-5,
+            "eps": self.eps,
             "output_mask": list(wanted),
             "bias": self.bias,
             "residual": self.residual if mask is None else None,
@@ -69,7 +82,9 @@ class Call:
             **act_args(self.act),
             **changes,
         }
-        return backward(**args)
+
+    def backward(self, *args: object, **changes: object) -> tuple[Tensor, ...]:
+        return backward(**self.backward_args(*args, **changes))
 
     def wanted(self) -> tuple[bool, ...]:
         return (True, True, True, self.act != "identity" and self.residual is not None)

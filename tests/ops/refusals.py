@@ -1,5 +1,5 @@
-"""How a call refuses wrong arguments: by an ordinary exception that says what was expected and what came, and leaves
-everything as it was."""
+"""Checks that a call refuses wrong arguments with an ordinary exception, which says what was expected and what came,
+and that no tensor has changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Arguments = dict[str, object]
 
 ORDINARY = (RuntimeError, ValueError, TypeError)
 
-WORDS = {  # of a dtype, in Python or in C++
+WORDS = {  # for a dtype, in messages of Python or C++
     torch.float64: r"float64|double",
     torch.float32: r"float32|\bfloat\b",
     torch.float16: r"float16|half",
@@ -30,7 +30,7 @@ WORDS = {  # of a dtype, in Python or in C++
 
 
 def told(value: object, good: object) -> tuple[str, ...]:
-    """Regular expressions of what was expected and of what came."""
+    """Regular expressions for what was expected and for what came."""
     if not isinstance(good, Tensor) or value is None:
         return ()
     if not isinstance(value, Tensor):
@@ -52,7 +52,7 @@ def is_readable(value: object) -> bool:
 
 
 def remember(values: Mapping[str, object]) -> Callable[[], None]:
-    """A check that bits and version of each tensor, whose bits can be looked at, are what they are now."""
+    """Returns a check that each readable tensor still has its present bits and version."""
 
     def bits(tensor: Tensor) -> Tensor:
         return tensor.detach().resolve_neg().clone()
@@ -69,7 +69,7 @@ def remember(values: Mapping[str, object]) -> Callable[[], None]:
 
 
 def raised(call: Callable[[Arguments], object], args: Arguments, *message: str) -> str:
-    """What the call says, which holds these regular expressions; every tensor keeps its bits and its version."""
+    """The text of the exception, in which each regular expression is found; tensors keep their bits and versions."""
     unchanged = remember(args)
     with pytest.raises(ORDINARY) as caught:
         call(args)

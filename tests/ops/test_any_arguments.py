@@ -1,6 +1,5 @@
-"""The operators with anything at all: whatever comes, in any combination, is refused by an ordinary exception that
-leaves statistics alone, or gives results of the right shapes. Nothing else, a crash least of all.
-"""
+"""Operators with arguments of any kind, in any combination: either an ordinary exception that leaves the statistics as
+they were, or results of the right shapes, and never a crash."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ import math
 
 import pytest
 import torch
-from bad_values import DTYPES, INTERNAL, Bad, Target, bad_values, operators
+from bad_values import DTYPES, INTERNAL, Target, bad_values, operators
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from refusals import ORDINARY, Arguments, remember
@@ -26,7 +25,7 @@ SHARES = [0.0, -1.0, 1.0, 1e300, math.nan, math.inf, 2.0**63]
 
 @st.composite
 def tensors(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Tensor:
-    """Any few numbers, anyhow in memory, on the CPU or nowhere."""
+    """A few numbers, of any shape and strides, on the CPU or on the meta device."""
     shape = draw(st.lists(st.integers(0, 4), max_size=6))
     values = (torch.arange(math.prod(shape)) % 7 - 3.0).view(shape).to(draw(st.sampled_from(dtypes)))
     for change in draw(st.lists(st.sampled_from([*STRIDES]), max_size=2)):
@@ -51,14 +50,12 @@ PLACES = {
 }
 
 
-@functools.cache
-def rows(target: Target, argument: str) -> list[Bad]:
-    return bad_values(target, argument)
+rows = functools.cache(bad_values)
 
 
 @st.composite
 def calls(draw: st.DrawFn, target: Target) -> Arguments:
-    """Good values, a few of which are replaced: by one that is wrong alone, by an extreme one, by one of any kind."""
+    """Valid arguments, of which a few are replaced: by a wrong one, an extreme one, or one of any kind."""
     values = target.good()
     if draw(st.booleans()):
         reshape(
@@ -101,33 +98,14 @@ def extreme(draw: st.DrawFn, argument: str, good: Tensor) -> Tensor:
     return torch.full(good.shape, draw(st.sampled_from(SHARES)), dtype=torch.float64).to(good.dtype)
 
 
-def check_results(target: Target, values: Arguments, results: object) -> None:
-    name = target.name.removeprefix("operator_batch_norm_")
-    if name == "operator_all_reduce_sum":
-        assert results.shape == values["tensor"].shape
-        return
-    if name == "operator_sequence_mask":
-        assert results.shape == (values["batch"], values["size"])
-        return
-    if name == "stats":
-        assert results.shape == (2 * values["input"].shape[1] + 1,)
-        return
-    if name.startswith(("backward", "sync_backward")):
-        like = values["grad_output"]
-        shapes = [like.shape, (like.shape[1],), (like.shape[1],), like.shape]
-        for result, shape, wanted in zip(results, shapes, values["output_mask"], strict=True):
-            assert result.shape == (shape if wanted else (0,))
-        return
-    x = values["input"]
-    alone = name in ("sync", "recompute")
-    output = results if alone else results[0]
-    assert (output.shape, output.dtype, output.device) == (x.shape, x.dtype, x.device)
-    if not alone:
-        assert results[1].shape[-2:] == (2, x.shape[1])
-        assert (results[1].dim() == 3) == bool(values.get("virtual_batch_size"))
-        assert results[1].dtype == torch.float64
-        assert results[2].dtype == torch.uint8
-        assert not values.get("with_mask") or results[2].dim() in (2, 3)
+def check_results(values: Arguments, results: Tensor | tuple[Tensor, ...]) -> None:
+    """The first result has the shape of the data, and all can be read; test_schema.py and test_raw_ops.py test more."""
+    data = next((values[key] for key in ("grad_output", "input", "tensor") if key in values), None)
+    if data is not None and isinstance(results, tuple):
+        wanted = values.get("output_mask", [True])
+        assert results[0].shape == (data.shape if wanted[0] else (0,))
+    for result in [results] if isinstance(results, Tensor) else results:
+        assert result.is_meta or result.clone().shape == result.shape  # reads all of it
 
 
 def test_missing_data_beside_meta() -> None:
@@ -158,5 +136,5 @@ def test_any_arguments(target: Target, data: st.DataObject, group: tuple[int, st
         unchanged()
         assert not any(text in message for text in INTERNAL), message
     else:
-        check_results(target, values, results)
+        check_results(values, results)
     rest()

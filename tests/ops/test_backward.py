@@ -1,7 +1,4 @@
-"""Which gradients there are, of what strides, and their values at kinks; test_forward.py compares with the reference.
-
-Of the plain op, and of act(batch_norm(input) + residual): without a residual, an `act` of None is the plain op.
-"""
+"""Gradients at kinks, and of some of the inputs only; test_forward.py compares gradients with the reference."""
 
 from __future__ import annotations
 
@@ -9,66 +6,18 @@ import itertools
 
 import pytest
 import torch
-from cases import (
-    DTYPES,
-    FEW_ACTS,
-    FEW_CASES,
-    Case,
-    Parameters,
-    make_grad,
-    make_input,
-    make_parameters,
-    make_residual,
-    name,
-    parameter_dtype,
-    same_bits,
-    to_layout,
-)
-from checks import call, make_inputs, significant_strides
-from marks import FLAGS, MODES, PLAIN_OR_ACT, pairs
+from cases import FEW_ACTS, FEW_CASES, Case, make_grad, make_input, name, same_bits, to_layout
+from checks import make_inputs
+from marks import FLAGS, MODES, pairs
 from reference import Act
 from tolerances import assert_within
 from torch import Tensor
 
 from bnext.functional import batch_norm, batch_norm_act
 
-pytestmark = pytest.mark.kernels
-
-
-@pairs(shape=((0, 3), (0, 3, 4, 5), (2, 3, 0)), dtype=DTYPES, act=PLAIN_OR_ACT, training=FLAGS, has_residual=FLAGS)
-def test_empty_batch_has_zero_parameter_gradients(
-    shape: tuple[int, ...], dtype: torch.dtype, act: Act, training: bool, has_residual: bool, device: str
-) -> None:
-    x = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
-    residual = torch.empty_like(x, requires_grad=True) if has_residual else None
-    p = make_parameters(3, parameter_dtype(dtype), device)
-    weight, bias = p.weight.requires_grad_(), p.bias.requires_grad_()
-    y = call(x, p, weight, bias, training, residual=residual, act=act)
-    y.sum().backward()
-    assert x.grad is not None
-    assert x.grad.shape == shape
-    assert residual is None or (residual.grad.shape, residual.grad.dtype) == (shape, dtype)
-    assert torch.equal(weight.grad, torch.zeros_like(weight))
-    assert torch.equal(bias.grad, torch.zeros_like(bias))
-
-
-@pairs(
-    layout=("contiguous", "channels_last", "sliced", "transposed"),
-    other=("contiguous", "channels_last"),
-    act=PLAIN_OR_ACT,
-)
-def test_grad_input_has_the_strides_that_torch_gives_it(layout: str, other: str, act: Act, device: str) -> None:
-    x = make_input((6, 5, 7, 3), layout, device=device).requires_grad_()
-    g, residual = (make((6, 5, 7, 3), other, device=device) for make in (make_grad, make_residual))
-    without = Parameters(None, None, None, None)
-    y = call(x, without, None, None, True, residual=residual if act else None, act=act)
-    (ours,) = torch.autograd.grad(y, x, g)
-    (theirs,) = torch.autograd.grad(torch.nn.functional.batch_norm(x, None, None, training=True), x, g)
-    assert significant_strides(ours) == significant_strides(theirs)
-
 
 def gradients(needs: tuple[bool, ...], values: tuple[Tensor, ...], g: Tensor, training: bool, act: Act) -> list[Tensor]:
-    """Of those of (input, weight, bias, residual) that need one, in eval mode with fixed running statistics."""
+    """Those of input, weight, bias and residual, as far as they need one."""
     leaves = [value.detach().requires_grad_(n) for value, n in zip(values, needs, strict=True)]
     x, weight, bias, residual = leaves
     mean, var = torch.full_like(weight, 0.5), torch.full_like(weight, 1.5)
@@ -76,11 +25,10 @@ def gradients(needs: tuple[bool, ...], values: tuple[Tensor, ...], g: Tensor, tr
     return list(torch.autograd.grad(y, [leaf for leaf in leaves if leaf.requires_grad], g))
 
 
-@pytest.mark.not_emulated
 @pairs(case=FEW_CASES[:4], act=FEW_ACTS, training=FLAGS)
 def test_every_subset_of_gradients_has_the_same_bits(case: Case, act: Act, training: bool, device: str) -> None:
-    # What else is asked for decides what is kept (a mask, the pre-activation's factors), not what comes out.
-    # grad_output is in the layout of the input: without the input, it decides the order of the sums.
+    # Which gradients are needed decides what autograd saves (a mask, or the input), and must not change their values.
+    # grad_output has the layout of the input, since without the input it decides the order of the sums.
     x, g, p, residual = make_inputs(*case, device=device, has_residual=True, grad_layout=case.layout)
     values = (x, p.weight, p.bias, residual)
     everything = gradients((True,) * 4, values, g, training, act)
@@ -90,7 +38,6 @@ def test_every_subset_of_gradients_has_the_same_bits(case: Case, act: Act, train
             assert all(map(same_bits, gradients(needs, values, g, training, act), wanted)), needs
 
 
-@pytest.mark.not_emulated
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("act", ["relu", "relu6", ("leaky_relu", -0.5), "hardswish", "elu", ("elu", 0.5)], ids=name)
 def test_at_a_kink_the_derivative_is_torchs(act: Act, layout: str, device: str) -> None:
@@ -113,11 +60,10 @@ def test_at_a_kink_the_derivative_is_torchs(act: Act, layout: str, device: str) 
         assert torch.allclose(ours, theirs, rtol=2.0**-21, atol=0), training  # a few roundings; a jump is 1/2 of g
 
 
-@pytest.mark.not_emulated
 @MODES
 def test_relu_equals_a_relu_that_follows(training: bool, device: str) -> None:
-    # Where the pre-activation is computed alike, relu only selects: the same bits, forward and backward. But training's
-    # sums are of values shifted otherwise (coarse_shift in csrc/common), and their means differ by roundings.
+    # relu is the default. It only selects, so that the bits are those of torch's relu; but in training backward shifts
+    # the values of its sums otherwise (coarse_shift in csrc/common), and their means differ by roundings.
     for case in FEW_CASES:
         x, g, p, _ = make_inputs(*case, device=device, grad_layout=case.layout)
         x = x.detach().requires_grad_()

@@ -1,6 +1,5 @@
-"""Every argument of everything public, with every value that is wrong for it: an ordinary exception that names the
-argument, and nothing is changed. The pairs are generated, from the operators' schemas and the functions' signatures.
-"""
+"""Every argument of every public call with every wrong value: an ordinary exception names the argument, and nothing has
+changed. The arguments come from the operators' schemas and the functions' signatures."""
 
 from __future__ import annotations
 
@@ -24,29 +23,29 @@ CALLED = [*operators(), *functions(), *layers(), HELD, *EXTENSION]
 
 SPARSE = r"with arguments from the '(Sparse|SparseCsr)CPU' backend"
 HONEST = {
-    # (of target, of argument, of value): what the message says in place of the argument's name, and why.
-    # torch looks for a kernel of the sparse backends before any of ours is asked, and names the backend.
+    # Regular expressions of (target, argument, value): what the message says in place of the argument's name.
+    # torch's dispatcher finds no kernel for the backend, and names it.
     (".*", ".*", "coo|csr"): SPARSE,
-    # Without a tensor there is no backend to look for a kernel in.
+    # Without a tensor the dispatcher finds no backend.
     ("operator_batch_norm_stats", "input", "none"): "no tensor arguments",
     ("operator_sequence_mask", "lengths", "none"): "no tensor arguments",
-    # Of two arguments that do not fit, the one that is named is what depends on the other.
+    # Where two arguments do not fit each other, the dependent one is named.
     (".*", "input|grad_output", ".*"): "expected (mask|lengths|valid) to have|expected lengths from 0 to",
-    # torch makes a std::array of the list.
+    # torch converts the list to a std::array.
     (".*", "output_mask", "of_."): "List with . elements to a fixed-size array of size 4",
-    # torch's registry of groups, and gloo, which alone knows how many processes there are.
+    # Errors of torch's registry of groups, and of gloo, which knows the number of processes.
     (".*", "group_name", ".*"): "Could not resolve the process group",
     (".*", "group_size", "too_many"): "invalid size of output tensor",
     (".*", ".*", "negative"): "cap_cuda_device: bnext was built without CUDA",
-    # Given means have no derivative, whatever else is wrong with them.
+    # That given means have no derivative is checked first.
     (".*backward", "mean_grads", ".*"): "require grad with mean_grads",
-    # Masks of other ranks are those of other layouts.
+    # The rank of a mask tells the layout.
     (".*backward.*", "mask", "scalar|flat|of_channels_last"): r"expected mask to have shape torch.Size\(\[100, 4\]\)",
 }
 
 
 def is_honest(message: str, target: str, argument: str, row: str) -> bool:
-    """Whether the message says what one may say instead of the name."""
+    """Whether the message is one that need not name the argument."""
     return any(
         all(map(re.fullmatch, where, (target, argument, row))) and re.search(text, message)
         for where, text in HONEST.items()
@@ -62,7 +61,7 @@ def error_of(call: Callable[..., object], values: Arguments) -> Exception | None
 
 
 def refused(target: Target, argument: str, row: Bad, values: Arguments) -> str:
-    """What is wrong with the way in which the call refuses the values; nothing, if all is well."""
+    """A complaint about how the call refuses the values; empty if all is well."""
     unchanged = remember(values)
     error = error_of(target.call, values)
     try:
@@ -102,16 +101,16 @@ def test_every_argument_is_covered(target: Target) -> None:
     assert missing == [], "no bad values in bad_values.KINDS"
 
 
-# What layers have of their own, and the arguments' names that do not need a check.
+# Public, but for layers only, which pass them on to the checked operators.
 NOT_CALLED = {
     "train_batch_norm",
     "eval_batch_norm",
     "keeps_operators",
-}  # the layers' way into the operators, which check
+}
 
 
 def takes_any_object(function: ast.FunctionDef) -> bool:
-    """It leaves what it does not know to others (test_direct_calls.py)."""
+    """It returns None for arguments that it does not take (test_direct_calls.py)."""
     return all(a.annotation is not None and ast.unparse(a.annotation) == "object" for a in function.args.args)
 
 

@@ -1,4 +1,4 @@
-"""Wrong options of layers and of whole-model calls; and odd values that torch takes, which bnext takes too."""
+"""Wrong options of layers and of calls on whole models; and odd values that bnext takes because torch does."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import bad_values
 import numpy as np
 import pytest
 import torch
-from bad_values import CHANNELS, LAYERS, RANKS, SHAPE, Target, torchs
+from bad_values import BUFFERS, CHANNELS, LAYERS, RANKS, SHAPE, Target, torchs
 from cases import make_input, same_bits, seed
 from marks import MODES, needs_todays_rule_for_eps
-from refusals import ORDINARY, remember
+from refusals import ORDINARY, Arguments, raised, remember
 from test_bad_arguments import error_of, refused, same_error
 from torch import Tensor, nn
 
 import bnext
 from bnext.functional import batch_norm
 
-# Of a constructor, beside what torch's takes.
+# Options that torch's constructors do not have.
 OWN = {"act"}
 
 ODD: dict[str, list[object]] = {
@@ -62,14 +62,14 @@ def test_every_option_is_covered(cls: type, option: str) -> None:
     assert (option in OWN) != (option in inspect.signature(torchs(cls)).parameters)
 
 
-# What a message says in place of the option: what came of it are tensors of that length, dtype or device.
+# Tensors that a message may name in place of the option that gave them their length, dtype or device.
 COMES_OF = dict.fromkeys(("num_features", "dtype", "device"), "weight|running_mean")
 
 
 @each(lambda option: option in ODD and option != "process_group")
 def test_an_option_of_torch_does_what_it_does_there(cls: type, option: str) -> None:
-    # The constructor takes and refuses the same, in the same words. What it took and torch can run, runs; what torch
-    # cannot run, is refused before the layer's state moves.
+    # The constructor raises the same errors. A layer that was made runs if torch's does, and else raises before its
+    # state changes.
     theirs = nn.BatchNorm2d if cls is bnext.SyncBatchNorm else torchs(cls)  # torch's runs on GPUs alone
     for value in ODD[option]:
         refusal = error_of(build, {"cls": torchs(cls), "option": option, "value": value})
@@ -144,7 +144,7 @@ def test_recompute_without_fuse() -> None:
 
 @pytest.mark.parametrize("how", ["constructor", "convert"])
 def test_wrong_process_group(how: str, group: tuple[int, str]) -> None:
-    # torch takes anything, and looks at it when there is something to exchange; so a layer is made, and refuses to run.
+    # As torch's, the constructor takes any object; the call raises.
     target = Target("process_group", lambda process_group: None, ("process_group",), dict)
     for row in bad_values.bad_values(target, "process_group"):
         value = row.make()
@@ -169,7 +169,7 @@ WRONG_WHEN_COMPILED: dict[str, tuple[str, Callable[[], object]]] = {
 
 @pytest.mark.parametrize("wrong", WRONG_WHEN_COMPILED)
 def test_compiled_evaluation_does_not_broadcast(wrong: str, fresh_compiler: None) -> None:
-    # Without gradients it is compiled as arithmetic, to which all of these mean something.
+    # Without gradients evaluation is compiled as arithmetic, which would broadcast or convert these.
     key, make = WRONG_WHEN_COMPILED[wrong]
     args = {**values(), "eps": 1e-5, key: make()}
     compiled = torch.compile(lambda args: batch_norm(**args), backend="eager", fullgraph=True)
@@ -210,7 +210,7 @@ def test_numbers_that_torch_takes(number: object, option: str, training: bool) -
 
 @pytest.mark.parametrize("written", ["running_mean", "running_var", "both"])
 def test_statistics_made_in_inference_mode(written: str) -> None:
-    # They have no version to count; torch writes to them.
+    # Such tensors have no version counter; torch writes to them.
     args, expected = values(), values()
     with torch.inference_mode():
         for key in ("running_mean", "running_var") if written == "both" else (written,):
@@ -234,37 +234,33 @@ def test_a_tensor_that_cannot_be_saved_is_found_before_statistics_move(made: str
     unchanged()
 
 
-@pytest.mark.parametrize("negated", ["running_mean", "running_var"])
-def test_statistics_that_are_lazily_negated(negated: str) -> None:
-    # Read as they are in evaluation; in training they cannot be written to, which is said before anything else is.
-    args = values()
-    args[negated] = torch.complex(torch.zeros(CHANNELS), -args[negated]).conj().imag
-    assert args[negated].is_neg()
-    assert same_bits(batch_norm(**args), batch_norm(**{**args, negated: args[negated].resolve_neg()}))
-    unchanged = remember(args)
-    error = error_of(batch_norm, {**args, "training": True})
-    unchanged()
-    assert isinstance(error, ORDINARY)
-    assert re.search(rf"\b{negated}\b", str(error)), error
+def train_op(args: Arguments) -> object:
+    return torch.ops.bnext.batch_norm_train(**args, momentum=0.1, eps=1e-5)
 
 
-def test_a_counter_that_is_lazily_negated() -> None:
-    args = {**values(), "num_batches_tracked": torch._neg_view(torch.tensor(-5))}
-    unchanged = remember(args)
-    error = error_of(torch.ops.bnext.batch_norm_train, {**args, "momentum": 0.1, "eps": 1e-5})
-    unchanged()
-    assert isinstance(error, ORDINARY)
-    assert re.search(r"\bnum_batches_tracked\b", str(error)), error
+@pytest.mark.parametrize("negated", BUFFERS)
+def test_lazily_negated_buffers_are_read_and_never_written(negated: str) -> None:
+    args = {**values(), "num_batches_tracked": torch.tensor(5)}
+    args[negated] = torch._neg_view(-args[negated])
+    raised(train_op, args, rf"\b{negated}\b")
+    if negated != "num_batches_tracked":
+        evaluation = {**values(), negated: args[negated]}
+        assert same_bits(batch_norm(**evaluation), batch_norm(**evaluation | {negated: args[negated].resolve_neg()}))
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
 @pytest.mark.parametrize("grad", [False, True], ids=["nograd", "grad"])
-def test_statistics_that_were_written_to_have_a_new_version(grad: bool, strided: bool) -> None:
+def test_what_is_written_to_has_a_new_version_and_nothing_else_has(grad: bool, strided: bool) -> None:
     # Else autograd would not notice that a tensor saved for backward has changed.
-    args = values()
+    args = {**values(), "num_batches_tracked": torch.tensor(5)}
     args["weight"].requires_grad_(grad)
-    for key in ("running_mean", "running_var"):
-        args[key] = args[key].repeat_interleave(2)[::2] if strided else args[key]
-    before = {key: args[key]._version for key in ("running_mean", "running_var")}
-    batch_norm(**args, training=True)
-    assert all(args[key]._version > version for key, version in before.items())
+    for key in BUFFERS[:2] if strided else ():
+        args[key] = args[key].repeat_interleave(2)[::2]
+    without_counter = {key: args[key] for key in args.keys() - {"num_batches_tracked"}}
+    for call, written in (
+        (lambda: train_op(args), {*BUFFERS}),
+        (lambda: batch_norm(**without_counter, training=True), {*BUFFERS[:2]}),
+    ):
+        before = {key: tensor._version for key, tensor in args.items()}
+        call()
+        assert {key for key, tensor in args.items() if tensor._version > before[key]} == written

@@ -1,4 +1,4 @@
-"""Padding: by a mask, by lengths, or not there at all, in nested tensors. And what is wrong with either."""
+"""Padding, given by a mask or by lengths; and nested tensors, which have none."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_every_instruction_set(layout: str, isa: str) -> None:
 
 @pytest.mark.parametrize("offset", [1e4, 1e30], ids="mean={}".format)
 def test_sums_that_float32_does_not_hold(offset: float) -> None:
-    # The first look shifts by samples, which must be valid ones; values of 1e30 are reduced again in float64.
+    # The shift is taken from samples, which must not be padding; values of 1e30 are reduced again in float64.
     shape = (6, 5, 9, 11)
     for layout in ("contiguous", "channels_last"):
         inputs = make_inputs(shape, layout)
@@ -78,22 +78,20 @@ def test_lengths(layout: str, dtype: Any) -> None:
 
 @pytest.mark.parametrize("shape", [(40, 5, 70), (40, 64, 6, 6)], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_bits_depend_on_neither_threads_nor_what_padding_holds(shape: tuple[int, ...], layout: str) -> None:
+def test_bits_depend_on_neither_threads_nor_what_padding_holds(
+    shape: tuple[int, ...], layout: str, set_threads: Callable[[int], None]
+) -> None:
     valid, results = random_mask(shape), []
     x, g = make_input(shape, layout), make_grad(shape, layout)
-    before = torch.get_num_threads()
-    try:
-        for count, garbage in ((1, False), (3, True)):
-            torch.set_num_threads(count)
-            for size in (None, 2):
-                seed(0)
-                p = make_parameters(shape[1])
-                leaf, grad = (with_garbage(t, valid) if garbage else t for t in (x, g))
-                leaf = leaf.detach().requires_grad_()
-                y = batch_norm_act(leaf, *p[2:], *p[:2], training=True, mask=valid, virtual_batch_size=size)
-                results.append((y, *torch.autograd.grad(y, leaf, grad), *p[2:]))
-    finally:
-        torch.set_num_threads(before)
+    for count, garbage in ((1, False), (3, True)):
+        set_threads(count)
+        for size in (None, 2):
+            seed(0)
+            p = make_parameters(shape[1])
+            leaf, grad = (with_garbage(t, valid) if garbage else t for t in (x, g))
+            leaf = leaf.detach().requires_grad_()
+            y = batch_norm_act(leaf, *p[2:], *p[:2], training=True, mask=valid, virtual_batch_size=size)
+            results.append((y, *torch.autograd.grad(y, leaf, grad), *p[2:]))
     for one, other in zip(results[:2], results[2:], strict=True):
         assert all(map(same_bits, one, other))
 
@@ -174,7 +172,7 @@ def test_vmap(dim: int | None) -> None:
 
 
 def layer_calls() -> dict[str, Callable[..., Tensor]]:
-    """Of every kind of layer that takes padding, in training."""
+    """One layer of every kind that takes padding."""
     converted = bnext.convert(torch.nn.BatchNorm1d(5))
     fused = bnext.convert(torch.nn.Sequential(torch.nn.BatchNorm1d(5)), fuse=True)[0]
     return {
@@ -258,32 +256,15 @@ def test_nested_tensors_run_on_their_values() -> None:
         layer(nested.transpose(1, 2), lengths=[3, 1, 4])
 
 
-WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
-    "negative": (ValueError, "lengths from 0 to 6.*but got -1 at 1", {"lengths": [6, -1, 2, 3]}),
-    "too_long": (ValueError, "lengths from 0 to 6.*but got 7 at 3", {"lengths": [6, 1, 2, 7]}),
-    "too_few": (ValueError, "lengths to have shape", {"lengths": [6, 1, 2]}),
-    "a_column": (ValueError, "lengths to have shape", {"lengths": torch.ones(4, 1, dtype=torch.int64)}),
-    "floats": (TypeError, "lengths to be int64 or int32", {"lengths": torch.ones(4)}),
-    "a_list_of_floats": (TypeError, "list of ints", {"lengths": [1.0, 2.0, 3.0, 4.0]}),
-    "elsewhere": (RuntimeError, "lengths on the CPU", {"lengths": torch.ones(4, dtype=torch.int64, device="meta")}),
-    "both": (ValueError, "lengths or mask", {"lengths": [1] * 4, "mask": torch.ones(4, 6, dtype=torch.bool)}),
-    "mask_of_floats": (TypeError, "mask to be a tensor of bool", {"mask": torch.ones(4, 6)}),
-    "mask_with_channels": (ValueError, "mask to have the shape", {"mask": torch.ones(4, 3, 6, dtype=torch.bool)}),
-    "mask_elsewhere": (RuntimeError, "mask on the device", {"mask": torch.ones(4, 6, dtype=torch.bool, device="meta")}),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_named_before_anything_is_touched(case: str) -> None:
-    error, message, options = WRONG[case]
-    layer = bnext.BatchNorm1d(3)
-    before = {key: value.clone() for key, value in layer.state_dict().items()}
-    for training in FLAGS:
-        with pytest.raises(error, match=message):
-            layer.train(training)(make_input((4, 3, 6)), **options)
-    assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+def test_lengths_and_mask_exclude_each_other_and_lengths_need_sequences() -> None:
+    # What is wrong with either alone is tested in test_bad_arguments.py.
+    lengths, mask = [1] * 4, torch.ones(4, 6, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"lengths from 0 to 6.*but got 7 at 3"):
+        bnext.BatchNorm1d(3)(make_input((4, 3, 6)), lengths=[6, 1, 2, 7])
+    with pytest.raises(ValueError, match="lengths or mask"):
+        bnext.BatchNorm1d(3)(make_input((4, 3, 6)), lengths=lengths, mask=mask)
     with pytest.raises(ValueError, match=r"shape \(N, C, L\) with lengths"):
-        bnext.BatchNorm2d(3)(make_input((4, 3, 6, 6)), lengths=[1] * 4)
+        bnext.BatchNorm2d(3)(make_input((4, 3, 6, 6)), lengths=lengths)
 
 
 def test_an_infinite_value_that_is_no_padding_is_seen() -> None:

@@ -1,4 +1,4 @@
-"""One property over random problems: whatever the shape, strides, dtypes and options, bnext equals the reference."""
+"""Random problems: whatever the shape, strides, dtypes and options, bnext equals the reference."""
 
 from __future__ import annotations
 
@@ -41,65 +41,47 @@ def strided(draw: st.DrawFn, values: Tensor) -> Tensor:
 
 @st.composite
 def repeated(draw: st.DrawFn, values: Tensor) -> Tensor:
-    """The values, or those of an expanded dimension. Channels of one image still hold two values or more."""
+    """The values, or their first ones expanded along a dimension."""
     dim = draw(st.sampled_from([None, None, None, *range(values.ndim)]))
     return values if dim is None else values.narrow(dim, 0, 1).expand(values.shape)
 
 
-SETTINGS = settings(
-    max_examples=300,
+@st.composite
+def anyhow(draw: st.DrawFn, values: list[Tensor]) -> list[Tensor]:
+    """Either each strided in its own way, or each as it was or expanded along one dimension."""
+    change = strided if draw(st.booleans()) else repeated
+    return [draw(change(v)) for v in values]
+
+
+ACTIVATIONS = st.sampled_from(ACTS) | st.tuples(st.just("leaky_relu"), st.floats(-2, 2))
+
+
+# By dtype, since three roundings in place of one show in half precision alone.
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@settings(
+    max_examples=175,
     derandomize=True,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-
-
-@st.composite
-def anyhow(draw: st.DrawFn, values: tuple[Tensor, ...]) -> list[Tensor]:
-    """The values strided each in its way, or each as it is or repeated along one dimension."""
-    change = strided if draw(st.booleans()) else repeated
-    return [draw(change(v)) for v in values]
-
-
-@SETTINGS
 @given(
-    data=st.data(), case=cases(), dtype=st.sampled_from(DTYPES), training=st.booleans(), number=st.integers(0, 2**16)
+    data=st.data(),
+    case=cases(),
+    epilogue=st.none() | st.tuples(ACTIVATIONS, st.booleans()),
+    training=st.booleans(),
+    number=st.integers(0, 2**16),
 )
 def test_any_problem_equals_the_reference(
-    data: st.DataObject, case: Case, dtype: torch.dtype, training: bool, number: int
+    data: st.DataObject, case: Case, dtype: torch.dtype, epilogue: tuple[Act, bool] | None, training: bool, number: int
 ) -> None:
     seed(number)
-    x = make_input(*case, dtype)
-    g = make_grad(case.shape, "contiguous", dtype)
-    x, g = data.draw(anyhow((x, g)))
+    act, has_residual = epilogue or (None, False)
+    made = [make(*case, dtype) for make in (make_input, make_grad, make_residual)]
+    x, g, residual = data.draw(anyhow(made[: 2 + has_residual])) + [None] * (not has_residual)
     dtypes = tuple(data.draw(st.sampled_from([dtype, torch.float32]), label=n) for n in Parameters._fields)
     params = make_parameters(case.shape[1], dtypes)
     params = params if data.draw(st.booleans(), label="affine") else params._replace(weight=None, bias=None)
     momentum = data.draw(st.sampled_from([0.0, 0.1, 0.75, 1.0]), label="momentum")
     eps = data.draw(st.sampled_from([1e-5, 1e-3]), label="eps")
-    check_call(Inputs(x, g, params), training=training, momentum=momentum, eps=eps)
-
-
-# By dtype, as three roundings in place of one show in half precision alone.
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@settings(SETTINGS, max_examples=100)
-@given(
-    data=st.data(),
-    case=cases(),
-    act=st.sampled_from(ACTS) | st.tuples(st.just("leaky_relu"), st.floats(-2, 2)),
-    has_residual=st.booleans(),
-    training=st.booleans(),
-    number=st.integers(0, 2**16),
-)
-def test_any_fused_problem_equals_the_reference(
-    data: st.DataObject, case: Case, dtype: torch.dtype, act: Act, has_residual: bool, training: bool, number: int
-) -> None:
-    seed(number)
-    x, residual = make_input(*case, dtype), make_residual(*case, dtype)
-    g = make_grad(case.shape, "contiguous", dtype)
-    x, g, residual = data.draw(anyhow((x, g, residual)))
-    dtypes = tuple(data.draw(st.sampled_from([dtype, torch.float32]), label=n) for n in Parameters._fields)
-    params = make_parameters(case.shape[1], dtypes)
-    params = params if data.draw(st.booleans(), label="affine") else params._replace(weight=None, bias=None)
-    check_call(Inputs(x, g, params, residual if has_residual else None), training=training, act=act)
+    check_call(Inputs(x, g, params, residual), training=training, momentum=momentum, eps=eps, act=act)

@@ -1,4 +1,4 @@
-"""The raw operators behind the fused one: the mask, the output mask, values, and their wrong arguments."""
+"""What only the raw operators have: the mask, the output mask, and arguments that backward may do without."""
 
 from __future__ import annotations
 
@@ -6,30 +6,14 @@ import itertools
 import math
 
 import pytest
-import reference
 import torch
-from cases import ACTS, DTYPES, FEW_ACTS, FEW_CASES, RECTIFIERS, Case, name, parameter_dtype, same_bits
+from cases import ACTS, DTYPES, FEW_ACTS, FEW_CASES, Case, parameter_dtype, same_bits
 from marks import FLAGS, MODES, pairs
-from raw_ops import Call, backward, evaluate, train
+from raw_ops import Call, keeps_mask
 from reference import Act
 from refusals import ORDINARY
-from torch import Tensor
 
 ONE_SIDED = ("relu", "relu6", ("leaky_relu", -0.5))
-
-
-@MODES
-@pytest.mark.parametrize("case", FEW_CASES, ids=name)
-def test_the_identity_is_the_default(case: Case, training: bool) -> None:
-    call = Call(case, torch.float32, training, "identity", has_residual=False)
-    args = [t.clone() if isinstance(t, Tensor) else t for t in call.forward_args()]
-    for a, b in zip((train if training else evaluate)(*args), call.forward(), strict=True):
-        assert same_bits(a, b)
-    _, stats, mask = call.forward()
-    assert (mask.dtype, tuple(mask.shape)) == (torch.uint8, (0,))
-    short = backward(call.g, call.x, call.weight, stats, training, 1e-5, [True, True, True, False])
-    assert all(map(same_bits, short, call.backward(stats, (True, True, True, False))))
-    assert short[3].shape == (0,)
 
 
 def test_the_counter_is_counted_and_statistics_know_no_activation() -> None:
@@ -80,7 +64,7 @@ def test_output_mask_computes_what_is_asked_and_nothing_else(
     case: Case, dtype: torch.dtype, act: Act, training: bool, with_mask: bool, has_residual: bool, device: str
 ) -> None:
     call = Call(case, dtype, training, act, has_residual, device=device)
-    kept = with_mask and reference.named(act)[0] in RECTIFIERS
+    kept = with_mask and keeps_mask(act)
     _, stats, bits = call.forward(with_mask=kept)
     mask = bits if kept else None
     everything = call.backward(stats, call.wanted(), mask)
@@ -98,7 +82,7 @@ def test_output_mask_computes_what_is_asked_and_nothing_else(
 @pytest.mark.kernels
 @pairs(case=FEW_CASES, act=("identity", *ONE_SIDED), training=FLAGS)
 def test_what_no_result_depends_on_may_be_left_out(case: Case, act: Act, training: bool, device: str) -> None:
-    # In evaluation with a mask neither input nor residual; in training grad_bias alone needs no input.
+    # In evaluation with a mask no gradient but that of weight needs the input; in training grad_bias does not.
     call = Call(case, torch.float32, training, act, has_residual=act != "identity", device=device)
     activated = act != "identity"
     _, stats, mask = call.forward(with_mask=activated)
@@ -109,16 +93,6 @@ def test_what_no_result_depends_on_may_be_left_out(case: Case, act: Act, trainin
         expected = call.backward(stats, asked, mask if activated else None)
         without = call.backward(stats, asked, mask if activated else None, input=None, bias=None)
         assert all(map(same_bits, without, expected)), asked
-
-
-@pytest.mark.kernels
-@MODES
-def test_weight_may_be_left_out(training: bool, device: str) -> None:
-    call = Call(FEW_CASES[2], torch.float32, training, "identity", has_residual=False, device=device)
-    _, stats, _ = call.forward()
-    ones = torch.ones(5, device=device)
-    results = (call.backward(stats, (True, True, True, False), weight=weight) for weight in (None, ones))
-    assert all(map(same_bits, *results))
 
 
 @MODES
