@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import EMPTY_CASES, FEW_CASES, Case, name, parameter_dtype
 from checks import assert_predicts, make_inputs
-from marks import EACH_DTYPE, each
+from marks import EACH_DTYPE, each, rows
 from sync_shares import EPS, all_reduce_sum, backward, gathered, local_stats, merge, sync, sync_backward, train
 from torch import Tensor
 
@@ -64,8 +64,7 @@ def test_opcheck(case: Case) -> None:
     torch.library.opcheck(backward.default, backward_args(case, torch.float32))
 
 
-@pytest.mark.parametrize("grad", [False, True], ids=["nograd", "grad"])
-@pytest.mark.parametrize("case", [FEW_CASES[3], FEW_CASES[5]], ids=name)
+@rows(("case", "grad"), [(FEW_CASES[3], True), (FEW_CASES[5], False)])
 def test_opcheck_of_sync(case: Case, grad: bool, group: tuple[int, str]) -> None:
     # Without test_schema and test_faketensor: they look into the operator and find torch's own wait_tensor, which gives
     # back its argument although schema and fake kernel say otherwise.
