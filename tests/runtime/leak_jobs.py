@@ -77,7 +77,7 @@ def activations() -> list[Step]:
 
 
 def synchronized() -> list[Step]:
-    """A layer with nobody to share its batch with, and the operator, whose collectives run all the same."""
+    """The layer, which has no collective in a group of one process, and the operator, which has them all the same."""
     x, residual, p = leaf(), make_residual(SHAPE), make_parameters(4)
     group = (1, distributed.group.WORLD.group_name)
     p.weight.requires_grad_()
@@ -140,7 +140,7 @@ def errors() -> list[Step]:
 
 
 def dropped_graphs() -> list[Step]:
-    """Made, and never gone backward through."""
+    """Graphs without a backward pass."""
     layer, fused = bnext.BatchNorm2d(4), bnext.BatchNormAct2d(4, act="gelu")
     x, residual = leaf(), leaf()
 
@@ -163,7 +163,7 @@ def dropped_graphs() -> list[Step]:
 
 
 def saved_tensors() -> list[Step]:
-    """Packed and unpacked by hooks."""
+    """Saved tensors that hooks pack and unpack."""
     layer, x, residual = bnext.BatchNormAct2d(4, act="silu"), leaf(), leaf()
 
     def packed() -> Tensor:
@@ -215,7 +215,7 @@ def transforms() -> list[Step]:
 
 
 def conversions() -> list[Step]:
-    """There and back."""
+    """Models are converted and reverted."""
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))
 
     def lazy() -> None:
@@ -232,7 +232,7 @@ def conversions() -> list[Step]:
 
 
 def traced_conversions() -> list[Step]:
-    """Of one model over and over, and of models that go."""
+    """One model is fused over and over, and models that go are fused."""
     model = networks.Basic()
     return [lambda: bnext.revert(bnext.convert(model, fuse=True)), lambda: bnext.convert(networks.Basic(), fuse=True)]
 
@@ -249,7 +249,7 @@ def copies() -> list[Step]:
 
 
 def threads() -> list[Step]:
-    """Each ends after a step or two, of small tensors and of some that torch divides between threads of its own."""
+    """A thread makes a step with a small tensor and one with a tensor that torch divides between threads, and ends."""
     layer, inputs = bnext.BatchNorm2d(4), (leaf(), leaf(4, 4, 70, 70))
 
     def work() -> None:
@@ -266,7 +266,7 @@ def threads() -> list[Step]:
 
 
 def recomputed() -> list[Step]:
-    """With users that ask and users that do not, with hooks around, and left by an error."""
+    """With and without a backward pass of all users, within hooks, and left by an error."""
     layer, conv, x = bnext.BatchNormAct2d(4, act="silu"), nn.Conv2d(4, 4, 1), leaf()
 
     def forward() -> Tensor:
@@ -296,8 +296,7 @@ _hoard: list[object] = []
 
 
 def hoards() -> list[Step]:
-    """What leaks look like: of malloc's memory and of mapped pages, of objects that the collector knows and of others,
-    of a graph."""
+    """Leaks of malloc's memory, of mapped pages, of objects with and without references to others, and of a graph."""
     x, layer, libc = leaf(), bnext.BatchNorm2d(4), ctypes.CDLL(None)
     libc.malloc.restype = ctypes.c_void_p
 
@@ -329,7 +328,7 @@ def leave_behind(
 
 
 def large_outputs(calls: int) -> tuple[Usage, int]:
-    """What they leave behind beside what is kept, and how much that was at most."""
+    """What calls leave behind beside the kept blocks, and how large these were at most."""
     layers = bnext.BatchNorm2d(64), bnext.BatchNorm2d(64).eval(), bnext.BatchNormAct2d(64, act="silu").eval()
     kept = 0
 

@@ -97,7 +97,7 @@ def test_inputs_are_referred_to_by_their_graph_alone() -> None:
 
 
 def test_class_goes_with_the_model_that_was_fused() -> None:
-    """As made in a function, or in a cell of a notebook that is run again."""
+    """A class may be made in a function, or in a cell of a notebook that is run again."""
 
     def outlives(prepare: Callable[[nn.Module], Callable[[Tensor], Tensor]]) -> bool:
         class Net(nn.Module):

@@ -38,7 +38,7 @@ EACH_ACT = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def _switch_often(set_threads: Callable[[int], None]) -> Iterator[None]:
-    """Between Python threads, each of which has two of torch's for what is large."""
+    """Switch often between Python threads, each of which has two of torch's for large tensors."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     set_threads(2)

@@ -134,7 +134,7 @@ def test_stats(case: Case, dtype: torch.dtype, device: str) -> None:
 
 
 def test_the_variance_is_never_a_difference_of_squares(device: str) -> None:
-    # Means of 1e8 differ by 1e-3 in the shares, which their squares in float64 would not show.
+    # The shares' means of 1e8 differ by 1e-3, which their squares in float64 would not show.
     gathered_stats = torch.tensor([[1e8, 2.0, 4.0], [1e8 + 1e-3, 3.0, 6.0], [5.0, 0.0, 0.0]], dtype=torch.float64)
     x = torch.full((2, 1), 1e8, dtype=torch.float64, device=device)
     _, stats, _ = merge(x, gathered_stats.to(device), None, None, None, None, None, 0.1, EPS)
@@ -165,7 +165,7 @@ def test_running_statistics_over_steps(strided: bool, momentum: float | None, de
         assert counter.item() == step + 1
         assert all(t._version > before for t, before in zip((mean, var, counter), versions, strict=True))
     assert torch.equal(memory[:, 1::2], torch.full((2, 5), 7.0, device=device))
-    # Nothing in any share is counted, and changes nothing else; one value has no variance.
+    # An empty batch is counted, and changes nothing else. One value has no variance.
     before = (mean.clone(), var.clone())
     empty = torch.ones(0, 5, device=device)
     merge(empty, gathered([empty, empty]), None, None, mean, var, counter, momentum, EPS)
@@ -218,7 +218,7 @@ def test_the_ends_of_the_range(layout: str, magnitude: float, device: str) -> No
 
 @pytest.mark.parametrize("act", ["identity", "relu", "gelu"])
 def test_sync_is_made_of_the_other_operators(act: str, group: tuple[int, str], device: str) -> None:
-    # Bit for bit, in a group of one process; on the emulated device it is the only test of the whole.
+    # Bit for bit, in a group of one process. In emulation no other test calls this operator.
     batch = Batch(*(t.to(device) for t in make_batch((5, 5, 3, 3), torch.float32, has_residual=True)))
     x, residual = (t.detach().requires_grad_() for t in (batch.input, batch.residual))
     p = make_parameters(5, device=device)

@@ -84,7 +84,7 @@ def test_fake_kernels_predict_shape_dtype_and_strides(case: Case, dtype: torch.d
     for optional in (True, False):
         for with_mask in (True, False):
             assert_predicts(merge, merged_args(case, dtype, with_mask, optional))
-    for autograd in (True, False):  # whose kernels are made of the other operators, as torch.compile is to see them
+    for autograd in (True, False):  # the two kernels of these operators call others, which torch.compile is to see
         with torch.inference_mode(not autograd):
             assert_predicts(sync_backward, sync_backward_args(case, dtype, group))
             assert_predicts(all_reduce_sum, (make_inputs(*case, dtype).input, group[1]))
