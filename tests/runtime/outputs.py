@@ -66,7 +66,8 @@ def _begin(environment: dict[str, str]) -> None:
     signal.alarm(60)  # ends a process that hangs
     os.environ.update(environment)
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", "This process", DeprecationWarning)  # FORK_WARNING
+    # Since 3.12 Python warns of a fork where there are threads, as marks.py says.
+    warnings.filterwarnings("ignore", "This process", DeprecationWarning)
 
 
 def returns_in_a_fork(run: Callable[[], object]) -> bool:
