@@ -1,4 +1,4 @@
-"""Whoever looks for torch's batch norms, by class or by function, finds a converted model's."""
+"""Tools that look for torch's batch norms, by class or by function, find those of a converted model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 
 import bnext
@@ -37,12 +36,6 @@ def test_eager_quantisation_fuses_by_class(
     models = [fuse(model, names) for model in (copy.deepcopy(network.train(training)), converted(network))]
     assert [type(m) for m in models[1].modules()] == [type(m) for m in models[0].modules()]
     torch.testing.assert_close(models[1](image), models[0](image), rtol=1e-5, atol=1e-5)
-
-
-def test_a_convolution_and_its_batch_norm_are_folded(network: nn.Module, converted: Converted, image: Tensor) -> None:
-    model = converted(network.eval())
-    folded = fuse_conv_bn_eval(model[0], model[1])
-    torch.testing.assert_close(folded(image), network[1](network[0](image)))
 
 
 def test_opacus_refuses_a_converted_model(network: nn.Module, converted: Converted) -> None:
@@ -90,7 +83,7 @@ def test_a_default_device_is_no_such_mode(network: nn.Module, image: Tensor) -> 
 
 
 class Noted(Tensor):
-    """Passes a note on."""
+    """A tensor that passes a note on to the results of functions."""
 
     note = ""
 

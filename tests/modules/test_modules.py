@@ -7,15 +7,14 @@ addition and an activation.
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 
 import pytest
 import torch
-from cases import TORCH_HAS_BIAS_OPTION, make_grad, make_input, make_residual, pairwise, same_bits
-from marks import FLAGS, PLAIN_OR_ACT, each, label, pairs
+from cases import ACTS, TORCH_HAS_BIAS_OPTION, make_grad, make_input, make_residual, name, pairwise, same_bits
+from marks import FEW, FLAGS, PLAIN_OR_ACT, each, label, pairs
+from networks import saved
 from reference import Act
-from tolerances import assert_within
 from torch import Tensor, nn
 
 import bnext
@@ -93,28 +92,19 @@ def both_lazy(dim: int, **options: object) -> tuple[nn.Module, nn.Module]:
     return ours, theirs
 
 
-def assert_close(ours: Tensor | None, theirs: Tensor | None, what: str) -> None:
-    """Float64: a hundred roundings of the largest element, for sums of under a hundred terms. Integers: equal."""
-    assert (ours is None) == (theirs is None), what
-    if ours is None or theirs is None:
-        return
-    assert ours.dtype == theirs.dtype, what
-    if not theirs.is_floating_point():
-        assert torch.equal(ours, theirs), what
-    else:
-        assert_within(ours, theirs.detach(), 100 * 2.0**-53 * (1 + theirs.detach().abs().max()), what)
+# Float64: a thousand roundings, for sums of under a hundred terms.
+CLOSE = {"rtol": 1e-13, "atol": 1e-13}
 
 
 def assert_same_state(ours: nn.Module, theirs: nn.Module) -> None:
     a, b = ours.state_dict(), theirs.state_dict()
     assert list(a) == list(b)
     assert a._metadata == b._metadata
-    for key in a:
-        assert_close(a[key], b[key], key)
+    torch.testing.assert_close(a, b, **CLOSE)
 
 
-def assert_same_results(ours: nn.Module, theirs: nn.Module, shape: tuple[int, ...], has_residual: bool = False) -> None:
-    """Outputs and gradients of one step of both, in whatever mode they are."""
+def assert_same_step(ours: nn.Module, theirs: nn.Module, shape: tuple[int, ...], has_residual: bool = False) -> None:
+    """Outputs and gradients of one step of both, in whatever mode they are, and the state that it leaves behind."""
     values = [make_input(shape, dtype=torch.float64) for _ in range(1 + has_residual)]
     g = make_grad(shape, dtype=torch.float64)
     results = []
@@ -123,14 +113,8 @@ def assert_same_results(ours: nn.Module, theirs: nn.Module, shape: tuple[int, ..
         module.zero_grad()
         y = module(*leaves)
         y.backward(g)
-        results.append((y, *(leaf.grad for leaf in leaves), *(p.grad for p in module.parameters())))
-    for a, b in zip(*results, strict=True):
-        assert_close(a, b, "output or gradient")
-
-
-def assert_same_step(ours: nn.Module, theirs: nn.Module, shape: tuple[int, ...], has_residual: bool = False) -> None:
-    """One forward and backward pass of both, and the state that it leaves behind."""
-    assert_same_results(ours, theirs, shape, has_residual)
+        results.append([y, *(leaf.grad for leaf in leaves), *(p.grad for p in module.parameters())])
+    torch.testing.assert_close(*results, **CLOSE)
     assert_same_state(ours, theirs)
 
 
@@ -152,9 +136,9 @@ def test_every_constructor_option_behaves_as_in_torch(dim: int, options: dict[st
     check_training_and_evaluation(ours, theirs, dim)
 
 
-@combined(WITHOUT_BIAS, dim=DIMS, has_residual=FLAGS)
-def test_every_option_of_a_layer_with_an_activation(dim: int, has_residual: bool, options: dict[str, object]) -> None:
-    ours, theirs = both(dim, "relu", dtype=torch.float64, **options)
+@combined(WITHOUT_BIAS, act=ACTS, dim=DIMS, has_residual=FLAGS)
+def test_every_activation_behaves_as_torchs(act: Act, dim: int, has_residual: bool, options: dict[str, object]) -> None:
+    ours, theirs = both(dim, act, dtype=torch.float64, **options)
     assert isinstance(ours, getattr(bnext, f"BatchNorm{dim}d"))
     check_training_and_evaluation(ours, theirs, dim, has_residual)
 
@@ -199,12 +183,7 @@ def test_state_dict_loads_both_ways(dim: int, act: Act) -> None:
 @EACH_DIM
 def test_state_dict_of_version_1_loads(dim: int) -> None:
     # Written before num_batches_tracked existed: the key is missing, and so is the version.
-    old = {
-        "weight": torch.randn(5),
-        "bias": torch.randn(5),
-        "running_mean": torch.randn(5),
-        "running_var": torch.rand(5),
-    }
+    old = {name: torch.rand(5) for name in ("weight", "bias", "running_mean", "running_var")}
     ours, theirs = both(dim)
     for module in (ours, theirs):
         module.num_batches_tracked.fill_(8)
@@ -236,17 +215,6 @@ def test_wrong_rank_raises_as_in_torch(dim: int, rank: int, act: Act) -> None:
             outcomes.append(str(error))
     assert outcomes[0] == outcomes[1]
     assert ours.num_batches_tracked.item() == (outcomes[0] == shape)
-
-
-def test_update_bn_recomputes_the_statistics() -> None:
-    # Stochastic weight averaging finds the layers by isinstance and sets momentum to None for the while.
-    models = [nn.Sequential(module) for module in both(1, dtype=torch.float64)]
-    batches = [make_input((6, 5), dtype=torch.float64) for _ in range(4)]
-    for model in models:
-        model(batches[0])
-        torch.optim.swa_utils.update_bn(batches, model)
-    assert_same_state(*models)
-    assert models[0][0].momentum == 0.1
 
 
 MANIPULATIONS = {
@@ -300,10 +268,7 @@ def test_lazy_layers_load_a_state_dict_before_their_first_call(dim: int) -> None
 def test_pickle_and_deepcopy(dim: int, act: Act) -> None:
     module, _ = both(dim, act)
     module(make_input(SHAPES[dim][-1]))
-    buffer = io.BytesIO()
-    torch.save(module, buffer)
-    buffer.seek(0)
-    copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(buffer, weights_only=False)]
+    copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), saved(module)]
     inputs = [make_input(SHAPES[dim][-1])] + [make_residual(SHAPES[dim][-1])] * (act is not None)
     expected = module(*inputs)
     for twin in copies:
@@ -330,15 +295,57 @@ def test_autocast_gives_the_dtype_that_torch_gives(dtype: torch.dtype) -> None:
         assert ours(after_conv).dtype == theirs(after_conv).dtype == torch.bfloat16
 
 
-def test_torch_utilities_know_the_layers() -> None:
-    # They go by isinstance: fusing into the convolution, conversion to SyncBatchNorm.
-    conv = nn.Conv2d(3, 5, 3).double().eval()
-    module = bnext.BatchNorm2d(5, dtype=torch.float64)
-    module(make_input((3, 5, 4, 3), dtype=torch.float64))
-    module.eval()
-    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    fused = nn.utils.fusion.fuse_conv_bn_eval(conv, module)
-    assert_close(fused(x), module(conv(x)), "fused output")
-    sync = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(module))[0]
-    assert type(sync) is nn.SyncBatchNorm
-    assert sync.running_mean is module.running_mean
+WORDS = {act: name(act) for act in ACTS} | {"leaky_relu": "leaky_relu(0.01)", "elu": "elu(1.0)"}  # in a repr
+
+
+def expected_repr(dim: int, act: Act, **options: object) -> str:
+    theirs = repr(getattr(nn, f"BatchNorm{dim}d")(5, **options))
+    return theirs.replace("BatchNorm", "BatchNormAct").replace(")", f", act={WORDS[act]})")
+
+
+@EACH_DIM
+def test_arguments_by_position_with_an_activation(dim: int) -> None:
+    cls = getattr(bnext, f"BatchNormAct{dim}d")
+    module = cls(5, 1e-3, 0.3, False, True, "silu", "meta", torch.bfloat16)
+    assert repr(module) == expected_repr(dim, "silu", eps=1e-3, momentum=0.3, affine=False)
+    assert (module.running_mean.dtype, module.running_mean.is_meta) == (torch.bfloat16, True)
+
+
+@combined(WITHOUT_BIAS, act=ACTS, dim=DIMS)
+def test_repr_is_torchs_with_the_activation(act: Act, dim: int, options: dict[str, object]) -> None:
+    cls = getattr(bnext, f"BatchNormAct{dim}d")
+    assert repr(cls(5, act=act, **options)) == expected_repr(dim, act, **options)
+    assert repr(cls(5, act=None)) == repr(cls(5, act="identity"))
+
+
+@FEW
+def test_activation_may_be_set(act: Act) -> None:
+    module, expected = bnext.BatchNormAct2d(5, act="silu"), bnext.BatchNormAct2d(5, act=act)
+    module.act = act
+    assert module.act == act
+    assert repr(module) == repr(expected)
+    x, residual = make_input((3, 5, 4, 3)), make_residual((3, 5, 4, 3))
+    assert same_bits(module(x, residual), expected(x, residual))
+
+
+LISTED = "identity, relu, relu6, leaky_relu, silu, gelu, hardswish, mish, elu"
+WRONG_ACTS = ["swish", "ReLU", "", 5, True, 0.1, ("relu", 1), ("leaky_relu",), ("elu", float("nan")), nn.ReLU]
+
+
+@pytest.mark.parametrize("act", WRONG_ACTS, ids=str)
+def test_unknown_activation_is_refused(act: object) -> None:
+    with pytest.raises(ValueError, match=LISTED):
+        bnext.BatchNormAct2d(5, act=act)
+    module = bnext.BatchNormAct2d(5, act="silu")
+    with pytest.raises(ValueError, match=LISTED):
+        module.act = act
+    assert module.act == "silu"
+    assert "act=silu" in repr(module)
+
+
+def test_residual_is_a_keyword_too() -> None:
+    module = bnext.BatchNormAct2d(5).eval()
+    x, residual = make_input((3, 5, 4, 3)), make_residual((3, 5, 4, 3))
+    assert same_bits(module(input=x, residual=residual), module(x, residual))
+    assert same_bits(module(x, None), module(x))
+    assert not torch.equal(module(x), module(x, residual))

@@ -1,49 +1,40 @@
-"""What a layer may do otherwise than torch, where that is asked for: one value a channel, and forwards in backward."""
+"""What a layer does otherwise than torch's on demand: one value a channel, forwards in backward, ghost batches."""
 
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any
 
 import pytest
 import torch
 from cases import make_input
-from torch import Tensor, nn
+from checkpoint_kinds import KINDS
+from marks import FLAGS, each
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import bnext
 
 
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
-    return all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-
-
 def pooled() -> nn.Sequential:
-    """As ASPP's branch of image features, which ends in one value a channel."""
+    """ASPP's branch of image features, which has one value a channel."""
     torch.manual_seed(0)
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
+@each(fuse=FLAGS)
 def test_one_value_a_channel_takes_the_running_statistics(fuse: bool) -> None:
     model = bnext.convert(pooled(), fuse=fuse, single_value="running")
     model(make_input((6, 3, 5, 5)))
-    before, x = state(model), make_input((1, 3, 5, 5)).requires_grad_()
-    y = model(x)
-    assert unchanged(model, before)
     theirs = pooled()
-    theirs.load_state_dict(before)
-    expected = theirs.eval()(x)
-    assert torch.allclose(y, expected, rtol=1e-6, atol=1e-6)
-    grads, wanted = (torch.autograd.grad(t.sum(), x)[0] for t in (y, expected))
-    assert torch.allclose(grads, wanted, rtol=1e-6, atol=1e-6)
+    theirs.load_state_dict(model.state_dict())
+    x = make_input((1, 3, 5, 5)).requires_grad_()
+    y, expected = model(x), theirs.eval()(x)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(t.sum(), x) for t in (y, expected)))
+    torch.testing.assert_close(model.state_dict(), theirs.state_dict(), rtol=0, atol=0)
     model(make_input((2, 3, 5, 5)))
-    assert not unchanged(model, before)
+    assert model[2].num_batches_tracked == 2
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         bnext.revert(model)(x)
 
@@ -63,37 +54,29 @@ def test_policies_by_attribute() -> None:
         layer(x)
 
 
-KINDS: dict[str, Any] = {
-    "reentrant": functools.partial(checkpoint, use_reentrant=True),
-    "saved_tensors": functools.partial(checkpoint, use_reentrant=False),
-}
-
-
 def block() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("sync", [False, True], ids=["alone", "sync"])
+@pytest.mark.parametrize("kind", ["reentrant", "not reentrant"])
+@each(fuse=FLAGS)
+@each(sync=FLAGS)
 def test_a_checkpointed_batch_counts_once(kind: str, fuse: bool, sync: bool) -> None:
-    results = []
-    for options in (None, {"update_in_backward": True}, {"update_in_backward": False}):
-        model, x = block(), make_input((4, 3, 7, 7)).requires_grad_()
-        if options:
-            bnext.convert(model, fuse=fuse, sync=sync, **options)
-        y = model(x) if options is None else KINDS[kind](model, x)
-        grads = torch.autograd.grad(y.square().sum(), [x, *model.parameters()]) if kind == "saved_tensors" else ()
-        if kind == "reentrant":
-            y.square().sum().backward()
-            grads = (x.grad,)
-        results.append((int(model[1].num_batches_tracked), model[1].running_var.clone(), grads[0]))
-    (_, once, grad), (twice, _, _), (ours, running_var, ours_grad) = results
-    assert twice == 2
-    assert ours == 1
-    assert torch.allclose(running_var, once, rtol=1e-5)
-    assert torch.allclose(ours_grad, grad, rtol=1e-4, atol=1e-6)
+    expected, x = block(), make_input((4, 3, 7, 7))
+    gradients = {}
+    for update in (None, True, False):
+        model, leaf = block(), x.clone().requires_grad_()
+        if update is None:
+            expected, y = model, model(leaf)
+        else:
+            bnext.convert(model, fuse=fuse, sync=sync, update_in_backward=update)
+            y = checkpoint(model, leaf, **KINDS[kind])
+        y.square().sum().backward()
+        gradients[update] = [leaf.grad, *(p.grad for p in model.parameters())]
+        assert model[1].num_batches_tracked == (2 if update else 1)
+    torch.testing.assert_close(model[1].running_var, expected[1].running_var)
+    torch.testing.assert_close(gradients[False], gradients[None], rtol=1e-4, atol=1e-5)
 
 
 def test_forwards_outside_of_backward_count() -> None:
@@ -104,7 +87,7 @@ def test_forwards_outside_of_backward_count() -> None:
     assert bnext.revert(model)[1].__dict__.get("update_in_backward") is None
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
+@each(fuse=FLAGS)
 def test_ghost_batches_of_a_whole_model(fuse: bool) -> None:
     model = bnext.convert(block(), fuse=fuse, virtual_batch_size=2)
     layer_by_layer = bnext.convert(block())

@@ -5,21 +5,22 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
-import population_jobs
 import pytest
 import torch
 from cases import make_input, to_layout
 from fusion.counting import activation, nodes
-from networks import Basic, OwnNorm, random_input
-from population_jobs import assert_statistics, expected, network, population
-from processes import Pool
+from networks import Basic, OwnNorm, assert_close, random_input
+from processes import Pool, World
+from reference import widen
 from tolerances import assert_within, half_ulp, statistics
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch._dynamo.utils import counters
-from torch.optim import swa_utils
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 import bnext
 
@@ -28,8 +29,40 @@ Change = Callable[[nn.Module], nn.Module]
 UNEVEN = (64, 64, 2)
 
 
+def population(inputs: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of all values of each channel, in float64: sum(x)/n, and sum((x - mean)^2)/(n - 1)."""
+    x = torch.cat([widen(input).transpose(0, 1).flatten(1) for input in inputs], 1)
+    mean = x.sum(1) / x.shape[1]
+    return mean, (x - mean[:, None]).square().sum(1) / (x.shape[1] - 1)
+
+
+def expected(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, tuple[Tensor, Tensor, int]]:
+    """By the name of each layer that trains: the statistics of what it sees, and the number of its calls."""
+    twin, seen = copy.deepcopy(model).train(), {}
+    for name, m in twin.named_modules():
+        if isinstance(m, _BatchNorm) and m.training:
+            found = seen[name] = []
+            m.register_forward_pre_hook(lambda _, args, found=found: found.append(args[0].clone()))
+    with torch.no_grad():
+        for batch in batches:
+            twin(batch)
+    return {name: (*population(inputs), len(inputs)) for name, inputs in seen.items()}
+
+
+def assert_statistics(model: nn.Module, wanted: dict[str, tuple[Tensor, Tensor, int]]) -> None:
+    for name, (mean, var, calls) in wanted.items():
+        layer = model.get_submodule(name)
+        assert_close(layer.running_mean, mean, f"{name}: mean")
+        assert_close(layer.running_var, var, f"{name}: var")
+        assert layer.num_batches_tracked == calls, name
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3))
+
+
 class Twice(nn.Module):
-    """One layer, called two times, once with a keyword."""
+    """One layer that is called twice, once with a keyword."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -41,7 +74,7 @@ class Twice(nn.Module):
 
 
 class Tagged(Tensor):
-    """Of a class of its own, for which bnext has no kernels."""
+    """A subclass of Tensor, for which bnext has no kernels."""
 
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
@@ -79,7 +112,7 @@ def test_statistics_of_all_values_of_all_calls(
     mean_, var = population([v.as_subclass(Tensor) for v in values])
     count = values[0][:, 0].numel()
     kept = model.bn.running_mean.dtype
-    # Those of one call are off by `statistics`, in standard deviations; merged, by a few roundings of float64.
+    # The statistics of one call are off by `statistics`, in standard deviations; merging adds roundings of float64.
     off = statistics(count, dtype) * var.sqrt() + 2.0**-48 * mean_.abs()
     assert_within(buffers["running_mean"], mean_, off + half_ulp(mean_, kept), "mean")
     off = 2 * statistics(count, dtype) * var + 2.0**-48 * mean_.abs() * var.sqrt()
@@ -99,7 +132,7 @@ def test_an_empty_batch_changes_nothing_and_a_first_one_neither() -> None:
 
 
 def in_modes(model: nn.Module) -> nn.Module:
-    """Modes as parts of models have them, one layer frozen, hooks of a user's, and a memory of another life."""
+    """Some layers in evaluation, one frozen, one with a user's hook, and statistics of earlier batches."""
     model[0].eval()
     model[2].bn1.eval()
     bnext.freeze(model[2].bn2)
@@ -115,7 +148,7 @@ def blocks() -> nn.Module:
 
 
 def everything(model: nn.Module) -> list[Any]:
-    """What update_bn must give back, but statistics."""
+    """What update_bn must leave as it was: all but the statistics."""
     return [
         (m.training, getattr(m, "momentum", None), list(m._forward_pre_hooks.values()), list(m._forward_hooks), repr(m))
         for m in model.modules()
@@ -143,7 +176,7 @@ def test_whole_models_are_as_before_but_for_their_statistics(
     run = WAYS[way](model)
 
     def call() -> int:
-        """Also leaves graphs behind; what it gives back are activations that are not fused."""
+        """Train and evaluate, which captures graphs. Returns how many activations are not fused."""
         state = copy.deepcopy(model.state_dict())
         modes = [(m, bnext.freezing.mode_of(m)) for m in model.modules()]
         left = sum(activation(node) is not None for node in nodes([run.train()(batches[0])]))
@@ -172,23 +205,8 @@ def test_whole_models_are_as_before_but_for_their_statistics(
     assert not [record for record in caplog.records if record.name == "bnext"]
 
 
-def test_what_is_different_from_torchs() -> None:
-    """With equal batches the means are the same; torch's variance is the mean of the batches' own, without what lies
-    between them. With uneven ones it weighs a batch of 2 as one of 64."""
-    data = [torch.randn(n, 3, 5, 4, dtype=torch.float64) + i for i, n in enumerate((8, 8, 8, 2))]
-    for batches, equal in ((data[:3], True), (data, False)):
-        theirs, ours = (nn.Sequential(nn.BatchNorm2d(3)).double() for _ in range(2))
-        swa_utils.update_bn(batches, theirs)
-        bnext.update_bn(batches, ours)
-        assert torch.allclose(ours[0].running_mean, theirs[0].running_mean, rtol=0, atol=1e-12) is equal
-        within = sum(x.var((0, 2, 3)) for x in batches) / len(batches)
-        assert torch.allclose(theirs[0].running_var, within, rtol=1e-12)
-        assert (ours[0].running_var > 1.1 * within).all()
-        assert ours[0].num_batches_tracked == theirs[0].num_batches_tracked == len(batches)
-
-
 class Breaks(nn.Module):
-    """At the third batch."""
+    """A model that raises an error at the third batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,7 +241,7 @@ def test_an_exception_leaves_everything_as_it_was(where: str) -> None:
 
 
 def test_two_threads_and_a_compiler_that_comes_back() -> None:
-    """The second begins while the first is at it, and ends later."""
+    """The second update begins while the first runs, and ends later."""
     batches = [random_input(n, 3, 5, 4) for n in UNEVEN]
     models = [Basic(3).double() for _ in range(2)]
     wanted = [expected(model, batches) for model in models]
@@ -307,28 +325,32 @@ def test_bad_arguments_change_nothing() -> None:
     assert not any(m.training for m in model.modules())
 
 
+def all_ranks_together(world: World, *, shares: Sequence[Sequence[int]]) -> None:
+    """`shares`: the sizes of each rank's batches."""
+    model = network().double()
+    batches = [[random_input(size, 3, 4, 3) for size in sizes] for sizes in shares]
+    wanted = expected(model, [batch for share in batches for batch in share])
+    parallel = DistributedDataParallel(model)
+    for run in (model, parallel, torch.compile(parallel, backend="eager")):
+        for layer in (model[1], model[4]):
+            layer.reset_running_stats()
+        with mock.patch.object(distributed, "all_gather", wraps=distributed.all_gather) as all_gather:
+            bnext.update_bn(batches[world.rank], run)
+        assert all_gather.call_count == 1, "one collective for all layers"
+        assert_statistics(model, wanted)
+
+
 @pytest.mark.parametrize("shares", [((4, 1, 3), (6,)), ((), (5, 2))])
 def test_statistics_of_all_processes(pools: Callable[[int], Pool], shares: tuple[tuple[int, ...], ...]) -> None:
-    pools(2).run(population_jobs.all_ranks_together, seed=3, shares=shares)
-
-
-def test_processes_have_one_collective_for_all_layers(pools: Callable[[int], Pool]) -> None:
-    assert pools(2).run(population_jobs.one_collective) == [1, 1]
+    pools(2).run(all_ranks_together, seed=3, shares=shares)
 
 
 def test_padding_is_left_out() -> None:
     layer, x = bnext.BatchNorm1d(3), make_input((4, 3, 6))
     lengths = torch.tensor([6, 2, 0, 3])
-
-    class Padded(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bn = layer
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.bn(x, lengths=lengths)
-
-    bnext.update_bn([x], Padded())
+    model = nn.Sequential(layer)
+    model.forward = lambda x: layer(x, lengths=lengths)
+    bnext.update_bn([x], model)
     values = x.transpose(1, 2)[torch.arange(6) < lengths[:, None]].double()
     assert torch.allclose(layer.running_mean.double(), values.mean(0), rtol=1e-6)
     assert torch.allclose(layer.running_var.double(), values.var(0), rtol=1e-6)

@@ -149,7 +149,7 @@ FAULTS: tuple[Fault, ...] = (
         ACTIVATION,
         "(z <= static_cast<T>(0) ? z - z : z) - normal.distance * normal.beyond",
         "lane_by_lane(z, [](T x) { return x / 2 * (1 + std::tanh(T(0.7978845608) * (x + T(0.044715) * x * x * x))); })",
-        "modules/test_activated_modules.py::test_every_activation_behaves_as_torchs",
+        "modules/test_modules.py::test_every_activation_behaves_as_torchs",
     ),
     # The arguments.
     Fault(

@@ -1,6 +1,6 @@
 """The calls of test_leaks.py, each made over and over in a process that does nothing else.
 
-A function here makes what its calls need and returns them: what they leave behind is measured, and then whether all
+A function here makes what its calls need and returns the calls. Measured are what they leave behind, and whether all
 that they were made of goes when they go.
 """
 
@@ -18,12 +18,11 @@ from collections.abc import Callable
 
 import networks
 import torch
-from cases import FEW_ACTS, RECTIFIERS, make_grad, make_input, make_parameters, make_residual
-from leaks import Step, Usage, Watch, growth, lasting_growth
+from cases import FEW_ACTS, make_input, make_parameters, make_residual
+from leaks import Step, Usage, growth, lasting_growth, still_alive
+from marks import FLAGS
 from processes import World
-from reference import named
 from torch import Tensor, distributed, nn
-from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 
@@ -37,99 +36,62 @@ EPS = 1e-5
 
 
 def leaf(*shape: int, layout: str = "contiguous", dtype: torch.dtype = torch.float32) -> Tensor:
-    return make_input(shape, layout, dtype).detach().requires_grad_()
+    return make_input(shape or SHAPE, layout, dtype).detach().requires_grad_()
 
 
 def backward(output: Tensor) -> None:
     output.sum().backward()
 
 
-def training() -> list[Step]:
-    def step(layer: nn.Module, x: Tensor) -> Step:
-        return lambda: backward(layer(x))
-
-    return [
-        step(bnext.BatchNorm1d(4), leaf(5, 4)),
-        step(bnext.BatchNorm1d(4, affine=False), leaf(3, 4, 5)),
-        step(bnext.BatchNorm2d(4), leaf(*SHAPE)),
-        step(bnext.BatchNorm2d(4, momentum=None), leaf(*SHAPE, layout="channels_last")),
-        step(bnext.BatchNorm2d(4, track_running_stats=False), leaf(*SHAPE, layout="sliced")),
-        step(bnext.BatchNorm2d(4), leaf(*SHAPE, dtype=torch.bfloat16)),
-        step(bnext.BatchNorm3d(4), leaf(2, 4, 2, 2, 2, layout="channels_last_3d")),
-    ]
+def both_ways(layer: nn.Module, *inputs: Tensor | None) -> Step:
+    return lambda: backward(layer(*inputs))
 
 
-def evaluation() -> list[Step]:
-    layer = bnext.BatchNorm2d(4).eval()
-    x, channels_last = leaf(*SHAPE), leaf(*SHAPE, layout="channels_last")
+def layers() -> list[Step]:
+    frozen, x = bnext.BatchNorm2d(4).eval(), leaf()
 
-    def without(mode: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+    def without_gradients(mode: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
         with mode():
-            layer(x)
+            frozen(x)
 
     return [
-        lambda: without(torch.no_grad),
-        lambda: without(torch.inference_mode),
-        lambda: backward(layer(x)),
-        lambda: backward(layer(channels_last)),
+        both_ways(bnext.BatchNorm1d(4), leaf(5, 4)),
+        both_ways(bnext.BatchNorm1d(4, affine=False), leaf(3, 4, 5)),
+        both_ways(bnext.BatchNorm2d(4), leaf()),
+        both_ways(bnext.BatchNorm2d(4, momentum=None), leaf(layout="channels_last")),
+        both_ways(bnext.BatchNorm2d(4, track_running_stats=False), leaf(layout="sliced")),
+        both_ways(bnext.BatchNorm2d(4), leaf(dtype=torch.bfloat16)),
+        both_ways(bnext.BatchNorm3d(4), leaf(2, 4, 2, 2, 2, layout="channels_last_3d")),
+        both_ways(frozen, x),
+        both_ways(frozen, leaf(layout="channels_last")),
+        lambda: without_gradients(torch.no_grad),
+        lambda: without_gradients(torch.inference_mode),
     ]
 
 
 def activations() -> list[Step]:
-    def step(layer: nn.Module, x: Tensor, residual: Tensor | None) -> Step:
-        return lambda: backward(layer(x, residual))
-
     return [
-        step(bnext.BatchNormAct2d(4, act=act).train(mode), leaf(*SHAPE), residual)
-        for act in FEW_ACTS
-        for residual in (None, make_residual(SHAPE).requires_grad_())
-        for mode in (True, False)
-    ]
-
-
-def operators() -> list[Step]:
-    """Themselves, below autograd."""
-    x, g, r = make_input(SHAPE), make_grad(SHAPE), make_residual(SHAPE)
-    p, counter = make_parameters(4), torch.tensor(0)
-    running = (p.running_mean, p.running_var)
-
-    def train_and_back() -> None:
-        for act in FEW_ACTS:
-            name, slope = named(act)
-            rectifies = name in RECTIFIERS
-            _, save_stats, mask = ops.batch_norm_train(
-                x, p.weight, p.bias, *running, counter, 0.1, EPS, r, name, slope, rectifies
-            )
-            again = (None, None, mask) if rectifies else (p.bias, r, None)
-            output_mask = [True, True, True, name != "identity"]
-            ops.batch_norm_backward(g, x, p.weight, save_stats, True, EPS, output_mask, *again, name, slope)
-
-    return [
-        train_and_back,
-        lambda: ops.batch_norm_eval(x, p.weight, p.bias, *running, EPS, r, "gelu"),
-        lambda: ops.batch_norm_gathered(
-            x, torch.stack([ops.batch_norm_stats(x, EPS)] * 3), p.weight, p.bias, *running, counter, 0.1, EPS
-        ),
+        both_ways(bnext.BatchNormAct2d(4, act=act).train(mode), leaf(), residual)
+        for act, residual, mode in itertools.product(FEW_ACTS, (None, leaf()), FLAGS)
     ]
 
 
 def synchronized() -> list[Step]:
-    """A layer with nobody to share its batch with, and the operator, whose collectives run all the same."""
-    layer, x = bnext.SyncBatchNorm(4, act="relu"), leaf(*SHAPE)
-    p, residual = make_parameters(4), make_residual(SHAPE)
+    """The layer, which has no collective in a group of one process, and the operator, which has them all the same."""
+    x, residual, p = leaf(), make_residual(SHAPE), make_parameters(4)
     group = (1, distributed.group.WORLD.group_name)
     p.weight.requires_grad_()
-
-    def operator() -> None:
-        vectors = (p.weight, p.bias, p.running_mean, p.running_var, None)
-        backward(ops.batch_norm_sync(x, *vectors, 0.1, EPS, *group, residual, "silu"))
 
     def twice() -> None:
         y = ops.batch_norm_sync(x, None, None, None, None, None, 0.1, EPS, *group)
         (g,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
         backward(g)
 
-    return [lambda: backward(layer(x)), operator, twice]
+    return [
+        both_ways(bnext.SyncBatchNorm(4, act="relu"), x),
+        lambda: backward(ops.batch_norm_sync(x, *p, None, 0.1, EPS, *group, residual, "silu")),
+        twice,
+    ]
 
 
 def raises(call: Callable[[], object]) -> None:
@@ -141,7 +103,7 @@ def raises(call: Callable[[], object]) -> None:
 
 
 def errors() -> list[Step]:
-    x, p = leaf(*SHAPE), make_parameters(4)
+    x, p = leaf(), make_parameters(4)
     three, meta = torch.ones(3), torch.ones(4, device="meta")
     layer, fused = bnext.BatchNorm2d(4), bnext.BatchNormAct2d(4)
     flat, other = make_input((3, 4)), make_residual((3, 4, 2, 1))
@@ -178,12 +140,9 @@ def errors() -> list[Step]:
 
 
 def dropped_graphs() -> list[Step]:
-    """Made, and never gone backward through."""
-    layer, x = bnext.BatchNorm2d(4), leaf(*SHAPE)
-    fused, residual = bnext.BatchNormAct2d(4, act="gelu"), leaf(*SHAPE)
-
-    def of_a_gradient() -> None:
-        torch.autograd.grad(fused(x, residual).sum(), x, create_graph=True)
+    """Graphs without a backward pass."""
+    layer, fused = bnext.BatchNorm2d(4), bnext.BatchNormAct2d(4, act="gelu")
+    x, residual = leaf(), leaf()
 
     def deep() -> None:
         y = x
@@ -194,37 +153,40 @@ def dropped_graphs() -> list[Step]:
         y = layer(x)
         y.itself = y
 
-    return [lambda: layer(x), lambda: fused(x, residual), of_a_gradient, deep, held_by_a_cycle]
+    return [
+        lambda: layer(x),
+        lambda: fused(x, residual),
+        lambda: torch.autograd.grad(fused(x, residual).sum(), x, create_graph=True),
+        deep,
+        held_by_a_cycle,
+    ]
 
 
 def saved_tensors() -> list[Step]:
-    """Packed and unpacked by hooks."""
-    layer, x, residual = bnext.BatchNormAct2d(4, act="silu"), leaf(*SHAPE), leaf(*SHAPE)
+    """Saved tensors that hooks pack and unpack."""
+    layer, x, residual = bnext.BatchNormAct2d(4, act="silu"), leaf(), leaf()
 
-    def packed(goes_back: bool) -> None:
+    def packed() -> Tensor:
         with saved_tensors_hooks(lambda t: (t.clone(), "packed"), lambda pair: pair[0]):
-            y = layer(x, residual)
-        if goes_back:
-            backward(y)
+            return layer(x, residual)
 
-    return [lambda: packed(True), lambda: packed(False)]
+    return [packed, lambda: backward(packed())]
 
 
 def double_backward() -> list[Step]:
-    x, weight, residual = leaf(*SHAPE), torch.ones(4, requires_grad=True), leaf(*SHAPE)
+    x, weight, residual = leaf(), torch.ones(4, requires_grad=True), leaf()
     running = make_parameters(4)[2:]
 
-    def plain(training: bool) -> None:
-        y = batch_norm(x, *running, weight, None, training)
-        grads = torch.autograd.grad(y.sin().sum(), [x, weight], create_graph=True)
-        backward(grads[0] * grads[0] + grads[1].sum())
+    def step(y: Tensor, *inputs: Tensor) -> None:
+        grads = torch.autograd.grad(y.sin().sum(), inputs, create_graph=True)
+        backward(grads[0].sum() * grads[1].sum() + grads[0] * grads[0])
 
-    def fused(act: str) -> None:
-        y = batch_norm_act(x, *running, weight, None, residual, True, act=act)
-        grads = torch.autograd.grad(y.sin().sum(), [x, residual], create_graph=True)
-        backward(grads[0] * grads[1])
-
-    return [lambda: plain(True), lambda: plain(False), lambda: fused("relu"), lambda: fused("gelu")]
+    return [
+        lambda: step(batch_norm(x, *running, weight, None, True), x, weight),
+        lambda: step(batch_norm(x, *running, weight, None, False), x, weight),
+        lambda: step(batch_norm_act(x, *running, weight, None, residual, True, act="relu"), x, residual),
+        lambda: step(batch_norm_act(x, *running, weight, None, residual, True, act="gelu"), x, residual),
+    ]
 
 
 def transforms() -> list[Step]:
@@ -246,24 +208,14 @@ def transforms() -> list[Step]:
         lambda: grad(scalar)(x),
         lambda: vjp(frozen, x)[1](x),
         lambda: jvp(train, (x,), (x,)),
+        lambda: jvp(frozen, (x,), (x,)),
         lambda: jacrev(lambda t: frozen(t)[0, :2, 0, 0])(x),
         lambda: jacfwd(lambda s: train(x * s)[0, :2, 0, 0])(x[:1, :1, :1, :1]),
     ]
 
 
-def forward_mode() -> list[Step]:
-    x, tangent, residual = make_input(SHAPE), make_grad(SHAPE), make_residual(SHAPE)
-    layer, fused = bnext.BatchNorm2d(4), bnext.BatchNormAct2d(4, act="hardswish").eval()
-
-    def step(run: Callable[[Tensor], Tensor]) -> None:
-        with forward_ad.dual_level():
-            forward_ad.unpack_dual(run(forward_ad.make_dual(x, tangent)))
-
-    return [lambda: step(layer), lambda: step(lambda t: fused(t, residual))]
-
-
 def conversions() -> list[Step]:
-    """There and back."""
+    """Models are converted and reverted."""
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))
 
     def lazy() -> None:
@@ -280,34 +232,30 @@ def conversions() -> list[Step]:
 
 
 def traced_conversions() -> list[Step]:
-    """Of one model over and over, and of models that go."""
+    """One model is fused over and over, and models that go are fused."""
     model = networks.Basic()
     return [lambda: bnext.revert(bnext.convert(model, fuse=True)), lambda: bnext.convert(networks.Basic(), fuse=True)]
 
 
 def copies() -> list[Step]:
     layer, fused = bnext.BatchNormAct2d(4, act="gelu"), bnext.convert(networks.Basic(), fuse=True)
-
-    def load() -> None:
-        bnext.BatchNormAct2d(4).load_state_dict(layer.state_dict())
-
     return [
         lambda: copy.deepcopy(layer),
         lambda: copy.deepcopy(fused),
         lambda: pickle.loads(pickle.dumps(layer)),
         lambda: pickle.loads(pickle.dumps(fused)),
-        load,
+        lambda: bnext.BatchNormAct2d(4).load_state_dict(layer.state_dict()),
     ]
 
 
 def threads() -> list[Step]:
-    """Each ends after a step or two, of small tensors and of some that torch divides between threads of its own."""
-    layer, x, large = bnext.BatchNorm2d(4), leaf(*SHAPE), leaf(4, 4, 70, 70)
+    """A thread makes a step with a small tensor and one with a tensor that torch divides between threads, and ends."""
+    layer, inputs = bnext.BatchNorm2d(4), (leaf(), leaf(4, 4, 70, 70))
 
     def work() -> None:
         torch.set_num_threads(2)
-        for each in (x, large):
-            torch.autograd.grad(layer(each).sum(), each)
+        for x in inputs:
+            torch.autograd.grad(layer(x).sum(), x)
 
     def step() -> None:
         thread = threading.Thread(target=work)
@@ -318,16 +266,13 @@ def threads() -> list[Step]:
 
 
 def recomputed() -> list[Step]:
-    """With users that ask and users that do not, with hooks around, and left by an error."""
-    layer, conv, x = bnext.BatchNormAct2d(4, act="silu"), nn.Conv2d(4, 4, 1), leaf(*SHAPE)
+    """With and without a backward pass of all users, within hooks, and left by an error."""
+    layer, conv, x = bnext.BatchNormAct2d(4, act="silu"), nn.Conv2d(4, 4, 1), leaf()
 
     def forward() -> Tensor:
         with bnext.recompute():
             h = layer(x, x)
             return conv(layer(h, x)) + h.square() + h.sigmoid()
-
-    def part() -> None:
-        torch.autograd.grad(forward().sum(), conv.weight)
 
     def within_hooks() -> None:
         with saved_tensors_hooks(lambda t: t.detach(), lambda t: t):
@@ -338,7 +283,28 @@ def recomputed() -> list[Step]:
             y = conv(layer(x))
             raises(lambda: layer(y[0]))
 
-    return [lambda: backward(forward()), forward, part, within_hooks, error]
+    return [
+        lambda: backward(forward()),
+        forward,
+        lambda: torch.autograd.grad(forward().sum(), conv.weight),
+        within_hooks,
+        error,
+    ]
+
+
+_hoard: list[object] = []
+
+
+def hoards() -> list[Step]:
+    """Leaks of malloc's memory, of mapped pages, of objects with and without references to others, and of a graph."""
+    x, layer, libc = leaf(), bnext.BatchNorm2d(4), ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+
+    def leak() -> None:
+        ctypes.memset(libc.malloc(100), 1, 100)
+        _hoard.extend((object(), [], mmap.mmap(-1, 4096), layer(x).grad_fn))
+
+    return [leak]
 
 
 def live_tensors() -> list[Tensor]:
@@ -356,48 +322,27 @@ def leave_behind(
     steps = globals()[calls_of]()
     left = lasting_growth(steps, calls, warm_up)
     torch.set_num_threads(threads)
-    watch = Watch(t for t in live_tensors() if id(t) not in before)
+    alive = still_alive(t for t in live_tensors() if id(t) not in before)
     del steps
-    return left, watch.alive()
+    return left, alive()
 
 
 def large_outputs(calls: int) -> tuple[Usage, int]:
-    """What they leave behind beside what is kept, and how much that was at most."""
-    most = 0
+    """What calls leave behind beside the kept blocks, and how large these were at most."""
+    layers = bnext.BatchNorm2d(64), bnext.BatchNorm2d(64).eval(), bnext.BatchNormAct2d(64, act="silu").eval()
+    kept = 0
 
     def step(layer: nn.Module, mebibytes: int) -> None:
-        nonlocal most
+        nonlocal kept
         x = torch.zeros(mebibytes, 64, 64, 64, requires_grad=layer.training)
         y = layer(x)
         if layer.training:
             y.backward(y.detach())
         del x, y
-        most = max(most, _C.cached_bytes())
+        kept = max(kept, _C.cached_bytes())
 
-    layers = bnext.BatchNorm2d(64), bnext.BatchNorm2d(64).eval(), bnext.BatchNormAct2d(64, act="silu").eval()
     steps = [
         lambda layer=layer, size=size: step(layer, size)
         for layer, size in zip(itertools.cycle(layers), (34, 52, 36, 42, 34, 66, 40), strict=False)
     ]
-    return growth(steps, calls, settle=_C.empty_cache), most
-
-
-_hoard: list[object] = []
-
-
-def hoards(world: World, *, calls: int) -> tuple[Usage, list[tuple[int, ...]]]:
-    """What leaks look like: of malloc's memory and of mapped pages, of objects that the collector knows and of others,
-    of a graph."""
-    x, layer, libc = leaf(*SHAPE), bnext.BatchNorm2d(4), ctypes.CDLL(None)
-    libc.malloc.restype = ctypes.c_void_p
-    watch = Watch([x])
-
-    def leak(x: Tensor = x) -> None:
-        ctypes.memset(libc.malloc(100), 1, 100)
-        _hoard.extend((object(), [], mmap.mmap(-1, 4096), layer(x).grad_fn))
-
-    left = lasting_growth([leak], calls)
-    del x, leak
-    alive = watch.alive()
-    _hoard.clear()
-    return left, alive
+    return growth(steps, calls, settle=_C.empty_cache), kept

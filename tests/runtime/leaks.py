@@ -102,19 +102,21 @@ def excess(left: Usage, most: Usage = MOST) -> dict[str, int]:
     return {what: n for what, n, limit in zip(Usage._fields, left, most, strict=True) if n > limit}
 
 
-class Watch:
-    """Tells which tensors are alive: one that C++ still refers to keeps its Python object, too."""
+def still_alive(tensors: Iterable[Tensor], within: float = 2.0) -> Callable[[], list[tuple[int, ...]]]:
+    """A function that returns the shapes of those tensors that are alive after so many seconds.
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._tensors = [(tuple(t.shape), weakref.ref(t)) for t in tensors]
+    A tensor that C++ still refers to keeps its Python object, too. The thread that ran a collective lets go of what it
+    refers to only after it has woken up who waited for it.
+    """
+    watched = [(tuple(t.shape), weakref.ref(t)) for t in tensors]
 
-    def alive(self, within: float = 2.0) -> list[tuple[int, ...]]:
-        """The shapes of those that are alive after so many seconds: the thread that ran a collective lets go of it, and
-        of what it refers to, only after it has woken up who waited for it."""
+    def alive() -> list[tuple[int, ...]]:
         deadline = time.monotonic() + within
         while True:
             gc.collect()
-            shapes = [shape for shape, tensor in self._tensors if tensor() is not None]
+            shapes = [shape for shape, tensor in watched if tensor() is not None]
             if not shapes or time.monotonic() > deadline:
                 return shapes
             time.sleep(0.01)
+
+    return alive

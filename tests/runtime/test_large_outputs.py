@@ -2,50 +2,38 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-import io
 import itertools
-import json
 import math
+import resource
 import statistics
-import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from cases import to_layout
-from marks import MODES, linux_only
+from marks import FLAGS, linux_only, needs_fork, pairs
+from outputs import (
+    MIB,
+    POOL_BLOCK,
+    asks_for_huge_pages,
+    in_new_process,
+    is_all,
+    nothing_kept,  # noqa: F401, a fixture
+    output,
+    returns_in_a_fork,
+)
 from torch import Tensor
 
 from bnext import _C
 from bnext.functional import batch_norm
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
+pytestmark = pytest.mark.usefixtures("nothing_kept")
 
-MIB = 2**20
 # 34.03 MiB, hence 18 huge pages.
 SHAPE = (2, 64, 264, 264)
 BLOCK = 36 * MIB
-# Of which smaller outputs are pieces.
-POOL_BLOCK = 64 * MIB
-
-
-@pytest.fixture(autouse=True)
-def _nothing_kept() -> Iterator[None]:
-    if _C.max_cached_bytes() < 512 * MIB:
-        pytest.skip("BNEXT_CACHE_MB is set to less than these tests free")
-    _C.empty_cache()
-    yield
-    _C.empty_cache()
-
-
-def output(mebibytes: int, value: float = 1.0) -> Tensor:
-    """An output of bnext of that size, each element of which is `value`."""
-    input, mean, var = torch.zeros(mebibytes, 64, 64, 64), torch.zeros(64), torch.ones(64)
-    return batch_norm(input, mean, var, bias=torch.full((64,), value, dtype=torch.float32), eps=0.0)
 
 
 def free(*sizes: int) -> list[int]:
@@ -57,48 +45,29 @@ def free(*sizes: int) -> list[int]:
     return addresses
 
 
-def is_all(tensor: Tensor, value: float) -> bool:
-    return bool((tensor == value).all())
-
-
 def address_space() -> int:
     """Of this process, in bytes."""
-    with open("/proc/self/status") as file:
-        return int(file.read().split("VmSize:")[1].split()[0]) * 1024
-
-
-def asks_for_huge_pages(tensor: Tensor) -> bool:
-    start = end = 0
-    with open("/proc/self/smaps") as file:
-        for line in file:
-            first, *rest = line.split()
-            if "-" in first:
-                start, end = (int(part, 16) for part in first.split("-"))
-            elif first == "VmFlags:" and start <= tensor.data_ptr() < end:
-                return "hg" in rest
-    return False
-
-
-def script(code: str) -> str:
-    """The code, after the imports and functions that it may use."""
-    names = """
-    import os, resource, signal, threading, torch
-    from torch import Tensor
-    from bnext import _C
-    from bnext.functional import batch_norm
-    MIB = 2**20
-    """
-    functions = map(inspect.getsource, (output, is_all, address_space, asks_for_huge_pages))
-    return "\n".join([inspect.cleandoc(names), *functions, inspect.cleandoc(code)])
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def wave(layout: str, period: float) -> Tensor:
     return to_layout(torch.arange(math.prod(SHAPE), dtype=torch.float32).div_(period).sin_().view(SHAPE), layout)
 
 
-def check_reuse(make: Callable[[], Tensor], expected: Tensor) -> None:
-    """`make` returns bnext's result: the second time in the memory of the first. What is expected comes from torch's
-    contiguous path: its other one sums too coarsely for so many values."""
+@linux_only
+@pairs(what=("output", "gradient"), layout=("contiguous", "channels_last"), training=FLAGS)
+def test_freed_memory_serves_the_next(what: str, layout: str, training: bool) -> None:
+    def result(normalise: Callable[..., Tensor], layout: str) -> Callable[[], Tensor]:
+        x, g = wave(layout, 3.0).requires_grad_(what == "gradient"), wave(layout, 5.0)
+        mean, var = torch.linspace(-1, 1, 64), torch.linspace(0.5, 2, 64)
+        if what == "output":
+            return lambda: normalise(x, mean, var, training=training)
+        y = normalise(x, mean, var, training=training)
+        return lambda: torch.autograd.grad(y, x, g, retain_graph=True)[0]
+
+    # torch's path for channels_last sums too coarsely for so many values.
+    expected = result(torch.nn.functional.batch_norm, "contiguous")()
+    make = result(batch_norm, layout)
     assert _C.cached_bytes() == 0
     y = make()
     torch.testing.assert_close(y, expected)
@@ -109,33 +78,6 @@ def check_reuse(make: Callable[[], Tensor], expected: Tensor) -> None:
     y = make()
     assert (y.data_ptr(), _C.cached_bytes()) == (address, 0)
     torch.testing.assert_close(y, expected)
-
-
-@linux_only
-@MODES
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("what", ["output", "gradient"])
-def test_freed_memory_serves_the_next(what: str, layout: str, training: bool) -> None:
-    def result(normalise: Callable[..., Tensor], layout: str) -> Callable[[], Tensor]:
-        x, g = wave(layout, 3.0).requires_grad_(what == "gradient"), wave(layout, 5.0)
-        mean, var = torch.linspace(-1, 1, 64), torch.linspace(0.5, 2, 64)
-        if what == "output":
-            return lambda: normalise(x, mean, var, training=training)
-        y = normalise(x, mean, var, training=training)
-        return lambda: torch.autograd.grad(y, x, g, retain_graph=True)[0]
-
-    expected = result(torch.nn.functional.batch_norm, "contiguous")()
-    check_reuse(result(batch_norm, layout), expected)
-
-
-@linux_only
-def test_memory_is_kept_from_32_mib_on() -> None:
-    free(32)
-    assert _C.cached_bytes() == 32 * MIB
-    y = batch_norm(torch.zeros(1, 1, 8 * MIB - 1), torch.zeros(1), torch.ones(1))
-    assert _C.cached_bytes() == 32 * MIB
-    del y
-    assert _C.cached_bytes() == 32 * MIB + POOL_BLOCK
 
 
 @linux_only
@@ -198,90 +140,68 @@ def test_smallest_block_that_fits_is_taken() -> None:
     assert [y.data_ptr() for y in outputs] == [addresses[i] for i in (1, 2, 0)]
 
 
-@linux_only
-def test_limit(run_python: Run) -> None:
-    # For each setting what is kept after three outputs, of 32, 34 and 36 MiB, were freed in that order. Beyond the
-    # limit the oldest goes; an output above it is not kept and displaces nothing.
-    default = [1024, 32, 66, 102]
-    expected = {"80": [80, 32, 66, 70], "33": [33, 32, 32, 32], "0": [0, 0, 0, 0]}
-    expected |= dict.fromkeys(("", "abc", "-1", "80x", "9" * 30), default)
-    code = f"""
-    for setting in {list(expected)}:
-        if os.fork() == 0:
-            os.environ["BNEXT_CACHE_MB"] = setting
-            outputs, kept = [output(size) for size in (32, 34, 36)], [_C.max_cached_bytes() // MIB]
-            while outputs:
-                del outputs[0]
-                kept.append(_C.cached_bytes() // MIB)
-            print(kept, flush=True)
-            os._exit(0)
-        assert os.wait()[1] == 0
-    """
-    done = run_python("-c", script(code), OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    assert dict(zip(expected, map(json.loads, done.stdout.splitlines()), strict=True)) == expected
+def kept_after_each_is_freed() -> list[int]:
+    outputs, kept = [output(size) for size in (32, 34, 36)], [_C.max_cached_bytes() // MIB]
+    while outputs:
+        del outputs[0]
+        kept.append(_C.cached_bytes() // MIB)
+    return kept
 
 
 @linux_only
-def test_kept_blocks_make_room_when_there_is_no_other(check_script: Callable[..., None]) -> None:
-    code = """
+@pytest.mark.parametrize(
+    ("setting", "limit", "kept"),
+    [
+        ("80", 80, [32, 66, 70]),  # the oldest goes
+        ("33", 33, [32, 32, 32]),  # what is above the limit is not kept and displaces nothing
+        ("0", 0, [0, 0, 0]),
+        *((wrong, 1024, [32, 66, 102]) for wrong in ("", "abc", "-1", "80x", "9" * 30)),
+    ],
+)
+def test_limit(setting: str, limit: int, kept: list[int]) -> None:
+    assert in_new_process(kept_after_each_is_freed, BNEXT_CACHE_MB=setting) == [limit, *kept]
+
+
+def takes_kept_blocks_when_there_is_no_other_memory() -> None:
     x = torch.zeros(100, 64, 64, 64)
     outputs = [output(size) for size in (64, 66, 68)]
     outputs.clear()
     assert _C.cached_bytes() == 198 * MIB
     resource.setrlimit(resource.RLIMIT_AS, (address_space() + 48 * MIB, resource.RLIM_INFINITY))
-    try:
+    with pytest.raises(RuntimeError, match="memory"):
         torch.empty(100 * MIB, dtype=torch.uint8)
-    except RuntimeError:
-        y = batch_norm(x, torch.zeros(64), torch.ones(64), bias=torch.full((64,), 2.0), eps=0.0)
-        assert is_all(y, 2.0)
-        assert _C.cached_bytes() == 0
-        del y
-        assert _C.cached_bytes() == 100 * MIB
-        print("done")
-    """
-    check_script(script(code), OMP_NUM_THREADS="1", BNEXT_CACHE_MB="1024")
-
-
-def test_storage_can_be_resized() -> None:
-    y = output(34)
-    storage, n = y.untyped_storage(), MIB // 4
-    y.view(-1)[:n] = torch.arange(n)
-    for mebibytes in (33, 1, 40, 1, 34):  # from block to block, out of it, and into one again
-        storage.resize_(mebibytes * MIB)
-        assert storage.nbytes() == mebibytes * MIB
-        assert torch.equal(torch.empty(0).set_(storage, 0, (n,)), torch.arange(n, dtype=torch.float32))
+    y = batch_norm(x, torch.zeros(64), torch.ones(64), bias=torch.full((64,), 2.0), eps=0.0)
+    assert is_all(y, 2.0)
+    assert _C.cached_bytes() == 0
+    del y
+    assert _C.cached_bytes() == 100 * MIB
 
 
 @linux_only
-def test_resized_storage_gives_its_block_back() -> None:
+def test_kept_blocks_make_room_when_there_is_no_other() -> None:
+    in_new_process(takes_kept_blocks_when_there_is_no_other_memory, BNEXT_CACHE_MB="1024")
+
+
+@linux_only
+def test_storage_can_be_resized() -> None:
+    """From block to block, out of blocks, and into one again."""
     y = output(34)
-    storage = y.untyped_storage()
-    storage.resize_(MIB)
-    assert _C.cached_bytes() == 34 * MIB
-    storage.resize_(40 * MIB)
-    assert _C.cached_bytes() == 34 * MIB + POOL_BLOCK
-    storage.resize_(34 * MIB)
-    assert _C.cached_bytes() == 40 * MIB + POOL_BLOCK
+    storage, n = y.untyped_storage(), MIB // 4
+    values = torch.arange(n, dtype=torch.float32)
+    y.view(-1)[:n] = values
+    # With what is kept afterwards; torch's own memory is taken, at first, and a smaller one is a piece of a pool's.
+    for mebibytes, kept in ((1, 34 * MIB), (40, 34 * MIB + POOL_BLOCK), (34, 40 * MIB + POOL_BLOCK)):
+        storage.resize_(mebibytes * MIB)
+        assert storage.nbytes() == mebibytes * MIB
+        assert torch.equal(torch.empty(0).set_(storage, 0, (n,)), values)
+        assert _C.cached_bytes() == kept
     del y, storage
     assert _C.cached_bytes() == 74 * MIB + POOL_BLOCK
 
 
-def save_and_load(tensor: Tensor) -> Tensor:
-    buffer = io.BytesIO()
-    torch.save(tensor, buffer)
-    buffer.seek(0)
-    return torch.load(buffer)
-
-
-def with_lazy_copy(tensor: Tensor) -> Tensor:
-    return torch._lazy_clone(tensor).add_(0.0)
-
-
-@pytest.mark.parametrize("how", [torch.clone, copy.deepcopy, save_and_load, with_lazy_copy])
-def test_copy_outlives_the_output(how: Callable[[Tensor], Tensor]) -> None:
+def test_a_lazy_copy_outlives_the_output() -> None:
     y = output(34, 2.0)
-    copied = how(y)
+    copied = torch._lazy_clone(y).add_(0.0)
     assert is_all(y, 2.0)
     del y
     y = output(34, 3.0)
@@ -301,20 +221,6 @@ def test_shared_output_gives_its_block_back() -> None:
     assert is_all(z, 3.0)
 
 
-@linux_only
-@pytest.mark.parametrize("view", [Tensor.numpy, torch.detach, lambda y: y[1:]], ids=["numpy", "detach", "slice"])
-def test_view_keeps_the_memory_of_a_freed_output(view: Callable[[Tensor], Tensor]) -> None:
-    y = output(34, 2.0)
-    seen = view(y)
-    del y
-    assert _C.cached_bytes() == 0
-    y = output(34, 3.0)
-    assert (seen == 2.0).all()
-    del seen
-    assert _C.cached_bytes() == 34 * MIB
-    assert is_all(y, 3.0)
-
-
 def test_output_of_inference_mode_is_an_inference_tensor() -> None:
     with torch.inference_mode():
         assert output(34).is_inference()
@@ -330,43 +236,57 @@ def test_freed_by_another_thread() -> None:
     assert _C.cached_bytes() == 34 * MIB
 
 
-@linux_only
-def test_without_huge_pages_a_fork_while_another_thread_frees(run_python: Run) -> None:
-    # Each output that is freed displaces the one before. set_() frees without the interpreter's lock, so that the fork
-    # comes while the thread unmaps.
-    code = """
-    y = output(34, 2.0)
-    assert (is_all(y, 2.0), _C.huge_pages_enabled(), asks_for_huge_pages(y)) == (True, False, False)
+def forks_while_a_thread_frees(sizes: tuple[int, ...], forks: int) -> None:
+    torch.set_num_threads(1)
     ready, stop = threading.Event(), threading.Event()
 
-    def work():
+    def work() -> None:
         while not stop.is_set():
-            for size in (64, 96):
+            for size in sizes:
                 y = output(size)
                 ready.set()
-                y.set_()
+                y.set_()  # frees without the interpreter's lock, so that the fork comes meanwhile
+
+    def take_and_free() -> None:
+        assert is_all(output(1, 2.0), 2.0)
+        _C.empty_cache()
+        assert _C.cached_bytes() == 0
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    statuses = set()
-    for _ in range(12):
+    for _ in range(forks):
         ready.clear()
         ready.wait()
-        child = os.fork()
-        if child == 0:
-            signal.alarm(20)  # ends a child that hangs
-            _C.cached_bytes()
-            _C.empty_cache()
-            os._exit(0 if _C.cached_bytes() == 0 else 1)
-        statuses.add(os.waitpid(child, 0)[1])
-        if statuses != {0}:
-            break
+        assert returns_in_a_fork(take_and_free)
     stop.set()
     thread.join()
-    print(statuses)
-    """
-    done = run_python("-c", script(code), OMP_NUM_THREADS="1", BNEXT_CACHE_MB="100", BNEXT_HUGE_PAGES="0")
-    assert (done.returncode, done.stdout) == (0, "{0}\n"), done.stderr
+
+
+@needs_fork
+@linux_only
+@pytest.mark.parametrize(
+    ("sizes", "forks", "environment"),
+    [
+        pytest.param((1,), 30, {}, id="pieces"),
+        # Each output that is freed displaces the one before, which is unmapped.
+        pytest.param((64, 96), 12, {"BNEXT_CACHE_MB": "100", "BNEXT_HUGE_PAGES": "0"}, id="blocks"),
+    ],
+)
+def test_a_fork_while_another_thread_frees(sizes: tuple[int, ...], forks: int, environment: dict[str, str]) -> None:
+    in_new_process(forks_while_a_thread_frees, sizes, forks, **environment)
+
+
+def has_no_huge_pages() -> None:
+    y = output(34, 2.0)
+    assert (is_all(y, 2.0), _C.huge_pages_enabled(), asks_for_huge_pages(y)) == (True, False, False)
+
+
+@linux_only
+def test_output_asks_for_huge_pages_unless_they_are_switched_off() -> None:
+    y = output(34)
+    assert y.data_ptr() % (2 * MIB) == 0
+    assert asks_for_huge_pages(y) == _C.huge_pages_enabled()
+    in_new_process(has_no_huge_pages, BNEXT_HUGE_PAGES="0")
 
 
 @pytest.mark.parametrize("mebibytes", [34, 2])  # the smaller one is a piece of a block
@@ -376,10 +296,3 @@ def test_profiler_sees_the_memory(mebibytes: int) -> None:
     used = {event.key: event.self_cpu_memory_usage for event in profile.key_averages()}
     assert used["bnext::batch_norm_eval"] >= mebibytes * MIB
     assert used["aten::set_"] <= -mebibytes * MIB
-
-
-@linux_only
-def test_output_asks_for_huge_pages() -> None:
-    y = output(34)
-    assert y.data_ptr() % (2 * MIB) == 0
-    assert asks_for_huge_pages(y) == _C.huge_pages_enabled()

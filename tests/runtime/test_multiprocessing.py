@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import multiprocessing
+import os
 import sys
-from collections.abc import Callable
+import threading
 
 import pytest
 import torch
 from cases import make_grad, make_input, same_bits
 from marks import FORK_WARNING, linux_only, needs_fork
-from test_large_outputs import script
+from outputs import MIB, POOL_BLOCK, in_new_process, is_all, output, returns_in_a_fork
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import bnext
+from bnext import _C
 
 
 def step(model: nn.Module, x: Tensor) -> None:
@@ -48,8 +49,7 @@ def test_a_step_in_a_spawned_process() -> None:
     assert answers.get() == [("1", "batch norm -> relu")]
     step(network, x)
     for model in models:
-        for (key, a), b in zip(model.state_dict().items(), network.state_dict().values(), strict=True):
-            torch.testing.assert_close(a, b, msg=key)
+        torch.testing.assert_close(model.state_dict(), network.state_dict())
         assert int(model[1].num_batches_tracked) == 1
 
 
@@ -60,7 +60,8 @@ class Normalized(Dataset[list[Tensor]]):
         self.inputs = [make_input(shape) for shape in ((3, 4, 5, 5), (4, 4, 70, 70), (7, 4, 2, 3))]
         self.inputs.append(make_input((1, 4, 64, 64)).expand(528, 4, 64, 64).contiguous())
         self.grads = [make_grad(tuple(x.shape)) for x in self.inputs]
-        self.layer = bnext.BatchNormAct2d(4, act="silu")
+        # In evaluation by statistics that training does not change: a worker trains a copy.
+        self.layer = bnext.BatchNormAct2d(4, act="silu", momentum=0.0)
 
     def __len__(self) -> int:
         return 2 * len(self.inputs)
@@ -74,125 +75,107 @@ class Normalized(Dataset[list[Tensor]]):
         return [y.detach().view(torch.int32).sum(), gradients[0].view(torch.int32).sum(), *gradients[1:]]
 
 
-def use_threads_and_keep_blocks(layer: nn.Module, x: Tensor) -> None:
-    """So that a process has all that a fork might copy badly."""
+@needs_fork
+@pytest.mark.filterwarnings(FORK_WARNING)
+def test_loader_whose_workers_normalize() -> None:
+    data = Normalized()
+    # Threads and kept blocks are what a fork might copy badly.
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
-    layer(x).sum().backward()
+    data.layer(data.inputs[-1]).sum().backward()
     torch.set_num_threads(threads)
-
-
-@pytest.mark.filterwarnings(FORK_WARNING)
-@pytest.mark.parametrize(
-    "method", [pytest.param("fork", marks=needs_fork), pytest.param("spawn", marks=pytest.mark.slow)]
-)
-def test_loader_whose_workers_normalize(method: str) -> None:
-    data = Normalized()
-    # In evaluation by statistics that training does not change: a worker trains a copy.
-    data.layer.momentum = 0.0
-    use_threads_and_keep_blocks(data.layer, data.inputs[-1])
-    data.layer.zero_grad()
     expected = [data[i] for i in range(len(data))]
     if sys.platform == "linux":
-        assert bnext._C.cached_bytes() > 0
-    # Two forks might write to one another's memory; that a spawned process imports and computes is seen of one.
-    workers = {"num_workers": 2 if method == "fork" else 1, "multiprocessing_context": method}
-    loader = DataLoader(data, batch_size=None, timeout=100, persistent_workers=True, **workers)
+        assert _C.cached_bytes() > 0
+    # Two forks might write to one another's memory.
+    workers = {"num_workers": 2, "multiprocessing_context": "fork", "persistent_workers": True}
+    loader = DataLoader(data, batch_size=None, timeout=100, **workers)
     for _ in range(2):
         assert all(all(map(same_bits, *pair)) for pair in zip(loader, expected, strict=True))
-    bnext._C.empty_cache()
+    _C.empty_cache()
 
 
-CHILD = """
-    import sys
-    def child(run):
-        "Whether it returns in a fork of this process, which then ends as processes do."
-        pid = os.fork()
-        if pid:
-            return os.waitpid(pid, 0)[1] == 0
-        signal.alarm(60)
-        run()
-        sys.exit()
-    """
+def forks_have_memory_of_their_own() -> None:
+    output(34)
+    outputs = {value: output(size, value) for value, size in ((2.0, 34), (5.0, 40), (0.0, 4), (1.0, 4), (3.0, 4))}
+    output(50)
+    address = outputs[2.0].data_ptr()  # which had been kept
+    del outputs[1.0]  # a gap between pieces
+    kept = 50 * MIB
+    assert _C.cached_bytes() == kept
 
+    def use() -> None:
+        torch.set_num_threads(1)
+        assert all(is_all(y, value) for value, y in outputs.items())
+        del outputs[2.0]
+        assert _C.cached_bytes() == kept + 34 * MIB
+        again, large, piece = output(34, 3.0), output(50, 4.0), output(8, 7.0)
+        assert (again.data_ptr(), _C.cached_bytes()) == (address, 0)
+        assert is_all(again, 3.0)
+        assert is_all(large, 4.0)
+        assert is_all(piece, 7.0)
+        assert all(is_all(y, value) for value, y in outputs.items())
+        del outputs[0.0], outputs[3.0], again, large, piece
+        assert _C.cached_bytes() == (34 + 50) * MIB + POOL_BLOCK
+        _C.empty_cache()
+        assert is_all(output(34, 6.0), 6.0)
+        assert is_all(outputs[5.0], 5.0)
 
-def forking(code: str) -> str:
-    return script(f"{inspect.cleandoc(CHILD)}\n{inspect.cleandoc(code)}")
+    for fork in (use, lambda: returns_in_a_fork(use) or os._exit(1)):
+        assert returns_in_a_fork(fork)
+        assert all(is_all(y, value) for value, y in outputs.items())
+        assert _C.cached_bytes() == kept
+        assert is_all(output(50, 7.0), 7.0)
+        assert is_all(output(4, 8.0), 8.0)
 
 
 @needs_fork
 @linux_only
-def test_fork_frees_what_is_its_parents(check_script: Callable[..., None]) -> None:
-    code = """
-    output(34)
-    y, other = output(34, 2.0), output(40, 5.0)  # the first in memory that was kept
-    output(50)
-    address = y.data_ptr()
-    assert _C.cached_bytes() == 50 * MIB
-
-    def run():
-        global y
-        torch.set_num_threads(1)
-        assert is_all(y, 2.0) and _C.cached_bytes() == 50 * MIB
-        del y
-        assert _C.cached_bytes() == 84 * MIB
-        again, large = output(34, 3.0), output(50, 4.0)
-        assert (again.data_ptr(), _C.cached_bytes()) == (address, 0)
-        assert is_all(again, 3.0) and is_all(large, 4.0) and is_all(other, 5.0)
-        del again, large
-        _C.empty_cache()
-        assert is_all(output(34, 6.0), 6.0) and is_all(other, 5.0)
-
-    for fork in (run, lambda: child(run) or os._exit(1)):
-        assert child(fork)
-        assert is_all(y, 2.0) and is_all(other, 5.0) and _C.cached_bytes() == 50 * MIB
-        assert is_all(output(50, 7.0), 7.0)
-    print("done")
-    """
-    check_script(forking(code), "-W", FORK_WARNING)
+def test_a_fork_frees_what_is_its_parents() -> None:
+    in_new_process(forks_have_memory_of_their_own)
 
 
-@needs_fork
-def test_fork_while_threads_train(check_script: Callable[..., None]) -> None:
-    # A small batch is one thread's work, in a child too; torch's own operators wait for threads that are not there if
-    # the child does not say that it has one.
-    code = """
-    import bnext
+def forks_while_threads_train() -> None:
     torch.set_num_threads(2)
     inputs = [torch.randn(5, 4, 3), torch.randn(40, 4, 600)]
 
-    def step(x):
+    def train(x: Tensor) -> list[Tensor]:
         layer, leaf = bnext.BatchNormAct1d(4, act="gelu"), x.clone().requires_grad_()
         y = layer(leaf)
         y.backward(x)
         return [y.detach(), leaf.grad, layer.weight.grad, layer.running_var]
 
-    def same(a, b):
-        return all(map(torch.equal, a, b))
+    def trains_as_before(i: int) -> bool:
+        return all(map(torch.equal, train(inputs[i]), expected[i]))
 
-    expected = [step(x) for x in inputs]
+    expected = [train(x) for x in inputs]
     started, stop = threading.Barrier(3), threading.Event()
 
-    def work(x):
+    def work(x: Tensor) -> None:
         started.wait()
         while not stop.is_set():
-            step(x)
+            train(x)
 
-    def run():
-        assert same(step(inputs[0]), expected[0])
+    def use() -> None:
+        # A small batch is one thread's work, in a fork too; torch's own operators wait for threads that are not there
+        # if the fork does not say that it has one.
+        assert trains_as_before(0)
         torch.set_num_threads(1)
-        assert same(step(inputs[1]), expected[1])
+        assert trains_as_before(1)
 
     threads = [threading.Thread(target=work, args=(x,)) for x in inputs]
     for thread in threads:
         thread.start()
     started.wait()
-    good = [child(run) for _ in range(3)]
+    good = [returns_in_a_fork(use) for _ in range(3)]
     stop.set()
     for thread in threads:
         thread.join()
     assert all(good)
-    assert all(same(step(x), e) for x, e in zip(inputs, expected))
-    print("done")
-    """
-    check_script(forking(code), "-W", FORK_WARNING)
+    assert trains_as_before(0)
+    assert trains_as_before(1)
+
+
+@needs_fork
+def test_a_fork_while_threads_train() -> None:
+    in_new_process(forks_while_threads_train)

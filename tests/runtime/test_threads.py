@@ -1,4 +1,4 @@
-"""The contract's threads row: the same bits for any number of torch's threads."""
+"""The same bits for any number of torch's threads."""
 
 from __future__ import annotations
 

@@ -1,21 +1,22 @@
-"""A batch in shares, the float64 reference of the whole, and what a step of one process is compared with.
+"""A batch in shares, each of a process, compared with the float64 reference of the whole batch.
 
-Every rank draws the same whole batch, so that it can compare its own share with the whole.
+Every process draws the same whole batch, so that it can compare its own share with a part of the whole.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
+import pytest
 import reference
 import tolerances
 import torch
 from cases import make_grad, make_input, make_parameters, make_residual, same_bits, to_layout
 from checks import output_strides, significant_strides
-from reference import Forward, reduced_dims, widen
+from reference import Act, named, reduced_dims, widen
 from tolerances import assert_within
 from torch import Tensor, distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,8 +33,7 @@ sync = torch.ops.bnext.batch_norm_sync
 sync_backward = torch.ops.bnext.batch_norm_sync_backward
 all_reduce_sum = torch.ops.bnext.all_reduce_sum
 
-gather_op = torch.ops._c10d_functional.all_gather_into_tensor.default
-reduce_op = torch.ops._c10d_functional.all_reduce.default
+EACH_WORLD = pytest.mark.parametrize("world", [2, 3], indirect=True, ids=lambda size: f"world={size}")
 
 
 class Collectives(TorchDispatchMode):
@@ -55,11 +55,8 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# Shares and their references.
-
-
 class Batch(NamedTuple):
-    """Of all processes together."""
+    """Of all processes together, or the share of one."""
 
     input: Tensor
     grad_output: Tensor
@@ -103,19 +100,92 @@ def stats_of(layer: nn.Module) -> list[Tensor]:
     return [buffer.detach().clone() for buffer in layer.buffers()]
 
 
-@contextlib.contextmanager
-def merged(fwd: Forward, shares: int) -> Iterator[None]:
-    """The tolerances of statistics that were merged from `shares`.
+class Whole:
+    """A batch in shares, and what the float64 reference makes of the whole. The results of each share are a part."""
 
-    A mean is rounded to a double once for each share and once for each merge, of which at most `shares + 1` stand
-    between a value and the result, each 2^-53 of |mean|; the reference's own is one more. And a difference of means
-    that is off by d moves sum((x - mean)^2) by 2 d |delta| n1 n2/n, where delta^2 n1 n2/n is at most m sigma^2: sigma
-    by at most d/2 a merge. Both are errors of the statistics in units of sigma.
-    """
-    plain = tolerances.statistics
-    rounding = float(((shares + 2) * 2.0**-53 * fwd.mean.abs() * fwd.invstd).max())
-    with mock.patch.object(tolerances, "statistics", lambda count, dtype: plain(count, dtype) + rounding):
-        yield
+    def __init__(
+        self, batch: Batch, sizes: Sequence[int], weight: Tensor | None, bias: Tensor | None, act: Act, eps: float = EPS
+    ) -> None:
+        self.sizes, self.act, self.dtype = sizes, act, batch.input.dtype
+        about: dict[str, Any] = {"training": True, "has_residual": batch.residual is not None, "act": act}
+        self.fwd = reference.forward(batch.input, weight, bias, eps=eps, residual=batch.residual, act=act)
+        self.grads = reference.backward(batch.grad_output, self.fwd, weight, training=True, act=act)
+        reaching = self.grads.residual
+        with self.tolerances():
+            self.slack = tolerances.slack(batch.grad_output, self.fwd, weight, bias, self.dtype, **about)
+            self.limits = {
+                "output": tolerances.output(self.fwd, weight, bias, self.dtype, **about),
+                "input": tolerances.grad_input(reaching, self.fwd, weight, self.dtype, training=True, slack=self.slack),
+                "residual": tolerances.grad_residual(reaching, self.slack, self.dtype, act),
+            }
+
+    @contextlib.contextmanager
+    def tolerances(self) -> Iterator[None]:
+        """The tolerances of statistics that were merged from shares.
+
+        A mean is rounded to a double once for each share and once for each merge, of which at most `shares + 1` stand
+        between a value and the result, each 2^-53 of |mean|; the reference's own is one more. And a difference of means
+        that is off by d moves sum((x - mean)^2) by 2 d |delta| n1 n2/n, where delta^2 n1 n2/n is at most m sigma^2:
+        sigma by at most d/2 a merge. Both are errors of the statistics in units of sigma.
+        """
+        plain = tolerances.statistics
+        rounding = float(((len(self.sizes) + 2) * 2.0**-53 * self.fwd.mean.abs() * self.fwd.invstd).max())
+        with mock.patch.object(tolerances, "statistics", lambda count, dtype: plain(count, dtype) + rounding):
+            yield
+
+    def check(self, index: int, share: Batch, y: Tensor, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Compare what came of a share: its output, and gradients by the name of what they are of.
+
+        Those of weight and bias are sums over the share, rounded to the parameter's dtype: DistributedDataParallel adds
+        them up. Returns how far off each result may be.
+        """
+        rows = share_of(self.sizes, index)
+        g, off, local = self.grads.residual[rows], self.slack[rows], self.fwd._replace(xhat=self.fwd.xhat[rows])
+        expected = {
+            "output": self.fwd.output[rows],
+            "input": self.grads.input[rows],
+            "residual": g,
+            "weight": (g * local.xhat).sum(reduced_dims(g.ndim)),
+            "bias": g.sum(reduced_dims(g.ndim)),
+        }
+        limits = {what: limit[rows] for what, limit in self.limits.items()}
+        with self.tolerances():
+            if "weight" in grads:
+                to = grads["weight"].dtype
+                limits["weight"] = tolerances.grad_weight(g, local, self.dtype, to, training=True, slack=off)
+            if "bias" in grads:
+                limits["bias"] = tolerances.grad_bias(g, self.dtype, grads["bias"].dtype, off)
+        for what, result in {"output": y, **grads}.items():
+            assert_within(result, expected[what], limits[what], f"{what} of share {index}")
+        assert y.dtype == self.dtype
+        if y.numel():
+            assert y.stride() == output_strides(share.input)
+            # Without an activation the gradient of the residual is grad_output itself, which has strides of its own.
+            for what in ("input", "residual") if named(self.act)[0] != "identity" else ("input",):
+                if what in grads:
+                    assert grads[what].dtype == self.dtype
+                    assert significant_strides(grads[what]) == significant_strides(y), what
+        return limits
+
+    def check_running_stats(
+        self, stats: Sequence[Tensor], before: Sequence[Tensor], momentum: float | None = 0.1
+    ) -> None:
+        """Compare running mean, variance and counter with those of before and the batch."""
+        mean, var, counter = before
+        assert stats[2] == counter + 1
+        momentum = 1 / (counter.item() + 1) if momentum is None else momentum
+        # A variance of one value is not taken in.
+        fwd = self.fwd._replace(count=2) if self.fwd.count == 1 else self.fwd
+        expected = reference.updated_running_stats(mean, var, fwd, momentum)
+        if self.fwd.count == 1:
+            expected = (expected[0], widen(var))
+        with self.tolerances():
+            limits = tolerances.running_stats(expected, fwd, momentum, self.dtype, mean.dtype, var.dtype)
+        assert_within(stats[0], expected[0], limits[0], "running_mean")
+        assert_within(stats[1], expected[1], limits[1], "running_var")
+
+
+NAMES = ("input", "weight", "bias", "residual")
 
 
 def check_step(
@@ -132,78 +202,28 @@ def check_step(
 
     `needs` says which of input, weight, bias and residual need a gradient.
     """
-    rows = share_of(sizes, index)
-    share = batch.rows(rows, layout)
-    weight, bias = layer.weight, layer.bias
-    tensors = {"input": share.input.detach(), "weight": weight, "bias": bias, "residual": share.residual}
-    leaves = {}
-    for (name, tensor), need in zip(tensors.items(), needs, strict=True):
-        if tensor is not None:
-            tensor.requires_grad_(need)
-            if need:
-                leaves[name] = tensor
+    share = batch.rows(share_of(sizes, index), layout)
+    values = (share.input.detach(), layer.weight, layer.bias, share.residual)
+    tensors = {
+        name: tensor.requires_grad_(need)
+        for name, tensor, need in zip(NAMES, values, needs, strict=True)
+        if tensor is not None
+    }
+    leaves = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
     before = stats_of(layer)
     y = layer(tensors["input"], share.residual)
     grads = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), share.grad_output), strict=True))
 
-    dtype, act = share.input.dtype, layer.act
-    about: dict[str, Any] = {"training": True, "has_residual": batch.residual is not None, "act": act}
-    fwd = reference.forward(batch.input, weight, bias, eps=layer.eps, residual=batch.residual, act=act)
-    local = fwd._replace(output=fwd.output[rows], z=fwd.z[rows], xhat=fwd.xhat[rows])
-    expected = reference.backward(batch.grad_output, fwd, weight, training=True, act=act)
-    reaching = expected.residual
-    with merged(fwd, len(sizes)):
-        assert y.dtype == dtype
-        if y.numel():
-            assert y.stride() == output_strides(share.input)
-        assert_within(y, local.output, tolerances.output(fwd, weight, bias, dtype, **about)[rows], "output")
-        check_running(layer, before, fwd, dtype)
-
-        slack = tolerances.slack(batch.grad_output, fwd, weight, bias, dtype, **about)
-        if "input" in grads:
-            limit = tolerances.grad_input(reaching, fwd, weight, dtype, training=True, slack=slack)
-            assert_within(grads["input"], expected.input[rows], limit[rows], "grad_input")
-            assert significant_strides(grads["input"]) == significant_strides(y)
-        if "residual" in grads:
-            limit = tolerances.grad_residual(reaching, slack, dtype, act)
-            assert_within(grads["residual"], reaching[rows], limit[rows], "grad_residual")
-        # Of its own share, rounded to the parameter's dtype: DistributedDataParallel sums them up.
-        g, off = reaching[rows], slack[rows]
-        sums = {
-            "weight": ((g * local.xhat).sum(reduced_dims(g.ndim)), expected.weight),
-            "bias": (g.sum(reduced_dims(g.ndim)), expected.bias),
-        }
-        together = group is not None or len(sizes) == distributed.get_world_size()
-        for name in sorted(sums.keys() & grads.keys()):
-            to = leaves[name].dtype
-            if name == "weight":
-                limit = tolerances.grad_weight(g, local, dtype, to, training=True, slack=off)
-            else:
-                limit = tolerances.grad_bias(g, dtype, to, off)
-            assert_within(grads[name], sums[name][0], limit, f"grad_{name} of the share")
-            if together:
-                total, limits = widen(grads[name]), limit.clone()
-                distributed.all_reduce(total, group=group)
-                distributed.all_reduce(limits, group=group)
-                assert_within(total, sums[name][1], limits, f"grad_{name} summed over the ranks")
-
-
-def check_running(layer: nn.Module, before: list[Tensor], fwd: Forward, dtype: torch.dtype) -> None:
-    """That this step took the batch into the running statistics of before."""
-    if not layer.track_running_stats:
-        assert before == []
-        return
-    mean, var, counter = before
-    assert layer.num_batches_tracked == counter + 1
-    momentum = 1 / (counter.item() + 1) if layer.momentum is None else layer.momentum
-    if fwd.count == 1:  # a variance of one value is not taken in
-        fwd, want_var = fwd._replace(count=2), widen(var)
-        expected = (reference.updated_running_stats(mean, var, fwd, momentum)[0], want_var)
-    else:
-        expected = reference.updated_running_stats(mean, var, fwd, momentum)
-    limits = tolerances.running_stats(expected, fwd, momentum, dtype, mean.dtype, var.dtype)
-    assert_within(layer.running_mean, expected[0], limits[0], "running_mean")
-    assert_within(layer.running_var, expected[1], limits[1], "running_var")
+    whole = Whole(batch, sizes, layer.weight, layer.bias, layer.act, layer.eps)
+    limits = whole.check(index, share, y, grads)
+    if layer.track_running_stats:
+        whole.check_running_stats(list(layer.buffers()), before, layer.momentum)
+    if group is not None or len(sizes) == distributed.get_world_size():
+        for name in [name for name in ("weight", "bias") if name in grads]:
+            total, limit = widen(grads[name]), limits[name].clone()
+            distributed.all_reduce(total, group=group)
+            distributed.all_reduce(limit, group=group)
+            assert_within(total, getattr(whole.grads, name), limit, f"grad_{name} summed over the ranks")
 
 
 def check_same_bits_everywhere(layer: nn.Module, group: Any = None) -> None:

@@ -6,16 +6,38 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import pool_jobs
 import pytest
 import torch
 from marks import linux_only
-from processes import Pool, WorkerError
+from processes import Pool, WorkerError, World
 
 import bnext
+
+
+def answers(world: World, *, value: int) -> tuple[int, int, float]:
+    return world.rank, value, torch.rand(1).item()
+
+
+def raises(world: World, *, rank: int) -> None:
+    if world.rank == rank:
+        raise KeyError("what the job said")
+
+
+def warns(world: World) -> None:
+    warnings.warn("in a worker", stacklevel=1)
+
+
+def exits(world: World) -> None:
+    print("last words", flush=True)
+    os._exit(5)
+
+
+def hangs(world: World) -> None:
+    time.sleep(600)
 
 
 def alive(pids: list[int]) -> list[int]:
@@ -24,15 +46,15 @@ def alive(pids: list[int]) -> list[int]:
 
 def test_a_failure_comes_back_with_its_traceback_and_the_pool_goes_on(pools: Callable[[int], Pool]) -> None:
     pool = pools(2)
-    answers = pool.run(pool_jobs.answers, seed=3, value=7)
+    first, second = pool.run(answers, seed=3, value=7)
     before = pool.pids()
-    assert [answer[:2] for answer in answers] == [(0, 7), (1, 7)]
-    assert torch.equal(answers[0][2], answers[1][2])
+    assert first == (0, 7, second[2])
+    assert second[:2] == (1, 7)
     with pytest.raises(WorkerError, match=r"rank 1: Traceback(.|\n)*KeyError: 'what the job said'"):
-        pool.run(pool_jobs.raises, rank=1)
+        pool.run(raises, rank=1)
     with pytest.raises(WorkerError, match=r"rank 0(.|\n)*UserWarning: in a worker"):
-        pool.run(pool_jobs.warns)
-    assert len(pool.run(pool_jobs.answers, value=7)) == 2
+        pool.run(warns)
+    assert len(pool.run(answers, value=7)) == 2
     assert pool.pids() == before
 
 
@@ -42,13 +64,13 @@ def test_a_dead_or_hanging_process_ends_the_pool(short_lived: Callable[..., Pool
     pool.start()
     first = pool.pids()
     with pytest.raises(WorkerError, match="rank 0: died, exit code 5\nlast words"):
-        pool.run(pool_jobs.exits, rank=0)
+        pool.run(exits)
     assert alive(first) == pool.pids() == []
     pool.start()
     second = pool.pids()
     start = time.monotonic()
     with pytest.raises(WorkerError, match=r"rank 0: did not answer(.|\n)*in hangs"):
-        pool.run(pool_jobs.hangs, rank=0, timeout=1)
+        pool.run(hangs, timeout=1)
     assert time.monotonic() - start < 10
     assert alive(second) == []
 
@@ -60,7 +82,7 @@ def test_no_process_outlives_the_tests(tmp_path: Path) -> None:
         "pool = processes.Pool(1)\n"
         "pool.start()\n"
         "print(*pool.pids(), flush=True)\n"
-        "pool.run(types.SimpleNamespace(__module__='pool_jobs', __name__='hangs'), rank=0, timeout=600)\n"
+        "pool.run(types.SimpleNamespace(__module__='test_processes', __name__='hangs'), timeout=600)\n"
     )
     path = os.pathsep.join(str(folder) for folder in (*Path(__file__).parents[:2], Path(bnext.__file__).parents[1]))
     with subprocess.Popen(

@@ -1,5 +1,4 @@
-"""What batch_norm_sync is made of, in one process: stats of local batches, and normalisation and gradients by gathered
-ones."""
+"""What batch_norm_sync is made of, in one process: local stats, and normalisation and gradients by gathered stats."""
 
 from __future__ import annotations
 
@@ -23,10 +22,9 @@ from cases import (
     same_bits,
     to_layout,
 )
-from checks import output_strides, significant_strides
 from marks import EACH_DTYPE, FLAGS, pairs
-from reference import Act, named, reduced_dims, widen
-from sync_shares import EPS, Batch, backward, gathered, local_stats, make_batch, merge, merged, share_of, sync, train
+from reference import Act, named, widen
+from sync_shares import EPS, Batch, Whole, backward, gathered, local_stats, make_batch, merge, share_of, sync
 from tolerances import assert_within
 from torch import Tensor
 
@@ -48,8 +46,8 @@ def check_shares(
     batch: Batch, sizes: Sequence[int], layout: str, act: Act = None, with_mask: bool = False, device: str = "cpu"
 ) -> None:
     """What all processes would do together, one after the other, against the reference of the whole batch."""
-    dtype, (activation, slope) = batch.input.dtype, named(act)
-    parameters = make_parameters(batch.input.shape[1], parameter_dtype(dtype), device)
+    activation, slope = named(act)
+    parameters = make_parameters(batch.input.shape[1], parameter_dtype(batch.input.dtype), device)
     weight, bias = parameters.weight, parameters.bias
     kept = [t if t is None else t.clone() for t in batch]
     shares = [
@@ -57,19 +55,17 @@ def check_shares(
         for i in range(len(sizes))
     ]
     gathered_stats = gathered([share.input for share in shares])
-    forwards, counters, stats = [], [], []
+    forwards, running = [], []
     for share in shares:
-        running, counter = parameters.clone(), torch.tensor(3, device=device)
-        epilogue = (share.residual, activation, slope, with_mask)
-        vectors = (weight, bias, running.running_mean, running.running_var, counter, 0.1, EPS)
-        forwards.append(merge(share.input, gathered_stats, *vectors, *epilogue))
-        stats.append((running.running_mean, running.running_var))
-        counters.append(int(counter))
-    assert counters == [4] * len(sizes)
-    for other in stats[1:]:
-        assert all(map(same_bits, other, stats[0])), "the running statistics differ between the shares"
+        mean, var, counter = *parameters.clone()[2:], torch.tensor(3, device=device)
+        vectors = (weight, bias, mean, var, counter, 0.1, EPS)
+        forwards.append(merge(share.input, gathered_stats, *vectors, share.residual, activation, slope, with_mask))
+        running.append((mean, var, counter))
+    for stats in running:
+        assert all(map(same_bits, stats, running[0])), "the running statistics differ between the shares"
     saved = [save_stats for (_, save_stats, _), size in zip(forwards, sizes, strict=True) if size]
     assert all(same_bits(save_stats, saved[0]) for save_stats in saved)
+    assert saved[0].dtype == torch.float64
 
     def differentiate(i: int, output_mask: list[bool], mean_grads: Tensor | None) -> tuple[Tensor, ...]:
         share, (_, save_stats, mask) = shares[i], forwards[i]
@@ -81,41 +77,16 @@ def check_shares(
 
     sums = [differentiate(i, [False, True, True, False], None)[1:3] for i in range(len(sizes))]
     count = sum(sizes) * batch.input[0, 0].numel()
-    means = sum(torch.stack(pair) for pair in sums) / count
+    means = (sum(torch.stack(pair, 1) for pair in sums) / count).T  # of any strides
     wants_residual = activation != "identity"
-    maps = [differentiate(i, [True, False, False, wants_residual], means) for i in range(len(sizes))]
-
-    about = {"training": True, "has_residual": batch.residual is not None, "act": act}
-    fwd = reference.forward(batch.input, weight, bias, residual=batch.residual, act=act)
-    expected = reference.backward(batch.grad_output, fwd, weight, training=True, act=act)
-    reaching = expected.residual
-    with merged(fwd, len(sizes)):
-        limit = tolerances.output(fwd, weight, bias, dtype, **about)
-        assert_within(torch.cat([y for y, *_ in forwards]), fwd.output, limit, "output")
-        updated = reference.updated_running_stats(parameters.running_mean, parameters.running_var, fwd, 0.1)
-        limits = tolerances.running_stats(updated, fwd, 0.1, dtype, stats[0][0].dtype, stats[0][1].dtype)
-        assert_within(stats[0][0], updated[0], limits[0], "running_mean")
-        assert_within(stats[0][1], updated[1], limits[1], "running_var")
-        slack = tolerances.slack(batch.grad_output, fwd, weight, bias, dtype, **about)
-        limit = tolerances.grad_input(reaching, fwd, weight, dtype, training=True, slack=slack)
-        assert_within(torch.cat([m[0] for m in maps]), expected.input, limit, "grad_input")
+    whole = Whole(batch, sizes, weight, bias, act)
+    whole.check_running_stats(running[0], (*parameters[2:], torch.tensor(3)))
+    for i, (share, (y, *_), (grad_weight, grad_bias)) in enumerate(zip(shares, forwards, sums, strict=True)):
+        grad_input, *_, grad_residual = differentiate(i, [True, False, False, wants_residual], means)
+        grads = {"input": grad_input, "weight": grad_weight, "bias": grad_bias}
         if wants_residual:
-            limit = tolerances.grad_residual(reaching, slack, dtype, act)
-            assert_within(torch.cat([m[3] for m in maps]), reaching, limit, "grad_residual")
-        for i, (grad_weight, grad_bias) in enumerate(sums):
-            rows = share_of(sizes, i)
-            g, off, xhat = reaching[rows], slack[rows], fwd.xhat[rows]
-            local = fwd._replace(xhat=xhat)
-            limit = tolerances.grad_weight(g, local, dtype, grad_weight.dtype, training=True, slack=off)
-            assert_within(grad_weight, (g * xhat).sum(reduced_dims(g.ndim)), limit, f"grad_weight of share {i}")
-            limit = tolerances.grad_bias(g, dtype, grad_bias.dtype, off)
-            assert_within(grad_bias, g.sum(reduced_dims(g.ndim)), limit, f"grad_bias of share {i}")
-    for share, (y, save_stats, _), (grad_input, *_, grad_residual) in zip(shares, forwards, maps, strict=True):
-        assert (y.dtype, save_stats.dtype, grad_input.dtype) == (dtype, torch.float64, dtype)
-        if share.input.numel():
-            assert y.stride() == output_strides(share.input)
-            assert significant_strides(grad_input) == significant_strides(y)
-            assert not wants_residual or significant_strides(grad_residual) == significant_strides(y)
+            grads["residual"] = grad_residual
+        whole.check(i, share, y, grads)
     assert all(t is None or torch.equal(t, before) for t, before in zip(batch, kept, strict=True)), "written to"
 
 
@@ -163,7 +134,7 @@ def test_stats(case: Case, dtype: torch.dtype, device: str) -> None:
 
 
 def test_the_variance_is_never_a_difference_of_squares(device: str) -> None:
-    # Means of 1e8 differ by 1e-3 in the shares, which their squares in float64 would not show.
+    # The shares' means of 1e8 differ by 1e-3, which their squares in float64 would not show.
     gathered_stats = torch.tensor([[1e8, 2.0, 4.0], [1e8 + 1e-3, 3.0, 6.0], [5.0, 0.0, 0.0]], dtype=torch.float64)
     x = torch.full((2, 1), 1e8, dtype=torch.float64, device=device)
     _, stats, _ = merge(x, gathered_stats.to(device), None, None, None, None, None, 0.1, EPS)
@@ -194,7 +165,7 @@ def test_running_statistics_over_steps(strided: bool, momentum: float | None, de
         assert counter.item() == step + 1
         assert all(t._version > before for t, before in zip((mean, var, counter), versions, strict=True))
     assert torch.equal(memory[:, 1::2], torch.full((2, 5), 7.0, device=device))
-    # Nothing in any share is counted, and changes nothing else; one value has no variance.
+    # An empty batch is counted, and changes nothing else. One value has no variance.
     before = (mean.clone(), var.clone())
     empty = torch.ones(0, 5, device=device)
     merge(empty, gathered([empty, empty]), None, None, mean, var, counter, momentum, EPS)
@@ -245,35 +216,9 @@ def test_the_ends_of_the_range(layout: str, magnitude: float, device: str) -> No
     assert_within(y, fwd.output, tolerances.output(fwd, None, None, x.dtype, training=True), "output")
 
 
-@pytest.mark.parametrize("strides", ["dense", "strided"])
-def test_given_means_are_used_whatever_the_share_holds(strides: str, device: str) -> None:
-    # Against the formula, with means that have nothing to do with this share.
-    for dtype in (torch.float32, torch.float64):
-        x, g = make_input((4, 5, 3, 3), dtype=dtype, device=device), make_grad((4, 5, 3, 3), dtype=dtype, device=device)
-        weight = make_parameters(5, dtype, device).weight
-        means = torch.randn(5, 2, dtype=dtype, device=device).T
-        if strides == "dense":
-            means = means.contiguous()
-        fwd = reference.forward(x)
-        _, stats, _ = train(x, weight, None, None, None, None, 0.1, EPS)
-        wanted = [True, False, True, False]
-        grad, none, grad_bias, _ = backward(g, x, weight, stats, True, EPS, wanted, mean_grads=means)
-        xmean, gmean = (reference.along_channels(widen(row), 4) for row in means)
-        scale = reference.along_channels(fwd.invstd * widen(weight), 4)
-        expected = scale * (widen(g) - gmean - fwd.xhat * xmean)
-        # Three terms, each rounded up to four times, and xhat's error.
-        size = scale.abs() * (widen(g).abs() + gmean.abs() + fwd.xhat.abs() * xmean.abs())
-        off = scale.abs() * xmean.abs() * (1 + fwd.xhat.abs()) + size
-        limit = 4 * tolerances.unit(dtype) * size + tolerances.statistics(fwd.count, dtype) * off
-        limit = limit + tolerances.half_ulp(expected.abs() + limit, dtype)
-        assert_within(grad, expected, limit, "grad_input")
-        assert none.numel() == 0
-        assert_within(grad_bias, widen(g).sum((0, 2, 3)), tolerances.grad_bias(g, dtype, dtype), "grad_bias")
-
-
 @pytest.mark.parametrize("act", ["identity", "relu", "gelu"])
 def test_sync_is_made_of_the_other_operators(act: str, group: tuple[int, str], device: str) -> None:
-    # Bit for bit, in a group of one process; on the emulated device it is the only test of the whole.
+    # Bit for bit, in a group of one process. In emulation no other test calls this operator.
     batch = Batch(*(t.to(device) for t in make_batch((5, 5, 3, 3), torch.float32, has_residual=True)))
     x, residual = (t.detach().requires_grad_() for t in (batch.input, batch.residual))
     p = make_parameters(5, device=device)

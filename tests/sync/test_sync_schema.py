@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import EMPTY_CASES, FEW_CASES, Case, name, parameter_dtype
 from checks import assert_predicts, make_inputs
-from marks import EACH_DTYPE, each
+from marks import EACH_DTYPE, each, rows
 from sync_shares import EPS, all_reduce_sum, backward, gathered, local_stats, merge, sync, sync_backward, train
 from torch import Tensor
 
@@ -64,8 +64,7 @@ def test_opcheck(case: Case) -> None:
     torch.library.opcheck(backward.default, backward_args(case, torch.float32))
 
 
-@pytest.mark.parametrize("grad", [False, True], ids=["nograd", "grad"])
-@pytest.mark.parametrize("case", [FEW_CASES[3], FEW_CASES[5]], ids=name)
+@rows(("case", "grad"), [(FEW_CASES[3], True), (FEW_CASES[5], False)])
 def test_opcheck_of_sync(case: Case, grad: bool, group: tuple[int, str]) -> None:
     # Without test_schema and test_faketensor: they look into the operator and find torch's own wait_tensor, which gives
     # back its argument although schema and fake kernel say otherwise.
@@ -85,7 +84,7 @@ def test_fake_kernels_predict_shape_dtype_and_strides(case: Case, dtype: torch.d
     for optional in (True, False):
         for with_mask in (True, False):
             assert_predicts(merge, merged_args(case, dtype, with_mask, optional))
-    for autograd in (True, False):  # whose kernels are made of the other operators, as torch.compile is to see them
+    for autograd in (True, False):  # the two kernels of these operators call others, which torch.compile is to see
         with torch.inference_mode(not autograd):
             assert_predicts(sync_backward, sync_backward_args(case, dtype, group))
             assert_predicts(all_reduce_sum, (make_inputs(*case, dtype).input, group[1]))

@@ -1,9 +1,8 @@
-"""What the processes of test_sync.py run on whole models: each function here is run by all ranks, and asserts."""
+"""Models with SyncBatchNorm in several processes: in DistributedDataParallel, and compiled."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,10 +10,10 @@ import torch
 from cases import same_bits
 from checks import output_strides
 from processes import World
-from reference import Act, widen
+from reference import Act
 from sync_shares import make_batch, make_layer, share_of
-from tolerances import assert_within
 from torch import Tensor, distributed, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
 import bnext
@@ -37,9 +36,7 @@ class ConvNet(nn.Module):
         return self.bn3(self.head(out.mean((2, 3))))
 
 
-def trained(
-    model: nn.Module, data: list[tuple[Tensor, Tensor]], rows: slice, scale: float = 1.0, penalty: float = 0.0
-) -> list[float]:
+def trained(model: nn.Module, data: list[tuple[Tensor, Tensor]], rows: slice, scale: float, penalty: float) -> Tensor:
     """The loss of each step of SGD on these rows of the batches; `scale` undoes that gradients are averaged.
 
     The `penalty` is a gradient penalty: by how much the loss changes with the input.
@@ -55,44 +52,44 @@ def trained(
             loss = loss + penalty * slope.square().sum()
         (loss * scale).backward()
         optimizer.step()
-        losses.append(loss.item())
-    return losses
+        losses.append(loss.detach())
+    return torch.stack(losses)
 
 
-def trains_as_one_process_does(
-    world: World,
-    *,
-    sizes: Sequence[int],
-    how: str = "",
-    options: dict[str, bool] | None = None,
-    steps: int = 4,
-    penalty: float = 0.0,
+@pytest.mark.parametrize(
+    ("sizes", "how", "fuse", "penalty", "steps"),
+    [
+        ((5, 2), "eager", False, 0.0, 4),
+        ((4, 0, 3), "eager", True, 0.0, 4),
+        ((5, 2), "eager", False, 1.0, 2),
+        ((4, 1, 3), "eager", False, 1.0, 2),
+        ((5, 2), "compiled", True, 0.0, 2),
+        ((5, 2), "compiled inside", True, 0.0, 2),
+    ],
+)
+def test_trains_in_distributed_data_parallel_as_one_process_does(
+    world: World, sizes: tuple[int, ...], how: str, fuse: bool, penalty: float, steps: int
 ) -> None:
+    torch._dynamo.reset()
     plain = ConvNet().double()
-    data = [
-        (torch.randn(sum(sizes), 3, 6, 5, dtype=torch.float64), torch.randn(sum(sizes), 5, dtype=torch.float64))
-        for _ in range(steps)
-    ]
-    model = bnext.convert(copy.deepcopy(plain), sync=True, **(options or {}))
+    shape = (sum(sizes), 3, 6, 5)
+    data = [(torch.randn(shape).double(), torch.randn(sum(sizes), 5).double()) for _ in range(steps)]
+    model = bnext.convert(copy.deepcopy(plain), sync=True, fuse=fuse)
     assert sum(type(m) is bnext.SyncBatchNorm for m in model.modules()) == 4
     parallel = DistributedDataParallel(torch.compile(model, backend="aot_eager") if how == "compiled inside" else model)
     run = torch.compile(parallel, backend="aot_eager") if how == "compiled" else parallel
-    losses = torch.tensor(trained(run, data, share_of(sizes, world.rank), world.size, penalty), dtype=torch.float64)
+    losses = trained(run, data, share_of(sizes, world.rank), world.size, penalty)
     distributed.all_reduce(losses)
-    expected = torch.tensor(trained(plain, data, slice(None), penalty=penalty), dtype=torch.float64)
+    expected = trained(plain, data, slice(None), 1.0, penalty)
     # Rounding at eps = 2^-52 through some 10 layers, and through the steps, each of which passes it on.
-    assert_within(losses, expected, 1e-11 * (1 + expected), "losses")
-    actual = model.state_dict()
-    assert list(actual) == list(plain.state_dict())
-    for key, value in plain.state_dict().items():
-        assert_within(actual[key], widen(value), 1e-11 * (1 + widen(value).abs().max()), key)
+    torch.testing.assert_close(losses, expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-11, atol=1e-11)
     # In evaluation each by itself.
     x = data[0][0][: world.rank + 1]
-    assert_within(model.eval()(x), plain.eval()(x).detach(), 1e-10, "evaluation")
-    torch._dynamo.reset()
+    torch.testing.assert_close(model.eval()(x), plain.eval()(x), rtol=0, atol=1e-10)
 
 
-def lets_torch_refuse_its_own(world: World) -> None:
+def test_distributed_data_parallel_refuses_torchs_layer(world: World) -> None:
     """torch's SyncBatchNorm does not work on the CPU; that DistributedDataParallel says so is not ours to change."""
     theirs = nn.Sequential(nn.Conv2d(3, 3, 1), nn.SyncBatchNorm(3))
     for model in (theirs, nn.Sequential(bnext.SyncBatchNorm(3), nn.SyncBatchNorm(3)), nn.SyncBatchNorm(3)):
@@ -102,20 +99,26 @@ def lets_torch_refuse_its_own(world: World) -> None:
         DistributedDataParallel(model)
 
 
-def equals_eager_when_compiled(
-    world: World, *, act: Act, has_residual: bool, dynamic: bool, options: dict[str, Any], backend: str = "aot_eager"
+@pytest.mark.parametrize(
+    ("act", "has_residual", "dynamic", "options", "backend"),
+    [
+        (None, False, False, {}, "aot_eager"),
+        ("relu", True, False, {"momentum": None}, "aot_eager"),
+        ("silu", True, True, {}, "aot_eager"),
+        (("leaky_relu", 0.3), False, True, {"momentum": None, "affine": False}, "aot_eager"),
+        ("gelu", False, True, {"track_running_stats": False}, "aot_eager"),
+        pytest.param("relu", True, False, {}, "inductor", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_compiled_equals_eager(
+    world: World, act: Act, has_residual: bool, dynamic: bool, options: dict[str, Any], backend: str
 ) -> None:
-    """In training, then in evaluation; outputs, gradients and buffers."""
     torch._dynamo.reset()
     layer = make_layer(5, torch.float32, act=act, **options)
     twin = copy.deepcopy(layer)
-    graphs = []
-
-    def counted(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend(backend)(graph, inputs)
-
-    run = torch.compile(twin, fullgraph=True, dynamic=dynamic, backend=counted)
+    compiler = CompileCounterWithBackend(backend)
+    run = torch.compile(twin, fullgraph=True, dynamic=dynamic, backend=compiler)
     # Sizes that are equal in the first call would be taken for one and the same.
     shapes = ((3, 5, 7, 4), (4, 5, 6, 2), (9, 5, 11, 6)) if dynamic else ((3, 5, 5, 4),) * 2
     for training in (True, False):
@@ -135,6 +138,5 @@ def equals_eager_when_compiled(
                 results.append([y.detach(), *grads, *(b.clone() for b in module.buffers())])
             assert all(map(same_bits, *results)), (training, shape)
             # The compiler itself may begin anew, in the first call, to find that momentum is no tensor.
-            first = first or len(graphs)
-        assert len(graphs) == first, "compiled again"
-    torch._dynamo.reset()
+            first = first or compiler.frame_count
+        assert compiler.frame_count == first, "compiled again"
