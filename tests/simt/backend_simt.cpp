@@ -51,7 +51,7 @@ class Buffers {
     std::string findings;
     for (const auto& finding : simt::take_errors()) findings += "\n" + finding;
     TORCH_CHECK(findings.empty(), "emulated kernel:", findings);
-    TORCH_CHECK(error == cudaSuccess, "emulated launch: ", cudaGetErrorString(error));
+    TORCH_CHECK(error == cudaSuccess, "emulated launch: cudaError_t ", static_cast<int>(error));
     if (!checking) return;
     for (const auto& [data, name] : outputs_) {
       const std::size_t left = simt::unwritten_bytes(data);
