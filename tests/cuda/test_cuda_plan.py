@@ -11,10 +11,10 @@ from cases import DTYPES, name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simt.device import GROUPS, TILES, load
+from ways import KB, LAYOUTS, PATHS, WAYS
 
 pytestmark = pytest.mark.simt
 
-KB = 1024
 MAX_THREADS = 512
 MAX_GRID = 2**31 - 1
 
@@ -213,3 +213,29 @@ def test_small_tensors_take_one_launch_without_workspace() -> None:
     for shape in ((64, 512, 1), (8, 64, 196), (32, 128, 49)):
         for last in (False, True):
             assert make_plan(shape, last, torch.float32, FORWARD, H200)["workspace_bytes"] == 0
+
+
+def test_the_ways_lead_everywhere() -> None:
+    seen = set()
+    for way in WAYS:
+        path, (shape, layout) = way.values
+        for dtype in DTYPES:
+            for inputs in (1, 2, 3):
+                batch, channels, height, width = shape
+                last = layout != "contiguous"
+                call, device = Call(inputs, activated=inputs == 3), Device(*path.limits[:3], 50 << 20)
+                plan = make_plan((batch, channels, height * width), last, dtype, call, device)
+                kind = "folded" if last and plan["row_width"] > channels else layout
+                large_cluster = GROUPS[plan["group"]] == "cluster" and plan["group_blocks"] > 8
+                way_taken = (GROUPS[plan["group"]], large_cluster, plan["ring"] > 0)
+                seen.add((*way_taken, TILES[plan["tile"]], kind, dtype, inputs))
+    tiles = (("channel", "contiguous"), ("columns", "contiguous"), ("columns", "channels_last"), ("columns", "folded"))
+    wanted = {
+        (path.group, path.large_cluster, path.two_reads, *tile, dtype, inputs)
+        for path in PATHS
+        for tile in (tiles if path.layouts == LAYOUTS else (tiles[0], tiles[3]))
+        for dtype in DTYPES
+        for inputs in (1, 2, 3)
+        if (dtype, inputs) != (torch.float64, 3)  # too much for some of these devices to read once
+    }
+    assert wanted - seen == set()

@@ -75,8 +75,7 @@ void Fiber::start(Entry entry, void* argument) {
   if (stack_ == 0) stack_ = take_stack();
   // What simt_switch_stack pops on the first resume. Two words stay above the return address: then the stack is
   // aligned to 16 bytes at the call of `entry`, as the ABI demands.
-  // Stacks begin at different lines of a page, or all would compete for the same few lines of the cache.
-  auto** top = reinterpret_cast<void**>(stack_ + kStackBytes - stack_ / 4096 % 32 * 128);
+  auto** top = reinterpret_cast<void**>(stack_ + kStackBytes);
   *--top = nullptr;
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(&simt_enter_fiber);
