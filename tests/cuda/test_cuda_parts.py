@@ -158,7 +158,7 @@ BATCHES = (
 def check_gradients(
     batch: Batch, inputs: Inputs, expected: Expected, stats: Tensor, mask: Tensor | None, training: bool
 ) -> None:
-    """By a mask, where there is one, and by the pre-activation."""
+    """The gradients by the mask, where there is one, and by the pre-activation."""
     activated = batch.act != "identity"
     wanted = [True, True, True, activated]
     masks = [None] if mask is None else [mask, None]
@@ -303,7 +303,7 @@ def test_hard_channels(dtype: torch.dtype, planned_for: PlannedFor) -> None:
 
 @pytest.mark.simt
 def test_parts_share_a_launch() -> None:
-    """However many there are; and padding is not read, nor what a call does not need."""
+    """Any number of parts takes four launches, which read the valid elements alone."""
     x = make_input((24, 4, 6, 8), dtype=torch.float32)
     valid = torch.arange(24).reshape(-1, 1, 1).expand(24, 6, 8) % 2 == 0
     mean, var = torch.zeros(4), torch.ones(4)
@@ -333,7 +333,7 @@ def test_parts_share_a_launch() -> None:
 @pytest.mark.simt
 @pytest.mark.parametrize(("batch", "splits", "rows"), [(BATCHES[-2], 4, 256), (BATCHES[-1], 18, 256)], ids=str)
 def test_blocks_share_a_part(batch: Batch, splits: int, rows: int) -> None:
-    """More of them than there are threads to merge a channel's sums: the batches above do lead there."""
+    """The last two batches above are shared by several blocks, one of them by more than merge their sums at once."""
     with emulated(Limits(), check=False):
         x = make_input(*batch.case)
         torch.ops.bnext.batch_norm_stats(x, EPS, batch.valid())

@@ -6,7 +6,7 @@
 namespace simt {
 namespace {
 
-// An access whose address is its alignment, as the device demands of a vector.
+// A vector must be aligned to its size, as the device demands.
 void check(Thread& thread, const void* address, std::size_t bytes, Kind kind, Site site) {
   if (!device().options.check) return;
   check_access(thread, {reinterpret_cast<std::uintptr_t>(address), bytes, bytes, kind, false, site});
