@@ -67,17 +67,27 @@ void split_barrier() {
   if (kLate == Late::kNothing) require(output[127] == 3.0f, "summed");
 }
 
-// The write comes behind a barrier of the block, so that a thread stops between its arrival and the write.
-__global__ void write_between_arrival_and_wait(float* output) {
+// Block 0 writes after its arrival, and waits; block 1 arrives later for sure, by reads that order nothing.
+__global__ void write_before_last_arrival(unsigned* written, float* output) {
   SHARED_VALUES(float, values);
   values[threadIdx.x] = 1.0f;
+  if (blockIdx.x == 1) {
+    while (*static_cast<volatile unsigned*>(written) < blockDim.x) __nanosleep(32);
+  }
   this_cluster().barrier_arrive();
-  __syncthreads();
-  values[threadIdx.x] = 2.0f;
+  if (blockIdx.x == 0) {
+    values[threadIdx.x] = 2.0f;
+    atomicAdd(written, 1);
+  }
   this_cluster().barrier_wait();
   const int other = static_cast<int>(blockIdx.x ^ 1);
   output[blockIdx.x * blockDim.x + threadIdx.x] = this_cluster().map_shared_rank(values, other)[threadIdx.x];
   cluster_barrier();
+}
+
+void written_before_last_arrival() {
+  Buffer<unsigned> written("written", 1, simt::Access::kReadWrite);
+  output_of<float>(128, kTwoBlocks, write_before_last_arrival, written.data());
 }
 
 // Reads that precede the arrival at the last barrier are safe, later ones are not.
@@ -157,8 +167,7 @@ std::vector<Case> cluster_cases() {
       {"cluster_single_buffer", "data race on shared", rotation<Defect::kSingleBuffer>},
       {"cluster_split_barrier", nullptr, split_barrier<Late::kNothing>},
       {"cluster_write_after_arrival", "data race on shared", split_barrier<Late::kOwnWrite>},
-      {"cluster_write_long_after_arrival", "data race on shared",
-       [] { output_of<float>(128, kTwoBlocks, write_between_arrival_and_wait); }},
+      {"cluster_write_before_last_arrival", "data race on shared", written_before_last_arrival},
       {"cluster_exit_without_barrier", "shared memory", split_barrier<Late::kExit>},
       {"cluster_read_before_last_arrival", nullptr, around_last_arrival<true>},
       {"cluster_read_after_last_arrival", "shared memory", around_last_arrival<false>},
