@@ -8,8 +8,8 @@ import sys
 import pytest
 import reference
 import torch
-from cases import make_grad, make_input, make_parameters, same_bits
-from checks import check_forward
+from cases import make_input, make_parameters, same_bits
+from checks import check_forward, make_inputs
 from marks import needs_gpu
 from torch import Tensor
 
@@ -31,9 +31,7 @@ def step(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor, stats: list[Tensor]
 def arguments(
     shape: tuple[int, ...], layout: str = "contiguous"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    x = make_input(shape, layout, torch.bfloat16, "cuda")
-    g = make_grad(shape, layout, torch.bfloat16, "cuda")
-    p = make_parameters(shape[1], device="cuda")
+    x, g, p, _ = make_inputs(shape, layout, torch.bfloat16, "cuda", grad_layout=layout)
     return x, g, p.weight, p.bias, [p.running_mean, p.running_var, torch.zeros((), dtype=torch.int64, device="cuda")]
 
 

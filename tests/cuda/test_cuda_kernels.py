@@ -1,45 +1,18 @@
-"""The CUDA kernels on every way through them, against the reference.
-
-In emulation every access is checked (tests/simt); where there is a GPU the same plans run on it too.
-"""
+"""The CUDA kernels on every way through them, against the reference."""
 
 from __future__ import annotations
-
-import contextlib
-from collections.abc import Iterator
 
 import pytest
 import reference
 import tolerances
 import torch
-from cases import DTYPES, Case, make_grad, make_input, make_parameters, make_residual, name, parameter_dtype, same_bits
-from checks import check_backward, check_forward
-from marks import GPUS, SIMT
-from simt.device import GROUPS, TILES, Limits, emulated, last_plan, load
+from cases import DTYPES, Case, make_grad, make_input, name, same_bits
+from checks import check_backward, check_forward, make_inputs
+from simt.device import Limits, last_plan
 from tolerances import assert_within
-from ways import FEW_WAYS, KB, LAYOUTS, PATHS, SEEDS, WAYS, Path
+from ways import FEW_WAYS, KB, PATHS, SEEDS, WAYS, Path, PlannedFor
 
-import bnext
 from bnext.functional import batch_norm_act
-
-
-@contextlib.contextmanager
-def planned_for(limits: Limits, kernel_device: str, seed: int = 0) -> Iterator[str]:
-    """Where tensors have to be for the kernels to run, with plans for a device of these limits."""
-    if kernel_device == "simt":
-        with emulated(limits, seed):
-            yield "cpu"
-        return
-    bnext._C.cap_cuda_device(limits.sms, limits.shared_per_block, limits.max_cluster)
-    try:
-        yield kernel_device
-    finally:
-        bnext._C.cap_cuda_device()
-
-
-@pytest.fixture(params=[SIMT, *GPUS])
-def kernel_device(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 def every_way() -> list[object]:
@@ -59,11 +32,10 @@ def every_way() -> list[object]:
 
 @pytest.mark.parametrize(("path", "case", "dtype", "seed", "modes"), every_way())
 def test_every_way(
-    path: Path, case: Case, dtype: torch.dtype, seed: int, modes: tuple[bool, ...], kernel_device: str
+    path: Path, case: Case, dtype: torch.dtype, seed: int, modes: tuple[bool, ...], planned_for: PlannedFor
 ) -> None:
-    with planned_for(path.limits, kernel_device, seed) as device:
-        x, g = make_input(*case, dtype, device), make_grad(*case, dtype, device)
-        params = make_parameters(case.shape[1], parameter_dtype(dtype), device)
+    with planned_for(path.limits, seed) as device:
+        x, g, params, _ = make_inputs(*case, dtype, device, grad_layout=case.layout)
         for training in modes:
             check_backward(x, g, params, training=training, output_too=True)
 
@@ -98,12 +70,10 @@ def test_every_way_with_an_epilogue(
     has_residual: bool,
     dtype: torch.dtype,
     modes: tuple[bool, ...],
-    kernel_device: str,
+    planned_for: PlannedFor,
 ) -> None:
-    with planned_for(path.limits, kernel_device) as device:
-        x, g = make_input(*case, dtype, device), make_grad(*case, dtype, device)
-        residual = make_residual(*case, dtype, device) if has_residual else None
-        params = make_parameters(case.shape[1], parameter_dtype(dtype), device)
+    with planned_for(path.limits) as device:
+        x, g, params, residual = make_inputs(*case, dtype, device, has_residual, case.layout)
         for training in modes:
             check_backward(x, g, params, training=training, residual=residual, act=act, output_too=True)
 
@@ -113,12 +83,11 @@ def test_every_way_with_an_epilogue(
     [pytest.param(*way.values, *EPILOGUES[i % 5], id=way.id) for i, way in enumerate(FEW_WAYS)],
 )
 def test_an_output_again(
-    path: Path, case: Case, act: str, has_residual: bool, dtype: torch.dtype, kernel_device: str
+    path: Path, case: Case, act: str, has_residual: bool, dtype: torch.dtype, planned_for: PlannedFor
 ) -> None:
     """By a kernel without a reduction, the bits of the one with it."""
-    with planned_for(path.limits, kernel_device) as device:
-        x, residual = make_input(*case, dtype, device), make_residual(*case, dtype, device) if has_residual else None
-        params = make_parameters(case.shape[1], parameter_dtype(dtype), device)
+    with planned_for(path.limits) as device:
+        x, _, params, residual = make_inputs(*case, dtype, device, has_residual)
         vectors, epilogue = (params.weight, params.bias), (residual, act, 0.1)
         output, stats, _ = torch.ops.bnext.batch_norm_train(x, *vectors, None, None, None, 0.1, 1e-5, *epilogue)
         assert same_bits(torch.ops.bnext.batch_norm_recompute(x, stats, *vectors, *epilogue), output)
@@ -132,12 +101,12 @@ def test_an_output_again(
         for dtype in (torch.bfloat16, (torch.float32, torch.float64)[i % 2])
     ],
 )
-def test_a_mask_in_place_of_the_input(path: Path, case: Case, dtype: torch.dtype, kernel_device: str) -> None:
+def test_a_mask_in_place_of_the_input(path: Path, case: Case, dtype: torch.dtype, planned_for: PlannedFor) -> None:
     # Frozen parameters: backward has the gradient and the mask, and nothing else.
-    with planned_for(path.limits, kernel_device) as device:
-        x, g = make_input(*case, dtype, device).requires_grad_(), make_grad(*case, dtype, device)
-        residual = make_residual(*case, dtype, device).requires_grad_()
-        params = make_parameters(case.shape[1], parameter_dtype(dtype), device)
+    with planned_for(path.limits) as device:
+        x, g, params, residual = make_inputs(*case, dtype, device, True, case.layout)
+        x.requires_grad_()
+        residual.requires_grad_()
         y = batch_norm_act(x, params.running_mean, params.running_var, params.weight, params.bias, residual)
         grad_input, grad_residual = torch.autograd.grad(y, (x, residual), g)
         dz = torch.where(y > 0, g, 0)
@@ -150,23 +119,20 @@ def test_a_mask_in_place_of_the_input(path: Path, case: Case, dtype: torch.dtype
 
 
 @pytest.mark.parametrize(("path", "case"), FEW_WAYS)
-def test_an_epilogue_on_coefficients_float32_cannot_hold(path: Path, case: Case, kernel_device: str) -> None:
+def test_an_epilogue_on_coefficients_float32_cannot_hold(path: Path, case: Case, planned_for: PlannedFor) -> None:
     # A channel of magnitude 1e37 has a scale of 1e-37: the sums begin in float64, and so does the map.
-    with planned_for(path.limits, kernel_device) as device:
-        x, g = make_input(*case, torch.float32, device), make_grad(*case, torch.float32, device)
+    with planned_for(path.limits) as device:
+        x, g, params, residual = make_inputs(*case, torch.float32, device, True, case.layout)
         x[:, 1] *= 1e37
-        params = make_parameters(case.shape[1], device=device)
-        residual = make_residual(*case, torch.float32, device)
         check_backward(x, g, params, training=True, residual=residual, act="silu")
 
 
 @pytest.mark.parametrize(("path", "case"), FEW_WAYS)
-def test_an_infinite_gradient_where_the_sums_begin_in_float64(path: Path, case: Case, kernel_device: str) -> None:
+def test_an_infinite_gradient_where_the_sums_begin_in_float64(path: Path, case: Case, planned_for: PlannedFor) -> None:
     # float64 sums are final, whatever they are, and no other channel's concern.
-    with planned_for(path.limits, kernel_device) as device:
-        x, g = make_input(*case, torch.float32, device), make_grad(*case, torch.float32, device)
+    with planned_for(path.limits) as device:
+        x, g, params, _ = make_inputs(*case, torch.float32, device, grad_layout=case.layout)
         x[:, 1] *= 1e37
-        params = make_parameters(case.shape[1], device=device)
 
         def gradients(g: torch.Tensor) -> tuple[torch.Tensor, ...]:
             leaves = [t.detach().requires_grad_() for t in (x, params.weight, params.bias)]
@@ -184,21 +150,18 @@ def test_an_infinite_gradient_where_the_sums_begin_in_float64(path: Path, case: 
         assert same_bits(infinite[2][others], finite[2][others])
 
 
-@pytest.mark.parametrize(("act", "has_residual"), [("identity", False), ("relu", True)])
-def test_blocks_that_share_the_additions_of_an_all_reduce(act: str, has_residual: bool, kernel_device: str) -> None:
+def test_blocks_that_share_the_additions_of_an_all_reduce(planned_for: PlannedFor) -> None:
     # Two hundred values over a dozen blocks: each adds up some of them, the last one fewer.
     limits = Limits(sms=16, max_cluster=1, shared_per_block=60 * KB)
     case = Case((20, 100, 7, 7), "channels_last")
-    with planned_for(limits, kernel_device, seed=1) as device:
-        x, g = make_input(*case, torch.bfloat16, device), make_grad(*case, torch.bfloat16, device)
-        residual = make_residual(*case, torch.bfloat16, device) if has_residual else None
-        params = make_parameters(case.shape[1], parameter_dtype(torch.bfloat16), device)
-        check_backward(x, g, params, training=True, residual=residual, act=act, output_too=True)
+    with planned_for(limits, seed=1) as device:
+        x, g, params, residual = make_inputs(*case, torch.bfloat16, device, True, case.layout)
+        check_backward(x, g, params, training=True, residual=residual, act="relu", output_too=True)
         # A channel whose squares overflow is added up again: there is a second all-reduce in the places of the first.
         large = x.clone(memory_format=torch.preserve_format)
         large[:, 1] *= 1e19
         check_forward(large, params, training=True)
-        if kernel_device == "simt":
+        if device == "cpu":
             plan = last_plan()
             assert 1 < plan["share"] < 2 * case.shape[1]
             assert 2 * case.shape[1] % plan["share"] != 0
@@ -206,11 +169,11 @@ def test_blocks_that_share_the_additions_of_an_all_reduce(act: str, has_residual
 
 @pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_a_masks_bits_at_the_edges_of_a_rectifier(dtype: torch.dtype, act: str, kernel_device: str) -> None:
+def test_a_masks_bits_at_the_edges_of_a_rectifier(dtype: torch.dtype, act: str, planned_for: PlannedFor) -> None:
     # Where the input is zero, the pre-activation is the residual.
     tiny, inf, nan = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, float("inf"), float("nan")
     edges = [tiny, nan, 0.0, -tiny, 6.0, -0.0, inf, -inf, 1.0, 5.5, -1.0, 7.0, -3e-3, 3e-3, -nan]
-    with planned_for(Limits(), kernel_device) as device:
+    with planned_for(Limits()) as device:
         # Whole vectors, with each of the fifteen values at each place of a byte.
         residual = torch.tensor(edges, dtype=dtype, device=device).repeat(8 * 16).view(3, 5, 8, 16)
         zero, one = torch.zeros(5, dtype=dtype, device=device), torch.ones(5, dtype=dtype, device=device)
@@ -222,11 +185,9 @@ def test_a_masks_bits_at_the_edges_of_a_rectifier(dtype: torch.dtype, act: str, 
         assert torch.equal(bits.view(residual.shape) == 1, is_open)
 
 
-def test_a_mask_that_begins_at_an_odd_address(kernel_device: str) -> None:
-    with planned_for(Limits(), kernel_device) as device:
-        case = Case((4, 8, 8, 8), "contiguous")
-        x, g = make_input(*case, torch.float32, device), make_grad(*case, torch.float32, device)
-        residual = make_residual(*case, torch.float32, device)
+def test_a_mask_that_begins_at_an_odd_address(planned_for: PlannedFor) -> None:
+    with planned_for(Limits()) as device:
+        x, g, _, residual = make_inputs((4, 8, 8, 8), device=device, has_residual=True)
         weight = torch.ones(8, device=device)
         forward, backward = torch.ops.bnext.batch_norm_train, torch.ops.bnext.batch_norm_backward
         _, stats, mask = forward(x, weight, weight, None, None, None, 0.1, 1e-5, residual, "relu", 0.0, True)
@@ -239,42 +200,12 @@ def test_a_mask_that_begins_at_an_odd_address(kernel_device: str) -> None:
             assert same_bits(a, b)
 
 
-def test_the_ways_lead_everywhere() -> None:
-    load()
-    seen = set()
-    for way in WAYS:
-        path, (shape, layout) = way.values
-        for dtype in DTYPES:
-            for inputs in (1, 2, 3):
-                batch, channels, height, width = shape
-                last = layout != "contiguous"
-                call = (inputs, False, True, inputs == 3)
-                plan = torch.ops.bnext_simt.plan(
-                    batch, channels, height * width, last, dtype, *call, *path.limits[:3], 50 << 20, True
-                )
-                kind = "folded" if last and plan["row_width"] > channels else layout
-                large_cluster = GROUPS[plan["group"]] == "cluster" and plan["group_blocks"] > 8
-                way_taken = (GROUPS[plan["group"]], large_cluster, plan["ring"] > 0)
-                seen.add((*way_taken, TILES[plan["tile"]], kind, dtype, inputs))
-    tiles = (("channel", "contiguous"), ("columns", "contiguous"), ("columns", "channels_last"), ("columns", "folded"))
-    wanted = {
-        (path.group, path.large_cluster, path.two_reads, *tile, dtype, inputs)
-        for path in PATHS
-        for tile in (tiles if path.layouts == LAYOUTS else (tiles[0], tiles[3]))
-        for dtype in DTYPES
-        for inputs in (1, 2, 3)
-        if (dtype, inputs) != (torch.float64, 3)  # too much for some of these devices to read once
-    }
-    assert wanted - seen == set()
-
-
 @pytest.mark.parametrize(("path", "case"), WAYS)
-def test_a_channel_float32_cannot_hold(path: Path, case: Case, kernel_device: str) -> None:
+def test_a_channel_float32_cannot_hold(path: Path, case: Case, planned_for: PlannedFor) -> None:
     # Its squares overflow: the group adds it up again in float64, and its neighbours keep the sums they have.
-    with planned_for(path.limits, kernel_device) as device:
-        values, g = make_input(*case, torch.float32, device), make_grad(*case, torch.float32, device)
+    with planned_for(path.limits) as device:
+        values, g, params, _ = make_inputs(*case, torch.float32, device, grad_layout=case.layout)
         values[:, 0] += 1e3
-        params = make_parameters(case.shape[1], device=device)
         large = values.clone(memory_format=torch.preserve_format)
         large[:, 1] *= 1e19  # a variance that running_var still holds
         check_forward(large, params, training=True)
@@ -285,8 +216,8 @@ def test_a_channel_float32_cannot_hold(path: Path, case: Case, kernel_device: st
 
 
 @pytest.mark.parametrize(("path", "case"), WAYS)
-def test_bias_gradient_without_the_input(path: Path, case: Case, kernel_device: str) -> None:
-    with planned_for(path.limits, kernel_device) as device:
+def test_bias_gradient_without_the_input(path: Path, case: Case, planned_for: PlannedFor) -> None:
+    with planned_for(path.limits) as device:
         g = make_grad(*case, torch.float32, device)
         stats = torch.stack([torch.zeros(case.shape[1]), torch.full((case.shape[1],), 2.0)]).double().to(device)
         backward = torch.ops.bnext.batch_norm_backward
@@ -302,9 +233,9 @@ def test_bias_gradient_without_the_input(path: Path, case: Case, kernel_device: 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
 @pytest.mark.parametrize("momentum", [0.25, None], ids="momentum={}".format)
-def test_counter_in_the_same_launch(path: Path, momentum: float | None, kernel_device: str) -> None:
+def test_counter_in_the_same_launch(path: Path, momentum: float | None, planned_for: PlannedFor) -> None:
     train = torch.ops.bnext.batch_norm_train
-    with planned_for(path.limits, kernel_device) as device:
+    with planned_for(path.limits) as device:
         x = make_input(path.shapes[0], device=device)
         channels = x.shape[1]
         mean, var = torch.zeros(channels, device=device), torch.ones(channels, device=device)

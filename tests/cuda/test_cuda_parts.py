@@ -1,39 +1,20 @@
-"""The CUDA kernels for padding and for batches of several parts, against float64 by the definition.
-
-In emulation every access is checked (tests/simt); where there is a GPU they run on it too.
-"""
+"""The CUDA kernels for padding and for batches of several parts, against float64 by the definition."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
 import reference
 import torch
-from cases import Case, make_grad, make_input, make_parameters, make_residual, name, parameter_dtype, same_bits
-from marks import GPUS, SIMT
+from cases import Case, make_input, name, parameter_dtype, same_bits
+from checks import make_inputs
 from simt.device import Limits, emulated
 from torch import Tensor
+from ways import PlannedFor
 
 EPS = 1e-5
 SLOPE = 0.1  # of a leaky_relu
-
-
-@pytest.fixture(params=[SIMT, *GPUS])
-def kernel_device(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@contextlib.contextmanager
-def kernels_on(kernel_device: str, seed: int = 0) -> Iterator[str]:
-    """Where tensors have to be for the kernels to run."""
-    if kernel_device == "simt":
-        with emulated(Limits(), seed):
-            yield "cpu"
-    else:
-        yield kernel_device
 
 
 class Batch(NamedTuple):
@@ -80,13 +61,12 @@ class Inputs(NamedTuple):
 
 def inputs_of(batch: Batch, device: str) -> Inputs:
     valid = batch.valid()
-    residual = make_residual(*batch.case, batch.dtype) if batch.has_residual else None
-    data = [make_input(*batch.case, batch.dtype), make_grad(*batch.case, batch.dtype), residual]
+    x, g, params, residual = make_inputs(*batch.case, batch.dtype, "cpu", batch.has_residual, batch.case.layout)
+    data = [x, g, residual]
     if valid is not None:
         for tensor in data:
             if tensor is not None:
                 tensor.masked_fill_(~valid.unsqueeze(1), float("nan"))
-    params = make_parameters(batch.case.shape[1], parameter_dtype(batch.dtype))
     tensors = [*data, valid, *params]
     return Inputs(*(None if tensor is None else tensor.to(device) for tensor in tensors))
 
@@ -178,7 +158,7 @@ BATCHES = (
 def check_gradients(
     batch: Batch, inputs: Inputs, expected: Expected, stats: Tensor, mask: Tensor | None, training: bool
 ) -> None:
-    """By a mask, where there is one, and by the pre-activation."""
+    """The gradients by the mask, where there is one, and by the pre-activation."""
     activated = batch.act != "identity"
     wanted = [True, True, True, activated]
     masks = [None] if mask is None else [mask, None]
@@ -208,8 +188,8 @@ def assert_padding_is_zero(inputs: Inputs, *results: Tensor | None) -> None:
 @pytest.mark.parametrize(
     ("batch", "momentum"), [pytest.param(batch, (0.1, None)[i % 2], id=str(batch)) for i, batch in enumerate(BATCHES)]
 )
-def test_training(batch: Batch, momentum: float | None, kernel_device: str) -> None:
-    with kernels_on(kernel_device, seed=0 if momentum is None else 1) as device:
+def test_training(batch: Batch, momentum: float | None, planned_for: PlannedFor) -> None:
+    with planned_for(Limits(), seed=0 if momentum is None else 1) as device:
         inputs = inputs_of(batch, device)
         expected = by_definition(batch, inputs)
         mean, var, counter = inputs.running_mean.clone(), inputs.running_var.clone(), torch.tensor(7, device=device)
@@ -232,9 +212,9 @@ def test_training(batch: Batch, momentum: float | None, kernel_device: str) -> N
 
 
 @pytest.mark.parametrize("batch", [batch for batch in BATCHES if batch.padding in ("lengths", "random")][:4], ids=str)
-def test_evaluation(batch: Batch, kernel_device: str) -> None:
+def test_evaluation(batch: Batch, planned_for: PlannedFor) -> None:
     batch = batch._replace(virtual_batch_size=0)
-    with kernels_on(kernel_device) as device:
+    with planned_for(Limits()) as device:
         inputs = inputs_of(batch, device)
         expected = by_definition(batch, inputs, running=True)
         rectifies = batch.act in ("relu", "leaky_relu")
@@ -258,11 +238,11 @@ def test_evaluation(batch: Batch, kernel_device: str) -> None:
         assert_padding_is_zero(inputs, dx, dz if activated else None)
 
 
-def test_a_batch_on_several_processes(kernel_device: str) -> None:
+def test_a_batch_on_several_processes(planned_for: PlannedFor) -> None:
     """The operators that a process calls: its statistics and count, which it is then given as all of them; and the
     gradient by means that come from elsewhere. One process holds nothing but padding."""
     batch = Batch(Case((4, 5, 6, 3), "contiguous"), "random", 0, torch.float32)
-    with kernels_on(kernel_device) as device:
+    with planned_for(Limits()) as device:
         inputs = inputs_of(batch, device)
         expected = by_definition(batch, inputs)
         local = torch.ops.bnext.batch_norm_stats(inputs.x, EPS, inputs.valid)
@@ -289,11 +269,11 @@ def test_a_batch_on_several_processes(kernel_device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
-def test_hard_channels(dtype: torch.dtype, kernel_device: str) -> None:
+def test_hard_channels(dtype: torch.dtype, planned_for: PlannedFor) -> None:
     """An infinite value spoils its part of its channel alone; values that are the same, far from zero, have a variance
     of zero; and squares may be more than float32 holds."""
     batch = Batch(Case((6, 4, 20, 21), "contiguous"), "random", 2, dtype)
-    with kernels_on(kernel_device) as device:
+    with planned_for(Limits()) as device:
         inputs = inputs_of(batch, device)
         x, valid = inputs.x, inputs.valid
         valid[2, 0, 0] = True
@@ -323,7 +303,7 @@ def test_hard_channels(dtype: torch.dtype, kernel_device: str) -> None:
 
 @pytest.mark.simt
 def test_parts_share_a_launch() -> None:
-    """However many there are; and padding is not read, nor what a call does not need."""
+    """Any number of parts takes four launches, which read the valid elements alone."""
     x = make_input((24, 4, 6, 8), dtype=torch.float32)
     valid = torch.arange(24).reshape(-1, 1, 1).expand(24, 6, 8) % 2 == 0
     mean, var = torch.zeros(4), torch.ones(4)
@@ -353,7 +333,7 @@ def test_parts_share_a_launch() -> None:
 @pytest.mark.simt
 @pytest.mark.parametrize(("batch", "splits", "rows"), [(BATCHES[-2], 4, 256), (BATCHES[-1], 18, 256)], ids=str)
 def test_blocks_share_a_part(batch: Batch, splits: int, rows: int) -> None:
-    """More of them than there are threads to merge a channel's sums: the batches above do lead there."""
+    """The last two batches above are shared by several blocks, one of them by more than merge their sums at once."""
     with emulated(Limits(), check=False):
         x = make_input(*batch.case)
         torch.ops.bnext.batch_norm_stats(x, EPS, batch.valid())

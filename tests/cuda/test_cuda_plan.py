@@ -11,10 +11,10 @@ from cases import DTYPES, name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simt.device import GROUPS, TILES, load
+from ways import KB, LAYOUTS, PATHS, WAYS
 
 pytestmark = pytest.mark.simt
 
-KB = 1024
 MAX_THREADS = 512
 MAX_GRID = 2**31 - 1
 
@@ -113,24 +113,28 @@ def assert_sound(
         assert plan["workspace_bytes"] == 0
 
 
-@pytest.mark.parametrize("gpu", GPUS, ids=gpu_name)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-def test_plans_are_sound(last: bool, dtype: torch.dtype, gpu: Device) -> None:
-    shapes = [(256, C, side * side) for C, side in RESNET] + list(HUGE)
-    for shape in shapes:
-        for call in CALLS:
-            assert_sound(make_plan(shape, last, dtype, call, gpu), shape, dtype, call, gpu)
+# (N, C, HW), and whether it is channels_last, of calls whose plans have to be sound.
+BATCHES_OF_256 = [((256, C, side * side), last) for last in (False, True) for C, side in RESNET]
+HUGE_BATCHES = list(itertools.product(HUGE, (False, True)))
+# Each number of channels has a way of its own to fill vectors, and its sums and coefficients take shared memory.
+ANY_CHANNELS = [call for C in range(1, 1100) for call in (((64, C, 49), True), ((64, C, 3), False))]
+# Planes and numbers of channels that do not fill vectors: column tiles of many channels, or of long rows.
+RAGGED = [
+    ((N, C, side * side), last)
+    for C in (16, 24, 36, 60, 100, 132, 196, 250, 340, 436, 500, 512, 1001)
+    for side in (1, 7, 9, 11, 13, 15, 17, 21, 35)
+    for N in (64, 512, 4096)
+    for last in (False, True)
+]
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=gpu_name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_any_number_of_channels_has_a_plan(dtype: torch.dtype, gpu: Device) -> None:
-    # Each has a way of its own to fill vectors, and its sums and coefficients take shared memory.
-    for channels in range(1, 1100):
-        for shape, last in (((64, channels, 49), True), ((64, channels, 3), False)):
-            for call in (FORWARD, BACKWARD):
-                assert_sound(make_plan(shape, last, dtype, call, gpu), shape, dtype, call, gpu)
+def test_plans_are_sound(dtype: torch.dtype, gpu: Device) -> None:
+    # Ragged batches are tried with the least shared memory.
+    batches = BATCHES_OF_256 + HUGE_BATCHES + RAGGED * (gpu.shared_per_block == 99 * KB)
+    for (shape, last), call in (*itertools.product(batches, CALLS), *itertools.product(ANY_CHANNELS, CALLS[:2])):
+        assert_sound(make_plan(shape, last, dtype, call, gpu), shape, dtype, call, gpu)
 
 
 @settings(max_examples=300, deadline=None)
@@ -145,19 +149,6 @@ def test_any_plan_is_sound(
     shape: tuple[int, int, int], last: bool, dtype: torch.dtype, call: Call, gpu: Device
 ) -> None:
     assert_sound(make_plan(shape, last, dtype, call, gpu), shape, dtype, call, gpu)
-
-
-# Planes and numbers of channels that do not fill vectors: column tiles of many channels, or of long rows.
-RAGGED_CHANNELS = (16, 24, 36, 60, 100, 132, 196, 250, 340, 436, 500, 512, 1001)
-RAGGED_SIDES = (1, 7, 9, 11, 13, 15, 17, 21, 35)
-
-
-@pytest.mark.parametrize("gpu", [gpu for gpu in GPUS if gpu.shared_per_block == 99 * KB], ids=gpu_name)
-def test_plans_fit_into_the_least_shared_memory(gpu: Device) -> None:
-    for channels, side, batch in itertools.product(RAGGED_CHANNELS, RAGGED_SIDES, (64, 512, 4096)):
-        shape = (batch, channels, side * side)
-        for last, dtype, call in itertools.product((False, True), DTYPES, CALLS):
-            assert_sound(make_plan(shape, last, dtype, call, gpu), shape, dtype, call, gpu)
 
 
 def test_few_reads_one_after_another_in_an_all_reduce() -> None:
@@ -213,3 +204,29 @@ def test_small_tensors_take_one_launch_without_workspace() -> None:
     for shape in ((64, 512, 1), (8, 64, 196), (32, 128, 49)):
         for last in (False, True):
             assert make_plan(shape, last, torch.float32, FORWARD, H200)["workspace_bytes"] == 0
+
+
+def test_the_ways_lead_everywhere() -> None:
+    seen = set()
+    for way in WAYS:
+        path, (shape, layout) = way.values
+        for dtype in DTYPES:
+            for inputs in (1, 2, 3):
+                batch, channels, height, width = shape
+                last = layout != "contiguous"
+                call, device = Call(inputs, activated=inputs == 3), Device(*path.limits[:3], 50 << 20)
+                plan = make_plan((batch, channels, height * width), last, dtype, call, device)
+                kind = "folded" if last and plan["row_width"] > channels else layout
+                large_cluster = GROUPS[plan["group"]] == "cluster" and plan["group_blocks"] > 8
+                way_taken = (GROUPS[plan["group"]], large_cluster, plan["ring"] > 0)
+                seen.add((*way_taken, TILES[plan["tile"]], kind, dtype, inputs))
+    tiles = (("channel", "contiguous"), ("columns", "contiguous"), ("columns", "channels_last"), ("columns", "folded"))
+    wanted = {
+        (path.group, path.large_cluster, path.two_reads, *tile, dtype, inputs)
+        for path in PATHS
+        for tile in (tiles if path.layouts == LAYOUTS else (tiles[0], tiles[3]))
+        for dtype in DTYPES
+        for inputs in (1, 2, 3)
+        if (dtype, inputs) != (torch.float64, 3)  # too much for some of these devices to read once
+    }
+    assert wanted - seen == set()

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, make_grad, make_input, make_parameters, make_residual, name, parameter_dtype, same_bits
-from checks import check_backward, check_forward
+from cases import Case, make_input, make_parameters, name, same_bits
+from checks import check_backward, check_forward, make_inputs
 from simt.device import GROUPS, TILES, Limits, emulated, last_plan
 from ways import FEW_WAYS, KB, PATHS, SEEDS, WAYS, Path
 
@@ -17,8 +17,7 @@ pytestmark = pytest.mark.simt
 
 @pytest.mark.parametrize(("path", "case"), FEW_WAYS)
 def test_the_order_of_execution_changes_no_bit(path: Path, case: Case) -> None:
-    x, g = make_input(*case, torch.bfloat16), make_grad(*case, torch.bfloat16)
-    params = make_parameters(case.shape[1])
+    x, g, params, _ = make_inputs(*case, torch.bfloat16, grad_layout=case.layout)
     results = []
     for seed in (0, 1, 2):
         with emulated(path.limits, seed, check=False):
@@ -55,9 +54,7 @@ def test_what_the_memory_system_makes_of_the_vectors(path: Path, case: Case) -> 
     # Sectors of global memory are used in full, but for the ends of rows that are no multiple of them. A warp's slots
     # lie side by side, so that eight lanes' vectors pass through the banks at once; coefficients by column begin anew
     # with each row of threads, which may lie within the eight.
-    x, g = make_input(*case, torch.bfloat16), make_grad(*case, torch.bfloat16)
-    residual = make_residual(*case, torch.bfloat16)
-    params = make_parameters(case.shape[1])
+    x, g, params, residual = make_inputs(*case, torch.bfloat16, "cpu", True, case.layout)
     with emulated(path.limits, count_requests=True):
         counters = torch.ops.bnext_simt.counters
         counters()
@@ -113,9 +110,7 @@ SEVERAL_TILES = (
 def test_groups_that_take_several_tiles(
     group: str, limits: Limits, case: Case, dtype: torch.dtype, act: str, has_residual: bool
 ) -> None:
-    x, g = make_input(*case, dtype), make_grad(*case, dtype)
-    residual = make_residual(*case, dtype) if has_residual else None
-    params = make_parameters(case.shape[1], parameter_dtype(dtype))
+    x, g, params, residual = make_inputs(*case, dtype, "cpu", has_residual, case.layout)
     if dtype == torch.float32:
         # Of these channels the squares overflow, or the coefficients of the map: nothing is asked for ahead behind it.
         x[:, 1] *= 1e19
@@ -141,9 +136,7 @@ def test_a_block_that_maps_several_tiles(limits: Limits, case: Case, dtype: torc
 @pytest.mark.parametrize("cluster", [1, 2])
 def test_a_grid_that_cannot_run_at_once(cluster: int) -> None:
     # As under MPS: the launch is refused, and the call planned again with groups that need no such launch.
-    case = Case((160, 8, 7, 7), "contiguous")
-    x, g = make_input(*case), make_grad(*case)
-    params = make_parameters(8)
+    x, g, params, _ = make_inputs((160, 8, 7, 7))
     limits = Limits(sms=16, max_cluster=cluster, shared_per_block=60 * KB)
     with emulated(limits):
         check_backward(x, g, params, training=True, output_too=True)

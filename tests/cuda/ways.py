@@ -5,6 +5,8 @@ Plans for a small device send small tensors the ways that large ones take.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import pytest
@@ -12,6 +14,7 @@ from cases import Case
 from simt.device import Limits
 
 KB = 1024
+PlannedFor = Callable[..., AbstractContextManager[str]]  # conftest.py
 SEEDS = (0, 1)  # of the order in which the emulator runs blocks and threads
 
 
@@ -38,7 +41,7 @@ class Path(NamedTuple):
         return self.group == "cluster" and self.limits.max_cluster > 8
 
 
-# test_the_ways_lead_everywhere (test_cuda_kernels.py) says whether they do.
+# test_the_ways_lead_everywhere (test_cuda_plan.py) says whether they do.
 PATHS = (
     Path("block", False, Limits(sms=1), ((2, 4, 24, 24), (3, 5, 19, 27), (5, 24, 7, 7), (6, 48, 5, 5), (7, 9, 5, 5))),
     Path(

@@ -11,13 +11,11 @@ pass without it first. tests/simt/mutants.py does the same to the CUDA kernels.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import sys
 import sysconfig
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -51,35 +49,32 @@ def failed(folder: Path, tests: Sequence[str], number: int) -> str | None:
     )
 
 
-@contextlib.contextmanager
-def prepare(faults: Sequence[Fault]) -> Iterator[Callable[[Fault], str | None]]:
+def prepare(faults: Sequence[Fault], folder: Path) -> Callable[[Fault], str | None]:
     compiled = [fault for fault in faults if fault.file.startswith("csrc/")]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        library = ROOT / "bnext" / LIBRARY
-        if compiled:
-            library = folder / LIBRARY
-            print(f"build: {len(compiled)} faults in {', '.join(schemata.sources_of(compiled))}", flush=True)
-            schemata.build(compiled, folder, library, JOBS)
-        sound = copy_package(library, folder / "sound")
+    library = ROOT / "bnext" / LIBRARY
+    if compiled:
+        library = folder / LIBRARY
+        print(f"build: {len(compiled)} faults in {', '.join(schemata.sources_of(compiled))}", flush=True)
+        schemata.build(compiled, folder, library, JOBS)
+    sound = copy_package(library, folder / "sound")
 
-        def passes(tests: Sequence[str]) -> None:
-            if (test := failed(sound, tests, 0)) is not None:
-                raise RuntimeError(f"{test} fails without a fault, too")
+    def passes(tests: Sequence[str]) -> None:
+        if (test := failed(sound, tests, 0)) is not None:
+            raise RuntimeError(f"{test} fails without a fault, too")
 
-        tests = sorted({fault.test for fault in faults})
-        print(f"test: {len(tests)} tests without a fault", flush=True)
-        in_parallel(JOBS, passes, [part for i in range(JOBS) if (part := tests[i::JOBS])])
+    tests = sorted({fault.test for fault in faults})
+    print(f"test: {len(tests)} tests without a fault", flush=True)
+    in_parallel(JOBS, passes, [part for i in range(JOBS) if (part := tests[i::JOBS])])
 
-        def judge(fault: Fault) -> str | None:
-            if fault in compiled:
-                return failed(sound, [fault.test], compiled.index(fault) + 1)
-            faulty = copy_package(library, folder / fault.name)
-            path = faulty / fault.file
-            path.write_text(planted(path.read_text(), [fault], lambda it: it.after))
-            return failed(faulty, [fault.test], 0)
+    def judge(fault: Fault) -> str | None:
+        if fault in compiled:
+            return failed(sound, [fault.test], compiled.index(fault) + 1)
+        faulty = copy_package(library, folder / fault.name)
+        path = faulty / fault.file
+        path.write_text(planted(path.read_text(), [fault], lambda it: it.after))
+        return failed(faulty, [fault.test], 0)
 
-        yield judge
+    return judge
 
 
 if __name__ == "__main__":

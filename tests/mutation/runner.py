@@ -1,20 +1,17 @@
-"""What every mutation run shares: its command line, its verdicts and exit status, and pytest in processes that end with
-it."""
+"""What every mutation run shares: its command line, its verdicts and exit status, and pytest in a process."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import re
-import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -32,69 +29,32 @@ M = TypeVar("M", bound=Mutant)
 T = TypeVar("T")
 R = TypeVar("R")
 
-_lock = threading.Lock()
-_running: set[subprocess.Popen[str]] = set()
-_interrupted = False
-
 
 def run(command: Sequence[str], timeout: float = 600, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command; with it ends all that it started, in time or by an interruption.
+    """Runs the command; both its outputs are in `stdout`.
 
     Raises:
         RuntimeError: it took longer than `timeout` seconds.
     """
-    with _lock:
-        if _interrupted:
-            raise RuntimeError("interrupted")
-        process = subprocess.Popen(
+    try:
+        return subprocess.run(
             command,
             cwd=ROOT,
             env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,
+            timeout=timeout,
+            check=False,
         )
-        _running.add(process)
-    try:
-        output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"{' '.join(command)} took more than {timeout:.0f} s") from None
-    finally:
-        with _lock:
-            _running.discard(process)
-        _kill(process)
-        process.communicate()
-    return subprocess.CompletedProcess(command, process.returncode, output)
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
-    # Of a process that has ended the number may be another's.
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 def in_parallel(jobs: int, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """The function of each item, in threads; an error or an interruption ends what they run."""
+    """The function of each item, in threads; an error keeps those that wait from starting."""
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(function, item) for item in items]
-        try:
-            for future in as_completed(futures):
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            _interrupt()
-            raise
-    return [future.result() for future in futures]
-
-
-def _interrupt() -> None:
-    global _interrupted
-    with _lock:
-        _interrupted = True
-        for process in _running:
-            _kill(process)
+        return list(pool.map(function, items))
 
 
 def failed_test(*arguments: str, timeout: float = 600, **environment: str) -> str | None:
@@ -116,13 +76,13 @@ def failed_test(*arguments: str, timeout: float = 600, **environment: str) -> st
 def main(
     description: str | None,
     mutants: Sequence[M],
-    prepare: Callable[[Sequence[M]], AbstractContextManager[Callable[[M], str | None]]],
+    prepare: Callable[[Sequence[M], Path], Callable[[M], str | None]],
     jobs: int = 1,
 ) -> int:
     """Judges the mutants that the command line names, `jobs` at a time; returns the exit status.
 
-    `prepare` does what they need in common, and gives a function that finds the test that fails with one of them, if
-    any does.
+    `prepare` does what they need in common, in a temporary folder, and gives a function that finds the test that fails
+    with one of them, if any does.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
@@ -134,11 +94,9 @@ def main(
     if arguments.list:
         print("\n".join(map(str, chosen)))
         return 0
-    # By which a job is ended where nobody presses Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with prepare(chosen) as judge:
-            caught = _judge_all(chosen, judge, jobs)
+        with tempfile.TemporaryDirectory() as folder:
+            caught = _judge_all(chosen, prepare(chosen, Path(folder)), jobs)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -152,6 +110,7 @@ def main(
 def _judge_all(mutants: Sequence[M], judge: Callable[[M], str | None], jobs: int) -> int:
     """How many are caught. A line tells of each as soon as it is judged."""
     judged = 0
+    lock = threading.Lock()
 
     def is_caught(mutant: M) -> bool:
         nonlocal judged
@@ -161,11 +120,10 @@ def _judge_all(mutants: Sequence[M], judge: Callable[[M], str | None], jobs: int
             verdict, more = ("caught", f"  by {test}") if test else ("SURVIVED", "")
         except RuntimeError as error:
             verdict, more = "BROKEN", f"\n{error}"
-        with _lock:
-            if not _interrupted:
-                judged += 1
-                seconds = time.monotonic() - started
-                print(f"[{judged}/{len(mutants)}] {verdict:<8} {seconds:3.0f} s  {mutant}{more}", flush=True)
+        with lock:
+            judged += 1
+            seconds = time.monotonic() - started
+            print(f"[{judged}/{len(mutants)}] {verdict:<8} {seconds:3.0f} s  {mutant}{more}", flush=True)
         return verdict == "caught"
 
     return sum(in_parallel(jobs, is_caught, mutants))

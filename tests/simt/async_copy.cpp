@@ -1,5 +1,4 @@
-#include "async_copy.h"
-
+// Asynchronous copies: nothing lands before the wait that covers it, which is as late as the device may be.
 #include <cstring>
 #include <utility>
 
@@ -10,12 +9,7 @@ namespace {
 
 // Sites name the issue in findings: that is the line to look at.
 MemoryAccess source_read(const AsyncCopy& copy) {
-  return {reinterpret_cast<std::uintptr_t>(copy.global),
-          copy.bytes - copy.zero_fill,
-          copy.bytes,
-          Kind::kRead,
-          false,
-          copy.site};
+  return {reinterpret_cast<std::uintptr_t>(copy.global), copy.bytes, copy.bytes, Kind::kRead, false, copy.site};
 }
 
 MemoryAccess destination_write(const AsyncCopy& copy) {
@@ -28,8 +22,7 @@ void report(Thread& thread, const AsyncCopy& copy, const std::string& text, Site
 }
 
 void check_issue(Thread& thread, const AsyncCopy& copy) {
-  const bool size_is_valid = copy.bytes == 4 || copy.bytes == 8 || copy.bytes == 16;
-  if (!size_is_valid || copy.zero_fill > copy.bytes) {
+  if (copy.bytes != 4 && copy.bytes != 8 && copy.bytes != 16) {
     report(thread, copy, "asynchronous copy of an unsupported size " + std::to_string(copy.bytes), copy.site);
     thread.launch->abandon(thread);
   }
@@ -41,9 +34,9 @@ void check_issue(Thread& thread, const AsyncCopy& copy) {
     thread.launch->abandon(thread);
   }
   check_access(thread, write);
-  if (copy.zero_fill < copy.bytes) check_access(thread, source_read(copy));
+  check_access(thread, source_read(copy));
   // A later write to the source, by this thread too, is then told from an earlier one by its tick.
-  thread.clock.tick = thread.launch->next_tick();
+  thread.tick = thread.launch->next_tick();
   Record record{};
   record.thread = thread.id;
   record.tick = copy.tick;
@@ -57,10 +50,9 @@ void check_landing(Thread& thread, const AsyncCopy& copy, Site wait_site) {
   Region& region = *thread.block->shared_region;
   Record record{};
   record.thread = thread.id;
-  record.tick = thread.clock.tick;
+  record.tick = thread.tick;
   record.site = reinterpret_cast<std::uintptr_t>(copy.site);
   record_write(region.shadow.cells(write.address - region.begin, write.bytes), record);
-  if (copy.zero_fill == copy.bytes) return;
 
   // The source was in use from the issue until now.
   const MemoryAccess read = source_read(copy);
@@ -79,31 +71,32 @@ void check_landing(Thread& thread, const AsyncCopy& copy, Site wait_site) {
   check_order(thread, *source, read);
 }
 
-void land(Thread& thread, const AsyncCopy& copy, Site wait_site) {
-  if (device().options.check) check_landing(thread, copy, wait_site);
-  const std::size_t copied = copy.bytes - copy.zero_fill;
-  std::memcpy(copy.shared, copy.global, copied);
-  std::memset(static_cast<unsigned char*>(copy.shared) + copied, 0, copy.zero_fill);
-}
-
 }  // namespace
 
-void issue_copy(Thread& thread, const AsyncCopy& copy) {
-  ++device().counters.async_copies;
-  AsyncCopy issued = copy;
-  issued.tick = thread.launch->next_tick();
-  if (device().options.check) check_issue(thread, issued);
-  std::memset(issued.shared, 0xff, issued.bytes);
-  thread.issued.push_back(issued);
+void async_copy(void* shared, const void* global, std::size_t bytes) {
+  const EmulatorScope scope;
+  Thread& thread = scope.thread();
+  const AsyncCopy copy{shared, global, bytes, thread.launch->next_tick(), SIMT_SITE};
+  if (device().options.check) check_issue(thread, copy);
+  std::memset(shared, 0xff, bytes);
+  thread.issued.push_back(copy);
 }
 
-void commit_copies(Thread& thread) { thread.committed.push_back(std::exchange(thread.issued, {})); }
+void async_commit() {
+  const EmulatorScope scope;
+  scope.thread().committed.push_back(std::exchange(scope.thread().issued, {}));
+}
 
-void wait_for_copies(Thread& thread, std::size_t groups_left, Site site) {
+void async_wait(unsigned groups_left) {
+  const EmulatorScope scope;
+  Thread& thread = scope.thread();
   if (thread.committed.size() <= groups_left) return;
   const auto end = thread.committed.end() - static_cast<std::ptrdiff_t>(groups_left);
   for (auto group = thread.committed.begin(); group != end; ++group) {
-    for (const AsyncCopy& copy : *group) land(thread, copy, site);
+    for (const AsyncCopy& copy : *group) {
+      if (device().options.check) check_landing(thread, copy, SIMT_SITE);
+      std::memcpy(copy.shared, copy.global, copy.bytes);
+    }
   }
   thread.committed.erase(thread.committed.begin(), end);
 }

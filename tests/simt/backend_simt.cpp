@@ -29,7 +29,7 @@ int grid_cap;
 
 std::size_t channel_bytes(std::int64_t C, DType dtype) { return static_cast<std::size_t>(C * element_size(dtype)); }
 
-// What a launch may touch, and how. A parameter that is absent is nothing to touch.
+// The buffers that one launch may use, registered as long as this lives. Parameters may be absent.
 class Buffers {
  public:
   ~Buffers() { simt::unregister_all(); }
@@ -51,7 +51,7 @@ class Buffers {
     std::string findings;
     for (const auto& finding : simt::take_errors()) findings += "\n" + finding;
     TORCH_CHECK(findings.empty(), "emulated kernel:", findings);
-    TORCH_CHECK(error == cudaSuccess, "emulated launch: ", cudaGetErrorString(error));
+    TORCH_CHECK(error == cudaSuccess, "emulated launch: cudaError_t ", static_cast<int>(error));
     if (!checking) return;
     for (const auto& [data, name] : outputs_) {
       const std::size_t left = simt::unwritten_bytes(data);
@@ -65,7 +65,7 @@ class Buffers {
   std::vector<std::pair<const void*, const char*>> outputs_;
 };
 
-// Of several parts they lie between each other.
+// With several parts, the means and the inverse deviations of all parts are rows of one tensor.
 void add_stats(Buffers& buffers, const Problem& problem, double* mean, double* invstd) {
   const std::size_t bytes = channel_bytes(problem.C, DType::kFloat64);
   if (problem.parts() > 1) {
@@ -203,7 +203,7 @@ class SimtBackend final : public Backend {
     add_arguments(buffers, problem, args);
     const auto launch_plan = [&](const auto& plan) {
       last_description = cuda::description(plan);
-      // Doubles, for their alignment.
+      // A vector of doubles has the alignment that the kernels need.
       std::vector<double> workspace(static_cast<std::size_t>(plan.workspace_bytes + 7) / 8, -1.0);
       if (workspace.empty()) return launch(problem, args, plan, nullptr, cudaStream_t{});
       simt::register_buffer(workspace.data(), static_cast<std::size_t>(plan.workspace_bytes), "workspace",
@@ -226,40 +226,38 @@ class SimtBackend final : public Backend {
 
 using Facts = c10::Dict<std::string, std::int64_t>;
 
-Facts facts_of(const cuda::LaunchPlan& plan) {
+Facts facts_of(std::initializer_list<std::pair<const char*, std::int64_t>> all) {
   Facts facts;
-  facts.insert("tile", static_cast<std::int64_t>(plan.tile));
-  facts.insert("group", static_cast<std::int64_t>(plan.group));
-  facts.insert("rows", plan.rows);
-  facts.insert("row_width", plan.row_width);
-  facts.insert("columns_per_channel", plan.columns_per_channel);
-  facts.insert("tiles", plan.tiles);
-  facts.insert("tile_width", plan.tile_width);
-  facts.insert("tile_channels", plan.tile_channels);
-  facts.insert("groups", plan.groups);
-  facts.insert("group_blocks", plan.group_blocks);
-  facts.insert("threads_x", plan.threads_x);
-  facts.insert("threads_y", plan.threads_y);
-  facts.insert("threads", plan.threads);
-  facts.insert("parts", plan.parts);
-  facts.insert("whole", plan.whole);
-  facts.insert("exceeds_l2", plan.exceeds_l2);
-  facts.insert("kept", plan.kept);
-  facts.insert("ring", plan.ring);
-  facts.insert("share", plan.share);
-  facts.insert("shared_bytes", plan.shared.bytes);
-  facts.insert("workspace_bytes", plan.workspace_bytes);
+  for (const auto& [name, value] : all) facts.insert(name, value);
   return facts;
 }
 
+Facts facts_of(const cuda::LaunchPlan& plan) {
+  return facts_of({
+      {"tile", static_cast<std::int64_t>(plan.tile)},
+      {"group", static_cast<std::int64_t>(plan.group)},
+      {"rows", plan.rows},
+      {"row_width", plan.row_width},
+      {"tiles", plan.tiles},
+      {"tile_width", plan.tile_width},
+      {"tile_channels", plan.tile_channels},
+      {"groups", plan.groups},
+      {"group_blocks", plan.group_blocks},
+      {"threads_x", plan.threads_x},
+      {"threads_y", plan.threads_y},
+      {"threads", plan.threads},
+      {"parts", plan.parts},
+      {"whole", plan.whole},
+      {"kept", plan.kept},
+      {"ring", plan.ring},
+      {"share", plan.share},
+      {"shared_bytes", plan.shared.bytes},
+      {"workspace_bytes", plan.workspace_bytes},
+  });
+}
+
 Facts facts_of(const cuda::PartPlan& plan) {
-  Facts facts;
-  facts.insert("parts", plan.parts);
-  facts.insert("tiles", plan.tiles);
-  facts.insert("splits", plan.splits);
-  facts.insert("threads_x", plan.threads_x);
-  facts.insert("threads_y", plan.threads_y);
-  return facts;
+  return facts_of({{"parts", plan.parts}, {"splits", plan.splits}, {"threads_y", plan.threads_y}});
 }
 
 Facts plan(std::int64_t N, std::int64_t C, std::int64_t HW, bool channels_last, at::ScalarType dtype,
@@ -299,15 +297,16 @@ void configure(std::int64_t sms, std::int64_t shared_per_block, std::int64_t max
 
 Facts counters() {
   const simt::Counters counted = simt::take_counters();
-  Facts facts;
-  facts.insert("launches", static_cast<std::int64_t>(counted.launches));
-  facts.insert("global_load_bytes", static_cast<std::int64_t>(counted.global_load_bytes));
-  facts.insert("global_store_bytes", static_cast<std::int64_t>(counted.global_store_bytes));
-  facts.insert("global_vectors", static_cast<std::int64_t>(counted.global_vectors));
-  facts.insert("global_sectors", static_cast<std::int64_t>(counted.global_sectors));
-  facts.insert("shared_vectors", static_cast<std::int64_t>(counted.shared_vectors));
-  facts.insert("shared_wavefronts", static_cast<std::int64_t>(counted.shared_wavefronts));
-  return facts;
+  const auto number = [](std::uint64_t count) { return static_cast<std::int64_t>(count); };
+  return facts_of({
+      {"launches", number(counted.launches)},
+      {"global_load_bytes", number(counted.global_load_bytes)},
+      {"global_store_bytes", number(counted.global_store_bytes)},
+      {"global_vectors", number(counted.global_vectors)},
+      {"global_sectors", number(counted.global_sectors)},
+      {"shared_vectors", number(counted.shared_vectors)},
+      {"shared_wavefronts", number(counted.shared_wavefronts)},
+  });
 }
 
 }  // namespace

@@ -1,7 +1,5 @@
 #include "checker.h"
 
-#include "clock.h"
-
 namespace simt {
 namespace {
 
@@ -26,14 +24,14 @@ Region* find_shared(Thread& thread, const MemoryAccess& access) {
   for (const auto& block : thread.block->cluster->blocks) {
     if (!block->shared_region->contains(access.address)) continue;
     const auto place = [&] { return describe_place(*block->shared_region, access.address); };
-    if (block->exited == thread.launch->shape().threads()) {
+    if (block->exited == thread.launch->shape().threads) {
       fault(thread, access, Defect::kCluster, "use of the shared memory of an exited block, " + place());
     }
     if (thread.cluster_barriers == 0 && thread.launch->is_new(Defect::kCluster, access.site)) {
       thread.launch->report("use of another block's shared memory before the first cluster barrier, " + place() + ": " +
                             describe(access) + " " + describe_where(thread, access.site));
     }
-    block->remote_uses[thread.id] = {thread.clock.tick, access.site};
+    block->remote_uses[thread.id] = {thread.tick, access.site};
     return block->shared_region.get();
   }
   return nullptr;
@@ -59,7 +57,7 @@ void report_race(Thread& thread, const Region& region, const MemoryAccess& acces
 bool races(const Thread& thread, const MemoryAccess& access, const Record& other) {
   if (other.thread == 0) return false;
   if (other.in_flight) return true;
-  return !(access.atomic && other.atomic) && !happened_before(thread, other);
+  return !(access.atomic && other.atomic) && !thread.is_after(other);
 }
 
 // Keeps as many readers as there is room for. One that happened before this read needs no room, as whoever is ordered
@@ -72,7 +70,7 @@ void note_read(const Thread& thread, Cell& cell, const Record& record) {
       read = record;
       return;
     }
-    if (keeps_less && happened_before(thread, read)) victim = &read;
+    if (keeps_less && thread.is_after(read)) victim = &read;
   }
   if (victim == nullptr) {
     for (Record& read : cell.reads) {
@@ -106,6 +104,25 @@ void check_write(Thread& thread, Region& region, const MemoryAccess& access, Cel
 
 }  // namespace
 
+void Thread::adopt(const KnowledgePtr& other) {
+  knowledge = other;
+  block_known = tick_at(knowledge, block_place(block->number));
+}
+
+void Thread::learn(const KnowledgePtr& other) {
+  const KnowledgePtr joined = join(knowledge, other);
+  if (joined != knowledge) adopt(joined);
+}
+
+bool Thread::is_after(const Record& record) const {
+  // Earlier launches have happened before.
+  if (record.thread == id || record.tick <= launch->first_tick()) return true;
+  const std::uint32_t number = static_cast<std::uint32_t>(record.thread) - 1;
+  const unsigned threads = launch->shape().threads;
+  if (number / threads == block->number && record.tick <= block_known) return true;
+  return covers(knowledge, number / threads, number % threads, record.tick);
+}
+
 Region* locate(Thread& thread, const MemoryAccess& access) {
   if (thread.fiber.on_stack(access.address)) return nullptr;
   Region* region = find_shared(thread, access);
@@ -134,9 +151,10 @@ Region* locate(Thread& thread, const MemoryAccess& access) {
 void check_order(Thread& thread, Region& region, const MemoryAccess& access) {
   // Nobody writes it: there is nothing to be ordered with.
   if (region.access == Access::kRead) return;
+  thread.accessed_since_arrival = true;
   Record record{};
   record.thread = thread.id;
-  record.tick = thread.clock.tick;
+  record.tick = thread.tick;
   record.site = reinterpret_cast<std::uintptr_t>(access.site);
   record.atomic = access.atomic;
   const Shadow::Span cells = region.shadow.cells(access.address - region.begin, access.bytes);
@@ -156,14 +174,10 @@ void check_access(Thread& thread, const MemoryAccess& access) {
   if (device().options.count_requests && access.bytes == kVectorBytes) {
     device().requests.note(thread, access.site, access.address, region->shared);
   }
-  if (access.kind == Kind::kRead) {
-    region->traffic.load_bytes += access.bytes;
-    (region->shared ? counters.shared_load_bytes : counters.global_load_bytes) += access.bytes;
-  } else {
-    region->traffic.store_bytes += access.bytes;
-    (region->shared ? counters.shared_store_bytes : counters.global_store_bytes) += access.bytes;
-    thread.launch->note_progress();
+  if (!region->shared) {
+    (access.kind == Kind::kRead ? counters.global_load_bytes : counters.global_store_bytes) += access.bytes;
   }
+  if (access.kind == Kind::kWrite) thread.launch->note_progress();
   check_order(thread, *region, access);
 }
 
@@ -171,29 +185,26 @@ void record_write(Shadow::Span cells, const Record& record) {
   for (Cell* cell = cells.begin; cell != cells.end; ++cell) *cell = Cell{record, {}};
 }
 
-bool check_host_access(const void* data, std::size_t bytes, Kind kind) {
+bool check_memset(const void* data, std::size_t bytes) {
   const auto address = reinterpret_cast<std::uintptr_t>(data);
   Region* const region = device().memory.find(address);
   if (region == nullptr) return true;
   if (bytes > region->bytes - (address - region->begin)) {
-    device().findings.add("copy or memset outside any registered buffer, beyond the end from " +
-                          describe_place(*region, address) + ": " + verb(kind) + " of " + std::to_string(bytes) +
-                          " bytes");
+    device().findings.add("memset outside any registered buffer, beyond the end from " +
+                          describe_place(*region, address) + ": " + std::to_string(bytes) + " bytes");
     return false;
   }
-  if (kind == Kind::kWrite) {
-    Record record{};
-    record.thread = kHostThread;
-    record_write(region->shadow.cells(address - region->begin, bytes), record);
-  }
+  Record record{};
+  record.thread = kHostThread;
+  record_write(region->shadow.cells(address - region->begin, bytes), record);
   return true;
 }
 
 void check_remote_uses(Launch& launch, const Block& block) {
   for (const auto& [id, use] : block.remote_uses) {
     const std::uint32_t number = id - 1;
-    const unsigned threads = launch.shape().threads();
-    if (block.at_exit->covers(number / threads, number % threads, use.tick)) continue;
+    const unsigned threads = launch.shape().threads;
+    if (covers(block.at_exit, number / threads, number % threads, use.tick)) continue;
     if (!launch.is_new(Defect::kCluster, use.site, &block)) continue;
     launch.report(
         "a block exits while another may still use its shared memory: " + describe_thread(launch.shape(), id) + " at " +
@@ -204,13 +215,8 @@ void check_remote_uses(Launch& launch, const Block& block) {
 
 std::string describe_thread(const LaunchShape& shape, std::uint32_t id) {
   if (id == kHostThread) return "the host";
-  const auto coordinates = [](std::uint32_t number, const dim3& size) {
-    return "(" + std::to_string(number % size.x) + "," + std::to_string(number / size.x % size.y) + "," +
-           std::to_string(number / size.x / size.y) + ")";
-  };
-  const std::uint32_t number = id - 1;
-  return "block " + coordinates(number / shape.threads(), shape.grid) + " thread " +
-         coordinates(number % shape.threads(), shape.block);
+  const unsigned threads = shape.threads;
+  return "block " + std::to_string((id - 1) / threads) + " thread " + std::to_string((id - 1) % threads);
 }
 
 std::string describe_place(const Region& region, std::uintptr_t address) {

@@ -25,11 +25,15 @@ void check_order(Thread& thread, Region& region, const MemoryAccess& access);
 void check_access(Thread& thread, const MemoryAccess& access);
 
 void record_write(Shadow::Span cells, const Record& record);
-// Copies and memsets by the host's API, which may also touch memory that no kernel does. False: beyond a buffer's end.
-bool check_host_access(const void* data, std::size_t bytes, Kind kind);
+// A memset by the host's API, which may also write memory that no kernel uses. False: beyond a buffer's end.
+bool check_memset(const void* data, std::size_t bytes);
 
 // What another block did to this one's shared memory must have happened before it exits.
 void check_remote_uses(Launch& launch, const Block& block);
+
+// Asynchronous copies: nothing lands before the wait that covers it, which is as late as the device may be. A thread
+// must wait for those that it started.
+void check_no_copies(Thread& thread);
 
 std::string describe_thread(const LaunchShape& shape, std::uint32_t id);
 std::string describe_place(const Region& region, std::uintptr_t address);

@@ -50,6 +50,7 @@ def library_or_error() -> Path | RuntimeError:
         return error
 
 
+@functools.cache
 def load() -> None:
     """Build what has changed, and load the library."""
     library = library_or_error()

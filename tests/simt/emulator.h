@@ -1,6 +1,6 @@
 // Control of the emulated device: what the tests call, beside the CUDA host API, which keeps its own names.
 //
-// Kernels run on the calling thread, within the call that launches them; launches from several threads take turns.
+// Kernels run on the calling thread, within the call that launches them; only one host thread may call at a time.
 #pragma once
 
 #include <cstddef>
@@ -10,19 +10,11 @@
 
 namespace simt {
 
-// An H100's, but for the number of SMs: small grids should fill the device.
+// An H100's, but for the number of SMs: small grids should fill the device. host_api.cpp has the other limits.
 struct DeviceLimits {
   int sms = 4;
-  int cooperative_sms = 1 << 30;  // of them, what a cooperative launch gets: less where others have a share of the device
-  int shared_per_block = 227 * 1024;
-  int shared_per_sm = 228 * 1024;
-  int reserved_shared = 1024;  // of each resident block, by the system
-  int max_cluster = 16;        // more than 8 only where the kernel allows non-portable sizes
-  int threads_per_sm = 2048;
-  int blocks_per_sm = 32;
-  int l2_bytes = 50 * 1024 * 1024;
-  int cc_major = 9;
-  int cc_minor = 0;
+  int cooperative_sms =
+      1 << 30;  // of them, what a cooperative launch gets: less where others have a share of the device
 };
 void set_device(const DeviceLimits& limits);
 
@@ -41,15 +33,8 @@ void register_buffer(const void* data, std::size_t bytes, const char* name, Acce
 void unregister_buffer(const void* data);
 void unregister_all();
 
-// Bytes that no kernel or copy has written since a buffer was registered as kUninitialised.
+// Bytes that no kernel or memset has written since a buffer was registered as kUninitialised.
 std::size_t unwritten_bytes(const void* data);
-
-struct Traffic {
-  std::uint64_t load_bytes = 0;
-  std::uint64_t store_bytes = 0;
-};
-// By kernels, since the buffer was registered. Counted only while checking.
-Traffic buffer_traffic(const void* data);
 
 // Since the last call. A launch that adds one returns cudaErrorLaunchFailure.
 std::vector<std::string> take_errors();
@@ -57,19 +42,8 @@ std::vector<std::string> take_errors();
 // Since the last call. Bytes are counted only while checking, atomics' not at all.
 struct Counters {
   std::uint64_t launches = 0;
-  std::uint64_t blocks = 0;
-  std::uint64_t threads = 0;
-  std::uint64_t block_barriers = 0;    // once a block
-  std::uint64_t cluster_barriers = 0;  // once a cluster
-  std::uint64_t grid_barriers = 0;
-  std::uint64_t warp_operations = 0;  // once a group of lanes: __syncwarp, shuffles, votes
-  std::uint64_t atomics = 0;
-  std::uint64_t fences = 0;
-  std::uint64_t async_copies = 0;
   std::uint64_t global_load_bytes = 0;
   std::uint64_t global_store_bytes = 0;
-  std::uint64_t shared_load_bytes = 0;
-  std::uint64_t shared_store_bytes = 0;
   // Of 16 bytes, by any lane; and what the memory system makes of a warp's (requests.h).
   std::uint64_t global_vectors = 0;
   std::uint64_t global_sectors = 0;

@@ -21,8 +21,6 @@ enum class Defect {
   kDivergence,
   kMask,
   kCluster,
-  kDeadlock,
-  kTrap,
   kUsage,
 };
 

@@ -2,18 +2,17 @@
 #include <cstdio>
 #include <cstring>
 #include <map>
+#include <numeric>
 #include <tuple>
 
-#include "async_copy.h"
 #include "checker.h"
-#include "clock.h"
 
 // What kernels see as constants (simt_device.h).
 extern "C" {
-uint3 threadIdx;
-uint3 blockIdx;
-uint3 blockDim;
-uint3 gridDim;
+uint1 threadIdx;
+uint1 blockIdx;
+uint1 blockDim;
+uint1 gridDim;
 }
 
 namespace simt {
@@ -35,12 +34,12 @@ Tick last_tick = 0;
 
 Launch::Launch(const LaunchShape& shape, const Kernel& kernel)
     : shape_(shape), kernel_(kernel), random_(device().options.seed), first_tick_(++last_tick), tick_(last_tick) {
-  pending_clusters_.resize(shape.blocks() / shape.cluster_blocks());
-  for (std::uint32_t i = 0; i < pending_clusters_.size(); ++i) pending_clusters_[i] = i;
+  pending_clusters_.resize(shape.blocks / shape.cluster_blocks);
+  std::iota(pending_clusters_.begin(), pending_clusters_.end(), 0);
   std::shuffle(pending_clusters_.begin(), pending_clusters_.end(), random_);
-  device().memory.forget_sync_points();
-  blockDim = {shape.block.x, shape.block.y, shape.block.z};
-  gridDim = {shape.grid.x, shape.grid.y, shape.grid.z};
+  device().memory.forget_releases();
+  blockDim = {shape.threads};
+  gridDim = {shape.blocks};
 }
 
 Launch::~Launch() {
@@ -67,10 +66,8 @@ void Launch::run() {
       if (thread->exited) retire(*thread);
     }
     ready_.clear();
-    const unsigned cluster_threads = shape_.cluster_blocks() * shape_.threads();
-    resident_threads_ -= cluster_threads * std::erase_if(clusters_, [&](const auto& cluster) {
-                           return cluster->exited == cluster_threads;
-                         });
+    const auto has_exited = [&](const auto& cluster) { return cluster->exited == shape_.cluster_threads(); };
+    resident_threads_ -= shape_.cluster_threads() * std::erase_if(clusters_, has_exited);
   }
 }
 
@@ -85,26 +82,17 @@ void Launch::admit() {
 
 void Launch::start_cluster(std::uint32_t number) {
   clusters_.push_back(std::make_unique<Cluster>());
-  // Clusters tile the grid; within one, as within the grid, x counts fastest.
-  const dim3 tiles(shape_.grid.x / shape_.cluster.x, shape_.grid.y / shape_.cluster.y);
-  const dim3 tile(number % tiles.x, number / tiles.x % tiles.y, number / tiles.x / tiles.y);
-  for (unsigned rank = 0; rank < shape_.cluster_blocks(); ++rank) {
-    const unsigned x = tile.x * shape_.cluster.x + rank % shape_.cluster.x;
-    const unsigned y = tile.y * shape_.cluster.y + rank / shape_.cluster.x % shape_.cluster.y;
-    const unsigned z = tile.z * shape_.cluster.z + rank / shape_.cluster.x / shape_.cluster.y;
-    start_block(*clusters_.back(), x + shape_.grid.x * (y + shape_.grid.y * z), rank);
+  for (unsigned rank = 0; rank < shape_.cluster_blocks; ++rank) {
+    start_block(*clusters_.back(), number * shape_.cluster_blocks + rank);
   }
 }
 
-void Launch::start_block(Cluster& cluster, std::uint32_t number, unsigned rank) {
+void Launch::start_block(Cluster& cluster, std::uint32_t number) {
   cluster.blocks.push_back(std::make_unique<Block>());
   Block& block = *cluster.blocks.back();
-  const unsigned threads = shape_.threads();
+  const unsigned threads = shape_.threads;
   block.cluster = &cluster;
   block.number = number;
-  block.rank = rank;
-  block.index = {number % shape_.grid.x, number / shape_.grid.x % shape_.grid.y,
-                 number / shape_.grid.x / shape_.grid.y};
   block.shared.reset(static_cast<unsigned char*>(::operator new[](shape_.dynamic_shared, std::align_val_t{128})));
   // NaN in every floating-point type.
   std::memset(block.shared.get(), 0xff, shape_.dynamic_shared);
@@ -113,7 +101,6 @@ void Launch::start_block(Cluster& cluster, std::uint32_t number, unsigned rank) 
   block.threads = std::make_unique<Thread[]>(threads);
   block.warps.resize((threads + 31) / 32);
 
-  const auto start = std::make_shared<Knowledge>(first_tick_);
   const Tick tick = next_tick();
   for (unsigned i = 0; i < threads; ++i) {
     Thread& thread = block.threads[i];
@@ -123,18 +110,13 @@ void Launch::start_block(Cluster& cluster, std::uint32_t number, unsigned rank) 
     thread.id = number * threads + i + 1;
     thread.in_block = i;
     thread.lane = i % 32;
-    thread.index = {i % shape_.block.x, i / shape_.block.x % shape_.block.y, i / shape_.block.x / shape_.block.y};
-    thread.clock.tick = tick;
-    adopt(thread, start);
+    thread.tick = tick;
     if (thread.lane == 0) thread.warp->threads = &thread;
     thread.warp->lanes |= 1u << thread.lane;
     thread.fiber.start(&Launch::run_thread, &thread);
     woken_.push_back(&thread);
   }
   resident_threads_ += threads;
-  live_threads_ += threads;
-  ++device().counters.blocks;
-  device().counters.threads += threads;
 }
 
 void Launch::run_thread(void* opaque) {
@@ -146,8 +128,8 @@ void Launch::run_thread(void* opaque) {
 }
 
 void Launch::resume(Thread& thread) {
-  threadIdx = thread.index;
-  blockIdx = thread.block->index;
+  threadIdx = {thread.in_block};
+  blockIdx = {thread.block->number};
   running = &thread;
   thread.fiber.resume();
   running = nullptr;
@@ -185,30 +167,20 @@ void Launch::retire(Thread& thread) {
   thread.fiber.release();
   check_no_copies(thread);
   Block& block = *thread.block;
-  block.at_exit = Knowledge::join(block.at_exit, thread.clock.knowledge);
+  block.at_exit = join(block.at_exit, thread.knowledge);
   retire_from_warp(thread);
   retire_from_block(thread);
   Cluster& cluster = *block.cluster;
   ++cluster.exited;
-  ++exited_threads_;
-  --live_threads_;
-  const unsigned cluster_threads = shape_.cluster_blocks() * shape_.threads();
   // Its barrier waits for the threads that have not exited; one that arrived and did not wait counts already.
   if (thread.cluster_arrived) --cluster.arrived;
-  if (cluster.arrived > 0 && cluster.arrived == cluster_threads - cluster.exited) release_cluster(cluster);
-  if (grid_arrived_ > 0) {
-    if (is_new(Defect::kDivergence, grid_site_)) {
-      report("divergent barrier: a thread exits while others wait in a grid barrier at " + source_line(grid_site_) +
-             ": " + describe_where(thread, nullptr));
-    }
-    if (grid_arrived_ == live_threads_) release_grid();
-  }
+  if (cluster.arrived > 0 && cluster.arrived == shape_.cluster_threads() - cluster.exited) release_cluster(cluster);
 }
 
 void Launch::retire_from_block(Thread& thread) {
   Block& block = *thread.block;
   ++block.exited;
-  const unsigned left = shape_.threads() - block.exited;
+  const unsigned left = shape_.threads - block.exited;
   if (block.barrier_arrived > 0) {
     if (is_new(Defect::kDivergence, block.barrier_site)) {
       report("divergent barrier: a thread exits while others wait in __syncthreads at " +
@@ -237,7 +209,7 @@ void Launch::report_deadlock() {
   for (const auto& cluster : clusters_) {
     for (const auto& block : cluster->blocks) {
       some_at_barrier = some_at_barrier || block->barrier_arrived > 0;
-      for (unsigned i = 0; i < shape_.threads(); ++i) {
+      for (unsigned i = 0; i < shape_.threads; ++i) {
         const Thread& thread = block->threads[i];
         if (thread.exited) continue;
         Group& group = groups[{thread.wait.what, thread.wait.site, thread.wait.mask}];

@@ -25,7 +25,6 @@ struct Cluster;
 
 // What a thread that does not run is waiting for; also said in findings.
 inline constexpr const char* kClusterWait = "a cluster barrier";
-inline constexpr const char* kGridWait = "a grid barrier";
 struct Wait {
   const char* what = nullptr;  // null: it can run
   Site site = nullptr;
@@ -35,21 +34,9 @@ struct Wait {
 struct AsyncCopy {
   void* shared;
   const void* global;
-  std::uint32_t bytes;
-  std::uint32_t zero_fill;
+  std::size_t bytes;
   Tick tick;  // of the issue
   Site site;
-};
-
-// The checker's view of a thread. Fences work as in C++: one before an atomic write makes that write release what was
-// known at the fence, one after an atomic read acquires what was released there.
-struct ThreadClock {
-  KnowledgePtr knowledge;
-  Tick tick = 0;         // of its accesses now
-  Tick block_known = 0;  // its block and its warp in `knowledge`, which are looked up most
-  Tick warp_known = 0;
-  KnowledgePtr fenced_device, fenced_block;      // what the last fence of this or a wider scope would release
-  KnowledgePtr observed_device, observed_block;  // what the next fence will acquire
 };
 
 struct Warp {
@@ -58,8 +45,7 @@ struct Warp {
     unsigned mask;
     unsigned arrived;
     std::uint64_t values[32];
-    int arguments[32];
-    int widths[32];
+    unsigned sources[32];  // lanes that a shuffle reads
   };
 
   unsigned lanes = 0;   // that exist
@@ -75,20 +61,28 @@ struct Thread {
   std::uint32_t id;   // 1 + its number in the launch
   unsigned in_block;  // its number in the block
   unsigned lane;
-  uint3 index;
 
   Fiber fiber;
   Wait wait;
   bool exited = false;
   std::uint64_t result = 0;  // of the operation it waited in
 
-  ThreadClock clock;
+  KnowledgePtr knowledge;
+  Tick tick = 0;         // of its accesses now
+  Tick block_known = 0;  // its block in `knowledge`, which is looked up most
+
   std::vector<AsyncCopy> issued;                  // not committed
   std::vector<std::vector<AsyncCopy>> committed;  // groups, the oldest first
 
-  bool cluster_arrived = false;    // and has not waited
-  unsigned cluster_barriers = 0;   // passed
-  std::uint64_t cluster_goal = 0;  // the barrier it arrived at
+  bool cluster_arrived = false;         // and has not waited
+  bool accessed_since_arrival = false;  // memory that is written to
+  unsigned cluster_barriers = 0;        // passed
+  std::uint64_t cluster_goal = 0;       // the barrier it arrived at
+
+  void adopt(const KnowledgePtr& other);  // instead of what it knew
+  void learn(const KnowledgePtr& other);  // besides
+  // Whether what `record` says happened before what this thread does now.
+  bool is_after(const Record& record) const;
 };
 
 struct FreeShared {
@@ -98,8 +92,6 @@ struct FreeShared {
 struct Block {
   Cluster* cluster;
   std::uint32_t number;  // in the launch
-  unsigned rank;         // in the cluster
-  uint3 index;
   std::unique_ptr<unsigned char[], FreeShared> shared;
   std::unique_ptr<Region> shared_region;
   std::unique_ptr<Thread[]> threads;
@@ -108,8 +100,7 @@ struct Block {
 
   unsigned barrier_arrived = 0;
   Site barrier_site = nullptr;
-  int barrier_count = 0;  // of true predicates
-  Reduce barrier_reduce = Reduce::kNone;
+  bool barrier_result = false;  // whether some predicate was true
 
   KnowledgePtr at_exit;  // joined over its threads
   struct RemoteUse {
@@ -124,22 +115,19 @@ struct Cluster {
   unsigned exited = 0;  // threads
   unsigned arrived = 0;
   std::uint64_t completed = 0;  // barriers
-  bool split = false;           // some thread went on after it arrived
   KnowledgePtr gathered;        // of those that arrived
   std::vector<Known> arrivals;
   KnowledgePtr released;  // by the last completed barrier
 };
 
 struct LaunchShape {
-  dim3 grid;
-  dim3 block;
-  dim3 cluster;
+  unsigned blocks;
+  unsigned threads;  // of a block
+  unsigned cluster_blocks = 1;
   std::size_t dynamic_shared = 0;
   bool cooperative = false;
 
-  std::uint32_t blocks() const { return grid.x * grid.y * grid.z; }
-  unsigned threads() const { return block.x * block.y * block.z; }
-  unsigned cluster_blocks() const { return cluster.x * cluster.y * cluster.z; }
+  unsigned cluster_threads() const { return cluster_blocks * threads; }
 };
 
 class Launch {
@@ -156,13 +144,13 @@ class Launch {
   void maybe_pause(Thread& thread, Site site);
   [[noreturn]] void abandon(Thread& thread);  // stops the launch
 
-  int block_barrier(Thread& thread, Reduce reduce, int predicate, Site site);
-  void cluster_arrive(Thread& thread, bool split, Site site);
+  bool block_barrier(Thread& thread, bool predicate, Site site);
+  void cluster_arrive(Thread& thread, Site site);
   void cluster_wait(Thread& thread, Site site);
-  void grid_barrier(Thread& thread, Site site);
-  std::uint64_t warp_meet(Thread& thread, WarpOp op, unsigned mask, std::uint64_t value, int argument, int width,
+  std::uint64_t warp_meet(Thread& thread, WarpOp op, unsigned mask, std::uint64_t value, int distance, int width,
                           Site site);
 
+  Tick first_tick() const { return first_tick_; }
   Tick next_tick() { return ++tick_; }
   void note_progress() { ++progress_; }
   // Something is wrong here: false where it was reported before.
@@ -177,7 +165,7 @@ class Launch {
   static void run_thread(void* opaque);
   void admit();
   void start_cluster(std::uint32_t number);
-  void start_block(Cluster& cluster, std::uint32_t number, unsigned rank);
+  void start_block(Cluster& cluster, std::uint32_t number);
   void resume(Thread& thread);
   void retire(Thread& thread);
   void retire_from_warp(Thread& thread);
@@ -186,7 +174,6 @@ class Launch {
 
   void release_block(Block& block);
   void release_cluster(Cluster& cluster);
-  void release_grid();
   void complete(Warp& warp, std::size_t meeting);
 
   LaunchShape shape_;
@@ -197,10 +184,6 @@ class Launch {
   std::vector<Thread*> ready_;
   std::vector<Thread*> woken_;          // for the next round
   std::uint64_t resident_threads_ = 0;  // with those that have exited, until their cluster has
-  std::uint64_t live_threads_ = 0;
-  std::uint64_t exited_threads_ = 0;
-  std::uint64_t grid_arrived_ = 0;
-  Site grid_site_ = nullptr;
   std::uint64_t progress_ = 0;
   Tick first_tick_;
   Tick tick_;
@@ -211,6 +194,9 @@ class Launch {
 // The thread that this OS thread runs; null in host code and in the emulator itself, which does not check itself even
 // where the linker gave it an instrumented copy of a function from the standard library.
 extern thread_local Thread* running __attribute__((tls_model("initial-exec")));
+
+// Where a kernel called, in a function that it calls itself.
+#define SIMT_SITE __builtin_return_address(0)
 
 // In every function that kernels call.
 class EmulatorScope {

@@ -56,27 +56,19 @@ std::size_t Shadow::unwritten_bytes() const {
 }
 
 void GlobalMemory::add(const void* data, std::size_t bytes, const char* name, Access access) {
-  if (bytes == 0) return;
   const auto begin = reinterpret_cast<std::uintptr_t>(data);
-  const auto overlaps = [&](const std::unique_ptr<Region>& region) {
-    return begin < region->begin + region->bytes && region->begin < begin + bytes;
-  };
-  const auto old = std::find_if(regions_.begin(), regions_.end(), overlaps);
-  if (old != regions_.end()) {
-    if ((*old)->begin != begin || (*old)->bytes != bytes) {
-      throw std::invalid_argument(std::string("buffer '") + name + "' overlaps '" + (*old)->name + "'");
+  for (const auto& [other, region] : regions_) {
+    const bool overlaps = begin < other + region.bytes && other < begin + bytes;
+    if (overlaps && (other != begin || region.bytes != bytes)) {
+      throw std::invalid_argument(std::string("buffer '") + name + "' overlaps '" + region.name + "'");
     }
-    regions_.erase(old);
   }
-  auto region = std::make_unique<Region>(data, bytes, name, access, false);
-  const auto position = std::find_if(regions_.begin(), regions_.end(), [&](const auto& r) { return r->begin > begin; });
-  regions_.insert(position, std::move(region));
-  last_ = nullptr;
+  remove(data);
+  regions_.try_emplace(begin, data, bytes, name, access, false);
 }
 
 void GlobalMemory::remove(const void* data) {
-  const auto begin = reinterpret_cast<std::uintptr_t>(data);
-  std::erase_if(regions_, [&](const auto& region) { return region->begin == begin; });
+  regions_.erase(reinterpret_cast<std::uintptr_t>(data));
   last_ = nullptr;
 }
 
@@ -87,16 +79,14 @@ void GlobalMemory::clear() {
 
 Region* GlobalMemory::find(std::uintptr_t address) {
   if (last_ != nullptr && last_->contains(address)) return last_;
-  const auto after = std::upper_bound(regions_.begin(), regions_.end(), address,
-                                      [](std::uintptr_t wanted, const auto& region) { return wanted < region->begin; });
+  const auto after = regions_.upper_bound(address);
   if (after == regions_.begin()) return nullptr;
-  Region* const region = std::prev(after)->get();
-  if (!region->contains(address)) return nullptr;
-  return last_ = region;
+  Region& region = std::prev(after)->second;
+  return region.contains(address) ? last_ = &region : nullptr;
 }
 
-void GlobalMemory::forget_sync_points() {
-  for (auto& region : regions_) region->sync_points.clear();
+void GlobalMemory::forget_releases() {
+  for (auto& [begin, region] : regions_) region.released.clear();
 }
 
 Region& GlobalMemory::at(const void* data) {

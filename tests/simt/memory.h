@@ -3,10 +3,9 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
+#include <map>
 #include <string>
 #include <unordered_map>
-#include <vector>
 
 #include "emulator.h"
 #include "knowledge.h"
@@ -58,13 +57,6 @@ class Shadow {
   Cell* cells_;
 };
 
-// What releases at an address let the thread that observes it learn.
-struct SyncPoint {
-  KnowledgePtr device;
-  KnowledgePtr block;  // by fences that reach the threads of `block_id` only
-  std::uint32_t block_id = 0;
-};
-
 struct Region {
   Region(const void* data, std::size_t bytes, std::string name, Access access, bool shared)
       : begin(reinterpret_cast<std::uintptr_t>(data)),
@@ -82,8 +74,7 @@ struct Region {
   Access access;
   bool shared;
   Shadow shadow;
-  Traffic traffic;
-  std::unordered_map<std::uintptr_t, SyncPoint> sync_points;
+  std::unordered_map<std::uintptr_t, KnowledgePtr> released;  // at an address: who acquires it learns this
 };
 
 // The registered buffers of global memory.
@@ -96,10 +87,10 @@ class GlobalMemory {
   Region* find(std::uintptr_t address);  // null outside of all
   Region& at(const void* data);          // the buffer that begins there
   // Launches follow one another: nothing is left to synchronise with.
-  void forget_sync_points();
+  void forget_releases();
 
  private:
-  std::vector<std::unique_ptr<Region>> regions_;  // by address
+  std::map<std::uintptr_t, Region> regions_;  // by address
   Region* last_ = nullptr;
 };
 

@@ -12,7 +12,6 @@ The kernels for padding and parts have headers and tests of their own.
 
 from __future__ import annotations
 
-import contextlib
 import re
 import shutil
 import sys
@@ -112,25 +111,16 @@ def compiled(mutant: Mutant, folder: Path) -> Path:
     return build(folder / "build", kernels={mutant.kernels: folder}, objects=BUILD)
 
 
-def noticed_by(mutant: Mutant, library: Path) -> str | None:
+def noticed_by(mutant: Mutant) -> str | None:
     """The test that fails with it. They need a process of their own: torch keeps what it has loaded."""
-    return failed_test(*mutant.tests, timeout=3600, BNEXT_SIMT_LIBRARY=str(library), PYTHONPATH=str(ROOT))
+    with tempfile.TemporaryDirectory() as folder:
+        library = str(compiled(mutant, Path(folder)))
+        return failed_test(*mutant.tests, timeout=3600, BNEXT_SIMT_LIBRARY=library, PYTHONPATH=str(ROOT))
 
 
-def survives(mutant: Mutant, library: Path) -> bool:
-    """Whether the tests pass with it."""
-    return noticed_by(mutant, library) is None
-
-
-def judge(mutant: Mutant) -> str | None:
-    with tempfile.TemporaryDirectory() as name:
-        return noticed_by(mutant, compiled(mutant, Path(name)))
-
-
-@contextlib.contextmanager
-def prepare(_: Sequence[Mutant]) -> Iterator[Callable[[Mutant], str | None]]:
+def prepare(_mutants: Sequence[Mutant], _folder: Path) -> Callable[[Mutant], str | None]:
     build()
-    yield judge
+    return noticed_by
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ void Requests::note(const Thread& thread, Site site, std::uintptr_t address, boo
 
 void Requests::take(Counters& counters) {
   for (const auto& [key, lanes] : requests_) {
-    const auto present = static_cast<std::uint64_t>(std::count_if(lanes.begin(), lanes.end(), [](auto a) { return a != 0; }));
+    const auto present =
+        static_cast<std::uint64_t>(std::count_if(lanes.begin(), lanes.end(), [](auto a) { return a != 0; }));
     if (std::get<1>(std::get<1>(key))) {
       counters.shared_vectors += present;
       counters.shared_wavefronts += wavefronts(lanes);

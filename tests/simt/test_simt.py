@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
 from simt.build import BUILD, build
-from simt.mutants import all_mutants, compiled, survives
+from simt.mutants import all_mutants, noticed_by
 
 pytestmark = pytest.mark.simt
 
@@ -17,12 +15,12 @@ pytestmark = pytest.mark.simt
 def test_the_emulator_finds_what_is_wrong_and_nothing_else(seed: int) -> None:
     build()
     # Small kernels, each clean or with one fault planted; it says "NAME ok" or "NAME FAILED: why" of each.
-    command = [str(BUILD / "selftest"), "--seed", str(seed)]
+    command = [str(BUILD / "selftest"), str(seed)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     verdicts = done.stdout.splitlines()
     assert [line for line in verdicts if not line.endswith(" ok")] == []
     assert done.returncode == 0, done.stderr
-    assert len(verdicts) >= 100
+    assert len(verdicts) > 100
 
 
 @pytest.mark.slow
@@ -31,5 +29,4 @@ def test_a_missing_synchronisation_is_noticed() -> None:
     # `make mutants` tries them all. This one only a checker can notice: the counter's release orders nothing.
     (mutant,) = [mutant for mutant in all_mutants() if "bnext_add_release(counter, 1)" in mutant.before]
     build()
-    with tempfile.TemporaryDirectory() as folder:
-        assert not survives(mutant, compiled(mutant, Path(folder))), mutant
+    assert noticed_by(mutant) is not None, mutant

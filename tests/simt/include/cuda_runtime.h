@@ -3,4 +3,3 @@
 
 #include "simt_device.h"
 #include "simt_host.h"
-#include "simt_types.h"

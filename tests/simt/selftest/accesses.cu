@@ -9,7 +9,7 @@ namespace {
 using simt::Access;
 
 template <typename T>
-__global__ void copy(const T* input, T* output, int elements, int shift) {
+__global__ void copy(const T* input, int elements, int shift, T* output) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i < elements) output[i] = input[i + shift];
 }
@@ -19,47 +19,36 @@ void copy_values() {
   T value;
   __builtin_memset(&value, 1, sizeof(value));
   Buffer<T> input("input", 100, Access::kRead, value);
-  Buffer<T> output("output", 100, Access::kUninitialised);
-  launch({.grid = 4}, copy<T>, input.data(), output.data(), 100, 0);
+  const auto output = output_of<T>(100, {.grid = 4}, copy<T>, input.data(), 100, 0);
   require(__builtin_memcmp(input.data(), output.data(), 100 * sizeof(T)) == 0, "copied");
-  if (!is_checked()) return;
-  require(simt::unwritten_bytes(output.data()) == 0, "all written");
-  require(simt::buffer_traffic(input.data()).load_bytes == 100 * sizeof(T), "read once");
-  require(simt::buffer_traffic(output.data()).store_bytes == 100 * sizeof(T), "written once");
+  const simt::Counters counters = simt::take_counters();
+  const std::size_t bytes = is_checked() ? 100 * sizeof(T) : 0;
+  require(counters.global_load_bytes == bytes && counters.global_store_bytes == bytes, "read and written once");
 }
 
 void copy_beyond_end() {
   Buffer<float> input("input", 100, Access::kRead, 1.0f);
   Buffer<float> output("output", 100, Access::kUninitialised);
-  require(launch({.grid = 4}, copy<float>, input.data(), output.data(), 100, 1) == cudaErrorLaunchFailure, "failed");
+  require(launch({.grid = 4}, copy<float>, input.data(), 100, 1, output.data()) == cudaErrorLaunchFailure, "failed");
   require(cudaGetLastError() == cudaErrorLaunchFailure && cudaGetLastError() == cudaSuccess, "the error is kept once");
 }
 
 void copy_unregistered() {
   float input[32] = {};
-  Buffer<float> output("output", 32, Access::kUninitialised);
-  launch({}, copy<float>, input, output.data(), 32, 0);
+  output_of<float>(32, {}, copy<float>, input, 32, 0);
 }
 
 void write_read_only() {
   Buffer<float> input("input", 32, Access::kRead);
   Buffer<float> output("output", 32, Access::kRead);
-  launch({}, copy<float>, input.data(), output.data(), 32, 0);
+  launch({}, copy<float>, input.data(), 32, 0, output.data());
 }
 
-void read_unwritten_global() {
+template <std::size_t kSet>
+void read_after_memset() {
   Buffer<float> input("input", 32, Access::kUninitialised);
-  Buffer<float> output("output", 32, Access::kUninitialised);
-  cudaMemsetAsync(input.data(), 0, 31 * sizeof(float));
-  launch({}, copy<float>, input.data(), output.data(), 32, 0);
-}
-
-void read_after_memset_and_copy() {
-  Buffer<float> input("input", 32, Access::kUninitialised);
-  Buffer<float> output("output", 32, Access::kUninitialised);
-  cudaMemsetAsync(input.data(), 0, 16 * sizeof(float));
-  cudaMemcpyAsync(input.data() + 16, input.data(), 16 * sizeof(float), cudaMemcpyDeviceToDevice);
-  launch({}, copy<float>, input.data(), output.data(), 32, 0);
+  cudaMemsetAsync(input.data(), 0, kSet * sizeof(float));
+  output_of<float>(32, {}, copy<float>, input.data(), 32, 0);
 }
 
 void memset_beyond_end() {
@@ -72,7 +61,7 @@ void leave_unwritten() {
   if (is_checked()) require(simt::unwritten_bytes(untouched.data()) == 3, "no more than there are");
   Buffer<short> input("input", 32, Access::kRead);
   Buffer<short> output("output", 32, Access::kUninitialised);
-  launch({}, copy<short>, input.data(), output.data(), 29, 0);
+  launch({}, copy<short>, input.data(), 29, 0, output.data());
   if (is_checked()) require(simt::unwritten_bytes(output.data()) == 6, "three elements are missing");
 }
 
@@ -80,19 +69,12 @@ void leave_unwritten() {
 template <typename T>
 __global__ void copy_hinted(const T* input, T* output) {
   const unsigned i = threadIdx.x;
-  switch (i % 4) {
-    case 0: __stwb(output + i, __ldg(input + i)); break;
-    case 1: __stcg(output + i, __ldcg(input + i)); break;
-    case 2: __stcs(output + i, __ldcs(input + i)); break;
-    default: __stwt(output + i, __ldcv(input + i)); break;
-  }
+  __stcs(output + i, i % 2 == 0 ? __ldg(input + i) : __ldcg(input + i));
 }
 
 void hinted() {
-  Buffer<uint4> input("input", 32, Access::kRead, make_uint4(1, 2, 3, 4));
-  Buffer<uint4> output("output", 32, Access::kUninitialised);
-  launch({}, copy_hinted<uint4>, input.data(), output.data());
-  require(output[31].w == 4, "copied");
+  Buffer<uint4> input("input", 32, Access::kRead, {1, 2, 3, 4});
+  require(output_of<uint4>(32, {}, copy_hinted<uint4>, input.data())[31].w == 4, "copied");
 }
 
 template <typename T>
@@ -102,25 +84,22 @@ T* displaced(T* data, int bytes) {
 
 void hinted_misaligned() {
   Buffer<uint4> input("input", 40, Access::kRead);
-  Buffer<uint4> output("output", 40, Access::kUninitialised);
-  launch({}, copy_hinted<uint4>, displaced(input.data(), 8), output.data());
+  output_of<uint4>(40, {}, copy_hinted<uint4>, displaced(input.data(), 8));
 }
 
 void plain_misaligned() {
   Buffer<float4> input("input", 40, Access::kRead);
   Buffer<float4> output("output", 40, Access::kUninitialised);
-  launch({}, copy<float4>, input.data(), displaced(output.data(), 8), 32, 0);
+  launch({}, copy<float4>, input.data(), 32, 0, displaced(output.data(), 8));
 }
 
 void hinted_beyond_end() {
   Buffer<float2> input("input", 31, Access::kRead);
-  Buffer<float2> output("output", 32, Access::kUninitialised);
-  launch({}, copy_hinted<float2>, input.data(), output.data());
+  output_of<float2>(32, {}, copy_hinted<float2>, input.data());
 }
 
-__global__ void use_shared(float* output, unsigned written, unsigned index) {
-  BNEXT_DYNAMIC_SHARED(raw);
-  auto* const values = reinterpret_cast<float*>(raw);
+__global__ void use_shared(unsigned written, unsigned index, float* output) {
+  SHARED_VALUES(float, values);
   if (threadIdx.x < written) values[threadIdx.x] = 1.0f;
   __syncthreads();
   if (threadIdx.x == 0) output[0] = values[index];
@@ -128,32 +107,27 @@ __global__ void use_shared(float* output, unsigned written, unsigned index) {
 
 template <unsigned kWritten, unsigned kIndex>
 void shared_memory() {
-  Buffer<float> output("output", 1, Access::kUninitialised);
-  launch({.shared = 32 * sizeof(float)}, use_shared, output.data(), kWritten, kIndex);
+  output_of<float>(1, {.shared = 32 * sizeof(float)}, use_shared, kWritten, kIndex);
 }
 
 __global__ void read_word(const unsigned* input, unsigned* output) { *output = input[1]; }
 
 void across_end() {
   Buffer<unsigned short> input("input", 3, Access::kRead);
-  Buffer<unsigned> output("output", 1, Access::kUninitialised);
-  launch({.block = 1}, read_word, reinterpret_cast<const unsigned*>(input.data()), output.data());
+  output_of<unsigned>(1, {.block = 1}, read_word, reinterpret_cast<const unsigned*>(input.data()));
 }
 
 // One element a thread, several in a word.
 template <typename T>
 __global__ void write_neighbours(T* output) {
-  BNEXT_DYNAMIC_SHARED(raw);
-  auto* const values = reinterpret_cast<T*>(raw);
+  SHARED_VALUES(T, values);
   values[threadIdx.x] = static_cast<T>(threadIdx.x);
   output[threadIdx.x] = static_cast<T>(values[threadIdx.x] + 1);
 }
 
 template <typename T>
 void neighbours() {
-  Buffer<T> output("output", 64, Access::kUninitialised);
-  launch({.block = 64, .shared = 64 * sizeof(T)}, write_neighbours<T>, output.data());
-  require(output[63] == 64, "written");
+  require(output_of<T>(64, {.block = 64, .shared = 64 * sizeof(T)}, write_neighbours<T>)[63] == 64, "written");
 }
 
 // A word before a half of it: the shadow is split while it is in use.
@@ -162,21 +136,14 @@ __global__ void write_word_and_half(unsigned* output) {
   if (threadIdx.x == 32) reinterpret_cast<unsigned short*>(output)[1] = 2;
 }
 
-void word_and_half() {
-  Buffer<unsigned> output("output", 1, Access::kUninitialised);
-  launch({.block = 64}, write_word_and_half, output.data());
-}
-
 __global__ void write_same(float* output) { output[0] = static_cast<float>(threadIdx.x); }
 
 template <unsigned kGrid, unsigned kBlock>
 void same_element() {
-  Buffer<float> output("output", 1, Access::kUninitialised);
-  launch({.grid = kGrid, .block = kBlock}, write_same, output.data());
+  output_of<float>(1, {.grid = kGrid, .block = kBlock}, write_same);
 }
 
 void same_element_two_launches() {
-  same_element<1, 1>();
   Buffer<float> output("output", 1, Access::kUninitialised);
   for (int i = 0; i < 2; ++i) launch({.block = 1}, write_same, output.data());
 }
@@ -185,21 +152,17 @@ constexpr float kTable[4] = {1.0f, 2.0f, 4.0f, 8.0f};
 
 struct Parameters {
   float scale[8];
-  float* output;
-  int elements;
+  unsigned elements;
 };
 
-__global__ void use_parameters(Parameters parameters) {
+__global__ void use_parameters(Parameters parameters, float* output) {
   float local[8];
-  for (int i = 0; i < 8; ++i) local[i] = parameters.scale[(i + threadIdx.x) % 8];
-  if (static_cast<int>(threadIdx.x) < parameters.elements) {
-    parameters.output[threadIdx.x] = local[threadIdx.x % 8] * __ldg(kTable + threadIdx.x % 4);
-  }
+  for (unsigned i = 0; i < 8; ++i) local[i] = parameters.scale[(i + threadIdx.x) % 8];
+  if (threadIdx.x < parameters.elements) output[threadIdx.x] = local[threadIdx.x % 8] * __ldg(kTable + threadIdx.x % 4);
 }
 
 void parameters() {
-  Buffer<float> output("output", 32, Access::kUninitialised);
-  launch({}, use_parameters, Parameters{{1, 1, 1, 1, 1, 1, 1, 1}, output.data(), 32});
+  const auto output = output_of<float>(32, {}, use_parameters, Parameters{{1, 1, 1, 1, 1, 1, 1, 1}, 32});
   require(output[3] == 8.0f, "the table's entry");
 }
 
@@ -212,12 +175,7 @@ __global__ void share_local(float** addresses, float* output) {
 
 void local_of_another() {
   Buffer<float*> addresses("addresses", 32, Access::kUninitialised);
-  Buffer<float> output("output", 32, Access::kUninitialised);
-  launch({}, share_local, addresses.data(), output.data());
-}
-
-__global__ void fall_into_trap() {
-  if (threadIdx.x == 5) __trap();
+  output_of<float>(32, {}, share_local, addresses.data());
 }
 
 }  // namespace
@@ -228,15 +186,15 @@ std::vector<Case> access_cases() {
       {"copy_shorts", nullptr, copy_values<short>},
       {"copy_doubles", nullptr, copy_values<double>},
       {"copy_float2", nullptr, copy_values<float2>},
-      {"copy_int4", nullptr, copy_values<int4>},
+      {"copy_float4", nullptr, copy_values<float4>},
       {"copy_beyond_end", "access outside any registered buffer", copy_beyond_end},
       {"read_across_end", "beyond the end from global buffer 'input' + 4 of 6", across_end},
       {"copy_unregistered", "access outside any registered buffer", copy_unregistered},
       {"write_read_only", "write to read-only global buffer 'output' + ", write_read_only},
       {"read_unwritten_global", "read of global buffer 'input' + 124 of 128, which was never written",
-       read_unwritten_global},
-      {"read_after_memset_and_copy", nullptr, read_after_memset_and_copy},
-      {"memset_beyond_end", "copy or memset outside any registered buffer", memset_beyond_end},
+       read_after_memset<31>},
+      {"read_after_memset", nullptr, read_after_memset<32>},
+      {"memset_beyond_end", "memset outside any registered buffer", memset_beyond_end},
       {"leave_unwritten", nullptr, leave_unwritten},
       {"hinted", nullptr, hinted},
       {"hinted_misaligned", "misaligned access to global buffer 'input'", hinted_misaligned},
@@ -247,13 +205,13 @@ std::vector<Case> access_cases() {
       {"shared_beyond_end", "access outside any registered buffer", shared_memory<32, 32>},
       {"neighbours_bytes", nullptr, neighbours<unsigned char>},
       {"neighbours_shorts", nullptr, neighbours<unsigned short>},
-      {"word_and_half", "data race on global buffer 'output'", word_and_half},
+      {"word_and_half", "data race on global buffer 'output'",
+       [] { output_of<unsigned>(1, {.block = 64}, write_word_and_half); }},
       {"same_element_in_block", "data race on global buffer 'output' + 0 of 4", same_element<1, 32>},
       {"same_element_in_grid", "data race on global buffer 'output' + 0 of 4", same_element<2, 1>},
       {"same_element_two_launches", nullptr, same_element_two_launches},
       {"parameters_and_constants", nullptr, parameters},
       {"local_of_another_thread", "access outside any registered buffer", local_of_another},
-      {"trap", "trap in kernel", [] { launch({}, fall_into_trap); }},
   };
 }
 

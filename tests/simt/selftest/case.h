@@ -42,8 +42,8 @@ class Buffer {
   Buffer& operator=(const Buffer&) = delete;
 
   T* data() { return values_.data(); }
-  T& operator[](std::size_t i) { return values_[i]; }
-  std::size_t size() const { return values_.size(); }
+  const std::vector<T>& values() const { return values_; }
+  const T& operator[](std::size_t i) const { return values_[i]; }
 
  private:
   std::vector<T> values_;
@@ -67,5 +67,18 @@ cudaError_t launch(const Shape& shape, void (*kernel)(Expected...), Actual&&... 
   const cudaLaunchConfig_t config{shape.grid, shape.block, shape.shared, nullptr, attributes, 2};
   return cudaLaunchKernelEx(&config, kernel, std::forward<Actual>(actual)...);
 }
+
+// What a kernel writes to its last argument, a buffer "output" of so many elements.
+template <typename T, typename... Actual>
+std::vector<T> output_of(std::size_t elements, const Shape& shape, auto kernel, Actual&&... actual) {
+  Buffer<T> output("output", elements, simt::Access::kUninitialised);
+  launch(shape, kernel, std::forward<Actual>(actual)..., output.data());
+  return output.values();
+}
+
+// The dynamic shared memory, in a kernel.
+#define SHARED_VALUES(T, name)  \
+  BNEXT_DYNAMIC_SHARED(memory); \
+  auto* const name = reinterpret_cast<T*>(memory)
 
 }  // namespace selftest

@@ -20,17 +20,13 @@ void shared_limit() {
   require(grow(227 * 1024 + 1) == cudaErrorInvalidValue, "more than the device has");
   require(grow(227 * 1024) == cudaSuccess, "all it has");
   require(launch({.shared = 227 * 1024}, do_nothing_in_much_memory) == cudaSuccess, "launched");
-  cudaFuncAttributes attributes;
-  cudaFuncGetAttributes(&attributes, do_nothing_in_much_memory);
-  require(attributes.maxDynamicSharedSizeBytes == 227 * 1024 && attributes.numRegs > 0, "told");
 }
 
 void block_limit() {
   require(launch({.block = 1024}, do_nothing) == cudaSuccess, "1024 threads");
   require(launch({.block = 1025}, do_nothing) == cudaErrorInvalidConfiguration, "no more");
-  require(launch({.block = {32, 33}}, do_nothing) == cudaErrorInvalidConfiguration, "in two dimensions too");
+  require(launch({.block = {32, 2}}, do_nothing) == cudaErrorInvalidConfiguration, "one dimension only");
   require(launch({.grid = 0}, do_nothing) == cudaErrorInvalidConfiguration, "no empty grid");
-  require(launch({.grid = {1, 65536}}, do_nothing) == cudaErrorInvalidConfiguration, "y is short");
 }
 
 void cluster_limit() {
@@ -42,8 +38,6 @@ void cluster_limit() {
   cudaFuncSetAttribute(do_nothing_in_large_clusters, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   require(launch({.grid = 16, .cluster = 16}, do_nothing_in_large_clusters) == cudaSuccess, "16 are allowed now");
   cudaFuncSetAttribute(do_nothing_in_large_clusters, cudaFuncAttributeNonPortableClusterSizeAllowed, 0);
-  simt::set_device({.cc_major = 8});
-  require(launch({.grid = 16, .cluster = 2}, do_nothing) == cudaErrorNotSupported, "no clusters before sm_90");
 }
 
 void cooperative_limit() {
@@ -58,36 +52,22 @@ void cooperative_limit() {
 }
 
 void occupancy() {
-  int blocks = 0;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, do_nothing, 32, 0);
-  require(blocks == 32, "the limit of blocks");
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, do_nothing, 512, 0);
-  require(blocks == 4, "the limit of threads");
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, do_nothing, 32, 100 * 1024);
-  require(blocks == 2, "the limit of shared memory");
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {2, 1, 1};
-  const cudaLaunchConfig_t config{4, 512, 100 * 1024, nullptr, &cluster, 1};
-  int clusters = 0;
-  require(cudaOccupancyMaxActiveClusters(&clusters, do_nothing, &config) == cudaSuccess && clusters == 4, "clusters");
-  int largest = 0;
-  const cudaLaunchConfig_t small{16, 32, 0, nullptr, nullptr, 0};
-  require(cudaOccupancyMaxPotentialClusterSize(&largest, do_nothing, &small) == cudaSuccess && largest == 8,
-          "the largest cluster");
-  cudaFuncSetAttribute(do_nothing_in_large_clusters, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  require(cudaOccupancyMaxPotentialClusterSize(&largest, do_nothing_in_large_clusters, &small) == cudaSuccess &&
-              largest == 16,
-          "the largest that a kernel asked for");
-  cudaFuncSetAttribute(do_nothing_in_large_clusters, cudaFuncAttributeNonPortableClusterSizeAllowed, 0);
-  const cudaLaunchConfig_t large{16, 32, 49152, nullptr, nullptr, 0};
-  simt::set_device({.sms = 1});
-  require(cudaOccupancyMaxPotentialClusterSize(&largest, do_nothing, &large) == cudaSuccess && largest == 4,
-          "the largest that fits");
+  const auto clusters = [&](unsigned threads, std::size_t shared) {
+    const cudaLaunchConfig_t config{4, threads, shared, nullptr, &cluster, 1};
+    int found = 0;
+    require(cudaOccupancyMaxActiveClusters(&found, do_nothing, &config) == cudaSuccess, "answered");
+    return found;
+  };
+  require(clusters(32, 0) == 64, "the limit of blocks");
+  require(clusters(512, 0) == 8, "the limit of threads");
+  require(clusters(512, 100 * 1024) == 4, "the limit of shared memory");
 }
 
 void attributes() {
-  simt::set_device({.sms = 7, .l2_bytes = 1 << 20});
+  simt::set_device({.sms = 7});
   const auto value = [](cudaDeviceAttr attribute) {
     int result = -1;
     require(cudaDeviceGetAttribute(&result, attribute, 0) == cudaSuccess, "known");
@@ -95,20 +75,19 @@ void attributes() {
   };
   int device = -1;
   require(cudaGetDevice(&device) == cudaSuccess && device == 0, "the only device");
-  require(value(cudaDevAttrMultiProcessorCount) == 7 && value(cudaDevAttrL2CacheSize) == 1 << 20, "as set");
+  require(value(cudaDevAttrMultiProcessorCount) == 7, "as set");
   require(value(cudaDevAttrClusterLaunch) == 1 && value(cudaDevAttrCooperativeLaunch) == 1, "capable");
   int none;
   require(cudaDeviceGetAttribute(&none, cudaDevAttrClusterLaunch, 1) == cudaErrorInvalidDevice, "no second device");
 }
 
-__global__ void write_argument(int* output, long value, float scale) {
+__global__ void write_argument(long value, float scale, int* output) {
   *output = static_cast<int>(static_cast<float>(value) * scale);
 }
 
 void arguments() {
-  Buffer<int> output("output", 1, Access::kUninitialised);
   // Converted as by a call: an int to the long, a double to the float.
-  require(launch({.block = 1}, write_argument, output.data(), 21, 2.0) == cudaSuccess && output[0] == 42, "passed");
+  require(output_of<int>(1, {.block = 1}, write_argument, 21, 2.0)[0] == 42, "passed");
 }
 
 __global__ void note_order(unsigned* counter, unsigned* order) {
@@ -119,9 +98,7 @@ void orders() {
   const auto order_of = [](std::uint64_t seed) {
     simt::set_options({seed, is_checked()});
     Buffer<unsigned> counter("counter", 1, Access::kReadWrite);
-    Buffer<unsigned> order("order", 16, Access::kUninitialised);
-    launch({.grid = 16, .block = 1024}, note_order, counter.data(), order.data());
-    return std::vector<unsigned>(order.data(), order.data() + 16);
+    return output_of<unsigned>(16, {.grid = 16, .block = 1024}, note_order, counter.data());
   };
   require(order_of(3) == order_of(3), "a seed says which order");
   require(order_of(3) != order_of(4), "another seed says another");
@@ -129,8 +106,7 @@ void orders() {
 
 void counters() {
   launch({.grid = 3, .block = 40}, do_nothing);
-  const simt::Counters counters = simt::take_counters();
-  require(counters.launches == 1 && counters.blocks == 3 && counters.threads == 120, "counted");
+  require(simt::take_counters().launches == 1, "counted");
   require(simt::take_counters().launches == 0, "since the last call");
 }
 

@@ -1,38 +1,25 @@
-// Lanes of a warp: shuffles, votes, masks, and what __syncwarp orders.
+// Lanes of a warp: shuffles, votes and masks.
 #include "case.h"
 
 namespace selftest {
 namespace {
 
-using simt::Access;
-
 constexpr unsigned kAll = 0xffffffffu;
 
 template <typename T>
-__global__ void shuffle_all_ways(T* output) {
-  const int lane = static_cast<int>(threadIdx.x);
-  const T mine = static_cast<T>(lane);
-  T* const mine_out = output + lane * 6;
-  mine_out[0] = __shfl_sync(kAll, mine, 5);
-  mine_out[1] = __shfl_xor_sync(kAll, mine, 1);
-  mine_out[2] = __shfl_up_sync(kAll, mine, 2);
-  mine_out[3] = __shfl_down_sync(kAll, mine, 2);
-  mine_out[4] = __shfl_down_sync(kAll, mine, 3, 8);
-  mine_out[5] = __shfl_sync(kAll, mine, 1, 16);
+__global__ void shuffle(T* output) {
+  const T mine = static_cast<T>(threadIdx.x);
+  output[2 * threadIdx.x] = __shfl_xor_sync(kAll, mine, 5);
+  output[2 * threadIdx.x + 1] = __shfl_xor_sync(kAll, mine, 12, 8);  // beyond the end of a group: its own
 }
 
 template <typename T>
 void shuffles() {
-  Buffer<T> output("output", 32 * 6, Access::kUninitialised);
-  launch({}, shuffle_all_ways<T>, output.data());
+  const auto output = output_of<T>(64, {}, shuffle<T>);
   for (int lane = 0; lane < 32; ++lane) {
-    const int expected[6] = {5,
-                             lane ^ 1,
-                             lane < 2 ? lane : lane - 2,
-                             lane > 29 ? lane : lane + 2,
-                             lane % 8 > 4 ? lane : lane + 3,
-                             lane / 16 * 16 + 1};
-    for (int i = 0; i < 6; ++i) require(output[lane * 6 + i] == static_cast<T>(expected[i]), "shuffled");
+    require(output[2 * lane] == static_cast<T>(lane ^ 5), "shuffled");
+    const bool is_behind = (lane ^ 12) >= (lane / 8 + 1) * 8;
+    require(output[2 * lane + 1] == static_cast<T>(is_behind ? lane : lane ^ 12), "shuffled in groups");
   }
 }
 
@@ -49,70 +36,46 @@ __global__ void reduce_halves(float* output) {
 }
 
 void halves() {
-  Buffer<float> output("output", 32, Access::kUninitialised);
-  launch({}, reduce_halves, output.data());
+  const auto output = output_of<float>(32, {}, reduce_halves);
   require(output[3] == 120.0f && output[20] == 376.0f, "summed");
 }
 
-__global__ void vote(unsigned* output) {
-  const unsigned t = threadIdx.x;
-  const unsigned ballot = __ballot_sync(kAll, t % 3 == 0);
-  const bool right = __any_sync(kAll, t == 4) != 0 && __any_sync(kAll, 0) == 0 && __all_sync(kAll, 1) != 0 &&
-                     __all_sync(kAll, t != 9) == 0;
-  output[t] = right ? ballot : 0;
-}
+// In a block that ends within a warp, too.
+__global__ void vote(unsigned* output) { output[threadIdx.x] = __ballot_sync(kAll, threadIdx.x % 3 == 0); }
 
 void votes() {
-  Buffer<unsigned> output("output", 32, Access::kUninitialised);
-  launch({}, vote, output.data());
+  const auto output = output_of<unsigned>(40, {.block = 40}, vote);
   require(output[0] == 0x49249249u && output[31] == 0x49249249u, "voted");
+  require(output[32] == 0x92u && output[39] == 0x92u, "voted in a part of a warp");
 }
 
-// A block that ends within a warp.
-__global__ void sum_partial_warp(unsigned* output) {
-  output[threadIdx.x] = static_cast<unsigned>(__popc(__ballot_sync(kAll, 1)));
-  __syncwarp();
-}
-
-void partial_warp() {
-  Buffer<unsigned> output("output", 40, Access::kUninitialised);
-  launch({.block = 40}, sum_partial_warp, output.data());
-  require(output[0] == 32 && output[39] == 8, "lanes counted");
-}
-
-enum class By { kSyncWarp, kHalves, kQuarters, kShuffle, kNothing };
-
-// Lanes exchange through shared memory, `kDistance` apart.
-template <By kBy, unsigned kDistance>
+// A shuffle makes the lanes wait for one another here, but it orders no memory: the reads race with the writes, though
+// they always come after them.
+template <bool kShuffles>
 __global__ void exchange(float* output) {
-  BNEXT_DYNAMIC_SHARED(raw);
-  auto* const values = reinterpret_cast<float*>(raw);
+  SHARED_VALUES(float, values);
+  values[threadIdx.x] = static_cast<float>(threadIdx.x);
+  if (kShuffles) __shfl_xor_sync(kAll, 1.0f, 1);
+  output[threadIdx.x] = values[threadIdx.x ^ 1];
+}
+
+template <bool kShuffles>
+void exchanged() {
+  output_of<float>(64, {.block = 64, .shared = 64 * sizeof(float)}, exchange<kShuffles>);
+}
+
+// The same of reads that always come before the write. The writer is the first of the readers.
+__global__ void read_shuffle_overwrite(float* output) {
+  SHARED_VALUES(float, value);
   const unsigned t = threadIdx.x;
-  const unsigned lane = t % 32;
-  for (int round = 0; round < 3; ++round) {
-    float* const buffer = values + (round % 2) * blockDim.x;
-    buffer[t] = static_cast<float>(t);
-    if (kBy == By::kSyncWarp) __syncwarp();
-    if (kBy == By::kHalves) __syncwarp(lane < 16 ? 0x0000ffffu : 0xffff0000u);
-    if (kBy == By::kQuarters) __syncwarp(0xffu << (lane / 8 * 8));
-    if (kBy == By::kShuffle) __shfl_xor_sync(kAll, 1.0f, 1);
-    output[t] = buffer[t ^ kDistance];
-  }
-}
-
-template <By kBy, unsigned kDistance>
-void exchanges() {
-  Buffer<float> output("output", 64, Access::kUninitialised);
-  launch({.block = 64, .shared = 128 * sizeof(float)}, exchange<kBy, kDistance>, output.data());
-}
-
-__global__ void leave_self_out(float* output) {
-  output[threadIdx.x] = __shfl_xor_sync(0x0000ffffu, static_cast<float>(threadIdx.x), 1);
-}
-
-void self_left_out() {
-  Buffer<float> output("output", 32, Access::kUninitialised);
-  launch({}, leave_self_out, output.data());
+  if (t == 0) *value = 1.0f;
+  __syncthreads();
+  float mine = 0.0f;
+  if (t == 9) mine = *value;
+  mine = __shfl_xor_sync(kAll, mine, 1);
+  if (t != 9) mine += *value;
+  output[t] = __shfl_xor_sync(kAll, mine, 1);
+  if (t == 9) *value = 2.0f;
 }
 
 // One lane exits for sure before the others shuffle, or while they wait for it.
@@ -124,71 +87,32 @@ __global__ void name_exited_lane(unsigned* others, float* output) {
     }
   }
   if (misses == kExitFirst) bnext_add_release(others, 1);
-  if (!misses) output[threadIdx.x] = __shfl_sync(kAll, 1.0f, 0);
+  if (!misses) output[threadIdx.x] = __shfl_xor_sync(kAll, 1.0f, 1);
 }
 
 template <bool kExitFirst>
 void exited_lane() {
-  Buffer<unsigned> others("others", 1, Access::kReadWrite);
-  Buffer<float> output("output", 32, Access::kUninitialised);
-  launch({}, name_exited_lane<kExitFirst>, others.data(), output.data());
-}
-
-// A shuffle makes the lanes wait for one another here, but it orders no memory: the reads race with the write, though
-// they always come first. The writer is the first of the readers.
-__global__ void read_shuffle_overwrite(float* output) {
-  BNEXT_DYNAMIC_SHARED(raw);
-  auto* const value = reinterpret_cast<float*>(raw);
-  const unsigned t = threadIdx.x;
-  if (t == 0) *value = 1.0f;
-  __syncwarp();
-  float mine = 0.0f;
-  if (t == 9) mine = *value;
-  mine = __shfl_sync(kAll, mine, 9);
-  if (t != 9) mine += *value;
-  output[t] = __shfl_xor_sync(kAll, mine, 1);
-  if (t == 9) *value = 2.0f;
-}
-
-void overwritten_after_shuffle() {
-  Buffer<float> output("output", 32, Access::kUninitialised);
-  launch({.shared = 4}, read_shuffle_overwrite, output.data());
+  Buffer<unsigned> others("others", 1, simt::Access::kReadWrite);
+  output_of<float>(32, {}, name_exited_lane<kExitFirst>, others.data());
 }
 
 __global__ void name_waiting_lane(float* output) {
   if (threadIdx.x == 7) {
-    output[7] = static_cast<float>(__any_sync(kAll, 1));
+    output[7] = static_cast<float>(__ballot_sync(kAll, 1));
   } else {
-    output[threadIdx.x] = __shfl_sync(kAll, 1.0f, 0);
+    output[threadIdx.x] = __shfl_xor_sync(kAll, 1.0f, 1);
   }
 }
 
-void waiting_lane() {
-  Buffer<float> output("output", 32, Access::kUninitialised);
-  launch({}, name_waiting_lane, output.data());
+// Of the first `kLanes` lanes.
+template <unsigned kMask, int kDistance, int kWidth, unsigned kLanes>
+__global__ void shuffle_wrongly(float* output) {
+  if (threadIdx.x < kLanes) output[threadIdx.x] = __shfl_xor_sync(kMask, 1.0f, kDistance, kWidth);
 }
 
-__global__ void read_outside_mask(float* output) {
-  if (threadIdx.x < 16) output[threadIdx.x] = __shfl_sync(0x0000ffffu, 1.0f, 20);
-}
-
-void outside_mask() {
-  Buffer<float> output("output", 32, Access::kUninitialised);
-  launch({}, read_outside_mask, output.data());
-}
-
-__global__ void read_missing_lane(float* output) { output[threadIdx.x] = __shfl_xor_sync(kAll, 1.0f, 16); }
-
-void missing_lane() {
-  Buffer<float> output("output", 32, Access::kUninitialised);
-  launch({.block = 24}, read_missing_lane, output.data());
-}
-
-__global__ void shuffle_odd_width(float* output) { output[threadIdx.x] = __shfl_sync(kAll, 1.0f, 0, 12); }
-
-void odd_width() {
-  Buffer<float> output("output", 32, Access::kUninitialised);
-  launch({}, shuffle_odd_width, output.data());
+template <unsigned kMask, int kDistance, int kWidth = 32, unsigned kLanes = 32>
+void wrong_shuffle() {
+  output_of<float>(32, {}, shuffle_wrongly<kMask, kDistance, kWidth, kLanes>);
 }
 
 }  // namespace
@@ -202,22 +126,18 @@ std::vector<Case> warp_cases() {
       {"shuffle_long_long", nullptr, shuffles<unsigned long long>},
       {"halves_of_a_warp", nullptr, halves},
       {"votes", nullptr, votes},
-      {"partial_warp", nullptr, partial_warp},
-      {"exchange_syncwarp", nullptr, exchanges<By::kSyncWarp, 17>},
-      {"exchange_syncwarp_halves", nullptr, exchanges<By::kHalves, 9>},
-      {"exchange_syncwarp_quarters", nullptr, exchanges<By::kQuarters, 5>},
-      {"exchange_across_halves", kRace, exchanges<By::kHalves, 17>},
-      {"exchange_across_warps", kRace, exchanges<By::kSyncWarp, 32>},
-      {"exchange_by_shuffle", kRace, exchanges<By::kShuffle, 1>},
-      {"exchange_by_nothing", kRace, exchanges<By::kNothing, 1>},
-      {"mask_without_self", "does not name the calling lane", self_left_out},
-      {"read_shuffle_overwrite", kRace, overwritten_after_shuffle},
+      {"exchange_by_shuffle", kRace, exchanged<true>},
+      {"exchange_by_nothing", kRace, exchanged<false>},
+      {"read_shuffle_overwrite", kRace, [] { output_of<float>(32, {.shared = 4}, read_shuffle_overwrite); }},
       {"exit_then_mask_names_lane", "which names a lane that has exited", exited_lane<true>},
       {"mask_names_lane_then_exit", "which names a lane that has exited", exited_lane<false>},
-      {"mask_names_waiting_lane", "of which some lanes do not participate", waiting_lane},
-      {"read_outside_mask", "does not name lane 20 that is read", outside_mask},
-      {"read_missing_lane", "that is read", missing_lane},
-      {"shuffle_odd_width", "width that is no power of two", odd_width},
+      {"mask_names_waiting_lane", "of which some lanes do not participate",
+       [] { output_of<float>(32, {}, name_waiting_lane); }},
+      {"mask_without_self", "does not name the calling lane", wrong_shuffle<0x0000ffffu, 1>},
+      {"read_outside_mask", "under mask 0xffff, which does not name lane ", wrong_shuffle<0x0000ffffu, 20, 32, 16>},
+      {"read_missing_lane", "that is read",
+       [] { output_of<float>(24, {.block = 24}, shuffle_wrongly<kAll, 16, 32, 32>); }},
+      {"shuffle_odd_width", "width that is no power of two", wrong_shuffle<kAll, 1, 12>},
   };
 }
 
