@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from cases import make_input, to_layout
-from fusion.counting import activation, nodes
+from fusion.counting import count
 from networks import Basic, OwnNorm, assert_close, random_input
 from processes import Pool, World
 from reference import widen
@@ -179,7 +179,7 @@ def test_whole_models_are_as_before_but_for_their_statistics(
         """Train and evaluate, which captures graphs. Returns how many activations are not fused."""
         state = copy.deepcopy(model.state_dict())
         modes = [(m, bnext.freezing.mode_of(m)) for m in model.modules()]
-        left = sum(activation(node) is not None for node in nodes([run.train()(batches[0])]))
+        left = count(run.train()(batches[0]))
         with torch.no_grad():
             for batch in batches:
                 run(batch)
