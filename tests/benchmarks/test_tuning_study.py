@@ -94,7 +94,8 @@ def test_what_was_killed_goes_on_in_two_processes_that_share_it(start: Start, tm
     assert [trial.point for trial in found] == sorted(POINTS)
     assert len({trial.cpu_s for trial in found} - killed) == 2, "one of the two tried nothing"
     assert set(before) <= set(trials(tmp_path, "COMPLETE"))
-    assert len(trials(tmp_path, "COMPLETE")) <= len(POINTS) + 2, "each repeats one of the last at most"
+    # Once all points have been started, both may choose the two that were interrupted, and the one that the other tries.
+    assert len(trials(tmp_path, "COMPLETE")) <= len(POINTS) + 3
 
 
 def test_ctrl_c_leaves_no_process_and_no_failed_trial(start: Start, tmp_path: Path) -> None:
