@@ -94,7 +94,7 @@ def test_what_was_killed_goes_on_in_two_processes_that_share_it(start: Start, tm
     assert [trial.point for trial in found] == sorted(POINTS)
     assert len({trial.cpu_s for trial in found} - killed) == 2, "one of the two tried nothing"
     assert set(before) <= set(trials(tmp_path, "COMPLETE"))
-    # Once all points have been started, both may choose the two that were interrupted, and the one that the other tries.
+    # Once all points have been started, both may try the two that were interrupted, and the other's last one.
     assert len(trials(tmp_path, "COMPLETE")) <= len(POINTS) + 3
 
 
