@@ -18,6 +18,9 @@ struct MapColumns {
       const Inputs<scalar_t, Op> inputs(args.block, flags, r + j);
       const Outputs<scalar_t, Op> outputs(args, flags, r + j);
       if (args.prefetch_distance != 0) inputs.prefetch(flags, i + args.prefetch_distance);
+      // Stores that miss the first-level cache wait one after the other, and hardware does not prefetch for several
+      // rows at a time.
+      if constexpr (kRows > 1) outputs.write_prefetch(flags, i + kLineElements<scalar_t>);
       Mapped<Vec<acc_t>> mapped[kVectors];
 #pragma GCC unroll 4
       for (int u = 0; u < kVectors; ++u) {
