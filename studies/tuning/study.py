@@ -115,13 +115,38 @@ def work(url: str, name: str, settings: Settings) -> None:
             study.optimize(partial(objective, settings))
 
 
+@contextmanager
+def signals_to_end() -> Iterator[list[int]]:
+    """Signals to end raise KeyboardInterrupt, and are recorded: Python drops what is raised while a finalizer runs."""
+    received: list[int] = []
+
+    def end(number: int, _: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # under nohup the end of the terminal is ignored
+            signal.signal(number, end)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run(url: str, name: str, settings: Settings, jobs: int) -> Results:
-    """Run the rest of a study with ``jobs`` workers, all of which have ended on return."""
-    with opened(url, name, settings) as study:
+    """Run the rest of a study with ``jobs`` workers, all of which have ended on return.
+
+    Raises WorkerError, or KeyboardInterrupt on a signal to end.
+    """
+    with signals_to_end() as received, opened(url, name, settings) as study:
         total = len(settings.points)
         calls = [(url, name, settings)] * min(jobs, total - len(results(study)))
         with ProgressBar(total) as progress, processes(work, calls, begin) as pending:
             while pending:
+                if received:
+                    raise KeyboardInterrupt
                 ended, pending = wait(pending, POLL_S, FIRST_EXCEPTION)
                 for future in ended:
                     future.result()
