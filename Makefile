@@ -132,6 +132,9 @@ clean: ## remove what was built, the caches, .venv
 tools:
 	@$(call stop_if,$(shell sh .ci/preflight $(base) $(or $(CXX),no-compiler)))
 
+# The environment's folder of packages, for the shell.
+PACKAGES = "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+
 # With SYSTEM_SITE there is no pip, as nothing is installed. PYTHON may be a virtual environment itself, whose packages
 # --system-site-packages would pass by: a .pth line names them.
 SHARE := import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))
@@ -141,11 +144,8 @@ $(PY):
 	@echo "environment: $(VENV), from $(PYTHON)"
 	@rm -f $(CREATED) $(DEPS)
 	@$(PYTHON) -m venv $(if $(SYSTEM_SITE),--system-site-packages --without-pip) $(VENV)
-	@$(if $(SYSTEM_SITE),$(PYTHON) -c '$(SHARE)' >"$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/system-site.pth")
+	@$(if $(SYSTEM_SITE),$(PYTHON) -c '$(SHARE)' >$(PACKAGES)/system-site.pth)
 	@touch $(CREATED)
-
-# To bytecode, by all cores, where pip would take one. Some packages hold files of tests that are no valid Python.
-COMPILE_ALL = $(PY) -m compileall -qq -j 0 "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || true
 
 ifeq ($(SYSTEM_SITE),)
 # torch comes first and is then held by a constraint: no other requirement can replace it.
@@ -161,7 +161,8 @@ $(DEPS): pyproject.toml Makefile .ci/requirements.py | $(PY)
 	@$(PY) .ci/requirements.py >$(VENV)/requirements.txt
 	@echo "install: requirements of pyproject.toml, with its extras"
 	@$(PY) -m pip install --no-compile -qq -c $(VENV)/constraints.txt -r $(VENV)/requirements.txt
-	@$(COMPILE_ALL)
+	@# To bytecode, by all cores, where pip would take one. Some packages hold files of tests that are no valid Python.
+	@$(PY) -m compileall -qq -j 0 $(PACKAGES) || true
 	@touch $@
 else
 $(DEPS): pyproject.toml Makefile .ci/requirements.py | $(PY)

@@ -48,7 +48,6 @@ constexpr std::int64_t kMaxRowsPrefetched = 8;
 // A store that misses the first-level cache waits, and the next stores with it. So the next cache line of an output is
 // prefetched, unless it is stored past the caches; of long planes, which are mapped one image after the other, the same
 // place in the next image.
-constexpr std::int64_t kLineBytes = 64;
 constexpr std::int64_t kMaxLinePrefetchedBytes = 1024;
 
 // The sum in eight chains, which do not wait for each other.
@@ -92,8 +91,9 @@ class ChannelsFirst {
     chunks_ = divide_up(problem.N, rows_per_chunk_) * pieces_per_row_;
     const std::int64_t rows = kPrefetchBytes / (HW * element_size(problem.dtype));
     prefetch_distance_ = (rows < 1 ? 1 : rows > kMaxRowsPrefetched ? kMaxRowsPrefetched : rows) * problem.C * HW;
-    line_ = kLineBytes / element_size(problem.dtype);
-    prefetches_line_ = !op.non_temporal && HW * element_size(problem.dtype) <= kMaxLinePrefetchedBytes;
+    const bool short_planes = HW * element_size(problem.dtype) <= kMaxLinePrefetchedBytes;
+    line_ = op.non_temporal ? 0 : kLineBytes / element_size(problem.dtype);
+    write_prefetch_ = short_planes && line_ != 0 ? line_ : prefetch_distance_;
   }
 
   void run(const Parallel& parallel) const {
@@ -169,7 +169,7 @@ class ChannelsFirst {
       if (op_.valid != nullptr) args.block.valid = valid_bits_.data() + plane / problem_.C * valid_row_;
       coefficients.pass(j, compute, args.coefficients);
       args.coefficient_step = 1;
-      args.write_prefetch = op_.non_temporal ? 0 : line_;
+      args.write_prefetch = line_;
       run_map(kernels_.map_segments, args, plane * problem_.HW, compute);
       plane += rows;
       j += rows;
@@ -424,7 +424,7 @@ class ChannelsFirst {
     MapArgs args;
     args.block = block_of(c, chunk, offset);
     args.prefetch_distance = next;
-    args.write_prefetch = prefetches_line_ ? line_ : prefetch_distance_;
+    args.write_prefetch = write_prefetch_;
     coefficients.pass(j, coefficients.compute(j), args.coefficients);
     run_map(kernels_.map_segments, args, offset, coefficients.compute(j));
   }
@@ -449,8 +449,8 @@ class ChannelsFirst {
   std::int64_t piece_;
   std::int64_t chunks_;
   std::int64_t prefetch_distance_;  // elements, whole images
-  std::int64_t line_;               // elements of a cache line
-  bool prefetches_line_;            // of outputs that are mapped one image after the other
+  std::int64_t line_;               // elements of a cache line; 0 where outputs are stored past the caches
+  std::int64_t write_prefetch_;     // of planes that are mapped one image after the other
 };
 
 }  // namespace

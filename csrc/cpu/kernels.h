@@ -17,6 +17,8 @@
 
 namespace bnext::cpu {
 
+constexpr int kLineBytes = 64;  // of a cache line
+
 enum class ReduceOp { kMomentSums, kGradSums, kBiasGradSum, kActivatedGradSums };
 enum class MapOp { kNormalize, kGradInput, kScaleGrad, kActivatedNormalize, kActivatedGrad };
 constexpr int kReduceOps = 4;

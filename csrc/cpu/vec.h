@@ -307,8 +307,7 @@ BNEXT_INLINE Vector<acc_t, kWidth<acc_t>> keep(const Vector<acc_t, kWidth<acc_t>
   return lane < Bits{} + tail.n ? v : V{};
 }
 
-// A cache line in bytes, and in vector registers.
-constexpr int kLineBytes = 64;
+// A cache line in vector registers.
 template <typename acc_t, typename scalar_t>
 constexpr int kLineVectors = kLineBytes / (kWidth<acc_t> * static_cast<int>(sizeof(scalar_t)));
 

@@ -1,6 +1,6 @@
 """``python -m benchmarks tuning``: run or continue a study (without a command), or report on its results.
 
-Exit status: 0; 1 where a worker failed or a document is out of date; 2 on bad input; 130 on Ctrl-C.
+Exit status: 0; 1 where a worker failed or a document is out of date; 2 on bad input; 130 on a signal to end.
 """
 
 # The names of the study are Greek, and signs in what people read are the right ones.
