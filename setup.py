@@ -38,6 +38,7 @@ SOURCES = [
     "csrc/tensor/output_memory.cpp",
     "csrc/cpu/batch_norm.cpp",
     "csrc/cpu/channels_first.cpp",
+    "csrc/cpu/plane_columns.cpp",
     "csrc/cpu/channels_last.cpp",
     "csrc/cpu/parts.cpp",
     "csrc/cpu/valid.cpp",

@@ -45,13 +45,15 @@ def require_as_close(
     torchs: Mapping[str, Tensor],
     reference: Mapping[str, Tensor],
     reduce: Callable[[Tensor], Tensor],
+    least: float = 0.0,
 ) -> None:
     """Raise MismatchError at the first tensor that is too far off; its message is ``what``, formatted with the tensor's
     name.
 
     The error of a tensor is the largest of its elements (``torch.amax``), or their mean (``torch.mean``) where a single
     element on the other side of a kink must not decide, relative to the mean size of the elements. It may be at most
-    ``FACTOR`` times that of torch, or of a rounding of each element, or ``TOLERANCE``. NaN is never close.
+    ``FACTOR`` times that of torch, or of a rounding of each element, or ``TOLERANCE``; and at least ``least``. NaN is
+    never close.
     """
     for name, expected in reference.items():
         tensor, exact = actual[name], expected.double()
@@ -60,7 +62,7 @@ def require_as_close(
         size = max(float(exact.abs().mean()), torch.finfo(torch.float64).tiny)
         error, torchs_error = (float(reduce((t.double() - exact).abs())) / size for t in (tensor, torchs[name]))
         tolerance = FLOAT64_TOLERANCE if tensor.dtype == torch.float64 else TOLERANCE
-        limit = FACTOR * max(torchs_error, torch.finfo(tensor.dtype).eps, tolerance)
+        limit = max(FACTOR * max(torchs_error, torch.finfo(tensor.dtype).eps, tolerance), least)
         if not error <= limit:
             raise MismatchError(f"{what.format(name)}: {error:.2g} of its size off, at most {limit:.2g} expected")
 

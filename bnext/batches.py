@@ -56,8 +56,8 @@ def part_size(virtual_batch_size: int | None) -> int:
         return 0
     if not isinstance(virtual_batch_size, int) or isinstance(virtual_batch_size, bool):
         raise TypeError(f"expected virtual_batch_size to be an int or None, but got {virtual_batch_size!r}")
-    if virtual_batch_size < 1:
-        raise ValueError(f"expected virtual_batch_size to be at least 1, but got {virtual_batch_size}")
+    if not 1 <= virtual_batch_size < 2**63:
+        raise ValueError(f"expected virtual_batch_size to be at least 1 and below 2**63, but got {virtual_batch_size}")
     return virtual_batch_size
 
 

@@ -24,7 +24,7 @@ EPS, MOMENTUM = 1e-5, 0.1
 
 
 def positions(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape without channels."""
+    """The shape without the channels: that of a mask of valid positions."""
     return (shape[0], *shape[2:])
 
 
@@ -39,11 +39,12 @@ def random_mask(shape: tuple[int, ...]) -> Tensor:
 
 
 def rows_of(data: Tensor, valid: Tensor) -> Tensor:
-    """(values, C): those that are not padding."""
+    """The values that are not padding, as rows: (values, C)."""
     return data.movedim(1, -1)[valid]
 
 
 def with_garbage(data: Tensor | None, valid: Tensor) -> Tensor | None:
+    """The data with NaN at padding, in memory of its own with the same layout."""
     if data is None:
         return None
     filled = torch.where(valid.unsqueeze(1), data, math.nan)
@@ -51,7 +52,7 @@ def with_garbage(data: Tensor | None, valid: Tensor) -> Tensor | None:
 
 
 def parts_of(valid: Tensor, size: int | None) -> Iterator[Tensor]:
-    """A mask for each part, in the shape of the whole."""
+    """The mask of each part of `size` images, in the shape of the whole."""
     images = len(valid) if size is None else size
     for first in range(0, len(valid), images):
         part = torch.zeros_like(valid)
@@ -62,7 +63,7 @@ def parts_of(valid: Tensor, size: int | None) -> Iterator[Tensor]:
 def check_batch(
     inputs: Inputs, valid: Tensor | None, size: int | None = None, *, training: bool = True, act: Act = None
 ) -> None:
-    """Output, running statistics and all gradients of a call with this mask, in parts of this size."""
+    """Check output, running statistics and all gradients of a call with the mask `valid`, in parts of `size` images."""
     mask, valid = valid, torch.ones(positions(inputs.input.shape), dtype=torch.bool) if valid is None else valid
     p, dtype = inputs.params, inputs.input.dtype
     x, g, r = (with_garbage(t, valid) for t in (inputs.input, inputs.grad_output, inputs.residual))
@@ -73,15 +74,16 @@ def check_batch(
         leaves[0], *stats[2:], leaves[1], leaves[2], leaves[3], training, MOMENTUM, EPS, act or "identity", **options
     )
     given = [leaf for leaf in leaves if leaf is not None]
-    grads = dict(zip("xwbr", torch.autograd.grad(y, given, g), strict=False))
-    for what, whole in (("output", y), *((k, grads[k]) for k in "xr" if k in grads)):
+    names = ("grad_input", "grad_weight", "grad_bias", "grad_residual")
+    grads = dict(zip(names, torch.autograd.grad(y, given, g), strict=False))
+    for what, whole in (("output", y), *((k, grads[k]) for k in ("grad_input", "grad_residual") if k in grads)):
         assert rows_of(whole, ~valid).count_nonzero() == 0, f"{what} is not 0 at padding"
-        assert not whole.isnan().any(), what
-    assert significant_strides(y) == significant_strides(grads["x"])
+        assert not whole.isnan().any(), f"{what} has a NaN"
+    assert significant_strides(y) == significant_strides(grads["grad_input"])
 
     running = tuple(map(reference.widen, p[2:]))
     limits = [torch.zeros_like(running[0])] * 2
-    totals = {what: [torch.zeros_like(running[0])] * 2 for what in "wb"}
+    totals = {what: [torch.zeros_like(running[0])] * 2 for what in ("grad_weight", "grad_bias")}
     for part in parts_of(valid, size if training else None):
         rows = rows_of(x, part)
         if not len(rows):
@@ -101,14 +103,15 @@ def check_batch(
         slack = tolerances.slack(rows_of(g, part), fwd, p.weight, p.bias, dtype, **call)
         reaching = expected.residual
         limit = tolerances.grad_input(reaching, fwd, p.weight, dtype, training=training, slack=slack)
-        assert_within(rows_of(grads["x"], part), expected.input, limit, "grad_input")
+        assert_within(rows_of(grads["grad_input"], part), expected.input, limit, "grad_input")
         if r is not None:
             limit = tolerances.grad_residual(reaching, slack, dtype, act)
-            assert_within(rows_of(grads["r"], part), reaching, limit, "grad_residual")
+            assert_within(rows_of(grads["grad_residual"], part), reaching, limit, "grad_residual")
         to = p.weight.dtype
+        weight_limit = tolerances.grad_weight(reaching, fwd, dtype, to, training=training, slack=slack)
         for what, value, limit in (
-            ("w", expected.weight, tolerances.grad_weight(reaching, fwd, dtype, to, training=training, slack=slack)),
-            ("b", expected.bias, tolerances.grad_bias(reaching, dtype, to, slack)),
+            ("grad_weight", expected.weight, weight_limit),
+            ("grad_bias", expected.bias, tolerances.grad_bias(reaching, dtype, to, slack)),
         ):
             totals[what] = [a + b for a, b in zip(totals[what], (value, limit), strict=True)]
     for what, (value, limit) in totals.items():

@@ -156,7 +156,7 @@ LARGE_CASES = [
     Case((24, 1031, 3, 5), "channels_last"),
 ]
 
-# For each instruction set: past 512 additions in either layout, with a tail shorter than any vector.
+# Cases to run on each instruction set: more than 512 additions in either layout, and a tail shorter than any vector.
 MEDIUM_CASES = [
     Case((9, 3, 41, 43), "contiguous"),
     Case((12, 70, 10, 10), "channels_last"),
@@ -173,14 +173,14 @@ def name(value: object) -> str:
 
 
 def without_repeats(layout: str) -> str:
-    """The layout; contiguous in place of those that repeat values."""
+    """The layout, or contiguous in place of one that repeats values."""
     return "contiguous" if layout.startswith("expanded") else layout
 
 
 def to_layout(values: Tensor, layout: str) -> Tensor:
     """The values with other strides.
 
-    By operations that autograd and vmap know in every mode, so that gradcheck can look through them. The expanded
+    Uses only operations that autograd and vmap know in every mode, so that gradcheck can pass them. The expanded
     layouts repeat their first image or channel, hence change the values.
     """
     if layout == "contiguous":
@@ -243,7 +243,7 @@ def make_residual(
 
 
 class Parameters(NamedTuple):
-    """Those that are None are not passed."""
+    """Parameters and running statistics of a call; those that are None are not passed."""
 
     weight: Tensor | None
     bias: Tensor | None

@@ -10,6 +10,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 
 def saves(word: str) -> Callable[[], Any]:
+    """A `context_fn` of a checkpoint that saves the results of operators with this word in their names."""
+
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if word in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
 

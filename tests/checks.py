@@ -52,7 +52,7 @@ def call(
 
 
 def assert_predicts(op: object, args: Sequence[object], keywords: Mapping[str, object] | None = None) -> object:
-    """Shape, dtype, device and strides of the results are those that the fake kernel predicts; returns the results."""
+    """Assert that the fake kernel predicts the results' shape, dtype, device and strides; returns the results."""
     keywords = keywords or {}
     with FakeTensorMode() as mode:
         fake = lambda v: mode.from_tensor(v) if isinstance(v, Tensor) else v  # noqa: E731
@@ -65,7 +65,7 @@ def assert_predicts(op: object, args: Sequence[object], keywords: Mapping[str, o
 
 
 class Inputs(NamedTuple):
-    """Of a call and of its backward pass."""
+    """The tensors of a call and of its backward pass."""
 
     input: Tensor
     grad_output: Tensor
@@ -108,7 +108,7 @@ def assert_output(
     has_residual: bool,
     act: Act,
 ) -> None:
-    """Values, dtype and strides of the output, and the running statistics that the call left behind."""
+    """Check values, dtype and strides of the output, and the running statistics that the call left behind."""
     assert y.dtype == input.dtype
     assert y.stride() == output_strides(input)
     options = {"training": training, "has_residual": has_residual, "act": act}
@@ -138,8 +138,8 @@ def check_forward(
     act: Act = None,
     fwd: reference.Forward | None = None,
 ) -> Tensor:
-    """Output (values, dtype, strides) and running statistics of one call; returns the output. `fwd`: what the reference
-    says of it, if that is known."""
+    """Check output (values, dtype, strides) and running statistics of one call; returns the output. `fwd` is what the
+    reference gives for it, if that is known."""
     before = [None if t is None else t.detach().clone() for t in (input, residual)]
     stats = params.clone()
     y = call(input, stats, *params[:2], training, momentum, eps, residual, act)
@@ -162,9 +162,9 @@ def check_backward(
     output_too: bool = False,
     fwd: reference.Forward | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gradients (values, dtypes, strides) of those of input, weight, bias and residual that are given; returns them.
+    """Check the gradients (values, dtypes, strides) of input, weight, bias and residual, where given; returns them.
 
-    `output_too`: and what check_forward looks at, without another call of the kernels.
+    With `output_too` also what check_forward looks at, without another call of the kernels.
     """
     stats, dtype, has_residual = params.clone(), input.dtype, residual is not None
     x, weight, bias, added = (
@@ -200,7 +200,7 @@ def check_backward(
 def check_call(
     inputs: Inputs, *, training: bool, momentum: float = 0.1, eps: float = 1e-5, act: Act = None
 ) -> tuple[Tensor, ...]:
-    """A call without a graph, then one with a graph, and backward; returns output and gradients."""
+    """Check a call without a graph, then one with a graph, and backward; returns output and gradients."""
     x, grad_output, params, residual = inputs
     fwd = expected_forward(x, params, training, eps, residual, act)
     options = {"training": training, "eps": eps, "residual": residual, "act": act, "fwd": fwd}

@@ -26,7 +26,7 @@ from torch import distributed
 
 import bnext
 
-# Tests of the benchmark, the tuning study and other libraries' models need them.
+# Packages that only tests of the benchmark, of the tuning study and of other libraries' models need.
 OPTIONAL_PACKAGES = ("matplotlib", "optuna", "pandas", "rich", "sklearn", "sqlalchemy", "timm", "torchvision")
 
 
@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # Removed, so that they do not count as deselected.
+    # What is `not_emulated` is removed from the emulated tests, so that it does not count as deselected.
     items[:] = [item for item in items if not {"simt", "not_emulated"} <= {m.name for m in item.iter_markers()}]
     # Slow tests come first, so that none starts when the other processes have finished; in reverse order, since the
     # slowest are collected last.
@@ -72,7 +72,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "not_emulated: not in emulation, although its file is marked `kernels`")
     config.addinivalue_line("markers", "simt: runs CUDA kernels in emulation (deselect with -m 'not simt')")
     config.addinivalue_line("markers", "gpu: runs on a GPU (select with -m gpu)")
-    config.addinivalue_line("markers", "long: one of those that take minutes together; only with --long")
+    config.addinivalue_line("markers", "long: only with --long, since these tests take minutes together")
     config.addinivalue_line("markers", "slow: takes several seconds (deselect with -m 'not slow')")
     for line in torch_warnings.pytest_lines():
         config.addinivalue_line("filterwarnings", line)
@@ -160,25 +160,26 @@ def check_script(run_python: Callable[..., subprocess.CompletedProcess[str]]) ->
 
 @pytest.fixture(scope="session")
 def pools() -> Iterator[Callable[[int], Pool]]:
-    """Pools by their size, shared by the whole session."""
-    made: dict[int, Pool] = {}
+    """Gives the pool of a size, which the whole session shares."""
+    by_size: dict[int, Pool] = {}
     try:
-        yield lambda size: made.setdefault(size, Pool(size))
+        yield lambda size: by_size.setdefault(size, Pool(size))
     finally:
-        for pool in made.values():
+        for pool in by_size.values():
             pool.close()
 
 
 @pytest.fixture
 def short_lived() -> Iterator[Callable[..., Pool]]:
-    made: list[Pool] = []
+    """Makes pools for one test, with a timeout of their groups."""
+    created: list[Pool] = []
 
     def make(size: int, group_timeout: float = 30.0) -> Pool:
-        made.append(Pool(size, group_timeout))
-        return made[-1]
+        created.append(Pool(size, group_timeout))
+        return created[-1]
 
     yield make
-    for pool in made:
+    for pool in created:
         pool.close()
 
 

@@ -20,7 +20,7 @@ def conv(channels: int, kernel: int = 3) -> nn.Conv2d:
 
 
 class Net(nn.Module):
-    """Has these modules, by name."""
+    """A module with these modules, by name."""
 
     def __init__(self, **modules: nn.Module | None) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Bottleneck(Basic):
 
 
 class ResNet(nn.Module):
-    """The stem is called from a helper, and the blocks in plain Sequentials."""
+    """A helper calls the stem, and the blocks, which lie in plain Sequentials."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class Gate(Net):
 
 
 class Mobile(nn.Module):
-    """MobileNetV3's inverted residual: a gate between, no activation behind the last."""
+    """MobileNetV3's inverted residual: a gate in between, and no activation behind the last batch norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class WithOwnNorm(Net):
 
 
 class Line(Net):
-    """1d, as features and as a sequence."""
+    """1d batch norms, of features and of a sequence."""
 
     def __init__(self) -> None:
         super().__init__(bn1=nn.BatchNorm1d(3), fc1=nn.Linear(3, 3), fc2=nn.Linear(3, 3), bn2=nn.BatchNorm1d(3))
@@ -284,7 +284,7 @@ NETWORKS = {
 
 
 def assert_close(actual: object, expected: object, what: str) -> None:
-    """Up to eight normalisations in a row in float64, forward and backward, each of which may amplify rounding by
+    """Allow for eight normalisations in a row in float64, forward and backward, each of which may amplify rounding by
     the ratio of a value to its standard deviation."""
     if isinstance(expected, (tuple, list, dict)):
         assert type(actual) is type(expected), what
@@ -294,8 +294,8 @@ def assert_close(actual: object, expected: object, what: str) -> None:
     elif isinstance(expected, Tensor) and expected.is_floating_point():
         assert isinstance(actual, Tensor), what
         assert actual.dtype == expected.dtype, what
-        limit = expected.detach().double()
-        assert_within(actual, limit, 1e-11 * (1 + (limit.abs().max() if limit.numel() else 0.0)), what)
+        wide = expected.detach().double()
+        assert_within(actual, wide, 1e-11 * (1 + (wide.abs().max() if wide.numel() else 0.0)), what)
     elif isinstance(expected, Tensor):
         assert torch.equal(actual, expected), what
     else:
@@ -303,7 +303,7 @@ def assert_close(actual: object, expected: object, what: str) -> None:
 
 
 def run(model: nn.Module, inputs: tuple[object, ...], training: bool) -> dict[str, object]:
-    """One pass there and, where the output is a tensor with a gradient, back."""
+    """Run forward and, where the output requires a gradient, backward; return all results by name."""
     seed(17)
     random.seed(17)
     model.train(training).zero_grad()
@@ -321,7 +321,7 @@ def run(model: nn.Module, inputs: tuple[object, ...], training: bool) -> dict[st
 
 
 def assert_same(original: nn.Module, fused: nn.Module, *inputs: object) -> None:
-    """Two steps in training, one in evaluation: outputs, all gradients, running statistics and counters."""
+    """Compare two steps in training and one in evaluation: outputs, all gradients, running statistics and counters."""
     for training in (True, True, False):
         expected, actual = run(original, inputs, training), run(fused, inputs, training)
         assert list(actual) == list(expected)

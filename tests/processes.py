@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 from torch_warnings import all_but_torchs_own_are_errors
 
 START_TIMEOUT = 120.0
-# What the other workers are given to finish once one has failed, and to say where they hang.
+# The seconds that the other workers get to finish once one has failed.
 GRACE = 3.0
 
 
@@ -64,7 +64,7 @@ class _Worker:
         self.connection.close()
 
     def where(self) -> str:
-        """The stacks of a worker that does not answer, and what it printed."""
+        """The stacks of this worker, which does not answer, and what it printed."""
         os.kill(self.process.pid, signal.SIGUSR1)
         time.sleep(0.5)
         return self.printed()
@@ -87,7 +87,7 @@ class Pool:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def start(self) -> None:
-        """Without it the first job pays for the start."""
+        """Start the workers, for which the first job pays otherwise."""
         if self._workers:
             return
         self._folder = tempfile.TemporaryDirectory(prefix="bnext-processes-")
@@ -112,19 +112,19 @@ class Pool:
         message = pickle.dumps((job.__module__, job.__name__, seed, args))
         try:
             for worker in self._workers:
-                # One that died since its last job is found below.
+                # A worker that died since its last job is found below.
                 with contextlib.suppress(OSError):
                     worker.connection.send_bytes(message)
             answers = self._answers(timeout, exits)
         except BaseException:
-            # An interrupt among them.
+            # Also on an interrupt.
             self.close()
             raise
         if exits:
             self.close()
         failures = {rank: value for rank, (good, value) in answers.items() if not good}
         if failures:
-            # All have answered, so that none waits for another, and they can go on.
+            # All workers have answered, so none waits for another, and they can take the next job.
             raise WorkerError("\n".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items())))
         return [answers[rank][1] if rank in answers else None for rank in range(self.size)]
 
@@ -141,7 +141,7 @@ class Pool:
         return [worker.process.pid for worker in self._workers]
 
     def _answers(self, timeout: float, exits: Collection[int] = ()) -> dict[int, tuple[bool, Any]]:
-        """(whether it went well, the result or the traceback) of each rank that answered."""
+        """By the rank of each worker that answered: whether its job went well, and its result or traceback."""
         deadline = time.monotonic() + timeout
         answers: dict[int, tuple[bool, Any]] = {}
         dead: dict[int, str] = {}

@@ -71,17 +71,24 @@ def test_only_backends_know_the_kernels() -> None:
     assert knowing == {"cpu_backend.cpp", "cuda_backend.cpp", "module.cpp", "output_memory.cpp"}
 
 
-# Each may include those before it.
-TENSOR_LEVEL = ["backend", "tensors", "forward", "backward", "dispatcher", "sync", "autograd", "module"]
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_includes_have_no_circle(folder: str) -> None:
+    """A header and its source count as one file."""
+    included: dict[str, set[str]] = {}
+    for path in sources(folder):
+        own = {Path(i).stem for bracket, i in includes(path) if bracket == '"' and (path.parent / i).exists()}
+        included[path.stem] = included.get(path.stem, set()) | own - {path.stem}
+    graphlib.TopologicalSorter(included).prepare()
 
 
-@pytest.mark.parametrize("name", TENSOR_LEVEL)
-def test_the_tensor_level_points_one_way(name: str) -> None:
-    later = TENSOR_LEVEL[TENSOR_LEVEL.index(name) + 1 :]
-    files = [path for path in sources("tensor") if path.stem == name]
-    assert files, f"csrc/tensor/{name}.* is gone"
-    for path in files:
-        assert {Path(i).stem for bracket, i in includes(path) if bracket == '"'}.isdisjoint(later), path.name
+def test_calls_pass_from_autograd_to_the_backends() -> None:
+    """Each of these files of csrc/tensor includes none of those after it."""
+    order = ["backend", "tensors", "forward", "backward", "dispatcher", "sync", "autograd", "module"]
+    for position, name in enumerate(order):
+        files = [path for path in sources("tensor") if path.stem == name]
+        assert files, f"csrc/tensor/{name}.* is gone"
+        for path in files:
+            assert {Path(i).stem for _, i in includes(path)}.isdisjoint(order[position + 1 :]), path.name
 
 
 # Modules and packages by name, and the files of each.
@@ -90,7 +97,7 @@ MODULES |= {path.parent.name: sorted(path.parent.glob("*.py")) for path in sorte
 
 
 def imported_modules(name: str) -> set[str]:
-    """Modules of the package that one imports at any level, itself apart; names taken from the package itself count as
+    """The other modules of the package that one imports at any level; names taken from the package itself count as
     `__init__`, unless they are modules."""
     return set().union(*map(imported_by, MODULES[name])) - {name}
 
@@ -126,9 +133,9 @@ def test_python_imports_point_from_convert_to_functional() -> None:
     assert {"modules", "fusion"} <= imported_modules("convert")
 
 
-# Prints the attributes of torch's modules and classes that another object took the place of while bnext was imported:
-# those of two patches that are made meanwhile, to see that they are noticed, and no others. A module that is imported
-# meanwhile becomes an attribute, in the place of none.
+# Prints the attributes of torch's modules and classes that were replaced while bnext was imported. Two are replaced on
+# purpose, to see that a patch is noticed, and no others may be. A module that is imported meanwhile becomes a new
+# attribute, and replaces none.
 IMPORT = """
 import sys
 import torch, torch.distributed, torch.nn.parallel
@@ -140,7 +147,7 @@ def attributes():
             continue
         found.update({(name, key): value for key, value in list(vars(module).items())})
         for each in list(vars(module).values()):
-            # isinstance() would ask an object that lies about its class, and torch's deprecated ones warn of that.
+            # isinstance() reads __class__, at which torch's deprecated objects warn.
             if issubclass(type(each), type) and each.__module__ == name:
                 found.update({(f"{name}.{each.__qualname__}", key): value for key, value in list(vars(each).items())})
     return found
@@ -160,7 +167,7 @@ assert sys.modules.keys().isdisjoint({"timm", "torchvision", "detectron2"})
 
 
 def test_import_is_quiet_and_patches_nothing(run_python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    """Nor does it load a compiler, and no conversion the libraries whose layers it knows."""
+    """The import loads no compiler either, and a conversion none of the libraries whose layers it knows."""
     done = run_python("-W", "error", "-c", IMPORT)
     planted = {"torch.nn.parallel.distributed.DistributedDataParallel.forward", "torch.relu"}
     assert (done.returncode, set(done.stdout.split()), done.stderr) == (0, planted, "")

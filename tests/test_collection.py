@@ -19,7 +19,7 @@ TESTS = Path(__file__).parent
         ("bnext.nonsense", "Interrupted: 1 error during collection"),  # no optional package
     ],
 )
-def test_a_missing_module(tmp_path: Path, missing: str, told: str) -> None:
+def test_only_a_missing_optional_package_skips_a_file(tmp_path: Path, missing: str, told: str) -> None:
     (tmp_path / "test_it.py").write_text(f'raise ModuleNotFoundError("No module named {missing!r}")\n')
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "conftest", "-p", "no:cacheprovider", str(tmp_path)],

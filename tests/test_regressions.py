@@ -1,4 +1,4 @@
-"""What has failed in other batch norms, below the number of the public issue that reported it.
+"""What has failed in other batch norms. The number of the public issue that reported it stands above each test.
 
 Issues about speed alone (pytorch#60063, #50549, #69525, #52011, #38915, #12006, #57034) are measured by the benchmark;
 those about CUDA, SyncBatchNorm and fusion have their tests beside that code. Cases that other tests hold:
@@ -20,7 +20,8 @@ those about CUDA, SyncBatchNorm and fusion have their tests beside that code. Ca
 
 from __future__ import annotations
 
-import os
+import re
+from pathlib import Path
 
 import pytest
 import reference
@@ -47,7 +48,7 @@ def test_channels_last_with_channels_that_are_no_power_of_two(channels: int) -> 
     check_call(inputs, training=True)
 
 
-# ATen's SyncBatchNorm, read in its source
+# found in the source of ATen's SyncBatchNorm
 def test_counts_that_bfloat16_does_not_hold() -> None:
     # In bfloat16 257 is 256, and adding 3 to 1000 changes nothing.
     rows = (257, 1000, 3)
@@ -66,7 +67,7 @@ def test_counts_that_bfloat16_does_not_hold() -> None:
 # inplace_abn#155
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_expanded_grad_output(layout: str) -> None:
-    # As global average pooling hands it back: one value an image and channel, expanded over space.
+    # The gradient of global average pooling: one value an image and channel, expanded over space.
     g = torch.randn(4, 5, 1, 1).expand(4, 5, 6, 6)
     check_call(make_inputs((4, 5, 6, 6), layout)._replace(grad_output=g), training=True)
 
@@ -74,15 +75,17 @@ def test_expanded_grad_output(layout: str) -> None:
 # pytorch#13844, #11382
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_channels_of_very_different_scale(layout: str) -> None:
-    # Channels as real networks have them side by side: magnitudes from 1e-4 to 1e4, means far beyond the spread.
+    # Real networks have such channels side by side: magnitudes from 1e-4 to 1e4, means far beyond the spread.
     scale = torch.logspace(-4, 4, 17).view(1, -1, 1, 1)
     offset = torch.linspace(-100, 100, 17).view(1, -1, 1, 1) * scale
     x = to_layout(torch.randn(8, 17, 14, 14) * scale + offset, layout)
     check_call(make_inputs(tuple(x.shape))._replace(input=x), training=True, eps=1e-12)
 
 
-def free_memory() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def available_memory() -> int:
+    """Bytes, those included that the system would take from its cache of files."""
+    (kilobytes,) = re.findall(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return 1024 * int(kilobytes)
 
 
 # flashinfer#3391
@@ -90,8 +93,8 @@ def free_memory() -> int:
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("extra", [pytest.param(-1, marks=pytest.mark.long, id="below"), pytest.param(1, id="beyond")])
 def test_both_sides_of_two_to_the_31_elements(extra: int, layout: str) -> None:
-    if free_memory() < 12 * 2**30:
-        pytest.skip("needs 12 GiB of free memory: two tensors of 2^31 bfloat16 values, and room")
+    if available_memory() < 12 * 2**30:
+        pytest.skip("needs 12 GiB of memory: two tensors of 2^31 bfloat16 values, and room")
     # The data repeats after `period` rows, so the statistics, and the results, are those of one period.
     channels, period, width = 2, 4, 2**12
     rows = 2**31 // (channels * width) + extra * period

@@ -63,6 +63,7 @@ CHAIN = 512
 
 
 def unit(dtype: torch.dtype) -> float:
+    """The unit roundoff of the arithmetic; for float64 twice that, since the reference errs as much."""
     return 2.0**-53 * 2 if dtype == torch.float64 else 2.0**-24
 
 
@@ -82,12 +83,13 @@ def half_ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def statistics(count: int, dtype: torch.dtype) -> float:
+    """The error of a channel's statistics, in units of its standard deviation."""
     length = chain(count, dtype)
     return unit(dtype) * (2 + math.sqrt(length) / math.sqrt(max(1.0, count / length)))
 
 
 def mean_rounding(fwd: Forward) -> Tensor:
-    """What storing the mean (and the reference's) as a double moves xhat by; shape (C,)."""
+    """How far xhat moves because the mean, and the reference's, is stored as a double; shape (C,)."""
     return 2.0**-52 * fwd.mean.abs() * fwd.invstd
 
 
@@ -126,7 +128,7 @@ def preactivation(
 
 
 class Shape(NamedTuple):
-    """Of an activation: the largest |act'| and |act''|, and for each kink the jump of act' there."""
+    """An activation's largest |act'| and |act''|, and for each kink the jump of act' there."""
 
     steepest: float
     curvature: float
@@ -156,7 +158,7 @@ def only_selects(act: Act) -> bool:
 
 
 def coarseness(act: Act, dtype: torch.dtype) -> float:
-    """Of act(z), relative; of act'(z) a quarter of it, absolute."""
+    """The relative error of a coarse act(z); a quarter of it is the absolute error of act'(z)."""
     return 2.0**-16 if dtype.itemsize == 2 and reference.named(act)[0] in ("silu", "gelu", "mish", "elu") else 0.0
 
 
@@ -184,9 +186,9 @@ def slack(
 ) -> Tensor:
     """|g*act'(z) - reference| where the product is not rounded to a dtype."""
     e = preactivation(fwd, weight, bias, dtype, **about)
-    of = shape(act)
-    error = of.curvature * e
-    for kink, jump in of.kinks.items():
+    activation = shape(act)
+    error = activation.curvature * e
+    for kink, jump in activation.kinks.items():
         # A z that is exact (weight, bias and residual of zero) lies on one side, or on the kink as in torch.
         error = torch.where((e > 0) & ((fwd.z - kink).abs() <= e), error + jump, error)
     if not only_selects(act):

@@ -3,12 +3,12 @@
 import time
 from collections.abc import Callable
 
-PATIENCE_S = 60  # on a machine that does much else
+PATIENCE_S = 60  # long, for a machine that is busy
 
 
-def until(true: Callable[[], bool]) -> None:
+def until(condition: Callable[[], bool]) -> None:
     """Return as soon as the condition is true."""
     end = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < end, "it is not so after all this time"
+    while not condition():
+        assert time.monotonic() < end, f"the condition is still false after {PATIENCE_S} s"
         time.sleep(0.05)

@@ -215,9 +215,9 @@ def wave(device: Device, kernel: Kernel, groups: int) -> Wave:
     sms = min(device.sms, blocks)
     blocks_per_sm = blocks / sms
     row_bytes = plan.tile_width * kernel.element_bytes
-    # Two of the tiles at work at once are adjacent.
-    run = row_bytes * min(groups, 2)
-    dram_rate = device.copy_rate * run / (run + device.row_start)
+    # Two of the tiles at work at once are adjacent. Where a single tile takes whole rows, memory is read in order.
+    run = row_bytes * min(groups, 2) if plan.tiles > 1 else inf
+    dram_rate = device.copy_rate / (1 + device.row_start / run)
     most = min(device.l2_rate, sms * device.sm_rate * device.clock)
     # A thread has so many bytes of the ring in flight, for the latency of a load.
     under_way = blocks * plan.ring * plan.threads_x * plan.threads_y * VECTOR_BYTES * call.sums_read

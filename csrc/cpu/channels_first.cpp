@@ -3,7 +3,7 @@
 // A group of channels that the second-level cache holds is reduced and then mapped while it is still there, so
 // that main memory sees one read and one write. Where there are too few channels to keep the threads busy, each
 // channel is cut into chunks, with a barrier between reducing and mapping. Where there is nothing to reduce, planes
-// are mapped in memory order. Planes of a few elements are taken as columns.
+// are mapped in memory order. Planes of a few elements are taken as columns (plane_columns.h).
 
 #include <algorithm>
 #include <vector>
@@ -11,6 +11,7 @@
 #include "../common/mask.h"
 #include "../common/statistics.h"
 #include "isa/dispatch.h"
+#include "plane_columns.h"
 #include "traversal.h"
 #include "valid.h"
 
@@ -19,21 +20,6 @@ namespace {
 
 constexpr std::int64_t kGroupBytes = 262144;
 constexpr std::int64_t kMinGroups = 16;  // fewer tasks cannot be shared out evenly
-
-// Planes of at most kMaxColumnPlane elements are taken as columns, from kMinColumnRows images on. The moments' sums
-// read one input and repeat only the shift for each column, so they take larger planes too, from more images on.
-constexpr std::int64_t kMaxColumnPlane = 64;
-constexpr std::int64_t kMinColumnRows = 8;
-constexpr std::int64_t kMaxMomentsPlane = 256;
-constexpr std::int64_t kMinMomentsRows = 32;
-
-// Where there is nothing to reduce, planes of more than kMaxMappedPlaneBytes are mapped in memory order: few enough of
-// their registers are tails. Smaller planes are mapped as columns, in rows of about kMappedRowBytes, as short rows lie
-// too far apart. At least kMinMappedRows rows, if there are as many, share one copy of the repeated coefficients.
-constexpr std::int64_t kMaxMappedPlaneBytes = 160;
-constexpr std::int64_t kMappedRowBytes = 16384;
-constexpr std::int64_t kMinMappedRows = 64;
-constexpr std::int64_t kMinMappedTasks = 4;
 
 // In at most kFewImages images a channel is hardly more than a plane. Planes of at most kMaxPlaneOfFewImages elements
 // are then mapped an image at a time, in memory order, by one kernel call for all channels of a group.
@@ -50,22 +36,14 @@ constexpr std::int64_t kMaxRowsPrefetched = 8;
 // place in the next image.
 constexpr std::int64_t kMaxLinePrefetchedBytes = 1024;
 
-// The sum in eight chains, which do not wait for each other.
-double sum_of(const double* values, std::int64_t n) {
-  constexpr std::int64_t kChains = 8;
-  double sums[kChains] = {};
-  std::int64_t i = 0;
-  for (; i + kChains <= n; i += kChains) {
-    for (std::int64_t k = 0; k < kChains; ++k) sums[k] += values[i + k];
-  }
-  for (std::int64_t k = 0; i + k < n; ++k) sums[k] += values[i + k];
-  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
-}
-
 class ChannelsFirst {
  public:
   ChannelsFirst(const Problem& problem, const ChannelOp& op)
-      : problem_(problem), op_(op), kernels_(current_kernels()), mask_row_(mask_row_bytes(problem.HW, kCpuMaskLanes)) {
+      : problem_(problem),
+        op_(op),
+        kernels_(current_kernels()),
+        plane_columns_(problem, op, kernels_),
+        mask_row_(mask_row_bytes(problem.HW, kCpuMaskLanes)) {
     const std::int64_t HW = problem.HW;
     if (op.samples != nullptr) {
       for (int i = 0; i < op.samples->samples; ++i) {
@@ -99,11 +77,9 @@ class ChannelsFirst {
   void run(const Parallel& parallel) const {
     const std::int64_t C = problem_.C;
     const std::int64_t channel_bytes = problem_.count() * element_size(problem_.dtype) * op_.inputs();
-    const std::int64_t plane_bytes = problem_.HW * element_size(problem_.dtype);
-    if (!op_.reduces && takes_columns() && op_.mask == nullptr && plane_bytes <= kMaxMappedPlaneBytes) {
-      run_in_columns(parallel);
-    } else if (!op_.reduces && problem_.N * C >= kMinGroups) {
-      run_in_order(parallel);
+    const bool in_columns = plane_columns_.take_map_alone();
+    if (!op_.reduces && (in_columns || problem_.N * C >= kMinGroups)) {
+      run_map_alone(parallel, in_columns);
     } else if (C >= kMinGroups || chunks_ == 1) {
       const std::int64_t fitting = kGroupBytes / channel_bytes;
       const std::int64_t most = C / kMinGroups;
@@ -115,11 +91,16 @@ class ChannelsFirst {
   }
 
  private:
-  void run_in_order(const Parallel& parallel) const {
+  void run_map_alone(const Parallel& parallel, bool in_columns) const {
     const std::int64_t C = problem_.C;
     Coefficients coefficients(map_coefficients_of(op_.map_op), C);
     finish(0, C, SumsTable(C), coefficients);
     if (!op_.maps()) return;
+    in_columns ? plane_columns_.map_all(parallel, coefficients) : map_in_order(parallel, coefficients);
+  }
+
+  void map_in_order(const Parallel& parallel, const Coefficients& coefficients) const {
+    const std::int64_t C = problem_.C;
     const std::int64_t planes = problem_.N * C;
     const std::int64_t share = divide_up(kChunkElements, problem_.HW);  // planes of a task
     parallel(divide_up(planes, share), [&](std::int64_t begin, std::int64_t end) {
@@ -134,33 +115,10 @@ class ChannelsFirst {
     });
   }
 
-  // Maps planes as columns where nothing is reduced: as many channels at a time as fill a row of kMappedRowBytes.
-  void run_in_columns(const Parallel& parallel) const {
-    const std::int64_t C = problem_.C;
-    Coefficients coefficients(map_coefficients_of(op_.map_op), C);
-    finish(0, C, SumsTable(C), coefficients);
-    if (!op_.maps()) return;
-    const std::int64_t image_bytes = C * problem_.HW * element_size(problem_.dtype);
-    // Each piece of rows spreads the coefficients over its columns anew.
-    const std::int64_t pieces = std::max<std::int64_t>(1, problem_.N / kMinMappedRows);
-    const std::int64_t fewest = divide_up(kMinMappedTasks, pieces);
-    const std::int64_t group = divide_up(C, std::max(fewest, image_bytes / kMappedRowBytes));
-    const std::int64_t groups = divide_up(C, group);
-    const std::int64_t rows = divide_up(problem_.N, pieces);
-    parallel(groups * divide_up(problem_.N, rows), [&](std::int64_t begin, std::int64_t end) {
-      Columns columns(0);
-      for (std::int64_t task = begin; task < end; ++task) {
-        const std::int64_t c0 = task % groups * group;
-        const std::int64_t n0 = task / groups * rows;
-        map_columns(c0, std::min(group, C - c0), n0, std::min(rows, problem_.N - n0), coefficients, c0, columns);
-      }
-    });
-  }
-
   // Maps consecutive planes of one image. The coefficients of their channels begin at index j.
   void map_planes(std::int64_t plane, std::int64_t planes, const Coefficients& coefficients, std::int64_t j) const {
     for (const std::int64_t end = plane + planes; plane < end;) {
-      const std::int64_t rows = alike(coefficients, j, end - plane);
+      const std::int64_t rows = coefficients.alike(j, end - plane);
       const Compute compute = coefficients.compute(j);
       MapArgs args;
       args.block =
@@ -170,7 +128,7 @@ class ChannelsFirst {
       coefficients.pass(j, compute, args.coefficients);
       args.coefficient_step = 1;
       args.write_prefetch = line_;
-      run_map(kernels_.map_segments, args, plane * problem_.HW, compute);
+      op_.map(kernels_.map_segments, problem_.dtype, compute, plane * problem_.HW, args);
       plane += rows;
       j += rows;
     }
@@ -192,15 +150,11 @@ class ChannelsFirst {
 
   void run_fused(const Parallel& parallel, std::int64_t group) const {
     const std::int64_t C = problem_.C;
-    const bool small = takes_columns();
-    // A mask's rows are planes, so that kernels for columns can neither read nor write it.
-    const bool moments = op_.reduce_op == ReduceOp::kMomentSums;
-    const bool reduces_columns =
-        moments ? small || takes_columns(kMaxMomentsPlane, kMinMomentsRows) : small && !op_.epilogue.has_mask;
-    const bool maps_columns = small && op_.mask == nullptr;
+    const bool reduces_columns = plane_columns_.take_reduction();
+    const bool maps_columns = plane_columns_.take_map();
     parallel(divide_up(C, group), [&](std::int64_t begin, std::int64_t end) {
       Group of(op_, group);
-      Columns columns(reduces_columns ? group * problem_.HW : 0);
+      PlaneColumns::Buffers columns(reduces_columns ? group * problem_.HW : 0);
       for (std::int64_t task = begin; task < end; ++task) {
         const std::int64_t c0 = task * group;
         const std::int64_t n = C - c0 < group ? C - c0 : group;
@@ -210,7 +164,7 @@ class ChannelsFirst {
             reduce_columns(c0, n, of, columns);
           } else {
             for (std::int64_t j = 0; j < n;) {
-              const std::int64_t channels = alike(of.reduce, j, n - j);
+              const std::int64_t channels = of.reduce.alike(j, n - j);
               reduce_channels(c0 + j, j, channels, of, of.reduce.compute(j));
               j += channels;
             }
@@ -220,7 +174,7 @@ class ChannelsFirst {
         finish(c0, n, of.sums, of.map);
         if (!op_.maps()) continue;
         if (maps_columns) {
-          map_columns(c0, n, 0, problem_.N, of.map, 0, columns);
+          plane_columns_.map(c0, n, 0, problem_.N, of.map, 0, columns);
           continue;
         }
         if (problem_.HW <= kMaxColumnPlane || (problem_.N <= kFewImages && problem_.HW <= kMaxPlaneOfFewImages)) {
@@ -268,13 +222,6 @@ class ChannelsFirst {
     coefficients.narrow(kernels_, problem_.dtype, n);
   }
 
-  // How many of n channels from j on are computed in the same type as the first.
-  static std::int64_t alike(const Coefficients& coefficients, std::int64_t j, std::int64_t n) {
-    std::int64_t count = 1;
-    while (count < n && coefficients.compute(j + count) == coefficients.compute(j)) ++count;
-    return count;
-  }
-
   void set_reduce_coefficients(std::int64_t c0, std::int64_t n, Group& of) const {
     double* const shift = of.reduce.wide.data();
     if (op_.samples != nullptr) {
@@ -297,88 +244,21 @@ class ChannelsFirst {
     for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) reduce(c, n, chunk, of.reduce, j, compute, first, second);
   }
 
+  // A channel must not change another's bits, so one whose coefficients do not fit float32 is reduced by itself.
+  void reduce_columns(std::int64_t c0, std::int64_t n, Group& of, PlaneColumns::Buffers& columns) const {
+    plane_columns_.reduce(c0, n, of.reduce, columns, of.sums);
+    for (std::int64_t j = 0; j < n; ++j) {
+      const Compute compute = of.reduce.compute(j);
+      if (compute != opmath_compute(problem_.dtype)) reduce_channels(c0 + j, j, 1, of, compute);
+    }
+  }
+
   void recompute_fp64(std::int64_t c0, std::int64_t n, Group& of) const {
     if (!op_.find_needs_fp64(channels_of(c0, n, of.sums, of.reduce, 0), of.needs_fp64.data())) return;
     for (std::int64_t j = 0; j < n; ++j) {
       if (of.needs_fp64[j] == 0) continue;
       of.sums.shift[j] = of.reduce.wide[j] = op_.refined_shift(of.sums.of(j));
       reduce_channels(c0 + j, j, 1, of, Compute::kFloat64);
-    }
-  }
-
-  // Planes of a few elements would each end in a tail. A group of n channels is also a matrix of N rows and n*HW
-  // columns, each of which belongs to one channel. (An image's valid bits would have to be repeated for each channel.)
-  bool takes_columns(std::int64_t max_plane = kMaxColumnPlane, std::int64_t min_rows = kMinColumnRows) const {
-    return problem_.HW <= max_plane && problem_.N >= min_rows && op_.valid == nullptr;
-  }
-
-  // Buffers for the columns of a group.
-  struct Columns {
-    explicit Columns(std::int64_t columns) : sums(static_cast<std::size_t>(2 * columns)) {}
-
-    std::vector<double> sums;
-    // Coefficients in float64 and in float32; mostly only one of the two is ever filled.
-    std::vector<double> wide;
-    std::vector<float> single;
-  };
-
-  // The columns of n channels in `rows` images, as a block whose first element is at `offset`.
-  Block columns_of(std::int64_t offset, std::int64_t n, std::int64_t rows) const {
-    return op_.block(problem_.dtype, offset, rows, n * problem_.HW, problem_.C * problem_.HW, 0, 0);
-  }
-
-  // Repeats the coefficients of n channels from j on for each of their columns: [coefficient][column].
-  template <int kMax>
-  void spread(const Coefficients& of, std::int64_t j, std::int64_t n, Compute compute, Columns& to,
-              const void* (&coefficients)[kMax]) const {
-    const auto repeat = [&](const auto& from, auto& columns) {
-      const auto needed = static_cast<std::size_t>(of.count * n * problem_.HW);
-      if (columns.size() < needed) columns.resize(needed);
-      for (int k = 0; k < of.count; ++k) {
-        auto* const row = columns.data() + k * n * problem_.HW;
-        for (std::int64_t i = 0; i < n; ++i) {
-          std::fill_n(row + i * problem_.HW, problem_.HW, from[k * of.channels + j + i]);
-        }
-        coefficients[k] = row;
-      }
-    };
-    compute == Compute::kFloat32 ? repeat(of.single, to.single) : repeat(of.wide, to.wide);
-  }
-
-  void reduce_columns(std::int64_t c0, std::int64_t n, Group& of, Columns& columns) const {
-    const Compute natural = opmath_compute(problem_.dtype);
-    std::fill(columns.sums.begin(), columns.sums.end(), 0.0);
-    ReduceArgs args;
-    args.block = columns_of(c0 * problem_.HW, n, problem_.N);
-    spread(of.reduce, 0, n, natural, columns, args.coefficients);
-    args.epilogue = op_.epilogue;
-    args.first = columns.sums.data();
-    args.second = args.first + n * problem_.HW;
-    kernels_.reduce_columns[static_cast<int>(problem_.dtype)][static_cast<int>(natural)]
-                           [static_cast<int>(op_.reduce_op)](args);
-    for (std::int64_t j = 0; j < n; ++j) {
-      // A channel must not change another's bits, so one whose coefficients do not fit float32 is reduced alone.
-      if (of.reduce.compute(j) != natural) {
-        reduce_channels(c0 + j, j, 1, of, of.reduce.compute(j));
-        continue;
-      }
-      of.sums.first[j] = sum_of(args.first + j * problem_.HW, problem_.HW);
-      of.sums.second[j] = sum_of(args.second + j * problem_.HW, problem_.HW);
-    }
-  }
-
-  // Maps n channels from c0 on in `rows` images from n0 on. The channels' coefficients begin at index j.
-  void map_columns(std::int64_t c0, std::int64_t n, std::int64_t n0, std::int64_t rows, const Coefficients& of,
-                   std::int64_t j, Columns& columns) const {
-    for (std::int64_t done = 0; done < n;) {
-      const std::int64_t count = alike(of, j + done, n - done);
-      const Compute compute = of.compute(j + done);
-      const std::int64_t offset = (n0 * problem_.C + c0 + done) * problem_.HW;
-      MapArgs args;
-      args.block = columns_of(offset, count, rows);
-      spread(of, j + done, count, compute, columns, args.coefficients);
-      run_map(kernels_.map_columns, args, offset, compute);
-      done += count;
     }
   }
 
@@ -406,15 +286,13 @@ class ChannelsFirst {
     ReduceArgs args;
     args.block = block_of(c, chunk, offset);
     coefficients.pass(j, compute, args.coefficients);
-    args.epilogue = op_.epilogue;
     args.prefetch_distance = prefetch_distance_;
     args.first = first;
     args.second = second;
     args.channels = n;
     args.channel_stride = problem_.HW;
     args.mask_channel_stride = mask_row_;
-    kernels_.reduce_segments[static_cast<int>(problem_.dtype)][static_cast<int>(compute)]
-                            [static_cast<int>(op_.reduce_op)](args);
+    op_.reduce(kernels_.reduce_segments, problem_.dtype, compute, args);
   }
 
   // `next`: elements from channel c to its counterpart in the next group, which is prefetched; 0: no prefetch.
@@ -426,20 +304,13 @@ class ChannelsFirst {
     args.prefetch_distance = next;
     args.write_prefetch = write_prefetch_;
     coefficients.pass(j, coefficients.compute(j), args.coefficients);
-    run_map(kernels_.map_segments, args, offset, coefficients.compute(j));
-  }
-
-  // Adds the outputs of the block, whose first element is at `offset`, and the epilogue to `args`; runs the kernel.
-  template <typename Kernels>
-  void run_map(const Kernels& kernels, MapArgs& args, std::int64_t offset, Compute compute) const {
-    op_.place(args, problem_.dtype, offset);
-    args.epilogue = op_.epilogue;
-    kernels[static_cast<int>(problem_.dtype)][static_cast<int>(compute)][static_cast<int>(op_.map_op)](args);
+    op_.map(kernels_.map_segments, problem_.dtype, coefficients.compute(j), offset, args);
   }
 
   const Problem& problem_;
   const ChannelOp& op_;
   const KernelTable& kernels_;
+  PlaneColumns plane_columns_;
   std::int64_t sample_offsets_[kMaxSamples];  // of a channel's samples from its first element
   std::int64_t mask_row_;                     // bytes of a plane's mask
   std::int64_t valid_row_;

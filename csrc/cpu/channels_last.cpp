@@ -258,7 +258,6 @@ class ChannelsLast {
     ReduceArgs args;
     args.block = block_of(chunk, column, rows, len);
     const Padding padding(*this, chunk, args.block);
-    args.epilogue = op_.epilogue;
     coefficients.pass(j, compute, args.coefficients);
     args.first = first;
     args.second = second;
@@ -267,8 +266,7 @@ class ChannelsLast {
     if (padding.is_all) return;
     args.tile_rows = tile_rows_;
     args.prefetch_distance = row_bytes_ > kHardwarePrefetchedBytes ? prefetch_distance_ : 0;
-    kernels_.reduce_columns[static_cast<int>(problem_.dtype)][static_cast<int>(compute)]
-                           [static_cast<int>(op_.reduce_op)](args);
+    op_.reduce(kernels_.reduce_columns, problem_.dtype, compute, args);
   }
 
   // The sums of channels [c, c + n) over all chunks and all of their folded columns, added in a fixed order.
@@ -304,12 +302,9 @@ class ChannelsLast {
     MapArgs args;
     args.block = block_of(chunk, column, rows, len);
     const Padding padding(*this, chunk, args.block);
-    op_.place(args, problem_.dtype, first_of(chunk) + column);
     args.prefetch_distance = op_.non_temporal ? prefetch_distance_ : 0;
-    args.epilogue = op_.epilogue;
     coefficients.pass(j, compute, args.coefficients);
-    kernels_.map_columns[static_cast<int>(problem_.dtype)][static_cast<int>(compute)][static_cast<int>(op_.map_op)](
-        args);
+    op_.map(kernels_.map_columns, problem_.dtype, compute, first_of(chunk) + column, args);
   }
 
   std::int64_t rows_of(std::int64_t chunk) const {

@@ -94,8 +94,7 @@ struct MapArgs {
   bool non_temporal = false;           // store past the caches, where the alignment allows
   bool in_order = false;               // columns: one row after the other
   std::int64_t prefetch_distance = 0;  // with element i, prefetch input i + prefetch_distance, unless 0
-  std::int64_t write_prefetch =
-      0;  // segments: with element i, prefetch output i + write_prefetch for writing, unless 0
+  std::int64_t write_prefetch = 0;     // segments: the same for the outputs, to be written
 };
 
 // shift[j] = shift_of_samples() (common/samples.h) of in[offsets[i] + j*stride] over i, for j < len: their mean in the
@@ -143,11 +142,14 @@ struct ChannelKernels {
 using NarrowKernel = void (*)(const double* wide, std::int64_t n, float* single, std::uint8_t* fits);
 
 // Indexed [dtype][compute][op]; float64 data has no float32 compute, and those entries are null.
+using ReduceKernels = ReduceKernel[kDTypes][kComputes][kReduceOps];
+using MapKernels = MapKernel[kDTypes][kComputes][kMapOps];
+
 struct KernelTable {
-  ReduceKernel reduce_segments[kDTypes][kComputes][kReduceOps];
-  ReduceKernel reduce_columns[kDTypes][kComputes][kReduceOps];
-  MapKernel map_segments[kDTypes][kComputes][kMapOps];
-  MapKernel map_columns[kDTypes][kComputes][kMapOps];
+  ReduceKernels reduce_segments;
+  ReduceKernels reduce_columns;
+  MapKernels map_segments;
+  MapKernels map_columns;
   SampleKernel sample[kDTypes];
   NarrowKernel narrow;
   ChannelKernels training;

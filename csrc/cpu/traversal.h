@@ -51,11 +51,20 @@ struct ChannelOp {
     return block;
   }
 
-  // Sets where the results of that block go, and how they are stored.
-  void place(MapArgs& args, DType dtype, std::int64_t first) const {
+  // Runs the microkernel of the reduction, one of `kernels`. The caller has set the block, coefficients and sums.
+  void reduce(const ReduceKernels& kernels, DType dtype, Compute compute, ReduceArgs& args) const {
+    args.epilogue = epilogue;
+    kernels[static_cast<int>(dtype)][static_cast<int>(compute)][static_cast<int>(reduce_op)](args);
+  }
+
+  // Runs the microkernel of the map, one of `kernels`. The caller has set the coefficients and the block, whose first
+  // element is at offset `first` of the tensors.
+  void map(const MapKernels& kernels, DType dtype, Compute compute, std::int64_t first, MapArgs& args) const {
+    for (int k = 0; k < 2; ++k) args.out[k] = advance(out[k], first, dtype);
+    args.epilogue = epilogue;
     args.non_temporal = non_temporal;
     args.in_order = exceeds_l2;
-    for (int k = 0; k < 2; ++k) args.out[k] = advance(out[k], first, dtype);
+    kernels[static_cast<int>(dtype)][static_cast<int>(compute)][static_cast<int>(map_op)](args);
   }
 
   void reduce_coefficients(const Channels& channels) const { kernels.reduce_coefficients(op, channels); }
@@ -98,6 +107,14 @@ struct Coefficients {
   // The compute type of channel j: float32, unless its coefficients do not fit, or the data is float64.
   Compute compute(std::int64_t j) const { return fits[j] != 0 ? Compute::kFloat32 : Compute::kFloat64; }
 
+  // How many of n channels from j on are computed in the same type as the first.
+  std::int64_t alike(std::int64_t j, std::int64_t n) const {
+    const std::uint8_t* const at = fits.data() + j;
+    std::int64_t count = 1;
+    while (count < n && at[count] == at[0]) ++count;
+    return count;
+  }
+
   // Fills `single` and `fits` for channels j < n. The caller has set their wide[k][j].
   void narrow(const KernelTable& kernels, DType dtype, std::int64_t n) {
     const bool natural = opmath_compute(dtype) == Compute::kFloat32;
@@ -121,7 +138,7 @@ struct Coefficients {
   std::int64_t channels;
   std::vector<double> wide;
   std::vector<float> single;
-  std::vector<std::uint8_t> fits;  // whether a channel's coefficients fit float32
+  std::vector<std::uint8_t> fits;  // 1 where a channel's coefficients fit float32, else 0
 };
 
 // n channels from c on, which begin at index j of the tables.

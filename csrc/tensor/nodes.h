@@ -59,10 +59,9 @@ struct SavedCall : CallSettings {
 };
 
 // The gradient of all forward operators: (input, weight, bias, residual).
-class BatchNormBackward : public torch::autograd::Node {
+class BatchNormBackward : public RecomputableNode {
  public:
   SavedCall call;
-  std::shared_ptr<RecomputedOutput> output;  // null where the output is not recomputed
 
   std::string name() const override;
   void release_variables() override;

@@ -12,7 +12,6 @@
 
 #include "checks.h"
 #include "dispatcher.h"
-#include "nodes.h"
 
 namespace bnext::autograd {
 namespace {
@@ -127,7 +126,7 @@ std::shared_ptr<RecomputedOutput> RecomputedOutput::of(const Tensor& output, con
 
 std::shared_ptr<RecomputedOutput> RecomputedOutput::behind(const Tensor& tensor) {
   const at::TensorBase& whole = base_of(tensor);
-  const auto* const node = dynamic_cast<const BatchNormBackward*>(whole.grad_fn().get());
+  const auto* const node = dynamic_cast<const RecomputableNode*>(whole.grad_fn().get());
   if (node == nullptr || node->output == nullptr || tensor._version() != 0) return nullptr;
   const RecomputedOutput& output = *node->output;
   const bool same_numbers = tensor.has_storage() &&

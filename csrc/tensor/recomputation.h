@@ -6,6 +6,7 @@
 #include <c10/core/StorageImpl.h>
 #include <c10/core/Stream.h>
 #include <c10/util/intrusive_ptr.h>
+#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
 #include <cstdint>
@@ -112,6 +113,12 @@ class RecomputedOutput {
   std::int64_t users_ = 0;
   std::int64_t waiting_ = 0;  // users that have not unpacked it since it was recomputed
   std::uint64_t rounds_ = 0;  // how often it was recomputed
+};
+
+// The node of a call whose output may be recomputed.
+class RecomputableNode : public torch::autograd::Node {
+ public:
+  std::shared_ptr<RecomputedOutput> output;  // null where the output is not recomputed
 };
 
 // What our pack hook returns for a tensor.

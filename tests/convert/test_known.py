@@ -33,8 +33,8 @@ class FrozenBatchNorm2d(nn.Module):
         return x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)
 
 
-def other(forward: object) -> nn.Module:
-    """A class of the same name that computes something else."""
+def lookalike(forward: object) -> nn.Module:
+    """A layer whose class has the same name and attributes, but another forward."""
     return type("FrozenBatchNorm2d", (FrozenBatchNorm2d,), {"forward": forward})(3)
 
 
@@ -44,6 +44,7 @@ def is_ours(output: Tensor) -> bool:
 
 @pytest.fixture
 def timm_act() -> type[nn.Module]:
+    """The class of timm's layer."""
     if reason := why_not("timm"):
         pytest.skip(reason)
     return importlib.import_module("timm.layers").BatchNormAct2d
@@ -96,7 +97,7 @@ def test_a_frozen_layer_is_known_by_its_structure(training: bool) -> None:
     ids=["activated", "scale alone", "another shape"],
 )
 def test_a_lookalike_is_left_alone(forward: object) -> None:
-    layer = other(forward)
+    layer = lookalike(forward)
     state = dict(layer.__dict__)
     bnext.convert(layer)
     assert layer.__dict__.keys() == state.keys()

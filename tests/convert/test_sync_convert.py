@@ -28,6 +28,7 @@ ORDERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fuse first": lambda model: bnext.convert(bnext.convert(model, fuse=True), sync=True),
     "twice": lambda model: bnext.convert(bnext.convert(model, fuse=True, sync=True), fuse=True, sync=True),
 }
+# Networks, and the orders in which each is fused and synchronised.
 FUSED = [
     *(("two norms", order) for order in ORDERS),
     *((name, "at once") for name in ("sides", "shared, different", "own norm", "line")),
@@ -158,7 +159,7 @@ def test_a_hooked_layer_is_synchronised_and_its_hook_called(fuse: bool) -> None:
     assert seen[0].min() < 0
 
 
-def test_convert_sync_batchnorm_is_ours_on_our_class() -> None:
+def test_convert_sync_batchnorm_of_our_class_makes_layers_of_our_class() -> None:
     group = object()
     model = nn.Sequential(nn.BatchNorm2d(3), bnext.BatchNormAct2d(3, act="silu"), nn.ReLU(), nn.SyncBatchNorm(3))
     parameters = list(map(id, model.parameters()))
@@ -172,7 +173,7 @@ def test_convert_sync_batchnorm_is_ours_on_our_class() -> None:
     assert type(layer) is bnext.SyncBatchNorm
 
 
-def test_repr() -> None:
+def test_repr_is_that_of_torchs_layer_and_names_the_activation() -> None:
     theirs = nn.SyncBatchNorm(4, eps=1e-3, momentum=None, affine=False)
     assert repr(bnext.SyncBatchNorm(4, eps=1e-3, momentum=None, affine=False)) == repr(theirs)
     plain = repr(nn.SyncBatchNorm(4))

@@ -15,7 +15,10 @@ import bnext
 
 @pytest.fixture(params=[SIMT, *GPUS])
 def planned_for(request: pytest.FixtureRequest) -> PlannedFor:
-    """Plans are for a device of these limits; yields where tensors have to be. The seed is the emulator's."""
+    """Makes a context in which kernels are planned for a device of these limits; it gives the device of the tensors.
+
+    The seed is that of the emulator, for the order of execution.
+    """
 
     @contextlib.contextmanager
     def plan(limits: Limits, seed: int = 0) -> Iterator[str]:

@@ -17,7 +17,8 @@ from bnext.functional import batch_norm
 
 pytestmark = [needs_gpu, pytest.mark.gpu]
 
-# On an H200: a block, a cluster, the grid, and two reads.
+# On an H200 a tile of the first belongs to a block, of the second to a cluster, of the third to the grid; the input of
+# the fourth is read twice.
 SHAPES = ((64, 512, 7, 7), (64, 256, 28, 28), (128, 8, 96, 96), (256, 3, 224, 224))
 
 
@@ -31,6 +32,7 @@ def step(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor, stats: list[Tensor]
 def arguments(
     shape: tuple[int, ...], layout: str = "contiguous"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """The arguments of `step`, with bfloat16 data."""
     x, g, p, _ = make_inputs(shape, layout, torch.bfloat16, "cuda", grad_layout=layout)
     return x, g, p.weight, p.bias, [p.running_mean, p.running_var, torch.zeros((), dtype=torch.int64, device="cuda")]
 
@@ -135,7 +137,7 @@ def test_around_the_int32_range(shape: tuple[int, ...], format_: torch.memory_fo
         pytest.skip("takes 50 GB of a GPU")
     x = torch.empty(shape, dtype=torch.bfloat16, device="cuda", memory_format=format_).normal_(3.0, 2.0)
     y = batch_norm(x, None, None, training=True)
-    # The last images lie at the end of the range, or beyond it; float64 of one channel at a time.
+    # The last images lie at the end of the int32 range, or beyond it. In float64 there is room for one channel only.
     for channel in (0, shape[1] - 1):
         values = x[:, channel].double()
         centred = values[-64:] - values.mean()
@@ -144,7 +146,7 @@ def test_around_the_int32_range(shape: tuple[int, ...], format_: torch.memory_fo
         assert (error <= 2.0**-8 * expected.abs() + 1e-6).all()
 
 
-def test_two_devices() -> None:
+def test_a_tensor_on_another_device_than_the_current_one() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU only")
     x = make_input((64, 256, 28, 28), device="cuda:1")

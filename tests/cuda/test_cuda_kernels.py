@@ -16,8 +16,8 @@ from bnext.functional import batch_norm_act
 
 
 def every_way() -> list[object]:
-    """Each way with bfloat16, with one seed in either mode and with the other in training, and with one of the other
-    dtypes in turn: those differ in the width of a vector alone, and each of them goes along every path."""
+    """Each way with bfloat16 (the first seed in training and evaluation, the second in training) and with one of the
+    other dtypes in turn. Those differ only in the width of a vector, and each of them takes every path."""
     others = [dtype for dtype in DTYPES if dtype != torch.bfloat16]
     combinations = []
     for i, way in enumerate(WAYS):
@@ -40,8 +40,8 @@ def test_every_way(
             check_backward(x, g, params, training=training, output_too=True)
 
 
-# An activation, whether there is a residual, and the dtype it is tried with: with and without a mask, three inputs
-# backward, and each dtype.
+# An activation, whether there is a residual, and the dtype it is tried with. Among them are activations with a mask and
+# without, backward passes with three inputs (gelu and silu), and each dtype.
 EPILOGUES = (
     ("relu", True, torch.bfloat16),
     ("relu", False, torch.float32),
@@ -52,7 +52,7 @@ EPILOGUES = (
 
 
 def ways_with_an_epilogue() -> list[object]:
-    """Each way with the first epilogue, and with one of the others in turn; eval on a few of the ways."""
+    """Each way with the first epilogue (on a few ways in evaluation, too) and with one of the others in turn."""
     combinations = []
     for i, way in enumerate(WAYS):
         for act, has_residual, dtype in (EPILOGUES[0], EPILOGUES[1 + i % 4]):
@@ -82,10 +82,10 @@ def test_every_way_with_an_epilogue(
     ("path", "case", "act", "has_residual", "dtype"),
     [pytest.param(*way.values, *EPILOGUES[i % 5], id=way.id) for i, way in enumerate(FEW_WAYS)],
 )
-def test_an_output_again(
+def test_a_recomputed_output_has_the_same_bits(
     path: Path, case: Case, act: str, has_residual: bool, dtype: torch.dtype, planned_for: PlannedFor
 ) -> None:
-    """By a kernel without a reduction, the bits of the one with it."""
+    """The first output comes from a kernel that reduces, the second from one that does not."""
     with planned_for(path.limits) as device:
         x, _, params, residual = make_inputs(*case, dtype, device, has_residual)
         vectors, epilogue = (params.weight, params.bias), (residual, act, 0.1)
@@ -102,7 +102,7 @@ def test_an_output_again(
     ],
 )
 def test_a_mask_in_place_of_the_input(path: Path, case: Case, dtype: torch.dtype, planned_for: PlannedFor) -> None:
-    # Frozen parameters: backward has the gradient and the mask, and nothing else.
+    # In evaluation, with frozen parameters, backward reads the gradient and the mask, and not the input.
     with planned_for(path.limits) as device:
         x, g, params, residual = make_inputs(*case, dtype, device, True, case.layout)
         x.requires_grad_()
@@ -129,7 +129,7 @@ def test_an_epilogue_on_coefficients_float32_cannot_hold(path: Path, case: Case,
 
 @pytest.mark.parametrize(("path", "case"), FEW_WAYS)
 def test_an_infinite_gradient_where_the_sums_begin_in_float64(path: Path, case: Case, planned_for: PlannedFor) -> None:
-    # float64 sums are final, whatever they are, and no other channel's concern.
+    # Sums that begin in float64 are not added up again, even if they are infinite, and no other channel is affected.
     with planned_for(path.limits) as device:
         x, g, params, _ = make_inputs(*case, torch.float32, device, grad_layout=case.layout)
         x[:, 1] *= 1e37
@@ -157,7 +157,7 @@ def test_blocks_that_share_the_additions_of_an_all_reduce(planned_for: PlannedFo
     with planned_for(limits, seed=1) as device:
         x, g, params, residual = make_inputs(*case, torch.bfloat16, device, True, case.layout)
         check_backward(x, g, params, training=True, residual=residual, act="relu", output_too=True)
-        # A channel whose squares overflow is added up again: there is a second all-reduce in the places of the first.
+        # A channel whose squares overflow is added up again: a second all-reduce writes its totals over the first's.
         large = x.clone(memory_format=torch.preserve_format)
         large[:, 1] *= 1e19
         check_forward(large, params, training=True)
@@ -226,14 +226,14 @@ def test_bias_gradient_without_the_input(path: Path, case: Case, planned_for: Pl
         assert grad_weight.numel() == 0
         expected = reference.widen(g).sum(reference.reduced_dims(g.ndim))
         assert_within(grad_bias, expected, tolerances.grad_bias(g, g.dtype, grad_bias.dtype), "grad_bias")
-        # And in training, where nothing is mapped.
+        # The same in training, where without grad_input nothing is mapped.
         _, _, alone, _ = backward(g, None, None, stats, True, 1e-5, [False, False, True, False])
         assert same_bits(alone, grad_bias)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
 @pytest.mark.parametrize("momentum", [0.25, None], ids="momentum={}".format)
-def test_counter_in_the_same_launch(path: Path, momentum: float | None, planned_for: PlannedFor) -> None:
+def test_counter_and_running_stats_are_updated(path: Path, momentum: float | None, planned_for: PlannedFor) -> None:
     train = torch.ops.bnext.batch_norm_train
     with planned_for(path.limits) as device:
         x = make_input(path.shapes[0], device=device)

@@ -1,4 +1,4 @@
-"""The CUDA kernels for padding and for batches of several parts, against float64 by the definition."""
+"""The CUDA kernels for padding and for batches of several parts, compared with the definition in float64."""
 
 from __future__ import annotations
 
@@ -33,9 +33,11 @@ class Batch(NamedTuple):
         return f"{shape}-{self.case.layout}-{self.padding}-{parts}-{name(self.dtype)}-{self.act}"
 
     def part_of_image(self) -> Tensor:
+        """For each image, the number of its part."""
         return torch.arange(self.case.shape[0]) // (self.virtual_batch_size or self.case.shape[0])
 
     def valid(self) -> Tensor | None:
+        """Which positions are no padding; None if there is no padding."""
         images, _, *spatial = self.case.shape
         if self.padding == "none":
             return None
@@ -47,7 +49,7 @@ class Batch(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Of a call. What lies in the padding is NaN."""
+    """The tensors of a call. x, g and residual are NaN in the padding."""
 
     x: Tensor
     g: Tensor
@@ -72,7 +74,7 @@ def inputs_of(batch: Batch, device: str) -> Inputs:
 
 
 class Expected(NamedTuple):
-    """In float64. Statistics have a row for each part."""
+    """The results in float64. Statistics have a row for each part."""
 
     output: Tensor
     mean: Tensor
@@ -85,7 +87,7 @@ class Expected(NamedTuple):
 
 
 def by_definition(batch: Batch, inputs: Inputs, running: bool = False) -> Expected:
-    """Each part by its own statistics, or by the running ones; the gradients are autograd's."""
+    """Each part is normalised by its own statistics, or by the running ones; the gradients are autograd's."""
     shape = batch.case.shape
     wide = [None if tensor is None else reference.widen(tensor).cpu() for tensor in inputs]
     valid = torch.ones(shape[0], *shape[2:], dtype=torch.bool) if inputs.valid is None else inputs.valid.cpu()
@@ -121,7 +123,7 @@ def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str,
 
 
 def running_after(inputs: Inputs, expected: Expected, momentum: float | None) -> tuple[Tensor, Tensor]:
-    """As a loop over the parts leaves the running statistics; of a part without values it has none."""
+    """The running statistics after a loop over the parts, which skips a part without values. 7 batches came before."""
     mean, var = reference.widen(inputs.running_mean).cpu(), reference.widen(inputs.running_var).cpu()
     for part, count in enumerate(expected.count.tolist()):
         share = 1 / (8 + part) if momentum is None else momentum
@@ -138,7 +140,7 @@ def running_after(inputs: Inputs, expected: Expected, momentum: float | None) ->
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
 # Planes that are no multiple of a vector and planes that are; more and fewer channels than a warp has threads; a last
-# part of fewer images; parts that several blocks share, by more of them than merge them at once.
+# part of fewer images; parts that several blocks share, the last one by more blocks than merge their sums at once.
 BATCHES = (
     Batch(Case((4, 3, 50), "contiguous"), "lengths", 0, F32),
     Batch(Case((4, 3, 50), "channels_last"), "lengths", 0, BF16, "silu", True),
@@ -158,18 +160,18 @@ BATCHES = (
 def check_gradients(
     batch: Batch, inputs: Inputs, expected: Expected, stats: Tensor, mask: Tensor | None, training: bool
 ) -> None:
-    """The gradients by the mask, where there is one, and by the pre-activation."""
+    """Compares the gradients by the mask, where there is one, and those by the pre-activation."""
     activated = batch.act != "identity"
     wanted = [True, True, True, activated]
     masks = [None] if mask is None else [mask, None]
     for given in masks:
-        before = None if given is not None else inputs.residual
+        residual = None if given is not None else inputs.residual
         gradients = torch.ops.bnext.batch_norm_backward(
-            inputs.g, inputs.x, inputs.weight, stats, training, EPS, wanted, inputs.bias, before, given,
+            inputs.g, inputs.x, inputs.weight, stats, training, EPS, wanted, inputs.bias, residual, given,
             batch.act, SLOPE, None, inputs.valid, batch.virtual_batch_size,
         )  # fmt: skip
         terms = max(1.0, inputs.x.numel() / inputs.x.shape[1]) ** 0.5
-        # An activation in 16 bits is accurate to as many; the sums of what follows it, too.
+        # The derivative of an activation is as accurate as the data's dtype, and so are the sums of what it multiplies.
         sums = batch.dtype if activated else parameter_dtype(batch.dtype)
         names = ("grad_input", "grad_weight", "grad_bias", "grad_residual")
         dtypes, scales = (batch.dtype, sums, sums, batch.dtype), (2, terms, terms, 1)
@@ -201,9 +203,9 @@ def test_training(batch: Batch, momentum: float | None, planned_for: PlannedFor)
         )
         assert_near(y, expected.output, batch.dtype, "output", scale=2)
         assert_padding_is_zero(inputs, y)
-        of_parts = stats.reshape(-1, 2, batch.case.shape[1])
-        assert_near(of_parts[:, 0], expected.mean, torch.float64, "mean")
-        assert_near(of_parts[:, 1], (expected.var + EPS).rsqrt(), torch.float64, "invstd")
+        by_part = stats.reshape(-1, 2, batch.case.shape[1])
+        assert_near(by_part[:, 0], expected.mean, torch.float64, "mean")
+        assert_near(by_part[:, 1], (expected.var + EPS).rsqrt(), torch.float64, "invstd")
         for actual, after in zip((mean, var), running_after(inputs, expected, momentum), strict=True):
             assert_near(actual, after, parameter_dtype(batch.dtype), "running statistics")
         assert counter == 7 + len(expected.count)
@@ -225,9 +227,9 @@ def test_evaluation(batch: Batch, planned_for: PlannedFor) -> None:
         assert_near(y, expected.output, batch.dtype, "output", scale=4)
         assert_padding_is_zero(inputs, y)
         check_gradients(batch, inputs, expected, stats, mask if rectifies else None, training=False)
+        # Except with silu, these gradients do not depend on the input.
         if batch.act == "silu":
             return
-        # Without the input, which nothing else depends on.
         activated = batch.act != "identity"
         dx, _, grad_bias, dz = torch.ops.bnext.batch_norm_backward(
             inputs.g, None, inputs.weight, stats, False, EPS, [True, False, True, activated], inputs.bias, None,
@@ -239,8 +241,8 @@ def test_evaluation(batch: Batch, planned_for: PlannedFor) -> None:
 
 
 def test_a_batch_on_several_processes(planned_for: PlannedFor) -> None:
-    """The operators that a process calls: its statistics and count, which it is then given as all of them; and the
-    gradient by means that come from elsewhere. One process holds nothing but padding."""
+    """The operators that each process calls: its local stats, the output by gathered stats, and the gradient by means
+    over all processes. One of the two processes holds nothing but padding."""
     batch = Batch(Case((4, 5, 6, 3), "contiguous"), "random", 0, torch.float32)
     with planned_for(Limits()) as device:
         inputs = inputs_of(batch, device)
@@ -286,7 +288,7 @@ def test_hard_channels(dtype: torch.dtype, planned_for: PlannedFor) -> None:
         )
         assert stats[1, 0, 0] == float("inf")
         assert y.movedim(1, -1)[2:4][valid[2:4]][:, 0].isnan().all()
-        # Its channel in other parts, and other channels in its part, are as they were.
+        # Other parts of the channel, and other channels of the part, have the results that they have without it.
         x[2, 0, 0, 0] = 0.5
         expected = by_definition(batch, inputs._replace(weight=torch.ones(4, dtype=dtype, device=device)))
         others = torch.ones_like(stats[:, 0], dtype=torch.bool).cpu()
@@ -296,14 +298,14 @@ def test_hard_channels(dtype: torch.dtype, planned_for: PlannedFor) -> None:
         assert same_bits(stats[:, 1, 1].cpu(), torch.full((3,), EPS, dtype=torch.float64).rsqrt())
         constant = y[:, 1][valid]
         assert same_bits(constant, inputs.bias[1].expand_as(constant).contiguous())
-        others[:, 1] = False  # the definition's mean is rounded
-        of_others = others.repeat_interleave(2, 0).reshape(6, 4, 1, 1).expand(y.shape)
-        assert_near(y.cpu()[of_others], expected.output[of_others], batch.dtype, "output", scale=2)
+        others[:, 1] = False  # its values are equal, and the definition's mean of them is rounded
+        compared = others.repeat_interleave(2, 0).reshape(6, 4, 1, 1).expand(y.shape)
+        assert_near(y.cpu()[compared], expected.output[compared], batch.dtype, "output", scale=2)
 
 
 @pytest.mark.simt
-def test_parts_share_a_launch() -> None:
-    """Any number of parts takes four launches, which read the valid elements alone."""
+def test_any_number_of_parts_takes_four_launches() -> None:
+    """The launches read the valid elements alone."""
     x = make_input((24, 4, 6, 8), dtype=torch.float32)
     valid = torch.arange(24).reshape(-1, 1, 1).expand(24, 6, 8) % 2 == 0
     mean, var = torch.zeros(4), torch.ones(4)
@@ -318,7 +320,7 @@ def test_parts_share_a_launch() -> None:
             plan = torch.ops.bnext_simt.last_part_plan()
             assert plan["parts"] == 24 // size
             assert counted["launches"] == 4  # sums, their end, the running statistics, the map
-            read = 2 * x.nbytes // 2 + 2 * valid.numel() * x.shape[1]  # half the elements, and a byte for each
+            read = 2 * x.nbytes // 2 + 2 * valid.numel() * x.shape[1]  # twice: half of x, and valid for each channel
             channels = plan["parts"] * x.shape[1]
             beside = channels * (3 * 8 * plan["threads_y"] + 200)  # coefficients for each thread of the map
             assert read <= counted["global_load_bytes"] <= read + beside

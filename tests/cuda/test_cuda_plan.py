@@ -40,8 +40,9 @@ def gpu_name(gpu: Device) -> str:
     return f"{gpu.sms}SMs{'' if gpu.cooperative else '-shared'}"
 
 
-# (N, C, HW) of ResNet-50 at N = 256, and the shapes at the edges of the index types.
+# The channels and the side of the square planes of ResNet-50.
 RESNET = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7))
+# (N, C, HW) at the edges of the index types.
 HUGE = ((2**33, 1, 1), (1, 2**33, 1), (1, 1, 2**33), (70_000, 64, 1), (900_000, 3, 49), (2**20, 2**11, 2**9))
 
 
@@ -60,14 +61,12 @@ CALLS = (
     FORWARD,
     BACKWARD,
     Call(1, reduces=False),
-    # With an activation: forward, whose residual is read in the map alone; backward, of a smooth activation with a
-    # residual, too; by a mask, of the gradient alone and with the input; evaluation.
-    Call(1, activated=True),
-    Call(2, activated=True),
-    Call(3, activated=True),
-    Call(1, reads_mask=True, activated=True),
-    Call(2, reads_mask=True, activated=True),
-    Call(1, reads_mask=True, reduces=False, activated=True),
+    Call(1, activated=True),  # forward, also with a residual: only the map reads it
+    Call(2, activated=True),  # backward of a smooth activation
+    Call(3, activated=True),  # the same with a residual
+    Call(1, reads_mask=True, activated=True),  # backward by a mask, without the input
+    Call(2, reads_mask=True, activated=True),  # backward by a mask, with the input
+    Call(1, reads_mask=True, reduces=False, activated=True),  # backward by a mask in evaluation
 )
 
 
@@ -79,7 +78,7 @@ def make_plan(shape: tuple[int, int, int], last: bool, dtype: torch.dtype, call:
 def assert_sound(
     plan: dict[str, int], shape: tuple[int, int, int], dtype: torch.dtype, call: Call, gpu: Device
 ) -> None:
-    """Everything is covered, and the device can run it."""
+    """The plan covers every element, and the device can run it."""
     batch, channels, spatial = shape
     # Every channel has a tile, every column of a row a thread, every row a step.
     assert plan["tiles"] * plan["tile_channels"] >= channels
@@ -151,8 +150,8 @@ def test_any_plan_is_sound(
     assert_sound(make_plan(shape, last, dtype, call, gpu), shape, dtype, call, gpu)
 
 
-def test_few_reads_one_after_another_in_an_all_reduce() -> None:
-    # Sums of up to 128 values over as many blocks as an H200 can hold: eight doubles a thread at most.
+def test_a_thread_adds_up_at_most_eight_values_in_an_all_reduce() -> None:
+    # The all-reduce has up to 128 values a block, over as many blocks as an H200 runs at once.
     seen = set()
     for channels, side in RESNET:
         for last, dtype, call in itertools.product((False, True), DTYPES, CALLS):
@@ -171,7 +170,7 @@ def test_few_reads_one_after_another_in_an_all_reduce() -> None:
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize(("channels", "side"), RESNET, ids=str)
 def test_what_an_h200_reads_once(channels: int, side: int, last: bool, inputs: int) -> None:
-    # bfloat16 at N = 256: whatever fits into three quarters of all shared memory, a tile at a time.
+    # At N = 256 in bfloat16, a tile that fits into three quarters of all shared memory is read once.
     plan = make_plan((256, channels, side * side), last, torch.bfloat16, Call(inputs), H200)
     tile_bytes = plan["rows"] * plan["tile_width"] * 2 * inputs
     assert plan["ring"] == 0 or tile_bytes > 0.75 * H200.sms * H200.shared_per_block, plan
@@ -206,7 +205,7 @@ def test_small_tensors_take_one_launch_without_workspace() -> None:
             assert make_plan(shape, last, torch.float32, FORWARD, H200)["workspace_bytes"] == 0
 
 
-def test_the_ways_lead_everywhere() -> None:
+def test_the_ways_take_every_path() -> None:
     seen = set()
     for way in WAYS:
         path, (shape, layout) = way.values

@@ -14,8 +14,8 @@ SCRIPT = Path(__file__).parents[2] / ".ci" / "gpu"
 
 pytestmark = posix_only
 
-# Stands for Python and for each tool, and succeeds. As Python it notes its arguments, waits in the hang check if told
-# to, and fails in the step that FAILS names.
+# A stub in the place of Python and of each tool. It appends its command line to NOTES and succeeds, unless its
+# arguments contain FAILS. In the hang check it sleeps if HANGS is set.
 STUB = """#!/bin/sh
 echo "$0 $*" >>"$NOTES"
 case "$*" in
@@ -69,7 +69,7 @@ def test_steps_are_chosen(tmp_path: Path, chosen: str, steps: list[str]) -> None
     assert Run(tmp_path, GPU_STEPS=chosen).steps == steps
 
 
-def test_a_failure_is_told_and_stops_nothing(tmp_path: Path) -> None:
+def test_a_failed_step_is_reported_and_the_next_one_runs(tmp_path: Path) -> None:
     run = Run(tmp_path, FAILS="test_cuda_device.py", GPU_STEPS="device tests")
     assert run.status == 1
     assert run.steps == ["device", "tests"]
@@ -85,7 +85,7 @@ def test_nothing_follows_a_hang(tmp_path: Path) -> None:
 
 def test_results_are_packed(tmp_path: Path) -> None:
     run = Run(tmp_path, GPU_PACK="1", GPU_STEPS="import benchmark")
-    (left,) = run.results.iterdir()
-    assert left.name == "gpu-import.tar.gz"
-    with tarfile.open(left) as archive:
+    (packed,) = run.results.iterdir()
+    assert packed.name == "gpu-import.tar.gz"
+    with tarfile.open(packed) as archive:
         assert sorted(archive.getnames()) == ["./benchmark.log", "./import.log"]

@@ -1,4 +1,5 @@
-"""The ways through the CUDA kernels: what a group is that shares a channel, one read or two, both kinds of tile.
+"""The ways through the CUDA kernels: by the kind of group that works on a tile, by how often the input is read (once or
+twice), and by the kind of tile.
 
 Plans for a small device send small tensors the ways that large ones take.
 """
@@ -14,12 +15,11 @@ from cases import Case
 from simt.device import Limits
 
 KB = 1024
-PlannedFor = Callable[..., AbstractContextManager[str]]  # conftest.py
+PlannedFor = Callable[..., AbstractContextManager[str]]  # the fixture `planned_for` of conftest.py
 SEEDS = (0, 1)  # of the order in which the emulator runs blocks and threads
 
-
-# Contiguous: planes of whole vectors and of others, and planes of which a tile takes several. The last two in
-# channels_last: a number of channels that fills vectors, and one for which pixels are folded.
+# Of the five shapes of a path. Contiguous: planes that are whole vectors, planes that are not, and small planes, of
+# which a tile takes several. channels_last: channels that fill whole vectors, and channels for which pixels are folded.
 LAYOUTS = ("contiguous", "contiguous", "contiguous", "channels_last", "channels_last")
 
 
@@ -37,11 +37,11 @@ class Path(NamedTuple):
 
     @property
     def large_cluster(self) -> bool:
-        """Of more blocks than a kernel gets unless it asks."""
+        """Whether the group is a cluster of more than 8 blocks, for which a kernel needs an attribute."""
         return self.group == "cluster" and self.limits.max_cluster > 8
 
 
-# test_the_ways_lead_everywhere (test_cuda_plan.py) says whether they do.
+# test_the_ways_take_every_path, in test_cuda_plan.py, checks that these shapes take these paths.
 PATHS = (
     Path("block", False, Limits(sms=1), ((2, 4, 24, 24), (3, 5, 19, 27), (5, 24, 7, 7), (6, 48, 5, 5), (7, 9, 5, 5))),
     Path(
@@ -54,7 +54,7 @@ PATHS = (
         "cluster",
         False,
         Limits(sms=32, max_cluster=16),
-        ((53, 2, 41, 43), (80, 9, 11, 11)),  # the size of the cluster is all that is new
+        ((53, 2, 41, 43), (80, 9, 11, 11)),  # only the cluster's size is new: two shapes are enough
         ("contiguous", "channels_last"),
     ),
     Path(
@@ -76,6 +76,5 @@ WAYS = [
     for shape, layout in zip(path.shapes, path.layouts, strict=True)
 ]
 
-
-# Of each path the first and the last, for what does not depend on the shape: whole planes, and folded pixels.
+# The first and the last way of each path (large planes, and folded pixels), for tests that depend little on the shape.
 FEW_WAYS = [WAYS[i] for i in (0, 4, 5, 9, 10, 11, 12, 16, 17, 21)]

@@ -19,7 +19,7 @@ KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 @pytest.fixture(params=KINDS)
 def converted(request: pytest.FixtureRequest) -> Callable[[nn.Module], nn.Module]:
-    """A converted copy of a model."""
+    """Makes a converted copy of a model."""
     return lambda model: KINDS[request.param](copy.deepcopy(model))
 
 

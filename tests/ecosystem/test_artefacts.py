@@ -49,7 +49,7 @@ def test_an_exported_model_has_torchs_operators(
 @pytest.mark.parametrize("act", [None, "relu", "silu", ("leaky_relu", 0.2)], ids=str)
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_a_layer_is_exported_in_training(momentum: float | None, act: bnext.modules.Act) -> None:
-    """For a batch of any size. torch's exporter refuses momentum=None of torch's own layer; bnext's stays itself."""
+    """The batch may have any size. torch's layer with momentum=None cannot be exported; bnext's is, as its operator."""
     kind, options = (bnext.BatchNorm2d, {}) if act is None else (bnext.BatchNormAct2d, {"act": act})
     layer = kind(3, momentum=momentum, **options)
     images = [torch.randn(n, 3, 4, 4) for n in (4, 7)]

@@ -56,7 +56,9 @@ def test_operations_are_counted(network: nn.Module, converted: Converted, image:
     assert counts[1] == counts[0]
 
 
-class Watch(TorchFunctionMode):
+class Recorder(TorchFunctionMode):
+    """Records the functions that are called."""
+
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[Any] = []
@@ -66,17 +68,17 @@ class Watch(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_mode_sees_torchs_functions(network: nn.Module, converted: Converted, image: Tensor) -> None:
+def test_a_function_mode_sees_torchs_functions(network: nn.Module, converted: Converted, image: Tensor) -> None:
     seen = []
     for model in (network, converted(network)):
-        with Watch() as watch:
+        with Recorder() as recorder:
             model(image)
-        seen.append([f for f in watch.seen if "batch_norm" in str(f)])
+        seen.append([f for f in recorder.seen if "batch_norm" in str(f)])
     assert nn.functional.batch_norm in seen[0]
     assert seen[1] == seen[0]
 
 
-def test_a_default_device_is_no_such_mode(network: nn.Module, image: Tensor) -> None:
+def test_a_default_device_leaves_bnexts_functions_in_use(network: nn.Module, image: Tensor) -> None:
     model = bnext.convert(network)
     with torch.device("cpu"):
         assert "BNext" in model[:2](image).grad_fn.name()

@@ -110,13 +110,14 @@ def compare_distributed_steps(world: World) -> None:
         for each in (copy.deepcopy(model), bnext.convert(model)):
             try:
                 outcomes.append(distributed_step(each, mesh, placement))
-            except NotImplementedError as error:  # torch 2.11 distributes no batch norm
+            except NotImplementedError as error:
+                assert torch.__version__ < "2.13"  # torch 2.11 distributes no batch norm
                 outcomes.append([str(error)])
         for theirs, ours in zip(*outcomes, strict=True):
             assert torch.equal(ours, theirs) if isinstance(theirs, Tensor) else ours == theirs, placement
 
 
-def test_distributed_tensors(pools: Callable[[int], Pool]) -> None:
+def test_distributed_tensors_give_torchs_results(pools: Callable[[int], Pool]) -> None:
     pools(2).run(compare_distributed_steps)
 
 
@@ -130,7 +131,7 @@ def test_a_device_without_kernels_has_torchs_batch_norm_and_one_warning(
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
-def test_forward_mode_drops_no_tangent(name: str, training: bool) -> None:
+def test_tangents_of_statistics_are_refused(name: str, training: bool) -> None:
     x = make_input((4, 3))
     statistics = {"running_mean": torch.zeros(3), "running_var": torch.ones(3)}
     with forward_ad.dual_level():

@@ -20,9 +20,9 @@ class ToyTensor(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> ToyTensor:
-        made = Tensor._make_wrapper_subclass(cls, held.shape, held.stride(), dtype=held.dtype, device="toy:0")
-        made.held = held
-        return made
+        wrapper = Tensor._make_wrapper_subclass(cls, held.shape, held.stride(), dtype=held.dtype, device="toy:0")
+        wrapper.held = held
+        return wrapper
 
     @classmethod
     def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -17,8 +17,8 @@ FOUR_MODES = ("training", "evaluation", "training, no_grad", "evaluation, no_gra
 
 
 class Pattern(NamedTuple):
-    """A forward of `Net` of two tensors, or a module, and how many activations and sums fusing removes from its graph.
-    None: that depends on the mode, and is not tested."""
+    """A forward of `Net` with two tensors as arguments, or a module, and how many activations and sums fusing removes
+    from its autograd graph. Where `pairs` is None, these numbers are not tested."""
 
     forward: Callable[..., Any] | nn.Module
     pairs: int | None = 1
@@ -29,14 +29,14 @@ class Bank(nn.Module):
     def __init__(self, patterns: Iterable[Pattern]) -> None:
         super().__init__()
         forwards = [pattern.forward for pattern in patterns]
-        self.nets = nn.ModuleList([f if isinstance(f, nn.Module) else Net.of(f)() for f in forwards])
+        self.nets = nn.ModuleList([f if isinstance(f, nn.Module) else Net.with_forward(f)() for f in forwards])
 
     def forward(self, inputs: list[list[Tensor]]) -> list[Any]:
         return [net(*given) for net, given in zip(self.nets, inputs, strict=True)]
 
 
 def step(bank: Bank, shape: tuple[int, ...], mode: str) -> list[dict[str, Any]]:
-    """All that a call does, and the activations and sums in its autograd graph, for each pattern."""
+    """For each pattern, the outcome of a call and the numbers of activations and sums in its autograd graph."""
     with called(bank, mode):
         leaves = [leaves_of(torch.randn(shape, dtype=torch.float64) for _ in range(2)) for _ in bank.nets]
         given = list(map(clones, leaves))
@@ -51,18 +51,19 @@ def step(bank: Bank, shape: tuple[int, ...], mode: str) -> list[dict[str, Any]]:
 def failures(
     patterns: dict[str, Pattern], modes: Sequence[str], other_size: bool = False, at_least: int = 0
 ) -> dict[str, str]:
-    """What is wrong with which pattern: its results, in any of the modes and perhaps with another size, or what is
-    fused; and whether fewer than `at_least` graphs differ, counted once a mode."""
+    """The first error of each pattern that is fused otherwise than it says, or whose fused model has other results in
+    one of the modes or, with `other_size`, in a second size. If fusing changes fewer than `at_least` graphs, counted in
+    each mode, that is an error too."""
     original = Bank(patterns.values()).double()
     fused = bnext.convert(copy.deepcopy(original), fuse=True)
     wrong: dict[str, str] = {}
-    some = 0
+    changed_graphs = 0
     for size, mode in [*((5, mode) for mode in modes), *[(7, modes[0]), (5, modes[0])] * other_size]:
         steps = (step(bank, (2, 3, size, 4), mode) for bank in (original, fused))
         for i, ((name, pattern), expected, actual) in enumerate(zip(patterns.items(), *steps, strict=True)):
             try:
                 before, after = expected.pop("nodes"), actual.pop("nodes")
-                some += before != after
+                changed_graphs += before != after
                 if mode == "training" and pattern.pairs is not None:
                     saved = before["activations"] - after["activations"], before["sums"] - after["sums"]
                     why = why_left(fused, f"nets.{i}.bn")
@@ -73,4 +74,4 @@ def failures(
                 assert_same_step(expected, actual, f"{mode}, size {size}")
             except AssertionError as error:
                 wrong.setdefault(name, str(error).partition("\n")[0])
-    return wrong if some >= at_least else {**wrong, "all": "hardly anything was fused"}
+    return wrong if changed_graphs >= at_least else {**wrong, "all": f"fusing changed only {changed_graphs} graphs"}

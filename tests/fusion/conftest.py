@@ -10,6 +10,7 @@ import pytest
 
 @pytest.fixture
 def without_collector() -> Iterator[None]:
+    """Turns Python's garbage collector off until the test ends."""
     gc.collect()
     gc.disable()
     yield

@@ -1,9 +1,9 @@
 """How many activations of a model could be fused, and how many were: read off the autograd graph of a forward in
 training, which says what ran, whatever mechanism fused it.
 
-A pair, which could be fused, is an activation that batch norm can apply, whose input nothing else uses and which is a
-batch norm, or a sum (of operands of one shape, alpha 1) with a batch norm among its operands that nothing else uses.
-A fused activation has no node of its own. In-place activations have nodes as others do.
+A pair, which could be fused, is an activation that batch norm can apply, and its input, which nothing else uses. The
+input is a batch norm, or a sum (of operands of one shape, alpha 1) of which one operand is a batch norm that nothing
+else uses. A fused activation has no node of its own. In-place activations have nodes as others do.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def tensors(output: object) -> list[Tensor]:
 
 
 def is_activation(node: Node) -> bool:
-    """Whether batch norm can apply it."""
+    """Whether the node is that of an activation that batch norm can apply."""
     kind = node.name().rstrip("0123456789")
     if kind == "HardtanhBackward":
         return (node._saved_min_val, node._saved_max_val) == (0, 6)
@@ -55,7 +55,7 @@ def nodes(output: object) -> list[Node]:
 
 
 def count(output: object) -> int:
-    """The activations, of those that bnext has kernels for, that an output depends on."""
+    """How many activations that batch norm can apply an output depends on."""
     return sum(map(is_activation, nodes(output)))
 
 
@@ -64,13 +64,13 @@ def count_sums(output: object) -> int:
 
 
 def count_norms(output: object) -> tuple[int, int]:
-    """The batch norms that an output depends on, and how many of these are bnext's."""
+    """How many batch norms an output depends on, and how many of these are bnext's."""
     norms = [node.name() for node in nodes(output) if is_norm(node)]
     return len(norms), sum(name.startswith("BNext") for name in norms)
 
 
 def count_pairs(output: object) -> int:
-    """The activations that could be fused."""
+    """How many of the activations that an output depends on could be fused."""
     found = nodes(output)
     uses = Counter((t.grad_fn, t.output_nr) for t in tensors(output))
     uses.update(source for node in found for source in node.next_functions)

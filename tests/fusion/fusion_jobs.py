@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 import bnext
 
 
-class Two(nn.Module):
-    """In the order of the calls, the second collective stands between the first and its sum."""
+class TwoCollectives(nn.Module):
+    """Fusing the first batch norm with the sum would move its collective behind that of the second."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,9 @@ class Two(nn.Module):
         return F.relu(second + first)
 
 
-class Reduces(nn.Module):
+class OwnCollective(nn.Module):
+    """Fusing the batch norm with the sum would move its collective behind that of the forward itself."""
+
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.BatchNorm2d(3)
@@ -40,17 +42,19 @@ class Reduces(nn.Module):
         return F.relu(first + x * total)
 
 
-def share(world: World) -> Tensor:
+def local_batch(world: World) -> Tensor:
+    """A process's part of the batch, with a size and a scale of its own."""
     return torch.randn(2 + world.size, 3, 5, 4, dtype=torch.float64)[world.rank :] * (1 + world.rank)
 
 
 def assert_same_training(plain: nn.Module, fused: nn.Module, world: World) -> None:
     for _ in range(2):
-        assert_same_steps(plain, fused, share(world), modes=("training",), steps=1)
+        assert_same_steps(plain, fused, local_batch(world), modes=("training",), steps=1)
 
 
 def no_collective_is_passed(world: World) -> None:
-    for make in (Two, Reduces):
+    """Fusing moves no collective past another."""
+    for make in (TwoCollectives, OwnCollective):
         plain = bnext.convert(make().double(), sync=True)
         fused = bnext.convert(copy.deepcopy(plain), fuse=True)
         assert_same_training(plain, fused, world)
@@ -58,8 +62,8 @@ def no_collective_is_passed(world: World) -> None:
 
 
 def one_rank_may_be_unfused(world: World) -> None:
-    """A hook on one rank alone: its collectives must come in the order of the others'."""
-    for make in (Two, Reduces, lambda: nn.Sequential(Basic(3), Two())):
+    """Hooks keep one rank from fusing. Its collectives must still come in the order of those of the other rank."""
+    for make in (TwoCollectives, OwnCollective, lambda: nn.Sequential(Basic(3), TwoCollectives())):
         plain = bnext.convert(make().double(), sync=True)
         model = bnext.convert(copy.deepcopy(plain), fuse=True)
         if world.rank == 1:

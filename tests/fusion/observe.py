@@ -35,7 +35,7 @@ class Net(nn.Module):
             nn.init.normal_(layer.bias)
 
     @classmethod
-    def of(cls, forward: Callable[..., Any]) -> type[Net]:
+    def with_forward(cls, forward: Callable[..., Any]) -> type[Net]:
         return type("Net", (cls,), {"forward": forward})
 
 
@@ -61,11 +61,12 @@ def fused_names(model: nn.Module) -> list[str]:
 
 
 def why_left(model: nn.Module, name: str) -> str:
+    """The reasons in the report why the batch norm of this name is not fused."""
     return "; ".join(why for layer, why in bnext.fusion_report(model).left if layer == name)
 
 
 def assert_fuses(original: nn.Module, fused: nn.Module, *inputs: Any, pairs: int = 1, sums: int = 0) -> None:
-    """In a forward in training, the graph of the fused model has `pairs` activations and `sums` sums less."""
+    """In training, fusing removes `pairs` activations and `sums` sums from the autograd graph, and keeps the output."""
     expected, actual = (model.train()(*clones(leaves_of(inputs))) for model in (original, fused))
     saved = count(expected) - count(actual), count_sums(expected) - count_sums(actual)
     assert saved == (pairs, sums), bnext.fusion_report(fused)
@@ -117,7 +118,7 @@ def clones(leaves: list[Any]) -> list[Any]:
 
 
 def step(model: nn.Module, inputs: Iterable[Any], mode: str = "training") -> dict[str, Any]:
-    """All that one call of a model does."""
+    """The outcome of one call of a model, and the state of torch's random numbers after it."""
     with called(model, mode):
         leaves = leaves_of(inputs)
         given = clones(leaves)
@@ -126,7 +127,7 @@ def step(model: nn.Module, inputs: Iterable[Any], mode: str = "training") -> dic
 
 
 def outcome(model: nn.Module, leaves: list[Any], given: list[Any], output: Any) -> dict[str, Any]:
-    """The output, gradients, buffers and arguments after a call."""
+    """The output of a call, and the arguments, gradients and buffers after it."""
     found = {"output": values(output), "arguments": values(given), **backward(output, leaves)}
     if "gradients" in found:
         found["parameters"] = [p.grad for p in model.parameters()]
@@ -151,6 +152,7 @@ def grad_of(output: Tensor) -> Tensor:
 
 
 def values(output: Any) -> Any:
+    """A copy of an output, whose tensors are detached."""
     if isinstance(output, Tensor):
         return output.detach().clone()
     if isinstance(output, dict):
@@ -167,22 +169,24 @@ def assert_same_steps(
 
 
 def assert_same_step(expected: dict[str, Any], actual: dict[str, Any], what: str) -> None:
-    """Where backward fails because a pattern overwrote what torch saved, that of the fused model may succeed."""
+    """Two steps are equal. Where a pattern overwrites what torch saved, so that backward of the original model fails,
+    backward of the fused model may succeed."""
     if "error" in expected:
         for found in (expected, actual):
             for key in ("error", "gradients", "parameters"):
                 found.pop(key, None)
-    assert actual.keys() == expected.keys(), (what, actual.get("error"))
+    assert actual.keys() == expected.keys(), f"{what}: {actual.get('error')}"
     for key, value in expected.items():
         assert_close(actual[key], value, f"{what}: {key}")
 
 
-def small(size: int = 5) -> Tensor:
-    return random_input(2, 3, size, 4)
+def small() -> Tensor:
+    """A small random batch in float64, which fits the models of these tests."""
+    return random_input(2, 3, 5, 4)
 
 
 def assert_close_loosely(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """Equal up to four roundings of a narrow type, since only the unfused sum has terms that are rounded themselves."""
+    """Equal up to four roundings of a narrow type, since only the unfused model rounds the terms of a sum."""
     scale = expected.double().abs().max().item() + 1
     error = (actual.double() - expected.double()).abs().max().item()
     assert error <= 4 * torch.finfo(dtype).eps * scale, f"{error} > 4 roundings of {dtype}"
@@ -191,7 +195,7 @@ def assert_close_loosely(actual: Tensor, expected: Tensor, dtype: torch.dtype) -
 
 @contextlib.contextmanager
 def counted_graphs() -> Iterator[Callable[[], int]]:
-    """Yields a function that returns how many graphs dynamo has captured since."""
+    """Yields a function that returns how many graphs dynamo has captured inside the context."""
     counters = torch._dynamo.utils.counters["stats"]
     before = counters["unique_graphs"]
     yield lambda: counters["unique_graphs"] - before

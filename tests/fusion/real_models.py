@@ -42,8 +42,8 @@ class RealModel(NamedTuple):
         return f"{self.library} {self.name}"
 
     def make(self) -> nn.Module:
-        """In float64, with the same random weights each time. Weights of batch norms that are initialised with 0 would
-        hide the layers before them."""
+        """The model in float64, with the same random weights each time. Those of batch norms are made random as well:
+        a weight that is initialised with 0 would hide the layers before it."""
         with torch.random.fork_rng(devices=()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(11)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import bnext
 
-# Dynamo sees through torch's layers: each is a call of the function of the same name.
+# Activations, and how many of each are fused. Dynamo sees through torch's layers: each is a call of the function of the
+# same name.
 FORMS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "ReLU": (nn.ReLU(), 1),
     "ReLU, in place": (nn.ReLU(inplace=True), 1),
@@ -75,7 +76,7 @@ class Followed(Net):
         return self.act(self.bn(self.conv(x)))
 
 
-def test_each_form_of_an_activation() -> None:
+def test_each_form_of_an_activation_is_fused_as_listed_and_computes_the_same() -> None:
     assert failures({name: Pattern(Followed(act), pairs) for name, (act, pairs) in FORMS.items()}, QUICK) == {}
 
 
@@ -99,7 +100,7 @@ def test_the_report_names_the_layer_and_the_activation() -> None:
 
 @pytest.mark.parametrize("dim", [1, 2, 3])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_every_rank_and_layout(dim: int, channels_last: bool) -> None:
+def test_every_rank_and_layout_is_fused_and_kept(dim: int, channels_last: bool) -> None:
     shape = (4, 3) if dim == 1 else (2, 3, 4, 5, 3)[: dim + 2]
     x = torch.randn(shape, dtype=torch.float64)
     if channels_last:

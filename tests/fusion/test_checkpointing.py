@@ -49,8 +49,9 @@ class Around(nn.Module):
 
 
 def comparable(kind: str, make: Callable[[], nn.Module]) -> Pair:
-    """If a checkpoint saves batch norms, bnext's operator counts a batch once. torch's layer counts outside of the
-    operator, and so twice."""
+    """A model and its fused copy, which count batches alike. Where a checkpoint saves the results of batch norms,
+    bnext's operator counts a batch once, but torch's layer, which counts outside of its operator, twice; there both
+    models have bnext's layers."""
     original, fused = pair(make)
     return bnext.convert(original) if kind == "save batch norms" else original, fused
 
@@ -60,18 +61,17 @@ def assert_same_training(original: nn.Module, fused: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_around(kind: str) -> None:
+def test_a_checkpoint_around_a_fused_model(kind: str) -> None:
     assert_same_training(*(Around(kind, model) for model in comparable(kind, Region)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_inside(kind: str) -> None:
+def test_a_checkpoint_inside_a_fused_model(kind: str) -> None:
     assert_same_training(*comparable(kind, lambda: Inside(kind)))
 
 
 @pytest.mark.parametrize("kind", ["reentrant", "not reentrant"])
-def test_inside_is_fused_and_keeps_no_more(kind: str) -> None:
-    """Apart from the residual, which the backward of a smooth activation needs."""
+def test_a_checkpointed_region_is_fused_and_the_model_holds_no_more_memory(kind: str) -> None:
     original, fused = pair(lambda: Inside(kind))
     x = small().requires_grad_()
     assert count(fused(x)) == 0
@@ -80,7 +80,7 @@ def test_inside_is_fused_and_keeps_no_more(kind: str) -> None:
         assert held_by(fused, x) <= held_by(bnext.convert(original), x)
 
 
-def test_parts_of_a_sequential() -> None:
+def test_checkpoint_sequential_of_a_fused_model() -> None:
     class Parts(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
             return checkpoint_sequential(self[0], 2, x, use_reentrant=False)
@@ -89,7 +89,7 @@ def test_parts_of_a_sequential() -> None:
     assert_same_training(*map(Parts, models))
 
 
-def careless(self: Net, x: Tensor) -> Tensor:
+def without_the_random_state(self: Net, x: Tensor) -> Tensor:
     return checkpoint(lambda z: F.relu(self.bn(self.conv(z))), x, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -117,6 +117,6 @@ def nested(self: Net, x: Tensor) -> Tensor:
     return checkpoint(outer, x, use_reentrant=False)
 
 
-@pytest.mark.parametrize("forward", [careless, with_more_than_tensors, with_a_constant, nested])
-def test_regions(forward: Callable[[Net, Tensor], Tensor]) -> None:
-    assert_same_training(*pair(Net.of(forward)))
+@pytest.mark.parametrize("forward", [without_the_random_state, with_more_than_tensors, with_a_constant, nested])
+def test_checkpoints_of_functions(forward: Callable[[Net, Tensor], Tensor]) -> None:
+    assert_same_training(*pair(Net.with_forward(forward)))

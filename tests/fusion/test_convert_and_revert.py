@@ -18,10 +18,12 @@ import bnext
 
 
 def record(model: nn.Module) -> list[Any]:
+    """All modules of a model, with their classes, attributes and submodules."""
     return [(m, type(m), dict(m.__dict__), dict(m._modules)) for m in model.modules()]
 
 
 def same(a: list[Any], b: list[Any]) -> bool:
+    """Whether two records are equal, and their attributes the same objects."""
     return len(a) == len(b) and all(
         (m, t, modules) == (n, u, others) and d.keys() == e.keys() and all(d[key] is e[key] for key in d)
         for (m, t, d, modules), (n, u, e, others) in zip(a, b, strict=True)
@@ -44,7 +46,7 @@ def test_classes_names_and_tensors_are_kept(name: str) -> None:
     assert list(model.state_dict()) == list(state)
     assert model.state_dict()._metadata == state._metadata
     inner = [m.__dict__.keys() for m in list(model.modules())[1:]]
-    assert inner == [m.__dict__.keys() for m in list(plain.modules())[1:]], "only the model itself is touched"
+    assert inner == [m.__dict__.keys() for m in list(plain.modules())[1:]], "fusing changed more than the model itself"
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_fused_parts_in_a_fused_whole() -> None:
     assert count(fused(small())) == 2
 
 
-def test_a_user_made_layer_stays() -> None:
+def test_an_activated_layer_that_convert_did_not_make_stays() -> None:
     model = nn.Sequential(bnext.BatchNormAct2d(3, act="silu"), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten())
     bnext.convert(model, fuse=True)
     model(torch.randn(2, 3, 4, 4))

@@ -21,11 +21,11 @@ WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda m: pickle.loads(pickle.dumps(m)),
     "torch.save": saved,
-    "of a copy": lambda m: pickle.loads(pickle.dumps(copy.deepcopy(m))),
+    "pickle of a deepcopy": lambda m: pickle.loads(pickle.dumps(copy.deepcopy(m))),
 }
 
 
-def changed(model: nn.Module) -> None:
+def change_tensors(model: nn.Module) -> None:
     """Changes all tensors, so that a copy that computes with those of the original differs."""
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
@@ -49,9 +49,9 @@ def test_a_copy_has_its_own_parameters_and_fuses(name: str, way: str, called: bo
         assert_same_steps(original, fused, x, modes=("training",), steps=1)
     twin, reference = WAYS[way](fused), copy.deepcopy(original)
     assert [type(m) for m in twin.modules()] == [type(m) for m in fused.modules()]
-    changed(fused)
+    change_tensors(fused)
     assert_same_steps(reference, twin, x, steps=1)
-    changed(original)
+    change_tensors(original)
     assert_same_steps(original, fused, x, modes=("training",), steps=1)
     assert set(bnext.fusion_report(twin).fused) == NETWORKS[name].fused
     assert count(twin.train()(x)) == count(fused.train()(x)) < count(reference.train()(x))
@@ -82,7 +82,7 @@ def test_the_report_of_a_second_model_of_a_class_whose_graph_breaks() -> None:
         assert fused_names(fused) == ["bn", "body.1"]
 
 
-class Modal(nn.Module):
+class Scaled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.bn, self.scale = nn.BatchNorm2d(3), 1.0
@@ -91,8 +91,8 @@ class Modal(nn.Module):
         return torch.relu(self.bn(x) * self.scale)
 
 
-def test_a_shallow_copy_is_no_original() -> None:
-    original, fused = pair(Modal)
+def test_a_shallow_copy_computes_with_its_own_attributes() -> None:
+    original, fused = pair(Scaled)
     x = small()
     assert_same_steps(original, fused, x, modes=("training",), steps=1)
     twins = [copy.copy(model) for model in (original, fused)]
@@ -177,8 +177,8 @@ def test_classes_that_copy_themselves(name: str, called: bool) -> None:
         assert_same_steps(original, fused, x, modes=("training",))
     for way in ("deepcopy", "pickle"):
         twin, reference = WAYS[way](fused), copy.deepcopy(original)
-        changed(fused)
-        changed(original)
+        change_tensors(fused)
+        change_tensors(original)
         assert_same_steps(reference, twin, x, modes=("training",))
 
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import bnext
 from bnext.functional import batch_norm_act
 
+# Activations that batch norm cannot apply.
 OTHERS = (
     torch.sigmoid, torch.tanh, F.hardsigmoid, F.hardtanh, F.selu, F.celu, F.softplus,
     lambda y: F.gelu(y, approximate="tanh"), lambda y: y.clamp(min=0),
@@ -45,7 +46,7 @@ def test_other_functions_are_not_counted(act: Callable[[Tensor], Tensor]) -> Non
         (lambda self, x: checkpoint(lambda z: F.relu(self.bn(z)), x, use_reentrant=False), 1),
         (lambda self, x: F.silu(self.bn2(F.relu(self.bn(x)))), 2),
         (lambda self, x: F.relu(F.relu(self.bn(x))), 1),
-        # Nothing that could be fused.
+        # In these forwards nothing could be fused.
         (lambda self, x: F.relu(self.bn(x) + x + x * 2), 0),
         (lambda self, x: F.relu(y := self.bn(x)) * torch.sigmoid(y), 0),
         (lambda self, x: (F.relu(y := self.bn(x)), y), 0),
@@ -61,11 +62,11 @@ def test_other_functions_are_not_counted(act: Callable[[Tensor], Tensor]) -> Non
         (lambda self, x: F.relu(self.bn(x) - x), 0),
     ],
 )
-def test_pairs(forward: Callable[[Net, Tensor], object], pairs: int) -> None:
-    assert count_pairs(Net.of(forward)()(image())) == pairs
+def test_count_pairs_counts_what_could_be_fused(forward: Callable[[Net, Tensor], object], pairs: int) -> None:
+    assert count_pairs(Net.with_forward(forward)()(image())) == pairs
 
 
-def test_whose_the_batch_norms_are() -> None:
+def test_count_norms_tells_bnexts_batch_norms_from_torchs() -> None:
     model = nn.Sequential(bnext.BatchNorm2d(3), nn.BatchNorm2d(3), nn.ReLU())
     assert count_norms(model(image())) == (2, 1)
 

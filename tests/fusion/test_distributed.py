@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import bnext
 
 
-def two() -> nn.Module:
+def two_pairs() -> nn.Module:
     return nn.Sequential(sequential(), sequential(conv(3, 1)))
 
 
@@ -32,7 +32,7 @@ def test_in_several_processes(pools: Callable[[int], Pool], job: Callable[..., N
 
 @pytest.mark.usefixtures("group")
 def test_data_parallel_around_and_inside() -> None:
-    original, fused = pair(two)
+    original, fused = pair(two_pairs)
     wrapped = DistributedDataParallel(fused)
     assert_same_steps(original, fused, small(), modes=("training",), steps=1)
     assert_same_steps(original, wrapped, small(), modes=("training",))
@@ -44,22 +44,27 @@ def test_data_parallel_around_and_inside() -> None:
 @pytest.fixture
 def called(group: object) -> Pair:
     """A model after its first call, and its fused copy, in a group of one process."""
-    original, fused = pair(two)
+    original, fused = pair(two_pairs)
     assert_same_steps(original, fused, small(), modes=("training",), steps=1)
     return original, fused
 
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching:UserWarning")
 @pytest.mark.parametrize("policy", [None, {nn.Conv2d}], ids=["whole", "layers"])
-def test_fsdp(called: Pair, policy: set[type[nn.Module]] | None) -> None:
+def test_a_sharded_fused_model_computes_the_same(called: Pair, policy: set[type[nn.Module]] | None) -> None:
     original, fused = called
     x = small()
     sharded = FullyShardedDataParallel(
         fused, auto_wrap_policy=policy and ModuleWrapPolicy(policy), device_id=torch.device("cpu"), use_orig_params=True
     )
     for _ in range(2):
-        assert_close(sharded(x), original(x), "output")
-        sharded(x).sum().backward()
+        gradients = []
+        for model in (sharded, original):
+            model.zero_grad()
+            y = model(x)
+            y.square().sum().backward()
+            gradients.append([y, *(p.grad for p in model.parameters())])
+        assert_close(*gradients, "output and gradients")
 
 
 @pytest.mark.parametrize("part", [None, 1], ids=["whole", "norm"])

@@ -32,7 +32,7 @@ class End(Net):
 
 class Case(NamedTuple):
     forward: Callable[..., Any]
-    fused: str | None = "bn"  # the name of a batch norm that is fused
+    fused: str | None = "bn"  # the name of a batch norm that is fused; None: not tested
     inputs: tuple[tuple[Any, ...], ...] = ((X,),)
 
 
@@ -53,7 +53,7 @@ class Out(NamedTuple):
 
 
 def saved_tensors(self: End, x: Tensor) -> Tensor:
-    """The hooks change the gradients."""
+    """The hooks, which double what is saved, change the gradients."""
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t * 2, lambda t: t.clone()):
         x = x.square()
     return self.end(x)
@@ -82,7 +82,7 @@ CASES = {
     "by value, between": Case(
         lambda self, x: F.relu(y) if (y := self.bn(x)).sum() > x.sum() else F.silu(y), None, ((X,), (-X,))
     ),
-    "a number of it, between": Case(lambda self, x: (y := self.bn(x)).max().item() * F.relu(y), None),
+    "an item of the output, between": Case(lambda self, x: (y := self.bn(x)).max().item() * F.relu(y), None),
     "saved tensors": Case(saved_tensors, None),
     "saved tensors, around": Case(saved_around, None),
     "decorated": Case(torch.no_grad()(lambda self, x: self.end(x))),
@@ -98,11 +98,11 @@ CASES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of dynamo, about what it does not capture
+@pytest.mark.filterwarnings("ignore::UserWarning")  # dynamo warns about what it does not capture
 @pytest.mark.parametrize("name", CASES)
 def test_a_forward_computes_the_same(name: str) -> None:
     forward, norm, inputs = CASES[name]
-    original, fused = pair(End.of(forward))
+    original, fused = pair(End.with_forward(forward))
     for given in inputs:
         for mode in QUICK * 2:
             steps = []
@@ -114,7 +114,7 @@ def test_a_forward_computes_the_same(name: str) -> None:
 
 
 def test_keyword_arguments() -> None:
-    original, fused = pair(End.of(CASES["an argument with a default"].forward))
+    original, fused = pair(End.with_forward(CASES["an argument with a default"].forward))
     for given in ({"x": X}, {"x": X, "scale": 2.0}, {"scale": 3.0, "x": Y}):
         assert_close(fused(**given), original(**given), "output")
     for model in (original, fused):

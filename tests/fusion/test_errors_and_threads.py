@@ -55,15 +55,15 @@ def test_an_exception_of_the_forward_comes_out_once(first: bool, when: str) -> N
 
 
 def test_errors_of_the_layers_are_torchs() -> None:
-    original, fused = pair(Net.of(lambda self, x: F.relu(self.bn(self.conv(x)))))
-    bnext.convert(original)  # torch's layers also count batches that raise
+    original, fused = pair(Net.with_forward(lambda self, x: F.relu(self.bn(self.conv(x)))))
+    bnext.convert(original)  # since torch's layers count batches that raise, too
     for bad in (torch.randn(2, 4, 5, 5).double(), torch.randn(2, 3, 5, 5), torch.randn(3).double()):
-        said = []
+        errors = []
         for model in (original, fused):
             with pytest.raises((RuntimeError, ValueError)) as caught:
                 model(bad)
-            said.append((type(caught.value), str(caught.value).splitlines()[0]))
-        assert said[1] == said[0]
+            errors.append((type(caught.value), str(caught.value).splitlines()[0]))
+        assert errors[1] == errors[0]
     for model in (original, fused):
         with pytest.raises(ValueError, match="more than 1 value per channel"):
             model(torch.randn(1, 3, 1, 1).double())
@@ -87,7 +87,9 @@ def test_a_model_that_cannot_be_captured_runs_unfused_with_one_warning(caplog: p
     assert count(fused.train()(X)) == 1
 
 
-def test_the_garbage_collector_is_no_part_of_a_forward() -> None:
+def test_a_callback_of_the_garbage_collector_does_not_prevent_fusing() -> None:
+    """Python calls it in the middle of a forward that dynamo captures, but it is no part of the forward."""
+
     def callback(phase: str, info: dict[str, int]) -> None:
         with warnings.catch_warnings():
             pass

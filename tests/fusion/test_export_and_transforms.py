@@ -1,5 +1,5 @@
-"""Under torch.export, torch.jit, torch.fx, torch.func and torch's modes nothing is fused: what they return is that of
-the unfused model. Calls after them are fused again."""
+"""Under torch.export, torch.jit, torch.fx, the transforms of torch.func and torch's modes nothing is fused: what they
+return is that of the unfused model. Calls after them are fused again."""
 
 from __future__ import annotations
 
@@ -69,12 +69,13 @@ def ensemble(model: nn.Module, x: Tensor) -> Any:
 
 
 def with_plain_tensors(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Their gradients, and the buffers after two calls."""
+    """What the model computes with plain tensors for parameters and buffers: the output and the gradients of the second
+    of two calls, and the buffers after both."""
     params = {k: (p.detach() * 1.5).requires_grad_() for k, p in model.named_parameters()}
     buffers = {k: b.clone() for k, b in model.named_buffers()}
     functional_call(model, (params, buffers), (x,))
     y = functional_call(model, (params, buffers), (x,))
-    assert count(y) == (model._compiled_call_impl is None), "a fused model is fused"
+    assert count(y) == (model._compiled_call_impl is None), "exactly the calls of the fused model are fused"
     return [y, *torch.autograd.grad(y.square().sum(), list(params.values())), *buffers.values()]
 
 
@@ -101,7 +102,7 @@ def models() -> Pair:
 
 @pytest.mark.parametrize("called", [False, True], ids=["before a call", "after one"])
 @pytest.mark.parametrize("name", CALLS)
-def test_it_sees_the_plain_model(name: str, called: bool) -> None:
+def test_results_are_those_of_the_plain_model(name: str, called: bool) -> None:
     plain, fused = models()
     x = small()
     if called:

@@ -1,4 +1,5 @@
-"""Fusing of batch norms with padding: with the activation behind them, which is 0 at 0; not with a sum."""
+"""A batch norm with padding is fused with its activation, which is 0 at 0, but not with a sum, which may not be 0 at
+padding."""
 
 from __future__ import annotations
 
@@ -21,13 +22,11 @@ class Block(nn.Module):
 
 
 def call(has_residual: bool) -> tuple[Block, Tensor, Tensor]:
+    """A block that is converted and called, its output, and the expected output."""
     lengths = torch.tensor([4, 2, 0])
     valid = torch.arange(4) < lengths[:, None]
-    model, x, residual = (
-        bnext.convert(Block(has_residual), fuse=True),
-        make_padded((3, 3, 4), valid),
-        torch.ones(3, 3, 4),
-    )
+    model = bnext.convert(Block(has_residual), fuse=True)
+    x, residual = make_padded((3, 3, 4), valid), torch.ones(3, 3, 4)
     y = model(x, lengths, residual)
     alone = bnext.functional.batch_norm(x, None, None, training=True, lengths=lengths)
     return model, y, torch.relu(alone + residual if has_residual else alone)

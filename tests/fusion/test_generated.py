@@ -57,17 +57,18 @@ OTHERS = (
     "torch.set_grad_enabled(torch.is_grad_enabled())",
 )
 RETURNS = ("z", "z, v", "z, s", "z, y", "z + v", "z * s")
-COUNT = 30
+COUNT = 30  # forwards in a test
 
 
-def forward_of(generator: random.Random) -> str:
+def random_forward(generator: random.Random) -> str:
+    """The source of a random forward."""
     steps = [generator.choice(BEFORE), "v = h.sin()", generator.choice(RESIDUALS), "y = self.bn(h)"]
     later = [generator.choice(ADDS), generator.choice(ACTS)]
     if generator.random() < 0.3:
         steps[2:] = reversed(steps[2:])  # the residual is made behind the norm
     for _ in range(generator.randrange(3)):
         place = generator.randrange(len(later) + 1)
-        later.insert(place, generator.choice(OTHERS) if place < len(later) else generator.choice(OTHERS[2:]))
+        later.insert(place, generator.choice(OTHERS if place < len(later) else OTHERS[2:]))
     lines = [line for line in (*steps, *later, f"return {generator.choice(RETURNS)}") if line]
     return "def forward(self, x, r):\n" + textwrap.indent("\n".join(lines), "    ")
 
@@ -100,7 +101,7 @@ def test_random_forwards_compute_the_same(seed: int, modes: tuple[str, ...]) -> 
     generator = random.Random(seed)
     sources: dict[str, None] = {}
     while len(sources) < COUNT:
-        source = forward_of(generator)
+        source = random_forward(generator)
         if runs(source):
             sources[source] = None
     torch.manual_seed(seed)

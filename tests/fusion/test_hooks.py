@@ -20,6 +20,7 @@ KINDS = (("forward", "forward_pre"), ("full_backward", "full_backward_pre"))  # 
 
 
 def watch(model: nn.Module, layer: str, kind: str) -> tuple[list[Any], Any]:
+    """Registers a hook on a layer. Returns the list to which each call of it adds its arguments, and its handle."""
     seen: list[Any] = []
 
     def hook(module: nn.Module, *args: Any) -> None:
@@ -29,6 +30,7 @@ def watch(model: nn.Module, layer: str, kind: str) -> tuple[list[Any], Any]:
 
 
 def run(model: nn.Module, x: Tensor) -> list[Any]:
+    """The output and the gradient of the input."""
     x = x.clone().requires_grad_()
     y = model(x * 1)
     y.backward(grad_of(y))
@@ -37,7 +39,7 @@ def run(model: nn.Module, x: Tensor) -> list[Any]:
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("added", ["before convert", "after convert", "after the first call"])
-def test_hooks_see_what_they_saw(added: str, layer: str) -> None:
+def test_hooks_see_the_values_of_the_unfused_model(added: str, layer: str) -> None:
     x = small()
     for kinds in KINDS:
         original = net().double()
@@ -107,7 +109,7 @@ def test_hooks_with_keywords_and_always_called() -> None:
         assert seen == [(0, ["input"]), (1, ["scale"])]
         return y
 
-    models = pair(Net.of(lambda self, x, *, scale=1.0: F.relu(self.bn(input=self.conv(x) * scale))))
+    models = pair(Net.with_forward(lambda self, x, *, scale=1.0: F.relu(self.bn(input=self.conv(x) * scale))))
     assert_same_results(*models, watched)
 
 
@@ -128,7 +130,7 @@ def test_an_exception_in_a_hook_comes_out_and_leaves_the_model_working() -> None
         handle.remove()
     assert_same_steps(original, fused, x)
     assert_fuses(original, fused, x)
-    assert torch._C._len_torch_dispatch_stack() == 0
+    assert torch._C._len_torch_dispatch_stack() == 0, "a dispatch mode is still active"
 
 
 GLOBAL = {
@@ -150,7 +152,7 @@ def test_global_hooks_see_every_module(kind: str) -> None:
             result = call(model)
         finally:
             handle.remove()
-        assert len(found) == 5
+        assert len(found) == 5  # the model and its four layers
         return [result, found]
 
     assert_same_results(original, fused, seen)

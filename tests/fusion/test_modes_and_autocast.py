@@ -61,14 +61,17 @@ AUTOCAST = {
 
 INSIDE: dict[str, Callable[[], nn.Module]] = {
     "not inside": lambda: Basic(3),
-    "inside": Net.of(lambda self, x: F.silu(self.bn2(autocast(lambda: F.relu(self.bn(self.conv(x)))).float()) + x)),
-    "the activation outside": Net.of(lambda self, x: F.relu(autocast(lambda: self.bn(self.conv(x))))),
+    "inside": Net.with_forward(
+        lambda self, x: F.silu(self.bn2(autocast(lambda: F.relu(self.bn(self.conv(x)))).float()) + x)
+    ),
+    "the activation outside": Net.with_forward(lambda self, x: F.relu(autocast(lambda: self.bn(self.conv(x))))),
 }
 
 
 @pytest.mark.parametrize("where", AUTOCAST)
 @pytest.mark.parametrize("inside", INSIDE)
 def test_autocast(inside: str, where: str) -> None:
+    """Fusing changes outputs and gradients by roundings of bfloat16 alone, with autocast around the model or inside."""
     original = INSIDE[inside]()
     plain, fused = bnext.convert(copy.deepcopy(original)), bnext.convert(copy.deepcopy(original), fuse=True)
     x = torch.randn(4, 3, 6, 6)

@@ -21,8 +21,8 @@ def test_what_is_fused_and_that_it_computes_the_same(name: str) -> None:
 
 
 def test_a_residual_that_is_broadcast_is_added_as_before() -> None:
-    """One value a channel, as of a squeeze-and-excitation block."""
-    original, fused = pair(Net.of(lambda self, x: torch.relu(self.bn(x) + x.mean((2, 3), keepdim=True))))
+    """The residual has one value a channel, as in a squeeze-and-excitation block."""
+    original, fused = pair(Net.with_forward(lambda self, x: torch.relu(self.bn(x) + x.mean((2, 3), keepdim=True))))
     assert_same(original, fused, make_input(IMAGE, dtype=torch.float64))
     assert bnext.fusion_report(fused).fused == []
     assert why_left(fused, "bn") == "the residual has another shape, dtype or device"

@@ -58,14 +58,14 @@ class Quiet(nn.BatchNorm2d):
     """A user's subclass, with the forward of its base."""
 
 
-def test_an_unknown_subclass() -> None:
+def test_a_subclass_with_the_forward_of_its_base_is_fused() -> None:
     original, fused = pair(lambda: nn.Sequential(conv(3, 1), Quiet(3), nn.ReLU()))
     assert type(fused[1]) is Quiet
     assert_same_steps(original, fused, small())
     assert_fuses(original, fused, small())
 
 
-def test_frozen_layers() -> None:
+def test_layers_that_are_frozen_in_a_model_in_training_are_fused() -> None:
     original, fused = pair(lambda: nn.Sequential(sequential(), sequential(conv(3, 1))))
     assert_same_steps(original, fused, small(), modes=("training",))
     for model in (original, fused):
@@ -76,7 +76,7 @@ def test_frozen_layers() -> None:
     assert_fuses(original, fused, small(), pairs=2)
 
 
-def test_lazy_layers() -> None:
+def test_lazy_layers_are_fused_when_they_are_initialised() -> None:
     def make() -> nn.Module:
         return nn.Sequential(nn.LazyConv2d(4, 1), nn.LazyBatchNorm2d(), nn.ReLU(), nn.LazyBatchNorm2d(), nn.Flatten())
 
@@ -89,7 +89,7 @@ def test_lazy_layers() -> None:
     assert_fuses(original, fused, x)
 
 
-def test_a_single_layer_and_one_without_batch_norms() -> None:
+def test_nothing_is_fused_in_a_single_layer_or_a_model_without_batch_norms() -> None:
     for make in (lambda: nn.BatchNorm2d(3), lambda: nn.Sequential(conv(3, 1), nn.ReLU())):
         original, fused = pair(make)
         assert_same_steps(original, fused, small())

@@ -49,7 +49,7 @@ def numbered(output: object) -> dict[str, Tensor]:
 def step(
     model: nn.Module, input: Tensor, call: Callable[[Tensor], object] | None = None, evaluate: bool = True
 ) -> Step:
-    """``call``: the model, compiled."""
+    """Calls the model, or `call`, which is the compiled model."""
     call = model if call is None else call
     leaf = input.clone().requires_grad_()
     model.train().zero_grad()
@@ -67,12 +67,12 @@ def step(
     return Step(numbered(output), gradients, buffers, evaluation, *counts)
 
 
-def size(tensor: Tensor) -> float:
+def magnitude(tensor: Tensor) -> float:
     return tensor.double().abs().max().item() if tensor.numel() else 0.0
 
 
 class Original:
-    """A model, and a step of it."""
+    """A model, and the results of its first step."""
 
     def __init__(self, model: RealModel) -> None:
         self.model, self.input = model.make(), model.input()
@@ -85,10 +85,10 @@ class Original:
             got, expected = getattr(other, kind), getattr(self.step, kind)
             assert list(got) == list(expected)
             assert expected
-            largest = max(size(value) for value in expected.values() if value.is_floating_point())
+            largest = max(magnitude(value) for value in expected.values() if value.is_floating_point())
             for name, value in expected.items():
                 assert got[name].dtype == value.dtype, name
-                limit = TENSOR_LIMIT * size(value) + KIND_LIMIT * largest if value.is_floating_point() else 0.0
+                limit = TENSOR_LIMIT * magnitude(value) + KIND_LIMIT * largest if value.is_floating_point() else 0.0
                 assert_within(got[name], value.double(), limit, f"{kind}: {name}")
 
     def assert_same_compiled(self, compiled: nn.Module, call: Callable[[Tensor], object]) -> None:

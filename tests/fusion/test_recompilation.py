@@ -17,22 +17,22 @@ import bnext
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_program_compiles_no_more_often_than_torch_does() -> None:
-    """Training and evaluation in five batch sizes."""
-    graphs = []
+    """The program trains and evaluates in five batch sizes."""
+    numbers = []
     for fuse in (False, True):
         torch._dynamo.reset()
         model = Basic(3)
         called = bnext.convert(model, fuse=True) if fuse else torch.compile(model, backend="eager")
-        with counted_graphs() as made:
+        with counted_graphs() as graphs:
             for n, training in itertools.product((4, 8, 3, 5, 16) * 2, (True, False)):
                 model.train(training)
                 with torch.set_grad_enabled(training):
                     called(torch.randn(n, 3, 6, 5))
-            graphs.append(made())
-    assert 0 < graphs[1] <= graphs[0]
+            numbers.append(graphs())
+    assert 0 < numbers[1] <= numbers[0]
 
 
-def test_sizes_compute_the_same() -> None:
+def test_calls_in_other_sizes_compute_the_same() -> None:
     original, fused = pair(lambda: Basic(3))
     for n, h in ((2, 5), (3, 5), (7, 6), (1, 8), (2, 5), (0, 4)):
         x = torch.randn(n, 3, h, 4, dtype=torch.float64)
@@ -43,18 +43,18 @@ def test_sizes_compute_the_same() -> None:
 @pytest.mark.usefixtures("fresh_compiler")
 def test_sizes_of_one_model_do_not_affect_the_next() -> None:
     """Dynamo compiles the first size of a model as a constant, whatever sizes other models were called with."""
-    made = []
+    numbers = []
     for n in (20, 30, 40):
         fused = bnext.convert(sequential(nn.Flatten()), fuse=True)
         with counted_graphs() as graphs:
             for size in (n, n + 1, n + 2):
                 fused(torch.randn(size, 3, 4, 4))
-            made.append(graphs())
-    assert made == [2, 2, 2]
+            numbers.append(graphs())
+    assert numbers == [2, 2, 2]
 
 
-def test_beyond_the_limit_there_is_one_warning_and_right_results(caplog: pytest.LogCaptureFixture) -> None:
-    """Each new momentum is another graph."""
+def test_beyond_dynamos_limit_results_are_right_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """Dynamo limits the number of graphs, and each new momentum needs another one."""
     original, fused = pair(lambda: nn.Sequential(nn.Identity(), nn.BatchNorm2d(3), nn.ReLU()))
     x = small()
     with caplog.at_level(logging.WARNING):
@@ -62,12 +62,12 @@ def test_beyond_the_limit_there_is_one_warning_and_right_results(caplog: pytest.
             original[1].momentum = fused[1].momentum = 1 / (n + 2)
             assert_close(fused(x), original(x), "output")
     assert_close(list(fused.buffers()), list(original.buffers()), "buffers")
-    assert len(caplog.records) <= 1
+    assert len([record for record in caplog.records if "limit" in record.getMessage()]) == 1
     original[1].momentum = fused[1].momentum = 0.5
     assert_same_steps(original, fused, x, modes=("training",))
 
 
-def test_a_slope_that_changes_from_call_to_call_is_left_and_right(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_slope_may_change_from_call_to_call_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     original, fused = pair(lambda: nn.Sequential(nn.BatchNorm2d(3), nn.LeakyReLU(0.1)))
     for slope in (0.1, 0.2, 0.3):
         original[1].negative_slope = fused[1].negative_slope = slope

@@ -112,7 +112,14 @@ def statistics_read_without_a_sum(self: Net, x: Tensor, r: Tensor) -> tuple[Tens
 def weight_written_between(self: Net, x: Tensor, r: Tensor) -> Tensor:
     y = self.bn(x)
     with torch.no_grad():
-        self.bn.bias.mul_(1.0).add_(0.5)
+        self.bn.weight.mul_(1.5)
+    return F.relu(y + r)
+
+
+def bias_written_between(self: Net, x: Tensor, r: Tensor) -> Tensor:
+    y = self.bn(x)
+    with torch.no_grad():
+        self.bn.bias.add_(0.5)
     return F.relu(y + r)
 
 
@@ -133,7 +140,8 @@ WRITTEN_BETWEEN = {
     "statistics are read behind": Pattern(lambda self, x, r: (F.relu(self.bn(x) + r), self.bn.running_var * 2), 1, 1),
     "statistics are read, no sum": Pattern(statistics_read_without_a_sum),
     "the weight": Pattern(weight_written_between, None),
-    # Moved behind its second call, the first would update the running statistics last.
+    "the bias": Pattern(bias_written_between, None),
+    # If the first call moved behind the second, it would update the running statistics last.
     "called again between": Pattern(lambda self, x, r: F.relu(self.bn(self.conv(x)) + F.relu(self.bn(x)))),
     "both terms of one layer": Pattern(lambda self, x, r: F.relu(self.bn(x) + self.bn(r)), 1, 1),
 }
@@ -154,7 +162,7 @@ def residual_assigned_later(self: Net, x: Tensor, r: Tensor) -> Tensor:
     return y + s
 
 
-# Backward of a smooth activation would read the residual; torch's sum keeps none.
+# Backward of a fused smooth activation would read the residual, which torch's sum does not keep.
 RESIDUAL_WRITTEN_LATER = {
     "in place": Pattern(lambda self, x, r: (F.silu(self.bn(x) + (s := r * 2)), s.mul_(3)), 0),
     "in place, relu": Pattern(lambda self, x, r: (F.relu(self.bn(x) + (s := r * 2)), s.mul_(3)), 1, 1),
@@ -213,7 +221,7 @@ MODE_SWITCHED = {
 }
 
 
-# Reads do not depend on the mode; writes to a residual matter to gradients alone.
+# Some need fewer modes: reads do not depend on the mode, and writes to a residual matter to gradients alone.
 @pytest.mark.parametrize(
     ("patterns", "modes"),
     [
@@ -231,6 +239,8 @@ def test_nobody_notices_that_a_pair_is_fused(patterns: dict[str, Pattern], modes
 class Written(Net):
     """Writes to the third argument, which shares the memory of another argument in some of the calls."""
 
+    first = False  # whether it writes before the sum
+
     def forward(self, x: Tensor, r: Tensor, s: Tensor) -> Tensor:
         y = self.bn(x)
         if self.first:
@@ -240,12 +250,10 @@ class Written(Net):
             s.mul_(2)
         return z
 
-    first = False
-
 
 @pytest.mark.parametrize("first", [True, False], ids=["before the sum", "behind it"])
 @pytest.mark.parametrize("order", [(None, "x", "r"), ("r", "x", None)], ids=str)
-def test_arguments_that_share_memory_this_time(order: tuple[str | None, ...], first: bool) -> None:
+def test_arguments_may_share_memory_in_some_calls(order: tuple[str | None, ...], first: bool) -> None:
     original, fused = pair(Written)
     original.first = fused.first = first
     for shared in order:

@@ -24,8 +24,8 @@ def in_place_of_the_residual(y: Tensor, r: Tensor) -> Tensor:
     return r
 
 
-# Functions of the normalised value and a residual that only the forward holds; and whether each is fused. None: not
-# tested.
+# Functions of the normalised value and a residual that only the forward holds, and whether each is fused (None: that is
+# not tested).
 SUMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool | None]] = {
     "y + r": (lambda y, r: y + r, True),
     "r + y": (lambda y, r: r + y, True),
@@ -55,7 +55,7 @@ SUMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool | None]] = {
     "y + y": (lambda y, r: y + y, False),
     "y += y": (lambda y, r: y.add_(y), False),
     "y + view of y": (lambda y, r: y + y.view(y.shape), False),
-    "y + a transpose of y": (lambda y, r: y + y.flip(0), False),
+    "y + a flipped y": (lambda y, r: y + y.flip(0), False),
     "sum of a list": (lambda y, r: sum([y, r]), False),
     "a mean": (lambda y, r: y + r.mean((2, 3), keepdim=True), False),
     "per channel": (lambda y, r: y + r[0, :, :1, :1], False),
@@ -163,7 +163,7 @@ class TwoInputs(Net):
         return F.relu(self.bn(self.conv(x)) + residual)
 
 
-def test_a_residual_that_does_not_fit_this_time_is_added_as_before() -> None:
+def test_a_residual_that_does_not_fit_in_some_calls_is_added_as_before() -> None:
     original, fused = pair(TwoInputs)
     x = small()
     for residual in (small(), small()[:1, :, :1, :1], small().float(), 0.5, small(), 2, True, x):

@@ -33,7 +33,7 @@ class Wrapper(nn.Module):
         return self.inner(*args)
 
 
-def two() -> nn.Module:
+def two_pairs() -> nn.Module:
     return nn.Sequential(*sequential(), *sequential(), conv(3, 1))
 
 
@@ -41,6 +41,7 @@ Change = Callable[[nn.Module], object]  # in place
 
 
 def put(index: int, make: Change) -> Change:
+    """A change that replaces the layer at an index by the one that `make` returns."""
     return lambda model: model.__setitem__(index, make(model))
 
 
@@ -68,7 +69,7 @@ def new_parameters(model: nn.Module) -> None:
     model[1].running_var = torch.tensor([4.0, 5.0, 6.0], dtype=torch.float64)
 
 
-# What is done to a model after a call, and how many pairs are fused then. None: not counted.
+# What is done to a model after a call, and how many pairs are fused then (None: they are not counted).
 CHANGES: dict[str, tuple[Change, int | None]] = {
     "activation to LeakyReLU": (put(2, lambda m: nn.LeakyReLU(0.3)), 2),
     "activation to Identity": (put(2, lambda m: nn.Identity()), 1),
@@ -99,7 +100,7 @@ CHANGES: dict[str, tuple[Change, int | None]] = {
 
 def changed(change: str) -> Pair:
     """A model that is changed after its first call, and its fused copy."""
-    original, fused = pair(two)
+    original, fused = pair(two_pairs)
     assert_same_steps(original, fused, small(), modes=("training",), steps=1)
     for model in (original, fused):
         torch.manual_seed(5)
@@ -119,7 +120,7 @@ def test_a_change_after_the_first_call_is_seen(change: str) -> None:
 
 @pytest.mark.parametrize("change", ["norm wrapped", "parametrised"])
 @pytest.mark.parametrize("again", [bnext.revert, lambda m: bnext.convert(m, fuse=True)], ids=["revert", "convert"])
-def test_then_revert_or_convert_again(again: Change, change: str) -> None:
+def test_revert_or_convert_after_a_change(again: Change, change: str) -> None:
     original, fused = changed(change)
     assert_same_steps(original, fused, small(), steps=1)
     again(fused)
@@ -127,7 +128,7 @@ def test_then_revert_or_convert_again(again: Change, change: str) -> None:
 
 
 def test_slices_and_parts_are_plain() -> None:
-    original, fused = pair(two)
+    original, fused = pair(two_pairs)
     x = small()
     assert_same_steps(original, fused, x, steps=1)
     for take in (
@@ -166,7 +167,7 @@ def test_a_fused_model_as_a_part_of_others() -> None:
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no mkldnn")
 def test_to_mkldnn() -> None:
-    model = bnext.convert(two().eval(), fuse=True)
+    model = bnext.convert(two_pairs().eval(), fuse=True)
     x = torch.randn(2, 3, 8, 8)
     want = model(x).detach()
     dense = mkldnn.to_mkldnn(copy.deepcopy(model))

@@ -85,11 +85,11 @@ class Block(nn.Module):
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_step_equals_torchs_in_the_format_that_inductor_chooses() -> None:
-    """channels_last around convolutions on the CPU."""
+    """Inductor chooses channels last around convolutions on the CPU."""
     model = Block().double()
     compiled = torch.compile(copy.deepcopy(model), backend="bnext")
     x = torch.randn(3, 8, 6, 5, dtype=torch.float64)
-    # Caches of graphs would leave no code to look at; that of compiled code saves its compilation.
+    # Caches of graphs would leave no code to look at. The cache of compiled code stays on, which saves compilations.
     with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
         _, codes = run_and_get_code(lambda: assert_same_steps(model, compiled, x, modes=("training",), steps=1))
     assert [code.count("= torch.ops.bnext.batch_norm_") for code in codes] == [2, 2]

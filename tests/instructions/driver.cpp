@@ -2,7 +2,8 @@
 //
 //     driver DTYPE LAYOUT PASS ACT CALLS
 //
-// PASS: forward, eval, backward. ACT: none, relu, silu, gelu, or add+relu with a residual and a mask.
+// LAYOUT: contiguous, small_planes, channels_last. PASS: forward, eval, backward. ACT: none, relu, silu, gelu, or
+// add+relu with a residual and a mask.
 
 #include <cstdint>
 #include <cstdio>
@@ -22,7 +23,7 @@ using namespace bnext;
 constexpr std::int64_t kN = 8;
 constexpr std::int64_t kC = 32;
 constexpr std::int64_t kHW = 28 * 28;
-constexpr std::int64_t kSmallPlane = 16;  // one image of as many elements
+constexpr std::int64_t kSmallPlane = 16;  // HW of small_planes: one image, with more channels and as many elements
 
 template <typename T>
 T one_of(const std::string& name, std::initializer_list<std::pair<const char*, T>> known) {

@@ -1,4 +1,4 @@
-"""Frozen batch norms: a model trains as with layers that are in evaluation, and nothing but unfreeze ends it."""
+"""A model with frozen batch norms trains as with layers in evaluation, and nothing but unfreeze ends that."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def modes(model: nn.Module) -> list[bool]:
     return [m.training for m in norms(model)]
 
 
-def wants(model: nn.Module) -> list[bool]:
+def needs_grad(model: nn.Module) -> list[bool]:
     return [p.requires_grad for p in model.parameters()]
 
 
@@ -47,7 +47,7 @@ def in_evaluation_by_hand(model: nn.Module, affine: bool) -> None:
 
 
 def steps(model: nn.Module, before_each: Callable[[], object], data: list[Tensor]) -> list[Any]:
-    """Two steps of training: outputs, and in the end gradients, parameters and buffers."""
+    """Train with each batch of `data` in turn; return the outputs, and the last gradients, parameters and buffers."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     outputs = []
     for x in data:
@@ -76,7 +76,7 @@ WAYS: dict[str, Callable[[nn.Module, bool], nn.Module]] = {
 
 
 def called(model: nn.Module) -> nn.Module:
-    """The model after a call in training, which captured a graph. Its statistics are as before."""
+    """Call the model in training, which captures a graph, and give it back with the state of before."""
     state = copy.deepcopy(model.state_dict())
     model(torch.randn(3, 3, 5, 4, dtype=torch.float64))
     model.load_state_dict(state)
@@ -103,7 +103,7 @@ def test_a_training_step_is_that_with_layers_in_evaluation(way: str) -> None:
         assert {name for name, _ in report.fused} == {"0.left.1", "0.left.4", "1.bn1", "1.bn2"}, report
 
 
-def timms() -> nn.Module:
+def layer_of_timm() -> nn.Module:
     if reason := why_not("timm"):
         pytest.skip(reason)
     return importlib.import_module("timm.layers").BatchNormAct2d(3, drop_layer=nn.Dropout)
@@ -121,7 +121,7 @@ def timms() -> nn.Module:
         lambda: OwnNorm(3),
         nn.LazyBatchNorm2d,
         bnext.LazyBatchNorm1d,
-        timms,
+        layer_of_timm,
     ],
 )
 @pytest.mark.parametrize("convert", [False, True])
@@ -146,7 +146,7 @@ def test_every_kind_of_layer_stays_frozen_and_is_given_back_whole(make: Callable
     assert not y.requires_grad
     bnext.unfreeze(model)
     assert "frozen" not in repr(layer)
-    if type(layer) is kind:  # no lazy one
+    if type(layer) is kind:  # a lazy layer has become one of another class
         assert layer.__dict__.keys() == before.keys()
         assert all(layer.__dict__[key] is value for key, value in before.items())
     assert layer.training
@@ -162,26 +162,26 @@ def test_unfreezing_gives_back_modes_and_gradients(convert: bool) -> None:
     model[3].eval()
     if convert:
         bnext.convert(model)
-    before, flags = wants(model), modes(model)
+    before, flags = needs_grad(model), modes(model)
     bnext.unfreeze(model)
-    assert (wants(model), modes(model)) == (before, flags) == ([True, False, *[True] * 5], [True, True, False])
+    assert (needs_grad(model), modes(model)) == (before, flags) == ([True, False, *[True] * 5], [True, True, False])
     for _ in range(2):
         bnext.freeze(model[0])
         bnext.freeze(model)
         assert modes(model) == [False] * 3
-        assert wants(model) == [False, False, True, True, False, False, False]
+        assert needs_grad(model) == [False, False, True, True, False, False, False]
     bnext.unfreeze(model)
     bnext.unfreeze(model)
-    assert (wants(model), modes(model)) == (before, flags)
-    # The parents' last word counts, whichever it was.
+    assert (needs_grad(model), modes(model)) == (before, flags)
+    # Unfreezing gives a layer the mode that its parent was last put into.
     for first, then in ((model.train, model.eval), (model.eval, model.train)):
         first()
         bnext.freeze(model, affine=False)
-        assert wants(model) == before
+        assert needs_grad(model) == before
         then()
         bnext.freeze(model)
         assert modes(bnext.unfreeze(model)) == [then == model.train] * 3
-        assert wants(model) == before
+        assert needs_grad(model) == before
 
 
 def replica(module: nn.Module) -> nn.Module:
@@ -212,7 +212,7 @@ def test_copies_are_frozen_by_themselves(convert: bool, way: str) -> None:
     assert modes(bnext.revert(twin).train()) == [False] * 5
     assert modes(bnext.unfreeze(twin)) == [True] * 5
     assert modes(model.train()) == [False] * 5
-    layer = COPIES[way](norms(model)[0]).train()  # of which nothing else is left but the method
+    layer = COPIES[way](norms(model)[0]).train()  # during the call only its method refers to the copy
     assert not layer.training
 
 
@@ -241,6 +241,6 @@ def test_bad_arguments_freeze_nothing() -> None:
     model[1][0].train = lambda mode=True: None
     with pytest.raises(ValueError, match=r"no train or extra_repr .* have one: 1\.0$"):
         bnext.freeze(model)
-    assert (modes(model), wants(model)) == ([True] * 2, [True] * 4)
+    assert (modes(model), needs_grad(model)) == ([True] * 2, [True] * 4)
     with pytest.raises(ValueError, match="training mode is expected to be boolean"):
         bnext.freeze(model[0]).train("yes")

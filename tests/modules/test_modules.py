@@ -1,4 +1,4 @@
-"""The layers against torch.nn's: every constructor option, state_dict, repr, errors, lazy layers, copies, casts.
+"""The layers are compared with torch.nn's: constructor options, state_dict, repr, errors, lazy layers, copies, casts.
 
 Where an `act` is None the layer is BatchNorm*, else BatchNormAct*, which is compared with torch's layer followed by an
 addition and an activation.
@@ -28,7 +28,7 @@ OPTIONS = {
     "momentum": (0.1, None, 0.0, 1.0),
     "affine": FLAGS,
     "track_running_stats": FLAGS,
-    # bnext's layers with an activation take the options that the contract names; torch's `bias` is none of them.
+    # BatchNormAct* takes no `bias`.
     "bias": FLAGS if TORCH_HAS_BIAS_OPTION else (True,),
 }
 WITHOUT_BIAS = {key: values for key, values in OPTIONS.items() if key != "bias"}
@@ -48,8 +48,8 @@ TORCH_ACTS = {
 }
 
 
-def given(options: dict[str, object]) -> dict[str, object]:
-    """What the installed torch takes."""
+def supported(options: dict[str, object]) -> dict[str, object]:
+    """Those of the options that the installed torch takes."""
     return options if TORCH_HAS_BIAS_OPTION else {key: value for key, value in options.items() if key != "bias"}
 
 
@@ -58,7 +58,7 @@ def option_name(options: dict[str, object]) -> str:
 
 
 def combined(options: dict[str, tuple[object, ...]], **others: tuple[object, ...]) -> pytest.MarkDecorator:
-    """Parametrises over `others` and `options`, a dict: of all these every two values of two meet."""
+    """Parametrises over `others` and over `options`, as a dict: every two values of two of all these meet."""
     table = [
         (*row[: len(others)], dict(zip(options, row[len(others) :], strict=True)))
         for row in pairwise(*others.values(), *options.values())
@@ -104,7 +104,7 @@ def assert_same_state(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 def assert_same_step(ours: nn.Module, theirs: nn.Module, shape: tuple[int, ...], has_residual: bool = False) -> None:
-    """Outputs and gradients of one step of both, in whatever mode they are, and the state that it leaves behind."""
+    """Compare outputs and gradients of one step of both in their present modes, and the state that it leaves."""
     values = [make_input(shape, dtype=torch.float64) for _ in range(1 + has_residual)]
     g = make_grad(shape, dtype=torch.float64)
     results = []
@@ -130,7 +130,7 @@ def check_training_and_evaluation(ours: nn.Module, theirs: nn.Module, dim: int, 
 
 @combined(OPTIONS, dim=DIMS)
 def test_every_constructor_option_behaves_as_in_torch(dim: int, options: dict[str, object]) -> None:
-    ours, theirs = both(dim, dtype=torch.float64, **given(options))
+    ours, theirs = both(dim, dtype=torch.float64, **supported(options))
     assert repr(ours) == repr(theirs)
     assert isinstance(ours, type(theirs))
     check_training_and_evaluation(ours, theirs, dim)
@@ -144,7 +144,7 @@ def test_every_activation_behaves_as_torchs(act: Act, dim: int, has_residual: bo
 
 
 @EACH_DIM
-def test_arguments_by_position(dim: int) -> None:
+def test_arguments_by_position_are_torchs(dim: int) -> None:
     for args in ((5,), (5, 1e-3), (5, 1e-3, None), (5, 1e-3, 0.3, False), (5, 1e-3, 0.3, True, False)):
         ours, theirs = (getattr(namespace, f"BatchNorm{dim}d")(*args) for namespace in (bnext, nn))
         assert repr(ours) == repr(theirs)
@@ -159,9 +159,9 @@ def test_arguments_by_position(dim: int) -> None:
 def test_dtype_and_device_options(dim: int, dtype: torch.dtype, device: str) -> None:
     ours, theirs = both(dim, dtype=dtype, device=device)
     assert_same_state(ours, theirs)
-    for where in ("meta", device):
-        ours, theirs = both(dim, device=where)
-        assert [t.device for t in ours.state_dict().values()] == [t.device for t in theirs.state_dict().values()]
+    assert {t.device for t in ours.state_dict().values()} == {t.device for t in theirs.state_dict().values()}
+    ours, _ = both(dim, dtype=dtype, device="meta")
+    assert {t.device.type for t in ours.state_dict().values()} == {"meta"}
 
 
 @pairs(dim=DIMS, act=(None, "gelu"))
@@ -194,7 +194,7 @@ def test_state_dict_of_version_1_loads(dim: int) -> None:
 def test_load_state_dict_complains_as_torch_does() -> None:
     ours, theirs = both(2)
     for bad in (nn.BatchNorm2d(4).state_dict(), {}, {**theirs.state_dict(), "extra": torch.ones(1)}):
-        # A dict without metadata is of version 1, which has no counter.
+        # A dict without metadata counts as version 1, in which the counter may be missing.
         messages = []
         for module in (ours, theirs):
             with pytest.raises(RuntimeError) as caught:
@@ -243,8 +243,8 @@ def test_attributes_may_change_after_construction(act: Act, change: str) -> None
 
 
 @combined(OPTIONS, dim=DIMS)
-def test_lazy_layers(dim: int, options: dict[str, object]) -> None:
-    ours, theirs = both_lazy(dim, dtype=torch.float64, **given(options))
+def test_lazy_layers_behave_as_torchs(dim: int, options: dict[str, object]) -> None:
+    ours, theirs = both_lazy(dim, dtype=torch.float64, **supported(options))
     assert repr(ours) == repr(theirs)
     assert ours.has_uninitialized_params() == theirs.has_uninitialized_params()
     assert_same_step(ours, theirs, SHAPES[dim][-1])
@@ -295,12 +295,13 @@ def test_autocast_gives_the_dtype_that_torch_gives(dtype: torch.dtype) -> None:
         assert ours(after_conv).dtype == theirs(after_conv).dtype == torch.bfloat16
 
 
-WORDS = {act: name(act) for act in ACTS} | {"leaky_relu": "leaky_relu(0.01)", "elu": "elu(1.0)"}  # in a repr
+# Each activation as it stands in a repr.
+NAMES = {act: name(act) for act in ACTS} | {"leaky_relu": "leaky_relu(0.01)", "elu": "elu(1.0)"}
 
 
 def expected_repr(dim: int, act: Act, **options: object) -> str:
     theirs = repr(getattr(nn, f"BatchNorm{dim}d")(5, **options))
-    return theirs.replace("BatchNorm", "BatchNormAct").replace(")", f", act={WORDS[act]})")
+    return theirs.replace("BatchNorm", "BatchNormAct").replace(")", f", act={NAMES[act]})")
 
 
 @EACH_DIM

@@ -1,4 +1,4 @@
-"""What a layer does otherwise than torch's on demand: one value a channel, forwards in backward, ghost batches."""
+"""Options by which a layer departs from torch's: one value a channel, forwards in backward, ghost batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import bnext
 
 
 def pooled() -> nn.Sequential:
-    """ASPP's branch of image features, which has one value a channel."""
+    """ASPP's branch of image features: a batch of one image has one value a channel in its batch norm."""
     torch.manual_seed(0)
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
 
@@ -39,7 +39,7 @@ def test_one_value_a_channel_takes_the_running_statistics(fuse: bool) -> None:
         bnext.revert(model)(x)
 
 
-def test_policies_by_attribute() -> None:
+def test_single_value_may_be_set_as_an_attribute() -> None:
     layer, x = bnext.BatchNorm1d(3), make_input((1, 3))
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         layer(x)
@@ -49,7 +49,7 @@ def test_policies_by_attribute() -> None:
     with pytest.raises(ValueError, match="expected single_value to be \"running\" or None, but got 'mean'"):
         layer(x)
     layer = bnext.BatchNorm1d(3, track_running_stats=False)
-    layer.single_value = "running"  # of which there are none
+    layer.single_value = "running"  # without running statistics it has no effect
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         layer(x)
 
@@ -95,7 +95,7 @@ def test_ghost_batches_of_a_whole_model(fuse: bool) -> None:
     x = make_input((5, 3, 7, 7))
     assert torch.allclose(model(x), layer_by_layer(x), rtol=1e-5, atol=1e-6)
     assert model[1].num_batches_tracked == layer_by_layer[1].num_batches_tracked == 3
-    bnext.convert(model)  # which does not ask for anything else
+    bnext.convert(model)  # a conversion without the option leaves it as it is
     model(x)
     assert model[1].num_batches_tracked == 6
     bnext.revert(model)(x)
@@ -105,13 +105,13 @@ def test_ghost_batches_of_a_whole_model(fuse: bool) -> None:
 @pytest.mark.parametrize(
     ("size", "sync", "error", "message"),
     [
-        (0, False, ValueError, "expected virtual_batch_size to be at least 1, but got 0"),
+        (0, False, ValueError, r"expected virtual_batch_size to be at least 1 and below 2\*\*63, but got 0"),
         (True, False, TypeError, "expected virtual_batch_size to be an int or None, but got True"),
         (2.0, False, TypeError, "expected virtual_batch_size to be an int or None, but got 2.0"),
         (2, True, ValueError, "expected no virtual_batch_size with synchronised layers, .* but got 2"),
     ],
 )
-def test_sizes_that_no_model_can_have(size: Any, sync: bool, error: type[Exception], message: str) -> None:
+def test_bad_virtual_batch_sizes_are_refused(size: Any, sync: bool, error: type[Exception], message: str) -> None:
     model = block()
     with pytest.raises(error, match=message):
         bnext.convert(model, sync=sync, virtual_batch_size=size)

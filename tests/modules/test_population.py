@@ -1,4 +1,4 @@
-"""update_bn: running statistics of all data together, whatever batches they come in, and nothing else changes."""
+"""update_bn gives the running statistics of all data together, whatever the batches, and changes nothing else."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def population(inputs: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def expected(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, tuple[Tensor, Tensor, int]]:
-    """By the name of each layer that trains: the statistics of what it sees, and the number of its calls."""
+    """Mean and variance of what each layer that trains sees, and the number of its calls, by the layer's name."""
     twin, seen = copy.deepcopy(model).train(), {}
     for name, m in twin.named_modules():
         if isinstance(m, _BatchNorm) and m.training:
@@ -122,7 +122,7 @@ def test_statistics_of_all_values_of_all_calls(
         assert torch.equal(model.state_dict()[name], state[name])
 
 
-def test_an_empty_batch_changes_nothing_and_a_first_one_neither() -> None:
+def test_empty_batches_do_not_change_the_statistics() -> None:
     x = random_input(4, 3, 2, 2)
     for empty in (x[:0], x[:0].as_subclass(Tagged)):
         model = nn.Sequential(nn.BatchNorm2d(3)).double()
@@ -131,8 +131,9 @@ def test_an_empty_batch_changes_nothing_and_a_first_one_neither() -> None:
         assert_statistics(model, {"0": (mean, var, 3)})
 
 
-def in_modes(model: nn.Module) -> nn.Module:
-    """Some layers in evaluation, one frozen, one with a user's hook, and statistics of earlier batches."""
+def blocks() -> nn.Module:
+    """A model with layers in evaluation, a frozen one, one with a user's hook, and statistics of earlier batches."""
+    model = nn.Sequential(network(), nn.Conv2d(3, 4, 1), Basic(4)).double()
     model[0].eval()
     model[2].bn1.eval()
     bnext.freeze(model[2].bn2)
@@ -143,12 +144,8 @@ def in_modes(model: nn.Module) -> nn.Module:
     return model
 
 
-def blocks() -> nn.Module:
-    return in_modes(nn.Sequential(network(), nn.Conv2d(3, 4, 1), Basic(4)).double())
-
-
-def everything(model: nn.Module) -> list[Any]:
-    """What update_bn must leave as it was: all but the statistics."""
+def settings(model: nn.Module) -> list[Any]:
+    """What update_bn must leave as it was: each module's mode, momentum, hooks and repr."""
     return [
         (m.training, getattr(m, "momentum", None), list(m._forward_pre_hooks.values()), list(m._forward_hooks), repr(m))
         for m in model.modules()
@@ -176,7 +173,7 @@ def test_whole_models_are_as_before_but_for_their_statistics(
     run = WAYS[way](model)
 
     def call() -> int:
-        """Train and evaluate, which captures graphs. Returns how many activations are not fused."""
+        """Call in training and in evaluation, which captures graphs; return how many activations are not fused."""
         state = copy.deepcopy(model.state_dict())
         modes = [(m, bnext.freezing.mode_of(m)) for m in model.modules()]
         left = count(run.train()(batches[0]))
@@ -189,11 +186,11 @@ def test_whole_models_are_as_before_but_for_their_statistics(
         return left
 
     left = call() if called else None
-    before, graphs = everything(model), counters["stats"]["unique_graphs"]
+    before, graphs = settings(model), counters["stats"]["unique_graphs"]
     frozen = copy.deepcopy(model[2].bn2.state_dict())
     bnext.update_bn(iter(batches), run)
     assert_statistics(model, wanted)
-    assert everything(model) == before
+    assert settings(model) == before
     assert all(torch.equal(a, b) for a, b in zip(frozen.values(), model[2].bn2.state_dict().values(), strict=True))
     assert bnext.unfreeze(model)[2].bn2.training
     if called:
@@ -232,15 +229,15 @@ def test_an_exception_leaves_everything_as_it_was(where: str) -> None:
     batches = [random_input(n, 3, 5, 4) for n in UNEVEN]
     if where == "layer":
         batches[2] = batches[2][:1, :, :1, :1]  # one value a channel
-    before, state = everything(run), copy.deepcopy(run.state_dict())
+    before, state = settings(run), copy.deepcopy(run.state_dict())
     with pytest.raises((LookupError, ValueError), match="more than 1 value" if where == "layer" else f"in the {where}"):
         bnext.update_bn(breaking(batches), run)
-    assert everything(run) == before
+    assert settings(run) == before
     assert all(torch.equal(value, state[name]) for name, value in run.state_dict().items())
     assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
-def test_two_threads_and_a_compiler_that_comes_back() -> None:
+def test_the_compiler_is_back_after_overlapping_updates_of_two_threads() -> None:
     """The second update begins while the first runs, and ends later."""
     batches = [random_input(n, 3, 5, 4) for n in UNEVEN]
     models = [Basic(3).double() for _ in range(2)]
@@ -248,7 +245,7 @@ def test_two_threads_and_a_compiler_that_comes_back() -> None:
     with torch.no_grad():
         for model in models:
             model.compile(backend="eager")
-            model(batches[0])  # which is captured, without the hooks
+            model(batches[0])  # captures a graph without the hooks of update_bn
     begun, over = [threading.Event() for _ in models], threading.Event()
 
     def first() -> Iterator[Tensor]:
@@ -277,7 +274,7 @@ def test_two_threads_and_a_compiler_that_comes_back() -> None:
     assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
-def test_what_no_batch_reaches_stays_and_is_listed(caplog: pytest.LogCaptureFixture) -> None:
+def test_layers_that_no_batch_reaches_stay_and_are_listed(caplog: pytest.LogCaptureFixture) -> None:
     model = network()
     model.unused = nn.BatchNorm2d(3)
     model.unused.running_mean.fill_(5)
@@ -290,7 +287,7 @@ def test_what_no_batch_reaches_stays_and_is_listed(caplog: pytest.LogCaptureFixt
     assert (model[1].num_batches_tracked, model.unused.num_batches_tracked) == (1, 0)
 
 
-def test_the_loader_is_not_read_for_a_model_without_such_layers() -> None:
+def test_the_loader_is_not_read_where_no_layer_is_to_be_updated() -> None:
     untracked = nn.BatchNorm1d(3)
     untracked.track_running_stats = False
     for model in (nn.Linear(2, 2), bnext.freeze(network()), nn.BatchNorm1d(3, track_running_stats=False), untracked):
@@ -326,7 +323,7 @@ def test_bad_arguments_change_nothing() -> None:
 
 
 def all_ranks_together(world: World, *, shares: Sequence[Sequence[int]]) -> None:
-    """`shares`: the sizes of each rank's batches."""
+    """Each rank passes its own batches, of the sizes `shares[rank]`, and gets the statistics of all ranks' batches."""
     model = network().double()
     batches = [[random_input(size, 3, 4, 3) for size in sizes] for sizes in shares]
     wanted = expected(model, [batch for share in batches for batch in share])

@@ -1,4 +1,4 @@
-"""Planting faults: texts that must be found exactly once, so that a fault does not outlive what it was about."""
+"""Planting faults. The text that a fault replaces must occur exactly once, so that no fault outlives its code."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ class Fault(NamedTuple):
     file: str
     before: str
     after: str
-    test: str  # which should notice, in the folder tests
+    test: str  # the test that should fail, by its path in tests/
 
     def __str__(self) -> str:
         before, after = (" ".join(text.split()) for text in (self.before, self.after))
         return f"{self.name}  {self.file}: {before}  ->  {after}"
 
 
-def planted(source: str, faults: Iterable[Fault], written: Callable[[Fault], str]) -> str:
-    """The source with each fault as it is `written`.
+def planted(source: str, faults: Iterable[Fault], replacement: Callable[[Fault], str]) -> str:
+    """The source, with the `replacement` of each fault in the place of its text.
 
     Raises:
         RuntimeError: the text of a fault is not there, is there more than once, or is part of another's.
@@ -30,7 +30,7 @@ def planted(source: str, faults: Iterable[Fault], written: Callable[[Fault], str
     for begin, fault in sorted(((_position(source, fault), fault) for fault in faults), reverse=True):
         if begin + len(fault.before) > end:
             raise RuntimeError(f"{fault.name}: what it replaces in {fault.file} is part of what another fault replaces")
-        source = source[:begin] + written(fault) + source[begin + len(fault.before) :]
+        source = source[:begin] + replacement(fault) + source[begin + len(fault.before) :]
         end = begin
     return source
 

@@ -8,7 +8,7 @@ STATISTICS = "csrc/common/statistics.h"
 CHANNELS = "csrc/common/channel_ops.h"
 ACTIVATION = "csrc/common/activation.h"
 NODES = "csrc/tensor/nodes.cpp"
-TENSORS = "csrc/tensor/forward.cpp"
+FORWARD = "csrc/tensor/forward.cpp"
 RECOMPUTATION = "csrc/tensor/recomputation.cpp"
 CHECKS = "csrc/tensor/checks.cpp"
 
@@ -161,7 +161,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "empty-batch-is-refused",
-        TENSORS,
+        FORWARD,
         "problem.count() != 1",
         "problem.count() > 1",
         "ops/test_running_stats.py::test_empty_batch_does_not_spoil_the_cumulative_average",
@@ -174,7 +174,7 @@ FAULTS: tuple[Fault, ...] = (
         "left->second.block == right->second.block",
         "runtime/test_output_pool.py::test_free_neighbours_are_joined[ab]",
     ),
-    # Outputs that are made again.
+    # Outputs that backward recomputes.
     Fault(
         "an-output-that-was-written-to-is-made-again",
         RECOMPUTATION,
@@ -255,7 +255,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "a-batch-counts-again-in-backward",
-        TENSORS,
+        FORWARD,
         "!update_in_backward && runs_in_backward()",
         "update_in_backward && runs_in_backward()",
         "modules/test_policies.py::test_a_checkpointed_batch_counts_once",

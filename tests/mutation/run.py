@@ -4,9 +4,9 @@
     python tests/mutation/run.py --list       their names
     python tests/mutation/run.py NAME...      these
 
-The faults are in faults.py. Those of the C++ sources are compiled once, all together, and turned on one at a time; one
-of the Python files is written into a copy of the package. A fault is met by the test named beside it, which has to
-pass without it first. tests/simt/mutants.py does the same to the CUDA kernels.
+The faults are in faults.py. Those in C++ sources are compiled once, all together, and turned on one at a time; each of
+those in Python files is written into a copy of the package. A fault is caught if the test named beside it fails, which
+has to pass without it first. tests/simt/mutants.py does the same to the CUDA kernels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LIBRARY = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def copy_package(library: Path, folder: Path) -> Path:
-    """Puts the package into the folder, with this extension."""
+    """Puts the package into the folder, with this extension; returns the folder."""
     package = folder / "bnext"
     shutil.copytree(ROOT / "bnext", package, ignore=shutil.ignore_patterns("_C*.so", "__pycache__"))
     (package / LIBRARY).symlink_to(library)
@@ -38,7 +38,7 @@ def copy_package(library: Path, folder: Path) -> Path:
 
 
 def failed(folder: Path, tests: Sequence[str], number: int) -> str | None:
-    """The first of the tests that the package in this folder fails, with the compiled fault of this number; 0: none."""
+    """The first test that the package in `folder` fails with the compiled fault `number` (0: no fault), or None."""
     return failed_test(
         *("-o", f"pythonpath={folder}", "-m", "not slow and not simt", *(f"tests/{test}" for test in tests)),
         timeout=120,
@@ -50,6 +50,7 @@ def failed(folder: Path, tests: Sequence[str], number: int) -> str | None:
 
 
 def prepare(faults: Sequence[Fault], folder: Path) -> Callable[[Fault], str | None]:
+    """Builds the extension, and runs the tests without a fault; returns what runs the test of one fault."""
     compiled = [fault for fault in faults if fault.file.startswith("csrc/")]
     library = ROOT / "bnext" / LIBRARY
     if compiled:
@@ -58,13 +59,13 @@ def prepare(faults: Sequence[Fault], folder: Path) -> Callable[[Fault], str | No
         schemata.build(compiled, folder, library, JOBS)
     sound = copy_package(library, folder / "sound")
 
-    def passes(tests: Sequence[str]) -> None:
+    def require_passing(tests: Sequence[str]) -> None:
         if (test := failed(sound, tests, 0)) is not None:
             raise RuntimeError(f"{test} fails without a fault, too")
 
     tests = sorted({fault.test for fault in faults})
     print(f"test: {len(tests)} tests without a fault", flush=True)
-    in_parallel(JOBS, passes, [part for i in range(JOBS) if (part := tests[i::JOBS])])
+    in_parallel(JOBS, require_passing, [part for i in range(JOBS) if (part := tests[i::JOBS])])
 
     def judge(fault: Fault) -> str | None:
         if fault in compiled:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Mutant(Protocol):
-    """``str`` of it also says what is changed."""
+    """A change that tests should notice. Its ``str`` is its name and what it changes."""
 
     @property
     def name(self) -> str: ...
@@ -52,7 +52,7 @@ def run(command: Sequence[str], timeout: float = 600, **environment: str) -> sub
 
 
 def in_parallel(jobs: int, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """The function of each item, in threads; an error keeps those that wait from starting."""
+    """The function's results for the items, from threads. After an error no further item is started."""
     with ThreadPoolExecutor(jobs) as pool:
         return list(pool.map(function, items))
 
@@ -108,7 +108,7 @@ def main(
 
 
 def _judge_all(mutants: Sequence[M], judge: Callable[[M], str | None], jobs: int) -> int:
-    """How many are caught. A line tells of each as soon as it is judged."""
+    """Prints a line about each mutant as soon as it is judged; returns how many are caught."""
     judged = 0
     lock = threading.Lock()
 

@@ -1,7 +1,8 @@
 """One build of the extension with all faults of the C++ sources in it: BNEXT_FAULT, read once, turns one of them on.
 
-An expression becomes `planted_fault == 3 ? faulty : as it was`. What holds a fault is compiled anew, and not optimised,
-for the tests are small; of the leaves only those for any processor. All other objects are those of `make build`.
+An expression becomes `planted_fault == 3 ? faulty : as it was`. Sources with faults are compiled anew, and not
+optimised, since the tests are small. Of the microkernels only those of the default instruction set have faults. All
+other objects are those of `make build`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mutation.runner import ROOT, in_parallel, run
 
 BUILT = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 
-# Which objects hold a source's code; without an entry its own.
+# The sources to compile for a fault in a folder; for one in any other folder, the file itself.
 USERS = {
     "csrc/common/": (
         *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc" / "cpu" / "isa").glob("default_*.cpp"))),
@@ -39,7 +40,7 @@ inline const int planted_fault = [] {
 
 
 def plant_all(faults: Sequence[Fault], folder: Path) -> None:
-    """Writes csrc/ with all faults in it, the first of them number 1."""
+    """Writes csrc/ with all faults into the folder; the first of them has the number 1."""
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     (folder / "switch.h").write_text(SWITCH)
 
@@ -52,6 +53,7 @@ def plant_all(faults: Sequence[Fault], folder: Path) -> None:
 
 
 def sources_of(faults: Sequence[Fault]) -> list[str]:
+    """The sources to compile for these faults."""
     found: set[str] = set()
     for fault in faults:
         users = [files for prefix, files in USERS.items() if fault.file.startswith(prefix)]
@@ -100,7 +102,7 @@ def _variable(rules: str, name: str) -> list[str]:
 
 
 def _libraries(cuda: bool) -> list[str]:
-    """torch's, as setup.py links them."""
+    """The linker's options for torch's libraries, as in setup.py."""
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     extension = (CUDAExtension if cuda else CppExtension)("bnext._C", [])

@@ -46,12 +46,12 @@ def test_every_barrier_of_a_cuda_block_has_a_mutant() -> None:
     assert barriers <= {(mutant.file, mutant.line) for mutant in all_mutants()}
 
 
-def fault(before: str) -> Fault:
-    return Fault(f"no {before}", "file", before, "?", "")
+def fault_replacing(text: str) -> Fault:
+    return Fault(f"no {text}", "file", text, "?", "")
 
 
 @pytest.mark.parametrize(
-    ("befores", "message"),
+    ("texts", "message"),
     [
         (["d"], "no d: 'd' is 0 times in file, not once"),
         (["a"], "no a: 'a' is 2 times in file, not once"),
@@ -60,24 +60,24 @@ def fault(before: str) -> Fault:
     ],
     ids=["gone", "twice", "overlapping", "within"],
 )
-def test_a_fault_without_a_place_of_its_own_is_an_error(befores: list[str], message: str) -> None:
+def test_a_fault_without_a_place_of_its_own_is_an_error(texts: list[str], message: str) -> None:
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
-        planted("abca", [fault(before) for before in befores], lambda it: it.after)
+        planted("abca", [fault_replacing(text) for text in texts], lambda it: it.after)
 
 
 def test_faults_are_planted_side_by_side() -> None:
-    assert planted("abca", [fault("c"), fault("ab")], lambda it: f"<{it.before}>") == "<ab><c>a"
+    assert planted("abca", [fault_replacing("c"), fault_replacing("ab")], lambda it: f"<{it.before}>") == "<ab><c>a"
 
 
-def outcome(content: str, folder: Path) -> str | None:
+def failed_test_of(content: str, folder: Path) -> str | None:
     file = folder / "test_it.py"
     file.write_text(content)
     return failed_test(str(file), timeout=60, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
 
 
 def test_a_failed_test_catches_a_fault(tmp_path: Path) -> None:
-    assert outcome("def test_a(): pass\ndef test_b(): assert False\n", tmp_path).endswith("test_it.py::test_b")
-    assert outcome("def test_a(): pass\n", tmp_path) is None
+    assert failed_test_of("def test_a(): pass\ndef test_b(): assert False\n", tmp_path).endswith("test_it.py::test_b")
+    assert failed_test_of("def test_a(): pass\n", tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -90,6 +90,6 @@ def test_a_failed_test_catches_a_fault(tmp_path: Path) -> None:
     ],
     ids=["import error", "crash", "broken fixture", "no test"],
 )
-def test_what_ends_otherwise_is_no_verdict(content: str, tmp_path: Path) -> None:
+def test_a_run_that_ends_otherwise_gives_no_verdict(content: str, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"test_it\.py ended with status"):
-        outcome(content, tmp_path)
+        failed_test_of(content, tmp_path)

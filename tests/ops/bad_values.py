@@ -1,7 +1,7 @@
 """Calls, valid values of all of their arguments, and wrong values of each.
 
-An argument's name and its valid value give the wrong ones; an argument that is not in ``KINDS`` has none, which a test
-notices.
+The wrong values follow from an argument's name and its valid value. An argument that `KINDS` does not have fails
+test_every_argument_is_covered.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ from bnext import _C
 
 CHANNELS = 3
 SHAPE = (4, CHANNELS, 5, 5)
+# No message may contain these texts, which torch writes for errors of its own.
 INTERNAL = ("INTERNAL ASSERT", "report a bug", "Exception raised from", "undefined Tensor")
 
 
 class Bad(NamedTuple):
+    """A wrong value, which `make` returns."""
+
     id: str
     make: Callable[[], object]
 
 
 class Target(NamedTuple):
-    """What is called by keywords; and torch's counterpart, where errors may be the same as torch's."""
+    """A function that is called by keywords, and torch's counterpart if the errors may be the same as torch's."""
 
     name: str
     call: Callable[..., object]
@@ -44,7 +47,7 @@ class Target(NamedTuple):
         return self.name
 
 
-# Values of a wrong type. The lists have a length and values that would be right.
+# Values of a wrong type. Nothing but the type of the list is wrong: it has a number for each channel.
 
 
 def _constants(**values: object) -> list[Bad]:
@@ -59,6 +62,7 @@ NOT_A_STRING = [*_constants(int=1, float=0.5, bool=True, list=["relu"], dict={})
 NOT_A_BOOL = [*NONSENSE, Bad("vector", lambda: torch.ones(2))]
 IS_NONE = _constants(none=None)
 
+# The kernels have the first four.
 DTYPES = (
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e5m2),
     *(torch.uint8, torch.int32, torch.int64, torch.bool, torch.complex64),
@@ -70,7 +74,7 @@ def _cast(dtypes: tuple[torch.dtype, ...], good: Callable[[], Tensor]) -> list[B
 
 
 def _elsewhere(good: Callable[[], Tensor]) -> list[Bad]:
-    """On another device, or in another layout. CSR tensors have two dimensions or more."""
+    """The valid tensor on another device, and sparse. CSR tensors have two dimensions or more."""
     rows = [Bad("meta", lambda: good().to("meta")), Bad("coo", lambda: good().to_sparse())]
     return rows if good().dim() < 2 else [*rows, Bad("csr", lambda: good().flatten(1).to_sparse_csr())]
 
@@ -105,11 +109,12 @@ def _data(t: Target, name: str) -> list[Bad]:
         rows += [Bad("channels", lambda: good()[:, :-1]), Bad("no_channels", lambda: good()[:, :0])]
     if others & {"residual", "input"}:
         rows += [row for row in _alongside(t, name) if row.id not in {bad.id for bad in rows}]
-    # Where the call has no other tensor, it may be on any device.
+    # A call's only tensor may be on any device.
     return rows if others - {"eps"} or t.name.startswith("layer") else [row for row in rows if row.id != "meta"]
 
 
 def _alongside(t: Target, name: str) -> list[Bad]:
+    """A tensor that must have the shape, dtype and device of another one."""
     good = lambda: t.good()[name]  # noqa: E731
     others = tuple(d for d in DTYPES if d != torch.float32)
     return _reshaped(good) + _cast(others, good) + _elsewhere(good) + NOT_A_TENSOR
@@ -130,7 +135,7 @@ def _running(t: Target, name: str) -> list[Bad]:
     """In training, when a statistic is written to, its elements must not share memory."""
     written = "eval" not in t.name
     rows = _exactly(t, name, optional=written)
-    if not t.name.endswith("gathered"):  # which has no autograd kernel
+    if not t.name.endswith("gathered"):  # the operator on gathered stats has no autograd kernel
         rows.append(Bad("requires_grad", lambda: t.good()[name].requires_grad_()))
     return [*rows, Bad("expanded", lambda: torch.ones(1).expand(CHANNELS))] if written else rows
 
@@ -164,7 +169,7 @@ def _eps(t: Target, name: str) -> list[Bad]:
 
 def _momentum(t: Target, name: str) -> list[Bad]:
     # For operators and layers None is the cumulative average; functions take a number alone, as torch's do. Evaluation
-    # does not convert it to a double.
+    # does not convert the momentum to a double, and so does not notice that it cannot.
     rows = [row for row in NOT_A_NUMBER if not ("evaluation" in t.name and row.id in {"huge", "vector"})]
     return rows + (IS_NONE if "function" in t.name else [])
 
@@ -181,17 +186,15 @@ def _act(t: Target, name: str) -> list[Bad]:
 
 
 def _mask(t: Target, name: str) -> list[Bad]:
+    """A rectifier's mask for an operator, a mask of padding for a function or a layer."""
     if not t.name.startswith("operator"):
-        return _exactly(t, name)  # of padding
+        return _exactly(t, name)
     return [*_exactly(t, name), Bad("of_channels_last", lambda: t.good()[name].flatten(0, 1))]
 
 
 def _part_size(t: Target, name: str) -> list[Bad]:
     rows = NOT_A_NUMBER + _constants(negative=-1, float=1.5)
-    if "function" not in t.name:
-        return rows + IS_NONE
-    rows = [row for row in rows if row.id != "huge"]  # for which there are no parts
-    return rows + _constants(bool=True, zero=0)
+    return rows + (IS_NONE if t.name.startswith("operator") else _constants(bool=True, zero=0))
 
 
 def _lengths(t: Target, name: str) -> list[Bad]:
@@ -225,7 +228,7 @@ KINDS: dict[str, list[Bad] | Callable[[Target, str], list[Bad]]] = {
     "save_stats": functools.partial(_exactly, optional=False),
     "mean_grads": _exactly,
     "count": _count,
-    "tensor": NOT_A_TENSOR + IS_NONE,  # others are checked by torch's collective
+    "tensor": NOT_A_TENSOR + IS_NONE,  # torch's collective checks which tensors it can sum
     "mask": _mask,
     "valid": _exactly,
     "lengths": _lengths,
@@ -268,6 +271,7 @@ KINDS: dict[str, list[Bad] | Callable[[Target, str], list[Bad]]] = {
 
 
 def bad_values(target: Target, argument: str) -> list[Bad]:
+    """The wrong values of an argument; none if `KINDS` does not have it."""
     kind = KINDS.get(argument, [])
     return kind(target, argument) if callable(kind) else kind
 
@@ -276,6 +280,7 @@ def bad_values(target: Target, argument: str) -> list[Bad]:
 
 
 def forward_arguments() -> Arguments:
+    """A valid value for each argument of the functions, and of the operators without a grad_output."""
     seed(0)
     p = make_parameters(CHANNELS)
     return {
@@ -309,9 +314,9 @@ def no_padding(shape: tuple[int, ...]) -> Tensor:
 
 
 def backward_arguments() -> Arguments:
+    """A valid value for each argument of the operators with a grad_output."""
     forward = forward_arguments()
-    values = [forward[key] for key in ("input", "weight", "bias", "residual")]
-    x, weight, bias, residual = values
+    x, weight, bias, residual = (forward[key] for key in ("input", "weight", "bias", "residual"))
     settings = (0.1, 1e-5, residual, "relu", 0.0, True)
     _, stats, mask = torch.ops.bnext.batch_norm_train(x, weight, bias, None, None, None, *settings)
     return {
@@ -357,6 +362,7 @@ def functions() -> list[Target]:
             def good(arguments: tuple[str, ...] = arguments, mode: str = mode) -> Arguments:
                 values = {**forward_arguments(), "training": mode == "training"}
                 values |= {"mask": no_padding(SHAPE), "virtual_batch_size": 2}
+                # A call takes either mask or lengths.
                 return {k: v for k, v in values.items() if k in arguments and k != "lengths"}
 
             targets.append(Target(f"function_{function.__name__}_{mode}", function, arguments, good))
@@ -368,7 +374,7 @@ RANKS = {"1d": (4, CHANNELS, 6), "2d": SHAPE, "3d": (4, CHANNELS, 2, 3, 2), "rm"
 
 
 def layers() -> list[Target]:
-    """The forward of a new layer of each class."""
+    """The forward of a new layer of each class, in training and in evaluation."""
     return [_layer(cls, mode) for cls in LAYERS for mode in ("training", "eval")]
 
 
@@ -384,12 +390,12 @@ def _layer(cls: type, mode: str) -> Target:
         padding = {"lengths": torch.tensor([6, 1, 0, 2]), "mask": no_padding(shape)}
         return {key: padding[key] if key in padding else make_input(shape) for key in takes}
 
-    def new(cls: type) -> torch.nn.Module:
+    def new_layer(cls: type) -> torch.nn.Module:
         return cls(*[] if is_lazy else [CHANNELS]).train(mode == "training")
 
     def call(**values: object) -> object:
-        module, checks = new(cls), []
-        # Registered behind the hook in which a lazy layer takes its size from the input, before anything is checked.
+        module, checks = new_layer(cls), []
+        # This hook runs after the one in which a lazy layer takes its size from the input; both run before any check.
         module.register_forward_pre_hook(lambda m, _: checks.append(remember(m.state_dict(keep_vars=True))))
         try:
             return module(**values)
@@ -399,12 +405,13 @@ def _layer(cls: type, mode: str) -> Target:
             raise
 
     def reference(**values: object) -> object:
-        return new(torchs(cls))(values["input"])
+        return new_layer(torchs(cls))(values["input"])
 
     return Target(f"layer_{cls.__name__}_{mode}", call, takes, good, reference)
 
 
 def _held_by_a_layer(**values: object) -> object:
+    """A call of a layer whose buffers have been replaced by these values."""
     layer = bnext.BatchNorm2d(CHANNELS)
     for key, value in values.items():
         setattr(layer, key, value)

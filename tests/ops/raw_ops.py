@@ -46,7 +46,7 @@ class Call:
         )
         self.mean, self.var, self.counter = p.running_mean, p.running_var, torch.tensor(3, device=device)
         self.training, self.act, self.momentum, self.eps = training, act, 0.1, 1e-5
-        # In the layout of the input: without the input, grad_output's layout decides the order of the sums.
+        # g has the input's layout, since in backward without the input g's layout decides the order of the sums.
         self.g = torch.empty_like(self.x).copy_(inputs.grad_output).detach().requires_grad_(grad)
         for what in missing.split():
             setattr(self, what, None)
@@ -87,4 +87,5 @@ class Call:
         return backward(**self.backward_args(*args, **changes))
 
     def wanted(self) -> tuple[bool, ...]:
+        """The output_mask for all gradients; with identity the operator has none for the residual."""
         return (True, True, True, self.act != "identity" and self.residual is not None)

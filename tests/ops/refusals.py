@@ -15,7 +15,8 @@ Arguments = dict[str, object]
 
 ORDINARY = (RuntimeError, ValueError, TypeError)
 
-WORDS = {  # for a dtype, in messages of Python or C++
+# Regular expressions for a dtype's names in messages of Python and C++.
+WORDS = {
     torch.float64: r"float64|double",
     torch.float32: r"float32|\bfloat\b",
     torch.float16: r"float16|half",
@@ -30,7 +31,7 @@ WORDS = {  # for a dtype, in messages of Python or C++
 
 
 def told(value: object, good: object) -> tuple[str, ...]:
-    """Regular expressions for what was expected and for what came."""
+    """Regular expressions that a message must match: for what was expected, and for what came."""
     if not isinstance(good, Tensor) or value is None:
         return ()
     if not isinstance(value, Tensor):
@@ -69,7 +70,8 @@ def remember(values: Mapping[str, object]) -> Callable[[], None]:
 
 
 def raised(call: Callable[[Arguments], object], args: Arguments, *message: str) -> str:
-    """The text of the exception, in which each regular expression is found; tensors keep their bits and versions."""
+    """The text of the exception that the call raises. Each regular expression must match it, and tensors must keep
+    their bits and versions."""
     unchanged = remember(args)
     with pytest.raises(ORDINARY) as caught:
         call(args)

@@ -20,14 +20,14 @@ OPERATORS = operators()
 DATA = ("input", "grad_output", "residual")
 WRITTEN = {"running_mean", "running_var", "num_batches_tracked"}
 NUMBERS = [math.nan, math.inf, -math.inf, -1.0, -0.0, 5e-324, 1.7e308, 2**53 + 1, True]
-SHARES = [0.0, -1.0, 1.0, 1e300, math.nan, math.inf, 2.0**63]
+ELEMENTS = [0.0, -1.0, 1.0, 1e300, math.nan, math.inf, 2.0**63]
 
 
 @st.composite
-def tensors(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Tensor:
-    """A few numbers, of any shape and strides, on the CPU or on the meta device."""
+def tensors(draw: st.DrawFn) -> Tensor:
+    """A tensor of small numbers, of any shape, dtype and strides, in any of PLACES."""
     shape = draw(st.lists(st.integers(0, 4), max_size=6))
-    values = (torch.arange(math.prod(shape)) % 7 - 3.0).view(shape).to(draw(st.sampled_from(dtypes)))
+    values = (torch.arange(math.prod(shape)) % 7 - 3.0).view(shape).to(draw(st.sampled_from(DTYPES)))
     for change in draw(st.lists(st.sampled_from([*STRIDES]), max_size=2)):
         values = STRIDES[change](values)
     return PLACES[draw(st.sampled_from([*PLACES]))](values)
@@ -41,6 +41,7 @@ STRIDES = {
     "overlapping": lambda t: t.as_strided(t.shape, [0] * t.dim()) if t.numel() else t,
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t,
 }
+# The CPU stands twice, since calls with tensors elsewhere do not get far.
 PLACES = {
     "cpu": lambda t: t,
     "also_cpu": lambda t: t,
@@ -50,12 +51,12 @@ PLACES = {
 }
 
 
-rows = functools.cache(bad_values)
+wrong_values = functools.cache(bad_values)
 
 
 @st.composite
 def calls(draw: st.DrawFn, target: Target) -> Arguments:
-    """Valid arguments, of which a few are replaced: by a wrong one, an extreme one, or one of any kind."""
+    """Valid arguments, a few of them replaced by a wrong value, by an extreme one, or by one of any kind."""
     values = target.good()
     if draw(st.booleans()):
         reshape(
@@ -65,7 +66,7 @@ def calls(draw: st.DrawFn, target: Target) -> Arguments:
     for argument in draw(st.lists(st.sampled_from(target.arguments), max_size=4, unique=True)):
         kind = draw(st.sampled_from(["wrong", "any", "none", "tensor", "extreme"]))
         if kind == "wrong":
-            values[argument] = draw(st.sampled_from(rows(target, argument))).make()
+            values[argument] = draw(st.sampled_from(wrong_values(target, argument))).make()
         elif kind == "any":
             values[argument] = draw(
                 st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | tensors()
@@ -73,7 +74,7 @@ def calls(draw: st.DrawFn, target: Target) -> Arguments:
         elif kind == "none":
             values[argument] = None
         elif isinstance(values[argument], Tensor):
-            values[argument] = draw(tensors()) if kind == "tensor" else extreme(draw, argument, values[argument])
+            values[argument] = draw(tensors()) if kind == "tensor" else extreme(draw, values[argument])
         elif isinstance(values[argument], float):
             values[argument] = draw(st.sampled_from(NUMBERS))
     for argument in ("input", "weight", "residual") if draw(st.booleans()) else ():
@@ -83,23 +84,25 @@ def calls(draw: st.DrawFn, target: Target) -> Arguments:
 
 
 def reshape(values: Arguments, shape: tuple[int, ...]) -> None:
+    """Gives the data this shape, and leaves out the mask, which would not fit it."""
     for key in set(DATA) & set(values):
         values[key] = values[key].flatten()[: math.prod(shape)].view(shape)
     if "mask" in values:
         values["mask"] = None
 
 
-def extreme(draw: st.DrawFn, argument: str, good: Tensor) -> Tensor:
-    """Of the right shape and dtype, with values that a sum or a count may stumble over."""
+def extreme(draw: st.DrawFn, good: Tensor) -> Tensor:
+    """A tensor of the right shape and dtype, with values that a sum or a count may stumble over."""
     if good.dtype == torch.int64:
         return torch.full_like(good, draw(st.sampled_from([0, -1, 2**62])))
     if good.dtype == torch.uint8:
         return torch.full_like(good, 255)
-    return torch.full(good.shape, draw(st.sampled_from(SHARES)), dtype=torch.float64).to(good.dtype)
+    return torch.full(good.shape, draw(st.sampled_from(ELEMENTS)), dtype=torch.float64).to(good.dtype)
 
 
 def check_results(values: Arguments, results: Tensor | tuple[Tensor, ...]) -> None:
-    """The first result has the shape of the data, and all can be read; test_schema.py and test_raw_ops.py test more."""
+    """Asserts that the first result has the shape of the data, and that all results can be read. test_schema.py and
+    test_raw_ops.py test more."""
     data = next((values[key] for key in ("grad_output", "input", "tensor") if key in values), None)
     if data is not None and isinstance(results, tuple):
         wanted = values.get("output_mask", [True])
@@ -108,7 +111,7 @@ def check_results(values: Arguments, results: Tensor | tuple[Tensor, ...]) -> No
         assert result.is_meta or result.clone().shape == result.shape  # reads all of it
 
 
-def test_missing_data_beside_meta() -> None:
+def test_a_missing_input_beside_a_meta_tensor_is_refused() -> None:
     with pytest.raises(ORDINARY, match=r"\binput\b"):
         torch.ops.bnext.batch_norm_eval(None, None, torch.ones(3, device="meta"), torch.ones(3), torch.ones(3), 1e-5)
 

@@ -32,8 +32,6 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 import bnext
 from bnext.functional import batch_norm_act
 
-EITHER = each(act=PLAIN_OR_ACT)
-
 DENSE = [
     Case((4, 3), "contiguous"),
     Case((2, 3, 3), "contiguous"),
@@ -64,14 +62,15 @@ SUBSETS = [Needs(s) for s in itertools.product(FLAGS, repeat=4) if any(s)]
 
 
 class Problem:
-    """Inputs in float64 whose pre-activations are not near a kink, and the function of those that are not None."""
+    """Inputs in float64 whose pre-activations are not near a kink, and the call as a function of those that it has."""
 
     def __init__(self, case: Case, act: Act, training: bool, has_residual: bool = True, missing: str = "") -> None:
         self.layout, self.act, self.training = case.layout, act, training
         while True:
             x, _, self.stats, residual = make_inputs(case.shape, dtype=torch.float64, has_residual=has_residual)
             if missing == "bias" and act == ("elu", 0.5):
-                # Without a bias a weight of zero puts a channel on the kink, where torch 2.14 and earlier ones differ.
+                # Without a bias a weight of zero puts a channel on the kink, where the derivatives depend on torch's
+                # version: 2.14 and earlier ones differ.
                 weight = self.stats.weight
                 self.stats = self.stats._replace(weight=weight.where(weight != 0, 0.5))
             weight, bias = (None if what in missing else getattr(self.stats, what) for what in ("weight", "bias"))
@@ -128,8 +127,8 @@ def test_every_subset_of_needs_input_grad(needs: Needs, act: Act, shape: tuple[i
 @MODES
 @each(mask=[Needs(mask) for mask in itertools.product(FLAGS, repeat=3) if any(mask)])
 def test_derivatives_of_the_backward_op(mask: tuple[bool, ...], training: bool) -> None:
-    # The operator itself, as a graph captured by torch.compile calls it. In training save_stats is a function of the
-    # input, and the derivative goes through it, as in autograd.
+    # Graphs captured by torch.compile call this operator. In training save_stats is a function of the input, and the
+    # derivative goes through it, as in autograd.
     x, weight, _ = Problem(Case((2, 3, 2, 2), "contiguous"), None, training, has_residual=False).leaves()
     g = make_grad((2, 3, 2, 2), dtype=torch.float64).requires_grad_()
     p = make_parameters(3, torch.float64)
@@ -222,11 +221,11 @@ def test_forward_mode_keeps_the_dtype(along: str, act: Act, dtype: torch.dtype, 
         limit = tolerances.grad_input(t, fwd, p.weight, dtype, training=training)
     else:
         limit = tolerances.slack(t, fwd, *p[:2], dtype, training=training, has_residual=True, act=act)
-    # Composed of torch's ops, the tangent may round more than once to its dtype.
+    # Several operators of torch compute the tangent, and each may round to its dtype.
     assert_within(tangent, expected, 4 * limit + 4 * tolerances.ulp(expected.abs().max(), dtype), "tangent")
 
 
-@EITHER
+@each(act=PLAIN_OR_ACT)
 def test_same_module_twice_before_backward(act: Act, device: str) -> None:
     # The second call must not change what the first has saved: statistics, and a mask.
     module = bnext.BatchNormAct2d(5, act=act, device=device) if act else bnext.BatchNorm2d(5, device=device)
@@ -236,7 +235,7 @@ def test_same_module_twice_before_backward(act: Act, device: str) -> None:
     grads = [make_grad((3, 5, 5, 3), device=device) for _ in batches]
 
     def gradients(calls: Sequence[int]) -> list[Tensor]:
-        """Those of each call's input and residual; all outputs are computed before backward."""
+        """The gradients of each call's input and residual. All outputs are computed before backward."""
         leaves = [[t.detach().requires_grad_() for t in batches[i]] for i in calls]
         outputs = [module(*inputs) for inputs in leaves]
         torch.autograd.backward(outputs, [grads[i] for i in calls])
@@ -275,7 +274,7 @@ def test_in_place_change_of_a_saved_tensor_raises(act: Act, training: bool, chan
 
 @pairs(act=PLAIN_OR_ACT, training=FLAGS)
 def test_later_updates_of_the_running_stats_do_not_reach_backward(act: Act, training: bool, device: str) -> None:
-    # A training step between an eval-mode forward and its backward: the statistics belong to the graph.
+    # A training step may come between an evaluation and its backward: the graph has statistics of its own.
     x, g, p, residual = make_inputs((6, 5, 7, 3), device=device, has_residual=act is not None)
 
     def gradients(disturb: bool) -> tuple[Tensor, ...]:

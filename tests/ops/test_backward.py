@@ -17,7 +17,7 @@ from bnext.functional import batch_norm, batch_norm_act
 
 
 def gradients(needs: tuple[bool, ...], values: tuple[Tensor, ...], g: Tensor, training: bool, act: Act) -> list[Tensor]:
-    """Those of input, weight, bias and residual, as far as they need one."""
+    """The gradients of those of input, weight, bias and residual that need one."""
     leaves = [value.detach().requires_grad_(n) for value, n in zip(values, needs, strict=True)]
     x, weight, bias, residual = leaves
     mean, var = torch.full_like(weight, 0.5), torch.full_like(weight, 1.5)
@@ -41,7 +41,7 @@ def test_every_subset_of_gradients_has_the_same_bits(case: Case, act: Act, train
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("act", ["relu", "relu6", ("leaky_relu", -0.5), "hardswish", "elu", ("elu", 0.5)], ids=name)
 def test_at_a_kink_the_derivative_is_torchs(act: Act, layout: str, device: str) -> None:
-    # With a weight of zero z is the residual, without an error: on the kink, beside it, and -0.
+    # With a weight of zero z is exactly the residual, which has values on each kink and beside it, and -0.
     kinks = (-3.0, 0.0, 3.0, 6.0)
     beside = [float(torch.nextafter(torch.tensor(k), torch.tensor(k + s))) for k in kinks for s in (-1.0, 1.0)]
     z = torch.tensor([*kinks, *beside, -0.0, 5.0, -5.0, 7.0]).repeat(9).reshape(2, 3, 6, 4).to(device)
@@ -62,8 +62,8 @@ def test_at_a_kink_the_derivative_is_torchs(act: Act, layout: str, device: str) 
 
 @MODES
 def test_relu_equals_a_relu_that_follows(training: bool, device: str) -> None:
-    # relu is the default. It only selects, so that the bits are those of torch's relu; but in training backward shifts
-    # the values of its sums otherwise (coarse_shift in csrc/common), and their means differ by roundings.
+    # relu is the default. It only selects, so that the bits are those of torch's relu. But in training backward shifts
+    # the values of its sums by another number (coarse_shift in csrc/common), and their means differ by roundings.
     for case in FEW_CASES:
         x, g, p, _ = make_inputs(*case, device=device, grad_layout=case.layout)
         x = x.detach().requires_grad_()

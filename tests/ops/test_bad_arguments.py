@@ -22,8 +22,8 @@ pytestmark = [pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in
 CALLED = [*operators(), *functions(), *layers(), HELD, *EXTENSION]
 
 SPARSE = r"with arguments from the '(Sparse|SparseCsr)CPU' backend"
-HONEST = {
-    # Regular expressions of (target, argument, value): what the message says in place of the argument's name.
+# Regular expressions for (target, argument, value): what the message says in place of the argument's name.
+UNNAMED = {
     # torch's dispatcher finds no kernel for the backend, and names it.
     (".*", ".*", "coo|csr"): SPARSE,
     # Without a tensor the dispatcher finds no backend.
@@ -44,11 +44,11 @@ HONEST = {
 }
 
 
-def is_honest(message: str, target: str, argument: str, row: str) -> bool:
+def need_not_name(message: str, target: str, argument: str, row: str) -> bool:
     """Whether the message is one that need not name the argument."""
     return any(
         all(map(re.fullmatch, where, (target, argument, row))) and re.search(text, message)
-        for where, text in HONEST.items()
+        for where, text in UNNAMED.items()
     )
 
 
@@ -60,8 +60,8 @@ def error_of(call: Callable[..., object], values: Arguments) -> Exception | None
     return None
 
 
-def refused(target: Target, argument: str, row: Bad, values: Arguments) -> str:
-    """A complaint about how the call refuses the values; empty if all is well."""
+def complaint_about(target: Target, argument: str, row: Bad, values: Arguments) -> str:
+    """What is wrong with the way in which the call refuses the values; empty if nothing is."""
     unchanged = remember(values)
     error = error_of(target.call, values)
     try:
@@ -71,28 +71,20 @@ def refused(target: Target, argument: str, row: Bad, values: Arguments) -> str:
     if error is None:
         return "not refused"
     if isinstance(error, AssertionError):
-        return f"of the layer, {error}"
+        return f"in the layer, {error}"
     message = str(error).split("Declaration:")[0]
     if any(text in message for text in INTERNAL):
         return f"an internal text: {message}"
     parts = (rf"\b{argument}\b", *told(values[argument], target.good().get(argument)))
     missing = [part for part in parts if not re.search(part, message, re.IGNORECASE)]
-    if isinstance(error, ORDINARY) and (not missing or is_honest(message, target.name, argument, row.id)):
+    if isinstance(error, ORDINARY) and (not missing or need_not_name(message, target.name, argument, row.id)):
         return ""
     theirs = target.reference and error_of(target.reference, values)
-    return "" if same_error(error, theirs) else f"not told {missing}: {error!r}"
+    return "" if same_error(error, theirs) else f"the message does not match {missing}: {error!r}"
 
 
 def same_error(ours: Exception | None, theirs: Exception | None) -> bool:
     return type(ours) is type(theirs) and str(ours) == str(theirs)
-
-
-def pairs(targets: list[Target]) -> list[object]:
-    return [
-        pytest.param(target, argument, id=f"{target.name}-{argument}")
-        for target in targets
-        for argument in target.arguments
-    ]
 
 
 @pytest.mark.parametrize("target", CALLED, ids=str)
@@ -101,16 +93,13 @@ def test_every_argument_is_covered(target: Target) -> None:
     assert missing == [], "no bad values in bad_values.KINDS"
 
 
-# Public, but for layers only, which pass them on to the checked operators.
-NOT_CALLED = {
-    "train_batch_norm",
-    "eval_batch_norm",
-    "keeps_operators",
-}
+# Public functions that only layers call. They pass their arguments on to the operators, which check them.
+NOT_CALLED = {"train_batch_norm", "eval_batch_norm", "keeps_operators"}
 
 
 def takes_any_object(function: ast.FunctionDef) -> bool:
-    """It returns None for arguments that it does not take (test_direct_calls.py)."""
+    """Whether the function refuses nothing: it returns None for arguments that it does not take (see
+    test_direct_calls.py)."""
     return all(a.annotation is not None and ast.unparse(a.annotation) == "object" for a in function.args.args)
 
 
@@ -138,7 +127,7 @@ def test_everything_public_is_covered() -> None:
 
 
 @pytest.mark.parametrize("target", CALLED, ids=str)
-def test_the_good_values_are_good(target: Target, group: tuple[int, str]) -> None:
+def test_the_good_values_are_taken(target: Target, group: tuple[int, str]) -> None:
     values = target.good()
     if target.name == "cap_cuda_device" and not _C.cuda:
         with pytest.raises(RuntimeError, match="built without CUDA"):
@@ -148,19 +137,22 @@ def test_the_good_values_are_good(target: Target, group: tuple[int, str]) -> Non
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["nograd", "grad"])
-@pytest.mark.parametrize(("target", "argument"), pairs(CALLED))
-def test_bad_argument(target: Target, argument: str, grad: bool, group: tuple[int, str]) -> None:
+@pytest.mark.parametrize(
+    ("target", "argument"),
+    [pytest.param(t, argument, id=f"{t.name}-{argument}") for t in CALLED for argument in t.arguments],
+)
+def test_a_bad_argument_is_refused(target: Target, argument: str, grad: bool, group: tuple[int, str]) -> None:
     isa = _C.cpu_isa()
     wrong = {}
     for row in bad_values.bad_values(target, argument):
         values = target.good() | ({"group_name": group[1]} if "group_name" in target.arguments else {})
         if grad and argument != "mean_grads":
-            values.pop("mean_grads", None)  # only without these there is a second derivative
+            values.pop("mean_grads", None)  # with which the operator has no derivative
         values[argument] = row.make()
         for leaf in {"input", "weight"} & set(values) if grad else ():
             if leaf != argument:
                 values[leaf].requires_grad_()
-        complaint = refused(target, argument, row, values)
+        complaint = complaint_about(target, argument, row, values)
         if complaint:
             wrong[row.id] = complaint
     assert wrong == {}
@@ -168,7 +160,7 @@ def test_bad_argument(target: Target, argument: str, grad: bool, group: tuple[in
 
 
 @pytest.mark.parametrize("target", [target for target in CALLED if target is not HELD], ids=str)
-def test_missing_and_unknown_arguments(target: Target) -> None:
+def test_missing_and_unknown_arguments_are_refused(target: Target) -> None:
     values = target.good()
     required = [key for key in values if not has_default(target, key)]
     for key in required:

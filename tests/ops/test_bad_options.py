@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from bad_values import BUFFERS, CHANNELS, LAYERS, RANKS, SHAPE, Target, torchs
-from cases import make_input, same_bits, seed
+from cases import make_input, make_parameters, same_bits, seed
 from marks import MODES, needs_todays_rule_for_eps
 from refusals import ORDINARY, Arguments, raised, remember
-from test_bad_arguments import error_of, refused, same_error
+from test_bad_arguments import complaint_about, error_of, same_error
 from torch import Tensor, nn
 
 import bnext
@@ -24,6 +24,7 @@ from bnext.functional import batch_norm
 # Options that torch's constructors do not have.
 OWN = {"act"}
 
+# Values of torch's options: torch's constructors refuse some of them, and its calls refuse others.
 ODD: dict[str, list[object]] = {
     "num_features": ["five", None, -1, 0, 2, 1.5, [3], True, object, 2**63, math.nan],
     "eps": ["tiny", None, [1e-5], 1j, object, -1e-5, -math.inf, 0.0, 0, math.nan, math.inf, 1, True],
@@ -46,27 +47,28 @@ def build(cls: type, option: str, value: object) -> nn.Module:
     return cls(**{**first, option: value})
 
 
-def each(of: Callable[[str], bool]) -> pytest.MarkDecorator:
+def each_option(is_chosen: Callable[[str], bool]) -> pytest.MarkDecorator:
+    """Parametrises over every class of layers and the chosen ones of its options."""
     pairs = [
         pytest.param(cls, option, marks=needs_todays_rule_for_eps if option == "eps" else ())
         for cls in LAYERS
         for option in options(cls)
-        if of(option)
+        if is_chosen(option)
     ]
     return pytest.mark.parametrize(("cls", "option"), pairs, ids=lambda v: getattr(v, "__name__", v))
 
 
-@each(lambda option: True)
+@each_option(lambda option: True)
 def test_every_option_is_covered(cls: type, option: str) -> None:
     assert option in (bad_values.KINDS if option in OWN else ODD)
     assert (option in OWN) != (option in inspect.signature(torchs(cls)).parameters)
 
 
 # Tensors that a message may name in place of the option that gave them their length, dtype or device.
-COMES_OF = dict.fromkeys(("num_features", "dtype", "device"), "weight|running_mean")
+NAMED_INSTEAD = dict.fromkeys(("num_features", "dtype", "device"), "weight|running_mean")
 
 
-@each(lambda option: option in ODD and option != "process_group")
+@each_option(lambda option: option in ODD and option != "process_group")
 def test_an_option_of_torch_does_what_it_does_there(cls: type, option: str) -> None:
     # The constructor raises the same errors. A layer that was made runs if torch's does, and else raises before its
     # state changes.
@@ -80,6 +82,7 @@ def test_an_option_of_torch_does_what_it_does_there(cls: type, option: str) -> N
 
 
 def run_both(theirs: nn.Module, ours: nn.Module, option: str) -> None:
+    """Asserts that our layer runs if theirs does, and else names the option and keeps its state."""
     x = make_input(RANKS[type(ours).__name__[-2:]])
     is_lazy = ours.has_uninitialized_params() if hasattr(ours, "has_uninitialized_params") else False
     unchanged = remember({} if is_lazy else ours.state_dict(keep_vars=True))
@@ -87,20 +90,20 @@ def run_both(theirs: nn.Module, ours: nn.Module, option: str) -> None:
     if refusal is None:
         assert error is None
     elif option == "momentum" and not ours.training:
-        assert error is None  # with which an evaluation does nothing
+        assert error is None  # bnext's evaluation does not look at the momentum
     else:
         unchanged()
         assert isinstance(error, ORDINARY)
-        named = re.search(rf"\b({option}|{COMES_OF.get(option, option)})\b", str(error))
+        named = re.search(rf"\b({option}|{NAMED_INSTEAD.get(option, option)})\b", str(error))
         assert named or same_error(error, refusal), (error, refusal)
 
 
-@each(lambda option: option in OWN)
-def test_wrong_option_of_its_own(cls: type, option: str) -> None:
+@each_option(lambda option: option in OWN)
+def test_wrong_values_of_bnexts_own_options_are_refused(cls: type, option: str) -> None:
     target = Target(f"options_{cls.__name__}", lambda **values: cls(CHANNELS, **values), (option,), dict)
     wrong = {}
     for row in bad_values.bad_values(target, option):
-        complaint = refused(target, option, row, {option: row.make()})
+        complaint = complaint_about(target, option, row, {option: row.make()})
         if complaint:
             wrong[row.id] = complaint
     assert wrong == {}
@@ -118,24 +121,28 @@ def test_every_argument_of_whole_model_calls_is_covered() -> None:
 @pytest.mark.parametrize(
     ("function", "argument"),
     [
-        *((bnext.convert, argument) for argument in ("module", "fuse", "recompute", "sync", "verbose")),
+        *(
+            (bnext.convert, argument)
+            for argument in inspect.signature(bnext.convert).parameters
+            if argument != "process_group"
+        ),
         (bnext.revert, "module"),
         (bnext.fusion_report, "module"),
         (bnext.SyncBatchNorm.convert_sync_batchnorm, "module"),
     ],
     ids=lambda v: getattr(v, "__name__", v),
 )
-def test_wrong_argument_of_whole_model_calls(function: Callable[..., object], argument: str) -> None:
+def test_wrong_arguments_of_whole_model_calls_are_refused(function: Callable[..., object], argument: str) -> None:
     whole = model()
     classes = [type(m) for m in whole.modules()]
     target = Target(function.__name__, function, (argument,), dict)
     rows = bad_values.bad_values(target, argument)
-    wrong = {row.id: refused(target, argument, row, {"module": whole, argument: row.make()}) for row in rows}
+    wrong = {row.id: complaint_about(target, argument, row, {"module": whole, argument: row.make()}) for row in rows}
     assert {key: complaint for key, complaint in wrong.items() if complaint} == {}
     assert [type(m) for m in whole.modules()] == classes
 
 
-def test_recompute_without_fuse() -> None:
+def test_recompute_without_fuse_is_refused() -> None:
     whole = model()
     with pytest.raises(ValueError, match="fuse=True with recompute=True"):
         bnext.convert(whole, recompute=True)
@@ -143,8 +150,8 @@ def test_recompute_without_fuse() -> None:
 
 
 @pytest.mark.parametrize("how", ["constructor", "convert"])
-def test_wrong_process_group(how: str, group: tuple[int, str]) -> None:
-    # As torch's, the constructor takes any object; the call raises.
+def test_a_wrong_process_group_is_refused_by_the_call(how: str, group: tuple[int, str]) -> None:
+    # As torch's, the constructor takes any object.
     target = Target("process_group", lambda process_group: None, ("process_group",), dict)
     for row in bad_values.bad_values(target, "process_group"):
         value = row.make()
@@ -152,10 +159,10 @@ def test_wrong_process_group(how: str, group: tuple[int, str]) -> None:
             layer = bnext.SyncBatchNorm(CHANNELS, process_group=value)
         else:
             layer = bnext.convert(nn.BatchNorm2d(CHANNELS), sync=True, process_group=value)
-        state = remember(layer.state_dict(keep_vars=True))
+        unchanged = remember(layer.state_dict(keep_vars=True))
         with pytest.raises(TypeError, match=r"\bprocess_group\b"):
             layer(make_input(SHAPE))
-        state()
+        unchanged()
 
 
 WRONG_WHEN_COMPILED: dict[str, tuple[str, Callable[[], object]]] = {
@@ -177,12 +184,13 @@ def test_compiled_evaluation_does_not_broadcast(wrong: str, fresh_compiler: None
         compiled(args)
 
 
-# What torch takes.
+# Odd values that torch takes, and bnext with it.
 
 
 def values() -> dict[str, Tensor]:
+    """The tensors of a valid call, of the same values each time."""
     seed(0)
-    return {"input": make_input(SHAPE), **bad_values.make_parameters(CHANNELS)._asdict()}
+    return {"input": make_input(SHAPE), **make_parameters(CHANNELS)._asdict()}
 
 
 NUMBERS = (
@@ -193,14 +201,14 @@ NUMBERS = (
 @MODES
 @pytest.mark.parametrize("option", ["momentum", pytest.param("eps", marks=needs_todays_rule_for_eps)])
 @pytest.mark.parametrize("number", [*NUMBERS, torch.tensor(0.5)], ids=repr)
-def test_numbers_that_torch_takes(number: object, option: str, training: bool) -> None:
+def test_bnext_takes_the_numbers_that_torch_takes(number: object, option: str, training: bool) -> None:
     theirs, ours = values(), values()
     call = {"training": training, option: number}
-    error = error_of(lambda: torch.nn.functional.batch_norm(**theirs, **call), {})
-    mine = error_of(lambda: batch_norm(**ours, **call), {})
-    assert (error is None) == (mine is None), (error, mine)
+    refusal = error_of(lambda: torch.nn.functional.batch_norm(**theirs, **call), {})
+    error = error_of(lambda: batch_norm(**ours, **call), {})
+    assert (error is None) == (refusal is None), (error, refusal)
     if error is not None:
-        assert str(mine) == str(error)
+        assert str(error) == str(refusal)
         return
     expected = torch.nn.functional.batch_norm(**values(), **call)
     torch.testing.assert_close(batch_norm(**values(), **call), expected, equal_nan=True, rtol=1e-4, atol=1e-5)
@@ -209,8 +217,8 @@ def test_numbers_that_torch_takes(number: object, option: str, training: bool) -
 
 
 @pytest.mark.parametrize("written", ["running_mean", "running_var", "both"])
-def test_statistics_made_in_inference_mode(written: str) -> None:
-    # Such tensors have no version counter; torch writes to them.
+def test_statistics_made_in_inference_mode_are_updated(written: str) -> None:
+    # Such tensors have no version counter; torch writes to them, too.
     args, expected = values(), values()
     with torch.inference_mode():
         for key in ("running_mean", "running_var") if written == "both" else (written,):
@@ -221,13 +229,13 @@ def test_statistics_made_in_inference_mode(written: str) -> None:
         assert same_bits(tensor, expected[key]), key
 
 
-@pytest.mark.parametrize("made", ["input", "weight", "residual"])
-def test_a_tensor_that_cannot_be_saved_is_found_before_statistics_move(made: str) -> None:
+@pytest.mark.parametrize("unsavable", ["input", "weight", "residual"])
+def test_a_tensor_that_cannot_be_saved_is_found_before_statistics_are_written(unsavable: str) -> None:
     args = {**values(), "residual": make_input(SHAPE)}
-    args["bias" if made != "weight" else "input"].requires_grad_()
-    args["weight"].requires_grad_(made != "weight")
+    args["bias" if unsavable != "weight" else "input"].requires_grad_()
+    args["weight"].requires_grad_(unsavable != "weight")
     with torch.inference_mode():
-        args[made] = args[made].detach().clone()
+        args[unsavable] = args[unsavable].detach().clone()
     unchanged = remember(args)
     with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
         bnext.functional.batch_norm_act(**args, training=True, act="silu")

@@ -31,8 +31,9 @@ class Graphs:
 
 @pytest.fixture
 def composed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a compiler would trace runs in eager mode."""
-    for name in ("is_compiling", "is_dynamo_compiling"):  # before torch 2.13 the second tells that from an export
+    """Eager calls run the arithmetic that a compiler would trace."""
+    # Before torch 2.13 bnext asks is_dynamo_compiling whether a compilation is an export.
+    for name in ("is_compiling", "is_dynamo_compiling"):
         monkeypatch.setattr(torch.compiler, name, lambda: True)
 
 
@@ -55,6 +56,7 @@ def test_composed_keeps_its_accuracy_far_from_zero(composed: None) -> None:
 
 
 def compiled_code(layer: torch.nn.Module, *args: Tensor) -> str:
+    """The code of the one graph that the compiler makes of the call."""
     graphs = Graphs()
     torch.compile(layer, fullgraph=True, backend=graphs)(*args)
     (code,) = graphs.code

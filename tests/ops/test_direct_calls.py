@@ -1,5 +1,5 @@
-"""Operators that Python calls without matching a schema: the results are the operators', and a call that needs more
-than that returns None, and is made through torch's dispatcher."""
+"""Direct calls, by which Python runs an operator without matching its schema: the results are the operator's. Where a
+direct call would not do, it returns None, and Python calls the operator through torch's dispatcher."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import pytest
 import torch
 from cases import make_input, make_parameters
+from refusals import ORDINARY
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,23 +47,25 @@ def copied(arguments: list[object]) -> list[object]:
 
 @pytest.mark.parametrize("epilogue", EPILOGUES, ids=["plain", "silu", "add+relu", "leaky_relu"])
 @pytest.mark.parametrize(("direct", "operator", "arguments"), CALLS)
-def test_it_is_the_operator(
+def test_a_direct_call_does_what_the_operator_does(
     direct: Direct, operator: Operator, arguments: Arguments, epilogue: tuple[object, ...]
 ) -> None:
     given = arguments()
-    mine, its = copied(given), copied(given)
-    output = direct(*mine, *epilogue)
+    ours, theirs = copied(given), copied(given)
+    output = direct(*ours, *epilogue)
     assert output is not None
-    assert torch.equal(output, operator(*its, *epilogue)[0])
-    for a, b in zip(mine, its, strict=True):
+    assert torch.equal(output, operator(*theirs, *epilogue)[0])
+    for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b
 
 
-class Kind(Tensor):
+class Subclass(Tensor):
     pass
 
 
-class Operators(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
+    """The operators that reach the dispatcher."""
+
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[object] = []
@@ -76,10 +79,10 @@ def replaced(index: int, value: object) -> Callable[[list[object]], list[object]
     return lambda given: [*given[:index], value, *given[index + 1 :]]
 
 
-# Changes of the arguments.
-OTHERS: dict[str, Callable[[list[object]], list[object]]] = {
-    "a subclass as input": lambda given: [given[0].as_subclass(Kind), *given[1:]],
-    "a subclass as weight": lambda given: [given[0], given[1].as_subclass(Kind), *given[2:]],
+# Changes of valid arguments to some that direct calls do not take.
+NOT_TAKEN: dict[str, Callable[[list[object]], list[object]]] = {
+    "a subclass as input": lambda given: [given[0].as_subclass(Subclass), *given[1:]],
+    "a subclass as weight": lambda given: [given[0], given[1].as_subclass(Subclass), *given[2:]],
     "no tensor": replaced(0, [1.0]),
     "no weight at all": lambda given: given[:1],
     "a number for a vector": replaced(1, 1.0),
@@ -99,10 +102,10 @@ OTHERS: dict[str, Callable[[list[object]], list[object]]] = {
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("change", NOT_TAKEN)
 @pytest.mark.parametrize(("direct", "operator", "arguments"), CALLS)
-def test_what_is_left_to_others(direct: Direct, operator: Operator, arguments: Arguments, other: str) -> None:
-    given = OTHERS[other](arguments())
+def test_what_is_not_taken_gives_none(direct: Direct, operator: Operator, arguments: Arguments, change: str) -> None:
+    given = NOT_TAKEN[change](arguments())
     before = copied(given)
     assert direct(*given) is None
     for a, b in zip(given, before, strict=True):
@@ -110,27 +113,32 @@ def test_what_is_left_to_others(direct: Direct, operator: Operator, arguments: A
             assert a.is_meta or torch.equal(a, b)
 
 
-def test_who_watches_torchs_functions_is_left_to_others() -> None:
+def test_under_modes_transforms_and_tracers_a_direct_call_gives_none() -> None:
     given = evaluation_arguments()
     assert _C.batch_norm_eval(*given) is not None
     with TorchFunctionMode():
         assert _C.batch_norm_eval(*given) is None
     with torch.device("cpu"):
         assert _C.batch_norm_eval(*given) is None
-    found: list[object] = []
-    torch.func.vmap(lambda x: found.append(_C.batch_norm_eval(x, *given[1:])) or x)(torch.ones(2, *SHAPE))
-    torch.func.functionalize(lambda x: found.append(_C.batch_norm_eval(x, *given[1:])) or x)(given[0])
+    outputs: list[object] = []
+
+    def call(x: Tensor) -> Tensor:
+        outputs.append(_C.batch_norm_eval(x, *given[1:]))
+        return x
+
+    torch.func.vmap(call)(torch.ones(2, *SHAPE))
+    torch.func.functionalize(call)(given[0])
     with torch.no_grad():
-        torch.jit.trace(lambda x: found.append(_C.batch_norm_eval(x, *given[1:])) or x, given[0], check_trace=False)
-    assert found == [None, None, None]
+        torch.jit.trace(call, given[0], check_trace=False)
+    assert outputs == [None, None, None]
 
 
-def test_who_watches_operators_sees_it() -> None:
+def test_dispatch_modes_and_the_profiler_see_direct_calls() -> None:
     evaluation, training = evaluation_arguments(), training_arguments()
-    with Operators() as watcher:
+    with Recorder() as recorder:
         _C.batch_norm_eval(*evaluation)
         _C.batch_norm_train(*training)
-    assert watcher.seen == [ops.batch_norm_eval, ops.batch_norm_train]
+    assert recorder.seen == [ops.batch_norm_eval, ops.batch_norm_train]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
         _C.batch_norm_eval(*evaluation_arguments())
     assert "bnext::batch_norm_eval" in {event.name for event in profiled.events()}
@@ -145,15 +153,15 @@ def test_errors_are_the_operators(index: int, value: object) -> None:
     given = replaced(index, value)(training_arguments())
     errors = []
     for call in (_C.batch_norm_train, ops.batch_norm_train):
-        with pytest.raises((RuntimeError, ValueError, TypeError)) as raised:
+        with pytest.raises(ORDINARY) as raised:
             call(*given)
         errors.append((type(raised.value), str(raised.value)))
     assert errors[0] == errors[1]
 
 
 @pytest.mark.parametrize("under", [nullcontext, torch.inference_mode, torch.no_grad])
-def test_the_function_comes_here(under: Callable[[], AbstractContextManager[object]], monkeypatch) -> None:
-    """And does not call the operators by their schemas."""
+def test_layers_make_direct_calls(under: Callable[[], AbstractContextManager[object]], monkeypatch) -> None:
+    # A call that matches a schema would fail.
     monkeypatch.setattr(bnext.ops, "batch_norm_eval", None)
     monkeypatch.setattr(bnext.ops, "batch_norm_train", None)
     layer = bnext.BatchNorm2d(3)

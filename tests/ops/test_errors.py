@@ -21,7 +21,7 @@ VECTORS = ("input", "weight", "bias", "running_mean", "running_var")
 
 
 def arguments(**changes: object) -> Arguments:
-    """Valid ones, but for the changes."""
+    """Valid values for VECTORS, with these changes and additions."""
     values = forward_arguments()
     return {key: values[key] for key in VECTORS} | changes
 

@@ -135,7 +135,7 @@ def test_a_transposed_sequence_is_computed_as_rows(
 
 
 @MODES
-def test_an_empty_vector_is_no_data(training: bool) -> None:
+def test_a_vector_is_taken_only_if_it_is_empty(training: bool) -> None:
     assert batch_norm(torch.empty(0), torch.zeros(0), torch.ones(0), training=training).shape == (0,)
     with pytest.raises(ValueError, match="at least 2 dimensions"):
         batch_norm(torch.ones(3), torch.zeros(3), torch.ones(3), training=training)
@@ -162,7 +162,7 @@ def test_grad_output_expanded_from_one_number(
 def test_every_mix_of_parameter_dtypes(
     mix: str, dtype: torch.dtype, layout: str, act: Act, training: bool, has_residual: bool, device: str
 ) -> None:
-    # Of weight, bias, running_mean and running_var: i is the input's dtype, f is float32.
+    # A letter for each of weight, bias, running_mean and running_var: i is the input's dtype, f is float32.
     params = make_parameters(5, tuple(torch.float32 if choice == "f" else dtype for choice in mix), device)
     inputs = make_inputs((3, 5, 5, 3), layout, dtype, device, has_residual)
     check_call(inputs._replace(params=params), training=training, act=act)
@@ -235,7 +235,7 @@ def test_strides_do_not_change_a_bit_of_the_result(case: Case, device: str) -> N
 
 @pairs(act=PLAIN_OR_ACT, training=FLAGS, has_residual=FLAGS)
 def test_grad_mode_does_not_change_the_result(act: Act, training: bool, has_residual: bool, device: str) -> None:
-    # Only with gradients the operator may keep a mask.
+    # Only a call with gradients may keep a mask.
     x, _, p, residual = make_inputs(SHAPE, device=device, has_residual=has_residual)
 
     def run(x: Tensor, weight: Tensor) -> Tensor:
@@ -257,7 +257,7 @@ def test_grad_mode_does_not_change_the_result(act: Act, training: bool, has_resi
 
 @pairs(act=PLAIN_OR_ACT, training=FLAGS)
 def test_output_is_a_tensor_of_its_own(act: Act, training: bool, device: str) -> None:
-    # Where mean 0 and variance 1 - eps change nothing, the output still shares no memory with input or residual.
+    # Mean 0 and variance 1 - eps change nothing. Still the output shares no memory with input or residual.
     x, zeros = torch.tensor([[-1.0], [1.0]], device=device), torch.zeros(2, 1, device=device)
     for residual in (None, zeros, x):
         kept, zero = x.clone(), torch.zeros(1, device=device)
@@ -289,7 +289,7 @@ def test_identity_has_the_bits_of_plain_batch_norm(case: Case, dtype: torch.dtyp
 @MODES
 @pytest.mark.parametrize("slope", [0.0, 0.01, 0.2, 1.0, 3.0, -1.0, 1], ids=str)
 def test_any_finite_slope(slope: float, training: bool, device: str) -> None:
-    # Beyond 1, max(z, slope*z) would be wrong.
+    # For a slope above 1, max(z, slope*z) would be wrong.
     inputs = make_inputs(SHAPE, device=device, has_residual=True)
     for each in (inputs, inputs._replace(residual=None)):
         results = check_call(each, training=training, act=("leaky_relu", slope))

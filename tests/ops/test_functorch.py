@@ -18,7 +18,6 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, linearize
 import bnext
 
 SHAPE = (3, 4, 3, 2)
-EITHER = each(act=PLAIN_OR_ACT)
 
 Optional = Tensor | None
 Run = Callable[..., Tensor]
@@ -64,6 +63,7 @@ def scalar(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def batch(size: int) -> Tensor:
+    """Inputs along a new first dimension."""
     return torch.stack([make_input(SHAPE, dtype=torch.float64) for _ in range(size)])
 
 
@@ -107,7 +107,7 @@ def test_vmap_over_every_rank(shape: tuple[int, ...], act: Act, training: bool) 
 
 
 @MODES
-@EITHER
+@each(act=PLAIN_OR_ACT)
 def test_vmap_within_vmap(act: Act, training: bool, stats: Parameters) -> None:
     ours, theirs = pair(stats, training, act)
     xs, residuals = torch.randn(2, 3, *SHAPE, dtype=torch.float64), torch.randn(3, *SHAPE, dtype=torch.float64)
@@ -120,7 +120,7 @@ def test_vmap_within_vmap(act: Act, training: bool, stats: Parameters) -> None:
     assert_equal(nest(ours)(xs, weights, residuals), nest(theirs)(xs, weights, residuals))
 
 
-@EITHER
+@each(act=PLAIN_OR_ACT)
 def test_vmap_over_the_running_stats_in_eval(act: Act) -> None:
     many = [make_parameters(4, torch.float64) for _ in range(5)]
     means, variances = torch.stack([p.running_mean for p in many]), torch.stack([p.running_var for p in many])
@@ -142,8 +142,8 @@ def test_vmap_over_the_running_stats_in_eval(act: Act) -> None:
 @each(act=(None, "relu", "silu"))
 def test_vmap_over_stacked_models_trains_each(momentum: float | None, act: Act) -> None:
     # Model ensembles: parameters, running statistics and counters all carry the batch dimension.
-    kind = (bnext.BatchNorm2d, {}) if act is None else (bnext.BatchNormAct2d, {"act": act})
-    models = [kind[0](4, momentum=momentum, dtype=torch.float64, **kind[1]) for _ in range(5)]
+    layer, options = (bnext.BatchNorm2d, {}) if act is None else (bnext.BatchNormAct2d, {"act": act})
+    models = [layer(4, momentum=momentum, dtype=torch.float64, **options) for _ in range(5)]
     inputs = (batch(5),) if act is None else (batch(5), batch(5))
     for i, (model, x) in enumerate(zip(models, inputs[0], strict=True)):
         for _ in range(i):  # so that counters differ
@@ -169,7 +169,7 @@ def test_vmap_refuses_to_update_shared_running_stats(act: Act, stats: Parameters
     assert torch.equal(stats.running_var, kept.running_var)
 
 
-@EITHER
+@each(act=PLAIN_OR_ACT)
 def test_empty_batch_under_vmap(act: Act, stats: Parameters) -> None:
     ours, _ = pair(stats, False, act)
     for shape in ((5, 0, 4, 3), (0, *SHAPE)):

@@ -15,7 +15,8 @@ from refusals import remember
 import bnext
 from bnext.functional import batch_norm
 
-# Parts that are shared out among threads, 16 and more; a shorter last one; one part alone.
+# In parts of the sizes below these are batches of 16 parts or more, which threads share; of a shorter last part; and of
+# one part alone.
 CASES = [
     Case((33, 17), "contiguous"),
     Case((37, 5, 6), "contiguous"),
@@ -46,12 +47,12 @@ def test_running_statistics_are_those_of_a_loop(momentum: float | None) -> None:
         layer.load_state_dict({**p._asdict(), "num_batches_tracked": torch.tensor(2)})
     layers[0].virtual_batch_size = 4
     y = layers[0](x)
-    z = torch.cat([layers[1](part) for part in x.split(4)])
-    assert torch.allclose(y, z, rtol=1e-6, atol=1e-6)
+    expected = torch.cat([layers[1](part) for part in x.split(4)])
+    assert torch.allclose(y, expected, rtol=1e-6, atol=1e-6)
     for name, value in layers[1].state_dict().items():
         assert torch.allclose(layers[0].state_dict()[name], value, rtol=1e-6), name
     assert layers[0].num_batches_tracked == 12
-    evaluations = [layer.eval()(x) for layer in layers]  # which have no parts
+    evaluations = [layer.eval()(x) for layer in layers]  # evaluation has no parts
     assert torch.allclose(*evaluations, rtol=1e-5, atol=1e-6)
 
 
@@ -63,21 +64,21 @@ def test_an_empty_batch_is_one_part() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["fused", "compiled"])
-def test_a_converted_model_fuses_and_compiles_them(compiled: bool) -> None:
+def test_a_converted_model_fuses_and_compiles_ghost_batches(compiled: bool) -> None:
     def model() -> torch.nn.Sequential:
         torch.manual_seed(0)
         return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
 
     x = make_input((6, 3, 7, 7))
-    expected = model()
-    z = torch.cat([expected(part) for part in x.split(4)])
+    theirs = model()
+    expected = torch.cat([theirs(part) for part in x.split(4)])
     ours = bnext.convert(model(), fuse=not compiled)
     ours[1].virtual_batch_size = 4
-    y = (torch.compile(ours, backend="aot_eager", fullgraph=True) if compiled else ours)(x)
-    assert torch.allclose(y, z, rtol=1e-5, atol=1e-6)
-    assert torch.allclose(ours[1].running_var, expected[1].running_var, rtol=1e-5)
-    ours[1].virtual_batch_size = None  # is seen by what was captured before
-    ours(x)
+    call = torch.compile(ours, backend="aot_eager", fullgraph=True) if compiled else ours
+    assert torch.allclose(call(x), expected, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(ours[1].running_var, theirs[1].running_var, rtol=1e-5)
+    ours[1].virtual_batch_size = None  # what was captured before takes the new value
+    assert torch.allclose(call(x), theirs(x), rtol=1e-5, atol=1e-6)
     assert ours[1].num_batches_tracked == 3
     if not compiled:
         assert [name for name, _ in bnext.fusion_report(ours).fused] == ["1"]

@@ -36,13 +36,13 @@ class Held(NamedTuple):
     act: Act
     training: bool
     has_residual: bool
-    needs: str  # a gradient, of x (the input), w, b and r (the residual)
+    needs: str  # which of x (the input), w, b and r (the residual) need a gradient
     tensors: int
     mask: bool = False
 
 
 class Graph:
-    """A call; `needs` says which of x, weight, bias and residual need a gradient."""
+    """A call, and what its graph holds. `needs` is that of Held."""
 
     def __init__(
         self,
@@ -74,12 +74,12 @@ class Graph:
 
     @property
     def vectors(self) -> int:
-        """Most bytes of weight and bias in float32 and save_stats in float64."""
+        """The bytes of weight and bias in float32, and of save_stats in float64. A graph holds no other vectors."""
         return self.x.shape[1] * (4 + 4 + 2 * 8)
 
     @property
     def mask(self) -> int:
-        """Most bytes of a bit an element; a plane (channels first) or pixel is rounded up to at most 8 bytes more."""
+        """The most bytes of a mask: a bit an element, and 8 bytes more for each plane (channels first) or pixel."""
         channels, pixels = self.x.shape[1], self.x.numel() // self.x.shape[1]
         in_planes = self.layout != "channels_last" and self.x.ndim > 2
         rows, row = (len(self.x) * channels, pixels // len(self.x)) if in_planes else (pixels, channels)
@@ -99,7 +99,7 @@ HELD = [
     *plain(None, False),
     *plain("identity", False),
     *plain("identity", True),
-    # Without a residual the pre-activation is computed again from the input, as torch's batch norm keeps it.
+    # Without a residual the pre-activation is computed again from the input, which torch's batch norm keeps as well.
     *(Held(act, training, False, "xwb", tensors=1) for act in FEW_ACTS for training in FLAGS),
     # With a residual, rectifiers need a bit an element more, and smooth activations the user's own residual.
     *(Held(act, training, True, "xwbr", tensors=1, mask=True) for act in ONE_SIDED for training in FLAGS),
@@ -117,7 +117,7 @@ def test_the_graph_holds_no_more_than_backward_needs(held: Held, case: Case, dty
     size, least = sum(t.nbytes for t in kept), held.tensors * graph.x.nbytes
     assert size > 0
     assert least <= size <= least + graph.vectors + held.mask * graph.mask
-    if case.layout != "sliced":  # which is copied
+    if case.layout != "sliced":  # of a sliced input the graph holds the copy that the kernels read
         given = [t.data_ptr() for t in (graph.x, graph.residual)[: held.tensors]]
         assert set(given) <= {t.data_ptr() for t in kept}
 
@@ -160,7 +160,7 @@ def test_residual_changed_in_place_is_noticed_where_it_is_kept(act: Act, trainin
 
 
 class Recorder(TorchDispatchMode):
-    """The operators that reach the dispatcher below autograd."""
+    """The operators that reach the dispatcher below autograd, but for those that only handle tensors."""
 
     def __enter__(self) -> Recorder:
         self.names: list[str] = []
@@ -182,7 +182,7 @@ def test_one_operator_and_one_node_a_direction(act: Act, has_residual: bool, tra
         y = graph.run()
     assert recorder.names == [f"bnext.batch_norm_{'train' if training else 'eval'}.default"]
     leaves = {node.variable for node, _ in y.grad_fn.next_functions if node is not None}
-    assert set(wanted) <= leaves, "the output's own node reaches the leaves"
+    assert set(wanted) <= leaves, "another node lies between the output's node and the leaves"
     with Recorder() as recorder:
         torch.autograd.grad(y, wanted, g)
     assert recorder.names == ["bnext.batch_norm_backward.default"]

@@ -74,12 +74,12 @@ def test_nan_beside_the_input_stays_in_its_channel(
     clean = run(residual, g)
     poisoned = run(bad, g) if where == "residual" else run(residual, bad)
     healthy = [c for c in range(case.shape[1]) if c != 1]
-    assert all(map(same_bits, clean[2], poisoned[2])), "running statistics depend on neither"
+    assert all(map(same_bits, clean[2], poisoned[2])), f"the running statistics depend on {where}"
     assert same_bits(clean[0][:, healthy], poisoned[0][:, healthy])
     for a, b in zip(clean[1], poisoned[1], strict=True):
         assert same_bits(a[:, healthy] if a.ndim > 1 else a[healthy], b[:, healthy] if b.ndim > 1 else b[healthy])
     if where == "residual":
-        assert torch.equal(poisoned[0].isnan(), bad.isnan())  # of the output, those elements and no others
+        assert torch.equal(poisoned[0].isnan(), bad.isnan())
     elif training:
         assert poisoned[1][0][:, 1].isnan().all()
 
@@ -99,8 +99,8 @@ def test_nan_in_eval_mode_stays_where_it_is(case: Case, act: Act, device: str) -
 @EVERY_ACT
 @pytest.mark.parametrize("infinity", [float("inf"), float("-inf")], ids=str)
 def test_infinity_in_eval_mode(infinity: float, act: Act, device: str) -> None:
-    # Of a finite slope: relu(-inf) is 0 and relu(inf) is inf; where torch's own gives NaN for -inf (silu, hardswish:
-    # inf*0), 0 is as good. Others are as they were.
+    # Identity, elu and rectifiers give what torch's give: relu(-inf) is 0, relu(inf) is inf. Other activations of torch
+    # may give NaN (silu and hardswish of -inf: inf*0), and the limit is as good. Finite elements keep their bits.
     x = make_input((6, 5, 7, 3), device=device)
     bad = x.clone()
     bad[2, 1, 3] = infinity
@@ -142,7 +142,7 @@ def test_gradient_of_relu_at_nan_is_torchs(has_residual: bool, device: str) -> N
 @pytest.mark.not_emulated
 @RESIDUAL
 def test_gradient_of_relu6_passes_at_nan(has_residual: bool, device: str) -> None:
-    # torch passes it or not, as its vectors end; ours do as relu does, whether a mask says so or the pre-activation.
+    # In torch an element's place in a vector decides. Here the gradient passes as relu's does, with a mask and without.
     x = torch.tensor([torch.nan, 6.0, 3.0, 7.0, -1.0, 0.0], device=device).repeat(7, 1).requires_grad_()
     zero, one = torch.zeros(6, device=device), torch.ones(6, device=device)
     args = (torch.zeros_like(x), zero, one, zero, None, x) if has_residual else (x, zero, one)

@@ -33,6 +33,7 @@ from bnext.functional import batch_norm, batch_norm_act
 
 pytestmark = pytest.mark.kernels
 
+# The largest errors allowed: of an output up to 4, and of grad_input relative to its largest value.
 OUTPUT_BAR = 2e-6
 GRAD_BAR = 1e-5
 
@@ -124,7 +125,7 @@ def test_roundings_of_many_values_do_not_add_up(layout: str, act: Act, has_resid
     y = batch_norm_act(x, None, None, weight, bias, residual=residual, training=True, act=act)
     (grad_weight,) = torch.autograd.grad(y, weight, torch.ones_like(y))
     count = x.numel() // 16
-    # Roundings to either side leave about a third of it; to the same side, twice to three times as much.
+    # Roundings to either side add up to about a third of this limit, roundings to one side to two or three times it.
     assert grad_weight.abs().max() <= 16 * 2.0**-24 * count**0.5
 
 
@@ -159,8 +160,8 @@ def test_first_image_unlike_the_rest(case: Case, first: str, offset: float, devi
 
 
 @BARS
-def test_one_image_of_padding_among_equal_images(case: Case, device: str) -> None:
-    # Only the last image differs, and a sample that the shift is taken from may miss it.
+def test_last_image_unlike_the_rest(case: Case, device: str) -> None:
+    # The samples that the shift is taken from may miss the last image.
     x = torch.randn(case.shape, device=device)
     x[-1] += 1e4
     assert_bars(to_layout(x, case.layout), make_grad(case.shape, device=device))
@@ -169,7 +170,8 @@ def test_one_image_of_padding_among_equal_images(case: Case, device: str) -> Non
 @pytest.mark.parametrize("magnitude", [1e3, 1e6, 1e15], ids="{:g}".format)
 @BARS
 def test_outliers_in_pairs(case: Case, magnitude: float, device: str) -> None:
-    # +-pairs leave the mean where it is, and make the variance: every other value must survive beside them.
+    # Two outliers of opposite signs leave the mean where it is, and make up the variance: every other value must
+    # survive beside them.
     x = torch.randn(case.shape, device=device)
     x[0, :], x[-1, :] = x[0, :].clamp(-1, 1), x[-1, :].clamp(-1, 1)
     picked = (0, slice(None), *[0] * (x.ndim - 2))
@@ -222,7 +224,7 @@ SCALES = (1e-30, 1e-18, 1e18, 1e30)
 
 
 def check_at_scale(case: Case, scale: float, act: Act, has_residual: bool, device: str) -> None:
-    # Squares of these overflow float32, or vanish in it. eps is small enough not to hide the small ones.
+    # The squares of the values overflow float32, or vanish in it. eps is too small to hide a small variance.
     x = to_layout((torch.randn(case.shape, dtype=torch.float64) * scale).to(device, torch.float32), case.layout)
     inputs = make_inputs(*case, device=device, has_residual=has_residual)
     params = inputs.params._replace(running_var=torch.ones_like(inputs.params.running_var))

@@ -48,7 +48,7 @@ def repeated(draw: st.DrawFn, values: Tensor) -> Tensor:
 
 @st.composite
 def anyhow(draw: st.DrawFn, values: list[Tensor]) -> list[Tensor]:
-    """Either each strided in its own way, or each as it was or expanded along one dimension."""
+    """The values, either all of them strided, or each of them unchanged or expanded along one dimension."""
     change = strided if draw(st.booleans()) else repeated
     return [draw(change(v)) for v in values]
 
@@ -56,7 +56,7 @@ def anyhow(draw: st.DrawFn, values: list[Tensor]) -> list[Tensor]:
 ACTIVATIONS = st.sampled_from(ACTS) | st.tuples(st.just("leaky_relu"), st.floats(-2, 2))
 
 
-# By dtype, since three roundings in place of one show in half precision alone.
+# Each dtype has examples of its own, since three roundings in place of one show in half precision alone.
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @settings(
     max_examples=175,

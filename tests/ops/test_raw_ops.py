@@ -16,7 +16,7 @@ from refusals import ORDINARY
 ONE_SIDED = ("relu", "relu6", ("leaky_relu", -0.5))
 
 
-def test_the_counter_is_counted_and_statistics_know_no_activation() -> None:
+def test_training_counts_and_statistics_do_not_depend_on_the_activation() -> None:
     plain = Call(FEW_CASES[3], torch.float32, True, "identity", has_residual=False)
     results = []
     for act in ACTS:
@@ -40,12 +40,11 @@ def test_mask_is_a_bit_an_element_and_says_all_that_backward_asks(
     case: Case, dtype: torch.dtype, act: Act, training: bool
 ) -> None:
     call = Call(case, dtype, training, act)
-    plain, stats, none = call.forward(with_mask=False)
-    call.counter.fill_(3)
+    plain, stats, no_mask = call.forward(with_mask=False)
     y, same_stats, mask = call.forward(with_mask=True)
     assert same_bits(y, plain)
     assert same_bits(same_stats, stats)
-    assert (none.dtype, tuple(none.shape), mask.dtype) == (torch.uint8, (0,), torch.uint8)
+    assert (no_mask.dtype, tuple(no_mask.shape), mask.dtype) == (torch.uint8, (0,), torch.uint8)
     assert tuple(mask.shape[:-1]) == mask_rows(case.shape, case.layout)
     row = case.shape[1] if mask.ndim == 2 else call.x.numel() // (case.shape[0] * case.shape[1])
     assert 8 * mask.shape[-1] >= row
@@ -82,7 +81,7 @@ def test_output_mask_computes_what_is_asked_and_nothing_else(
 @pytest.mark.kernels
 @pairs(case=FEW_CASES, act=("identity", *ONE_SIDED), training=FLAGS)
 def test_what_no_result_depends_on_may_be_left_out(case: Case, act: Act, training: bool, device: str) -> None:
-    # In evaluation with a mask no gradient but that of weight needs the input; in training grad_bias does not.
+    # In evaluation with a mask only grad_weight needs the input; in training grad_bias and grad_residual do not.
     call = Call(case, torch.float32, training, act, has_residual=act != "identity", device=device)
     activated = act != "identity"
     _, stats, mask = call.forward(with_mask=activated)
@@ -96,7 +95,8 @@ def test_what_no_result_depends_on_may_be_left_out(case: Case, act: Act, trainin
 
 
 @MODES
-def test_identity_has_no_business_with_the_residuals_gradient(training: bool) -> None:
+def test_with_identity_the_residuals_gradient_is_refused(training: bool) -> None:
+    # It is grad_output itself.
     call = Call(FEW_CASES[2], torch.float32, training, "identity")
     _, stats, _ = call.forward()
     with pytest.raises(ORDINARY, match="output_mask"):

@@ -32,12 +32,12 @@ SEQUENCE = Case((4, 3, 6), "channels_last")
 ODD_CASES = [Case((1, 1, 9, 11), "contiguous"), Case((5, 130, 1, 1), "channels_last"), SEQUENCE, *EMPTY_CASES]
 
 
-def assert_again(call: Call) -> None:
-    """Values and strides, with those of weight, bias and residual that the call has."""
+def assert_recomputes(call: Call) -> None:
+    """Asserts that the recomputed output has the bits and the strides of the call's."""
     y, stats, _ = call.forward()
-    again = recompute(call.x, stats, call.weight, call.bias, call.residual, **act_args(call.act))
-    assert same_bits(again, y)
-    assert again.stride() == y.stride()
+    recomputed = recompute(call.x, stats, call.weight, call.bias, call.residual, **act_args(call.act))
+    assert same_bits(recomputed, y)
+    assert recomputed.stride() == y.stride()
 
 
 @pytest.mark.kernels
@@ -49,21 +49,21 @@ def assert_again(call: Call) -> None:
     training=FLAGS,
     has_residual=FLAGS,
 )
-def test_it_is_the_output_again(
+def test_every_call_is_recomputed(
     case: Case, act: Act, dtype: torch.dtype, missing: str, training: bool, has_residual: bool, device: str
 ) -> None:
-    assert_again(Call(case, dtype, training, act, has_residual, device=device, missing=missing))
+    assert_recomputes(Call(case, dtype, training, act, has_residual, device=device, missing=missing))
 
 
 @FEW
 @each(case=MEDIUM_CASES)
-def test_it_is_with_every_instruction_set(case: Case, act: Act, isa: str) -> None:
+def test_every_instruction_set_recomputes(case: Case, act: Act, isa: str) -> None:
     for training, has_residual in ((True, True), (False, False)):
-        assert_again(Call(case, torch.float32, training, act, has_residual))
+        assert_recomputes(Call(case, torch.float32, training, act, has_residual))
 
 
 @each(case=LARGE_CASES[:4])
-def test_it_is_with_other_threads(case: Case, set_threads: Callable[[int], None]) -> None:
+def test_any_number_of_threads_recomputes(case: Case, set_threads: Callable[[int], None]) -> None:
     call = Call(case, torch.bfloat16, True, "gelu")
     y, stats, _ = call.forward()
     for threads in (1, 3):
@@ -73,11 +73,11 @@ def test_it_is_with_other_threads(case: Case, set_threads: Callable[[int], None]
 
 @each(dtype=LOW_PRECISION)
 @pytest.mark.parametrize("narrow", ["weight", "bias", "weight bias"])
-def test_it_is_with_parameters_in_the_dtype_of_the_input(narrow: str, dtype: torch.dtype) -> None:
+def test_parameters_may_have_the_dtype_of_the_input(narrow: str, dtype: torch.dtype) -> None:
     call = Call(FEW_CASES[3], dtype, True, "silu")
     for vector in narrow.split():
         setattr(call, vector, getattr(call, vector).to(dtype))
-    assert_again(call)
+    assert_recomputes(call)
 
 
 # Inputs whose mean or variance is not finite, or is not found by float32 sums.
@@ -96,17 +96,17 @@ VALUES: dict[str, Callable[[Tensor], Tensor]] = {
 @MODES
 @pytest.mark.parametrize("eps", [1e-5, 1e-30])
 @pytest.mark.parametrize("values", VALUES)
-def test_it_is_of_extreme_values(values: str, eps: float, training: bool) -> None:
+def test_outputs_of_extreme_values_are_recomputed(values: str, eps: float, training: bool) -> None:
     for case in (Case((33, 5, 7, 3), "contiguous"), Case((33, 5, 7, 3), "channels_last")):
         for act in FEW_ACTS:
             call = Call(case, torch.float32, training, act)
             call.x = to_layout(VALUES[values](call.x), case.layout)
             call.eps = eps
-            assert_again(call)
+            assert_recomputes(call)
 
 
 @pairs(case=FEW_CASES, dtype=DTYPES, act=FEW_ACTS)
-def test_it_is_of_gathered_stats(case: Case, dtype: torch.dtype, act: Act) -> None:
+def test_outputs_of_gathered_stats_are_recomputed(case: Case, dtype: torch.dtype, act: Act) -> None:
     call = Call(case, dtype, True, act)
     others = [make_input(case.shape, dtype=dtype) for _ in range(2)]
     gathered = torch.stack([torch.ops.bnext.batch_norm_stats(x, 1e-5) for x in (call.x, *others)])
@@ -116,13 +116,14 @@ def test_it_is_of_gathered_stats(case: Case, dtype: torch.dtype, act: Act) -> No
     assert same_bits(recompute(call.x, stats, call.weight, call.bias, **epilogue), y)
 
 
-def test_it_is_from_an_input_and_stats_that_came_back_with_other_strides() -> None:
+def test_input_and_stats_may_have_other_strides() -> None:
+    # Saved tensors may come back from a hook with other strides. The output has the layout of the input as it is then.
     call = Call(Case((6, 5, 7, 3), "channels_last"), torch.float32, True, "silu")
     y, stats, _ = call.forward()
     spread = torch.stack([stats, stats], -1)[..., 0]
-    again = recompute(call.x.contiguous(), spread, call.weight, call.bias, call.residual, **act_args("silu"))
-    assert same_bits(again, y)
-    assert again.is_contiguous()
+    recomputed = recompute(call.x.contiguous(), spread, call.weight, call.bias, call.residual, **act_args("silu"))
+    assert same_bits(recomputed, y)
+    assert recomputed.is_contiguous()
 
 
 @pairs(case=[*FEW_CASES, *ODD_CASES], dtype=DTYPES, has_residual=FLAGS)

@@ -26,7 +26,7 @@ def test_momentum_zero_leaves_the_running_stats_alone(device: str) -> None:
 @MODES
 @pytest.mark.parametrize("case", FEW_CASES, ids=name)
 def test_parameters_and_running_stats_of_any_stride(case: Case, training: bool, device: str) -> None:
-    # Columns of a table, such as a model's flattened buffers: the other column must not change.
+    # Each vector is a column of a table, as in a model's flattened buffers: the other column must not change.
     x = make_input(*case, device=device)
     dense = make_parameters(case.shape[1], device=device)
     tables = [torch.stack([t, torch.full_like(t, 123.0)], 1) for t in dense]
@@ -51,7 +51,7 @@ def test_training_updates_whichever_running_stat_it_is_given(given: str, device:
 
 
 def test_counter_is_counted_and_gives_the_cumulative_average(device: str) -> None:
-    # momentum=None: after k batches the running statistics are the plain means of the k batches'.
+    # With momentum=None the running statistics after k batches are the plain means of the batches' statistics.
     mean, var = torch.full((5,), 7.0, device=device), torch.full((5,), 9.0, device=device)
     counter = torch.tensor(0, device=device)
     batches = []

@@ -56,7 +56,7 @@ def test_opcheck_forward(
 
 
 def backward_args(call: Call, wanted: tuple[bool, ...], with_mask: bool) -> dict[str, object]:
-    """Those of the backward pass of a call, without the input where no result depends on it."""
+    """The arguments of a call's backward pass, without the input where no result depends on it."""
     with torch.no_grad():
         _, stats, mask = call.forward(with_mask)
     needs_input = call.act != "identity" or wanted[1] or (call.training and wanted[0])
@@ -105,7 +105,7 @@ def test_fake_kernels_predict_shape_dtype_and_strides(
 
 
 def test_meta_tensors_run() -> None:
-    # As initialisation under torch.device("meta") and shape propagation call every operator.
+    # Shape propagation and models under torch.device("meta") call every operator on them.
     args = Call(FEW_CASES[3], torch.bfloat16, True, "identity").forward_args()
     y, stats, _ = train(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
     assert (y.shape, y.dtype, y.device.type) == (FEW_CASES[3].shape, torch.bfloat16, "meta")

@@ -13,7 +13,7 @@ import bnext
 
 
 def data_parallel(world: World) -> None:
-    """Two steps with synchronised batch norms give the same gradients, parameters and statistics."""
+    """Recompute does not change the gradients, parameters and statistics of two steps with synchronised batch norms."""
     seed(3)
     batches = [make_input((2 + world.rank, 4, 6, 6)) for _ in range(2)]
     results = []

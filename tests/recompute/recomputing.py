@@ -43,17 +43,19 @@ Scenario = Callable[[Net, Tensor, Scope], Iterable[Tensor]]
 
 
 def leaves(net: nn.Module, x: Tensor) -> list[Tensor]:
+    """Those of the input and the parameters that require gradients."""
     return [t for t in (x, *net.parameters()) if t.requires_grad]
 
 
-def gradients(y: Tensor, wanted: Iterable[Tensor], **options: Any) -> list[Tensor]:
+def gradients(y: Tensor, inputs: Iterable[Tensor], **options: Any) -> list[Tensor]:
+    """The gradients of those inputs that `y` depends on; the gradient of `y` is the same each time."""
     seed(23)
     grad = make_grad(tuple(y.shape), dtype=y.dtype)
-    given = torch.autograd.grad(y, list(wanted), grad, allow_unused=True, **options)
-    return [g for g in given if g is not None]
+    found = torch.autograd.grad(y, list(inputs), grad, allow_unused=True, **options)
+    return [g for g in found if g is not None]
 
 
-class Made(TorchDispatchMode):
+class Recomputed(TorchDispatchMode):
     """Records the storages of recomputed outputs."""
 
     def __init__(self) -> None:
@@ -67,6 +69,7 @@ class Made(TorchDispatchMode):
         return result
 
     def alive(self) -> int:
+        """How many of the storages are still in memory."""
         return sum(not storage.expired() for storage in self.storages)
 
 
@@ -90,17 +93,18 @@ def outcomes(
 
 def assert_same(
     scenario: Scenario,
-    made: int | None = None,
+    count: int | None = None,
     make: Callable[[], Net] = Net,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """The results are the same bits; `made` outputs were recomputed, and none of them is alive."""
-    with contextlib.nullcontext() if made is None else Made() as mode:
+    """The results are the same bits with recompute and without. If `count` is given, so many outputs were recomputed,
+    and none of them is alive."""
+    with contextlib.nullcontext() if count is None else Recomputed() as mode:
         expected, actual = outcomes(scenario, make, dtype)
     assert len(actual) == len(expected)
     assert [i for i, (a, b) in enumerate(zip(actual, expected, strict=True)) if not same_bits(a, b)] == []
     if mode is not None:
-        assert (len(mode.storages), mode.alive()) == (made, 0)
+        assert (len(mode.storages), mode.alive()) == (count, 0)
 
 
 def held_bytes(call: Callable[[], Tensor]) -> int:

@@ -31,12 +31,6 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import bnext
 
-
-def tensors(shape: tuple[int, ...], count: int = 1) -> int:
-    """The bytes of tensors in float32."""
-    return 4 * count * torch.Size(shape).numel()
-
-
 # The bytes of both batch norms' weights and biases in float32, each once or twice, and statistics in float64.
 VECTORS = 2 * 4 * (4 * 4 + 2 * 8)
 
@@ -48,7 +42,7 @@ def test_each_activation_is_held_once(around: bool) -> None:
             return net(x)
 
     net, x = Net(), make_input(SHAPE)
-    inputs = tensors(FEATURES, 2)
+    inputs = 2 * 4 * torch.Size(FEATURES).numel()  # the bytes of both batch norms' inputs in float32
     held, less = held_bytes(lambda: step(torch.enable_grad)), held_bytes(lambda: step(bnext.recompute))
     assert 2 * inputs <= held <= 2 * inputs + VECTORS
     assert inputs <= less <= inputs + VECTORS
@@ -62,14 +56,16 @@ def forward_and_back(net: Net, x: Tensor, scope: Scope) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_gradients_are_the_same_bits(dtype: torch.dtype) -> None:
-    assert_same(forward_and_back, made=2, dtype=dtype)
+    assert_same(forward_and_back, count=2, dtype=dtype)
 
 
 def test_layers_without_parameters() -> None:
-    assert_same(forward_and_back, made=2, make=functools.partial(Net, affine=False))
+    assert_same(forward_and_back, count=2, make=functools.partial(Net, affine=False))
 
 
 def frozen(names: str, training: bool) -> Callable[[], Net]:
+    """Makes a network in which the parameters whose names contain one of `names` do not require gradients."""
+
     def make() -> Net:
         net = Net().train(training)
         for name, parameter in net.named_parameters():
@@ -81,7 +77,7 @@ def frozen(names: str, training: bool) -> Callable[[], Net]:
 
 # In evaluation with frozen parameters a rectifier keeps a mask, and has no input from which to recompute its output.
 @pytest.mark.parametrize(
-    ("names", "training", "made"),
+    ("names", "training", "count"),
     [
         ("features.1 features.3", True, 2),
         ("bias", True, 2),
@@ -89,8 +85,8 @@ def frozen(names: str, training: bool) -> Callable[[], Net]:
         ("features.1 features.3", False, 1),
     ],
 )
-def test_frozen_parameters_and_evaluation(names: str, training: bool, made: int) -> None:
-    assert_same(forward_and_back, made=made, make=frozen(names, training))
+def test_frozen_parameters_and_evaluation(names: str, training: bool, count: int) -> None:
+    assert_same(forward_and_back, count, make=frozen(names, training))
 
 
 # Functions of an output, and whether the output is kept nevertheless.
@@ -125,9 +121,9 @@ def view_without_gradient(h: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("use", CONSUMERS)
-def test_uses_of_an_output(use: str) -> None:
+def test_which_uses_keep_an_output(use: str) -> None:
     consume, is_kept = CONSUMERS[use]
-    kept = []
+    kept = []  # without recompute and with it
 
     def scenario(net: Net, x: Tensor, scope: Scope) -> list[Tensor]:
         with scope():
@@ -209,7 +205,7 @@ def without_gradients(net: Net, x: Tensor, scope: Scope) -> list[Tensor]:
     return [first, second, *gradients(y, leaves(net, x))]
 
 
-def by_halves(net: Net, x: Tensor, scope: Scope) -> list[Tensor]:
+def in_autocast(net: Net, x: Tensor, scope: Scope) -> list[Tensor]:
     with scope(), torch.autocast("cpu", torch.bfloat16):
         y = net(x)
     return [y, *gradients(y, leaves(net, x))]
@@ -232,16 +228,16 @@ def with_hooks(net: Net, x: Tensor, scope: Scope) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("scenario", "made"),
+    ("scenario", "count"),
     [
         *((scenario, 4) for scenario in (batched, two_forwards, accumulated)),
         *((scenario, 2) for scenario in (nested, after_an_exception, without_gradients)),
-        *((s, None) for s in (twice_inside, twice_outside, forward_mode, by_halves, in_another_thread, with_hooks)),
+        *((s, None) for s in (twice_inside, twice_outside, forward_mode, in_autocast, in_another_thread, with_hooks)),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_ways_to_go_forward_and_back(scenario: Scenario, made: int | None) -> None:
-    assert_same(scenario, made=made)
+def test_ways_to_go_forward_and_back(scenario: Scenario, count: int | None) -> None:
+    assert_same(scenario, count)
 
 
 # Writes to an output before a convolution saves it.
@@ -289,12 +285,12 @@ def test_a_source_that_is_written_to_afterwards_is_torchs_error(changed: str) ->
     sources = {"input": net.features[:3](make_input(SHAPE)), "residual": make_input(FEATURES)}
     residual = sources["residual"]
     with bnext.recompute():
-        saved = residual * net.last.weight.sum()
+        holder = residual * net.last.weight.sum()  # saves the residual, so that the output is recomputed from it
         y = net.last(net.features[3](sources["input"], residual))
     sources[changed].detach().mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         gradients(y, [net.last.weight])
-    del saved
+    del holder
 
 
 def test_parameters_may_be_changed_before_the_gradient_of_a_user() -> None:
@@ -308,7 +304,7 @@ def test_parameters_may_be_changed_before_the_gradient_of_a_user() -> None:
                 layer.running_mean.add_(1)
         return gradients(y, net.last.parameters())
 
-    assert_same(scenario, made=1)
+    assert_same(scenario, count=1)
 
 
 def test_a_user_may_outlive_the_backward_of_the_output() -> None:
@@ -318,7 +314,7 @@ def test_a_user_may_outlive_the_backward_of_the_output() -> None:
             first, second = net.last(h), net.last(h.mT)
         return [*gradients(first, leaves(net, x)), *gradients(second, net.last.parameters())]
 
-    assert_same(scenario, made=3)
+    assert_same(scenario, count=3)
 
 
 def test_recompute_is_for_the_thread_that_enters_it() -> None:
@@ -341,7 +337,7 @@ def test_recompute_is_for_the_thread_that_enters_it() -> None:
     assert not keeps(True)
 
 
-def test_two_threads_at_once() -> None:
+def test_two_threads_at_once_do_not_affect_each_other() -> None:
     pools = ThreadPoolExecutor(1), ThreadPoolExecutor(2)
 
     def steps(number: int) -> list[Tensor]:

@@ -1,15 +1,14 @@
-"""Outputs that are recomputed from a residual, or from outputs that are recomputed themselves: which of a row are kept,
-and that the length of a row does not matter."""
+"""Outputs that are recomputed from a residual, or from outputs that are recomputed themselves, and which of those in a
+row are kept."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import pytest
 import torch
 from cases import make_input, same_bits
-from recomputing import FEATURES, Made, gradients, storage_of
+from recomputing import FEATURES, Recomputed, gradients, storage_of
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -46,12 +45,13 @@ def test_every_third_is_kept_and_each_other_is_made_once(alone: bool, act: str, 
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t) if around else torch.enable_grad():
         y = bnext.recompute()(row)(x)
     assert row.kept() == [False, False, True] * 3
-    with Made() as made:
+    with Recomputed() as recomputed:
         actual = gradients(y, row.parameters())
-    assert (len(made.storages), made.alive()) == (6, 0)
+    assert (len(recomputed.storages), recomputed.alive()) == (6, 0)
     assert all(map(same_bits, actual, expected))
 
 
+# These functions return what else holds a residual.
 def nobody(residual: Tensor) -> list[Tensor]:
     return []
 
@@ -77,6 +77,7 @@ def its_square(residual: Tensor) -> list[Tensor]:
 def test_an_output_goes_where_its_residual_stays(
     act: str, holder: Callable[[Tensor], list[Tensor]], output_is_kept: bool
 ) -> None:
+    """An output is kept if otherwise its residual would be, which nothing else holds, to recompute it from."""
     x, weight = make_input(FEATURES).requires_grad_(), torch.randn(4, 4, 1, 1).requires_grad_()
     layer = bnext.BatchNormAct2d(4, act=act)
 
@@ -115,14 +116,14 @@ def test_an_input_that_is_its_own_residual(act: str) -> None:
     parameters = [*layer.parameters(), *conv.parameters()]
     step = lambda: conv(layer(x, x))  # noqa: E731
     expected = gradients(step(), parameters)
-    with Made() as made:
+    with Recomputed() as recomputed:
         actual = gradients(bnext.recompute()(step)(), parameters)
-    assert len(made.storages) == 1
+    assert len(recomputed.storages) == 1
     assert all(map(same_bits, actual, expected))
 
 
-def test_a_residual_is_a_part_of_an_output_or_of_another_layout() -> None:
-    """As in dense connections: slices of a recomputed output, transposed and channels last."""
+def test_a_residual_may_be_a_part_of_a_recomputed_output_or_have_another_layout() -> None:
+    """As in dense connections, the input and the residual are slices of a recomputed output."""
     x = make_input((2, 8, 6, 6))
     first, second, conv = bnext.BatchNormAct2d(8, act="silu"), bnext.BatchNormAct2d(4, act="relu"), nn.Conv2d(4, 4, 1)
     parts = [*first.parameters(), *second.parameters(), *conv.parameters()]
@@ -131,8 +132,8 @@ def test_a_residual_is_a_part_of_an_output_or_of_another_layout() -> None:
         h = first(x)
         return gradients(conv(second(h[:, 4:], other(h[:, :4]))), parts)
 
-    for other in (torch.clone, lambda t: t.mT, functools.partial(torch.Tensor.contiguous)):
-        with Made() as made:
+    for other in (torch.clone, lambda t: t.mT, lambda t: t.contiguous(memory_format=torch.channels_last)):
+        with Recomputed() as recomputed:
             actual = bnext.recompute()(step)(other)
-        assert made.storages
+        assert recomputed.storages
         assert all(map(same_bits, actual, step(other)))

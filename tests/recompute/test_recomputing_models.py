@@ -13,7 +13,7 @@ import torch
 from cases import make_input, same_bits, seed
 from networks import IMAGE, NETWORKS, run
 from processes import Pool
-from recomputing import Made, gradients
+from recomputing import Recomputed, gradients
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -23,12 +23,12 @@ from torch.utils.checkpoint import checkpoint
 import bnext
 
 
-def recomputed(model: nn.Module, image: Tensor) -> int:
-    """How many outputs the backward of a step computes again."""
+def count_recomputed(model: nn.Module, image: Tensor) -> int:
+    """How many outputs the backward of a step recomputes."""
     y = model(image)
-    with Made() as made:
+    with Recomputed() as recomputed:
         gradients(y, model.parameters())
-    return len(made.storages)
+    return len(recomputed.storages)
 
 
 def assert_same_bits(actual: object, expected: object) -> None:
@@ -37,20 +37,19 @@ def assert_same_bits(actual: object, expected: object) -> None:
     assert all(map(same_bits, actual, expected))
 
 
-# How many outputs are computed again in training.
-@pytest.mark.parametrize(("network", "made"), [("resnet", 7), ("mobile", 2), ("functional", 2)])
-def test_networks(network: str, made: int) -> None:
+@pytest.mark.parametrize(("network", "count"), [("resnet", 7), ("mobile", 2), ("functional", 2)])
+def test_networks_give_the_same_bits_and_recompute_in_training(network: str, count: int) -> None:
     make, _, shape = NETWORKS[network]
     original, x = make(), make_input(shape)
     fused, recomputing = (bnext.convert(copy.deepcopy(original), fuse=True, recompute=flag) for flag in (False, True))
     for training in (True, False):
         expected = run(fused, (x,), training)
         assert_same_bits(run(recomputing, (x,), training), expected)
-    assert recomputed(recomputing.train(), x) == made
+    assert count_recomputed(recomputing.train(), x) == count
 
 
 def make_model(recompute: bool = True) -> nn.Module:
-    """A model with one output that is computed again."""
+    """A model with one output that is recomputed, if `recompute` is set."""
     seed(9)
     layers = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 4, 1)
     return bnext.convert(nn.Sequential(*layers), fuse=True, recompute=recompute)
@@ -79,29 +78,29 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 @pytest.mark.parametrize("kind", COPIES)
 def test_copies_recompute(kind: str, model: nn.Module, image: Tensor) -> None:
-    assert recomputed(COPIES[kind](model), image) == 1
+    assert count_recomputed(COPIES[kind](model), image) == 1
 
 
 def test_recompute_is_switched_on_and_off(model: nn.Module, image: Tensor) -> None:
-    for made, change in (
+    for count, change in (
         (1, lambda: model),
         (0, lambda: bnext.convert(model, fuse=True)),
         (1, lambda: bnext.convert(model, fuse=True, recompute=True)),
         (0, lambda: bnext.revert(model)),
     ):
         change()
-        assert recomputed(model, image) == made
+        assert count_recomputed(model, image) == count
 
 
 def test_a_model_that_raises_leaves_the_scope(model: nn.Module, image: Tensor) -> None:
     with pytest.raises(RuntimeError, match="channels"):
         model(image[:, :1])
     other = nn.Sequential(bnext.BatchNorm2d(3), nn.Conv2d(3, 3, 1))
-    assert recomputed(other, image) == 0
+    assert count_recomputed(other, image) == 0
 
 
 def checkpointed(model: nn.Module, image: Tensor) -> list[Tensor]:
-    """A checkpoint around the model, and one inside."""
+    """The results with a checkpoint around the model, and with one inside."""
     around = gradients(checkpoint(model, image, use_reentrant=False), model.parameters())
     model[1].forward = functools.partial(checkpoint, model[1].forward, use_reentrant=False)
     return [*around, *step(model, image)]
@@ -125,7 +124,7 @@ def sharded(model: nn.Module, image: Tensor) -> list[Tensor]:
 
 @pytest.mark.usefixtures("group", "fresh_compiler")
 @pytest.mark.parametrize("use", [checkpointed, with_compiled_autograd, sharded], ids=lambda use: use.__name__)
-def test_uses_of_a_model(use: Callable[[nn.Module, Tensor], list[Tensor]], image: Tensor) -> None:
+def test_other_uses_give_the_same_bits(use: Callable[[nn.Module, Tensor], list[Tensor]], image: Tensor) -> None:
     assert_same_bits(use(make_model(), image), use(make_model(recompute=False), image))
 
 
@@ -147,7 +146,7 @@ def test_recompute_changes_nothing_in_transforms_traces_and_exports(model: nn.Mo
     def loss(each: nn.Module) -> Callable[[dict[str, Tensor]], Tensor]:
         return lambda values: torch.func.functional_call(each, values, (image,)).square().sum()
 
-    def all_of(each: nn.Module) -> list[object]:
+    def results(each: nn.Module) -> list[object]:
         return [
             torch.func.grad(loss(each))(values),
             torch.func.vmap(each)(torch.stack([image, image])),
@@ -158,7 +157,7 @@ def test_recompute_changes_nothing_in_transforms_traces_and_exports(model: nn.Mo
         ]
 
     model.eval()
-    assert_same_bits(all_of(model), all_of(make_model(recompute=False).eval()))
+    assert_same_bits(results(model), results(make_model(recompute=False).eval()))
 
 
 def test_transforms_raise_inside_the_scope(image: Tensor) -> None:

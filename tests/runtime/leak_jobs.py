@@ -1,7 +1,7 @@
 """The calls of test_leaks.py, each made over and over in a process that does nothing else.
 
-A function here makes what its calls need and returns the calls. Measured are what they leave behind, and whether all
-that they were made of goes when they go.
+A function whose name is in CALLS of test_leaks.py makes what its calls need, and returns the calls. What they leave
+behind is measured, and whether all that they use goes with them.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def conversions() -> list[Step]:
 
 
 def traced_conversions() -> list[Step]:
-    """One model is fused over and over, and models that go are fused."""
+    """One model is fused over and over; new models are fused and dropped."""
     model = networks.Basic()
     return [lambda: bnext.revert(bnext.convert(model, fuse=True)), lambda: bnext.convert(networks.Basic(), fuse=True)]
 
@@ -266,7 +266,7 @@ def threads() -> list[Step]:
 
 
 def recomputed() -> list[Step]:
-    """With and without a backward pass of all users, within hooks, and left by an error."""
+    """Outputs that are recomputed for all users, for some or for none; within hooks; in a scope that an error ends."""
     layer, conv, x = bnext.BatchNormAct2d(4, act="silu"), nn.Conv2d(4, 4, 1), leaf()
 
     def forward() -> Tensor:
@@ -308,14 +308,14 @@ def hoards() -> list[Step]:
 
 
 def live_tensors() -> list[Tensor]:
-    # isinstance() would ask an object that lies about its class, and torch's deprecated ones warn of that.
+    # isinstance() reads __class__, at which torch's deprecated objects warn.
     return [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
 
 
 def leave_behind(
     world: World, *, calls_of: str, calls: int, warm_up: int | None = None
 ) -> tuple[Usage, list[tuple[int, ...]]]:
-    """The memory that so many calls leave behind, and the shapes of the tensors that outlive them."""
+    """The memory that `calls` calls leave behind, and the shapes of the tensors that outlive them."""
     gc.collect()
     before = set(map(id, live_tensors()))
     threads = torch.get_num_threads()
@@ -328,21 +328,21 @@ def leave_behind(
 
 
 def large_outputs(calls: int) -> tuple[Usage, int]:
-    """What calls leave behind beside the kept blocks, and how large these were at most."""
+    """What `calls` calls leave behind beside cached memory, and the most bytes that were cached."""
     layers = bnext.BatchNorm2d(64), bnext.BatchNorm2d(64).eval(), bnext.BatchNormAct2d(64, act="silu").eval()
-    kept = 0
+    cached = 0
 
     def step(layer: nn.Module, mebibytes: int) -> None:
-        nonlocal kept
+        nonlocal cached
         x = torch.zeros(mebibytes, 64, 64, 64, requires_grad=layer.training)
         y = layer(x)
         if layer.training:
             y.backward(y.detach())
         del x, y
-        kept = max(kept, _C.cached_bytes())
+        cached = max(cached, _C.cached_bytes())
 
     steps = [
         lambda layer=layer, size=size: step(layer, size)
         for layer, size in zip(itertools.cycle(layers), (34, 52, 36, 42, 34, 66, 40), strict=False)
     ]
-    return growth(steps, calls, settle=_C.empty_cache), kept
+    return growth(steps, calls, settle=_C.empty_cache), cached

@@ -1,8 +1,8 @@
 """What calls leave behind: memory that a repeated call does not give back, and objects that outlive their owners.
 
-The heap and Python's blocks are counted exactly, so that they show a few bytes a call; resident memory shows what is on
-neither, as mapped pages, and is rounded to pages and subject to where the heap happens to have its holes. Pages of
-files, as of libraries, are no part of it: they are read again after other processes have needed their place.
+The heap and Python's blocks are counted exactly, so they show a few bytes a call. Resident memory also shows what is in
+neither, such as mapped pages, but it is rounded to pages and depends on where the heap has holes. It is counted without
+pages of files, such as libraries: the system drops those when it needs their place, and reads them again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if COUNTS_THE_HEAP:
 
 
 class Usage(NamedTuple):
-    resident: int  # bytes, of no file
+    resident: int  # bytes, without pages of files
     heap: int  # bytes that malloc has handed out; 0 where it does not tell
     blocks: int  # of Python's own allocator
     objects: int  # that Python's garbage collector looks after
@@ -56,7 +56,7 @@ def usage() -> Usage:
     gc.collect()
     heap = 0
     if COUNTS_THE_HEAP:
-        # Or what leaks could fill holes that were resident already.
+        # Else a leak could fill holes that are resident already, and would not show.
         _LIBC.malloc_trim(0)
         info = _LIBC.mallinfo2()
         heap = info.uordblks + info.hblkhd
@@ -71,11 +71,11 @@ def usage() -> Usage:
 def growth(
     steps: Sequence[Step], calls: int, warm_up: int | None = None, settle: Callable[[], None] = lambda: None
 ) -> Usage:
-    """What `calls` calls leave behind, of each of the steps in turn, once others, a tenth as many, have filled all
-    caches. `settle` gives back what may be kept."""
+    """What `calls` calls of the steps in turn leave behind, once `warm_up` calls, by default a tenth as many, have
+    filled all caches. `settle` frees what may be cached."""
     _repeat(steps, max(calls // 10, len(steps)) if warm_up is None else warm_up)
     settle()
-    usage()  # for what the first measurement itself takes
+    usage()  # the first measurement itself allocates
     before = usage()
     _repeat(steps, calls)
     settle()
@@ -83,8 +83,8 @@ def growth(
 
 
 def lasting_growth(steps: Sequence[Step], calls: int, warm_up: int | None = None) -> Usage:
-    """What each of three times so many calls leaves behind, once one of them leaves too much: a leak comes again, a
-    table that has doubled does not."""
+    """As `growth`; if that is too much, the least of three measurements: a leak shows in each of them, a table that has
+    doubled does not."""
     left = growth(steps, calls, warm_up)
     for _ in range(2):
         if not excess(left):
@@ -103,10 +103,10 @@ def excess(left: Usage, most: Usage = MOST) -> dict[str, int]:
 
 
 def still_alive(tensors: Iterable[Tensor], within: float = 2.0) -> Callable[[], list[tuple[int, ...]]]:
-    """A function that returns the shapes of those tensors that are alive after so many seconds.
+    """A function that returns the shapes of those tensors that are still alive after `within` seconds.
 
     A tensor that C++ still refers to keeps its Python object, too. The thread that ran a collective lets go of what it
-    refers to only after it has woken up who waited for it.
+    refers to only after it has woken up the thread that waited for it.
     """
     watched = [(tuple(t.shape), weakref.ref(t)) for t in tensors]
 

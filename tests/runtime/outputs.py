@@ -1,4 +1,4 @@
-"""Outputs whose memory bnext keeps, and processes that have kept nothing yet."""
+"""Outputs whose memory bnext caches, and processes that have cached nothing yet."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from bnext import _C
 from bnext.functional import batch_norm
 
 MIB = 2**20
-# Of which outputs below 32 MiB are pieces.
+# The blocks of which outputs below 32 MiB are pieces.
 POOL_BLOCK = 64 * MIB
 
 
 @pytest.fixture
-def nothing_kept() -> Iterator[None]:
+def empty_cache() -> Iterator[None]:
     if _C.max_cached_bytes() < 512 * MIB:
         pytest.skip("BNEXT_CACHE_MB is set to less than these tests free")
     _C.empty_cache()
@@ -71,6 +71,7 @@ def _begin(environment: dict[str, str]) -> None:
 
 
 def returns_in_a_fork(run: Callable[[], object]) -> bool:
+    """Whether the function returns, without an error, in a fork of this process."""
     pid = os.fork()
     if pid:
         return os.waitpid(pid, 0)[1] == 0

@@ -28,14 +28,14 @@ def step(layer: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def train_and_interrupt() -> None:
-    # A shell's background jobs, and so whoever runs the tests in one, are born with it ignored.
+    # A shell starts its background jobs with SIGINT ignored, and the tests may run in one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for shape in ((5, 4, 3, 3), (34, 4, 256, 256)):  # the outputs of the second are kept
+    for shape in ((5, 4, 3, 3), (34, 4, 256, 256)):  # the outputs of the second are cached
         layer, x = bnext.BatchNormAct2d(4, act="silu"), torch.randn(shape)
         expected = step(layer, x)
         caught = 0
         for i in range(12):
-            # From a thread, so that it comes at any point of a step, in the operators too.
+            # A thread sends the signal, so that it comes at any point of a step, in the operators too.
             timer = threading.Timer(0.02 + 0.003 * i, os.kill, (os.getpid(), signal.SIGINT))
             try:
                 timer.start()
@@ -49,10 +49,10 @@ def train_and_interrupt() -> None:
         assert caught == 12
     # What the interrupted steps held is free again.
     gc.collect()
-    kept = _C.cached_bytes()
-    assert 34 * MIB <= kept <= _C.max_cached_bytes()
+    cached = _C.cached_bytes()
+    assert 34 * MIB <= cached <= _C.max_cached_bytes()
     step(layer, x)
-    assert _C.cached_bytes() == kept
+    assert _C.cached_bytes() == cached
 
 
 @needs_fork
@@ -106,8 +106,8 @@ EXITS = {
         sys.exit()
     """,
 }
-# Each in a fork of a process that has imported, and computed nothing: it has no thread yet. Its main module is run to
-# the end, where its interpreter ends as any does.
+# Each runs in a fork of a process that has imported bnext and computed nothing, and so has no thread yet. The fork runs
+# the main module to the end, so that its interpreter ends as any does.
 CODE = """
 import atexit, os, signal, sys, threading, time
 import torch
@@ -121,7 +121,7 @@ for name, code in CODES.items():
     if os.fork() == 0:
         signal.alarm(60)
         small = torch.linspace(-2, 3, 5 * 4 * 9).view(5, 4, 3, 3).requires_grad_()
-        large = torch.linspace(-2, 3, 34 * 2**18).view(34, 4, 256, 256).requires_grad_()  # whose outputs are kept
+        large = torch.linspace(-2, 3, 34 * 2**18).view(34, 4, 256, 256).requires_grad_()  # whose outputs are cached
         exec(code)
         break
     assert os.wait()[1] == 0, name

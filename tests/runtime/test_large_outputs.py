@@ -1,4 +1,4 @@
-"""Outputs of 32 MiB and more: their memory is kept when they are freed, for the next output of that size."""
+"""Outputs of 32 MiB and more: their memory is cached when they are freed, and the next output of that size takes it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from outputs import (
     MIB,
     POOL_BLOCK,
     asks_for_huge_pages,
+    empty_cache,  # noqa: F401, a fixture
     in_new_process,
     is_all,
-    nothing_kept,  # noqa: F401, a fixture
     output,
     returns_in_a_fork,
 )
@@ -29,7 +29,7 @@ from torch import Tensor
 from bnext import _C
 from bnext.functional import batch_norm
 
-pytestmark = pytest.mark.usefixtures("nothing_kept")
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 # 34.03 MiB, hence 18 huge pages.
 SHAPE = (2, 64, 264, 264)
@@ -37,7 +37,7 @@ BLOCK = 36 * MIB
 
 
 def free(*sizes: int) -> list[int]:
-    """Leaves one kept block for each size in MiB, given back in that order, and returns the addresses."""
+    """Leave a cached block of each size in MiB, freed in that order; return the addresses."""
     outputs = [output(size) for size in sizes]
     addresses = [y.data_ptr() for y in outputs]
     while outputs:
@@ -84,22 +84,22 @@ def test_freed_memory_serves_the_next(what: str, layout: str, training: bool) ->
 def test_release_unmaps_everything() -> None:
     free(34)
     _C.empty_cache()
-    kept, left = [], []
+    cached, left = [], []
     for _ in range(3):
         before = address_space()
         free(32, 34)
         assert _C.cached_bytes() == 66 * MIB
-        kept.append(abs(address_space() - before - 66 * MIB))
+        cached.append(abs(address_space() - before - 66 * MIB))
         _C.empty_cache()
         assert _C.cached_bytes() == 0
         left.append(abs(address_space() - before))
     # In one of the rounds Python may map an arena of its own, which is a MiB.
-    assert statistics.median(kept) < MIB
+    assert statistics.median(cached) < MIB
     assert statistics.median(left) < MIB
 
 
 @linux_only
-def test_system_may_take_what_is_kept() -> None:
+def test_system_may_take_what_is_cached() -> None:
     rollup = Path("/proc/self/smaps_rollup")
     if not rollup.exists():
         pytest.skip("this system does not tell which pages are free to take")
@@ -122,15 +122,15 @@ def test_outputs_alive_at_once_do_not_overlap() -> None:
 
 
 @linux_only
-@pytest.mark.parametrize(("kept", "fits"), [(38, False), (40, True), (50, True), (52, False)])
-def test_block_serves_an_output_at_most_a_quarter_smaller(kept: int, fits: bool) -> None:
-    (address,) = free(kept)
+@pytest.mark.parametrize(("cached", "fits"), [(38, False), (40, True), (50, True), (52, False)])
+def test_block_serves_an_output_at_most_a_quarter_smaller(cached: int, fits: bool) -> None:
+    (address,) = free(cached)
     y = output(40, 2.0)
     assert is_all(y, 2.0)
     assert (y.data_ptr() == address) == fits
-    assert _C.cached_bytes() == (0 if fits else kept * MIB)
+    assert _C.cached_bytes() == (0 if fits else cached * MIB)
     del y
-    assert _C.cached_bytes() == (kept if fits else kept + 40) * MIB
+    assert _C.cached_bytes() == (cached if fits else cached + 40) * MIB
 
 
 @linux_only
@@ -140,29 +140,29 @@ def test_smallest_block_that_fits_is_taken() -> None:
     assert [y.data_ptr() for y in outputs] == [addresses[i] for i in (1, 2, 0)]
 
 
-def kept_after_each_is_freed() -> list[int]:
-    outputs, kept = [output(size) for size in (32, 34, 36)], [_C.max_cached_bytes() // MIB]
+def cached_after_each_is_freed() -> list[int]:
+    outputs, cached = [output(size) for size in (32, 34, 36)], [_C.max_cached_bytes() // MIB]
     while outputs:
         del outputs[0]
-        kept.append(_C.cached_bytes() // MIB)
-    return kept
+        cached.append(_C.cached_bytes() // MIB)
+    return cached
 
 
 @linux_only
 @pytest.mark.parametrize(
-    ("setting", "limit", "kept"),
+    ("setting", "limit", "cached"),
     [
         ("80", 80, [32, 66, 70]),  # the oldest goes
-        ("33", 33, [32, 32, 32]),  # what is above the limit is not kept and displaces nothing
+        ("33", 33, [32, 32, 32]),  # what is above the limit is not cached and displaces nothing
         ("0", 0, [0, 0, 0]),
         *((wrong, 1024, [32, 66, 102]) for wrong in ("", "abc", "-1", "80x", "9" * 30)),
     ],
 )
-def test_limit(setting: str, limit: int, kept: list[int]) -> None:
-    assert in_new_process(kept_after_each_is_freed, BNEXT_CACHE_MB=setting) == [limit, *kept]
+def test_limit_of_the_cache(setting: str, limit: int, cached: list[int]) -> None:
+    assert in_new_process(cached_after_each_is_freed, BNEXT_CACHE_MB=setting) == [limit, *cached]
 
 
-def takes_kept_blocks_when_there_is_no_other_memory() -> None:
+def takes_cached_blocks_when_there_is_no_other_memory() -> None:
     x = torch.zeros(100, 64, 64, 64)
     outputs = [output(size) for size in (64, 66, 68)]
     outputs.clear()
@@ -178,23 +178,23 @@ def takes_kept_blocks_when_there_is_no_other_memory() -> None:
 
 
 @linux_only
-def test_kept_blocks_make_room_when_there_is_no_other() -> None:
-    in_new_process(takes_kept_blocks_when_there_is_no_other_memory, BNEXT_CACHE_MB="1024")
+def test_cached_blocks_make_room_when_there_is_no_other_memory() -> None:
+    in_new_process(takes_cached_blocks_when_there_is_no_other_memory, BNEXT_CACHE_MB="1024")
 
 
 @linux_only
 def test_storage_can_be_resized() -> None:
-    """From block to block, out of blocks, and into one again."""
+    """It moves out of its block into a piece of the pool, then into another block, and into its first one again."""
     y = output(34)
     storage, n = y.untyped_storage(), MIB // 4
     values = torch.arange(n, dtype=torch.float32)
     y.view(-1)[:n] = values
-    # With what is kept afterwards; torch's own memory is taken, at first, and a smaller one is a piece of a pool's.
-    for mebibytes, kept in ((1, 34 * MIB), (40, 34 * MIB + POOL_BLOCK), (34, 40 * MIB + POOL_BLOCK)):
+    # The place that it leaves is cached; for a piece that is the whole block of the pool.
+    for mebibytes, cached in ((1, 34 * MIB), (40, 34 * MIB + POOL_BLOCK), (34, 40 * MIB + POOL_BLOCK)):
         storage.resize_(mebibytes * MIB)
         assert storage.nbytes() == mebibytes * MIB
         assert torch.equal(torch.empty(0).set_(storage, 0, (n,)), values)
-        assert _C.cached_bytes() == kept
+        assert _C.cached_bytes() == cached
     del y, storage
     assert _C.cached_bytes() == 74 * MIB + POOL_BLOCK
 
@@ -245,7 +245,7 @@ def forks_while_a_thread_frees(sizes: tuple[int, ...], forks: int) -> None:
             for size in sizes:
                 y = output(size)
                 ready.set()
-                y.set_()  # frees without the interpreter's lock, so that the fork comes meanwhile
+                y.set_()  # frees without the interpreter's lock, so that a fork may come meanwhile
 
     def take_and_free() -> None:
         assert is_all(output(1, 2.0), 2.0)

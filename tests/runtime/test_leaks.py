@@ -20,7 +20,7 @@ import bnext
 
 pytestmark = linux_only
 
-# How many calls are quick. The heap and Python's blocks are counted exactly: 9 bytes a call are found in 4,000 of them.
+# How many calls a quick test makes. Heap and Python blocks are counted exactly: 4,000 calls show 9 bytes a call.
 CALLS = {
     "layers": 6_000,
     "activations": 4_000,
@@ -39,8 +39,8 @@ CALLS = {
 MANY = {calls_of: 1_000 if calls_of == "traced_conversions" else 10_000 for calls_of in CALLS}
 # torch.distributed remembers the last 2,000 collectives; threads that end leave their stacks and heaps to the next.
 WARM_UP = {"synchronized": 2_500, "traced_conversions": 50, "threads": 200}
-# Which of malloc's arenas a thread is given depends on who else is about; what leaks in them is on the heap all the
-# same, and a stack is a mapping.
+# Which of malloc's arenas a thread gets depends on the other threads, so resident memory varies. A leak counts as heap
+# all the same, and a stack that is left as a mapping.
 RESIDENT = {"threads": 16 * 2**20}
 
 
@@ -63,11 +63,11 @@ def test_nothing_is_left_behind(calls_of: str, calls: int, worker: Pool) -> None
 
 
 @pytest.mark.parametrize("calls", [14, pytest.param(490, marks=pytest.mark.long)])
-def test_large_outputs_leave_what_is_kept(calls: int) -> None:
-    left, kept = in_new_process(jobs.large_outputs, calls, BNEXT_CACHE_MB="100")
+def test_large_outputs_leave_only_cached_memory(calls: int) -> None:
+    left, cached = in_new_process(jobs.large_outputs, calls, BNEXT_CACHE_MB="100")
     # Inputs are mapped and unmapped by malloc, which counts them among what it has handed out.
     assert excess(left, MOST._replace(resident=2 * 2**20)) == {}, left
-    assert 66 * 2**20 <= kept <= 100 * 2**20
+    assert 66 * 2**20 <= cached <= 100 * 2**20
 
 
 def test_a_leak_would_show(worker: Pool) -> None:

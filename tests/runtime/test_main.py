@@ -11,15 +11,14 @@ import bnext
 
 
 def test_prints_versions_and_settings(run_python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    done = run_python("-m", "bnext", OMP_NUM_THREADS="1", BNEXT_CACHE_MB="80", BNEXT_HUGE_PAGES="0")
+    slowest = bnext._C.cpu_isas()[0]
+    variables = {"BNEXT_CPU_ISA": slowest, "BNEXT_CACHE_MB": "80", "BNEXT_HUGE_PAGES": "0"}
+    done = run_python("-m", "bnext", OMP_NUM_THREADS="1", **variables)
     assert (done.returncode, done.stderr) == (0, "")
     for fact in (bnext.__version__, torch.__version__, bnext._C.cpu_isas()[-1]):
         assert fact in done.stdout
     facts = dict(line.split(":", 1) for line in done.stdout.splitlines())
+    assert facts["CPU instruction set"].split()[0] == slowest
     assert facts["threads"].split() == ["1"]
     assert "80 MB" in facts["freed outputs"]
     assert facts["huge pages"].split()[0] == "off"
-
-
-def test_instruction_set_can_be_chosen(isa: str) -> None:
-    assert bnext._C.cpu_isa() == isa

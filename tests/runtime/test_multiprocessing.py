@@ -36,7 +36,7 @@ def steps(models: list[nn.Module], x: Tensor, answers: multiprocessing.SimpleQue
 
 @pytest.mark.slow
 def test_a_step_in_a_spawned_process() -> None:
-    """Of a plain and of a fused model, whose tensors it shares."""
+    """The process trains a plain and a fused model, whose tensors it shares with this one."""
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)).double()
     models = [bnext.convert(copy.deepcopy(network).share_memory(), fuse=fuse) for fuse in (False, True)]
     x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
@@ -60,7 +60,7 @@ class Normalized(Dataset[list[Tensor]]):
         self.inputs = [make_input(shape) for shape in ((3, 4, 5, 5), (4, 4, 70, 70), (7, 4, 2, 3))]
         self.inputs.append(make_input((1, 4, 64, 64)).expand(528, 4, 64, 64).contiguous())
         self.grads = [make_grad(tuple(x.shape)) for x in self.inputs]
-        # In evaluation by statistics that training does not change: a worker trains a copy.
+        # momentum=0 keeps the statistics: evaluation must not depend on which samples a worker trained its copy with.
         self.layer = bnext.BatchNormAct2d(4, act="silu", momentum=0.0)
 
     def __len__(self) -> int:
@@ -71,7 +71,7 @@ class Normalized(Dataset[list[Tensor]]):
         x = self.inputs[index // 2].detach().requires_grad_()
         y = self.layer(x)
         gradients = torch.autograd.grad(y, [x, *self.layer.parameters()], self.grads[index // 2])
-        # Bits that are quickly sent to another process.
+        # Large tensors take long to send to another process; sums of their bits do not.
         return [y.detach().view(torch.int32).sum(), gradients[0].view(torch.int32).sum(), *gradients[1:]]
 
 
@@ -79,7 +79,7 @@ class Normalized(Dataset[list[Tensor]]):
 @pytest.mark.filterwarnings(FORK_WARNING)
 def test_loader_whose_workers_normalize() -> None:
     data = Normalized()
-    # Threads and kept blocks are what a fork might copy badly.
+    # Threads and cached blocks are what a fork might copy badly.
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     data.layer(data.inputs[-1]).sum().backward()
@@ -87,7 +87,7 @@ def test_loader_whose_workers_normalize() -> None:
     expected = [data[i] for i in range(len(data))]
     if sys.platform == "linux":
         assert _C.cached_bytes() > 0
-    # Two forks might write to one another's memory.
+    # Two workers, since forks might write to one another's memory.
     workers = {"num_workers": 2, "multiprocessing_context": "fork", "persistent_workers": True}
     loader = DataLoader(data, batch_size=None, timeout=100, **workers)
     for _ in range(2):
@@ -99,16 +99,16 @@ def forks_have_memory_of_their_own() -> None:
     output(34)
     outputs = {value: output(size, value) for value, size in ((2.0, 34), (5.0, 40), (0.0, 4), (1.0, 4), (3.0, 4))}
     output(50)
-    address = outputs[2.0].data_ptr()  # which had been kept
+    address = outputs[2.0].data_ptr()  # of a block that had been cached
     del outputs[1.0]  # a gap between pieces
-    kept = 50 * MIB
-    assert _C.cached_bytes() == kept
+    cached = 50 * MIB
+    assert _C.cached_bytes() == cached
 
     def use() -> None:
         torch.set_num_threads(1)
         assert all(is_all(y, value) for value, y in outputs.items())
         del outputs[2.0]
-        assert _C.cached_bytes() == kept + 34 * MIB
+        assert _C.cached_bytes() == cached + 34 * MIB
         again, large, piece = output(34, 3.0), output(50, 4.0), output(8, 7.0)
         assert (again.data_ptr(), _C.cached_bytes()) == (address, 0)
         assert is_all(again, 3.0)
@@ -124,14 +124,14 @@ def forks_have_memory_of_their_own() -> None:
     for fork in (use, lambda: returns_in_a_fork(use) or os._exit(1)):
         assert returns_in_a_fork(fork)
         assert all(is_all(y, value) for value, y in outputs.items())
-        assert _C.cached_bytes() == kept
+        assert _C.cached_bytes() == cached
         assert is_all(output(50, 7.0), 7.0)
         assert is_all(output(4, 8.0), 8.0)
 
 
 @needs_fork
 @linux_only
-def test_a_fork_frees_what_is_its_parents() -> None:
+def test_a_fork_has_memory_of_its_own() -> None:
     in_new_process(forks_have_memory_of_their_own)
 
 
@@ -157,8 +157,8 @@ def forks_while_threads_train() -> None:
             train(x)
 
     def use() -> None:
-        # A small batch is one thread's work, in a fork too; torch's own operators wait for threads that are not there
-        # if the fork does not say that it has one.
+        # bnext computes a small batch in one thread, in a fork too. torch's operators wait for threads, which a fork
+        # does not have, unless it sets their number to one.
         assert trains_as_before(0)
         torch.set_num_threads(1)
         assert trains_as_before(1)

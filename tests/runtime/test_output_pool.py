@@ -11,9 +11,9 @@ from marks import linux_only
 from outputs import (
     MIB,
     asks_for_huge_pages,
+    empty_cache,  # noqa: F401, a fixture
     in_new_process,
     is_all,
-    nothing_kept,  # noqa: F401, a fixture
     output,
 )
 from outputs import POOL_BLOCK as BLOCK
@@ -22,7 +22,7 @@ from torch import Tensor
 import bnext
 from bnext import _C
 
-pytestmark = pytest.mark.usefixtures("nothing_kept")
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 KIB = 1024
 
@@ -35,12 +35,12 @@ def test_pieces_of_one_block_lie_side_by_side() -> None:
     assert asks_for_huge_pages(b) == _C.huge_pages_enabled()
     assert _C.cached_bytes() == 0
     del a, b, c
-    assert _C.cached_bytes() == BLOCK, "all of its pieces are free"
+    assert _C.cached_bytes() == BLOCK, "all pieces of the block are free"
 
 
 @linux_only
 @pytest.mark.parametrize("kibibytes", [256, 257, 1000, 32 * KIB - 1])
-def test_from_256_kib_on_to_32_mib(kibibytes: int) -> None:
+def test_outputs_from_256_kib_to_32_mib_are_pieces(kibibytes: int) -> None:
     y = output(kibibytes / KIB)
     address = y.data_ptr()
     assert address % (2 * MIB) == 0
@@ -53,7 +53,7 @@ def test_from_256_kib_on_to_32_mib(kibibytes: int) -> None:
 
 
 @linux_only
-def test_less_than_256_kib_are_mallocs() -> None:
+def test_outputs_below_256_kib_are_mallocs() -> None:
     output(255 / KIB)
     assert _C.cached_bytes() == 0, "a piece would leave a block that is free"
 
@@ -81,7 +81,7 @@ def test_the_smallest_free_piece_that_fits_is_taken() -> None:
 
 @linux_only
 def test_blocks_are_never_joined() -> None:
-    """Not even where the system has mapped them side by side."""
+    """Blocks stay apart even where the system has mapped them side by side."""
     outputs = [output(31, value) for value in range(8)]  # two in each block
     addresses = sorted(y.data_ptr() for y in outputs)
     assert all(is_all(y, value) for value, y in enumerate(outputs))
@@ -91,8 +91,8 @@ def test_blocks_are_never_joined() -> None:
     assert sorted(y.data_ptr() for y in again) == addresses
 
 
-def test_what_is_alive_keeps_its_values() -> None:
-    """Whatever is taken and freed beside it."""
+def test_outputs_keep_their_values() -> None:
+    """Any pieces may be taken and freed beside them."""
     chosen = random.Random(0)
     alive: list[tuple[float, Tensor]] = []
     for value in range(300):
@@ -122,7 +122,7 @@ def page_faults_of_a_step() -> int:
 
 @linux_only
 def test_a_step_of_training_finds_the_memory_of_the_last() -> None:
-    """malloc's outputs would be pages that the system has taken back and clears again."""
+    """With malloc the outputs would be on pages that the system has taken back, and clears again."""
     assert in_new_process(page_faults_of_a_step) < 40, "160 MiB are 40960 pages"
 
 
@@ -135,7 +135,7 @@ def takes_no_piece() -> None:
 
 
 @linux_only
-def test_where_no_block_may_be_kept_malloc_has_them() -> None:
+def test_malloc_serves_where_no_block_may_be_cached() -> None:
     in_new_process(takes_no_piece, BNEXT_CACHE_MB="63")
 
 

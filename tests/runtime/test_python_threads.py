@@ -26,7 +26,7 @@ from bnext.functional import batch_norm
 
 WORKERS = 4
 JOBS = 3 * WORKERS
-# Small enough for one of torch's threads, and just so large that it takes all of them.
+# A shape for one of torch's threads, and one that is just large enough for all of them.
 SMALL, LARGE = (6, 5, 7, 3), (4, 5, 58, 58)
 EACH_SHAPE = pytest.mark.parametrize("shape", [SMALL, LARGE], ids=name)
 EACH_ACT = pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def in_threads(run: Callable[[int], object], jobs: int = JOBS) -> list[object]:
 
 
 def in_another_thread(run: Callable[[], object]) -> object:
-    """What it returns in a thread that has ended by then."""
+    """What `run` returns in another thread, which has ended by then."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(run).result(60)
 
@@ -179,7 +179,7 @@ def test_transforms_in_many_threads() -> None:
 
 
 def test_threads_end_while_those_of_autograd_live() -> None:
-    # Backward within backward, deeper than autograd goes on one thread: the rest runs on threads of its own, that stay.
+    # Backward within backward, deeper than autograd goes on one thread: the rest runs on its own threads, which stay.
     depth = 64
     layer = make_layer((4, 5, 3, 3), "silu")
     x, g = make_input((4, 5, 3, 3)), make_grad((4, 5, 3, 3))
@@ -223,11 +223,11 @@ def test_large_outputs_from_thread_to_thread() -> None:
 
     expected = [bits(step(i)) for i in range(jobs)]
     assert len({tuple(each) for each in expected}) == jobs
-    made: queue.Queue[tuple[int, list[Tensor]]] = queue.Queue()
+    finished: queue.Queue[tuple[int, list[Tensor]]] = queue.Queue()
 
     def work(i: int) -> bool:
-        made.put((i, step(i)))
-        j, results = made.get(timeout=60)
+        finished.put((i, step(i)))
+        j, results = finished.get(timeout=60)
         return bits(results) == expected[j]
 
     assert all(in_threads(work, jobs))

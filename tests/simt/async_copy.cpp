@@ -7,7 +7,7 @@
 namespace simt {
 namespace {
 
-// Sites name the issue in findings: that is the line to look at.
+// Findings about either end of a copy name the line that issued it.
 MemoryAccess source_read(const AsyncCopy& copy) {
   return {reinterpret_cast<std::uintptr_t>(copy.global), copy.bytes, copy.bytes, Kind::kRead, false, copy.site};
 }

@@ -66,28 +66,18 @@ class Buffers {
 };
 
 // With several parts, the means and the inverse deviations of all parts are rows of one tensor.
-void add_stats(Buffers& buffers, const Problem& problem, double* mean, double* invstd) {
+void add_stats(Buffers& buffers, const Problem& problem, const double* mean, const double* invstd,
+               simt::Access access) {
   const std::size_t bytes = channel_bytes(problem.C, DType::kFloat64);
-  if (problem.parts() > 1) {
-    buffers.add(mean, 2 * bytes * problem.parts(), "save_stats", simt::Access::kUninitialised);
-    return;
-  }
-  buffers.add(mean, bytes, "save_mean", simt::Access::kUninitialised);
-  buffers.add(invstd, bytes, "save_invstd", simt::Access::kUninitialised);
-}
-
-void add_given_stats(Buffers& buffers, const Problem& problem, const double* mean, const double* invstd) {
-  const std::size_t bytes = channel_bytes(problem.C, DType::kFloat64);
-  if (problem.parts() > 1) return buffers.add(mean, 2 * bytes * problem.parts(), "save_stats", simt::Access::kRead);
-  buffers.add(mean, bytes, "save_mean", simt::Access::kRead);
-  buffers.add(invstd, bytes, "save_invstd", simt::Access::kRead);
+  if (problem.parts() > 1) return buffers.add(mean, 2 * bytes * problem.parts(), "save_stats", access);
+  buffers.add(mean, bytes, "save_mean", access);
+  buffers.add(invstd, bytes, "save_invstd", access);
 }
 
 void add_valid(Buffers& buffers, const Problem& problem) {
   buffers.add(problem.valid, static_cast<std::size_t>(problem.count()), "valid", simt::Access::kRead);
 }
 
-// A mask has bytes between its rows that nobody writes or looks at.
 std::size_t mask_bytes(const Problem& problem) {
   const std::int64_t elements = mask_row_elements(problem);
   return static_cast<std::size_t>(problem.numel() / elements *
@@ -96,6 +86,7 @@ std::size_t mask_bytes(const Problem& problem) {
 
 void add_epilogue(Buffers& buffers, const Problem& problem, const ForwardEpilogue& epilogue) {
   buffers.add(epilogue.residual, channel_bytes(problem.numel(), problem.dtype), "residual", simt::Access::kRead);
+  // Not kUninitialised: between its rows a mask has bytes that nobody writes or reads.
   buffers.add(epilogue.mask, mask_bytes(problem), "mask", simt::Access::kReadWrite);
 }
 
@@ -112,7 +103,8 @@ void add_arguments(Buffers& buffers, const Problem& problem, const TrainingForwa
   buffers.add(args.bias, problem.C, "bias");
   add_running(buffers, problem.C, args.running);
   buffers.add(args.output, bytes, "output", simt::Access::kUninitialised);
-  add_stats(buffers, problem, args.save_mean, args.save_m2 == nullptr ? args.save_invstd : args.save_m2);
+  add_stats(buffers, problem, args.save_mean, args.save_m2 == nullptr ? args.save_invstd : args.save_m2,
+            simt::Access::kUninitialised);
   if (args.save_count != nullptr) {
     buffers.add(args.save_count, sizeof(double), "save_count", simt::Access::kUninitialised);
   }
@@ -126,7 +118,7 @@ void add_arguments(Buffers& buffers, const Problem& problem, const EvalForward& 
   buffers.add(args.weight, problem.C, "weight");
   buffers.add(args.bias, problem.C, "bias");
   if (problem.parts() > 1) {
-    add_given_stats(buffers, problem, static_cast<const double*>(args.running_mean.data), nullptr);
+    add_stats(buffers, problem, static_cast<const double*>(args.running_mean.data), nullptr, simt::Access::kRead);
   } else {
     buffers.add(args.running_mean, problem.C, "running_mean");
     buffers.add(args.running_var, problem.C, "running_var");
@@ -134,7 +126,7 @@ void add_arguments(Buffers& buffers, const Problem& problem, const EvalForward& 
   }
   add_valid(buffers, problem);
   buffers.add(args.output, bytes, "output", simt::Access::kUninitialised);
-  add_stats(buffers, problem, args.save_mean, args.save_invstd);
+  add_stats(buffers, problem, args.save_mean, args.save_invstd, simt::Access::kUninitialised);
   add_epilogue(buffers, problem, args.epilogue);
 }
 
@@ -143,7 +135,7 @@ void add_arguments(Buffers& buffers, const Problem& problem, const Backward& arg
   buffers.add(args.grad_output, bytes, "grad_output", simt::Access::kRead);
   buffers.add(args.input, bytes, "input", simt::Access::kRead);
   buffers.add(args.weight, problem.C, "weight");
-  add_given_stats(buffers, problem, args.save_mean, args.save_invstd);
+  add_stats(buffers, problem, args.save_mean, args.save_invstd, simt::Access::kRead);
   add_valid(buffers, problem);
   buffers.add(args.mean_dz_xhat, problem.C, "mean_dz_xhat");
   buffers.add(args.mean_dz, problem.C, "mean_dz");

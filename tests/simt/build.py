@@ -39,7 +39,7 @@ COMMON_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror"
 CHECKED_FLAGS = (
     "-O1",
     "-g",
-    "-fno-var-tracking",  # lines are looked up, and no variables: a fifth of the time
+    "-fno-var-tracking",  # findings name lines, and no variables: less to compile
     "-fsanitize=thread",
     "--param tsan-distinguish-volatile=1",
     "--param tsan-instrument-func-entry-exit=0",
@@ -51,7 +51,7 @@ def emulator_sources() -> list[str]:
 
 
 def torch_flags() -> tuple[list[str], list[str]]:
-    """For the compiler, and for the linker."""
+    """The compiler's flags for torch, and the linker's."""
     import torch
     from torch.utils.cpp_extension import include_paths
 
@@ -61,8 +61,8 @@ def torch_flags() -> tuple[list[str], list[str]]:
 
 
 def ninja_file(kernels: dict[str, Path], objects: Path | None) -> str:
-    """Rules and targets. `kernels` are to be compiled, each from a copy of the tree; the other objects are in the
-    folder `objects`, or all of them are compiled too."""
+    """The text of build.ninja. `kernels` maps sources to the copies of the tree that they are compiled from; with any,
+    there is no selftest. The other objects are taken from the folder `objects`; if it is None, they are compiled."""
     include, link = torch_flags()
     fake_cuda = f"-I{SIMT / 'include'}"
     common = " ".join(COMMON_FLAGS)

@@ -10,7 +10,7 @@ std::string describe(const MemoryAccess& access) {
          std::to_string(access.bytes) + " bytes";
 }
 
-// Going on would touch memory that is not the kernel's, or take a signal.
+// Reports the access and stops the launch, which would touch memory that is not the kernel's, or get a signal.
 [[noreturn]] void fault(Thread& thread, const MemoryAccess& access, Defect defect, const std::string& what) {
   if (thread.launch->is_new(defect, access.site)) {
     thread.launch->report(what + ": " + describe(access) + " " + describe_where(thread, access.site));
@@ -149,7 +149,7 @@ Region* locate(Thread& thread, const MemoryAccess& access) {
 }
 
 void check_order(Thread& thread, Region& region, const MemoryAccess& access) {
-  // Nobody writes it: there is nothing to be ordered with.
+  // Nobody writes to the region: there is nothing to be ordered with.
   if (region.access == Access::kRead) return;
   thread.accessed_since_arrival = true;
   Record record{};

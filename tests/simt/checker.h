@@ -19,20 +19,19 @@ struct MemoryAccess {
 // The region that holds the whole access; null for what no other thread writes: the thread's own stack, the kernel's
 // parameters and constants. Abandons the launch where the access must not happen at all.
 Region* locate(Thread& thread, const MemoryAccess& access);
-// Ordered with all other accesses to these bytes, and of bytes that were written.
+// Reports an access that is not ordered with all others to these bytes, and a read of bytes that were never written.
 void check_order(Thread& thread, Region& region, const MemoryAccess& access);
-// Both, and counts bytes.
+// Calls both, and counts the bytes.
 void check_access(Thread& thread, const MemoryAccess& access);
 
 void record_write(Shadow::Span cells, const Record& record);
-// A memset by the host's API, which may also write memory that no kernel uses. False: beyond a buffer's end.
+// A memset by the host's API, which may also write memory that no kernel uses. False if it goes beyond a buffer's end.
 bool check_memset(const void* data, std::size_t bytes);
 
 // What another block did to this one's shared memory must have happened before it exits.
 void check_remote_uses(Launch& launch, const Block& block);
 
-// Asynchronous copies: nothing lands before the wait that covers it, which is as late as the device may be. A thread
-// must wait for those that it started.
+// A thread that exits must have waited for the asynchronous copies that it started.
 void check_no_copies(Thread& thread);
 
 std::string describe_thread(const LaunchShape& shape, std::uint32_t id);

@@ -30,18 +30,18 @@ TILES = ("channel", "columns")
 
 
 class Limits(NamedTuple):
-    """What the kernels are planned for: as if the device had no more than this."""
+    """The kernels are planned as if the device had no more than this."""
 
     sms: int = 4
     shared_per_block: int = 227 * 1024
     max_cluster: int = 8
     max_grid: int = 2**31 - 1
-    cooperative_sms: int = 2**31 - 1  # that a cooperative launch gets, whatever the plan counted on
+    cooperative_sms: int = 2**31 - 1  # what a cooperative launch gets of them, whatever the plan counts on
 
 
 @functools.cache
 def library_or_error() -> Path | RuntimeError:
-    """Of this tree, unless another is named. A build that fails is not tried again for every test."""
+    """The library of this tree, unless BNEXT_SIMT_LIBRARY names another. A build that fails is not tried again."""
     if named := os.environ.get("BNEXT_SIMT_LIBRARY"):
         return Path(named)
     try:
@@ -73,7 +73,7 @@ def last_plan() -> dict[str, int]:
 def emulated(
     limits: Limits | None = None, seed: int = 0, check: bool = True, count_requests: bool = False
 ) -> Iterator[None]:
-    """torch.ops.bnext.* on CPU tensors are those of the emulated device, below autograd."""
+    """A context in which torch.ops.bnext.* run CPU tensors on the emulated device, below autograd."""
     configure(limits or Limits(), seed, check, count_requests)
     library = torch.library.Library("bnext", "IMPL")
     with warnings.catch_warnings():

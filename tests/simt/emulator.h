@@ -13,8 +13,7 @@ namespace simt {
 // An H100's, but for the number of SMs: small grids should fill the device. host_api.cpp has the other limits.
 struct DeviceLimits {
   int sms = 4;
-  int cooperative_sms =
-      1 << 30;  // of them, what a cooperative launch gets: less where others have a share of the device
+  int cooperative_sms = 1 << 30;  // what a cooperative launch gets of them: fewer where others share the device
 };
 void set_device(const DeviceLimits& limits);
 
@@ -36,15 +35,15 @@ void unregister_all();
 // Bytes that no kernel or memset has written since a buffer was registered as kUninitialised.
 std::size_t unwritten_bytes(const void* data);
 
-// Since the last call. A launch that adds one returns cudaErrorLaunchFailure.
+// The findings since the last call. A launch that adds one returns cudaErrorLaunchFailure.
 std::vector<std::string> take_errors();
 
-// Since the last call. Bytes are counted only while checking, atomics' not at all.
+// Counts since the last take_counters(). Bytes are counted only while checking, those of atomics not at all.
 struct Counters {
   std::uint64_t launches = 0;
   std::uint64_t global_load_bytes = 0;
   std::uint64_t global_store_bytes = 0;
-  // Of 16 bytes, by any lane; and what the memory system makes of a warp's (requests.h).
+  // Accesses of 16 bytes by one lane, and what the memory system makes of those of a warp (requests.h).
   std::uint64_t global_vectors = 0;
   std::uint64_t global_sectors = 0;
   std::uint64_t shared_vectors = 0;

@@ -40,7 +40,7 @@ void Fiber::release() {
 #if defined(__x86_64__)
 
 // Saves what a call must preserve on the stack it leaves and takes the same from the stack it enters. Rounding modes
-// and the signal mask are not switched: kernels leave them alone, and ucontext's system call costs most of its time.
+// and the signal mask are not switched: kernels leave them alone, and for the mask ucontext needs a system call.
 extern "C" void simt_switch_stack(void** leave, void* enter);
 extern "C" void simt_enter_fiber();
 asm(R"(

@@ -26,7 +26,7 @@ enum class Defect {
 
 class Findings {
  public:
-  // False for what was found at these places before, and once there are enough: naming a line takes long.
+  // False for a defect that was found at these places before, and once there are enough: naming a line takes long.
   bool is_new(Defect defect, Site site, Site other = nullptr);
   void add(std::string text) { texts_.push_back(std::move(text)); }
   std::vector<std::string> take();

@@ -11,7 +11,7 @@
 namespace simt {
 namespace {
 
-// An H100's.
+// The limits of an H100.
 constexpr int kSharedPerBlock = 227 * 1024;
 constexpr int kSharedPerSM = 228 * 1024;
 constexpr int kReservedShared = 1024;  // of each resident block, by the system
@@ -46,7 +46,7 @@ int blocks_per_sm(const LaunchShape& shape) {
   return std::min({kBlocksPerSM, kThreadsPerSM / threads_of_warps, kSharedPerSM / shared});
 }
 
-// A shape of no blocks is one that no device runs, or the emulator does not: in more than one dimension.
+// The shape has no blocks if no device could run it, or if it has several dimensions, which the emulator does not run.
 LaunchShape shape_of(const cudaLaunchConfig_t& config) {
   dim3 cluster;
   bool cooperative = false;

@@ -12,7 +12,7 @@ void check(Thread& thread, const void* address, std::size_t bytes, Kind kind, Si
   check_access(thread, {reinterpret_cast<std::uintptr_t>(address), bytes, bytes, kind, false, site});
 }
 
-// An atomic access also synchronises; returns where, or null where nothing is known of the place.
+// Returns the region by which an atomic access may synchronise; null if nothing is checked or the memory is in none.
 Region* check_atomic(Thread& thread, const void* address, Kind kind, Site site) {
   if (!device().options.check) return nullptr;
   const MemoryAccess access{reinterpret_cast<std::uintptr_t>(address), 4, 4, kind, true, site};
@@ -91,13 +91,13 @@ unsigned atomic_add(unsigned* address, unsigned value, bool releases) {
   check_atomic(thread, address, Kind::kRead, SIMT_SITE);
   Region* const region = check_atomic(thread, address, Kind::kWrite, SIMT_SITE);
   if (region != nullptr && releases) {
-    // With what it did itself so far; what it does from now on is not in it.
+    // It releases what the thread knows and has done so far, and nothing that it does from now on.
     KnowledgePtr& released = region->released[reinterpret_cast<std::uintptr_t>(address)];
     const Place place = thread_place(thread.block->number, thread.in_block);
     released = join(released, with(thread.knowledge, {{place, thread.tick}}));
     thread.tick = thread.launch->next_tick();
   }
-  // One that changes nothing may be a spin.
+  // An addition of zero may be a spin.
   if (value != 0) thread.launch->note_progress();
   const unsigned old = *address;
   *address = old + value;

@@ -23,14 +23,14 @@ struct Known {
   Tick tick;  // everything that happened there up to this tick
 };
 
-// By place; null: nothing is known. Shared and never changed: the threads that left a barrier together have the same
-// one, which makes joining cheap.
+// Entries in the order of their places; null if nothing is known. Shared and never changed: the threads that left a
+// barrier together have the same one, which makes joining cheap.
 using KnowledgePtr = std::shared_ptr<const std::vector<Known>>;
 
 KnowledgePtr join(const KnowledgePtr& a, const KnowledgePtr& b);
-// `entries` in the order of their places.
+// The `entries` too must be in the order of their places.
 KnowledgePtr with(const KnowledgePtr& base, const std::vector<Known>& entries);
-Tick tick_at(const KnowledgePtr& knowledge, Place place);  // by an entry for this very place; 0: none
+Tick tick_at(const KnowledgePtr& knowledge, Place place);  // of the entry for this very place; 0 if there is none
 bool covers(const KnowledgePtr& knowledge, std::uint32_t block, unsigned thread, Tick tick);
 
 }  // namespace simt

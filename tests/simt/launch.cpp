@@ -23,7 +23,7 @@ namespace {
 
 // Blocks that need not run at once run a few at a time: enough for what one does wrong to another to show.
 constexpr std::uint64_t kResidentThreads = 2048;
-// Rounds in which threads only spun, after which they always will.
+// After so many rounds in which threads only spun, they are taken to spin for ever.
 constexpr int kIdleRounds = 2000;
 constexpr int kPauseOneIn = 4;
 
@@ -172,7 +172,7 @@ void Launch::retire(Thread& thread) {
   retire_from_block(thread);
   Cluster& cluster = *block.cluster;
   ++cluster.exited;
-  // Its barrier waits for the threads that have not exited; one that arrived and did not wait counts already.
+  // The cluster's barrier waits only for threads that have not exited, and so does not count the arrival of this one.
   if (thread.cluster_arrived) --cluster.arrived;
   if (cluster.arrived > 0 && cluster.arrived == shape_.cluster_threads() - cluster.exited) release_cluster(cluster);
 }
@@ -230,7 +230,7 @@ void Launch::report_deadlock() {
     }
     text += " at " + source_line(wait.site) + ", one of them " + describe_thread(shape_, group.example->id) + ";";
   }
-  // Without it nobody would learn why the launch failed, so it is told unchecked too.
+  // Reported even where nothing is checked: nothing else would say why the launch failed.
   report(text);
 }
 

@@ -153,7 +153,7 @@ class Launch {
   Tick first_tick() const { return first_tick_; }
   Tick next_tick() { return ++tick_; }
   void note_progress() { ++progress_; }
-  // Something is wrong here: false where it was reported before.
+  // Fails the launch; false if the defect was reported at these places before, or if nothing is checked.
   bool is_new(Defect defect, Site site, Site other = nullptr);
   void report(const std::string& text);
 
@@ -195,10 +195,10 @@ class Launch {
 // where the linker gave it an instrumented copy of a function from the standard library.
 extern thread_local Thread* running __attribute__((tls_model("initial-exec")));
 
-// Where a kernel called, in a function that it calls itself.
+// In a function that a kernel calls itself, the place of the call.
 #define SIMT_SITE __builtin_return_address(0)
 
-// In every function that kernels call.
+// Every function that kernels call opens one, so that the emulator does not check its own accesses.
 class EmulatorScope {
  public:
   EmulatorScope() : thread_(running) { running = nullptr; }

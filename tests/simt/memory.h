@@ -74,7 +74,7 @@ struct Region {
   Access access;
   bool shared;
   Shadow shadow;
-  std::unordered_map<std::uintptr_t, KnowledgePtr> released;  // at an address: who acquires it learns this
+  std::unordered_map<std::uintptr_t, KnowledgePtr> released;  // by address: what an acquire there learns
 };
 
 // The registered buffers of global memory.

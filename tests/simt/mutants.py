@@ -6,7 +6,7 @@
 
 A mutant is a copy of csrc/ with one barrier, wait, release or acquire taken away or weakened. Every synchronisation
 lies in a header that the forward and the backward kernels share: only the forward ones are compiled anew. Three lines
-matter to a backward pass with an activation alone, which reduces with coefficients by column, and may begin in float64.
+matter only to a backward pass with an activation, which reduces with coefficients by column, and may begin in float64.
 The kernels for padding and parts have headers and tests of their own.
 """
 
@@ -26,13 +26,13 @@ from mutation.runner import failed_test, main
 from simt.build import BUILD, ROOT, build
 
 KERNELS = ROOT / "csrc" / "cuda"
-# What the mutants have to survive: one dtype on every way through the kernels.
+# The tests of which one has to fail: one dtype on every way through the kernels.
 TESTS = ("tests/cuda/test_cuda_kernels.py", "tests/cuda/test_emulated_kernels.py", "-k")
 TESTS_OF_PARTS = "tests/cuda/test_cuda_parts.py"
 FORWARD = "(every_way and bfloat16) or cannot_hold or several or share_the_additions"
 ACTIVATED = "(with_an_epilogue and bfloat16-relu-residual) or coefficients_float32_cannot_hold"
 
-# (what a line holds, what takes its place): the rules of mutation. None deletes the statement.
+# The rules of mutation: a pattern in a line, and what takes its place.
 RULES: tuple[tuple[str, str], ...] = (
     (r"^\s*(if .*)?__syncthreads\(\);", ""),
     (r"__syncthreads_or\((.*?)\) (!=|==) 0", r"(\1) \2 0"),
@@ -55,7 +55,7 @@ RULES: tuple[tuple[str, str], ...] = (
 
 
 class Mutant(NamedTuple):
-    """One line of one header, written otherwise."""
+    """One line of one header, changed by one rule."""
 
     file: str
     line: int
@@ -65,16 +65,18 @@ class Mutant(NamedTuple):
 
     @property
     def of_parts(self) -> bool:
+        """Whether the line belongs to the kernels for padding and parts."""
         return self.file.startswith("part_")
 
     @property
     def activated(self) -> bool:
-        parts = ("Reduce, kTile", "return __syncthreads_or")
-        return any(part in self.before for part in parts) or self.before.strip() == "wait_prior<0>();"
+        """Whether the line matters only to a backward pass with an activation."""
+        texts = ("Reduce, kTile", "return __syncthreads_or")
+        return any(text in self.before for text in texts) or self.before.strip() == "wait_prior<0>();"
 
     @property
     def kernels(self) -> str:
-        """What is compiled with it."""
+        """The source that is compiled with the changed line."""
         stem = "parts_forward" if self.of_parts else "backward_activated" if self.activated else "forward"
         return f"csrc/cuda/{stem}.cu"
 
@@ -112,7 +114,8 @@ def compiled(mutant: Mutant, folder: Path) -> Path:
 
 
 def noticed_by(mutant: Mutant) -> str | None:
-    """The test that fails with it. They need a process of their own: torch keeps what it has loaded."""
+    """The first test that fails with the mutant, None if none does. They run in a process of their own, since torch
+    cannot unload a library."""
     with tempfile.TemporaryDirectory() as folder:
         library = str(compiled(mutant, Path(folder)))
         return failed_test(*mutant.tests, timeout=3600, BNEXT_SIMT_LIBRARY=library, PYTHONPATH=str(ROOT))

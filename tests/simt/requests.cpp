@@ -25,7 +25,7 @@ std::size_t sectors(const Lanes& lanes) {
   return touched.size();
 }
 
-// Of each bank one word at a time.
+// A pass reads or writes one word of each bank.
 template <typename Lanes>
 std::size_t wavefronts(const Lanes& lanes) {
   std::size_t passes = 0;

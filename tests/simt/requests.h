@@ -1,5 +1,5 @@
 // What the memory system would make of a warp's vector accesses: the sectors that a request to global memory touches,
-// and the times that shared memory's banks are passed over for one.
+// and the wavefronts, passes over the banks, that a request to shared memory takes.
 #pragma once
 
 #include <array>

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.simt
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_emulator_finds_what_is_wrong_and_nothing_else(seed: int) -> None:
     build()
-    # Small kernels, each clean or with one fault planted; it says "NAME ok" or "NAME FAILED: why" of each.
+    # It runs small kernels, each correct or with one fault planted, and prints "NAME ok" or "NAME FAILED: why".
     command = [str(BUILD / "selftest"), str(seed)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     verdicts = done.stdout.splitlines()
@@ -26,7 +26,7 @@ def test_the_emulator_finds_what_is_wrong_and_nothing_else(seed: int) -> None:
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_missing_synchronisation_is_noticed() -> None:
-    # `make mutants` tries them all. This one only a checker can notice: the counter's release orders nothing.
+    # `make mutants` tries all mutants. This one only a checker can notice: an addition that releases nothing.
     (mutant,) = [mutant for mutant in all_mutants() if "bnext_add_release(counter, 1)" in mutant.before]
     build()
     assert noticed_by(mutant) is not None, mutant

@@ -1,4 +1,4 @@
-"""A batch in shares, each of a process, compared with the float64 reference of the whole batch.
+"""A batch in shares, one for each process, compared with the float64 reference of the whole batch.
 
 Every process draws the same whole batch, so that it can compare its own share with a part of the whole.
 """
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnext
 
-# batch_norm_sync, and what it is made of.
+# batch_norm_sync, and the operators of which it is made.
 EPS = 1e-5
 local_stats = torch.ops.bnext.batch_norm_stats
 merge = torch.ops.bnext.batch_norm_gathered
@@ -45,7 +45,10 @@ class Collectives(TorchDispatchMode):
         self.seen: list[tuple[str, tuple[int, ...], torch.dtype]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "_c10d_functional" and func is not torch.ops._c10d_functional.wait_tensor.default:
+        if (
+            func.namespace in ("c10d", "_c10d_functional")
+            and func is not torch.ops._c10d_functional.wait_tensor.default
+        ):
             assert self.allowed, f"{func} was called"
             self.seen.append((func._opname, tuple(args[0].shape), args[0].dtype))
         if func.namespace == "bnext":
@@ -56,14 +59,14 @@ class Collectives(TorchDispatchMode):
 
 
 class Batch(NamedTuple):
-    """Of all processes together, or the share of one."""
+    """The tensors of all processes together, or of the share of one."""
 
     input: Tensor
     grad_output: Tensor
     residual: Tensor | None
 
     def rows(self, rows: slice, layout: str) -> Batch:
-        """A process's share. The last two lie as they come."""
+        """The share of these rows. The layout is that of its input alone."""
         residual = None if self.residual is None else self.residual[rows]
         return Batch(to_layout(self.input[rows], layout), self.grad_output[rows], residual)
 
@@ -86,7 +89,7 @@ def gathered(shares: Sequence[Tensor]) -> Tensor:
 
 
 def make_layer(channels: int, dtype: torch.dtype = torch.float64, **options: Any) -> bnext.SyncBatchNorm:
-    """With parameters and statistics that are not those of a new layer, the same in every process."""
+    """A layer whose parameters and statistics are not those of a new one, and are the same in every process."""
     layer = bnext.SyncBatchNorm(channels, dtype=dtype, **options)
     p = make_parameters(channels, dtype)
     with torch.no_grad():
@@ -101,7 +104,7 @@ def stats_of(layer: nn.Module) -> list[Tensor]:
 
 
 class Whole:
-    """A batch in shares, and what the float64 reference makes of the whole. The results of each share are a part."""
+    """A batch in shares, and the reference's results of the whole, of which the results of each share are a part."""
 
     def __init__(
         self, batch: Batch, sizes: Sequence[int], weight: Tensor | None, bias: Tensor | None, act: Act, eps: float = EPS
@@ -121,7 +124,7 @@ class Whole:
 
     @contextlib.contextmanager
     def tolerances(self) -> Iterator[None]:
-        """The tolerances of statistics that were merged from shares.
+        """Within this context the tolerances are those of statistics that were merged from shares.
 
         A mean is rounded to a double once for each share and once for each merge, of which at most `shares + 1` stand
         between a value and the result, each 2^-53 of |mean|; the reference's own is one more. And a difference of means
@@ -134,7 +137,7 @@ class Whole:
             yield
 
     def check(self, index: int, share: Batch, y: Tensor, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Compare what came of a share: its output, and gradients by the name of what they are of.
+        """Compare a share's output, and its gradients by the names of their tensors, with its part of the whole.
 
         Those of weight and bias are sums over the share, rounded to the parameter's dtype: DistributedDataParallel adds
         them up. Returns how far off each result may be.
@@ -170,11 +173,11 @@ class Whole:
     def check_running_stats(
         self, stats: Sequence[Tensor], before: Sequence[Tensor], momentum: float | None = 0.1
     ) -> None:
-        """Compare running mean, variance and counter with those of before and the batch."""
+        """Compare running mean, variance and counter with those of `before`, updated by the whole batch."""
         mean, var, counter = before
         assert stats[2] == counter + 1
         momentum = 1 / (counter.item() + 1) if momentum is None else momentum
-        # A variance of one value is not taken in.
+        # One value has no unbiased variance, so running_var stays.
         fwd = self.fwd._replace(count=2) if self.fwd.count == 1 else self.fwd
         expected = reference.updated_running_stats(mean, var, fwd, momentum)
         if self.fwd.count == 1:

@@ -32,7 +32,7 @@ from torch import distributed, nn
 
 import bnext
 
-# The shares of a batch: uneven; one empty; one of a single image; all empty.
+# The shares of a batch: uneven; with an empty one; with ones of a single image.
 SHARES = ((5, 2), (4, 0, 3), (1, 3), (2, 1, 1), (0, 6))
 EACH_OF_FEW_SHARES = each(sizes=SHARES[:2])
 EACH_LAYOUT = each(layout=("contiguous", "channels_last"))
@@ -62,7 +62,8 @@ def check_steps(
     steps: int = 1,
     options: dict[str, Any] | None = None,
 ) -> None:
-    """Steps of new layers, each with one of every list. `image` is a shape without the batch, and its layout."""
+    """Check steps of a new layer for each of `acts` with each of `residuals` and of `needs`. `image` is the shape of an
+    image, and the batch's layout."""
     for act, has_residual, need in itertools.product(acts, residuals, needs):
         layer = make_layer(image.shape[0], parameters or parameter_dtype(dtype), act=act, **(options or {}))
         for _ in range(steps):
@@ -90,7 +91,7 @@ def test_dtypes(world: World, sizes: tuple[int, ...], layout: str, dtype: torch.
 @EACH_LAYOUT
 @EACH_OF_FEW_SHARES
 def test_padding(world: World, sizes: tuple[int, ...], layout: str) -> None:
-    """As one process with the whole batch, which tests/ops compares with the reference."""
+    """The results equal those of one process with the whole batch, which tests/ops compares with the reference."""
     rows = share_of(sizes, world.rank)
     batch = make_batch((sum(sizes), 5, 4, 3), offset=10.0, has_residual=True)
     valid = torch.rand(sum(sizes), 4, 3) < 0.6
@@ -139,7 +140,7 @@ def test_any_subset_of_gradients(world: World, sizes: tuple[int, ...]) -> None:
 
 
 @each(sizes=((0, 0), (0, 0, 0), (1, 0), (0, 1, 0), (1, 1)))
-def test_hardly_a_value(world: World, sizes: tuple[int, ...]) -> None:
+def test_channels_of_at_most_two_values(world: World, sizes: tuple[int, ...]) -> None:
     """An empty batch is counted, but leaves the statistics as they are. One value is its mean and has no variance."""
     for shape in ((5,), (5, 1, 1)):
         check_steps(world, sizes, Case(shape, "contiguous"), acts=[None, "relu"], offset=3.0, steps=2)
@@ -169,7 +170,7 @@ def test_groups_of_some_processes(world: World) -> None:
                 check_same_bits_everywhere(layer, group)
             else:
                 check_step(layer, shares[world.rank], [sizes[world.rank]], 0)
-    # Both at once, in one graph, and with the group of all.
+    # Layers of both groups, and one of all processes, in one graph.
     layers[0, 1, 2] = make_layer(5)
     xs = [make_batch((13, 5)).input for _ in layers]
     rows = share_of(sizes, world.rank)
@@ -203,7 +204,7 @@ def test_no_group_equals_batch_norm() -> None:
 
 
 def check_equals_batch_norm(group: Any = None) -> None:
-    """Bit for bit."""
+    """A layer of this group gives the bits of BatchNormAct2d, and refuses one value a channel as it does."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         layer = make_layer(5, parameter_dtype(dtype), act="silu", process_group=group)
         plain = bnext.BatchNormAct2d(5, act="silu", dtype=parameter_dtype(dtype))
@@ -279,6 +280,7 @@ def test_called_twice_before_backward(world: World, sizes: tuple[int, ...]) -> N
         assert same_bits(leaf.grad, 2 * grad)
 
 
+# For each wrong argument the error, its message, the argument or attribute, and its value.
 WRONG = {
     "1-D input": (ValueError, "2 dimensions|2D|1D", "input", lambda: torch.ones(3)),
     "zero channels": (ValueError, "channels", "input", lambda: torch.ones(4, 0, 2, 2)),
@@ -295,7 +297,7 @@ WRONG = {
 
 
 def test_wrong_arguments_raise_before_anything_is_exchanged(world: World) -> None:
-    """What is wrong in one process alone must not leave the others waiting."""
+    """So what is wrong in one process alone does not leave the others in a collective of which it is no part."""
     for error, message, wrong, make in WRONG.values():
         layer = make_layer(3, torch.float32, act="relu")
         args = {"input": torch.randn(4, 3, 2, 2), "residual": torch.randn(4, 3, 2, 2)}

@@ -1,6 +1,6 @@
 """SyncBatchNorm beyond the first derivative, and in forward mode, in several real processes.
 
-What is differentiated is the sum over the processes of what each of them makes of its output. So every derivative of a
+What is differentiated is the sum over the processes of a function of each one's output. So every derivative of a
 share is a part of a derivative of the whole batch, in which the images of each process have a weight and a bias of
 their own. Each process differentiates that formula, too, and compares its part.
 """
@@ -46,13 +46,13 @@ EACH_KIND_OF_ACT = each(act=(None, "relu", "silu"))
 
 
 class Chosen(NamedTuple):
-    """What of its tensors each process differentiates."""
+    """By which of its tensors each process differentiates."""
 
-    needs: Needs = ALL  # that require a gradient
-    asked: Needs = ALL  # for whose gradients, of those, it asks
-    taken: Needs = ALL  # whose gradients, of those, it differentiates again
+    needs: Needs = ALL  # the tensors that require a gradient
+    asked: Needs = ALL  # those of them whose gradients the process asks for
+    taken: Needs = ALL  # those of the gradients that it differentiates again
 
-    def of(self, rank: int) -> tuple[tuple[bool, ...], tuple[bool, ...], tuple[bool, ...]]:
+    def by_rank(self, rank: int) -> tuple[tuple[bool, ...], tuple[bool, ...], tuple[bool, ...]]:
         needs, asked, taken = (tuple(rows[rank % len(rows)]) for rows in self)
         asked = tuple(map(operator.and_, needs, asked))
         return needs, asked, tuple(map(operator.and_, asked, taken))
@@ -65,13 +65,13 @@ DIFFERENT = (
     ((True, False, True, False), (True, True, False, False)),
     ((True, False, False, True), (True, False, True, True), (True, True, False, False)),
 )
-# What all require, but not all ask for, or differentiate again.
+# All tensors require gradients, but not all gradients are asked for, or differentiated again.
 INPUT, WEIGHT, BIAS = (tuple(i == j for j in range(4)) for i in range(3))
 OTHERS = [Chosen(taken=(INPUT, WEIGHT)), Chosen(taken=(WEIGHT, BIAS)), Chosen(asked=(WEIGHT, BIAS))]
 
 
 class Problem:
-    """A whole batch, whose values the dtype has but which is in float64, and the share of it that is here."""
+    """A whole batch, in float64 but with values that the dtype holds, and the share of it of this process."""
 
     def __init__(
         self, world: World, sizes: Sequence[int], act: Act, image: Case = IMAGE, dtype: torch.dtype = torch.float64
@@ -94,7 +94,7 @@ class Problem:
         return {name: self.part(name, value).to(self.dtype) for name, value in whole.items()}
 
     def directions(self, needs: Needs) -> Values:
-        """Random ones, the same in every process; zero where the rank that holds a value does not need it."""
+        """Random directions, the same in every process; zero where the rank that holds a value does not need it."""
         result = {}
         for index, (name, value) in enumerate(self.whole.items()):
             ranks = torch.arange(len(value)) if name in ("weight", "bias") else self.owner
@@ -122,8 +122,8 @@ class Problem:
             largest = whole.abs().max() if whole.numel() else 0.0
             assert_within(actual, expected, 1e-11 * largest, name)
         else:
-            # Sums of float32 terms, which may be 1e2 times their result; and each derivative is rounded to the dtype, a
-            # few of which the next one takes in.
+            # float32 terms may be 1e2 times their sum. Each derivative is rounded to the dtype, and the next one takes
+            # in a few such roundings.
             error = (actual.double() - expected).norm()
             limit = (2.0**-24 * 1e2 + 4 * torch.finfo(self.dtype).eps) * whole.norm()
             assert error <= limit, f"{name}: {error / whole.norm()}"
@@ -132,8 +132,9 @@ class Problem:
 def derivatives(
     run: Run, inputs: Values, chosen: Chosen, rank: int, slope: Tensor, directions: Sequence[Values]
 ) -> list[Values]:
-    """Those of sum(slope*sin(run)) with respect to what is asked; then, along each direction in turn, of those."""
-    needs, asked, taken = (dict(zip(NAMES, row, strict=True)) for row in chosen.of(rank))
+    """The gradients that are asked for of sum(slope*sin(run)); then those of the product of these gradients with the
+    first direction; and so on, with the next one."""
+    needs, asked, taken = (dict(zip(NAMES, row, strict=True)) for row in chosen.by_rank(rank))
     leaves = {name: value.detach().requires_grad_(needs[name]) for name, value in inputs.items()}
     wanted = {name: leaf for name, leaf in leaves.items() if asked[name]}
     scalar = (slope * run(**leaves).double().sin()).sum()
@@ -146,7 +147,7 @@ def derivatives(
 
 
 def check_derivatives(problem: Problem, world: World, chosen: Chosen = Chosen(), orders: int = 3) -> None:  # noqa: B008
-    taken = [chosen.of(rank)[-1] for rank in range(world.size)]
+    taken = [chosen.by_rank(rank)[-1] for rank in range(world.size)]
     slope, along = problem.slope, [problem.directions(taken) for _ in range(orders)]
     share, parts = problem.share(problem.whole), list(map(problem.share, along))
     ours = derivatives(problem.run, share, chosen, world.rank, slope[problem.rows], parts)
@@ -215,13 +216,13 @@ def test_forward_mode_of_any_subset(world: World, sizes: tuple[int, ...], act: A
 def tangents_of_gradients(
     run: Run, inputs: Values, bent: Tensor, slope: Tensor, directions: Values, moving: Sequence[bool]
 ) -> list[Tensor]:
-    """Forward mode over the backward pass of sum(slope*sin(run)), or where that is not bent of sum(slope*run), whose
-    gradient is constant: by input, weight, bias and residual."""
+    """The tangents of the gradients of sum(slope*sin(run)) or, where a value is not `bent`, of sum(slope*run), whose
+    gradient is constant."""
     with forward_ad.dual_level():
         leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
         moved = duals(leaves, directions, moving)
         y = run(**moved)
-        # A `where` would give a gradient that is constant a tangent of zeros.
+        # With `where` alone a constant gradient would have a tangent of zeros, instead of none.
         y = y.sin() if bent.all() else torch.where(bent, y.sin(), y) if bent.any() else y
         grads = torch.autograd.grad((slope * y).sum(), list(moved.values()))
         return [tangent_of(grad) for grad in grads]
@@ -230,7 +231,7 @@ def tangents_of_gradients(
 @EACH_KIND_OF_ACT
 @EACH_OF_FEW_SHARES
 def test_forward_over_reverse(world: World, sizes: tuple[int, ...], act: Act) -> None:
-    """With losses that are bent in every process; and in some, where the inputs have tangents in all of them."""
+    """The loss is bent in every process; or in some, if the inputs of all processes have tangents."""
     moving = [*SUBSETS, *DIFFERENT]
     inputs_move = [each_rank for each_rank in moving if all(row[0] for row in each_rank)]
     for needs, alike in (*itertools.product(moving, (True,)), *itertools.product(inputs_move, (False,))):

@@ -84,7 +84,7 @@ def test_trains_in_distributed_data_parallel_as_one_process_does(
     # Rounding at eps = 2^-52 through some 10 layers, and through the steps, each of which passes it on.
     torch.testing.assert_close(losses, expected, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-11, atol=1e-11)
-    # In evaluation each by itself.
+    # In evaluation each process computes alone.
     x = data[0][0][: world.rank + 1]
     torch.testing.assert_close(model.eval()(x), plain.eval()(x), rtol=0, atol=1e-10)
 
@@ -119,12 +119,12 @@ def test_compiled_equals_eager(
     twin = copy.deepcopy(layer)
     compiler = CompileCounterWithBackend(backend)
     run = torch.compile(twin, fullgraph=True, dynamic=dynamic, backend=compiler)
-    # Sizes that are equal in the first call would be taken for one and the same.
+    # All sizes of a shape differ, since the compiler takes equal ones in the first call for one symbol.
     shapes = ((3, 5, 7, 4), (4, 5, 6, 2), (9, 5, 11, 6)) if dynamic else ((3, 5, 5, 4),) * 2
     for training in (True, False):
         first = 0
         for shape in shapes:
-            # A share of another size in each process.
+            # Each process has a share of another size.
             batch = make_batch((shape[0] + 10 * world.rank, *shape[1:]), torch.float32, has_residual=has_residual)
             results = []
             for module, call in ((layer, layer), (twin, run)):

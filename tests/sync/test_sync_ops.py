@@ -1,4 +1,4 @@
-"""What batch_norm_sync is made of, in one process: local stats, and normalisation and gradients by gathered stats."""
+"""The operators that make up batch_norm_sync, in one process: local stats; results and gradients by gathered stats."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from torch import Tensor
 pytestmark = pytest.mark.kernels
 
 
-# Uneven, with an empty one, and with one of a single image.
+# The shares of a batch: uneven; with an empty one; with one of a single image.
 SIZES = ((3, 2), (2, 0, 3), (1, 4))
-# An image with its layout.
+# The shape of an image, and the batch's layout.
 IMAGES = (
     Case((5, 3, 3), "contiguous"),
     Case((5, 3, 3), "channels_last"),
@@ -45,7 +45,7 @@ IMAGES = (
 def check_shares(
     batch: Batch, sizes: Sequence[int], layout: str, act: Act = None, with_mask: bool = False, device: str = "cpu"
 ) -> None:
-    """What all processes would do together, one after the other, against the reference of the whole batch."""
+    """Do for each share in turn what its process would do, and compare with the reference of the whole batch."""
     activation, slope = named(act)
     parameters = make_parameters(batch.input.shape[1], parameter_dtype(batch.input.dtype), device)
     weight, bias = parameters.weight, parameters.bias
@@ -69,15 +69,15 @@ def check_shares(
 
     def differentiate(i: int, output_mask: list[bool], mean_grads: Tensor | None) -> tuple[Tensor, ...]:
         share, (_, save_stats, mask) = shares[i], forwards[i]
-        again = (None, None, mask) if with_mask else (bias, share.residual, None)
+        epilogue = (None, None, mask) if with_mask else (bias, share.residual, None)
         return backward(
-            share.grad_output, share.input, weight, save_stats, True, EPS, output_mask, *again, activation, slope,
+            share.grad_output, share.input, weight, save_stats, True, EPS, output_mask, *epilogue, activation, slope,
             mean_grads,
         )  # fmt: skip
 
     sums = [differentiate(i, [False, True, True, False], None)[1:3] for i in range(len(sizes))]
     count = sum(sizes) * batch.input[0, 0].numel()
-    means = (sum(torch.stack(pair, 1) for pair in sums) / count).T  # of any strides
+    means = (sum(torch.stack(pair, 1) for pair in sums) / count).T  # not contiguous, since any strides are allowed
     wants_residual = activation != "identity"
     whole = Whole(batch, sizes, weight, bias, act)
     whole.check_running_stats(running[0], (*parameters[2:], torch.tensor(3)))
@@ -97,7 +97,7 @@ def test_shares_make_the_whole(image: Case, dtype: torch.dtype, sizes: tuple[int
 
 
 @pairs(act=FEW_ACTS, layout=("contiguous", "channels_last"), dtype=(torch.float32, torch.bfloat16), has_residual=FLAGS)
-def test_activations(act: Act, layout: str, dtype: torch.dtype, has_residual: bool, device: str) -> None:
+def test_shares_with_an_activation(act: Act, layout: str, dtype: torch.dtype, has_residual: bool, device: str) -> None:
     batch = make_batch((5, 5, 3, 3), dtype, has_residual=has_residual)
     for with_mask in (False, True) if named(act)[0] in RECTIFIERS else (False,):
         check_shares(batch, SIZES[1], layout, act, with_mask, device)
@@ -113,7 +113,7 @@ def test_shares_across_chunks(dtype: torch.dtype, layout: str, device: str, set_
 
 @EACH_DTYPE
 @pytest.mark.parametrize("case", FEW_CASES, ids=name)
-def test_stats(case: Case, dtype: torch.dtype, device: str) -> None:
+def test_local_stats_are_means_m2_and_count(case: Case, dtype: torch.dtype, device: str) -> None:
     x = make_input(*case, dtype, device)
     channels = case.shape[1]
     stats = local_stats(x, EPS)
@@ -147,7 +147,7 @@ def test_the_variance_is_never_a_difference_of_squares(device: str) -> None:
 @pytest.mark.parametrize("momentum", [None, 0.25], ids=str)
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
 def test_running_statistics_over_steps(strided: bool, momentum: float | None, device: str) -> None:
-    # Every second element of a longer tensor; what lies between is not the operator's.
+    # Strided statistics are every second element of `memory`; the operator must not write to those between.
     memory = torch.full((2, 10), 7.0, device=device)
     mean, var = memory[:, ::2] if strided else memory[:, ::2].contiguous()
     counter = torch.tensor(0, device=device)
@@ -165,7 +165,7 @@ def test_running_statistics_over_steps(strided: bool, momentum: float | None, de
         assert counter.item() == step + 1
         assert all(t._version > before for t, before in zip((mean, var, counter), versions, strict=True))
     assert torch.equal(memory[:, 1::2], torch.full((2, 5), 7.0, device=device))
-    # An empty batch is counted, and changes nothing else. One value has no variance.
+    # An empty batch is counted, and changes nothing else. One value has no variance, so running_var stays.
     before = (mean.clone(), var.clone())
     empty = torch.ones(0, 5, device=device)
     merge(empty, gathered([empty, empty]), None, None, mean, var, counter, momentum, EPS)

@@ -1,4 +1,4 @@
-"""batch_norm_sync and what it is made of, as torch sees them: schemas, opcheck, fake kernels."""
+"""batch_norm_sync and the operators that make it up, as torch sees them: schemas, opcheck, fake kernels."""
 
 from __future__ import annotations
 
@@ -84,7 +84,8 @@ def test_fake_kernels_predict_shape_dtype_and_strides(case: Case, dtype: torch.d
     for optional in (True, False):
         for with_mask in (True, False):
             assert_predicts(merge, merged_args(case, dtype, with_mask, optional))
-    for autograd in (True, False):  # the two kernels of these operators call others, which torch.compile is to see
+    # These operators have a kernel with autograd and one without; both call operators that torch.compile is to see.
+    for autograd in (True, False):
         with torch.inference_mode(not autograd):
             assert_predicts(sync_backward, sync_backward_args(case, dtype, group))
             assert_predicts(all_reduce_sum, (make_inputs(*case, dtype).input, group[1]))

@@ -65,7 +65,7 @@ void leave_unwritten() {
   if (is_checked()) require(simt::unwritten_bytes(output.data()) == 6, "three elements are missing");
 }
 
-// Through the cache-hinted intrinsics.
+// Copies by the intrinsics with cache hints.
 template <typename T>
 __global__ void copy_hinted(const T* input, T* output) {
   const unsigned i = threadIdx.x;
@@ -117,7 +117,7 @@ void across_end() {
   output_of<unsigned>(1, {.block = 1}, read_word, reinterpret_cast<const unsigned*>(input.data()));
 }
 
-// One element a thread, several in a word.
+// Each thread writes one element of a word that several threads share.
 template <typename T>
 __global__ void write_neighbours(T* output) {
   SHARED_VALUES(T, values);
@@ -130,7 +130,7 @@ void neighbours() {
   require(output_of<T>(64, {.block = 64, .shared = 64 * sizeof(T)}, write_neighbours<T>)[63] == 64, "written");
 }
 
-// A word before a half of it: the shadow is split while it is in use.
+// One thread writes a word and another a half of it: the shadow is split while it is in use.
 __global__ void write_word_and_half(unsigned* output) {
   if (threadIdx.x == 0) output[0] = 1;
   if (threadIdx.x == 32) reinterpret_cast<unsigned short*>(output)[1] = 2;

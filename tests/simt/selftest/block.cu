@@ -6,7 +6,7 @@ namespace {
 
 enum class Missing { kNothing, kBarrierAfterWrite, kBarrierAfterRead };
 
-// Each round, a thread reads what the next one wrote: from one buffer, so that two barriers a round are needed.
+// Each round, a thread reads what the next one wrote. With one buffer for all rounds, two barriers a round are needed.
 template <Missing kMissing>
 __global__ void rotate(float* output) {
   SHARED_VALUES(float, values);
@@ -26,7 +26,7 @@ void rotation() {
   if (kMissing == Missing::kNothing) require(output[0] == 3.0f && output[127] == 2.0f, "rotated");
 }
 
-// From two buffers in turn: one barrier a round suffices.
+// The same with two buffers in turn: one barrier a round suffices.
 __global__ void rotate_by_parity(float* output) {
   SHARED_VALUES(float, values);
   float mine = static_cast<float>(threadIdx.x);

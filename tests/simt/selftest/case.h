@@ -30,7 +30,7 @@ void require(bool holds, const char* what);
 // False in the second run of a case without findings: what only the checker counts is zero.
 bool is_checked();
 
-// Registered while it lives.
+// A buffer of global memory, registered while it lives.
 template <typename T>
 class Buffer {
  public:
@@ -76,7 +76,7 @@ std::vector<T> output_of(std::size_t elements, const Shape& shape, auto kernel, 
   return output.values();
 }
 
-// The dynamic shared memory, in a kernel.
+// Declares, in a kernel, a pointer to its dynamic shared memory.
 #define SHARED_VALUES(T, name)  \
   BNEXT_DYNAMIC_SHARED(memory); \
   auto* const name = reinterpret_cast<T*>(memory)

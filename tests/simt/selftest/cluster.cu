@@ -149,7 +149,7 @@ void beyond() {
   output_of<float>(64, {.grid = 2, .shared = 128, .cluster = 2}, read_beyond<kRank>);
 }
 
-// A block may keep threads that take no part in what follows, but for the barrier.
+// Half of the threads exit without a barrier; the cluster's barrier waits for the others alone.
 __global__ void leave_early(float* output) {
   if (threadIdx.x >= 32) return;
   cluster_barrier();

@@ -51,7 +51,7 @@ void copies() {
   if (kDefect == Defect::kNone) require(output[5].w == 4.0f, "copied");
 }
 
-// Slots of its own, filled `kStages` ahead and filled again once read.
+// A thread has slots of its own, which it fills `kStages` steps ahead, and again once it has read them.
 template <int kStages, int kPrior>
 __global__ void pipeline(const float* input, int steps, float* output) {
   SHARED_VALUES(float, all_slots);
@@ -81,7 +81,7 @@ void pipelined() {
   if (kPrior < kStages) require(output[63] == 20.0f, "summed");
 }
 
-// Another thread reads the slot, and only a barrier says that it has.
+// Another thread reads the slot before it is filled again: only a barrier between the two orders them.
 template <bool kCorrect>
 __global__ void refill_shared_slot(const float* input, float* output) {
   SHARED_VALUES(float, slots);

@@ -36,7 +36,7 @@ __global__ void rotate(unsigned* counter, float* scratch, float* output) {
     float* const buffer = scratch + (kDefect == Defect::kSingleBuffer ? 0 : round % 2) * size;
     buffer[i] = mine;
     counter_barrier<kDefect>(counter, (round + 1) * gridDim.x);
-    // Not the same thread's: a missing barrier within the block must show too.
+    // The neighbour has another number in its block, so that a missing barrier within a block shows, too.
     mine = buffer[(i + blockDim.x + 1) % size];
   }
   output[i] = mine;
@@ -100,7 +100,7 @@ void handed_over() {
   require(output_of<float>(1, shape, hand_over<kWriteFirst>, flag.data(), value.data())[0] == 3.0f, "handed over");
 }
 
-// Waits for blocks that a launch which is not cooperative need not run.
+// Each block waits for all others, which only a cooperative launch must run at once.
 __global__ void wait_for_all(unsigned* counter, unsigned target) {
   if (threadIdx.x != 0) return;
   bnext_add_release(counter, 1u);

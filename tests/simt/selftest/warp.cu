@@ -40,7 +40,7 @@ void halves() {
   require(output[3] == 120.0f && output[20] == 376.0f, "summed");
 }
 
-// In a block that ends within a warp, too.
+// The vote of a whole warp, and of a warp that the block fills in part.
 __global__ void vote(unsigned* output) { output[threadIdx.x] = __ballot_sync(kAll, threadIdx.x % 3 == 0); }
 
 void votes() {
@@ -64,7 +64,7 @@ void exchanged() {
   output_of<float>(64, {.block = 64, .shared = 64 * sizeof(float)}, exchange<kShuffles>);
 }
 
-// The same of reads that always come before the write. The writer is the first of the readers.
+// The same for reads, which always come before the write. The writer is the first of the readers.
 __global__ void read_shuffle_overwrite(float* output) {
   SHARED_VALUES(float, value);
   const unsigned t = threadIdx.x;
@@ -104,7 +104,7 @@ __global__ void name_waiting_lane(float* output) {
   }
 }
 
-// Of the first `kLanes` lanes.
+// The first `kLanes` lanes shuffle with these arguments.
 template <unsigned kMask, int kDistance, int kWidth, unsigned kLanes>
 __global__ void shuffle_wrongly(float* output) {
   if (threadIdx.x < kLanes) output[threadIdx.x] = __shfl_xor_sync(kMask, 1.0f, kDistance, kWidth);
