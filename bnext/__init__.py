@@ -4,6 +4,7 @@ from bnext import functional
 from bnext._version import __version__
 from bnext.convert import convert, fusion_report, revert
 from bnext.freezing import freeze, unfreeze
+from bnext.heap import keep_freed_memory
 from bnext.memory import recompute
 from bnext.modules import (
     BatchNorm1d,
@@ -35,6 +36,7 @@ __all__ = [
     "freeze",
     "functional",
     "fusion_report",
+    "keep_freed_memory",
     "recompute",
     "revert",
     "unfreeze",

@@ -27,13 +27,16 @@ constexpr std::int64_t kFewImages = 2;
 constexpr std::int64_t kMaxPlaneOfFewImages = 4096;
 
 // A channel's planes lie apart, and the hardware prefetcher does not go from one to the next. So the kernels prefetch
-// as many planes ahead as hold kPrefetchBytes: at least one, at most kMaxRowsPrefetched.
+// as many planes ahead as hold kPrefetchBytes: at least one, at most kMaxRowsPrefetched. The last images' prefetches go
+// beyond the tensor, and displace lines that are needed. Of fewer than kMinPrefetchedImages images that costs more than
+// the others gain.
 constexpr std::int64_t kPrefetchBytes = 2048;
 constexpr std::int64_t kMaxRowsPrefetched = 8;
+constexpr std::int64_t kMinPrefetchedImages = 16;
 
 // A store that misses the first-level cache waits, and the next stores with it. So the next cache line of an output is
-// prefetched, unless it is stored past the caches; of long planes, which are mapped one image after the other, the same
-// place in the next image.
+// prefetched, unless it is stored past the caches; of long planes of many images, which are mapped one image after the
+// other, the same place in the next image.
 constexpr std::int64_t kMaxLinePrefetchedBytes = 1024;
 
 class ChannelsFirst {
@@ -67,11 +70,14 @@ class ChannelsFirst {
       piece_ = kChunkElements;
     }
     chunks_ = divide_up(problem.N, rows_per_chunk_) * pieces_per_row_;
-    const std::int64_t rows = kPrefetchBytes / (HW * element_size(problem.dtype));
-    prefetch_distance_ = (rows < 1 ? 1 : rows > kMaxRowsPrefetched ? kMaxRowsPrefetched : rows) * problem.C * HW;
-    const bool short_planes = HW * element_size(problem.dtype) <= kMaxLinePrefetchedBytes;
+    const std::int64_t plane_bytes = HW * element_size(problem.dtype);
+    if (problem.N >= kMinPrefetchedImages) {
+      const std::int64_t rows = std::clamp<std::int64_t>(kPrefetchBytes / plane_bytes, 1, kMaxRowsPrefetched);
+      prefetch_distance_ = rows * problem.C * HW;
+    }
     line_ = op.non_temporal ? 0 : kLineBytes / element_size(problem.dtype);
-    write_prefetch_ = short_planes && line_ != 0 ? line_ : prefetch_distance_;
+    const bool next_image = plane_bytes > kMaxLinePrefetchedBytes && prefetch_distance_ != 0;
+    write_prefetch_ = next_image || op.non_temporal ? prefetch_distance_ : line_;
   }
 
   void run(const Parallel& parallel) const {
@@ -319,9 +325,9 @@ class ChannelsFirst {
   std::int64_t pieces_per_row_;
   std::int64_t piece_;
   std::int64_t chunks_;
-  std::int64_t prefetch_distance_;  // elements, whole images
-  std::int64_t line_;               // elements of a cache line; 0 where outputs are stored past the caches
-  std::int64_t write_prefetch_;     // of planes that are mapped one image after the other
+  std::int64_t prefetch_distance_ = 0;  // elements, whole images; 0: no prefetch
+  std::int64_t line_;                   // elements of a cache line; 0 where outputs are stored past the caches
+  std::int64_t write_prefetch_;         // of planes that are mapped one image after the other
 };
 
 }  // namespace

@@ -109,6 +109,7 @@ def test_everything_public_is_covered() -> None:
         "convert",
         "freeze",
         "fusion_report",
+        "keep_freed_memory",
         "recompute",
         "revert",
         "unfreeze",

@@ -252,8 +252,8 @@ def forks_while_a_thread_frees(sizes: tuple[int, ...], forks: int) -> None:
         _C.empty_cache()
         assert _C.cached_bytes() == 0
 
-    # What torch initialises at a function's first call takes a lock of the C library for atexit(). A fork at that moment
-    # would leave it locked in the child for good.
+    # What torch initialises at a function's first call takes the lock of the C library's atexit(). A fork at that
+    # moment would leave it locked in the child for good.
     take_and_free()
     output(1).set_()
 
