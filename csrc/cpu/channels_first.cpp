@@ -27,9 +27,8 @@ constexpr std::int64_t kFewImages = 2;
 constexpr std::int64_t kMaxPlaneOfFewImages = 4096;
 
 // A channel's planes lie apart, and the hardware prefetcher does not go from one to the next. So the kernels prefetch
-// as many planes ahead as hold kPrefetchBytes: at least one, at most kMaxRowsPrefetched. The last images' prefetches go
-// beyond the tensor, and displace lines that are needed. Of fewer than kMinPrefetchedImages images that costs more than
-// the others gain.
+// as many planes ahead as hold kPrefetchBytes: at least one, at most kMaxRowsPrefetched; but none beyond the last
+// image, which would displace lines that are needed. Of fewer than kMinPrefetchedImages images it gains nothing.
 constexpr std::int64_t kPrefetchBytes = 2048;
 constexpr std::int64_t kMaxRowsPrefetched = 8;
 constexpr std::int64_t kMinPrefetchedImages = 16;
@@ -72,12 +71,10 @@ class ChannelsFirst {
     chunks_ = divide_up(problem.N, rows_per_chunk_) * pieces_per_row_;
     const std::int64_t plane_bytes = HW * element_size(problem.dtype);
     if (problem.N >= kMinPrefetchedImages) {
-      const std::int64_t rows = std::clamp<std::int64_t>(kPrefetchBytes / plane_bytes, 1, kMaxRowsPrefetched);
-      prefetch_distance_ = rows * problem.C * HW;
+      images_ahead_ = std::clamp<std::int64_t>(kPrefetchBytes / plane_bytes, 1, kMaxRowsPrefetched);
+      writes_ahead_ = plane_bytes > kMaxLinePrefetchedBytes || op.non_temporal;
     }
     line_ = op.non_temporal ? 0 : kLineBytes / element_size(problem.dtype);
-    const bool next_image = plane_bytes > kMaxLinePrefetchedBytes && prefetch_distance_ != 0;
-    write_prefetch_ = next_image || op.non_temporal ? prefetch_distance_ : line_;
   }
 
   void run(const Parallel& parallel) const {
@@ -268,9 +265,21 @@ class ChannelsFirst {
     }
   }
 
+  // A chunk's first image.
+  std::int64_t image_of(std::int64_t chunk) const { return chunk / pieces_per_row_ * rows_per_chunk_; }
+
+  // The rows of a block from `row` on.
+  Block from_row(Block block, std::int64_t row) const {
+    for (const void*& in : block.in) in = advance(in, row * block.stride, problem_.dtype);
+    if (block.mask != nullptr) block.mask += row * block.mask_stride;
+    if (block.valid != nullptr) block.valid += row * block.valid_stride;
+    block.rows -= row;
+    return block;
+  }
+
   // The block of a chunk: pieces of planes of channel c, one image apart. Sets `offset` to that of its first element.
   Block block_of(std::int64_t c, std::int64_t chunk, std::int64_t& offset) const {
-    const std::int64_t n = chunk / pieces_per_row_ * rows_per_chunk_;
+    const std::int64_t n = image_of(chunk);
     const std::int64_t s = chunk % pieces_per_row_ * piece_;
     const std::int64_t plane = n * problem_.C + c;
     const std::int64_t rows = problem_.N - n < rows_per_chunk_ ? problem_.N - n : rows_per_chunk_;
@@ -292,7 +301,8 @@ class ChannelsFirst {
     ReduceArgs args;
     args.block = block_of(c, chunk, offset);
     coefficients.pass(j, compute, args.coefficients);
-    args.prefetch_distance = prefetch_distance_;
+    args.prefetch_distance = images_ahead_ * problem_.C * problem_.HW;
+    args.prefetching_rows = problem_.N - images_ahead_ - image_of(chunk);
     args.first = first;
     args.second = second;
     args.channels = n;
@@ -308,9 +318,21 @@ class ChannelsFirst {
     MapArgs args;
     args.block = block_of(c, chunk, offset);
     args.prefetch_distance = next;
-    args.write_prefetch = write_prefetch_;
     coefficients.pass(j, coefficients.compute(j), args.coefficients);
-    op_.map(kernels_.map_segments, problem_.dtype, coefficients.compute(j), offset, args);
+    const auto map = [&] { op_.map(kernels_.map_segments, problem_.dtype, coefficients.compute(j), offset, args); };
+    if (writes_ahead_) {
+      // The last image has no next one.
+      const Block all = args.block;
+      const bool ends = image_of(chunk) + all.rows == problem_.N;
+      args.block.rows -= ends ? 1 : 0;
+      args.write_prefetch = all.stride;
+      map();
+      if (!ends) return;
+      args.block = from_row(all, all.rows - 1);
+      offset += (all.rows - 1) * all.stride;
+    }
+    args.write_prefetch = line_;
+    map();
   }
 
   const Problem& problem_;
@@ -325,9 +347,9 @@ class ChannelsFirst {
   std::int64_t pieces_per_row_;
   std::int64_t piece_;
   std::int64_t chunks_;
-  std::int64_t prefetch_distance_ = 0;  // elements, whole images; 0: no prefetch
-  std::int64_t line_;                   // elements of a cache line; 0 where outputs are stored past the caches
-  std::int64_t write_prefetch_;         // of planes that are mapped one image after the other
+  std::int64_t images_ahead_ = 0;  // that the sums prefetch; 0: no prefetch
+  bool writes_ahead_ = false;      // whether the map prefetches outputs of the next image instead of the next line
+  std::int64_t line_;              // elements of a cache line; 0 where outputs are stored past the caches
 };
 
 }  // namespace

@@ -78,6 +78,7 @@ struct ReduceArgs {
   double* first;
   double* second;
   std::int64_t prefetch_distance = 0;     // with element i, prefetch input i + prefetch_distance, unless 0
+  std::int64_t prefetching_rows = 0;      // segments: only the first so many rows do
   std::int64_t tile_rows = kMaxTileRows;  // columns only
   std::int64_t channels = 1;              // segments only
   std::int64_t channel_stride = 0;        // elements

@@ -65,10 +65,8 @@ struct SegmentSums {
 
   Vec<acc_t> c[kMaxReduceCoefficients] = {};
   const Flags given;
-  const std::int64_t prefetch_distance;
 
-  BNEXT_INLINE SegmentSums(const ReduceArgs& args, std::int64_t channel)
-      : given(flags_of<Op>(args)), prefetch_distance(args.prefetch_distance) {
+  BNEXT_INLINE SegmentSums(const ReduceArgs& args, std::int64_t channel) : given(flags_of<Op>(args)) {
     broadcast_coefficients<acc_t, Op>(c, args.coefficients, channel);
   }
 
@@ -102,7 +100,8 @@ struct SegmentSums {
   }
 
   // Adds elements [i, n), at most kInner * kStep of them.
-  BNEXT_INLINE void add_run(const Inputs<scalar_t, Op>& inputs, std::int64_t i, std::int64_t n) {
+  BNEXT_INLINE void add_run(const Inputs<scalar_t, Op>& inputs, std::int64_t i, std::int64_t n,
+                            std::int64_t prefetch_distance) {
     inner += (n - i + kStep - 1) / kStep;
     if (prefetch_distance != 0) {
       for (std::int64_t j = i; j < n; j += kLineBytes / static_cast<std::int64_t>(sizeof(scalar_t))) {
@@ -209,7 +208,10 @@ struct ReduceSegments {
     for (std::int64_t r = 0; r < args.block.rows; ++r) {
       const Inputs<scalar_t, Op> inputs(args.block, sums.flags(), r, j * args.channel_stride,
                                         j * args.mask_channel_stride);
-      for (std::int64_t i = 0; i < len; i += kRun) sums.add_run(inputs, i, len - i < kRun ? len : i + kRun);
+      const std::int64_t prefetch_distance = r < args.prefetching_rows ? args.prefetch_distance : 0;
+      for (std::int64_t i = 0; i < len; i += kRun) {
+        sums.add_run(inputs, i, len - i < kRun ? len : i + kRun, prefetch_distance);
+      }
     }
     sums.flush();
     args.first[j] += sums.first_total;
