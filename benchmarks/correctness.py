@@ -52,8 +52,8 @@ def require_as_close(
 
     The error of a tensor is the largest of its elements (``torch.amax``), or their mean (``torch.mean``) where a single
     element on the other side of a kink must not decide, relative to the mean size of the elements. It may be at most
-    ``FACTOR`` times that of torch, or of a rounding of each element, or ``TOLERANCE``; and at least ``least``. NaN is
-    never close.
+    ``FACTOR`` times that of torch, or of a rounding of each element, or ``TOLERANCE``, and in any case ``least``. NaN
+    is never close.
     """
     for name, expected in reference.items():
         tensor, exact = actual[name], expected.double()

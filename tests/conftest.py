@@ -108,6 +108,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test with each instruction set that this machine has."""
     before = bnext._C.cpu_isa()
     bnext._C.set_cpu_isa(request.param)
+    assert bnext._C.cpu_isa() == request.param
     yield request.param
     bnext._C.set_cpu_isa(before)
 

@@ -58,7 +58,7 @@ def test_limits_out_of_range_are_refused(limit: int) -> None:
         bnext.keep_freed_memory(limit)
 
 
-@pytest.mark.parametrize("limit", [1.5, "1G", None, torch.ones(2)])
+@pytest.mark.parametrize("limit", [True, 1.5, "1G", None, torch.ones(2)])
 def test_limits_that_are_no_integers_are_refused(limit: object) -> None:
     with pytest.raises(TypeError, match="expected limit to be an int, but got"):
         bnext.keep_freed_memory(limit)
