@@ -3,7 +3,7 @@
 // A group of channels that the second-level cache holds is reduced and then mapped while it is still there, so
 // that main memory sees one read and one write. Where there are too few channels to keep the threads busy, each
 // channel is cut into chunks, with a barrier between reducing and mapping. Where there is nothing to reduce, planes
-// are mapped in memory order. Planes of a few elements are taken as columns (plane_columns.h).
+// are mapped in runs of an image. Planes of a few elements are taken as columns (plane_columns.h).
 
 #include <algorithm>
 #include <vector>
@@ -18,13 +18,24 @@
 namespace bnext::cpu {
 namespace {
 
+// A group has several channels, as the mathematics for each is done for eight at once, and more where there are many;
+// but no more than the second-level cache holds, or the first-level cache where columns have coefficients and sums, and
+// so few that each thread has kTasksOfAThread groups.
+constexpr std::int64_t kGroupChannels = 16;
 constexpr std::int64_t kGroupBytes = 262144;
-constexpr std::int64_t kMinGroups = 16;  // fewer tasks cannot be shared out evenly
+constexpr std::int64_t kGroupColumns = 512;
+constexpr std::int64_t kMaxGroupRowBytes = 8192;
+constexpr std::int64_t kTasksOfAThread = 4;
 
 // In at most kFewImages images a channel is hardly more than a plane. Planes of at most kMaxPlaneOfFewImages elements
 // are then mapped an image at a time, in memory order, by one kernel call for all channels of a group.
 constexpr std::int64_t kFewImages = 2;
 constexpr std::int64_t kMaxPlaneOfFewImages = 4096;
+
+// Where nothing is reduced, a task maps about kTileBytes of an image, but at most kMaxTileChannels channels: a thread
+// computes the coefficients of its own channels alone, and they stay in the first-level cache.
+constexpr std::int64_t kTileBytes = 65536;
+constexpr std::int64_t kMaxTileChannels = 512;
 
 // A channel's planes lie apart, and the hardware prefetcher does not go from one to the next. So the kernels prefetch
 // as many planes ahead as hold kPrefetchBytes: at least one, at most kMaxRowsPrefetched; but none beyond the last
@@ -81,13 +92,10 @@ class ChannelsFirst {
     const std::int64_t C = problem_.C;
     const std::int64_t channel_bytes = problem_.count() * element_size(problem_.dtype) * op_.inputs();
     const bool in_columns = plane_columns_.take_map_alone();
-    if (!op_.reduces && (in_columns || problem_.N * C >= kMinGroups)) {
+    if (!op_.reduces && (in_columns || problem_.N * C >= kEnoughTasks)) {
       run_map_alone(parallel, in_columns);
-    } else if (C >= kMinGroups || chunks_ == 1) {
-      const std::int64_t fitting = kGroupBytes / channel_bytes;
-      const std::int64_t most = C / kMinGroups;
-      const std::int64_t group = fitting < most ? fitting : most;
-      run_fused(parallel, group < 1 ? 1 : group);
+    } else if (C >= kEnoughTasks || chunks_ == 1) {
+      run_fused(parallel, group_of(channel_bytes, parallel.threads()));
     } else {
       run_split(parallel);
     }
@@ -96,26 +104,33 @@ class ChannelsFirst {
  private:
   void run_map_alone(const Parallel& parallel, bool in_columns) const {
     const std::int64_t C = problem_.C;
-    Coefficients coefficients(map_coefficients_of(op_.map_op), C);
-    finish(0, C, SumsTable(C), coefficients);
-    if (!op_.maps()) return;
-    in_columns ? plane_columns_.map_all(parallel, coefficients) : map_in_order(parallel, coefficients);
-  }
-
-  void map_in_order(const Parallel& parallel, const Coefficients& coefficients) const {
-    const std::int64_t C = problem_.C;
-    const std::int64_t planes = problem_.N * C;
-    const std::int64_t share = divide_up(kChunkElements, problem_.HW);  // planes of a task
-    parallel(divide_up(planes, share), [&](std::int64_t begin, std::int64_t end) {
-      const std::int64_t last = end * share < planes ? end * share : planes;
-      for (std::int64_t plane = begin * share; plane < last;) {
-        // A kernel call ends with the image, where the channels begin again.
-        const std::int64_t c = plane % C;
-        const std::int64_t rows = C - c < last - plane ? C - c : last - plane;
-        map_planes(plane, rows, coefficients, c);
-        plane += rows;
+    const Tile tile = in_columns ? plane_columns_.tile() : tile_of_planes();
+    const std::int64_t pieces = divide_up(problem_.N, tile.images);
+    parallel(divide_up(C, tile.channels) * pieces, [&](std::int64_t begin, std::int64_t end) {
+      const SumsTable none(tile.channels);
+      Coefficients coefficients(map_coefficients_of(op_.map_op), tile.channels);
+      PlaneColumns::Buffers columns(0);
+      for (std::int64_t task = begin; task < end; ++task) {
+        const std::int64_t c0 = task / pieces * tile.channels;
+        const std::int64_t n = std::min(tile.channels, C - c0);
+        const std::int64_t image = task % pieces * tile.images;
+        if (task == begin || image == 0) finish(c0, n, none, coefficients);
+        if (!op_.maps()) continue;
+        if (in_columns) {
+          plane_columns_.map(c0, n, image, std::min(tile.images, problem_.N - image), coefficients, 0, columns);
+        } else {
+          map_planes(image * C + c0, n, coefficients, 0);
+        }
       }
     });
+  }
+
+  // Tiles of one image that are long enough to be read and written as fast as whole images, if there are enough tasks.
+  Tile tile_of_planes() const {
+    const std::int64_t plane_bytes = problem_.HW * element_size(problem_.dtype);
+    const std::int64_t longest = std::clamp<std::int64_t>(kTileBytes / plane_bytes, 1, kMaxTileChannels);
+    const std::int64_t channels = std::max<std::int64_t>(1, std::min(longest, problem_.N * problem_.C / kEnoughTasks));
+    return {even_share(problem_.C, channels), 1};
   }
 
   // Maps consecutive planes of one image. The coefficients of their channels begin at index j.
@@ -150,6 +165,20 @@ class ChannelsFirst {
     Coefficients map;
     std::vector<std::uint8_t> needs_fp64;
   };
+
+  // How many channels a group has.
+  std::int64_t group_of(std::int64_t channel_bytes, std::int64_t threads) const {
+    const bool in_columns = plane_columns_.take_reduction();
+    std::int64_t channels = in_columns ? kGroupColumns / problem_.HW : kGroupChannels;
+    channels = std::max(channels, problem_.C / kEnoughTasks);
+    const std::int64_t plane_bytes = problem_.HW * element_size(problem_.dtype);
+    if (in_columns) channels = std::min(channels, kMaxGroupRowBytes / plane_bytes);
+    channels = std::max<std::int64_t>(1, std::min(channels, kGroupBytes / channel_bytes));
+    if (threads == 1) return channels;
+    // As many groups for one thread as for another.
+    const std::int64_t of_a_thread = std::max(kTasksOfAThread, divide_up(divide_up(problem_.C, channels), threads));
+    return divide_up(problem_.C, of_a_thread * threads);
+  }
 
   void run_fused(const Parallel& parallel, std::int64_t group) const {
     const std::int64_t C = problem_.C;

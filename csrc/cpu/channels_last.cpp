@@ -2,7 +2,8 @@
 //
 // Whole rows are read in order, twice: once to add up the columns, once to map them. The second pass takes the
 // row chunks backwards, so that it starts with what the first has left in the caches. Where there are few rows, the
-// work for each channel takes most of the time: one task then reduces, finishes and maps a block of columns.
+// work for each channel takes most of the time: one task then reduces, finishes and maps a block of columns. Where
+// there is nothing to reduce, one pass is enough.
 
 #include <algorithm>
 #include <cstdint>
@@ -20,9 +21,9 @@
 namespace bnext::cpu {
 namespace {
 
-constexpr std::int64_t kMinChunkRows = 64;      // keeps a chunk's sums small beside its elements
-constexpr std::int64_t kMinTasks = 16;          // with fewer row chunks, columns are divided among tasks too
-constexpr std::int64_t kMinColumnBlock = 256;   // hardware prefetchers follow rows: narrower blocks are slow
+constexpr std::int64_t kChunkRows = 64;        // about the least: keeps a chunk's sums small beside its elements
+constexpr std::int64_t kMinColumnBlock = 256;  // hardware prefetchers follow rows: narrower blocks are slow
+constexpr std::int64_t kBlockAlignment = 32;
 constexpr std::int64_t kMinFoldedColumns = 64;  // one step of the kernels' unrolled loop
 constexpr std::int64_t kMaxFoldedColumns = 2048;
 constexpr std::int64_t kFinishColumns = 256;  // channels of one task between the passes
@@ -55,13 +56,18 @@ class ChannelsLast {
     columns_ = problem.C * fold_;
     rows_ = M_ / fold_;
     remainder_ = M_ % fold_ * problem.C;
-    const std::int64_t wanted = std::min(kChunkElements / columns_, divide_up(rows_, kMinTasks));
-    chunk_rows_ = std::max(wanted, divide_up(kMinChunkRows, fold_));
+    const std::int64_t wanted = std::min(kChunkElements / columns_, divide_up(rows_, kEnoughTasks));
+    const std::int64_t least = divide_up(kChunkRows, fold_);
+    if (op.reduces) {
+      chunk_rows_ = even_share(rows_, std::max(wanted, least));
+    } else {
+      chunk_rows_ = rows_ < 2 * least ? rows_ : even_share(rows_, std::max<std::int64_t>(1, wanted));
+    }
     chunks_ = divide_up(rows_, chunk_rows_);
     column_block_ = columns_;
-    if (chunks_ < kMinTasks && fold_ == 1) {
-      const std::int64_t share = divide_up(columns_, divide_up(kMinTasks, chunks_));
-      column_block_ = divide_up(share < kMinColumnBlock ? kMinColumnBlock : share, 64) * 64;
+    // Columns are divided among tasks too, unless there are many rows and nothing has to be added up.
+    if (chunks_ < kEnoughTasks && fold_ == 1 && (op.reduces || chunks_ == 1)) {
+      column_block_ = block_width(std::max(kMinColumnBlock, divide_up(columns_, divide_up(kEnoughTasks, chunks_))));
     }
     column_blocks_ = divide_up(columns_, column_block_);
     mask_row_ = divide_up(columns_, kCpuMaskLanes);
@@ -73,14 +79,11 @@ class ChannelsLast {
   }
 
   void run(const Parallel& parallel) const {
+    if (!op_.reduces) return run_map_alone(parallel);
     if (chunks_ == 1 && fold_ == 1) return run_in_blocks(parallel);
     Coefficients coefficients(map_coefficients_of(op_.map_op), columns_);
     SumsTable sums(problem_.C);
-    if (op_.reduces) {
-      reduce_all(parallel, sums, coefficients);
-    } else {
-      for_each_task(parallel, [&](std::int64_t c, std::int64_t n) { finish(c, n, sums, coefficients); });
-    }
+    reduce_all(parallel, sums, coefficients);
     if (!op_.maps()) return;
     fold(coefficients);
     coefficients.narrow(kernels_, problem_.dtype, columns_);
@@ -102,9 +105,31 @@ class ChannelsLast {
     }
   }
 
+  // A task is a chunk of whole rows or, where there are few rows, a block of columns.
+  void run_map_alone(const Parallel& parallel) const {
+    parallel(chunks_ * column_blocks_, [&](std::int64_t begin, std::int64_t end) {
+      const SumsTable none(column_block_);
+      Coefficients coefficients(map_coefficients_of(op_.map_op), column_block_);
+      for (std::int64_t task = begin; task < end; ++task) {
+        const std::int64_t column = task % column_blocks_ * column_block_;
+        const std::int64_t chunk = task / column_blocks_;
+        const std::int64_t n = width_of(column);
+        if (task == begin || column_blocks_ != 1) {
+          op_.finish(channels_of(column, fold_ == 1 ? n : problem_.C, none, coefficients, 0));
+          fold(coefficients);
+          coefficients.narrow(kernels_, problem_.dtype, n);
+        }
+        if (!op_.maps()) continue;
+        const Compute compute = common_compute(coefficients, n);
+        map(chunk, column, rows_of(chunk), n, coefficients, 0, compute);
+        if (chunk == 0 && remainder_ != 0) map(chunks_, 0, 1, remainder_, coefficients, 0, compute);
+      }
+    });
+  }
+
   void run_in_blocks(const Parallel& parallel) const {
     const std::int64_t C = problem_.C;
-    const std::int64_t width = std::clamp(kBlockElements / M_ / 64 * 64, kMinColumnBlock, kMaxBlockColumns);
+    const std::int64_t width = block_width(std::clamp(kBlockElements / M_, kMinColumnBlock, kMaxBlockColumns));
     parallel(divide_up(C, width), [&](std::int64_t begin, std::int64_t end) {
       Coefficients start(std::max(1, reduce_coefficients_of(op_.reduce_op)), width);
       Coefficients coefficients(map_coefficients_of(op_.map_op), width);
@@ -112,7 +137,7 @@ class ChannelsLast {
       for (std::int64_t task = begin; task < end; ++task) {
         const std::int64_t c = task * width;
         const std::int64_t n = std::min(width, C - c);
-        if (op_.reduces) reduce_block(c, n, start, sums);
+        reduce_block(c, n, start, sums);
         op_.finish(channels_of(c, n, sums, coefficients, 0));
         if (!op_.maps()) continue;
         coefficients.narrow(kernels_, problem_.dtype, n);
@@ -155,6 +180,11 @@ class ChannelsLast {
         f(c, problem_.C - c < kFinishColumns ? problem_.C - c : kFinishColumns);
       }
     });
+  }
+
+  // Even blocks of about `wanted` columns, each of which begins with a cache line of 16-bit elements.
+  std::int64_t block_width(std::int64_t wanted) const {
+    return divide_up(even_share(columns_, wanted), kBlockAlignment) * kBlockAlignment;
   }
 
   void finish(std::int64_t c, std::int64_t n, const SumsTable& sums, Coefficients& coefficients) const {

@@ -12,15 +12,17 @@ class Parallel {
   using Loop = void (*)(std::int64_t tasks, Body body, void* context);
 
   // `loop` calls `body` on disjoint ranges that cover [0, tasks), possibly concurrently, and returns when all are done.
-  explicit Parallel(Loop loop) : loop_(loop) {}
+  // `threads`: on how many, at most.
+  Parallel(Loop loop, std::int64_t threads) : loop_(loop), threads_(threads) {}
 
-  static Parallel serial() {
-    return Parallel([](std::int64_t tasks, Body body, void* context) { body(context, 0, tasks); });
-  }
+  static Parallel serial() { return Parallel(nullptr, 1); }
+
+  std::int64_t threads() const { return threads_; }
 
   template <typename F>
   void operator()(std::int64_t tasks, F&& f) const {
     using Function = std::remove_reference_t<F>;
+    if (loop_ == nullptr) return f(std::int64_t{0}, tasks);
     loop_(
         tasks,
         [](void* context, std::int64_t begin, std::int64_t end) { (*static_cast<Function*>(context))(begin, end); },
@@ -29,6 +31,7 @@ class Parallel {
 
  private:
   Loop loop_;
+  std::int64_t threads_;
 };
 
 }  // namespace bnext::cpu

@@ -77,23 +77,12 @@ void PlaneColumns::map(std::int64_t c, std::int64_t n, std::int64_t image, std::
   }
 }
 
-void PlaneColumns::map_all(const Parallel& parallel, const Coefficients& coefficients) const {
-  const std::int64_t C = problem_.C;
-  const std::int64_t image_bytes = C * problem_.HW * element_size(problem_.dtype);
+Tile PlaneColumns::tile() const {
+  const std::int64_t image_bytes = problem_.C * problem_.HW * element_size(problem_.dtype);
   // Each piece of rows spreads the coefficients over its columns anew.
   const std::int64_t pieces = std::max<std::int64_t>(1, problem_.N / kMinMappedRows);
   const std::int64_t fewest = divide_up(kMinMappedTasks, pieces);
-  const std::int64_t group = divide_up(C, std::max(fewest, image_bytes / kMappedRowBytes));
-  const std::int64_t groups = divide_up(C, group);
-  const std::int64_t rows = divide_up(problem_.N, pieces);
-  parallel(groups * divide_up(problem_.N, rows), [&](std::int64_t begin, std::int64_t end) {
-    Buffers buffers(0);
-    for (std::int64_t task = begin; task < end; ++task) {
-      const std::int64_t c = task % groups * group;
-      const std::int64_t image = task / groups * rows;
-      map(c, std::min(group, C - c), image, std::min(rows, problem_.N - image), coefficients, c, buffers);
-    }
-  });
+  return {divide_up(problem_.C, std::max(fewest, image_bytes / kMappedRowBytes)), divide_up(problem_.N, pieces)};
 }
 
 bool PlaneColumns::take(std::int64_t max_plane, std::int64_t min_rows) const {
@@ -109,15 +98,19 @@ Block PlaneColumns::block_of(std::int64_t offset, std::int64_t n, std::int64_t r
 template <int kMax>
 void PlaneColumns::spread(const Coefficients& of, std::int64_t j, std::int64_t n, Compute compute, Buffers& to,
                           const void* (&coefficients)[kMax]) const {
+  // In whole blocks: what they write beyond a plane is overwritten by the next channel, or lies in the table's last
+  // block.
+  constexpr std::int64_t kBlock = 8;
   const auto repeat = [&](const auto& from, auto& columns) {
-    const auto needed = static_cast<std::size_t>(of.count * n * problem_.HW);
+    const auto needed = static_cast<std::size_t>(of.count * n * problem_.HW + kBlock);
     if (columns.size() < needed) columns.resize(needed);
     for (int k = 0; k < of.count; ++k) {
-      auto* const row = columns.data() + k * n * problem_.HW;
-      for (std::int64_t i = 0; i < n; ++i) {
-        std::fill_n(row + i * problem_.HW, problem_.HW, from[k * of.channels + j + i]);
+      auto* to = columns.data() + k * n * problem_.HW;
+      coefficients[k] = to;
+      for (std::int64_t i = 0; i < n; ++i, to += problem_.HW) {
+        const auto value = from[k * of.channels + j + i];
+        for (std::int64_t column = 0; column < problem_.HW; column += kBlock) std::fill_n(to + column, kBlock, value);
       }
-      coefficients[k] = row;
     }
   };
   compute == Compute::kFloat32 ? repeat(of.single, to.single) : repeat(of.wide, to.wide);

@@ -40,8 +40,8 @@ class PlaneColumns {
   void map(std::int64_t c, std::int64_t n, std::int64_t image, std::int64_t rows, const Coefficients& coefficients,
            std::int64_t j, Buffers& buffers) const;
 
-  // Maps the whole tensor, as many channels at a time as make long rows.
-  void map_all(const Parallel& parallel, const Coefficients& coefficients) const;
+  // What a task maps where nothing is reduced: as many channels as make long rows.
+  Tile tile() const;
 
  private:
   bool take(std::int64_t max_plane, std::int64_t min_rows) const;

@@ -1,6 +1,8 @@
 // "Reduce each channel, then map each element": the two traversals, one for each layout, and their arguments.
 #pragma once
 
+#include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <vector>
 
@@ -82,6 +84,23 @@ void run_channels_last(const Problem& problem, const ChannelOp& op, const Parall
 // What the two traversals share.
 
 constexpr std::int64_t kChunkElements = 65536;  // of one reduction task
+constexpr std::int64_t kEnoughTasks = 16;       // fewer cannot be shared out evenly, unless they are a power of two
+
+constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// How much of n each task takes, so that tasks are even and of about `wanted`. Few tasks are a power of two: threads
+// mostly are, and so share them evenly.
+constexpr std::int64_t even_share(std::int64_t n, std::int64_t wanted) {
+  std::int64_t tasks = std::max<std::int64_t>(1, n / wanted);
+  if (tasks < kEnoughTasks) tasks = static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(tasks)));
+  return divide_up(n, tasks);
+}
+
+// Channels of some images.
+struct Tile {
+  std::int64_t channels;
+  std::int64_t images;
+};
 
 // The sums of some channels.
 struct SumsTable {
@@ -153,7 +172,5 @@ inline Channels channels_of(std::int64_t c, std::int64_t n, const SumsTable& sum
           coefficients.count,
           coefficients.channels};
 }
-
-constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace bnext::cpu

@@ -10,18 +10,22 @@
 namespace bnext {
 namespace {
 
-// Up to this much work, in elements, the barriers of parallel regions cost more than threads save. The work per channel
-// takes as long as so many elements; less in channels-last memory, where several channels are done at once.
+// Up to this much work, in elements, the barriers of parallel regions cost more than threads save. Channels first
+// reduces and maps in one region, channels last in two or three; and a map alone takes half as long. The work per
+// channel takes as long as so many elements; less in channels-last memory, where several channels are done at once.
 constexpr std::int64_t kSerialElements = 65536;
+constexpr std::int64_t kSerialElementsOfOneRegion = 24576;
 constexpr std::int64_t kElementsOfAChannel = 64;
 constexpr std::int64_t kElementsOfAColumn = 8;
 
-cpu::Parallel parallel_for(const Problem& problem) {
-  const std::int64_t besides = problem.layout == Layout::kChannelsFirst ? kElementsOfAChannel : kElementsOfAColumn;
-  if (problem.numel() + besides * problem.C <= kSerialElements) return cpu::Parallel::serial();
-  return cpu::Parallel([](std::int64_t tasks, cpu::Parallel::Body body, void* context) {
+cpu::Parallel parallel_for(const Problem& problem, bool reduces) {
+  const bool planes = problem.layout == Layout::kChannelsFirst;
+  const std::int64_t work = problem.numel() + (planes ? kElementsOfAChannel : kElementsOfAColumn) * problem.C;
+  if (work <= (planes && reduces ? kSerialElementsOfOneRegion : kSerialElements)) return cpu::Parallel::serial();
+  const auto loop = [](std::int64_t tasks, cpu::Parallel::Body body, void* context) {
     at::parallel_for(0, tasks, 1, [&](std::int64_t begin, std::int64_t end) { body(context, begin, end); });
-  });
+  };
+  return {loop, at::get_num_threads()};
 }
 
 class CpuBackend final : public Backend {
@@ -36,7 +40,7 @@ class CpuBackend final : public Backend {
     at::Tensor output = empty_output(like, format);
     const bool strided = problem.layout == Layout::kChannelsFirst && reduces;
     if (strided && output.nbytes() >= cpu::kMinCachedBytes) {
-      cpu::touch_pages(output.mutable_data_ptr(), output.nbytes(), parallel_for(problem));
+      cpu::touch_pages(output.mutable_data_ptr(), output.nbytes(), parallel_for(problem, reduces));
     }
     return output;
   }
@@ -45,13 +49,13 @@ class CpuBackend final : public Backend {
 
   void run(const GatherStats& args, at::Device) const override { cpu::gather_stats(args); }
   void run(const Problem& problem, const TrainingForward& args, at::Device) const override {
-    cpu::forward(problem, args, parallel_for(problem));
+    cpu::forward(problem, args, parallel_for(problem, /*reduces=*/true));
   }
   void run(const Problem& problem, const EvalForward& args, at::Device) const override {
-    cpu::forward(problem, args, parallel_for(problem));
+    cpu::forward(problem, args, parallel_for(problem, /*reduces=*/false));
   }
   void run(const Problem& problem, const Backward& args, at::Device) const override {
-    cpu::backward(problem, args, parallel_for(problem));
+    cpu::backward(problem, args, parallel_for(problem, args.reduces()));
   }
 };
 
