@@ -104,7 +104,7 @@ class ChannelsFirst {
  private:
   void run_map_alone(const Parallel& parallel, bool in_columns) const {
     const std::int64_t C = problem_.C;
-    const Tile tile = in_columns ? plane_columns_.tile() : tile_of_planes();
+    const Tile tile = in_columns ? plane_columns_.tile(parallel.threads()) : tile_of_planes();
     const std::int64_t pieces = divide_up(problem_.N, tile.images);
     parallel(divide_up(C, tile.channels) * pieces, [&](std::int64_t begin, std::int64_t end) {
       const SumsTable none(tile.channels);

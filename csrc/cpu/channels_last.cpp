@@ -31,7 +31,7 @@ constexpr std::int64_t kFinishColumns = 256;  // channels of one task between th
 // Where there are few rows, a block of columns has about kBlockElements, which are still in the caches when they are
 // mapped, and at most kMaxBlockColumns, whose sums and coefficients stay in the first-level cache.
 constexpr std::int64_t kBlockElements = 32768;
-constexpr std::int64_t kMaxBlockColumns = 1024;
+constexpr std::int64_t kMaxBlockColumns = 512;
 
 // Beyond the second-level cache a reduction reads memory nearly in order: in tiles of about kTileBytes, though of at
 // least kMinTileRows rows, which share a tile's fixed costs. Its input is prefetched, except for rows of at most
@@ -42,8 +42,10 @@ constexpr std::int64_t kPrefetchBytes = 8192;
 constexpr std::int64_t kHardwarePrefetchedBytes = 256;
 
 // How many rows of the tensor to fold into one: a row of a multiple of 16 columns has no tail.
-// Column j of a folded row belongs to channel j % C.
+// Column j of a folded row belongs to channel j % C. Long rows are folded only if there are many of them: few are
+// divided among tasks by columns, too.
 std::int64_t fold_of(std::int64_t C, std::int64_t M) {
+  if (C >= kMinFoldedColumns && M < kEnoughTasks * kChunkRows) return 1;
   std::int64_t fold = 16 / std::gcd(C, std::int64_t{16});
   while (fold * C < kMinFoldedColumns) fold *= 2;
   return fold * C <= kMaxFoldedColumns && fold <= M ? fold : 1;
@@ -66,8 +68,9 @@ class ChannelsLast {
     chunks_ = divide_up(rows_, chunk_rows_);
     column_block_ = columns_;
     // Columns are divided among tasks too, unless there are many rows and nothing has to be added up.
-    if (chunks_ < kEnoughTasks && fold_ == 1 && (op.reduces || chunks_ == 1)) {
-      column_block_ = block_width(std::max(kMinColumnBlock, divide_up(columns_, divide_up(kEnoughTasks, chunks_))));
+    if (fold_ == 1 && (op.reduces ? chunks_ < kEnoughTasks : chunks_ == 1)) {
+      const std::int64_t share = divide_up(columns_, divide_up(kEnoughTasks, chunks_));
+      column_block_ = block_width(op.reduces ? std::max(kMinColumnBlock, share) : kMaxBlockColumns);
     }
     column_blocks_ = divide_up(columns_, column_block_);
     mask_row_ = divide_up(columns_, kCpuMaskLanes);

@@ -17,7 +17,7 @@ constexpr std::int64_t kMinMomentsRows = 32;
 constexpr std::int64_t kMaxMappedPlaneBytes = 160;
 constexpr std::int64_t kMappedRowBytes = 16384;
 constexpr std::int64_t kMinMappedRows = 64;
-constexpr std::int64_t kMinMappedTasks = 4;
+constexpr std::int64_t kTilesOfAThread = 2;  // at least
 
 // The sum in eight chains, which do not wait for each other.
 double sum_of(const double* values, std::int64_t n) {
@@ -77,12 +77,12 @@ void PlaneColumns::map(std::int64_t c, std::int64_t n, std::int64_t image, std::
   }
 }
 
-Tile PlaneColumns::tile() const {
+Tile PlaneColumns::tile(std::int64_t threads) const {
   const std::int64_t image_bytes = problem_.C * problem_.HW * element_size(problem_.dtype);
   // Each piece of rows spreads the coefficients over its columns anew.
   const std::int64_t pieces = std::max<std::int64_t>(1, problem_.N / kMinMappedRows);
-  const std::int64_t fewest = divide_up(kMinMappedTasks, pieces);
-  return {divide_up(problem_.C, std::max(fewest, image_bytes / kMappedRowBytes)), divide_up(problem_.N, pieces)};
+  const std::int64_t groups = std::max(divide_up(threads * kTilesOfAThread, pieces), image_bytes / kMappedRowBytes);
+  return {even_share(problem_.C, divide_up(problem_.C, groups)), divide_up(problem_.N, pieces)};
 }
 
 bool PlaneColumns::take(std::int64_t max_plane, std::int64_t min_rows) const {

@@ -41,7 +41,7 @@ class PlaneColumns {
            std::int64_t j, Buffers& buffers) const;
 
   // What a task maps where nothing is reduced: as many channels as make long rows.
-  Tile tile() const;
+  Tile tile(std::int64_t threads) const;
 
  private:
   bool take(std::int64_t max_plane, std::int64_t min_rows) const;

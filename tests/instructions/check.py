@@ -43,8 +43,8 @@ def compiler_version() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
 
 
-def build() -> Path:
-    """The driver, linked with the objects of the extension's own build."""
+def build(source: Path, folder: Path) -> Path:
+    """The program of this source, in `folder`, linked with the objects of the extension's own build."""
     # The build's folder keeps objects of sources that are gone.
     objects = [
         o
@@ -53,13 +53,13 @@ def build() -> Path:
         if (ROOT / o.relative_to(temporary)).with_suffix(".cpp").exists()
     ]
     if not objects:
-        sys.exit("check.py: the extension is not built: make build")
-    BUILD.mkdir(parents=True, exist_ok=True)
-    driver = BUILD / "driver"
+        raise FileNotFoundError(f"{source.name}: the extension is not built: make build")
+    folder.mkdir(parents=True, exist_ok=True)
+    program = folder / source.stem
     flags = ["-std=c++20", "-O1", "-fopenmp"]
-    source = str(HERE / "driver.cpp")
-    subprocess.run([os.environ.get("CXX", "c++"), *flags, source, *map(str, objects), "-o", str(driver)], check=True)
-    return driver
+    command = [os.environ.get("CXX", "c++"), *flags, str(source), *map(str, objects), "-o", str(program)]
+    subprocess.run(command, check=True)
+    return program
 
 
 def instructions_of_run(driver: Path, case: tuple[str, ...], calls: int) -> int:
@@ -84,7 +84,10 @@ def main() -> int:
     update = parser.parse_args().update
     if shutil.which("valgrind") is None:
         sys.exit("check.py: valgrind is not installed (apt install valgrind)")
-    driver = build()
+    try:
+        driver = build(HERE / "driver.cpp", BUILD)
+    except FileNotFoundError as e:
+        sys.exit(f"check.py: {e}")
     baseline = json.loads(BASELINE.read_text()) if BASELINE.exists() else {"compiler": "", "instructions": {}}
     judged = baseline["compiler"] == compiler_version()
     found: dict[str, float] = {}
