@@ -147,7 +147,7 @@ def block(rows: Sequence[Row]) -> str:
     """The means, the memory and the bars as Markdown, of rows that are all plain batch norms or all fused."""
     rows = device_times(rows)
     table = compare(rows)
-    parts = [markdown(means_by_operation(table)), legend(table)]
+    parts = [markdown(means_by_operation(table)), legend(table), slower(table)]
     held = pd.DataFrame([vars(row) for row in rows if row.held_bytes is not None])
     if len(held):
         parts += [markdown(held_sheet(held)), HELD_LEGEND]
@@ -159,6 +159,17 @@ def block(rows: Sequence[Row]) -> str:
         parts.append(f"{prefix}{bars_text(rows[0].device, bool(rows[0].act))} {summary(found)}.{endings}")
     parts.append(how_measured(rows))
     return "\n\n".join(parts)
+
+
+def slower(table: pd.DataFrame) -> str:
+    """How many measurements are slower than torch, and the slowest."""
+    found = table[table["speedup"] < 1].sort_values("speedup")
+    text = f"bnext is slower than torch in {len(found)} of {len(table)} measurements"
+    if not len(found):
+        return f"{text}."
+    least = found.iloc[0]
+    what = f"{operation_label(least['op'])} of {least['label']}, {group_label(least)}"
+    return f"{text}; the least is {what}, at {least['speedup']:.2f} of torch's speed."
 
 
 def legend(table: pd.DataFrame) -> str:
