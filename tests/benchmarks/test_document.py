@@ -10,7 +10,7 @@ from canned import imagined_fused_gpu_run, imagined_gpu_run, rows_of
 from benchmarks.__main__ import RESULTS, main
 from benchmarks.document import DOCUMENT, NUMERICS, TUNING, TUNING_RANGE, markers, rewritten
 from benchmarks.numerics_report import is_numerics, load_results, page
-from benchmarks.report import block_name, blocks
+from benchmarks.report import block_name, blocks, compare, means
 from benchmarks.rows import TOUCHED, InputError, load_rows, save_rows
 
 FILES = sorted(RESULTS.glob("*.json"))
@@ -36,6 +36,23 @@ def test_every_block_of_the_document_has_one_file() -> None:
 def test_every_row_of_the_accuracy_is_on_its_page() -> None:
     (file,) = filter(is_numerics, FILES)
     assert file.with_suffix(".md").read_text(encoding="utf-8") == page(load_results(file))
+
+
+def test_readme_shows_the_committed_results() -> None:
+    text = (DOCUMENT.parents[1] / "README.md").read_text(encoding="utf-8")
+    found = {}
+    for name, operations in (("xeon", ("forward", "backward")), ("xeon-fused", ("forward_backward",))):
+        table = compare([row for row in load_rows(RESULTS / f"{name}.json") if row.dtype == "float32"])
+        for (_, size, operation), line in means(table).iterrows():
+            if operation in operations:
+                found[line["layout_shown"], size, operation] = round(line["speedup"], 1)
+    for layout in ("contiguous", "channels_last"):
+        for size, words in (("> 32 MB", "over 32 MB"), ("1-32 MB", "1 to 32 MB")):
+            (shown,) = re.findall(rf"\| {layout}, {words} \| (.*) \|", text)
+            expected = [found[layout, size, operation] for operation in ("forward", "backward", "forward_backward")]
+            assert [float(number) for number in shown.split("|")] == expected
+    slow = compare(load_rows(RESULTS / "xeon.json"))["speedup"]
+    assert f"In {sum(slow < 1)} of {len(slow)} single measurements bnext runs at {slow.min():.2f} of" in text
 
 
 def test_each_kind_has_its_own_block_and_the_rest_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from canned import imagined_costs, imagined_fused_gpu_run, imagined_gpu_run, imagined_run, on_gpu
+from canned import imagined_costs, imagined_fused_gpu_run, imagined_gpu_run, imagined_run, on_gpu, row
 
 from benchmarks.__main__ import main
 from benchmarks.acceptance import mean_verdicts, verdicts
-from benchmarks.report import block, compare
+from benchmarks.report import block, compare, slower
 from benchmarks.rows import Row, load_rows, save_rows, write_atomically
 
 
@@ -134,6 +134,16 @@ def test_report_prints_every_measurement_and_the_means(tmp_path: Path, capsys: p
         assert part in text
     assert "compile bar" not in text, "a column of what was not measured"
     assert "…" not in text, "a number was cut"
+
+
+def test_block_says_how_many_measurements_are_slower_and_which_least() -> None:
+    pair = [row("torch", 1.0), row("bnext", 2.0), row("torch", 1.0, op="backward"), row("bnext", 1.5, op="backward")]
+    pair += [row("torch", 1.0, op="eval"), row("bnext", 1.0, op="eval")]
+    text = slower(compare(pair))
+    assert text.startswith("bnext is slower than torch in 2 of 3 measurements; the least is forward of ")
+    assert text.endswith(", at 0.50 of torch's speed.")
+    assert slower(compare(pair[-2:])) == "bnext is slower than torch in 0 of 1 measurements."
+    assert text in block(pair)
 
 
 def test_block_of_a_gpu_has_replays_alone_and_its_bars() -> None:
