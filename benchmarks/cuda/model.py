@@ -49,12 +49,13 @@ class Device:
     tile_start: float = assumed(250.0, "ns", "assumed: divisions of 32 bits, first requests")
     memory: float = assumed(700.0, "ns", "assumed: a load from DRAM")
     merge: float = assumed(300.0, "ns", "assumed: a block's sums")
+    merge_swap: float = assumed(20.0, "ns", "assumed: a double that the rows of a warp exchange, 16 warps an SM")
     merge_round: float = assumed(120.0, "ns", "assumed: each round of a column tile's merge, two barriers")
     cluster_barrier: float = assumed(500.0, "ns")
     remote_read: float = assumed(400.0, "ns", "assumed: distributed shared memory, 16 loads at once")
     grid_barrier: float = assumed(1300.0, "ns", "assumed: release, poll, acquire")
     l2_read: float = assumed(300.0, "ns", "assumed: eight loads at once")
-    finish: float = assumed(1000.0, "ns", "assumed: weight, bias, running statistics in series; float64")
+    finish: float = assumed(600.0, "ns", "assumed: weight, bias, running statistics, which lie in L2; float64")
 
 
 LATENCIES = tuple(name for name, each in Device.__dataclass_fields__.items() if each.metadata.get("unit") == "ns")
@@ -162,13 +163,18 @@ def groups_at_once(device: Device, plan: Plan) -> int:
     return max(1, min(fit, plan.groups, plan.tiles))
 
 
-def exchange(device: Device, plan: Plan) -> float:
+def exchange(device: Device, kernel: Kernel) -> float:
     """The nanoseconds from a block's last addition to the map: merge, all-reduce, coefficients."""
-    rounds, rows = 0, plan.threads_y
-    while plan.tile == "kColumns" and rows > 1:  # as in merge_columns
-        rows = (rows + 1) // 2 if rows // 2 < plan.merge_rows else rows - plan.merge_rows
-        rounds += 1
-    time = device.merge + rounds * device.merge_round + device.finish
+    plan = kernel.plan
+    swaps, rounds, row, rows = 0, 0, plan.threads_x, plan.threads_y
+    if plan.tile == "kColumns":  # as in merge_columns
+        half = VECTOR_BYTES // kernel.element_bytes
+        while half > 0 and row < 32 and 32 % row == 0 and plan.threads_x * plan.threads_y == plan.threads:
+            swaps, half, row, rows = swaps + half, half // 2, 2 * row, rows // 2
+        while rows > 1:
+            rows = (rows + 1) // 2 if rows // 2 < plan.merge_rows else rows - plan.merge_rows
+            rounds += 1
+    time = device.merge + swaps * device.merge_swap + rounds * device.merge_round + device.finish
     values = 2 * plan.tile_channels
     if plan.group == "cluster":
         time += device.cluster_barrier + ceil(values / plan.threads) * device.remote_read
@@ -238,7 +244,7 @@ def wave(device: Device, kernel: Kernel, groups: int) -> Wave:
         load_issue=step * (steps.request + steps.reduce) - last_stage,
         last_stage=last_stage,
         map_issue=step * (steps.map + plan.streamed * steps.request),
-        exchange=exchange(device, plan),
+        exchange=exchange(device, kernel),
         around=device.tile_start + device.memory,
     )
 

@@ -25,6 +25,11 @@ BNEXT_INLINE typename Access::V load_or(const Access& access, const ChannelVecto
   return from.data == nullptr ? typename Access::V{} + absent : access.load(from, c);
 }
 
+template <typename Vector, typename Visit>
+BNEXT_INLINE void visit_value(const Vector& of, std::int64_t c, Visit&& visit) {
+  if (of.data != nullptr) visit(static_cast<const char*>(of.data) + c * element_size(of.dtype));
+}
+
 // The weight in the running statistics of a batch, or of the part number `part` of a batch. The counter does not
 // include this batch yet.
 BNEXT_INLINE double momentum_of(const Running& running, std::int64_t part = 0) {
@@ -60,6 +65,15 @@ struct TrainingForwardOp {
   BNEXT_INLINE double refined_shift(const ChannelSums& sums) const {
     const double mean = sums.shift + sums.first / count;
     return is_finite(mean) ? mean : sums.shift;
+  }
+
+  // Calls visit(address) for each value of the channel that `finish` is the first to load.
+  template <typename Visit>
+  BNEXT_INLINE void for_each_late(std::int64_t c, Visit&& visit) const {
+    visit_value(args.weight, c, visit);
+    visit_value(args.bias, c, visit);
+    visit_value(args.running.mean, c, visit);
+    visit_value(args.running.var, c, visit);
   }
 
   // A forward reduction takes its shift from samples of the input (samples.h).
@@ -163,6 +177,11 @@ struct BackwardOp {
     return is_finite(sums.first) & is_finite(sums.second);
   }
   BNEXT_INLINE double refined_shift(const ChannelSums& sums) const { return sums.shift; }
+
+  template <typename Visit>
+  BNEXT_INLINE void for_each_late(std::int64_t c, Visit&& visit) const {
+    if (!args.activated()) visit_value(args.weight, c, visit);
+  }
 
   // The sums' shift; with an activation also the coefficients of the pre-activation.
   template <typename V, typename Access = OneChannel>

@@ -57,6 +57,7 @@ class BlockTask {
           in_form<scalar_t, Map, Reduce::kActivated>(args_,
                                                      [&](auto loop) { request_kept<loop.value>(kept_of(items)); });
         }
+        prefetch_late();
         // If float32 cannot hold the reduction's coefficients, every channel is reduced in float64.
         again = !choose_coefficients(sample);
         // The map of the previous tile requested its vectors in another order than they are added in.
@@ -169,6 +170,13 @@ class BlockTask {
     if (sample >= plan_.samples || channel >= span_.channels(plan_)) return 0;
     const auto* input = static_cast<const scalar_t*>(args_.tensors.in[0]);
     return widen(input[plan_.sample_offsets[sample] + (span_.first_channel(plan_) + channel) * plan_.sample_stride]);
+  }
+
+  // L2 fetches what `finish` loads while the tile's vectors are on their way.
+  __device__ __forceinline__ void prefetch_late() const {
+    for (int i = static_cast<int>(threadIdx.x); i < span_.channels(plan_); i += plan_.threads) {
+      op_.for_each_late(span_.first_channel(plan_) + i, [](const void* address) { prefetch(address); });
+    }
   }
 
   // Chooses the reduction's coefficients. Returns whether float32 holds them: all blocks of the group find the same.

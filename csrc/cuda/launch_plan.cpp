@@ -22,6 +22,8 @@ constexpr std::int64_t kMaxWholeVectors = std::int64_t{1} << 30;
 constexpr std::int64_t kMaxFoldedRowBytes = 2048;  // a tile of all channels: their sums have to fit beside the slots
 constexpr std::int64_t kL2Share = 2;               // results larger than L2's size over this are stored past it
 
+constexpr std::int64_t kMaskWordBytes = 4;  // the least that an asynchronous copy moves
+
 static_assert(kVectorBytes == kCudaMaskBytes, "a vector's lanes share a byte of a mask");
 
 constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -36,20 +38,27 @@ std::int64_t power_of_two_from(std::int64_t n) {
 // The smallest number of pixels or planes of `bytes` bytes that fill whole vectors.
 std::int64_t vector_group(std::int64_t bytes) { return kVectorBytes / std::gcd(std::int64_t{kVectorBytes}, bytes); }
 
+// What is kept of a vector: that of each input, and its word of the mask.
+std::int64_t vector_bytes(const LaunchPlan& plan) {
+  return std::int64_t{plan.inputs} * kVectorBytes + (plan.reads_mask ? kMaskWordBytes : 0);
+}
+
 // ---- tiles
 
-// Bytes of a row that a tile takes: a cache line, if a group across the device can keep such a tile. A tile that cannot
-// be kept anyway is read in long runs, by one group. Of a small tensor, narrower tiles make more groups.
-std::int64_t row_bytes(const Problem& problem, int inputs, const DeviceLimits& limits) {
+// Bytes of a row that a tile takes: a cache line, if a group across the device can keep such a tile, or half a line if
+// two groups cannot: one group alone moves nothing while it waits for its sums. A tile that cannot be kept anyway is
+// read in long runs, by one group. Of a small tensor, narrower tiles make more groups.
+std::int64_t row_bytes(const LaunchPlan& plan, const Problem& problem, const DeviceLimits& limits) {
   const std::int64_t row = problem.C * element_size(problem.dtype);
   std::int64_t bytes = kLineBytes;
-  if (problem.count() * row * inputs <= kSmallTensorBytes) {
+  if (problem.count() * row * plan.inputs <= kSmallTensorBytes) {
     while (bytes > kSectorBytes && divide_up(row, bytes) < limits.sms) bytes /= 2;
     return bytes;
   }
-  // The sums and the coefficients take a fifth of shared memory at most.
-  const std::int64_t kept = std::int64_t{limits.sms} * limits.shared_per_block * 4 / 5;
-  if (problem.count() * bytes * inputs <= kept) return bytes;
+  const std::int64_t shared = std::int64_t{limits.sms} * limits.shared_per_block;
+  const std::int64_t tile = problem.count() * (bytes / kVectorBytes) * vector_bytes(plan);
+  // The sums and the coefficients take a fifth of shared memory at most, and a tenth beside long tiles.
+  if (tile <= shared * 4 / 5) return 2 * tile <= shared * 9 / 10 ? bytes : bytes / 2;
   bytes = limits.max_row_bytes;
   while (bytes > kSectorBytes && row > bytes && row % bytes != 0) bytes /= 2;
   return bytes;
@@ -71,7 +80,7 @@ void choose_channels_last(LaunchPlan& plan, const Problem& problem, const Device
   }
   plan.rows = M;
   plan.row_width = problem.C;
-  plan.tile_width = std::min(row_bytes(problem, plan.inputs, limits) / size, problem.C);
+  plan.tile_width = std::min(row_bytes(plan, problem, limits) / size, problem.C);
   plan.tiles = divide_up(problem.C, plan.tile_width);
   plan.tile_channels = static_cast<int>(plan.tile_width);
 }
@@ -143,12 +152,8 @@ std::int64_t merge_bytes(const LaunchPlan& plan, const Problem& problem, bool re
   return std::max<std::int64_t>(pairs * 2, plan.threads) * static_cast<std::int64_t>(sizeof(double));
 }
 
-constexpr std::int64_t kMaskWordBytes = 4;  // the least that an asynchronous copy moves
-
-// One slot of every worker, for a vector of each input and its word of the mask.
-std::int64_t slot_bytes(const LaunchPlan& plan) {
-  return std::int64_t{plan.workers} * (plan.inputs * kVectorBytes + (plan.reads_mask ? kMaskWordBytes : 0));
-}
+// One slot of every worker.
+std::int64_t slot_bytes(const LaunchPlan& plan) { return plan.workers * vector_bytes(plan); }
 
 void lay_out_shared(LaunchPlan& plan, const Problem& problem, const KernelTraits& traits) {
   const bool reduces = traits.reduces;

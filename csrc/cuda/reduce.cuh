@@ -165,40 +165,73 @@ __device__ __forceinline__ void merge_channel(const LaunchPlan& plan, const doub
   }
 }
 
-// Columns: first a tree reduction over the rows of threads, in which the upper half adds to the lower half, or as many
-// rows as the buffer holds; then a sum over the columns of each channel. own: double [2][tile_channels].
+// The rows of a block's threads in merge_columns, and which of a column's values a thread has.
+struct ThreadRows {
+  int length;  // threads of a row
+  int rows;
+  int count;  // values of this thread
+  int first;  // the first of them
+};
+
+// Merges the rows that share a warp, in registers, until a warp is one row: of two rows, a column's threads exchange
+// values, and each adds up one half of them.
+template <int kHalf, int kValues>
+__device__ __forceinline__ void merge_rows_of_warp(double (&values)[kValues], ThreadRows& at) {
+  if (at.length == 32) return;
+  const bool upper = (static_cast<int>(threadIdx.x) & at.length) != 0;
+#pragma unroll
+  for (int p = 0; p < kHalf; ++p) {
+    const double low = values[p];
+    const double high = values[kHalf + p];
+    values[p] = (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, at.length);
+  }
+  at = {2 * at.length, at.rows / 2, kHalf, at.first + (upper ? kHalf : 0)};
+  if constexpr (kHalf > 1) merge_rows_of_warp<kHalf / 2>(values, at);
+}
+
+// Columns: first a sum over the rows of threads, then over the columns of each channel. own: double [2][tile_channels].
+// What is left of the rows within a warp takes a tree reduction through `merge`, in which the upper half adds to the
+// lower half, or as many rows as the buffer holds.
 template <int kP>
-__device__ __forceinline__ void merge_columns(const LaunchPlan& plan, double (&first)[kP], double (&second)[kP],
-                                              double* merge, double* own) {
+__device__ __forceinline__ void merge_columns(const LaunchPlan& plan, const double (&first)[kP],
+                                              const double (&second)[kP], double* merge, double* own) {
+  constexpr int kValues = 2 * kP;
   const int t = static_cast<int>(threadIdx.x);
-  const int y = t / plan.threads_x;
-  const int slots = plan.threads_x * plan.merge_rows;
-  for (int rows = plan.threads_y; rows > 1;) {
-    const int left = rows / 2 < plan.merge_rows ? (rows + 1) / 2 : rows - plan.merge_rows;
-    if (y >= left && y < rows) {
+  double values[kValues];
 #pragma unroll
-      for (int p = 0; p < kP; ++p) {
-        merge[2 * p * slots + t - left * plan.threads_x] = first[p];
-        merge[(2 * p + 1) * slots + t - left * plan.threads_x] = second[p];
+  for (int p = 0; p < kP; ++p) {
+    values[p] = first[p];
+    values[kP + p] = second[p];
+  }
+  ThreadRows at = {plan.threads_x, plan.threads_y, kValues, 0};
+  if (32 % plan.threads_x == 0 && plan.workers == plan.threads) merge_rows_of_warp<kP>(values, at);
+  const int y = t / at.length;
+  const int slots = at.length * plan.merge_rows;
+  while (at.rows > 1) {
+    const int left = at.rows / 2 < plan.merge_rows ? (at.rows + 1) / 2 : at.rows - plan.merge_rows;
+    if (y >= left && y < at.rows) {
+#pragma unroll
+      for (int p = 0; p < kValues; ++p) {
+        if (p < at.count) merge[p * slots + t - left * at.length] = values[p];
       }
     }
     __syncthreads();
-    if (y < rows - left) {
+    if (y < at.rows - left) {
 #pragma unroll
-      for (int p = 0; p < kP; ++p) {
-        first[p] += merge[2 * p * slots + t];
-        second[p] += merge[(2 * p + 1) * slots + t];
+      for (int p = 0; p < kValues; ++p) {
+        if (p < at.count) values[p] += merge[p * slots + t];
       }
     }
     __syncthreads();
-    rows = left;
+    at.rows = left;
   }
   const int columns = plan.threads_x * kP;
   if (y == 0) {
+    const int column = t % plan.threads_x * kP;
 #pragma unroll
-    for (int p = 0; p < kP; ++p) {
-      merge[t * kP + p] = first[p];
-      merge[columns + t * kP + p] = second[p];
+    for (int p = 0; p < kValues; ++p) {
+      const int value = at.first + p;
+      if (p < at.count) merge[value / kP * columns + column + value % kP] = values[p];
     }
   }
   __syncthreads();

@@ -207,6 +207,15 @@ __device__ __forceinline__ void store_word(uint4* to, const Words& vec) {
 #endif
 }
 
+// Lets L2 fetch what lies there, without waiting for it.
+__device__ __forceinline__ void prefetch(const void* address) {
+#if defined(__CUDACC__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#else
+  asm volatile("" ::"r"(*static_cast<const char*>(address)));  // in emulation a read, whose address is checked
+#endif
+}
+
 // `streams`: the results are too large for their next reader to find them in L2, and should not evict data that will be
 // read again.
 template <typename scalar_t, typename Where>

@@ -167,6 +167,18 @@ def test_blocks_that_share_the_additions_of_an_all_reduce(planned_for: PlannedFo
             assert 2 * case.shape[1] % plan["share"] != 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("channels", [16, 32, 64, 256])
+@pytest.mark.parametrize("pixels", [2, 5, 12, 45, 67, 300])
+def test_rows_of_threads_that_are_parts_of_a_warp(
+    pixels: int, channels: int, dtype: torch.dtype, planned_for: PlannedFor
+) -> None:
+    """Rows of up to 32 threads are merged within a warp, unless some threads of the last warp have no row."""
+    with planned_for(Limits(sms=4)) as device:
+        x, g, params, _ = make_inputs((pixels, channels, 1, 1), "channels_last", dtype, device, False, "channels_last")
+        check_backward(x, g, params, training=True, output_too=True)
+
+
 @pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_a_masks_bits_at_the_edges_of_a_rectifier(dtype: torch.dtype, act: str, planned_for: PlannedFor) -> None:
