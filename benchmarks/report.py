@@ -164,12 +164,12 @@ def block(rows: Sequence[Row]) -> str:
 def slower(table: pd.DataFrame) -> str:
     """How many measurements are slower than torch, and the slowest."""
     found = table[table["speedup"] < 1].sort_values("speedup")
-    text = f"bnext is slower than torch in {len(found)} of {len(table)} measurements"
+    text = f"bnext is slower than torch in {len(found)} of {table['speedup'].notna().sum()} measurements"
     if not len(found):
         return f"{text}."
-    least = found.iloc[0]
-    what = f"{operation_label(least['op'])} of {least['label']}, {group_label(least)}"
-    return f"{text}; the least is {what}, at {least['speedup']:.2f} of torch's speed."
+    slowest = found.iloc[0]
+    what = f"{operation_label(slowest['op'])} of {slowest['label']}, {group_label(slowest)}"
+    return f"{text}; the slowest is {what}, at {slowest['speedup']:.2f} of torch's speed."
 
 
 def legend(table: pd.DataFrame) -> str:

@@ -67,7 +67,7 @@ struct TrainingForwardOp {
     return is_finite(mean) ? mean : sums.shift;
   }
 
-  // Calls visit(address) for each value of the channel that `finish` is the first to load.
+  // Calls visit(address) for the channel's value of each vector that `finish` is the first to load.
   template <typename Visit>
   BNEXT_INLINE void for_each_late(std::int64_t c, Visit&& visit) const {
     visit_value(args.weight, c, visit);
@@ -181,6 +181,8 @@ struct BackwardOp {
   template <typename Visit>
   BNEXT_INLINE void for_each_late(std::int64_t c, Visit&& visit) const {
     if (!args.activated()) visit_value(args.weight, c, visit);
+    visit_value(args.mean_dz, c, visit);
+    visit_value(args.mean_dz_xhat, c, visit);
   }
 
   // The sums' shift; with an activation also the coefficients of the pre-activation.

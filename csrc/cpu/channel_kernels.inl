@@ -82,7 +82,7 @@ void finish_channels(const void* op_pointer, const Channels& of) {
   const Op& op = *static_cast<const Op*>(op_pointer);
   for_each_register(of.n, [&](std::int64_t j, auto lanes) {
     Vec<double> c[kMaxCoefficients] = {};
-    op.finish(of.c + j, load_sums(of, j, lanes), /*stores=*/true, c, ChannelLanes<decltype(lanes)>{lanes});
+    op.finish(of.c + j, load_sums(of, j, lanes), of.stores, c, ChannelLanes<decltype(lanes)>{lanes});
     store_coefficients(c, of, j, lanes, of.coefficient_count);
   });
 }

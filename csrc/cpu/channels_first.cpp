@@ -19,8 +19,9 @@ namespace bnext::cpu {
 namespace {
 
 // A group has several channels, as the mathematics for each is done for eight at once, and more where there are many;
-// but no more than the second-level cache holds, or the first-level cache where columns have coefficients and sums, and
-// so few that each thread has kTasksOfAThread groups.
+// but no more than the second-level cache holds, or the first-level cache where columns have coefficients and sums.
+// Each thread has kTasksOfAThread groups if they are of kMinGroupChannels or more, and one at least.
+constexpr std::int64_t kMinGroupChannels = 8;
 constexpr std::int64_t kGroupChannels = 16;
 constexpr std::int64_t kGroupBytes = 262144;
 constexpr std::int64_t kGroupColumns = 512;
@@ -114,7 +115,7 @@ class ChannelsFirst {
         const std::int64_t c0 = task / pieces * tile.channels;
         const std::int64_t n = std::min(tile.channels, C - c0);
         const std::int64_t image = task % pieces * tile.images;
-        if (task == begin || image == 0) finish(c0, n, none, coefficients);
+        if (task == begin || image == 0) finish(c0, n, none, coefficients, /*stores=*/image == 0);
         if (!op_.maps()) continue;
         if (in_columns) {
           plane_columns_.map(c0, n, image, std::min(tile.images, problem_.N - image), coefficients, 0, columns);
@@ -128,9 +129,10 @@ class ChannelsFirst {
   // Tiles of one image that are long enough to be read and written as fast as whole images, if there are enough tasks.
   Tile tile_of_planes() const {
     const std::int64_t plane_bytes = problem_.HW * element_size(problem_.dtype);
-    const std::int64_t longest = std::clamp<std::int64_t>(kTileBytes / plane_bytes, 1, kMaxTileChannels);
-    const std::int64_t channels = std::max<std::int64_t>(1, std::min(longest, problem_.N * problem_.C / kEnoughTasks));
-    return {even_share(problem_.C, channels), 1};
+    const std::int64_t most = std::clamp<std::int64_t>(kTileBytes / plane_bytes, 1, kMaxTileChannels);
+    const std::int64_t step = divide_up(kEnoughTasks, problem_.N);  // kEnoughTasks tasks, or a multiple
+    const std::int64_t tiles = divide_up(divide_up(problem_.C, most), step) * step;
+    return {divide_up(problem_.C, std::min(tiles, problem_.C)), 1};
   }
 
   // Maps consecutive planes of one image. The coefficients of their channels begin at index j.
@@ -176,8 +178,9 @@ class ChannelsFirst {
     channels = std::max<std::int64_t>(1, std::min(channels, kGroupBytes / channel_bytes));
     if (threads == 1) return channels;
     // As many groups for one thread as for another.
-    const std::int64_t of_a_thread = std::max(kTasksOfAThread, divide_up(divide_up(problem_.C, channels), threads));
-    return divide_up(problem_.C, of_a_thread * threads);
+    const std::int64_t fewest =
+        std::clamp<std::int64_t>(problem_.C / (threads * kMinGroupChannels), 1, kTasksOfAThread);
+    return divide_up(problem_.C, threads * std::max(fewest, divide_up(divide_up(problem_.C, channels), threads)));
   }
 
   void run_fused(const Parallel& parallel, std::int64_t group) const {
@@ -249,8 +252,9 @@ class ChannelsFirst {
     });
   }
 
-  void finish(std::int64_t c0, std::int64_t n, const SumsTable& sums, Coefficients& coefficients) const {
-    op_.finish(channels_of(c0, n, sums, coefficients, 0));
+  void finish(std::int64_t c0, std::int64_t n, const SumsTable& sums, Coefficients& coefficients,
+              bool stores = true) const {
+    op_.finish(channels_of(c0, n, sums, coefficients, 0, stores));
     coefficients.narrow(kernels_, problem_.dtype, n);
   }
 

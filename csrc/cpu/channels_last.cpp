@@ -21,8 +21,8 @@
 namespace bnext::cpu {
 namespace {
 
-constexpr std::int64_t kChunkRows = 64;        // about the least: keeps a chunk's sums small beside its elements
-constexpr std::int64_t kMinColumnBlock = 256;  // hardware prefetchers follow rows: narrower blocks are slow
+constexpr std::int64_t kChunkRows = 64;     // about the least: keeps a chunk's sums small beside its elements
+constexpr std::int64_t kColumnBlock = 256;  // about the least: prefetchers follow rows, narrow blocks are slow
 constexpr std::int64_t kBlockAlignment = 32;
 constexpr std::int64_t kMinFoldedColumns = 64;  // one step of the kernels' unrolled loop
 constexpr std::int64_t kMaxFoldedColumns = 2048;
@@ -61,16 +61,16 @@ class ChannelsLast {
     const std::int64_t wanted = std::min(kChunkElements / columns_, divide_up(rows_, kEnoughTasks));
     const std::int64_t least = divide_up(kChunkRows, fold_);
     if (op.reduces) {
-      chunk_rows_ = even_share(rows_, std::max(wanted, least));
+      chunk_rows_ = even_share(rows_, rows_ / std::max(wanted, least));
     } else {
-      chunk_rows_ = rows_ < 2 * least ? rows_ : even_share(rows_, std::max<std::int64_t>(1, wanted));
+      chunk_rows_ = rows_ < 2 * least ? rows_ : even_share(rows_, rows_ / std::max<std::int64_t>(1, wanted));
     }
     chunks_ = divide_up(rows_, chunk_rows_);
     column_block_ = columns_;
     // Columns are divided among tasks too, unless there are many rows and nothing has to be added up.
     if (fold_ == 1 && (op.reduces ? chunks_ < kEnoughTasks : chunks_ == 1)) {
-      const std::int64_t share = divide_up(columns_, divide_up(kEnoughTasks, chunks_));
-      column_block_ = block_width(op.reduces ? std::max(kMinColumnBlock, share) : kMaxBlockColumns);
+      const std::int64_t blocks = std::min(divide_up(kEnoughTasks, chunks_), columns_ / kColumnBlock);
+      column_block_ = block_width(op.reduces ? blocks : divide_up(columns_, kMaxBlockColumns));
     }
     column_blocks_ = divide_up(columns_, column_block_);
     mask_row_ = divide_up(columns_, kCpuMaskLanes);
@@ -118,7 +118,7 @@ class ChannelsLast {
         const std::int64_t chunk = task / column_blocks_;
         const std::int64_t n = width_of(column);
         if (task == begin || column_blocks_ != 1) {
-          op_.finish(channels_of(column, fold_ == 1 ? n : problem_.C, none, coefficients, 0));
+          op_.finish(channels_of(column, fold_ == 1 ? n : problem_.C, none, coefficients, 0, /*stores=*/chunk == 0));
           fold(coefficients);
           coefficients.narrow(kernels_, problem_.dtype, n);
         }
@@ -132,7 +132,8 @@ class ChannelsLast {
 
   void run_in_blocks(const Parallel& parallel) const {
     const std::int64_t C = problem_.C;
-    const std::int64_t width = block_width(std::clamp(kBlockElements / M_, kMinColumnBlock, kMaxBlockColumns));
+    const std::int64_t most = std::clamp(kBlockElements / M_, kColumnBlock, kMaxBlockColumns);
+    const std::int64_t width = block_width(divide_up(C, most));
     parallel(divide_up(C, width), [&](std::int64_t begin, std::int64_t end) {
       Coefficients start(std::max(1, reduce_coefficients_of(op_.reduce_op)), width);
       Coefficients coefficients(map_coefficients_of(op_.map_op), width);
@@ -185,9 +186,9 @@ class ChannelsLast {
     });
   }
 
-  // Even blocks of about `wanted` columns, each of which begins with a cache line of 16-bit elements.
-  std::int64_t block_width(std::int64_t wanted) const {
-    return divide_up(even_share(columns_, wanted), kBlockAlignment) * kBlockAlignment;
+  // The columns of each of about so many even blocks: whole cache lines of 16-bit elements.
+  std::int64_t block_width(std::int64_t blocks) const {
+    return divide_up(even_share(columns_, blocks), kBlockAlignment) * kBlockAlignment;
   }
 
   void finish(std::int64_t c, std::int64_t n, const SumsTable& sums, Coefficients& coefficients) const {

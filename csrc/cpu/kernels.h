@@ -124,6 +124,7 @@ struct Channels {
   double* coefficients;
   int coefficient_count;
   std::int64_t stride;
+  bool stores;  // whether `finish` writes the caller's results, if several threads finish the same channels
 };
 
 // The functions of an Op (common/channel_ops.h), for many channels at once. `op` points to the Op.

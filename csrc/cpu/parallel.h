@@ -1,6 +1,8 @@
 // A parallel loop that the caller supplies: the kernels run on the caller's threads and need no thread library.
 #pragma once
 
+#include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <type_traits>
 
@@ -33,5 +35,17 @@ class Parallel {
   Loop loop_;
   std::int64_t threads_;
 };
+
+constexpr std::int64_t kEnoughTasks = 16;  // fewer cannot be shared out evenly, unless they are a power of two
+
+constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// How much of n each of so many tasks takes, so that they are even. Few tasks become the next power of two: threads
+// mostly are one, and so share them evenly.
+constexpr std::int64_t even_share(std::int64_t n, std::int64_t tasks) {
+  tasks = std::max<std::int64_t>(1, tasks);
+  if (tasks < kEnoughTasks) tasks = static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(tasks)));
+  return divide_up(n, tasks);
+}
 
 }  // namespace bnext::cpu

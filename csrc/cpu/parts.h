@@ -32,9 +32,8 @@ struct Part {
 // Calls f(part, parallel) for each part: many parts concurrently, a thread each; few one by one, with all threads each.
 template <typename F>
 void for_each_part(const Problem& problem, const Parallel& parallel, F&& f) {
-  constexpr std::int64_t kMinTasks = 16;  // fewer cannot be shared out evenly
   const std::int64_t parts = problem.parts();
-  if (parts < kMinTasks) {
+  if (parts < kEnoughTasks) {
     for (std::int64_t p = 0; p < parts; ++p) f(Part(problem, p), parallel);
     return;
   }

@@ -11,13 +11,14 @@ constexpr std::int64_t kMinColumnRows = 8;
 constexpr std::int64_t kMaxMomentsPlane = 256;
 constexpr std::int64_t kMinMomentsRows = 32;
 
-// Where there is nothing to reduce, planes of more than kMaxMappedPlaneBytes are mapped in memory order: few enough of
+// Where there is nothing to reduce, planes of more than kMaxMappedPlaneBytes are mapped one by one: few enough of
 // their registers are tails. Smaller planes are mapped as columns, in rows of about kMappedRowBytes, as short rows lie
 // too far apart. At least kMinMappedRows rows, if there are as many, share one copy of the repeated coefficients.
 constexpr std::int64_t kMaxMappedPlaneBytes = 160;
 constexpr std::int64_t kMappedRowBytes = 16384;
 constexpr std::int64_t kMinMappedRows = 64;
-constexpr std::int64_t kTilesOfAThread = 2;  // at least
+constexpr std::int64_t kTilesOfAThread = 2;   // at least, if each has kMinTileChannels
+constexpr std::int64_t kMinTileChannels = 8;  // whose mathematics is done at once
 
 // The sum in eight chains, which do not wait for each other.
 double sum_of(const double* values, std::int64_t n) {
@@ -81,8 +82,9 @@ Tile PlaneColumns::tile(std::int64_t threads) const {
   const std::int64_t image_bytes = problem_.C * problem_.HW * element_size(problem_.dtype);
   // Each piece of rows spreads the coefficients over its columns anew.
   const std::int64_t pieces = std::max<std::int64_t>(1, problem_.N / kMinMappedRows);
-  const std::int64_t groups = std::max(divide_up(threads * kTilesOfAThread, pieces), image_bytes / kMappedRowBytes);
-  return {even_share(problem_.C, divide_up(problem_.C, groups)), divide_up(problem_.N, pieces)};
+  const std::int64_t to_share = std::min(divide_up(threads * kTilesOfAThread, pieces), problem_.C / kMinTileChannels);
+  const std::int64_t groups = std::max(to_share, image_bytes / kMappedRowBytes);
+  return {even_share(problem_.C, groups), divide_up(problem_.N, pieces)};
 }
 
 bool PlaneColumns::take(std::int64_t max_plane, std::int64_t min_rows) const {

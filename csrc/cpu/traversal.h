@@ -1,8 +1,6 @@
 // "Reduce each channel, then map each element": the two traversals, one for each layout, and their arguments.
 #pragma once
 
-#include <algorithm>
-#include <bit>
 #include <cstdint>
 #include <vector>
 
@@ -84,18 +82,6 @@ void run_channels_last(const Problem& problem, const ChannelOp& op, const Parall
 // What the two traversals share.
 
 constexpr std::int64_t kChunkElements = 65536;  // of one reduction task
-constexpr std::int64_t kEnoughTasks = 16;       // fewer cannot be shared out evenly, unless they are a power of two
-
-constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-// How much of n each task takes, so that tasks are even and of about `wanted`. Few tasks are a power of two: threads
-// mostly are, and so share them evenly.
-constexpr std::int64_t even_share(std::int64_t n, std::int64_t wanted) {
-  std::int64_t tasks = std::max<std::int64_t>(1, n / wanted);
-  if (tasks < kEnoughTasks) tasks = static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(tasks)));
-  return divide_up(n, tasks);
-}
-
 // Channels of some images.
 struct Tile {
   std::int64_t channels;
@@ -162,7 +148,7 @@ struct Coefficients {
 
 // n channels from c on, which begin at index j of the tables.
 inline Channels channels_of(std::int64_t c, std::int64_t n, const SumsTable& sums, Coefficients& coefficients,
-                            std::int64_t j) {
+                            std::int64_t j, bool stores = true) {
   return {c,
           n,
           sums.shift.data() + j,
@@ -170,7 +156,8 @@ inline Channels channels_of(std::int64_t c, std::int64_t n, const SumsTable& sum
           sums.second.data() + j,
           coefficients.wide.data() + j,
           coefficients.count,
-          coefficients.channels};
+          coefficients.channels,
+          stores};
 }
 
 }  // namespace bnext::cpu

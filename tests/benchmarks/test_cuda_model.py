@@ -70,7 +70,8 @@ def test_more_work_is_never_faster_and_somewhere_slower() -> None:
         for name, (less_work, more_work) in pairs.items():
             assert more_work >= less_work - 1e-6, (case, operation, name)
             slower[name] += more_work > less_work + 1
-    assert min(slower.values()) > 0, slower
+    assert slower.pop("sm_rate") > 0, "few tiles lie in L2"
+    assert min(slower.values()) > 10, slower
 
 
 def test_bytes_of_a_call_follow_from_what_the_plan_keeps() -> None:

@@ -140,7 +140,7 @@ def test_block_says_how_many_measurements_are_slower_and_which_least() -> None:
     pair = [row("torch", 1.0), row("bnext", 2.0), row("torch", 1.0, op="backward"), row("bnext", 1.5, op="backward")]
     pair += [row("torch", 1.0, op="eval"), row("bnext", 1.0, op="eval")]
     text = slower(compare(pair))
-    assert text.startswith("bnext is slower than torch in 2 of 3 measurements; the least is forward of ")
+    assert text.startswith("bnext is slower than torch in 2 of 3 measurements; the slowest is forward of ")
     assert text.endswith(", at 0.50 of torch's speed.")
     assert slower(compare(pair[-2:])) == "bnext is slower than torch in 0 of 1 measurements."
     assert text in block(pair)

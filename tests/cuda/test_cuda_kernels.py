@@ -168,7 +168,7 @@ def test_blocks_that_share_the_additions_of_an_all_reduce(planned_for: PlannedFo
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("channels", [16, 32, 64, 256])
+@pytest.mark.parametrize("channels", [8, 16, 32, 64, 256])
 @pytest.mark.parametrize("pixels", [2, 5, 12, 45, 67, 300])
 def test_rows_of_threads_that_are_parts_of_a_warp(
     pixels: int, channels: int, dtype: torch.dtype, planned_for: PlannedFor
@@ -177,6 +177,10 @@ def test_rows_of_threads_that_are_parts_of_a_warp(
     with planned_for(Limits(sms=4)) as device:
         x, g, params, _ = make_inputs((pixels, channels, 1, 1), "channels_last", dtype, device, False, "channels_last")
         check_backward(x, g, params, training=True, output_too=True)
+        if device == "cpu" and pixels == 300:
+            plan = last_plan()
+            assert 32 % plan["threads_x"] == 0
+            assert plan["threads_x"] * plan["threads_y"] == plan["threads"]
 
 
 @pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu"])

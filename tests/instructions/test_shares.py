@@ -11,8 +11,8 @@ SHAPES = [
     (n, c, hw)
     for n, c, hw in product((1, 2, 8, 32), (16, 64, 160, 256, 576, 1000, 1024, 4096), (1, 16, 49, 196, 784, 3136))
     if 100_000 <= n * c * hw <= 1_000_000
-]
-FEW_ROWS = 128  # of channels_last memory, whose columns are divided in blocks of no less than 256
+] + [(2, 1000, 63), (127, 1000, 1), (100, 700, 1), (1, 2048, 196)]
+FEW_ROWS = 128  # of channels_last memory, whose columns are divided in blocks of up to 512
 
 
 @pytest.fixture(scope="module")
