@@ -168,8 +168,9 @@ def exchange(device: Device, kernel: Kernel) -> float:
     plan = kernel.plan
     swaps, rounds, row, rows = 0, 0, plan.threads_x, plan.threads_y
     if plan.tile == "kColumns":  # as in merge_columns
+        shares_warps = 32 % row == 0 and row * rows == plan.threads
         half = VECTOR_BYTES // kernel.element_bytes
-        while half > 0 and row < 32 and 32 % row == 0 and plan.threads_x * plan.threads_y == plan.threads:
+        while shares_warps and half > 0 and row < 32:
             swaps, half, row, rows = swaps + half, half // 2, 2 * row, rows // 2
         while rows > 1:
             rows = (rows + 1) // 2 if rows // 2 < plan.merge_rows else rows - plan.merge_rows

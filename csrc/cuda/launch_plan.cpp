@@ -21,8 +21,7 @@ constexpr std::int64_t kMaxExtraParts = 32;  // that are tried to cut rows evenl
 constexpr std::int64_t kMaxWholeVectors = std::int64_t{1} << 30;
 constexpr std::int64_t kMaxFoldedRowBytes = 2048;  // a tile of all channels: their sums have to fit beside the slots
 constexpr std::int64_t kL2Share = 2;               // results larger than L2's size over this are stored past it
-
-constexpr std::int64_t kMaskWordBytes = 4;  // the least that an asynchronous copy moves
+constexpr std::int64_t kMaskWordBytes = 4;         // the least that an asynchronous copy moves
 
 static_assert(kVectorBytes == kCudaMaskBytes, "a vector's lanes share a byte of a mask");
 

@@ -165,12 +165,12 @@ __device__ __forceinline__ void merge_channel(const LaunchPlan& plan, const doub
   }
 }
 
-// The rows of a block's threads in merge_columns, and which of a column's values a thread has.
+// The rows of a block's threads in merge_columns, and which of its columns' sums a thread has.
 struct ThreadRows {
   int length;  // threads of a row
   int rows;
-  int count;  // values of this thread
-  int first;  // the first of them
+  int count;  // sums of this thread
+  int first;  // the index of the first of them
 };
 
 // Merges the rows that share a warp, in registers, until a warp is one row: of two rows, a column's threads exchange
@@ -190,8 +190,8 @@ __device__ __forceinline__ void merge_rows_of_warp(double (&values)[kValues], Th
 }
 
 // Columns: first a sum over the rows of threads, then over the columns of each channel. own: double [2][tile_channels].
-// What is left of the rows within a warp takes a tree reduction through `merge`, in which the upper half adds to the
-// lower half, or as many rows as the buffer holds.
+// Rows that share a warp are merged in registers. The rows that this leaves are merged through `merge`, by a tree
+// reduction in which the upper half adds to the lower half, or as many rows as the buffer holds.
 template <int kP>
 __device__ __forceinline__ void merge_columns(const LaunchPlan& plan, const double (&first)[kP],
                                               const double (&second)[kP], double* merge, double* own) {

@@ -45,10 +45,10 @@ def compiler_version() -> str:
 
 def build(source: Path, folder: Path) -> Path:
     """The program of this source, in `folder`, linked with the objects of the extension's own build."""
-    # The build's folder keeps objects of sources that are gone.
+    # The build's folder keeps objects of sources that are gone, and each version of Python has a folder of its own.
     objects = [
         o
-        for temporary in ROOT.glob("build/temp.*")
+        for temporary in ROOT.glob(f"build/temp.*-{sys.implementation.cache_tag}")
         for o in sorted(temporary.glob("csrc/cpu/**/*.o"))
         if (ROOT / o.relative_to(temporary)).with_suffix(".cpp").exists()
     ]

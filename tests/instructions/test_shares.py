@@ -1,5 +1,7 @@
 """How evenly the CPU kernels divide a call among threads, for any number of them: shares.cpp counts."""
 
+from __future__ import annotations
+
 import subprocess
 from itertools import product
 from pathlib import Path
@@ -16,7 +18,7 @@ FEW_ROWS = 128  # of channels_last memory, whose columns are divided in blocks o
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         return build(Path(__file__).with_name("shares.cpp"), tmp_path_factory.mktemp("shares"))
     except FileNotFoundError as e:
@@ -26,7 +28,9 @@ def program(tmp_path_factory):
 @pytest.mark.parametrize("threads", [2, 4, 8])
 @pytest.mark.parametrize("direction", ["forward", "eval", "backward"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_no_thread_writes_a_fifth_more_than_an_even_share(program, layout, direction, threads):
+def test_no_thread_writes_a_fifth_more_than_an_even_share(
+    program: Path, layout: str, direction: str, threads: int
+) -> None:
     shapes = [s for s in SHAPES if layout == "contiguous" or s[0] * s[2] >= FEW_ROWS or threads == 2]
     cases = "".join(f"{layout} {direction} {threads} {n} {c} {hw}\n" for n, c, hw in shapes)
     run = subprocess.run([program], input=cases, capture_output=True, text=True, check=True)
