@@ -59,6 +59,7 @@ CUDA_SOURCES = [
     "csrc/cuda/forward.cu",
     "csrc/cuda/parts_backward.cu",
     "csrc/cuda/parts_forward.cu",
+    "csrc/cuda/counters.cu",
     "csrc/cuda/limits.cu",
     "csrc/cuda/launch_plan.cpp",
     "csrc/cuda/part_plan.cpp",

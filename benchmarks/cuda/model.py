@@ -45,7 +45,7 @@ class Device:
     l2_share: float = assumed(0.4, "of L2", "assumed: what of it has still got what was read last")
     sector: float = assumed(32.0, "bytes", "the least that is moved: of a mask, by a row of a narrow tile")
     row_start: float = assumed(28.0, "bytes", "assumed: n bytes of a row take the time of n + 28")
-    launch: float = assumed(1500.0, "ns", "assumed: each node of a graph; before a grid's, the memset of its counters")
+    launch: float = assumed(1500.0, "ns", "assumed: each node of a graph")
     tile_start: float = assumed(250.0, "ns", "assumed: divisions of 32 bits, first requests")
     memory: float = assumed(700.0, "ns", "assumed: a load from DRAM")
     merge: float = assumed(300.0, "ns", "assumed: a block's sums")
@@ -88,7 +88,6 @@ class Plan:
     kept: int
     ring: int
     share: int
-    counter_bytes: int
     shared_bytes: int
     load_stages: int
     prefetch: int  # whether a group requests its next tile while it stores this one
@@ -264,9 +263,8 @@ def time(device: Device, kernel: Kernel) -> float:
 
     at_once = groups_at_once(device, plan)
     full, rest = divmod(plan.tiles, at_once)
-    nodes = 2 if plan.counter_bytes else 1
     first = wave(device, kernel, at_once).serial
-    return nodes * device.launch + first + (full - 1) * later(at_once) + (later(rest) if rest else 0.0)
+    return device.launch + first + (full - 1) * later(at_once) + (later(rest) if rest else 0.0)
 
 
 def without(device: Device, kernel: Kernel) -> dict[str, float]:

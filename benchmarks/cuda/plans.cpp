@@ -38,7 +38,6 @@ void print(const LaunchPlan& plan) {
       {"kept", plan.kept},
       {"ring", plan.ring},
       {"share", plan.share},
-      {"counter_bytes", plan.counter_bytes},
       {"shared_bytes", plan.shared.bytes},
       {"load_stages", kLoadStages},
       // Of whole vectors a group requests its next tile in the map.

@@ -16,7 +16,7 @@ LaunchPlan plan_for(const Problem& problem, const Backward& args, const DeviceLi
   return make_launch_plan(problem, traits, limits);
 }
 
-cudaError_t backward(const Problem& problem, const Backward& args, const LaunchPlan& plan, void* workspace,
+cudaError_t backward(const Problem& problem, const Backward& args, const LaunchPlan& plan, const Workspace& workspace,
                      cudaStream_t stream) {
   const void* input = args.reads_input() ? args.input : nullptr;
   const void* residual = args.reads_preactivation() ? args.residual : nullptr;
@@ -24,7 +24,7 @@ cudaError_t backward(const Problem& problem, const Backward& args, const LaunchP
       plan,
       {{input, args.grad_output, residual}, args.mask, {args.grad_input, args.grad_residual}, nullptr},
       {args.activation, residual != nullptr, args.mask != nullptr, args.differentiates_statistics()},
-      static_cast<unsigned char*>(workspace),
+      workspace,
       nullptr};
   const BackwardOp op{args, problem.dtype, static_cast<double>(problem.count())};
   // A call without sums runs the kernel that has the same map: one more kernel would have to be compiled.

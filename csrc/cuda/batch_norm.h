@@ -29,21 +29,21 @@ cudaError_t plan_and_launch(const Problem& problem, const Args& args, DeviceLimi
   return launch(plan_for(problem, args, limits));
 }
 
-// workspace: plan.workspace_bytes of global memory, uninitialised.
-cudaError_t forward(const Problem& problem, const TrainingForward& args, const LaunchPlan& plan, void* workspace,
+// workspace: what the plan says.
+cudaError_t forward(const Problem& problem, const TrainingForward& args, const LaunchPlan& plan,
+                    const Workspace& workspace, cudaStream_t stream);
+cudaError_t forward(const Problem& problem, const EvalForward& args, const LaunchPlan& plan, const Workspace& workspace,
                     cudaStream_t stream);
-cudaError_t forward(const Problem& problem, const EvalForward& args, const LaunchPlan& plan, void* workspace,
-                    cudaStream_t stream);
-cudaError_t backward(const Problem& problem, const Backward& args, const LaunchPlan& plan, void* workspace,
+cudaError_t backward(const Problem& problem, const Backward& args, const LaunchPlan& plan, const Workspace& workspace,
                      cudaStream_t stream);
 
 // The same for a problem that has_parts(), by the kernels for padding and for batches of several parts (part_plan.h).
 // workspace: as above.
-cudaError_t forward(const Problem& problem, const TrainingForward& args, const PartPlan& plan, void* workspace,
+cudaError_t forward(const Problem& problem, const TrainingForward& args, const PartPlan& plan,
+                    const Workspace& workspace, cudaStream_t stream);
+cudaError_t forward(const Problem& problem, const EvalForward& args, const PartPlan& plan, const Workspace& workspace,
                     cudaStream_t stream);
-cudaError_t forward(const Problem& problem, const EvalForward& args, const PartPlan& plan, void* workspace,
-                    cudaStream_t stream);
-cudaError_t backward(const Problem& problem, const Backward& args, const PartPlan& plan, void* workspace,
+cudaError_t backward(const Problem& problem, const Backward& args, const PartPlan& plan, const Workspace& workspace,
                      cudaStream_t stream);
 
 // Merges the local batches' statistics, with one thread per channel.

@@ -18,9 +18,12 @@
 namespace bnext::cuda {
 
 #if defined(__CUDACC__)
-// Writes that happen before the release are visible to a thread that has acquired the counter.
-__device__ __forceinline__ void bnext_add_release(unsigned* counter, unsigned value) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+// Writes that happen before a release are visible to a thread that has acquired the counter. Returns the value from
+// before the addition.
+__device__ __forceinline__ unsigned bnext_add_acq_rel(unsigned* counter, unsigned value) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
+  return before;
 }
 __device__ __forceinline__ unsigned bnext_load_acquire(const unsigned* counter) {
   unsigned value;
@@ -29,13 +32,20 @@ __device__ __forceinline__ unsigned bnext_load_acquire(const unsigned* counter) 
 }
 #endif
 
-// A barrier among the blocks of one group, which all run at once because the launch is cooperative. The counter starts
-// at zero and is never reset; `passed` counts the barriers so far.
-__device__ __forceinline__ void grid_group_barrier(unsigned* counter, unsigned group_blocks, unsigned passed) {
+// A barrier among the blocks of one group, which all run at once because the launch is cooperative. Together the blocks
+// add 2^31 to the counter: when the last has arrived, its upper bit changes and the others are zero again. So it serves
+// the next barrier as it is, also one of another launch and of another number of blocks.
+__device__ __forceinline__ void grid_group_barrier(unsigned* counter, int group_blocks, int rank) {
+  constexpr unsigned kPhase = 1u << 31;
   __syncthreads();
   if (threadIdx.x == 0) {
-    bnext_add_release(counter, 1);
-    while (bnext_load_acquire(counter) < (passed + 1) * group_blocks) __nanosleep(32);
+    const unsigned share = rank == 0 ? kPhase - static_cast<unsigned>(group_blocks - 1) : 1u;
+    const unsigned before = bnext_add_acq_rel(counter, share);
+    unsigned now = before + share;
+    while (((before ^ now) & kPhase) == 0) {
+      __nanosleep(32);
+      now = bnext_load_acquire(counter);
+    }
   }
   __syncthreads();
 }
@@ -111,9 +121,8 @@ __device__ __forceinline__ void sum_published(const LaunchPlan& plan, const doub
 }
 
 // own: this block's `values` sums, in shared memory, written by any of its threads, at an address that depends on the
-// round's parity. workspace: Group::kGrid only, a counter for each group, then double [group][2: parity][block][values]
-// and, with shares, double [group][values]. Returns the group's sums, readable by all threads of the block.
-__device__ __forceinline__ const double* all_reduce(const LaunchPlan& plan, GroupRank& self, unsigned char* workspace,
+// round's parity. workspace: Group::kGrid only. Returns the group's sums, readable by all threads of the block.
+__device__ __forceinline__ const double* all_reduce(const LaunchPlan& plan, GroupRank& self, const Workspace& workspace,
                                                     double* own, double* total, double* merge, int values) {
   const int t = static_cast<int>(threadIdx.x);
   const int threads = plan.threads;
@@ -140,17 +149,15 @@ __device__ __forceinline__ const double* all_reduce(const LaunchPlan& plan, Grou
     return total;
   }
   const int group = static_cast<int>(blockIdx.x) / plan.group_blocks;  // computed again: kept, it would take a register
-  unsigned* counter = reinterpret_cast<unsigned*>(workspace) + group;
-  const auto blocks = static_cast<unsigned>(plan.group_blocks);
-  double* all = reinterpret_cast<double*>(workspace + plan.counter_bytes);
+  unsigned* counter = workspace.counters + group;
+  double* all = workspace.doubles;
   double* published = all + (std::int64_t{group} * 2 + (self.round & 1)) * plan.group_blocks * values;
   __syncthreads();
   for (int i = t; i < values; i += threads) published[std::int64_t{self.rank} * values + i] = own[i];
+  grid_group_barrier(counter, plan.group_blocks, self.rank);
   if (plan.share == 0) {
-    grid_group_barrier(counter, blocks, self.round);
     sum_published(plan, published, values, values, merge, [&](int i, double sum) { total[i] = sum; });
   } else {
-    grid_group_barrier(counter, blocks, 2 * self.round);
     double* totals = all + (std::int64_t{plan.groups} * 2 * plan.group_blocks + group) * values;
     const int first = self.rank * plan.share;
     const int left = values - first;
@@ -158,7 +165,7 @@ __device__ __forceinline__ const double* all_reduce(const LaunchPlan& plan, Grou
     if (count > 0) {
       sum_published(plan, published + first, values, count, merge, [&](int i, double sum) { totals[first + i] = sum; });
     }
-    grid_group_barrier(counter, blocks, 2 * self.round + 1);
+    grid_group_barrier(counter, plan.group_blocks, self.rank);
     for (int i = t; i < values; i += threads) total[i] = __ldcg(totals + i);
   }
   ++self.round;

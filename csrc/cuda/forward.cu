@@ -23,13 +23,13 @@ KernelTraits traits(const ForwardEpilogue& epilogue, bool reduces) {
 }
 
 template <typename Reduce, typename Args, typename Op>
-cudaError_t launch_forward(const LaunchPlan& plan, const Args& args, const Op& op, void* workspace,
+cudaError_t launch_forward(const LaunchPlan& plan, const Args& args, const Op& op, const Workspace& workspace,
                            std::int64_t* counted, cudaStream_t stream) {
   const ForwardEpilogue& after = args.epilogue;
   const KernelArgs kernel_args{plan,
                                {{args.input, nullptr, after.residual}, nullptr, {args.output, nullptr}, after.mask},
                                {after.activation, after.residual != nullptr, /*has_mask=*/false},
-                               static_cast<unsigned char*>(workspace),
+                               workspace,
                                counted};
   return after.present() ? launch_dtype<Reduce, ActivatedNormalize>(kernel_args, op, stream)
                          : launch_dtype<Reduce, Normalize>(kernel_args, op, stream);
@@ -54,8 +54,8 @@ LaunchPlan plan_for(const Problem& problem, const EvalForward& args, const Devic
   return make_launch_plan(problem, traits(args.epilogue, /*reduces=*/false), limits);
 }
 
-cudaError_t forward(const Problem& problem, const TrainingForward& args, const LaunchPlan& plan, void* workspace,
-                    cudaStream_t stream) {
+cudaError_t forward(const Problem& problem, const TrainingForward& args, const LaunchPlan& plan,
+                    const Workspace& workspace, cudaStream_t stream) {
   const TrainingForwardOp op{args, problem.dtype, static_cast<double>(problem.count())};
   const Running& running = args.running;
   if (!running.cumulative) {
@@ -73,7 +73,7 @@ cudaError_t gather_stats(const GatherStats& args, cudaStream_t stream) {
   return count_after(error != cudaSuccess ? error : cudaGetLastError(), args.running, stream);
 }
 
-cudaError_t forward(const Problem& problem, const EvalForward& args, const LaunchPlan& plan, void* workspace,
+cudaError_t forward(const Problem& problem, const EvalForward& args, const LaunchPlan& plan, const Workspace& workspace,
                     cudaStream_t stream) {
   return launch_forward<NoSums>(plan, args, EvalForwardOp{args, problem.dtype}, workspace, nullptr, stream);
 }

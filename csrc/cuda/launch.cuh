@@ -56,8 +56,6 @@ cudaError_t launch(const KernelArgs& args, const Op& op, cudaStream_t stream) {
     attribute.val.clusterDim.z = 1;
     config.numAttrs = 1;
   } else if (plan.group == Group::kGrid) {
-    error = cudaMemsetAsync(args.workspace, 0, static_cast<std::size_t>(plan.counter_bytes), stream);
-    if (error != cudaSuccess) return error;
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
     config.numAttrs = 1;

@@ -16,6 +16,8 @@ constexpr std::int64_t kMinItems = 4;  // vectors a thread should have before a 
 constexpr std::int64_t kMapItems = 8;  // the same where the blocks of a tile need not wait for each other
 // Doubles of other blocks that a thread reads at most: beyond, a share of the reads and a second barrier cost less.
 constexpr std::int64_t kMaxDirectReads = 8;
+// Vectors that a thread could move while its group's blocks exchange their sums over the grid, about 5 us.
+constexpr double kExchangeVectors = 18;
 constexpr std::int64_t kMaxExtraParts = 32;  // that are tried to cut rows evenly
 // Vectors and their bytes of a mask are counted in 32 bits; a plane takes up to three bytes more than it has vectors.
 constexpr std::int64_t kMaxWholeVectors = std::int64_t{1} << 30;
@@ -223,16 +225,26 @@ void choose_map_blocks(LaunchPlan& plan, const DeviceLimits& limits) {
   plan.groups = static_cast<int>(std::min(plan.tiles, std::max<std::int64_t>(1, limits.max_grid / plan.group_blocks)));
 }
 
-// The number of groups that takes the fewest steps, with at least `fewest` blocks in each group.
+// The time of a tile in each of `groups` groups that work at once, in steps of all of the device's threads. While one
+// group exchanges its sums, the others move memory: more groups wait less, but no group less than for its own exchange.
+double steps_at_once(const LaunchPlan& plan, std::int64_t groups, std::int64_t resident) {
+  const auto moving = static_cast<double>(items(plan, resident / groups));
+  const double exchange = kExchangeVectors / (plan.inputs + 1);
+  const double alone = moving / static_cast<double>(groups) + exchange;
+  const double least = std::max(moving, alone);
+  return least + (moving + exchange - least) / static_cast<double>(groups);
+}
+
+// The number of groups that takes the least time, with at least `fewest` blocks in each group.
 std::int64_t balanced_groups(const LaunchPlan& plan, std::int64_t fewest, std::int64_t resident) {
   std::int64_t best = 1;
-  std::int64_t best_steps = plan.tiles * items(plan, resident);
-  for (std::int64_t groups = 2; groups <= std::min(plan.tiles, resident / fewest); ++groups) {
-    const std::int64_t steps = divide_up(plan.tiles, groups) * items(plan, resident / groups);
-    // On a tie, more groups: while one waits for its sums, another moves memory.
-    if (steps <= best_steps) {
+  double best_time = 0;
+  for (std::int64_t groups = 1; groups <= std::max<std::int64_t>(1, std::min(plan.tiles, resident / fewest));
+       ++groups) {
+    const double time = static_cast<double>(divide_up(plan.tiles, groups)) * steps_at_once(plan, groups, resident);
+    if (groups == 1 || time <= best_time) {
       best = groups;
-      best_steps = steps;
+      best_time = time;
     }
   }
   return best;
@@ -309,19 +321,18 @@ void choose_group(LaunchPlan& plan, const DeviceLimits& limits) {
 
 // ---- workspace, samples, steps, masks
 
-// A counter for each group; then the sums of each group's blocks, double [2: parity][block][2][channels]; then, where
-// blocks share the additions, each group's totals.
+// A counter for each group. The sums of each group's blocks, [group][2: parity][block][2][channels]; then, where blocks
+// share the additions, each group's totals, [group][2][channels].
 void choose_workspace(LaunchPlan& plan) {
   plan.share = 0;
-  plan.counter_bytes = plan.workspace_bytes = 0;
+  plan.workspace_size = {};
   if (plan.group != Group::kGrid) return;
   const std::int64_t values = 2 * std::int64_t{plan.tile_channels};
   if (plan.group_blocks * values > kMaxDirectReads * plan.threads) {
     plan.share = static_cast<int>(divide_up(values, plan.group_blocks));
   }
-  plan.counter_bytes = round_up(plan.groups * static_cast<std::int64_t>(sizeof(unsigned)), kVectorBytes);
-  const std::int64_t doubles = plan.groups * (2 * plan.group_blocks + (plan.share > 0 ? 1 : 0)) * values;
-  plan.workspace_bytes = plan.counter_bytes + doubles * static_cast<std::int64_t>(sizeof(double));
+  plan.workspace_size.counters = plan.groups;
+  plan.workspace_size.doubles = plan.groups * (2 * std::int64_t{plan.group_blocks} + (plan.share > 0 ? 1 : 0)) * values;
 }
 
 void choose_samples(LaunchPlan& plan, const Problem& problem) {

@@ -18,6 +18,7 @@
 
 #include "../common/problem.h"
 #include "../common/samples.h"
+#include "workspace.h"
 
 namespace bnext::cuda {
 
@@ -118,9 +119,8 @@ struct LaunchPlan {
   std::int64_t mask_tile;
   std::int64_t mask_step;  // as vector_step and vector_wrap, in bytes of the mask
   std::int64_t mask_wrap;
-  int share;                     // values that a block adds up for its group; 0: every block adds up all of them
-  std::int64_t workspace_bytes;  // global memory; the launch zeroes its first counter_bytes
-  std::int64_t counter_bytes;
+  int share;  // values that a block adds up for its group; 0: every block adds up all of them
+  WorkspaceSize workspace_size;
   // where to take the samples of the first channel; those of channel c are c*sample_stride further on
   std::int64_t sample_offsets[kMaxSamples];
   int samples;

@@ -74,9 +74,8 @@ PartPlan make_part_plan(const Problem& problem) {
   plan.step_spots = plan.threads_y % plan.padded_plane;
   plan.image_elements = plan.C * plan.plane;
 
-  std::int64_t doubles = 0;
-  plan.workspace = layout(plan, doubles);
-  plan.workspace_bytes = doubles * static_cast<std::int64_t>(sizeof(double));
+  plan.workspace_size = {};
+  plan.workspace = layout(plan, plan.workspace_size.doubles);
   return plan;
 }
 

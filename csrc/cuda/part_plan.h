@@ -10,6 +10,7 @@
 #include <string>
 
 #include "../common/problem.h"
+#include "workspace.h"
 
 namespace bnext::cuda {
 
@@ -59,7 +60,7 @@ struct PartPlan {
   std::int64_t image_elements;
 
   PartWorkspace workspace;
-  std::int64_t workspace_bytes;
+  WorkspaceSize workspace_size;
 
   int threads() const { return threads_x * threads_y; }
   std::int64_t blocks() const { return tiles * splits * parts; }

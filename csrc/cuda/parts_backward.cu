@@ -25,11 +25,11 @@ void launch_map(PartLaunches& launches, const BackwardOp& op) {
 
 }  // namespace
 
-cudaError_t backward(const Problem& problem, const Backward& args, const PartPlan& plan, void* workspace,
+cudaError_t backward(const Problem& problem, const Backward& args, const PartPlan& plan, const Workspace& workspace,
                      cudaStream_t stream) {
   const void* input = args.reads_input() ? args.input : nullptr;
   const void* residual = args.reads_preactivation() ? args.residual : nullptr;
-  auto* const doubles = static_cast<double*>(workspace);
+  auto* const doubles = workspace.doubles;
   const PartArgs part_args{
       plan,
       {{input, args.grad_output, residual}, args.mask, {args.grad_input, args.grad_residual}, nullptr},

@@ -4,12 +4,12 @@ namespace bnext::cuda {
 namespace {
 
 template <typename Args>
-PartArgs part_args(const PartPlan& plan, const Args& args, void* workspace, std::int64_t* count_batches) {
+PartArgs part_args(const PartPlan& plan, const Args& args, const Workspace& workspace, std::int64_t* count_batches) {
   const ForwardEpilogue& after = args.epilogue;
   return {plan,
           {{args.input, nullptr, after.residual}, nullptr, {args.output, nullptr}, after.mask},
           {after.activation, after.residual != nullptr, /*has_mask=*/false},
-          static_cast<double*>(workspace),
+          workspace.doubles,
           count_batches};
 }
 
@@ -25,11 +25,11 @@ void launch_map(PartLaunches& launches, const Problem& problem, const Args& args
 
 }  // namespace
 
-cudaError_t forward(const Problem& problem, const TrainingForward& args, const PartPlan& plan, void* workspace,
-                    cudaStream_t stream) {
+cudaError_t forward(const Problem& problem, const TrainingForward& args, const PartPlan& plan,
+                    const Workspace& workspace, cudaStream_t stream) {
   PartLaunches launches(part_args(plan, args, workspace, args.running.num_batches_tracked), stream);
   TrainingForwardOp op{args, problem.dtype, /*count=*/0.0};
-  auto* const doubles = static_cast<double*>(workspace);
+  auto* const doubles = workspace.doubles;
   if (plan.parts > 1) {
     op.args.running = {};
     op.args.save_m2 = doubles + plan.workspace.m2;
@@ -44,7 +44,7 @@ cudaError_t forward(const Problem& problem, const TrainingForward& args, const P
   return launches.error();
 }
 
-cudaError_t forward(const Problem& problem, const EvalForward& args, const PartPlan& plan, void* workspace,
+cudaError_t forward(const Problem& problem, const EvalForward& args, const PartPlan& plan, const Workspace& workspace,
                     cudaStream_t stream) {
   PartLaunches launches(part_args(plan, args, workspace, nullptr), stream);
   launches.finish(EvalForwardOp{args, problem.dtype});

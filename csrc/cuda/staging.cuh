@@ -29,7 +29,7 @@ struct KernelArgs {
   LaunchPlan plan;
   Tensors tensors;
   Epilogue epilogue;  // has_residual and has_mask agree with the tensors
-  unsigned char* workspace;
+  Workspace workspace;
   std::int64_t* count_batch;  // incremented by one thread; null: not counted
 };
 
@@ -74,11 +74,17 @@ class StagingBuffer {
       // Copies the word that holds the byte: no less can be copied. A mask is a whole number of words.
       __pipeline_memcpy_async(mask_slot(k), tensors_.mask + (segment.mask & ~std::int64_t{3}), sizeof(unsigned));
     }
+    const Move move = segment.move();
 #pragma unroll
     for (int i = 0; i < kMaxInputs; ++i) {
       if (!reads<Functor>(i)) continue;
-      if (segment.whole) {
+      if (move == Move::kVector) {
         __pipeline_memcpy_async(slot<Functor>(k, i), segment.word(tensors_.in[i]), kVectorBytes);
+      } else if (move == Move::kWords) {
+        auto* const to = reinterpret_cast<unsigned*>(slot<Functor>(k, i));
+        const auto* const from = reinterpret_cast<const unsigned*>(segment.word(tensors_.in[i]));
+#pragma unroll
+        for (int word = 0; word < 4; ++word) __pipeline_memcpy_async(to + word, from + word, sizeof(unsigned));
       } else {
         *slot<Functor>(k, i) = load_lanes(static_cast<const scalar_t*>(tensors_.in[i]), segment);
       }

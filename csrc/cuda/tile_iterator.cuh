@@ -97,9 +97,7 @@ class TileIterator {
       // A single channel may begin anywhere: its vectors are cut at 16-byte boundaries. Columns are cut into vectors
       // from the tile's first one on.
       const std::int64_t offset = (kTile == Tile::kChannel ? row - row % kN : row) + column;
-      const int low = within(row - offset);
-      const int high = within(end - offset);
-      return Segment<scalar_t>{offset, mask_, low, high, low == 0 && high == kN && offset % kN == 0};
+      return Segment<scalar_t>{offset, mask_, within(row - offset), within(end - offset)};
     }
   }
 

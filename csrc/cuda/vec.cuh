@@ -140,15 +140,24 @@ __device__ __forceinline__ Words narrow_lanes(const opmath_t<scalar_t> (&lanes)[
   return vec;
 }
 
+// How a vector is moved: in one, by its four words, or by elements, of which the tile may have but some.
+enum class Move { kVector, kWords, kElements };
+
 // Where a vector lies, which of its lanes belong to the tile, [low, high), and where its byte of a mask lies.
-// `whole`: all lanes belong to the tile, and the vector can be moved as one word.
 template <typename scalar_t>
 struct Segment {
   std::int64_t offset;  // in elements
   std::int64_t mask;
   int low;
   int high;
-  bool whole;
+
+  __device__ __forceinline__ Move move() const {
+    constexpr int kN = kLanes<scalar_t>;
+    if (low != 0 || high != kN) return Move::kElements;
+    const unsigned place = static_cast<unsigned>(offset) % kN;
+    if (place == 0) return Move::kVector;
+    return place * sizeof(scalar_t) % sizeof(unsigned) == 0 ? Move::kWords : Move::kElements;
+  }
 
   __device__ __forceinline__ bool empty() const { return low >= high; }
   __device__ __forceinline__ const uint4* word(const void* data) const {
@@ -163,9 +172,9 @@ struct WholeSegment {
   unsigned mask;
   static constexpr int low = 0;
   static constexpr int high = kLanes<scalar_t>;
-  static constexpr bool whole = true;
   static constexpr std::int64_t offset = 0;  // unused
 
+  __device__ __forceinline__ static constexpr Move move() { return Move::kVector; }
   __device__ __forceinline__ static constexpr bool empty() { return false; }
   __device__ __forceinline__ const uint4* word(const void* data) const {
     return static_cast<const uint4*>(data) + vector;
@@ -193,7 +202,13 @@ __device__ __forceinline__ Words words_of(const uint4& vec) { return {vec.x, vec
 
 template <typename scalar_t, typename Where>
 __device__ __forceinline__ Words load_vec(const void* data, const Where& segment) {
-  return words_of(segment.whole ? __ldg(segment.word(data)) : load_lanes(static_cast<const scalar_t*>(data), segment));
+  const Move move = segment.move();
+  if (move == Move::kVector) return words_of(__ldg(segment.word(data)));
+  if (move == Move::kElements) return words_of(load_lanes(static_cast<const scalar_t*>(data), segment));
+  Words vec;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) vec.word[i] = __ldg(reinterpret_cast<const unsigned*>(segment.word(data)) + i);
+  return vec;
 }
 
 // Stores to global memory, stated because the compiler cannot tell the address space of an opaque address.
@@ -220,7 +235,8 @@ __device__ __forceinline__ void prefetch(const void* address) {
 // read again.
 template <typename scalar_t, typename Where>
 __device__ __forceinline__ void store_vec(void* data, const Where& segment, const Words& vec, bool streams) {
-  if (segment.whole) {
+  const Move move = segment.move();
+  if (move == Move::kVector) {
     auto* to = const_cast<uint4*>(segment.word(data));
     asm volatile("" : "+l"(to));  // otherwise each of the two branches would compute the address
     if (streams) {
@@ -228,6 +244,12 @@ __device__ __forceinline__ void store_vec(void* data, const Where& segment, cons
     } else {
       store_word(to, vec);
     }
+    return;
+  }
+  if (move == Move::kWords) {
+    auto* to = const_cast<unsigned*>(reinterpret_cast<const unsigned*>(segment.word(data)));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = vec.word[i];
     return;
   }
   scalar_t lanes[kLanes<scalar_t>];

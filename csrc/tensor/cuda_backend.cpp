@@ -13,6 +13,7 @@
 
 #include "../common/mask.h"
 #include "../cuda/batch_norm.h"
+#include "../cuda/counters.h"
 #include "backend.h"
 #include "schema.h"
 
@@ -21,22 +22,27 @@ namespace {
 
 CudaCap cap;
 
-// Queried once a device.
-cuda::DeviceLimits real_limits() {
-  static std::mutex mutex;
-  static std::map<c10::DeviceIndex, cuda::DeviceLimits> known;
-  const auto device = c10::cuda::current_device();
-  const std::lock_guard lock(mutex);
-  const auto found = known.find(device);
-  if (found != known.end()) return found->second;
+// What is asked of a device once.
+struct Device {
+  Device() {
+    C10_CUDA_CHECK(cuda::current_limits(&limits));
+    C10_CUDA_CHECK(cuda::current_counters(&counters));
+  }
+
   cuda::DeviceLimits limits;
-  C10_CUDA_CHECK(cuda::current_limits(&limits));
-  known.emplace(device, limits);
-  return limits;
+  unsigned* counters;
+  cuda::CounterSlots counter_slots;
+};
+
+Device& current_device() {
+  static std::mutex mutex;
+  static std::map<c10::DeviceIndex, Device> known;
+  const std::lock_guard lock(mutex);
+  return known.try_emplace(c10::cuda::current_device()).first->second;
 }
 
 cuda::DeviceLimits limits_of_current_device() {
-  cuda::DeviceLimits limits = real_limits();
+  cuda::DeviceLimits limits = current_device().limits;
   limits.sms = std::min(limits.sms, cap.sms);
   limits.shared_per_block = std::min(limits.shared_per_block, cap.shared_per_block);
   limits.max_cluster = std::min(limits.max_cluster, cap.max_cluster);
@@ -69,9 +75,48 @@ LastPlan& last_plan() {
 }
 
 // It may be freed while the kernel runs: the caching allocator reuses it only for work that follows on the stream.
-at::Tensor allocate_workspace(std::int64_t bytes, at::Device where) {
+at::Tensor allocate_bytes(std::int64_t bytes, at::Device where) {
   return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(where));
 }
+
+// The workspace of one launch on the current stream.
+class OwnedWorkspace {
+ public:
+  OwnedWorkspace(const cuda::WorkspaceSize& size, at::Device where, cudaStream_t stream) {
+    if (size.doubles > 0) {
+      doubles_ = allocate_bytes(size.doubles * static_cast<std::int64_t>(sizeof(double)), where);
+      view_.doubles = static_cast<double*>(doubles_.mutable_data_ptr());
+    }
+    if (size.counters > 0) view_.counters = take_counters(size.counters, where, stream);
+  }
+
+  const cuda::Workspace& view() const { return view_; }
+
+ private:
+  unsigned* take_counters(int count, at::Device where, cudaStream_t stream) {
+    Device& device = current_device();
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    C10_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+    std::optional<std::int64_t> first;
+    if (status == cudaStreamCaptureStatusNone) {
+      unsigned long long id = 0;
+      C10_CUDA_CHECK(cudaStreamGetId(stream, &id));
+      first = device.counter_slots.of_stream(id, count);
+    } else {
+      first = device.counter_slots.of_captured_launch(count);
+    }
+    if (first) return device.counters + *first;
+    // Thousands of streams or of captured launches have them all.
+    const std::int64_t bytes = count * static_cast<std::int64_t>(sizeof(unsigned));
+    counters_ = allocate_bytes(bytes, where);
+    C10_CUDA_CHECK(cudaMemsetAsync(counters_.mutable_data_ptr(), 0, static_cast<std::size_t>(bytes), stream));
+    return static_cast<unsigned*>(counters_.mutable_data_ptr());
+  }
+
+  at::Tensor doubles_;
+  at::Tensor counters_;
+  cuda::Workspace view_;
+};
 
 class CudaBackend final : public Backend {
  public:
@@ -108,11 +153,9 @@ class CudaBackend final : public Backend {
     const c10::cuda::CUDAGuard guard(where);
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
     const auto launch_plan = [&](const auto& plan) {
-      const at::Tensor workspace =
-          plan.workspace_bytes > 0 ? allocate_workspace(plan.workspace_bytes, where) : at::Tensor();
-      void* const scratch = workspace.defined() ? workspace.mutable_data_ptr() : nullptr;
+      const OwnedWorkspace workspace(plan.workspace_size, where, stream);
       last_plan().set(plan);
-      return launch(problem, args, plan, scratch, stream);
+      return launch(problem, args, plan, workspace.view(), stream);
     };
     if (cuda::has_parts(problem)) {
       C10_CUDA_CHECK(launch_plan(cuda::make_part_plan(problem)));

@@ -51,6 +51,26 @@ def test_the_current_stream_is_used(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_streams_and_a_graph_run_at_once(shape: tuple[int, ...]) -> None:
+    x, g, weight, bias, stats = arguments(shape)
+    expected = step(x, g, weight, bias, [t.clone() for t in stats])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step(x, g, weight, bias, [t.clone() for t in stats])
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    results = []
+    for _ in range(5):
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                results.append(step(x, g, weight, bias, [t.clone() for t in stats]))
+        graph.replay()
+    torch.cuda.synchronize()
+    for result in (*results, replayed):
+        assert all(same_bits(a, b) for a, b in zip(result, expected, strict=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_captured_in_a_graph_and_replayed(shape: tuple[int, ...]) -> None:
     x, g, weight, bias, stats = arguments(shape)
     side = torch.cuda.Stream()

@@ -183,6 +183,24 @@ def test_rows_of_threads_that_are_parts_of_a_warp(
             assert plan["threads_x"] * plan["threads_y"] == plan["threads"]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("act", ["identity", "relu", "silu"])
+@pytest.mark.parametrize("channels", [1001, 1002])
+def test_rows_that_begin_inside_a_vector(channels: int, act: str, dtype: torch.dtype, planned_for: PlannedFor) -> None:
+    """Pixels of so many channels are not folded. Their vectors begin inside a word, or at a word that begins no vector:
+    kept and not, at the ends of a row and between."""
+    # On the larger device two blocks keep a tile, on the smaller one they read most of it twice. Tiles of float64 have
+    # fewer channels, so that some are kept there, too.
+    for limits, batch in ((Limits(sms=16), 2), (Limits(sms=1, max_cluster=1, shared_per_block=30 * KB), 24)):
+        with planned_for(limits) as device:
+            case = Case((batch, channels, 5, 5), "channels_last")
+            x, g, params, residual = make_inputs(*case, dtype, device, act != "identity", case.layout)
+            check_backward(x, g, params, training=True, residual=residual, act=act, output_too=True)
+            if device == "cpu":
+                assert last_plan()["row_width"] == channels
+                assert dtype == torch.float64 or (last_plan()["ring"] > 0) == (batch > 2)
+
+
 @pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_a_masks_bits_at_the_edges_of_a_rectifier(dtype: torch.dtype, act: str, planned_for: PlannedFor) -> None:

@@ -107,9 +107,10 @@ def assert_sound(
         assert per_sm * plan["threads"] <= MAX_THREADS
     if group == "grid":
         assert gpu.cooperative
-        assert plan["workspace_bytes"] >= 4 * plan["groups"] + blocks * 32 * plan["tile_channels"]
+        assert plan["counters"] == plan["groups"]
+        assert plan["doubles"] >= blocks * 4 * plan["tile_channels"]
     else:
-        assert plan["workspace_bytes"] == 0
+        assert plan["counters"] == plan["doubles"] == 0
 
 
 # (N, C, HW), and whether it is channels_last, of calls whose plans have to be sound.
@@ -199,10 +200,41 @@ def test_worked_examples(shape: tuple[int, int, int], last: bool, dtype: torch.d
     assert (GROUPS[plan["group"]], TILES[plan["tile"]]) == (group, tile), plan
 
 
-def test_small_tensors_take_one_launch_without_workspace() -> None:
+def test_small_tensors_take_no_workspace() -> None:
     for shape in ((64, 512, 1), (8, 64, 196), (32, 128, 49)):
         for last in (False, True):
-            assert make_plan(shape, last, torch.float32, FORWARD, H200)["workspace_bytes"] == 0
+            plan = make_plan(shape, last, torch.float32, FORWARD, H200)
+            assert plan["counters"] == plan["doubles"] == 0
+
+
+def dealt(available: int, *launches: tuple[int, int]) -> list[range | None]:
+    """The counters of each launch, given its stream, -1 for one that is captured, and how many it needs."""
+    streams, counts = map(list, zip(*launches, strict=True))
+    firsts = torch.ops.bnext_simt.deal_counters(available, streams, counts)
+    return [range(first, first + count) if first >= 0 else None for first, count in zip(firsts, counts, strict=True)]
+
+
+def test_launches_that_may_run_at_once_share_no_counter() -> None:
+    load()
+    # Streams 5 and 7 launch in turn, with more groups and then with fewer, and some of what they launch is captured.
+    streams = [5, 7, -1, 5, 7, -1, 5, -1]
+    counts = [4, 1, 3, 264, 33, 264, 2, 1]
+    counters = dealt(65536, *zip(streams, counts, strict=True))
+    for (stream, mine), (other, theirs) in itertools.combinations(zip(streams, counters, strict=True), 2):
+        assert mine is not None
+        assert theirs is not None
+        assert (stream == other != -1) or not set(mine) & set(theirs)
+
+
+def test_a_stream_keeps_its_counters() -> None:
+    load()
+    few, as_many, more, again = dealt(65536, (1, 3), (1, 3), (1, 100), (1, 3))
+    assert few == as_many
+    assert more is not None
+    assert again is not None
+    assert more.start == again.start
+    # Streams that have some go on with them where no other gets any.
+    assert dealt(64, (1, 32), (2, 32), (3, 1), (-1, 1), (1, 32)) == [range(32), range(32, 64), None, None, range(32)]
 
 
 def test_the_ways_take_every_path() -> None:

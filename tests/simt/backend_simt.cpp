@@ -11,6 +11,7 @@
 
 #include "../../csrc/common/mask.h"
 #include "../../csrc/cuda/batch_norm.h"
+#include "../../csrc/cuda/counters.h"
 #include "../../csrc/tensor/backend.h"
 #include "../../csrc/tensor/schema.h"
 #include "emulator.h"
@@ -148,6 +149,23 @@ void add_arguments(Buffers& buffers, const Problem& problem, const Backward& arg
   buffers.add(args.grad_residual, bytes, "grad_residual", simt::Access::kUninitialised);
 }
 
+// All launches are on one stream, and have the counters of the launches before them.
+unsigned* counters_of_the_stream(int count) {
+  static auto& slots = *new cuda::CounterSlots;
+  if (count == 0) return nullptr;
+  unsigned* counters = nullptr;
+  TORCH_CHECK(cuda::current_counters(&counters) == cudaSuccess);
+  return counters + slots.of_stream(0, count).value();
+}
+
+// The next launch relies on how a launch leaves its counters.
+void check_counters(const cuda::Workspace& workspace, const cuda::WorkspaceSize& size) {
+  for (int i = 0; i < size.counters; ++i) {
+    const unsigned left = workspace.counters[i];
+    TORCH_CHECK(left << 1 == 0, "emulated kernel: counter ", i, " is left at ", left);
+  }
+}
+
 class SimtBackend final : public Backend {
  public:
   std::uintptr_t alignment() const override { return cuda::kVectorBytes; }
@@ -195,13 +213,18 @@ class SimtBackend final : public Backend {
     add_arguments(buffers, problem, args);
     const auto launch_plan = [&](const auto& plan) {
       last_description = cuda::description(plan);
-      // A vector of doubles has the alignment that the kernels need.
-      std::vector<double> workspace(static_cast<std::size_t>(plan.workspace_bytes + 7) / 8, -1.0);
-      if (workspace.empty()) return launch(problem, args, plan, nullptr, cudaStream_t{});
-      simt::register_buffer(workspace.data(), static_cast<std::size_t>(plan.workspace_bytes), "workspace",
-                            simt::Access::kUninitialised);
-      const cudaError_t error = launch(problem, args, plan, workspace.data(), cudaStream_t{});
-      simt::unregister_buffer(workspace.data());
+      const cuda::WorkspaceSize& size = plan.workspace_size;
+      std::vector<double> doubles(static_cast<std::size_t>(size.doubles), -1.0);
+      const cuda::Workspace workspace{doubles.data(), counters_of_the_stream(size.counters)};
+      if (size.doubles > 0) {
+        simt::register_buffer(doubles.data(), doubles.size() * sizeof(double), "workspace",
+                              simt::Access::kUninitialised);
+      }
+      buffers.add(workspace.counters, static_cast<std::size_t>(size.counters) * sizeof(unsigned), "counters",
+                  simt::Access::kReadWrite);
+      const cudaError_t error = launch(problem, args, plan, workspace, cudaStream_t{});
+      simt::unregister_buffer(doubles.data());
+      if (error == cudaSuccess) check_counters(workspace, size);
       return error;
     };
     if (cuda::has_parts(problem)) {
@@ -244,7 +267,8 @@ Facts facts_of(const cuda::LaunchPlan& plan) {
       {"ring", plan.ring},
       {"share", plan.share},
       {"shared_bytes", plan.shared.bytes},
-      {"workspace_bytes", plan.workspace_bytes},
+      {"doubles", plan.workspace_size.doubles},
+      {"counters", plan.workspace_size.counters},
   });
 }
 
@@ -287,6 +311,19 @@ void configure(std::int64_t sms, std::int64_t shared_per_block, std::int64_t max
   Buffers::checking = check;
 }
 
+// The first counter that each launch of a process would have, -1 where none are left. A negative stream is one that is
+// captured.
+std::vector<std::int64_t> deal_counters(std::int64_t available, at::IntArrayRef streams, at::IntArrayRef counts) {
+  cuda::CounterSlots slots(available);
+  std::vector<std::int64_t> firsts;
+  for (std::size_t i = 0; i < streams.size(); ++i) {
+    const auto first = streams[i] < 0 ? slots.of_captured_launch(counts[i])
+                                      : slots.of_stream(static_cast<unsigned long long>(streams[i]), counts[i]);
+    firsts.push_back(first.value_or(-1));
+  }
+  return firsts;
+}
+
 Facts counters() {
   const simt::Counters counted = simt::take_counters();
   const auto number = [](std::uint64_t count) { return static_cast<std::int64_t>(count); };
@@ -326,4 +363,5 @@ TORCH_LIBRARY(bnext_simt, m) {
   m.def("last_description() -> str", [] { return bnext::last_description; });
   m.def("last_part_plan() -> Dict(str, int)", [] { return bnext::facts_of(bnext::last_part_plan); });
   m.def("counters() -> Dict(str, int)", &bnext::counters);
+  m.def("deal_counters(int available, int[] streams, int[] counts) -> int[]", &bnext::deal_counters);
 }

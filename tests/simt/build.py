@@ -26,7 +26,7 @@ KERNELS = (
     "csrc/cuda/parts_backward.cu",
     "csrc/cuda/parts_forward.cu",
 )
-HOST = ("csrc/cuda/limits.cu", "csrc/cuda/launch_plan.cpp", "csrc/cuda/part_plan.cpp")
+HOST = ("csrc/cuda/counters.cu", "csrc/cuda/limits.cu", "csrc/cuda/launch_plan.cpp", "csrc/cuda/part_plan.cpp")
 TENSOR_LEVEL = (
     "csrc/tensor/forward.cpp",
     "csrc/tensor/backward.cpp",

@@ -185,21 +185,6 @@ void record_write(Shadow::Span cells, const Record& record) {
   for (Cell* cell = cells.begin; cell != cells.end; ++cell) *cell = Cell{record, {}};
 }
 
-bool check_memset(const void* data, std::size_t bytes) {
-  const auto address = reinterpret_cast<std::uintptr_t>(data);
-  Region* const region = device().memory.find(address);
-  if (region == nullptr) return true;
-  if (bytes > region->bytes - (address - region->begin)) {
-    device().findings.add("memset outside any registered buffer, beyond the end from " +
-                          describe_place(*region, address) + ": " + std::to_string(bytes) + " bytes");
-    return false;
-  }
-  Record record{};
-  record.thread = kHostThread;
-  record_write(region->shadow.cells(address - region->begin, bytes), record);
-  return true;
-}
-
 void check_remote_uses(Launch& launch, const Block& block) {
   for (const auto& [id, use] : block.remote_uses) {
     const std::uint32_t number = id - 1;
@@ -214,7 +199,6 @@ void check_remote_uses(Launch& launch, const Block& block) {
 }
 
 std::string describe_thread(const LaunchShape& shape, std::uint32_t id) {
-  if (id == kHostThread) return "the host";
   const unsigned threads = shape.threads;
   return "block " + std::to_string((id - 1) / threads) + " thread " + std::to_string((id - 1) % threads);
 }

@@ -25,8 +25,6 @@ void check_order(Thread& thread, Region& region, const MemoryAccess& access);
 void check_access(Thread& thread, const MemoryAccess& access);
 
 void record_write(Shadow::Span cells, const Record& record);
-// A memset by the host's API, which may also write memory that no kernel uses. False if it goes beyond a buffer's end.
-bool check_memset(const void* data, std::size_t bytes);
 
 // What another block did to this one's shared memory must have happened before it exits.
 void check_remote_uses(Launch& launch, const Block& block);

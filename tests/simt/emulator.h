@@ -32,7 +32,7 @@ void register_buffer(const void* data, std::size_t bytes, const char* name, Acce
 void unregister_buffer(const void* data);
 void unregister_all();
 
-// Bytes that no kernel or memset has written since a buffer was registered as kUninitialised.
+// Bytes that no kernel has written since a buffer was registered as kUninitialised.
 std::size_t unwritten_bytes(const void* data);
 
 // The findings since the last call. A launch that adds one returns cudaErrorLaunchFailure.

@@ -1,6 +1,5 @@
 // The CUDA runtime's host API: what a launcher asks of the device, and what a launch may ask for.
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <unordered_map>
 #include <utility>
@@ -68,7 +67,7 @@ LaunchShape shape_of(const cudaLaunchConfig_t& config) {
 cudaError_t refusal(const LaunchShape& shape, const FunctionState& state) {
   if (shape.blocks == 0) return cudaErrorInvalidConfiguration;
   // The checker numbers threads by 24 bits, and no test runs as many.
-  if (std::uint64_t{shape.blocks} * shape.threads >= kHostThread) return cudaErrorNotSupported;
+  if (std::uint64_t{shape.blocks} * shape.threads > kMaxThreads) return cudaErrorNotSupported;
   if (shape.dynamic_shared > static_cast<std::size_t>(state.max_dynamic_shared)) return cudaErrorInvalidValue;
   const auto cluster = static_cast<int>(shape.cluster_blocks);
   if (cluster > (state.non_portable_cluster ? kMaxCluster : kPortableCluster)) return cudaErrorInvalidClusterSize;
@@ -135,11 +134,5 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     case cudaDevAttrCooperativeLaunch:
     case cudaDevAttrClusterLaunch: *value = 1; break;
   }
-  return cudaSuccess;
-}
-
-cudaError_t cudaMemsetAsync(void* data, int value, std::size_t bytes, cudaStream_t) {
-  if (simt::device().options.check && !simt::check_memset(data, bytes)) return simt::noted(cudaErrorInvalidValue);
-  std::memset(data, value, bytes);
   return cudaSuccess;
 }

@@ -21,6 +21,19 @@ Region* check_atomic(Thread& thread, const void* address, Kind kind, Site site) 
   return region;
 }
 
+void acquire(Thread& thread, const Region& region, const void* address) {
+  const auto found = region.released.find(reinterpret_cast<std::uintptr_t>(address));
+  if (found != region.released.end()) thread.learn(found->second);
+}
+
+// It releases what the thread knows and has done so far, and nothing that it does from now on.
+void release(Thread& thread, Region& region, const void* address) {
+  KnowledgePtr& released = region.released[reinterpret_cast<std::uintptr_t>(address)];
+  const Place place = thread_place(thread.block->number, thread.in_block);
+  released = join(released, with(thread.knowledge, {{place, thread.tick}}));
+  thread.tick = thread.launch->next_tick();
+}
+
 }  // namespace
 
 unsigned char* dynamic_shared() { return running->block->shared.get(); }
@@ -77,25 +90,19 @@ unsigned load_acquire(const unsigned* address) {
   const EmulatorScope scope;
   Thread& thread = scope.thread();
   thread.launch->maybe_pause(thread, SIMT_SITE);
-  if (const Region* region = check_atomic(thread, address, Kind::kRead, SIMT_SITE)) {
-    const auto found = region->released.find(reinterpret_cast<std::uintptr_t>(address));
-    if (found != region->released.end()) thread.learn(found->second);
-  }
+  if (const Region* region = check_atomic(thread, address, Kind::kRead, SIMT_SITE)) acquire(thread, *region, address);
   return *address;
 }
 
-unsigned atomic_add(unsigned* address, unsigned value, bool releases) {
+unsigned atomic_add(unsigned* address, unsigned value, bool orders) {
   const EmulatorScope scope;
   Thread& thread = scope.thread();
   thread.launch->maybe_pause(thread, SIMT_SITE);
   check_atomic(thread, address, Kind::kRead, SIMT_SITE);
   Region* const region = check_atomic(thread, address, Kind::kWrite, SIMT_SITE);
-  if (region != nullptr && releases) {
-    // It releases what the thread knows and has done so far, and nothing that it does from now on.
-    KnowledgePtr& released = region->released[reinterpret_cast<std::uintptr_t>(address)];
-    const Place place = thread_place(thread.block->number, thread.in_block);
-    released = join(released, with(thread.knowledge, {{place, thread.tick}}));
-    thread.tick = thread.launch->next_tick();
+  if (region != nullptr && orders) {
+    acquire(thread, *region, address);
+    release(thread, *region, address);
   }
   // An addition of zero may be a spin.
   if (value != 0) thread.launch->note_progress();

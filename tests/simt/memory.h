@@ -20,7 +20,7 @@ struct Record {
   std::uint64_t atomic : 1;
   std::uint64_t in_flight : 1;  // a write that an asynchronous copy has yet to do
 };
-constexpr std::uint32_t kHostThread = (1u << 24) - 1;  // with tick 0: before every launch
+constexpr std::uint64_t kMaxThreads = (1u << 24) - 1;
 
 constexpr int kReads = 3;
 struct alignas(64) Cell {

@@ -27,6 +27,6 @@ def test_the_emulator_finds_what_is_wrong_and_nothing_else(seed: int) -> None:
 @pytest.mark.long
 def test_a_missing_synchronisation_is_noticed() -> None:
     # `make mutants` tries all mutants. This one only a checker can notice: an addition that releases nothing.
-    (mutant,) = [mutant for mutant in all_mutants() if "bnext_add_release(counter, 1)" in mutant.before]
+    (mutant,) = [mutant for mutant in all_mutants() if "bnext_add_acq_rel(counter, share)" in mutant.before]
     build()
     assert noticed_by(mutant) is not None, mutant

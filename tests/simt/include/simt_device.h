@@ -36,10 +36,14 @@ SIMT_DEVICE T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width =
   return value;
 }
 
-SIMT_DEVICE unsigned atomicAdd(unsigned* address, unsigned value) { return simt::atomic_add(address, value, false); }
-// The kernels' own wrappers of ld.acquire.gpu and red.release.gpu, which on the device are inline PTX.
+SIMT_DEVICE unsigned atomicAdd(unsigned* address, unsigned value) {
+  return simt::atomic_add(address, value, /*orders=*/false);
+}
+// The kernels' own wrappers of ld.acquire.gpu and atom.acq_rel.gpu, which on the device are inline PTX.
 SIMT_DEVICE unsigned bnext_load_acquire(const unsigned* address) { return simt::load_acquire(address); }
-SIMT_DEVICE void bnext_add_release(unsigned* address, unsigned value) { simt::atomic_add(address, value, true); }
+SIMT_DEVICE unsigned bnext_add_acq_rel(unsigned* address, unsigned value) {
+  return simt::atomic_add(address, value, /*orders=*/true);
+}
 SIMT_DEVICE void __nanosleep(unsigned) { simt::pause(); }
 
 template <typename T>

@@ -55,8 +55,8 @@ void load(void* value, const void* address, std::size_t bytes);
 void store(void* address, const void* value, std::size_t bytes);
 
 unsigned load_acquire(const unsigned* address);
-// Returns the value from before.
-unsigned atomic_add(unsigned* address, unsigned value, bool releases);
+// Returns the value from before. `orders`: by acquire and release.
+unsigned atomic_add(unsigned* address, unsigned value, bool orders);
 void pause();
 
 void async_copy(void* shared, const void* global, std::size_t bytes);

@@ -70,7 +70,7 @@ __global__ void miss_barrier(unsigned* others) {
     while (bnext_load_acquire(others) < (kExitFirst ? 1u : blockDim.x - 1)) {
     }
   }
-  if (misses == kExitFirst) bnext_add_release(others, 1);
+  if (misses == kExitFirst) bnext_add_acq_rel(others, 1);
   if (!misses) __syncthreads();
 }
 

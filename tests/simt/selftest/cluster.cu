@@ -116,7 +116,7 @@ __global__ void read_exited(unsigned* exits, float* output) {
   values[threadIdx.x] = 1.0f;
   cluster_barrier();
   if (blockIdx.x == 0) {
-    bnext_add_release(exits, 1);
+    bnext_add_acq_rel(exits, 1);
   } else {
     while (bnext_load_acquire(exits) < blockDim.x) __nanosleep(32);
     output[threadIdx.x] = this_cluster().map_shared_rank(values, 0)[threadIdx.x];

@@ -86,7 +86,7 @@ __global__ void name_exited_lane(unsigned* others, float* output) {
     while (bnext_load_acquire(others) < (kExitFirst ? 1u : 31u)) {
     }
   }
-  if (misses == kExitFirst) bnext_add_release(others, 1);
+  if (misses == kExitFirst) bnext_add_acq_rel(others, 1);
   if (!misses) output[threadIdx.x] = __shfl_xor_sync(kAll, 1.0f, 1);
 }
 
