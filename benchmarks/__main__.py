@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import document
-from benchmarks.command import POSITIVE, WHOLE, OneLineParser, add_report_options, listed, make_writable, run_command
+from benchmarks.command import POSITIVE, WHOLE, OneLineParser, add_report_options, listed, make_writable, run_command, signals_to_end
 from benchmarks.rows import TOUCHED, InputError, is_touched, load_rows, save_rows, write_atomically
 from benchmarks.suites import DEFAULT_DTYPES, DEFAULT_SECONDS, SUITES, default_seconds, default_suites, select_cases
 from benchmarks.traffic import ITEM_BYTES, LAYOUTS, STEP, TENSOR_PASSES, WALKS
@@ -137,7 +137,7 @@ def run_measure(arguments: argparse.Namespace) -> int:
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else None)
     file = arguments.output / "results.json"
     try:
-        with ProgressBar(total_work(cases, measured_on)) as progress:
+        with signals_to_end(), ProgressBar(total_work(cases, measured_on)) as progress:
             measure(cases, measured_on, outcome, progress.show, seconds, rounds, arguments.threads)
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted; {file} has what was measured so far, if anything", file=sys.stderr)

@@ -79,6 +79,27 @@ def error_summary(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}".rstrip(": ")
 
 
+@contextmanager
+def signals_to_end() -> Iterator[list[int]]:
+    """Signals to end raise KeyboardInterrupt, and are recorded: Python drops what is raised while a finalizer runs."""
+    received: list[int] = []
+
+    def end(number: int, _: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # under nohup the end of the terminal is ignored
+            signal.signal(number, end)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def end_with_parent(number: int) -> None:
     """Have this process sent a signal when its parent ends, in whatever way."""
     parent = parent_process()

@@ -20,11 +20,14 @@ from bnext.functional import batch_norm, batch_norm_act
 def output_strides(input: Tensor) -> tuple[int, ...]:
     """The strides that torch's batch norm gives its output; (N, C, L) inputs in (N, L, C) memory keep their own."""
     channels = input.shape[1]
+    # On a GPU torch gives some transposed inputs' strides to the output, where bnext does on every device as torch does
+    # on the CPU.
+    input = input.detach().cpu()
     if input.dim() == 3 and input.transpose(1, 2).is_contiguous() and not input.is_contiguous():
         return (channels * input.shape[2], 1, channels)
-    mean, var = torch.zeros(channels, device=input.device), torch.ones(channels, device=input.device)
+    mean, var = torch.zeros(channels), torch.ones(channels)
     mean, var = (t.double() if input.dtype == torch.float64 else t for t in (mean, var))
-    return torch.nn.functional.batch_norm(input.detach(), mean, var).stride()
+    return torch.nn.functional.batch_norm(input, mean, var).stride()
 
 
 def significant_strides(tensor: Tensor) -> list[int]:

@@ -49,7 +49,7 @@ __global__ void cluster_barriers() {
 }
 
 __global__ void grid_barriers(unsigned* counter) {
-  for (int i = 0; i < kRounds; ++i) grid_group_barrier(counter, gridDim.x, static_cast<unsigned>(i));
+  for (int i = 0; i < kRounds; ++i) grid_group_barrier(counter, static_cast<int>(gridDim.x));
 }
 
 // Dependent loads from the next block's shared memory.
@@ -64,23 +64,22 @@ __global__ void remote_loads(double* result) {
   if (at != 0.0) *result = at;
 }
 
-// Dependent loads from L2, along a chain.
+// Dependent loads along a chain, past L1. They go on where the last launch ended.
 __global__ void chained_loads(const std::int64_t* chain, std::int64_t* result) {
-  std::int64_t at = 0;
+  std::int64_t at = *result;
   for (int i = 0; i < kRounds; ++i) at = __ldcg(chain + at);
   *result = at;
 }
 
-// The least seconds of some launches, after one that is not timed. `prepare` is enqueued before each.
-template <typename Prepare, typename Launch>
-double seconds(Prepare&& prepare, Launch&& launch) {
+// The least seconds of some launches, after one that is not timed.
+template <typename Launch>
+double seconds(Launch&& launch) {
   cudaEvent_t begin = nullptr;
   cudaEvent_t end = nullptr;
   check(cudaEventCreate(&begin));
   check(cudaEventCreate(&end));
   float least = 1e30f;
   for (int i = 0; i <= kTimes; ++i) {
-    prepare();
     check(cudaEventRecord(begin));
     launch();
     check(cudaGetLastError());
@@ -99,7 +98,8 @@ double seconds_of_chain(std::int64_t* chain, std::int64_t length, std::int64_t s
   std::vector<std::int64_t> next(static_cast<std::size_t>(length), 0);
   for (std::int64_t i = 0; i < length; ++i) next[static_cast<std::size_t>(i)] = (i + stride) % length;
   check(cudaMemcpy(chain, next.data(), next.size() * sizeof(std::int64_t), cudaMemcpyHostToDevice));
-  return seconds([] {}, [&] { chained_loads<<<1, 1>>>(chain, result); });
+  check(cudaMemset(result, 0, sizeof *result));
+  return seconds([&] { chained_loads<<<1, 1>>>(chain, result); });
 }
 
 }  // namespace
@@ -114,29 +114,26 @@ int main() {
   check(cudaMalloc(&to, kBytes));
   check(cudaMalloc(&result, 256));
   check(cudaMemset(from, 1, kBytes));
-  const auto nothing = [] {};
-
-  const double copy = seconds(nothing, [&] { check(cudaMemcpyAsync(to, from, kBytes, cudaMemcpyDeviceToDevice)); });
+  const double copy = seconds([&] { check(cudaMemcpyAsync(to, from, kBytes, cudaMemcpyDeviceToDevice)); });
   std::printf("{\n  \"copy_rate\": {\"value\": %.0f, \"unit\": \"GB/s\"},\n", 2.0 * kBytes / copy / 1e9);
 
   // Channels of 1 KB a pixel. Two groups at once, as a plan for a grid has them, of two blocks an SM.
   const int width = 1024 / kVectorBytes;
   for (const int run_bytes : {32, 64, 128, 256, 512, 1024}) {
-    const double strips = seconds(nothing, [&] {
+    const double strips = seconds([&] {
       copy_strips<<<2 * sms, kThreads>>>(from, to, kBytes / 1024, width, run_bytes / kVectorBytes, sms);
     });
     std::printf("  \"rate_of_runs_of_%d\": {\"value\": %.0f, \"unit\": \"GB/s\"},\n", run_bytes,
                 2.0 * kBytes / strips / 1e9);
   }
 
-  const double grid =
-      seconds([&] { check(cudaMemsetAsync(result, 0, 256)); },
-              [&] {
-                auto* counter = reinterpret_cast<unsigned*>(result);
-                void* arguments[] = {&counter};
-                check(cudaLaunchCooperativeKernel(reinterpret_cast<void*>(&grid_barriers), dim3(2 * sms),
-                                                  dim3(kThreads), arguments, 0, nullptr));
-              });
+  check(cudaMemset(result, 0, 256));
+  const double grid = seconds([&] {
+    auto* counter = reinterpret_cast<unsigned*>(result);
+    void* arguments[] = {&counter};
+    check(cudaLaunchCooperativeKernel(reinterpret_cast<void*>(&grid_barriers), dim3(2 * sms), dim3(kThreads), arguments,
+                                      0, nullptr));
+  });
   std::printf("  \"grid_barrier\": {\"value\": %.0f, \"unit\": \"ns\"},\n", grid * 1e9 / kRounds);
 
   const auto in_clusters = [&](auto* kernel, auto... arguments) {
@@ -151,7 +148,7 @@ int main() {
     config.attrs = &attribute;
     config.numAttrs = 1;
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-    return seconds(nothing, [&] { check(cudaLaunchKernelEx(&config, kernel, arguments...)); });
+    return seconds([&] { check(cudaLaunchKernelEx(&config, kernel, arguments...)); });
   };
   std::printf("  \"cluster_barrier\": {\"value\": %.0f, \"unit\": \"ns\"},\n",
               in_clusters(&cluster_barriers) * 1e9 / kRounds);

@@ -35,11 +35,12 @@ __device__ __forceinline__ unsigned bnext_load_acquire(const unsigned* counter) 
 // A barrier among the blocks of one group, which all run at once because the launch is cooperative. Together the blocks
 // add 2^31 to the counter: when the last has arrived, its upper bit changes and the others are zero again. So it serves
 // the next barrier as it is, also one of another launch and of another number of blocks.
-__device__ __forceinline__ void grid_group_barrier(unsigned* counter, int group_blocks, int rank) {
+__device__ __forceinline__ void grid_group_barrier(unsigned* counter, int group_blocks) {
   constexpr unsigned kPhase = 1u << 31;
   __syncthreads();
   if (threadIdx.x == 0) {
-    const unsigned share = rank == 0 ? kPhase - static_cast<unsigned>(group_blocks - 1) : 1u;
+    const bool is_first = static_cast<int>(blockIdx.x) % group_blocks == 0;
+    const unsigned share = is_first ? kPhase - static_cast<unsigned>(group_blocks - 1) : 1u;
     const unsigned before = bnext_add_acq_rel(counter, share);
     unsigned now = before + share;
     while (((before ^ now) & kPhase) == 0) {
@@ -154,7 +155,7 @@ __device__ __forceinline__ const double* all_reduce(const LaunchPlan& plan, Grou
   double* published = all + (std::int64_t{group} * 2 + (self.round & 1)) * plan.group_blocks * values;
   __syncthreads();
   for (int i = t; i < values; i += threads) published[std::int64_t{self.rank} * values + i] = own[i];
-  grid_group_barrier(counter, plan.group_blocks, self.rank);
+  grid_group_barrier(counter, plan.group_blocks);
   if (plan.share == 0) {
     sum_published(plan, published, values, values, merge, [&](int i, double sum) { total[i] = sum; });
   } else {
@@ -165,7 +166,7 @@ __device__ __forceinline__ const double* all_reduce(const LaunchPlan& plan, Grou
     if (count > 0) {
       sum_published(plan, published + first, values, count, merge, [&](int i, double sum) { totals[first + i] = sum; });
     }
-    grid_group_barrier(counter, plan.group_blocks, self.rank);
+    grid_group_barrier(counter, plan.group_blocks);
     for (int i = t; i < values; i += threads) total[i] = __ldcg(totals + i);
   }
   ++self.round;

@@ -2,6 +2,7 @@
 #include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -25,6 +26,8 @@ CudaCap cap;
 // What is asked of a device once.
 struct Device {
   Device() {
+    // The first call may be captured, and loads code and variables, which a capture need not allow.
+    const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
     C10_CUDA_CHECK(cuda::current_limits(&limits));
     C10_CUDA_CHECK(cuda::current_counters(&counters));
   }

@@ -20,7 +20,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from benchmarks.command import end_with_parent, error_summary, processes
+from benchmarks.command import end_with_parent, error_summary, processes, signals_to_end
 from benchmarks.progress import ProgressBar
 from studies.tuning.results import Results, Trial
 from studies.tuning.settings import Point, Settings
@@ -113,26 +113,6 @@ def work(url: str, name: str, settings: Settings) -> None:
         add_machine(study, this_machine())
         if len(results(study)) < len(settings.points):
             study.optimize(partial(objective, settings))
-
-
-@contextmanager
-def signals_to_end() -> Iterator[list[int]]:
-    """Signals to end raise KeyboardInterrupt, and are recorded: Python drops what is raised while a finalizer runs."""
-    received: list[int] = []
-
-    def end(number: int, _: object) -> None:
-        received.append(number)
-        raise KeyboardInterrupt
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # under nohup the end of the terminal is ignored
-            signal.signal(number, end)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def run(url: str, name: str, settings: Settings, jobs: int) -> Results:

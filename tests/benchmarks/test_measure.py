@@ -1,5 +1,6 @@
 """``python -m benchmarks`` from the command line to its files, on the smallest shapes; the CPU stands in for a GPU."""
 
+import signal
 import subprocess
 import sys
 from itertools import product
@@ -232,17 +233,28 @@ def test_a_missing_package_is_one_note(run: Run, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     ("error", "status", "left"),
-    [(MemoryError("out of memory"), 1, set(TENSOR_PASSES) - {"backward"}), (KeyboardInterrupt(), 130, {"forward"})],
-    ids=["fails", "interrupted"],
+    [
+        (MemoryError("out of memory"), 1, set(TENSOR_PASSES) - {"backward"}),
+        (KeyboardInterrupt(), 130, {"forward"}),
+        (signal.SIGTERM, 130, {"forward"}),
+    ],
+    ids=["fails", "interrupted", "terminated"],
 )
 def test_rows_from_before_and_after_a_failure_are_kept(
-    error: BaseException, status: int, left: set[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException | signal.Signals,
+    status: int,
+    left: set[str],
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     original = measure.provider_call
 
     def failing(operation: str, *args: Any) -> Any:
         if operation == "backward":
-            raise error
+            if isinstance(error, BaseException):
+                raise error
+            signal.raise_signal(error)
         return original(operation, *args)
 
     monkeypatch.setattr(measure, "provider_call", failing)

@@ -8,6 +8,7 @@ import torch
 from cases import Case, make_input, make_parameters, name, same_bits
 from checks import check_backward, check_forward, make_inputs
 from simt.device import GROUPS, TILES, Limits, emulated, last_plan
+from steps import step
 from ways import FEW_WAYS, KB, PATHS, SEEDS, WAYS, Path
 
 from bnext.functional import batch_norm
@@ -20,12 +21,9 @@ def test_the_order_of_execution_changes_no_bit(path: Path, case: Case) -> None:
     x, g, params, _ = make_inputs(*case, torch.bfloat16, grad_layout=case.layout)
     results = []
     for seed in (0, 1, 2):
+        stats = (*(t.clone() for t in (params.running_mean, params.running_var)), torch.zeros((), dtype=torch.int64))
         with emulated(path.limits, seed, check=False):
-            y, stats, _ = torch.ops.bnext.batch_norm_train(x, params.weight, params.bias, None, None, None, 0.1, 1e-5)
-            grads = torch.ops.bnext.batch_norm_backward(
-                g, x, params.weight, stats, True, 1e-5, [True, True, True, False]
-            )
-        results.append((y, stats, *grads))
+            results.append((*step(x, g, params.weight, params.bias, stats), *stats))
     for other in results[1:]:
         assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
 
