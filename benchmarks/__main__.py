@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import document
-from benchmarks.command import POSITIVE, WHOLE, OneLineParser, add_report_options, listed, make_writable, run_command, signals_to_end
+from benchmarks.command import (
+    POSITIVE,
+    WHOLE,
+    OneLineParser,
+    add_report_options,
+    listed,
+    make_writable,
+    run_command,
+    signals_to_end,
+)
 from benchmarks.rows import TOUCHED, InputError, is_touched, load_rows, save_rows, write_atomically
 from benchmarks.suites import DEFAULT_DTYPES, DEFAULT_SECONDS, SUITES, default_seconds, default_suites, select_cases
 from benchmarks.traffic import ITEM_BYTES, LAYOUTS, STEP, TENSOR_PASSES, WALKS

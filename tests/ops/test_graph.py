@@ -79,8 +79,8 @@ class Graph:
 
     @property
     def mask(self) -> int:
-        """The most bytes of a mask: a bit an element, on a GPU a byte for 16 bytes of elements, and 8 bytes more for each
-        plane (channels first) or pixel."""
+        """The most bytes of a mask: a byte for the elements that share one, and 8 bytes more for each plane (channels
+        first) or pixel."""
         lanes = 8 if self.x.device.type == "cpu" else 16 // self.x.itemsize
         channels, pixels = self.x.shape[1], self.x.numel() // self.x.shape[1]
         in_planes = self.layout != "channels_last" and self.x.ndim > 2
