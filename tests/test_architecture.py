@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +52,58 @@ def test_kernels_include_no_torch_header(folder: str) -> None:
     for path in sources(folder):
         foreign = [included for _, included in includes(path) if FOREIGN.match(included)]
         assert foreign == [], path.relative_to(ROOT)
+
+
+# torch 2.11, the oldest that is supported, compiles extensions as C++17. With the headers of a newer torch the tensor
+# level cannot be compiled so.
+NEWER = {
+    "barrier",
+    "bit",
+    "compare",
+    "concepts",
+    "coroutine",
+    "expected",
+    "format",
+    "generator",
+    "latch",
+    "mdspan",
+    "numbers",
+}
+NEWER |= {
+    "print",
+    "ranges",
+    "semaphore",
+    "source_location",
+    "span",
+    "stacktrace",
+    "stop_token",
+    "syncstream",
+    "version",
+}
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_no_header_is_newer_than_cxx17(folder: str) -> None:
+    for path in sources(folder):
+        assert [name for _, name in includes(path) if name in NEWER] == [], path.relative_to(ROOT)
+
+
+# Of the instruction sets only one: the files of all include the same.
+@pytest.mark.parametrize(
+    "source",
+    [
+        str(path.relative_to(ROOT))
+        for path in (*sources("cpu"), *sources("cuda"))
+        if path.suffix == ".cpp" and not path.name.startswith("avx")
+    ],
+)
+def test_kernels_are_cxx17(source: str) -> None:
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not here")
+    command = [compiler, "-std=c++17", "-fsyntax-only", "-fopenmp", source]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("folder", ALLOWED)

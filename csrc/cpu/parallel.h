@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <bit>
 #include <cstdint>
 #include <type_traits>
 
@@ -43,9 +42,9 @@ constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b
 // How much of n each of so many tasks takes, so that they are even. Few tasks become the next power of two: threads
 // mostly are one, and so share them evenly.
 constexpr std::int64_t even_share(std::int64_t n, std::int64_t tasks) {
-  tasks = std::max<std::int64_t>(1, tasks);
-  if (tasks < kEnoughTasks) tasks = static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(tasks)));
-  return divide_up(n, tasks);
+  std::int64_t power = 1;
+  while (power < tasks) power *= 2;
+  return divide_up(n, tasks < kEnoughTasks ? power : tasks);
 }
 
 }  // namespace bnext::cpu
