@@ -1,6 +1,7 @@
 #include "launch_plan.h"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 
 #include "../common/elementwise.h"
@@ -238,11 +239,10 @@ double steps_at_once(const LaunchPlan& plan, std::int64_t groups, std::int64_t r
 // The number of groups that takes the least time, with at least `fewest` blocks in each group.
 std::int64_t balanced_groups(const LaunchPlan& plan, std::int64_t fewest, std::int64_t resident) {
   std::int64_t best = 1;
-  double best_time = 0;
-  for (std::int64_t groups = 1; groups <= std::max<std::int64_t>(1, std::min(plan.tiles, resident / fewest));
-       ++groups) {
+  double best_time = std::numeric_limits<double>::infinity();
+  for (std::int64_t groups = 1; groups <= std::min(plan.tiles, resident / fewest); ++groups) {
     const double time = static_cast<double>(divide_up(plan.tiles, groups)) * steps_at_once(plan, groups, resident);
-    if (groups == 1 || time <= best_time) {
+    if (time <= best_time) {
       best = groups;
       best_time = time;
     }
